@@ -1,0 +1,66 @@
+#include "error.h"
+
+#include <stdio.h>
+#include <string.h>
+
+int error_set_at(struct error *error, int kind, const char *file, int line, const char *format, ...)
+{
+    if (!error)
+        return -1;
+    va_list arguments;
+    va_start(arguments, format);
+    int written = vsnprintf(error->message, sizeof error->message, format, arguments);
+    va_end(arguments);
+    if (written < 0)
+        strcpy(error->message, "an error whose message could not be formatted");
+    error->kind = kind;
+    error->file = file;
+    error->line = line;
+    return -1;
+}
+
+int error_add_context(struct error *error, const char *format, ...)
+{
+    if (!error)
+        return -1;
+    char context[sizeof error->message];
+    va_list arguments;
+    va_start(arguments, format);
+    int written = vsnprintf(context, sizeof context, format, arguments);
+    va_end(arguments);
+    if (written < 0)
+        return -1; /* keep the first message rather than lose it */
+    size_t length = strlen(context);
+    size_t room = sizeof error->message - 1;
+    if (length + 2 > room)
+        return -1; /* no room for even one character of the first message, which matters more */
+    size_t kept = strlen(error->message);
+    if (kept > room - length - 2)
+        kept = room - length - 2;
+    memmove(error->message + length + 2, error->message, kept);
+    memcpy(error->message, context, length);
+    memcpy(error->message + length, ": ", 2);
+    error->message[length + 2 + kept] = '\0';
+    return -1;
+}
+
+void error_clear(struct error *error)
+{
+    if (error)
+        memset(error, 0, sizeof *error);
+}
+
+const char *error_kind_name(int kind)
+{
+    switch (kind) {
+    case ERROR_NONE: return "none";
+    case ERROR_DEVICE: return "device";
+    case ERROR_MODEL: return "model";
+    case ERROR_VALUE: return "value";
+    case ERROR_TYPE: return "type";
+    case ERROR_KEY: return "key";
+    case ERROR_MEMORY: return "memory";
+    case ERROR_INTERRUPTED: return "interrupted";
+    default: return "unknown";
+    }
+}
