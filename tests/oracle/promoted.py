@@ -1,0 +1,43 @@
+"""transformers in real float64. `model.double()` alone leaves norms, softmax and rotary embeddings in float32 (they ask for it by name)."""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Promote(TorchFunctionMode):
+    """Inside this context whatever asks for float32 gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        wide = lambda a: torch.float64 if a is torch.float32 else a
+        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
+
+
+def load(folder, float64):
+    """transformers' model of `folder`, eager attention, float32 or (with everything promoted) float64. Call it inside `context(float64)`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if not float64:
+        return model
+    model.double()
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+        if hasattr(module, "compute_default_rope_parameters"):
+            _widen_rope(module)
+    return model
+
+
+def _widen_rope(rotary):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+    for layer_type, kind in kinds.items():
+        init = rotary.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        with Promote():
+            freq, _ = init(rotary.config, device=torch.device("cpu"), **({"layer_type": layer_type} if layer_type else {}))
+        setattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq", freq.double())
