@@ -149,7 +149,7 @@ def test_heads(case, rng, name):
             [vs.Scale("blocks.1.attn.hook_attn_scores", 2.0, heads=two, positions=slice(2, None))],
             [vs.Add("blocks.1.attn.hook_q", draw(f.d_head), heads=[2])],
             [vs.Add("blocks.1.attn.hook_rot_q", draw(f.d_head), heads=two)],
-            [vs.Add("blocks.1.attn.hook_rot_k", draw(f.d_head), heads=[f.n_kv_heads - 1])],
+            [vs.Add("blocks.1.attn.hook_rot_k", draw(f.d_head), heads=[f.n_kv_heads - 1], positions=[0, 2])],
             [vs.Scale("blocks.1.attn.hook_v", -1.0, heads=[f.n_kv_heads - 1])],
             [vs.MeanAblate("blocks.1.attn.hook_result", draw(f.d_model), heads=[1])]):
         check(ref, model, prompts, responses, edits, [edits[0].site])
