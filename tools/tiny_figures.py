@@ -7,6 +7,7 @@ validation list (for choosing a seed) and on the test split (for publishing).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -168,7 +169,8 @@ def write(folder: Path, world) -> dict:
     """Measures the folder and writes figures.json into it; prints a summary."""
     started = time.time()
     chat = Chat(folder)
-    figures = {"unsteered": {s: unsteered(chat, world, s) for s in ("validation", "test")}}
+    figures = {"weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+               "unsteered": {s: unsteered(chat, world, s) for s in ("validation", "test")}}
     table = candidates(chat, world)
     figures["post_instruction_tokens"] = chat.tok.convert_ids_to_tokens(chat.after)
     figures["refusal_token"] = chat.tok.convert_ids_to_tokens(chat.refusal_token)
@@ -194,3 +196,30 @@ def summary(figures: dict) -> str:
     for name, texts in figures.get("samples", {}).items():
         lines += [f"  [{name}] {q} -> {t}" for q, t in texts]
     return "\n".join(lines)
+
+
+# ---- the model card's tables ---------------------------------------------------------------------------------------------------
+
+def _cell(r: dict) -> str:
+    show = lambda x: "-" if x is None else f"{x:.2f}"
+    return f"{show(r['asr'])} / {show(r['ended'])} / {show(r['on_topic'])} / {show(r['consistent'])} / {show(r['looping'])}"
+
+
+def card_table(figures: dict, split: str) -> str:
+    """Markdown: unsteered behaviour, the chosen vector and the sweep on one split, each cell with its test size in the head."""
+    rows = figures["unsteered"][split]
+    lines = ["| unsteered | n | refused | right | ended |", "|---|---|---|---|---|"]
+    for name, r in rows.items():
+        lines.append(f"| {name.replace('_', ' ')} | {r['n']} | {1 - r['asr']:.3f} | {'-' if 'right' not in r else format(r['right'], '.3f')} | {r['ended']:.3f} |")
+    c = figures["chosen"]
+    if c is None:
+        return "\n".join(lines + ["", "No candidate passes the filters."])
+    lines += ["", f"Chosen: layer {c['layer']}, position {c['position']}, norm {c['norm']}, KL {c['kl']}, bypass {c['bypass']}, induce {c['induce']}.", "",
+              f"| a | harmless at +a ({figures['sweep'][split][0]['harmless_plus']['n']}): ASR / ended / on topic / consistent / looping | harmful at -a ({figures['sweep'][split][0]['harmful_minus']['n']}): the same |", "|---|---|---|"]
+    lines += [f"| {row['coefficient']} | {_cell(row['harmless_plus'])} | {_cell(row['harmful_minus'])} |" for row in figures["sweep"][split]]
+    return "\n".join(lines)
+
+
+def card_block(folder: Path) -> str:
+    """What a folder's card quotes of its own figures.json, word for word (a test compares)."""
+    return card_table(json.loads((folder / "figures.json").read_text()), "test")
