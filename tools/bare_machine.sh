@@ -1,0 +1,41 @@
+#!/bin/bash
+# Tries the set-up on a bare Debian: a chroot with nothing but make and git, a fresh clone of HEAD in /root/vksteer, and a command there.
+# Needs root, debootstrap, and room for 6 GB in FOLDER.
+#
+#   tools/bare_machine.sh FOLDER COMMAND...              e.g.  tools/bare_machine.sh /work/chroot make demo
+#   KEEP=1 tools/bare_machine.sh FOLDER COMMAND...       go on in the machine of the last call (the clone is brought to HEAD)
+#   FIRST='apt-get -y install mesa-vulkan-drivers' ...   something to do in it before the clone
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BASE=$1/base RUN=$1/run; shift
+SUITE=$(. /etc/os-release; echo "$VERSION_CODENAME")
+
+if [[ ! -e $BASE/complete ]]; then
+    rm -rf "$BASE"; mkdir -p "$BASE"
+    debootstrap --variant=minbase --include=ca-certificates,git,make "$SUITE" "$BASE" "$(python3 tools/apt_sources.py own | sed -n 's/^URIs: //p' | head -1)"
+    # How this machine reaches its registries is the network's business, not the set-up's.
+    python3 tools/apt_sources.py own >"$BASE/etc/apt/sources.list.d/machine.sources"; rm -f "$BASE/etc/apt/sources.list"
+    for f in /etc/apt/apt.conf.d/*registry* /etc/apt/apt.conf.d/*proxy* /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt /opt/wheels /opt/pypi /opt/pypi-more; do
+        [[ ! -e $f ]] || { mkdir -p "$BASE/$(dirname "$f")"; cp -a "$f" "$BASE/$(dirname "$f")/"; }
+    done
+    touch "$BASE/complete"
+fi
+
+cleanup() { umount "$RUN/proc" "$RUN/dev/shm" 2>/dev/null || true; }
+trap cleanup EXIT
+inside() { env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 ${PIP_CERT:+PIP_CERT="$PIP_CERT"} ${CI:+CI="$CI"} chroot "$RUN" /bin/bash -c "$1"; }
+
+if [[ -z ${KEEP:-} || ! -e $RUN/complete ]]; then
+    cleanup; rm -rf --one-file-system "$RUN"; cp -a "$BASE" "$RUN"
+fi
+cp /etc/resolv.conf /etc/hosts "$RUN/etc/"
+mount -t proc proc "$RUN/proc"
+mkdir -p "$RUN/dev/shm" && mount -t tmpfs tmpfs "$RUN/dev/shm"
+[[ -z ${FIRST:-} ]] || inside "export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; $FIRST"
+if [[ -d $RUN/root/vksteer ]]; then
+    git push -qf "$RUN/root/vksteer" HEAD:refs/heads/incoming
+    inside 'cd vksteer 2>/dev/null || cd /root/vksteer; git reset -q --hard incoming'
+else
+    git clone -q . "$RUN/root/vksteer"
+fi
+inside "cd /root/vksteer && $*"
