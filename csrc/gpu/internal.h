@@ -1,0 +1,58 @@
+/* What the files of this room share. Nobody outside csrc/gpu includes it. */
+#ifndef VKSTEER_GPU_INTERNAL_H
+#define VKSTEER_GPU_INTERNAL_H
+
+#include <pthread.h>
+#include <sys/types.h>
+#include <volk.h>
+
+#include "gpu/gpu.h"
+
+#define GPU_PUSH_BYTES 128
+
+struct gpu_pipeline {
+    VkPipeline handle; /* VK_NULL_HANDLE until first asked for */
+};
+
+struct gpu_device {
+    struct gpu_device_info info;
+    VkPhysicalDevice physical;
+    VkDevice handle;
+    VkQueue queue;
+    uint32_t queue_family;
+    VkPhysicalDeviceMemoryProperties memory;
+    struct VolkDeviceTable vk;
+    pid_t owner;                 /* the process that opened it: after fork() the child must not touch it */
+    int lost;
+    uint64_t allocated;
+    uint32_t workgroup;
+    const struct gpu_kernel *kernels;
+    int n_kernels;
+    struct gpu_pipeline *pipelines; /* one per kernel */
+    pthread_mutex_t pipeline_lock;
+    int pipeline_lock_made;
+    VkPipelineLayout layout;
+    VkPipelineCache cache;
+    char cache_path[1024];       /* "" when there is no cache on disk */
+    PFN_vkSetDebugUtilsObjectNameEXT set_name; /* NULL without VK_EXT_debug_utils */
+};
+
+struct gpu_buffer {
+    struct gpu_device *device;
+    VkBuffer handle;
+    VkDeviceMemory memory;
+    uint64_t bytes, allocated, address;
+    void *map;
+};
+
+/* The instance is made once per process and kept. NULL on error. */
+VkInstance gpu_instance_get(struct error *error);
+int gpu_instance_has_debug_names(void);
+int gpu_result_check(struct gpu_device *device, VkResult result, const char *what, struct error *error);
+void gpu_name_set(struct gpu_device *device, VkObjectType type, uint64_t handle, const char *name);
+
+int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, struct error *error);
+void gpu_pipelines_destroy(struct gpu_device *device);
+int gpu_pipeline_get(struct gpu_device *device, int kernel, VkPipeline *out, struct error *error);
+
+#endif

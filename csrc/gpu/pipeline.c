@@ -1,0 +1,229 @@
+/* Compute pipelines: one per kernel, made when first asked for (or ahead, in parallel), with a cache on disk per driver.
+ *
+ * Every kernel sees two specialisation constants: 0 = subgroup size, 1 = workgroup size (a multiple of it). All share one layout: 128 bytes of
+ * push constants and no descriptors. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "gpu/internal.h"
+
+#define CACHE_MAX (64u << 20)
+
+static void *file_read(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    void *data = NULL;
+    *size = 0;
+    if (!file)
+        return NULL;
+    if (fseek(file, 0, SEEK_END) == 0) {
+        long end = ftell(file);
+        if (end > 0 && (unsigned long)end <= CACHE_MAX && fseek(file, 0, SEEK_SET) == 0 && (data = malloc((size_t)end)) != NULL) {
+            if (fread(data, 1, (size_t)end, file) == (size_t)end) {
+                *size = (size_t)end;
+            } else {
+                free(data);
+                data = NULL;
+            }
+        }
+    }
+    fclose(file);
+    return data;
+}
+
+int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, struct error *error) {
+    device->pipelines = calloc((size_t)device->n_kernels, sizeof *device->pipelines);
+    if (!device->pipelines)
+        return error_set(error, ERROR_MEMORY, "out of memory for pipelines");
+    pthread_mutex_init(&device->pipeline_lock, NULL);
+    device->pipeline_lock_made = 1;
+    VkPushConstantRange range = {.stageFlags = VK_SHADER_STAGE_COMPUTE_BIT, .size = GPU_PUSH_BYTES};
+    VkPipelineLayoutCreateInfo layout = {.sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO, .pushConstantRangeCount = 1,
+                                         .pPushConstantRanges = &range};
+    if (gpu_result_check(device, device->vk.vkCreatePipelineLayout(device->handle, &layout, NULL, &device->layout), "creating a layout", error))
+        return -1;
+    size_t size = 0;
+    void *data = NULL;
+    if (cache_folder && cache_folder[0]) {
+        snprintf(device->cache_path, sizeof device->cache_path, "%s/pipelines-%s.bin", cache_folder, device->info.uuid);
+        data = file_read(device->cache_path, &size);
+    }
+    /* The driver checks the header (vendor, device, its own UUID) and ignores what is not its own. */
+    VkPipelineCacheCreateInfo cache = {.sType = VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO, .initialDataSize = size, .pInitialData = data};
+    VkResult result = device->vk.vkCreatePipelineCache(device->handle, &cache, NULL, &device->cache);
+    free(data);
+    return gpu_result_check(device, result, "creating the pipeline cache", error);
+}
+
+/* Written beside and renamed, so that a killed process leaves the old file whole. A cache that cannot be written costs time only. */
+static void cache_save(struct gpu_device *device) {
+    size_t size = 0;
+    if (!device->cache_path[0] || device->vk.vkGetPipelineCacheData(device->handle, device->cache, &size, NULL) != VK_SUCCESS || size == 0)
+        return;
+    void *data = malloc(size);
+    char temporary[1100];
+    snprintf(temporary, sizeof temporary, "%s.%ld", device->cache_path, (long)getpid());
+    FILE *file = NULL;
+    if (data && device->vk.vkGetPipelineCacheData(device->handle, device->cache, &size, data) == VK_SUCCESS &&
+        (file = fopen(temporary, "wb")) != NULL) {
+        size_t written = fwrite(data, 1, size, file);
+        if (fclose(file) != 0 || written != size || rename(temporary, device->cache_path) != 0)
+            remove(temporary);
+    }
+    free(data);
+}
+
+void gpu_pipelines_destroy(struct gpu_device *device) {
+    if (device->cache) {
+        if (!device->lost)
+            cache_save(device);
+        device->vk.vkDestroyPipelineCache(device->handle, device->cache, NULL);
+    }
+    if (device->pipelines && device->handle)
+        for (int i = 0; i < device->n_kernels; i++)
+            if (device->pipelines[i].handle)
+                device->vk.vkDestroyPipeline(device->handle, device->pipelines[i].handle, NULL);
+    free(device->pipelines);
+    if (device->layout)
+        device->vk.vkDestroyPipelineLayout(device->handle, device->layout, NULL);
+    if (device->pipeline_lock_made)
+        pthread_mutex_destroy(&device->pipeline_lock);
+}
+
+static int pipeline_make(struct gpu_device *device, int kernel, VkPipeline *out, struct error *error) {
+    const struct gpu_kernel *source = &device->kernels[kernel];
+    if (source->spirv_bytes == 0)
+        return error_set(error, ERROR_DEVICE, "kernel %s was left out of this build (its shader compiler was too old)", source->name);
+    VkShaderModuleCreateInfo module_info = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO, .codeSize = source->spirv_bytes,
+                                            .pCode = source->spirv};
+    VkShaderModule module;
+    if (gpu_result_check(device, device->vk.vkCreateShaderModule(device->handle, &module_info, NULL, &module), source->name, error))
+        return -1;
+    const uint32_t constants[2] = {device->info.subgroup_size, device->workgroup};
+    const VkSpecializationMapEntry entries[2] = {{.constantID = 0, .offset = 0, .size = 4}, {.constantID = 1, .offset = 4, .size = 4}};
+    VkSpecializationInfo specialization = {.mapEntryCount = 2, .pMapEntries = entries, .dataSize = sizeof constants, .pData = constants};
+    VkPipelineShaderStageRequiredSubgroupSizeCreateInfoEXT required = {
+        .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO_EXT,
+        .requiredSubgroupSize = device->info.subgroup_size};
+    VkComputePipelineCreateInfo create = {
+        .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
+        .flags = device->info.has_executable_info ? VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR : 0,
+        .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .stage = VK_SHADER_STAGE_COMPUTE_BIT, .module = module,
+                  .pName = "main", .pSpecializationInfo = &specialization,
+                  .pNext = device->info.has_subgroup_control ? &required : NULL,
+                  .flags = device->info.has_subgroup_control ? VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT_EXT : 0},
+        .layout = device->layout};
+    VkResult result = device->vk.vkCreateComputePipelines(device->handle, device->cache, 1, &create, NULL, out);
+    device->vk.vkDestroyShaderModule(device->handle, module, NULL);
+    if (gpu_result_check(device, result, source->name, error))
+        return -1;
+    gpu_name_set(device, VK_OBJECT_TYPE_PIPELINE, (uint64_t)*out, source->name);
+    return 0;
+}
+
+int gpu_pipeline_get(struct gpu_device *device, int kernel, VkPipeline *out, struct error *error) {
+    if (kernel < 0 || kernel >= device->n_kernels)
+        return error_set(error, ERROR_VALUE, "no kernel %d", kernel);
+    struct gpu_pipeline *pipeline = &device->pipelines[kernel];
+    pthread_mutex_lock(&device->pipeline_lock);
+    *out = pipeline->handle;
+    pthread_mutex_unlock(&device->pipeline_lock);
+    if (*out)
+        return 0;
+    VkPipeline made = VK_NULL_HANDLE;
+    if (pipeline_make(device, kernel, &made, error))
+        return -1;
+    pthread_mutex_lock(&device->pipeline_lock);
+    if (pipeline->handle) { /* another thread was faster */
+        device->vk.vkDestroyPipeline(device->handle, made, NULL);
+    } else {
+        pipeline->handle = made;
+    }
+    *out = pipeline->handle;
+    pthread_mutex_unlock(&device->pipeline_lock);
+    return 0;
+}
+
+struct prepare {
+    struct gpu_device *device;
+    const int *kernels;
+    int count, next;
+    pthread_mutex_t lock;
+    struct error error;
+};
+
+static void *prepare_run(void *argument) {
+    struct prepare *work = argument;
+    for (;;) {
+        pthread_mutex_lock(&work->lock);
+        int i = work->next++;
+        pthread_mutex_unlock(&work->lock);
+        if (i >= work->count)
+            return NULL;
+        VkPipeline pipeline;
+        struct error error = {0};
+        if (gpu_pipeline_get(work->device, work->kernels[i], &pipeline, &error)) {
+            pthread_mutex_lock(&work->lock);
+            work->error = error;
+            pthread_mutex_unlock(&work->lock);
+        }
+    }
+}
+
+int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int count, struct error *error) {
+    struct prepare work = {.device = device, .kernels = kernels, .count = count};
+    pthread_t threads[16];
+    int n_threads = 0;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    pthread_mutex_init(&work.lock, NULL);
+    while (n_threads < 16 && n_threads < cores && n_threads < count &&
+           pthread_create(&threads[n_threads], NULL, prepare_run, &work) == 0)
+        n_threads++;
+    if (n_threads == 0)
+        prepare_run(&work); /* no threads to be had: do it here */
+    for (int i = 0; i < n_threads; i++)
+        pthread_join(threads[i], NULL);
+    pthread_mutex_destroy(&work.lock);
+    if (work.error.kind == ERROR_NONE)
+        return 0;
+    if (error)
+        *error = work.error;
+    return -1;
+}
+
+int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size_t capacity, struct error *error) {
+    VkPipeline pipeline;
+    size_t used = 0;
+    if (capacity)
+        out[0] = 0;
+    if (gpu_pipeline_get(device, kernel, &pipeline, error))
+        return -1;
+    if (!device->info.has_executable_info)
+        return 0;
+    VkPipelineInfoKHR info = {.sType = VK_STRUCTURE_TYPE_PIPELINE_INFO_KHR, .pipeline = pipeline};
+    VkPipelineExecutablePropertiesKHR executables[8];
+    uint32_t n = 8;
+    memset(executables, 0, sizeof executables);
+    for (int i = 0; i < 8; i++)
+        executables[i].sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_PROPERTIES_KHR;
+    if (gpu_result_check(device, device->vk.vkGetPipelineExecutablePropertiesKHR(device->handle, &info, &n, executables), "describing", error))
+        return -1;
+    for (uint32_t e = 0; e < n; e++) {
+        VkPipelineExecutableInfoKHR which = {.sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INFO_KHR, .pipeline = pipeline, .executableIndex = e};
+        VkPipelineExecutableStatisticKHR statistics[64];
+        uint32_t n_statistics = 64;
+        memset(statistics, 0, sizeof statistics);
+        for (int i = 0; i < 64; i++)
+            statistics[i].sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_STATISTIC_KHR;
+        if (device->vk.vkGetPipelineExecutableStatisticsKHR(device->handle, &which, &n_statistics, statistics) < 0)
+            continue;
+        for (uint32_t i = 0; i < n_statistics && used + 300 < capacity; i++)
+            used += (size_t)snprintf(out + used, capacity - used, "%s=%lld\n", statistics[i].name,
+                                     statistics[i].format == VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_FLOAT64_KHR
+                                         ? (long long)statistics[i].value.f64 : (long long)statistics[i].value.u64);
+    }
+    return 0;
+}

@@ -1,0 +1,317 @@
+/* Weights on their way to the device: converted, packed into panels, staged. */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "model/blocks.h"
+
+struct model_block {
+    struct gpu_buffer *buffer;
+    uint64_t used, size;
+    struct model_block *next;
+};
+
+static uint64_t align(uint64_t bytes) {
+    return (bytes + 255) & ~UINT64_C(255);
+}
+
+uint64_t model_weight_bytes(const struct model_facts *f) {
+    uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
+    uint64_t layer = align(op_matrix_bytes(f->weight_type, heads + 2 * kv, f->d_model)) + align(op_matrix_bytes(f->weight_type, f->d_model, heads)) +
+                     align(op_matrix_bytes(f->weight_type, 2 * f->d_mlp, f->d_model)) +
+                     align(op_matrix_bytes(f->weight_type, f->d_model, f->d_mlp)) +
+                     14 * align(4 * (uint64_t)(f->d_model + heads + 2 * kv + 2 * f->d_mlp)) / 4;
+    return f->n_layers * layer + (f->tied ? 1 : 2) * align(op_matrix_bytes(f->weight_type, f->d_vocab, f->d_model)) + (1u << 20);
+}
+
+int model_blocks_reserve(struct model *model, uint64_t bytes, struct error *error) {
+    uint64_t available = gpu_device_available(model->ops.device);
+    if (bytes > available)
+        return error_set(error, ERROR_DEVICE, "the weights take %.2f GB on the device and %.2f GB are free on %s: use a smaller dtype or model",
+                         bytes / 1e9, available / 1e9, gpu_device_get_info(model->ops.device)->name);
+    for (int i = 0; i < 2; i++)
+        if (gpu_buffer_create(&model->staging[i], model->ops.device, STAGING_BYTES, GPU_UPLOAD, "staging", error))
+            return -1;
+    return 0;
+}
+
+void model_blocks_destroy(struct model *model) {
+    for (int i = 0; i < 2; i++)
+        gpu_buffer_destroy(model->staging[i]);
+    while (model->blocks) {
+        struct model_block *next = model->blocks->next;
+        gpu_buffer_destroy(model->blocks->buffer);
+        free(model->blocks);
+        model->blocks = next;
+    }
+}
+
+int model_blocks_finish(struct model *model, struct error *error) {
+    if (gpu_stream_wait(model->ops.stream, error))
+        return -1;
+    for (int i = 0; i < 2; i++) {
+        gpu_buffer_destroy(model->staging[i]);
+        model->staging[i] = NULL;
+    }
+    return 0;
+}
+
+/* `bytes` of device memory out of the current block, or of a new one. */
+static int block_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer, uint64_t *offset, struct error *error) {
+    struct model_block *block = model->blocks;
+    bytes = align(bytes);
+    if (!block || block->used + bytes > block->size) {
+        /* 64 MiB at a time wastes at most that, and a large matrix gets a block of its own. */
+        uint64_t size = bytes > (UINT64_C(64) << 20) ? bytes : UINT64_C(64) << 20;
+        uint64_t total = model_weight_bytes(&model->facts);
+        if (total - (model->weight_bytes < total ? model->weight_bytes : total) < size && bytes <= (UINT64_C(1) << 20))
+            size = UINT64_C(4) << 20;
+        block = calloc(1, sizeof *block);
+        if (!block)
+            return error_set(error, ERROR_MEMORY, "out of memory for a block");
+        if (gpu_buffer_create(&block->buffer, model->ops.device, size, GPU_DEVICE_LOCAL, "weights", error)) {
+            free(block);
+            return -1;
+        }
+        block->size = size;
+        block->next = model->blocks;
+        model->blocks = block;
+    }
+    *buffer = block->buffer;
+    *offset = block->used;
+    block->used += bytes;
+    model->weight_bytes += bytes;
+    return 0;
+}
+
+/* The staging buffer to fill next; its earlier copy has been waited for. */
+static int staging_next(struct model *model, struct gpu_buffer **out, struct error *error) {
+    if (!model->staging[0])
+        return error_set(error, ERROR_MODEL, "weights can only be loaded before the model is finished");
+    *out = model->staging[model->next_staging];
+    model->next_staging ^= 1;
+    if (model->next_staging == 1) /* both may be in flight: wait once for the pair */
+        return gpu_stream_wait(model->ops.stream, error);
+    return 0;
+}
+
+static float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+    float f;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000u | mantissa << 13;
+    } else if (exponent) {
+        bits = sign | (exponent + 112) << 23 | mantissa << 13;
+    } else {
+        f = (float)mantissa * 0x1p-24f;
+        memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* Nearest, ties to even. */
+static uint16_t float_to_bfloat(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 64); /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static uint16_t float_to_half(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    bits &= 0x7fffffffu;
+    if (bits >= 0x7f800000u)
+        return (uint16_t)(sign | 0x7c00 | (bits > 0x7f800000u ? 0x200 : 0));
+    if (bits >= 0x477ff000u)
+        return (uint16_t)(sign | 0x7c00); /* rounds to infinity */
+    if (bits < 0x38800000u) {             /* subnormal or zero: let the float adder round */
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000u));
+    }
+    bits += 0xc8000fffu + (bits >> 13 & 1);
+    return (uint16_t)(sign | bits >> 13);
+}
+
+static float source_float(const struct weight_source *source, size_t i) {
+    if (source->type == WEIGHT_F32) {
+        float f;
+        memcpy(&f, (const char *)source->data + 4 * i, 4); /* a file does not promise alignment */
+        return f;
+    }
+    uint16_t h;
+    memcpy(&h, (const char *)source->data + 2 * i, 2);
+    if (source->type == WEIGHT_F16)
+        return half_to_float(h);
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* The source and local row of row `n` of the stacked sources. */
+static const struct weight_source *source_find(const struct weight_source *sources, int n_sources, uint32_t *n) {
+    for (int i = 0; i < n_sources; i++) {
+        if (*n < sources[i].rows)
+            return &sources[i];
+        *n -= sources[i].rows;
+    }
+    return NULL;
+}
+
+/* One row of the matrix into its lane of a panel; the pad stays as it is (zero). */
+static void row_pack(const struct weight_source *source, uint32_t row, uint32_t type, uint32_t k, char *panel, uint32_t lane) {
+    size_t first = (size_t)row * k;
+    if (type == source->type) {
+        size_t element = type == WEIGHT_F32 ? 4 : 2, quad = 4 * element, stride = OP_PANEL * quad;
+        const char *from = (const char *)source->data + first * element;
+        char *to = panel + lane * quad;
+        for (uint32_t q = 0; q < k / 4; q++, from += quad, to += stride)
+            memcpy(to, from, quad);
+        memcpy(to, from, k % 4 * element);
+        return;
+    }
+    for (uint32_t i = 0; i < k; i++) {
+        float f = source_float(source, first + i);
+        size_t at = (size_t)(i / 4) * OP_PANEL * 4 + lane * 4 + i % 4;
+        if (type == WEIGHT_F32) {
+            memcpy(panel + 4 * at, &f, 4);
+        } else {
+            uint16_t h = type == WEIGHT_BF16 ? float_to_bfloat(f) : float_to_half(f);
+            memcpy(panel + 2 * at, &h, 2);
+        }
+    }
+}
+
+struct pack {
+    const struct weight_source *sources;
+    int n_sources;
+    uint32_t type, k, first, count; /* rows [first, first + count) into `out` */
+    char *out;
+};
+
+static void *panels_pack(void *argument) {
+    const struct pack *pack = argument;
+    uint64_t panel_bytes = op_matrix_bytes(pack->type, OP_PANEL, pack->k);
+    for (uint32_t n = 0; n < (pack->count + OP_PANEL - 1) / OP_PANEL * OP_PANEL; n++) {
+        char *panel = pack->out + n / OP_PANEL * panel_bytes;
+        if (n % OP_PANEL == 0 && (pack->k % 16 || n + OP_PANEL > pack->count))
+            memset(panel, 0, panel_bytes); /* only where a pad remains */
+        uint32_t row = pack->first + n;
+        const struct weight_source *source = n < pack->count ? source_find(pack->sources, pack->n_sources, &row) : NULL;
+        if (source)
+            row_pack(source, row, pack->type, pack->k, panel, n % OP_PANEL);
+    }
+    return NULL;
+}
+
+/* Rows [first, first + count) into staging memory, by two threads where there is enough to do. */
+static void panels_pack_parallel(const struct pack *whole) {
+    uint32_t n_panels = (whole->count + OP_PANEL - 1) / OP_PANEL;
+    uint64_t panel_bytes = op_matrix_bytes(whole->type, OP_PANEL, whole->k);
+    struct pack parts[2] = {*whole, *whole};
+    pthread_t thread;
+    if (n_panels < 4) {
+        panels_pack(&parts[0]);
+        return;
+    }
+    parts[0].count = n_panels / 2 * OP_PANEL;
+    parts[1].first += parts[0].count;
+    parts[1].count -= parts[0].count;
+    parts[1].out += n_panels / 2 * panel_bytes;
+    int threaded = pthread_create(&thread, NULL, panels_pack, &parts[1]) == 0;
+    panels_pack(&parts[0]);
+    if (threaded)
+        pthread_join(thread, NULL);
+    else
+        panels_pack(&parts[1]);
+}
+
+static int shape_check(const char *name, int layer, const struct weight_source *sources, int n_sources, uint32_t n, uint32_t k,
+                       struct error *error) {
+    uint64_t rows = 0;
+    for (int i = 0; i < n_sources; i++) {
+        if (sources[i].columns != k)
+            return error_set(error, ERROR_MODEL, "%s of layer %d has %u columns, the configuration says %u", name, layer, sources[i].columns, k);
+        rows += sources[i].rows;
+    }
+    if (rows != n)
+        return error_set(error, ERROR_MODEL, "%s of layer %d has %llu rows, the configuration says %u", name, layer, (unsigned long long)rows, n);
+    return 0;
+}
+
+int model_matrix_load(struct model *model, const char *name, int layer, const struct weight_source *sources, int n_sources,
+                      struct error *error) {
+    uint32_t n, k;
+    struct op_matrix *matrix = model_matrix_find(model, name, layer, &n, &k);
+    if (!matrix)
+        return error_set(error, ERROR_MODEL, "no matrix %s in layer %d", name, layer);
+    if (matrix->n_chunks)
+        return error_set(error, ERROR_MODEL, "%s of layer %d is loaded already", name, layer);
+    if (shape_check(name, layer, sources, n_sources, n, k, error))
+        return -1;
+    struct op_matrix made = {.type = model->facts.weight_type, .n = n, .k = k, .k_quads = op_matrix_quads(k)};
+    uint64_t panel_bytes = op_matrix_bytes(made.type, OP_PANEL, k);
+    if (panel_bytes > STAGING_BYTES)
+        return error_set(error, ERROR_MODEL, "%s of layer %d has rows of %u, too long for the staging memory", name, layer, k);
+    uint32_t chunk_rows = (uint32_t)(GPU_BUFFER_MAX / 2 / panel_bytes) * OP_PANEL, step_rows = (uint32_t)(STAGING_BYTES / panel_bytes) * OP_PANEL;
+    for (uint32_t first = 0; first < n; first += chunk_rows) {
+        uint32_t count = n - first < chunk_rows ? n - first : chunk_rows;
+        struct gpu_buffer *buffer;
+        uint64_t offset;
+        if (made.n_chunks == OP_MATRIX_CHUNKS)
+            return error_set(error, ERROR_MODEL, "%s is too large: more than %d chunks", name, OP_MATRIX_CHUNKS);
+        if (block_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
+            return -1;
+        made.chunks[made.n_chunks].address = gpu_buffer_address(buffer) + offset;
+        made.chunks[made.n_chunks].first = first;
+        made.chunks[made.n_chunks++].count = count;
+        for (uint32_t row = 0; row < count; row += step_rows) {
+            uint32_t rows = count - row < step_rows ? count - row : step_rows;
+            struct gpu_buffer *staging;
+            if (staging_next(model, &staging, error))
+                return -1;
+            struct pack pack = {.sources = sources, .n_sources = n_sources, .type = made.type, .k = k, .first = first + row, .count = rows,
+                                .out = gpu_buffer_map(staging)};
+            panels_pack_parallel(&pack);
+            if (gpu_stream_copy(model->ops.stream, staging, 0, buffer, offset + row / OP_PANEL * panel_bytes,
+                                op_matrix_bytes(made.type, rows, k), error))
+                return -1;
+        }
+    }
+    *matrix = made;
+    return 0;
+}
+
+int model_vector_load(struct model *model, const char *name, int layer, const struct weight_source *sources, int n_sources,
+                      struct error *error) {
+    uint32_t n, at = 0;
+    uint64_t *vector = model_vector_find(model, name, layer, &n);
+    if (!vector)
+        return error_set(error, ERROR_MODEL, "no vector %s in layer %d", name, layer);
+    if (shape_check(name, layer, sources, n_sources, n, 1, error))
+        return -1;
+    /* Rounded up and zero-padded: kernels may read a whole row. */
+    uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
+    struct gpu_buffer *buffer, *staging;
+    if (bytes > STAGING_BYTES || block_cut(model, bytes, &buffer, &offset, error) || staging_next(model, &staging, error))
+        return -1;
+    float *out = gpu_buffer_map(staging);
+    memset(out, 0, bytes);
+    float shift = name[0] == 'b' ? 0.0f : model->facts.norm_offset; /* biases are not gains */
+    for (int i = 0; i < n_sources; i++)
+        for (uint32_t j = 0; j < sources[i].rows; j++)
+            out[at++] = source_float(&sources[i], j) + shift;
+    if (gpu_stream_copy(model->ops.stream, staging, 0, buffer, offset, bytes, error))
+        return -1;
+    *vector = gpu_buffer_address(buffer) + offset;
+    return 0;
+}

@@ -1,0 +1,28 @@
+/* Attention in three steps whose middle result, the pattern, lies in memory: what is captured, edited or frozen is what is used. */
+#include "ops/ops.h"
+
+#define COLUMNS 2 /* vectors of lanes along keys or head columns that a subgroup takes (RN of the shaders) */
+
+static uint32_t blocks(const struct ops *ops, uint32_t n) {
+    return (n + COLUMNS * ops->workgroup - 1) / (COLUMNS * ops->workgroup);
+}
+
+int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_rope, params, sizeof *params, n_tokens, 1, 1,
+                               10.0 * n_tokens * params->d_head * (params->n_heads + 2 * params->n_kv_heads), error);
+}
+
+int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_attn_scores, params, sizeof *params, blocks(ops, n_keys), n_tiles, params->n_heads,
+                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head, error);
+}
+
+int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_attn_softmax, params, sizeof *params, n_tokens, params->n_heads, 1,
+                               20.0 * n_tokens * n_keys * params->n_heads, error);
+}
+
+int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_attn_mix, params, sizeof *params, blocks(ops, params->d_head), n_tiles, params->n_heads,
+                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head, error);
+}

@@ -1,0 +1,49 @@
+/* The one table of kernels, with the SPIR-V that the build embedded. */
+#include <string.h>
+
+#include "kernels_spirv.h"
+#include "ops/ops.h"
+
+#define KERNEL(name, file, defines, params) \
+    _Static_assert(sizeof(struct params) <= 128, "push constants of " #name); \
+    _Static_assert(sizeof(struct params) % 4 == 0, "push constants of " #name);
+#define KERNEL_OPTIONAL KERNEL
+#include "ops/kernels.def"
+#undef KERNEL
+#undef KERNEL_OPTIONAL
+
+const struct gpu_kernel *op_kernels_get(void) {
+    static struct gpu_kernel table[KERNEL_COUNT];
+    static int filled;
+    if (!filled) { /* callers hold the GIL */
+#define KERNEL(name, file, defines, params) table[KERNEL_##name] = (struct gpu_kernel){#name, spirv_##name, spirv_##name##_size, sizeof(struct params)};
+#define KERNEL_OPTIONAL KERNEL
+#include "ops/kernels.def"
+#undef KERNEL
+#undef KERNEL_OPTIONAL
+        filled = 1;
+    }
+    return table;
+}
+
+int op_kernel_find(const char *name) {
+    const struct gpu_kernel *table = op_kernels_get();
+    for (int i = 0; i < KERNEL_COUNT; i++)
+        if (strcmp(table[i].name, name) == 0)
+            return i;
+    return -1;
+}
+
+int ops_create(struct ops *ops, struct gpu_device *device, struct error *error) {
+    memset(ops, 0, sizeof *ops);
+    ops->device = device;
+    ops->subgroup = gpu_device_get_info(device)->subgroup_size;
+    ops->workgroup = gpu_device_workgroup(device);
+    ops->linear_family = gpu_device_get_info(device)->type == GPU_SOFTWARE ? LINEAR_BROADCAST : LINEAR_TILED;
+    return gpu_stream_create(&ops->stream, device, error);
+}
+
+void ops_destroy(struct ops *ops) {
+    gpu_stream_destroy(ops->stream);
+    ops->stream = NULL;
+}

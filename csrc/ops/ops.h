@@ -1,0 +1,90 @@
+/* Operations: shapes checked, argument blocks filled, kernels chosen and recorded. Nothing here knows what a model is.
+ *
+ * B rows, T packed tokens, D width, H query heads, G key/value heads, dh head size, V vocabulary. Activations are float32 [T, stride] with
+ * stride = op_row_stride(width) and zero pad columns; addresses are device addresses (0: absent). */
+#ifndef VKSTEER_OPS_H
+#define VKSTEER_OPS_H
+
+#include "gpu/gpu.h"
+#include "params.h"
+
+enum op_kernel {
+#define KERNEL(name, file, defines, params) KERNEL_##name,
+#define KERNEL_OPTIONAL(name, file, defines, params) KERNEL_##name,
+#include "ops/kernels.def"
+#undef KERNEL
+#undef KERNEL_OPTIONAL
+    KERNEL_COUNT
+};
+
+/* All kernels with their SPIR-V; static storage. */
+const struct gpu_kernel *op_kernels_get(void);
+int op_kernel_find(const char *name); /* -1 if there is none */
+
+struct ops {
+    struct gpu_device *device;
+    struct gpu_stream *stream;
+    uint32_t subgroup, workgroup; /* invocations */
+    int linear_family;            /* enum op_linear_family, measured once per device or pinned */
+};
+
+int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);
+void ops_destroy(struct ops *ops);
+
+#define OP_TILE 8 /* queries of a row that one workgroup of the attention kernels takes */
+
+/* Floats from one row to the next: a multiple of 16, and never one of 1024, whose rows would fight for the same cache lines. */
+static inline uint32_t op_row_stride(uint32_t width) {
+    uint32_t stride = (width + 15) / 16 * 16;
+    return stride % 1024 ? stride : stride + 16;
+}
+
+/* --- linear.c ------------------------------------------------------------------------------------------------------------------------ */
+
+#define OP_PANEL 32
+#define OP_MATRIX_CHUNKS 64
+
+/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp); several chunks where one buffer cannot hold it. */
+struct op_matrix {
+    uint32_t type; /* WEIGHT_* */
+    uint32_t n, k;
+    uint32_t k_quads; /* round_up(k, 16) / 4 */
+    uint32_t n_chunks;
+    struct { uint64_t address; uint32_t first, count; } chunks[OP_MATRIX_CHUNKS];
+};
+
+static inline uint32_t op_matrix_quads(uint32_t k) {
+    return (k + 15) / 16 * 4;
+}
+static inline uint64_t op_matrix_bytes(uint32_t type, uint32_t rows, uint32_t k) {
+    return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_quads(k) * (type == WEIGHT_F32 ? 16 : 8);
+}
+
+enum op_linear_family { LINEAR_BROADCAST, LINEAR_TILED, LINEAR_FAMILIES };
+
+struct op_linear_args {
+    uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
+    uint32_t n_rows, x_stride, dst_stride;
+    uint32_t first_k, n_k;      /* a slice of the inputs (multiples of 16); n_k = 0: all */
+    float softcap;              /* 0: none */
+};
+int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
+
+/* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
+int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);
+
+/* --- attention.c --------------------------------------------------------------------------------------------------------------------- */
+int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens, struct error *error);
+int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
+int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
+int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
+
+/* --- elementwise.c ------------------------------------------------------------------------------------------------------------------- */
+int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride,
+             struct error *error);
+int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens, struct error *error);
+int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads, struct error *error);
+int op_copy(struct ops *ops, const struct copy_params *params, struct error *error);
+int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens, struct error *error);
+
+#endif

@@ -1,0 +1,14 @@
+// out = act(gate) * up, one workgroup a token and block of columns.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "types.glsl"
+#include "act.glsl"
+
+layout(push_constant, scalar) uniform Params { act_params p; };
+
+void main()
+{
+    uint t = gl_WorkGroupID.x;
+    for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG)
+        p.dst.at[t * p.out_stride + i] = activate(p.act, p.gate_up.at[t * p.in_stride + i]) * p.gate_up.at[t * p.in_stride + p.width + i];
+}

@@ -1,0 +1,28 @@
+// x[t, :] = scale * embedding of the token. One workgroup a token; reads the panel layout of the (often tied) unembedding.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "types.glsl"
+
+layout(push_constant, scalar) uniform Params { embed_params p; };
+
+float weight(uint n, uint k)
+{
+    uint quad = ((n >> 5) * p.k_quads + (k >> 2)) * 32 + (n & 31);
+    if (p.weight_type == WEIGHT_F32)
+        return uintBitsToFloat(p.weights.at[quad * 4 + (k & 3)]);
+    uint word = p.weights.at[quad * 2 + ((k >> 1) & 1)];
+    if (p.weight_type == WEIGHT_BF16)
+        return uintBitsToFloat((k & 1) == 0 ? word << 16 : word & 0xffff0000u);
+    vec2 pair = unpackHalf2x16(word);
+    return (k & 1) == 0 ? pair.x : pair.y;
+}
+
+void main()
+{
+    uint t = gl_WorkGroupID.x;
+    uint id = p.tokens.at[t].id;
+    if (id < p.first_id || id - p.first_id >= p.n_ids)
+        return;
+    for (uint k = gl_LocalInvocationID.x; k < p.width; k += WG)
+        p.dst.at[t * p.stride + k] = p.scale * weight(id - p.first_id, k);
+}

@@ -1,0 +1,16 @@
+// Gate activations. tanh saturates by itself; exp(-x) of a very negative gate is inf and the quotient 0, as it should be.
+float activate(uint act, float x)
+{
+    if (act == ACT_SILU)
+        return x / (1.0 + exp(-x));
+    if (act == ACT_GELU_TANH) {
+        // Clamped: some drivers expand tanh by exponentials that overflow; beyond 15 it is 1 to the last bit.
+        float inner = clamp(0.7978845608028654 * (x + 0.044715 * x * x * x), -15.0, 15.0);
+        return 0.5 * x * (1.0 + tanh(inner));
+    }
+    // erf by Abramowitz and Stegun 7.1.26 refined: |error| < 1.5e-7.
+    float y = abs(x) * 0.7071067811865476;
+    float t = 1.0 / (1.0 + 0.3275911 * y);
+    float erf = 1.0 - ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * exp(-y * y);
+    return 0.5 * x * (1.0 + (x < 0 ? -erf : erf));
+}

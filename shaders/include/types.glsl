@@ -1,0 +1,34 @@
+// Buffer references that the argument blocks name, and the two sizes every kernel is specialised with.
+#ifndef TYPES_GLSL
+#define TYPES_GLSL
+
+#extension GL_EXT_buffer_reference : require
+#extension GL_EXT_scalar_block_layout : require
+#extension GL_EXT_control_flow_attributes : require
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_arithmetic : require
+#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
+
+#define VKSTEER_GLSL
+layout(buffer_reference) buffer Tokens;
+layout(buffer_reference) buffer Tiles;
+layout(buffer_reference) buffer EditEntries;
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer FloatsIn { float at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { float at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
+#if WEIGHT == 0
+layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels { vec4 at[]; };
+#else
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Panels { uvec2 at[]; };
+#endif
+#include "params.h"
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tokens { token_meta at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tiles { query_tile at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer EditEntries { edit_entry at[]; };
+
+layout(constant_id = 0) const uint SG = 8; // subgroup size
+layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
+layout(local_size_x_id = 1) in;
+#endif

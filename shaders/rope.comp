@@ -1,0 +1,61 @@
+// One workgroup a token: for every head, RMS norm (q and k), half-split rotation (rotate_half), store into the cache. Subgroups share the heads.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "types.glsl"
+
+layout(push_constant, scalar) uniform Params { rope_params p; };
+
+void head_norm(uint base, FloatsIn gain)
+{
+    float sum = 0.0;
+    for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG) {
+        float x = p.qkv.at[base + i];
+        sum = fma(x, x, sum);
+    }
+    float inverse = 1.0 / sqrt(subgroupAdd(sum) / float(p.d_head) + p.eps);
+    for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG)
+        p.qkv.at[base + i] = p.qkv.at[base + i] * inverse * gain.at[i];
+}
+
+void head_rotate(uint base, uint pos)
+{
+    uint half_ = p.d_head / 2;
+    for (uint i = gl_SubgroupInvocationID; i < half_; i += SG) {
+        float c = p.angles.at[(pos * half_ + i) * 2], s = p.angles.at[(pos * half_ + i) * 2 + 1];
+        float a = p.qkv.at[base + i], b = p.qkv.at[base + half_ + i];
+        p.qkv.at[base + i] = a * c - b * s;
+        p.qkv.at[base + half_ + i] = b * c + a * s;
+    }
+}
+
+void main()
+{
+    uint t = gl_WorkGroupID.x;
+    uint pos = p.tokens.at[t].pos, slot = p.tokens.at[t].slot;
+    uint kv_width = p.n_kv_heads * p.d_head;
+    for (uint h = gl_SubgroupID; h < p.n_heads + 2 * p.n_kv_heads; h += WG / SG) {
+        uint base = t * p.stride + h * p.d_head;
+        bool is_q = h < p.n_heads, is_k = !is_q && h < p.n_heads + p.n_kv_heads;
+        if ((p.flags & ROPE_QK_NORM) != 0 && (is_q || is_k)) {
+            if (is_q)
+                head_norm(base, p.q_gain);
+            else
+                head_norm(base, p.k_gain);
+            subgroupMemoryBarrierBuffer();
+            subgroupBarrier();
+        }
+        if ((p.flags & ROPE_ROTATE) != 0 && (is_q || is_k)) {
+            head_rotate(base, pos);
+            subgroupMemoryBarrierBuffer();
+            subgroupBarrier();
+        }
+        if ((p.flags & ROPE_STORE) != 0 && !is_q)
+            for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG) {
+                float x = p.qkv.at[base + i];
+                if (is_k)
+                    p.k_cache.at[slot * kv_width + (h - p.n_heads) * p.d_head + i] = x;
+                else
+                    p.v_cache.at[slot * kv_width + (h - p.n_heads - p.n_kv_heads) * p.d_head + i] = x;
+            }
+    }
+}
