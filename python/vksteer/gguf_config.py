@@ -64,7 +64,7 @@ def config_from_gguf(file: GGUFFile) -> Config:
         "max_position_embeddings": get.integer("context_length"), "rms_norm_eps": get.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_theta": get.number("rope.freq_base", family.default_theta), "rope_scaling": _scaling(get),
-        "bos_token_id": md.get("tokenizer.ggml.bos_token_id"), "eos_token_id": _end_tokens(md),
+        "bos_token_id": md.get("tokenizer.ggml.bos_token_id"), "eos_token_id": end_tokens(md),
     }
     if "attention_bias" in family.defaults and not family.always_qkv_bias:
         # transformers' flag sets q, k, v and o together; what the file has is corrected below
@@ -99,7 +99,7 @@ def config_from_gguf(file: GGUFFile) -> Config:
     return config.replace(**changes)
 
 
-def _end_tokens(md) -> list[int]:
+def end_tokens(md) -> list[int]:
     """All end-of-text and end-of-turn ids that the file names."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     return [md[k] for k in keys if isinstance(md.get(k), int)]
