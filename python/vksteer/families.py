@@ -79,7 +79,8 @@ HARMLESS = frozenset("""
     repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     force_words_ids renormalize_logits constraints forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_decoder_ids num_return_sequences output_scores
-    output_logits return_dict_in_generate decoder_start_token_id is_decoder
+    output_logits return_dict_in_generate decoder_start_token_id is_decoder num_assistant_tokens num_assistant_tokens_schedule
+    assistant_confidence_threshold assistant_lookbehind target_lookbehind
 """.split())
 
 #: Keys of the outer config of a Gemma 3 that also sees images; its text_config is what is read.

@@ -82,7 +82,12 @@ def _gemma(file, tokens, types):
     vocab = _vocabulary(file, spelled)
     merges = []
     for token in vocab:  # in file order, longest left part first: Gemma's scores do not follow its merges, the file's order does
-        merges.extend((token[:i], token[i:]) for i in range(len(token) - 1, 0, -1) if token[:i] in vocab and token[i:] in vocab)
+        for i in range(len(token) - 1, 0, -1):  # spelled out: half a million merges
+            left = token[:i]
+            if left in vocab:
+                right = token[i:]
+                if right in vocab:
+                    merges.append((left, right))
     unknown = _token(file, tokens, "tokenizer.ggml.unknown_token_id")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=unknown))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
