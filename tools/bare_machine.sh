@@ -15,13 +15,15 @@ if [[ ! -e $BASE/complete ]]; then
     debootstrap --variant=minbase --include=ca-certificates,git,make "$SUITE" "$BASE" "$(python3 tools/apt_sources.py own | sed -n 's/^URIs: //p' | head -1)"
     # How this machine reaches its registries is the network's business, not the set-up's.
     python3 tools/apt_sources.py own >"$BASE/etc/apt/sources.list.d/machine.sources"; rm -f "$BASE/etc/apt/sources.list"
-    for f in /etc/apt/apt.conf.d/*registry* /etc/apt/apt.conf.d/*proxy* /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt /opt/wheels /opt/pypi /opt/pypi-more; do
+    for f in /etc/apt/apt.conf.d/*registry* /etc/apt/apt.conf.d/*proxy* /etc/pip.conf /etc/xdg/pip /root/.config/pip /etc/ssl/certs/ca-certificates.crt; do
         [[ ! -e $f ]] || { mkdir -p "$BASE/$(dirname "$f")"; cp -a "$f" "$BASE/$(dirname "$f")/"; }
     done
     touch "$BASE/complete"
 fi
 
-cleanup() { umount "$RUN/proc" "$RUN/dev/shm" 2>/dev/null || true; }
+MOUNTS=(/proc /dev/shm)
+for local in /opt/wheels /opt/pypi /opt/pypi-more; do [[ ! -d $local ]] || MOUNTS+=("$local"); done   # a package index on this disk
+cleanup() { local m; for m in "${MOUNTS[@]}"; do ! mountpoint -q "$RUN$m" || umount "$RUN$m"; done; }
 trap cleanup EXIT
 inside() { env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 ${PIP_CERT:+PIP_CERT="$PIP_CERT"} ${CI:+CI="$CI"} chroot "$RUN" /bin/bash -c "$1"; }
 
@@ -29,8 +31,14 @@ if [[ -z ${KEEP:-} || ! -e $RUN/complete ]]; then
     cleanup; rm -rf --one-file-system "$RUN"; cp -a "$BASE" "$RUN"
 fi
 cp /etc/resolv.conf /etc/hosts "$RUN/etc/"
-mount -t proc proc "$RUN/proc"
-mkdir -p "$RUN/dev/shm" && mount -t tmpfs tmpfs "$RUN/dev/shm"
+for m in "${MOUNTS[@]}"; do
+    mkdir -p "$RUN$m"
+    case $m in
+        /proc) mount -t proc proc "$RUN$m" ;;
+        /dev/shm) mount -t tmpfs tmpfs "$RUN$m" ;;
+        *) mount --bind -o ro "$m" "$RUN$m" ;;
+    esac
+done
 [[ -z ${FIRST:-} ]] || inside "export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; $FIRST"
 if [[ -d $RUN/root/vksteer ]]; then
     git push -qf "$RUN/root/vksteer" HEAD:refs/heads/incoming
