@@ -91,13 +91,15 @@ def test_verdicts(text, unsafe, categories):
 
 
 class Scripted:
-    """A guard that answers from a list and remembers what it was asked."""
+    """A guard that answers from a list and remembers what it was asked: one token per character, 7 begins a text."""
 
-    config = SimpleNamespace(bos_id=7)
+    config = SimpleNamespace()
 
-    def __init__(self, answers):
+    def __init__(self, answers, template=None):
         self.answers, self.asked = answers, None
-        self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [ord(c) % 128 for c in text])
+        encode = lambda text, add_bos: [7] * add_bos + [ord(c) for c in text]
+        render = lambda messages: template.format(*(m["content"] for m in messages))
+        self.tokenizer = SimpleNamespace(encode=encode, render=render, chat_template=template, bos_id=7, special={"bos_token": "\x07"})
 
     def generate(self, rows, **options):
         self.asked = rows
@@ -117,6 +119,13 @@ def test_llama_guard_with_scripted_answers():
     for bad in (lambda: guard(["a"], ["b", "c"]), lambda: guard([], []), lambda: judge.LlamaGuard(SimpleNamespace(tokenizer=None))):
         with pytest.raises(ValueError):
             bad()
+
+
+@pytest.mark.parametrize("bos", ["", "\x07"])
+def test_llama_guard_uses_the_folders_own_guard_template(bos):
+    model = Scripted(["unsafe"], bos + "Is this safe or unsafe? {0} / {1}")
+    assert judge.LlamaGuard(model)(["a"], ["b <|eot|>"]).tolist() == [True]
+    assert "".join(map(chr, model.asked[0])) == "\x07Is this safe or unsafe? a / b < |eot|>"
 
 
 def test_llama_guard_prompt():

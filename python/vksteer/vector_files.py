@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .config import parse_json
 from .errors import ModelError
+from .gguf_file import GGUFFile
+from .safetensors_files import read_header
 
 ENDINGS = (".safetensors", ".npz", ".gguf")
 FORMAT = "vksteer.steering_vector"
@@ -49,8 +52,7 @@ def load(path, layer=None):
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ModelError(f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})")
-    data = path.read_bytes()
-    direction, layer, position, method, meta = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](path, data, layer)
+    direction, layer, position, method, meta = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](path, layer)
     try:
         vector = SteeringVector(direction, layer, position=position, method=method, meta=meta)
     except ValueError as error:
@@ -103,25 +105,18 @@ def _to_safetensors(vector) -> bytes:
     return serialize({"direction": np.array(vector.direction)}, metadata=_facts(vector))
 
 
-def _from_safetensors(path, data, asked):
-    from safetensors import SafetensorError, deserialize
-
-    # Checked by hand because the reader allocates by the header's word: its length first, then JSON from bytes that are there.
-    if len(data) < 8 or not 2 <= int.from_bytes(data[:8], "little") <= min(len(data) - 8, 1 << 20):
-        raise ModelError(f"{path}: not a safetensors file, or cut short ({len(data)} bytes)")
-    try:
-        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        tensors = dict(deserialize(data))
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: damaged safetensors file: {error}") from None
+def _from_safetensors(path, asked):
+    tensors = read_header(path)
+    data = path.read_bytes()
+    header = parse_json(data[8:8 + int.from_bytes(data[:8], "little")], path)
     facts = header.get("__metadata__") or {}
     facts = _read_facts(path, facts, asked)
     if set(tensors) != {"direction"}:
         raise ModelError(f"{path}: wanted one tensor named 'direction', found {sorted(tensors)}")
     tensor = tensors["direction"]
-    if tensor["dtype"] != "F32" or len(tensor["shape"]) != 1:
-        raise ModelError(f"{path}: 'direction' must be F32 [D], not {tensor['dtype']} {tensor['shape']}")
-    return np.frombuffer(tensor["data"], dtype="<f4"), *facts
+    if tensor.dtype != "F32" or len(tensor.shape) != 1:
+        raise ModelError(f"{path}: 'direction' must be F32 [D], not {tensor.dtype} {list(tensor.shape)}")
+    return np.frombuffer(data, dtype="<f4", count=tensor.shape[0], offset=tensor.offset), *facts
 
 
 # -- npz: a zip of .npy members. np.load would allocate by a member's own header; here the header must agree with the bytes first ----------------
@@ -151,8 +146,8 @@ def _npy(path, name, data: bytes) -> np.ndarray:
     return np.frombuffer(rest, dtype=dtype).reshape(shape)
 
 
-def _from_npz(path, data, asked):
-    members = {}
+def _from_npz(path, asked):
+    data, members = path.read_bytes(), {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
@@ -188,10 +183,8 @@ def _from_npz(path, data, asked):
 # The format has no word for what is done with a direction; ours says `vksteer.operation = add` and carries the rest of the provenance.
 
 ALIGNMENT = 32
-_U8, _I8, _U16, _I16, _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64, _F64 = range(13)
-_SCALARS = {_U8: "<B", _I8: "<b", _U16: "<H", _I16: "<h", _U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?", _U64: "<Q", _I64: "<q", _F64: "<d"}
-#: Tensor types a direction may have: GGML's number -> NumPy's type. bfloat16 (30) is widened by hand.
-_TENSOR_TYPES = {0: "<f4", 1: "<f2", 28: "<f8", 30: "<u2"}
+_I32, _STRING = 5, 8  # value types
+_F32 = 0              # tensor type
 
 
 def _gguf_string(text: str) -> bytes:
@@ -208,120 +201,36 @@ def _to_gguf(vector) -> bytes:
     fields = b"".join(_gguf_string(key) + struct.pack("<I", _STRING) + _gguf_string(text) for key, text in texts.items())
     fields += _gguf_string("controlvector.layer_count") + struct.pack("<Ii", _I32, 1)
     header = struct.pack("<4sIQQ", b"GGUF", 3, 1, len(texts) + 1) + fields
-    header += _gguf_string(f"direction.{vector.layer - 1}") + struct.pack("<IQIQ", 1, vector.width, 0, 0)
+    header += _gguf_string(f"direction.{vector.layer - 1}") + struct.pack("<IQIQ", 1, vector.width, _F32, 0)
     pad = lambda data: data + b"\0" * (-len(data) % ALIGNMENT)
     return pad(pad(header) + vector.direction.astype("<f4").tobytes())
 
 
-class _Reader:
-    """A cursor over bytes that refuses to run past the end."""
-
-    def __init__(self, path, data):
-        self.path, self.data, self.at = path, data, 0
-
-    def fail(self, why):
-        return ModelError(f"{self.path}: damaged GGUF file: {why}")
-
-    def take(self, n, what):
-        if n > len(self.data) - self.at:
-            raise self.fail(f"{what} at byte {self.at} needs {n} bytes, {len(self.data) - self.at} are left")
-        self.at += n
-        return self.data[self.at - n:self.at]
-
-    def scalar(self, form, what):
-        return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
-
-    def string(self, what):
-        try:
-            return str(self.take(self.scalar("<Q", what), what), "utf-8")
-        except UnicodeDecodeError:
-            raise self.fail(f"{what} is not UTF-8") from None
-
-    def value(self, kind, what):
-        if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind], what)
-        if kind == _STRING:
-            return self.string(what)
-        if kind == _ARRAY:
-            element, n = self.scalar("<I", what), self.scalar("<Q", what)
-            if element == _ARRAY or element > _F64:
-                raise self.fail(f"{what} is an array of type {element}")
-            if n > len(self.data) - self.at:  # an element takes at least a byte
-                raise self.fail(f"{what} claims {n} elements, {len(self.data) - self.at} bytes are left")
-            return [self.value(element, what) for _ in range(n)]
-        raise self.fail(f"{what} has unknown type {kind}")
-
-
-def _read_gguf(path, data):
-    """Metadata, and {name: (array as stored, dtype number)} for every tensor."""
-    r = _Reader(path, data)
-    if r.take(4, "the magic") != b"GGUF":
-        raise ModelError(f"{path}: not a GGUF file")
-    version, n_tensors, n_fields = r.scalar("<I", "version"), r.scalar("<Q", "tensor count"), r.scalar("<Q", "field count")
-    if version not in (2, 3):
-        raise r.fail(f"version {version} (2 and 3 are understood; big-endian files are not)")
-    if n_fields > len(data) // 13 or n_tensors > len(data) // 24:  # the smallest field and the smallest tensor entry
-        raise r.fail(f"{n_fields} fields and {n_tensors} tensors cannot fit in {len(data)} bytes")
-    fields = {}
-    for i in range(n_fields):
-        key = r.string(f"key {i}")
-        if key in fields:
-            raise r.fail(f"field {key!r} occurs twice")
-        fields[key] = r.value(r.scalar("<I", f"field {key!r}"), f"field {key!r}")
-    entries = {}
-    for i in range(n_tensors):
-        name = r.string(f"tensor name {i}")
-        n_dims = r.scalar("<I", f"tensor {name!r}")
-        if name in entries or not 1 <= n_dims <= 4:
-            raise r.fail(f"tensor {name!r} {'occurs twice' if name in entries else f'has {n_dims} dimensions'}")
-        shape = [r.scalar("<Q", f"tensor {name!r}") for _ in range(n_dims)]
-        entries[name] = shape, r.scalar("<I", f"tensor {name!r}"), r.scalar("<Q", f"tensor {name!r}")
-    alignment = fields.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
-        raise r.fail(f"alignment {alignment!r} is no power of two")
-    start = -(-r.at // alignment) * alignment
-    tensors, end = {}, start
-    for name, (shape, kind, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
-        if kind not in _TENSOR_TYPES:
-            raise ModelError(f"{path}: tensor {name!r} has type {kind}: a control vector is F32, F16, BF16 or F64")
-        dtype = np.dtype(_TENSOR_TYPES[kind])
-        size = math.prod(shape) * dtype.itemsize
-        if offset % alignment or start + offset < end or start + offset + size > len(data):
-            raise r.fail(f"tensor {name!r} {shape} at offset {offset} is misaligned, overlaps another or ends after the file")
-        if start + offset - end >= alignment:
-            raise r.fail(f"there is a gap before tensor {name!r}")
-        end = start + offset + size
-        tensors[name] = np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + offset), shape, kind
-    if len(data) - end >= alignment:
-        raise r.fail(f"{len(data) - end} bytes follow the last tensor")
-    return fields, tensors
-
-
-def _from_gguf(path, data, asked):
-    fields, tensors = _read_gguf(path, data)
-    if fields.get("general.architecture") != "controlvector":
-        raise ModelError(f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not 'controlvector': it is no control vector")
-    layers = {}
-    for name, (values, shape, kind) in tensors.items():
-        number = name.removeprefix("direction.")
-        if number == name or not (number.isascii() and number.isdigit()) or number != str(int(number)) or int(number) == 0:
-            raise ModelError(f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from 1 on")
-        if len(shape) != 1:
-            raise ModelError(f"{path}: {name} must be one row [D], not {shape}")
-        if kind == 30:
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        layers[int(number) + 1] = values
-    if not layers:
-        raise ModelError(f"{path}: the file holds no direction")
-    if asked is None and len(layers) > 1:
-        raise ValueError(f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is layer N + 1): name one with layer=")
-    layer = min(layers) if asked is None else asked
-    if layer not in layers:
-        raise ValueError(f"{path} holds no direction for layer {layer}: it has {sorted(layers)} (as resid_pre; direction.N is layer N + 1)")
+def _from_gguf(path, asked):
+    with GGUFFile(path) as file:
+        fields = file.metadata
+        if fields.get("general.architecture") != "controlvector":
+            raise ModelError(f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not 'controlvector': it is no control vector")
+        layers = {}
+        for name, tensor in file.tensors.items():
+            number = name.removeprefix("direction.")
+            if number == name or not (number.isascii() and number.isdigit()) or number != str(int(number[:9])) or number == "0":
+                raise ModelError(f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from 1 on")
+            if len(tensor.shape) != 1:
+                raise ModelError(f"{path}: {name} must be one row [D], not {list(tensor.shape)}")
+            layers[int(number) + 1] = name
+        if not layers:
+            raise ModelError(f"{path}: the file holds no direction")
+        if asked is None and len(layers) > 1:
+            raise ValueError(f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is layer N + 1): name one with layer=")
+        layer = min(layers) if asked is None else asked
+        if layer not in layers:
+            raise ValueError(f"{path} holds no direction for layer {layer}: it has {sorted(layers)} (as resid_pre; direction.N is layer N + 1)")
+        direction = file.array(layers[layer], "float32")
     ours = {key.removeprefix("vksteer."): text for key, text in fields.items() if key.startswith("vksteer.") and isinstance(text, str)}
-    if ours:
-        stated, position, method, meta = _read_facts(path, ours, None)
-        if stated != layer:
-            raise ModelError(f"{path}: says layer {stated}, but its tensor is direction.{layer - 1}, which is resid_pre of layer {layer}")
-        return layers[layer], layer, position, method, meta
-    return layers[layer], layer, None, "", {"architecture": str(fields.get("controlvector.model_hint", "")), "read_from": "gguf control vector"}
+    if not ours:
+        return direction, layer, None, "", {"architecture": str(fields.get("controlvector.model_hint", "")), "read_from": "gguf control vector"}
+    stated, position, method, meta = _read_facts(path, ours, None)
+    if stated != layer:
+        raise ModelError(f"{path}: says layer {stated}, but its tensor is direction.{layer - 1}, which is resid_pre of layer {layer}")
+    return direction, layer, position, method, meta

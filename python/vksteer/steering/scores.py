@@ -1,0 +1,215 @@
+"""What a candidate does to the next token: refusal metric, KL, and the tokens that stand for refusal (method.md section 2).
+
+Everything here is float64 from the engine's float32 logits; means run over prompts in their order, so no batch size changes a bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Iterator
+
+import numpy as np
+
+from ..edits import Ablate, Steer
+from ..progress import Progress
+from ..prompts import chunks, token_text
+
+#: One engine call: about so many tokens, and at most so many float32 logits.
+CHUNK_TOKENS = 8192
+CHUNK_LOGITS = 1 << 24
+
+
+def _logsumexp(x) -> np.ndarray:
+    """log(sum(exp(x))) over the last axis, which is kept; float64, exact in both tails."""
+    top = x.max(axis=-1, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+
+
+def log_softmax(logits) -> np.ndarray:
+    """Log-probabilities, float64, over the last axis."""
+    x = np.asarray(logits, dtype=np.float64)
+    return x - _logsumexp(x)
+
+
+def refusal_metric(logits, refusal_tokens) -> np.ndarray:
+    """log(P_ref / (1 - P_ref)) with P_ref the summed next-token probability of `refusal_tokens`, no epsilon: float64 [...].
+
+    logits: [..., V], or log-probabilities. Both sums are taken in the logarithm, so that P_ref near 0 or 1 loses nothing.
+    """
+    x = np.asarray(logits, dtype=np.float64)
+    inside = np.zeros(x.shape[-1], dtype=bool)
+    inside[list(refusal_tokens)] = True
+    return (_logsumexp(x[..., inside]) - _logsumexp(x[..., ~inside]))[..., 0]
+
+
+def kl_divergence(logp, logits) -> np.ndarray:
+    """KL(P || Q) over the last axis, float64 [...]: P by its log-probabilities `logp`, Q by its logits. Never below 0 but for rounding."""
+    return (np.exp(logp) * (logp - log_softmax(logits))).sum(axis=-1)
+
+
+def _last_logits(model, rows) -> np.ndarray:
+    """Logits after the last token of every row, float32 [len(rows), V]. rows: (tokens, list of edits).
+
+    The one place where candidates meet the engine: rows that come together share their first edited layer, so an engine that resumes from
+    a cached layer input has to be called here and nowhere else.
+    """
+    return model.run([tokens for tokens, _ in rows], edits=[edits for _, edits in rows], logits="last").logits
+
+
+def last_logits(model, rows, step=None) -> Iterator[tuple[slice, np.ndarray]]:
+    """`_last_logits` in pieces that fit: yields (slice of rows, logits [n, V]). step: called with the number of rows done each time."""
+    for part in chunks([tokens for tokens, _ in rows], tokens=CHUNK_TOKENS, most=max(1, CHUNK_LOGITS // model.config.d_vocab)):
+        logits = _last_logits(model, rows[part])
+        if logits.shape != (part.stop - part.start, model.config.d_vocab):
+            raise RuntimeError(f"the engine returned logits {logits.shape} for {part.stop - part.start} rows of vocabulary {model.config.d_vocab}")
+        yield part, logits
+        if step is not None:
+            step(part.stop - part.start)
+
+
+# -- refusal tokens -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RefusalTokens:
+    """The tokens whose probability is the refusal metric, and how they were found."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    #: Mean next-token probability of each after harmful and after harmless prompts; empty where the tokens were given.
+    on_harmful: tuple[float, ...] = ()
+    on_harmless: tuple[float, ...] = ()
+
+    def __str__(self):
+        if not self.on_harmful:
+            return ", ".join(f"{text!r} ({i})" for i, text in zip(self.ids, self.texts))
+        return ", ".join(f"{text!r} ({i}; mean probability {a:.3f} after harmful, {b:.3f} after harmless prompts)"
+                         for i, text, a, b in zip(self.ids, self.texts, self.on_harmful, self.on_harmless))
+
+
+def given_refusal_tokens(model, ids) -> RefusalTokens:
+    """Checked token ids of the user's. Raises ValueError for an empty list and ids outside the vocabulary."""
+    ids = [ids] if isinstance(ids, (int, np.integer)) else list(ids)
+    V = model.config.d_vocab
+    for i in ids:
+        if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)) or not 0 <= i < V:
+            raise ValueError(f"refusal_tokens: {i!r} is no token id (whole numbers from 0 to {V - 1})")
+    ids = tuple(dict.fromkeys(int(i) for i in ids))
+    if not ids or len(ids) >= V:
+        raise ValueError(f"refusal_tokens names {len(ids)} of {V} tokens: give at least one and not all, or None to derive them")
+    return RefusalTokens(ids, tuple(token_text(model, i) for i in ids))
+
+
+def refusal_tokens_from(model, harmful_logp, harmless_logp, *, share=0.1, least=0.05, most=8) -> RefusalTokens:
+    """Tokens with which the model's answers begin after harmful prompts and not after harmless ones.
+
+    harmful_logp, harmless_logp: next-token log-probabilities [n, V]. Ranked by mean probability after harmful minus after harmless prompts; kept
+    are the first and every other whose difference is at least `share` of the first's, at most `most`.
+    Raises ValueError where the first difference is below `least`: the answers then begin alike and the tokens must be given.
+    """
+    a, b = np.exp(harmful_logp).mean(axis=0), np.exp(harmless_logp).mean(axis=0)
+    difference = a - b
+    order = np.argsort(-difference, kind="stable")[:most]
+    first = float(difference[order[0]])
+    if first < least:
+        raise ValueError(f"refusal tokens cannot be derived: the token that tells harmful from harmless prompts best, {token_text(model, order[0])!r}, differs by "
+                         f"{first:.3f} in probability. Does the model refuse these harmful prompts? Else name the tokens with refusal_tokens=[...]")
+    ids = tuple(int(i) for i in order if difference[i] >= share * first)
+    return RefusalTokens(ids, tuple(token_text(model, i) for i in ids), tuple(float(a[i]) for i in ids), tuple(float(b[i]) for i in ids))
+
+
+def derive_refusal_tokens(model, harmful, harmless) -> RefusalTokens:
+    """`refusal_tokens_from` on the unsteered model's next tokens after these prompts (texts or token lists)."""
+    from ..prompts import as_tokens
+
+    pair = []
+    for what, prompts in (("harmful", harmful), ("harmless", harmless)):
+        rows = [(tokens, []) for tokens in as_tokens(model, prompts, what)]
+        pair.append(np.concatenate([log_softmax(logits) for _, logits in last_logits(model, rows)]))
+    return refusal_tokens_from(model, *pair)
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What every candidate does, each float64 [P, L], means over prompts; NaN where it was not asked for.
+
+    bypass: refusal metric on harmful prompts under a = -1. induce: on harmless prompts under a = +1. kl: KL(unsteered || ablated) on harmless
+    prompts. bypass_ablation: refusal metric on harmful prompts under directional ablation.
+    """
+
+    bypass: np.ndarray
+    induce: np.ndarray
+    kl: np.ndarray
+    bypass_ablation: np.ndarray
+    positions: tuple[int, ...]
+    refusal_tokens: RefusalTokens
+    #: Refusal metric of the unsteered model, mean over the harmful and over the harmless prompts.
+    unsteered: tuple[float, float] = field(default=(float("nan"), float("nan")))
+
+    def to_markdown(self) -> str:
+        """The measured cells as a table, positions in rows, with the refusal tokens above."""
+        lines = [f"Refusal tokens: {self.refusal_tokens}", f"Unsteered metric: harmful {self.unsteered[0]:.3f}, harmless {self.unsteered[1]:.3f}", "",
+                 "| position | layer | bypass | induce | KL | bypass under ablation |", "|---:|---:|---:|---:|---:|---:|"]
+        number = lambda x: "" if np.isnan(x) else f"{x:.3f}"
+        for p, l in np.ndindex(self.induce.shape):
+            cell = [table[p, l] for table in (self.bypass, self.induce, self.kl, self.bypass_ablation)]
+            if not np.isnan(cell).all():
+                lines.append(f"| {self.positions[p]} | {l} | " + " | ".join(map(number, cell)) + " |")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """Plain lists and numbers, for JSON; NaN becomes None."""
+        plain = lambda table: [[None if np.isnan(x) else float(x) for x in row] for row in table]
+        return {"bypass": plain(self.bypass), "induce": plain(self.induce), "kl": plain(self.kl), "bypass_ablation": plain(self.bypass_ablation),
+                "positions": list(self.positions), "refusal_tokens": list(self.refusal_tokens.ids), "refusal_token_texts": list(self.refusal_tokens.texts),
+                "unsteered": list(self.unsteered)}
+
+
+class Scorer:
+    """Measures candidates on fixed validation prompts. The unsteered runs are made once, on construction.
+
+    harmful, harmless: token lists. refusal_tokens: ids, or None to derive them from these prompts.
+    """
+
+    SCORES = ("bypass", "induce", "kl", "bypass_ablation")
+
+    def __init__(self, model, harmful, harmless, refusal_tokens, progress: Progress | None = None):
+        self.model, self.harmful, self.harmless = model, harmful, harmless
+        if refusal_tokens is not None:
+            self.refusal = given_refusal_tokens(model, refusal_tokens)
+        base = [np.concatenate([log_softmax(logits) for _, logits in last_logits(model, [(tokens, []) for tokens in rows])]) for rows in (harmful, harmless)]
+        if refusal_tokens is None:
+            self.refusal = refusal_tokens_from(model, *base)
+        self.harmless_logp = base[1]
+        self.unsteered = tuple(float(refusal_metric(logp, self.refusal.ids).mean()) for logp in base)
+        if progress is not None:
+            progress.say(f"refusal tokens: {self.refusal}")
+
+    def rows_per_cell(self, score: str) -> int:
+        return len(self.harmful) if score.startswith("bypass") else len(self.harmless)
+
+    def measure(self, score: str, vectors, step=None) -> np.ndarray:
+        """One score of every vector, float64 [len(vectors)]: a batch of (vectors x prompts) rows, vector by vector.
+
+        A zero vector (where both classes have one and the same token, its input differs in nothing) changes nothing: its scores are the
+        unsteered model's, its KL is 0, and no row is run for it.
+        """
+        prompts = self.harmful if score.startswith("bypass") else self.harmless
+        edit = {"bypass": lambda v: Steer(v, -1.0), "induce": lambda v: Steer(v, 1.0)}.get(score, Ablate)
+        at_zero = {"kl": 0.0, "induce": self.unsteered[1]}.get(score, self.unsteered[0])
+        real = [i for i, v in enumerate(vectors) if v.norm > 0]
+        rows = [(tokens, edits) for edits in ([edit(vectors[i])] for i in real) for tokens in prompts]
+        values = np.empty(len(rows), dtype=np.float64)
+        for part, logits in last_logits(self.model, rows, step):
+            if score == "kl":
+                values[part] = kl_divergence(self.harmless_logp[np.arange(part.start, part.stop) % len(prompts)], logits)
+            else:
+                values[part] = refusal_metric(logits, self.refusal.ids)
+        out = np.full(len(vectors), at_zero, dtype=np.float64)
+        out[real] = values.reshape(len(real), len(prompts)).mean(axis=1)
+        if step is not None:
+            step((len(vectors) - len(real)) * len(prompts))
+        return out
