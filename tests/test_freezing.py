@@ -185,6 +185,24 @@ def test_base_equal_to_steered_changes_nothing(zoo, name, rng):
             assert_same_bits(f"{name} {freeze}", run.logits, added)
 
 
+@pytest.mark.parametrize("name", ["llama_bias", "gemma2", "qwen3"])
+def test_ablations_come_before_edits_of_what_they_change(zoo, name, rng):
+    """The ablations take the vector out of a projection's input, so an edit of that projection's output acts on what is left."""
+    import vksteer as vs
+
+    ref, model, prompts, vector = setting(zoo, name, rng)
+    steer = vs.Steer(vector, 1.0)
+    for ablate, site in (("svv", "blocks.1.attn.hook_v"), ("mlp_direct", "blocks.1.mlp.hook_pre"), ("mlp_direct", "blocks.1.mlp.hook_pre_linear"),
+                         ("svv", "blocks.1.ln1.hook_scale"), ("mlp_direct", "blocks.1.ln2.hook_scale"), ("mlp_direct", "blocks.1.ln2.hook_normalized")):
+        for edits in ([vs.Scale(site, 0.5), steer], [steer, vs.Set(site, 0.7, positions=[-1, 1])]):
+            run = model.run(prompts, edits=edits, ablate=ablate, capture=[site])
+            for b, p in enumerate(prompts):
+                with torch.no_grad():
+                    want = ref.forward(p, edits=edits, ablate=ablate)
+                assert_close(f"{name} {ablate} {edits}, row {b}", run.logits[b, -len(p):], want.logits)
+                assert_close(f"{name} {ablate} {edits}, row {b}: {site}", run[site][b, -len(p):], want.sites[site])
+
+
 def test_steering_at_the_first_and_last_layer(zoo, rng):
     import vksteer as vs
 
