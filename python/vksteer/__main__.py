@@ -1,0 +1,7 @@
+"""`python -m vksteer` is the command `vksteer`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
