@@ -22,7 +22,7 @@ TINY = dict(vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_laye
             max_position_embeddings=512)
 FAMILY = {f.model_type: f for f in families.FAMILIES}
 
-# transformers computes frequencies in float32: measured difference from float64 up to 9e-7 over 4,000 random configs
+# transformers computes frequencies in float32: measured difference from float64 up to 1.3e-6 over 2,035 tables of random configs
 ROPE_RTOL = 4e-6
 
 

@@ -74,7 +74,11 @@ class Config:
     @classmethod
     def from_json(cls, path) -> "Config":
         """From a config.json file."""
-        return cls.from_hf(read_json(path, limit=CONFIG_BYTES))
+        content = read_json(path, limit=CONFIG_BYTES)
+        try:
+            return cls.from_hf(content)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Config":

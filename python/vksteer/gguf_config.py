@@ -29,6 +29,15 @@ _SCALE_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # the 27B ones
 
 def config_from_gguf(file: GGUFFile) -> Config:
     """The facts of an opened GGUF file. Gemma's norm gains are stored as 1 + w, so norm_offset is 0."""
+    try:
+        return _config(file)
+    except ModelError as error:
+        if str(file.path) in str(error):
+            raise
+        raise ModelError(f"{file.path}: {error}") from error
+
+
+def _config(file):
     md = file.metadata
     arch = md.get("general.architecture")
     family = next((f for f in FAMILIES if arch in f.gguf), None) if isinstance(arch, str) else None

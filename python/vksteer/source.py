@@ -132,14 +132,14 @@ def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
         if not (path / "config.json").exists():
             raise ModelError(f"the bundled model {text!r} is missing from this installation ({path}); reinstall vksteer")
         return path
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):  # os.path's tests say False, rather than raise, for names that no file can have
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix in (".gguf", ".json"):
             return path
         raise ModelError(f"{path} is neither a folder, a .gguf file nor a config.json")
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{path} is not a regular file or folder")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", text) or text.endswith((".gguf", ".json", ".safetensors")) or ".." in text:
         raise ModelError(f"there is no file or folder {text!r}")
