@@ -141,3 +141,18 @@ def test_tiny_is_the_world():
     assert len(harmful) == len(harmless) == 5 and all(isinstance(p, str) for p in harmful + harmless)
     with pytest.raises(ValueError, match="train"):
         data.tiny("exam")
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    """The HTTP client's own errors are no OSErrors, and which client it is has changed between releases."""
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(ValueError, match="the hub did not give it: ConnectError: .Errno 111. Connection refused"):
+        data.load("owner/set:a.csv")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug is not dressed up as a network problem
+        data.load("owner/set:a.csv")

@@ -186,11 +186,23 @@ def _from_hub(name: str) -> Path:
     repository, _, wanted = name.partition(":")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"{name!r} is no file here, and no data set of the hub (owner/name or owner/name:PATH); short names are {', '.join(STUDY)}")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repository, repo_type="dataset")
-        return Path(huggingface_hub.hf_hub_download(repository, _choose_file(name, files, wanted), repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{name!r} is no file here, and the hub's data set cannot be had: {type(error).__name__}: {error}") from None
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"{name!r} is no file here, and fetching it from the hub needs huggingface_hub: pip install huggingface_hub") from None
+    files = _asked(name, lambda: huggingface_hub.HfApi().list_repo_files(repository, repo_type="dataset"))
+    file = _choose_file(name, files, wanted)
+    return Path(_asked(name, lambda: huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")))
+
+
+def _asked(name: str, call):
+    """The answer of a call to the hub; ValueError with the reason where there is none."""
+    try:
+        return call()
+    except Exception as error:
+        # huggingface_hub's errors are OSErrors or ValueErrors; its HTTP client's own (which library that is has changed between releases) are neither.
+        client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
+        if not client and not isinstance(error, (OSError, ValueError)):
+            raise
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ValueError(f"{name!r} is no file here, and the hub did not give it: {type(error).__name__}: {reason}") from error

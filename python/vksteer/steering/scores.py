@@ -19,16 +19,26 @@ CHUNK_TOKENS = 8192
 CHUNK_LOGITS = 1 << 24
 
 
-def _logsumexp(x) -> np.ndarray:
-    """log(sum(exp(x))) over the last axis, which is kept; float64, exact in both tails."""
-    top = x.max(axis=-1, keepdims=True)
-    return top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+def _logsumexp(x) -> float:
+    """log(sum(exp(x))) of one row, float64, exact in both tails."""
+    top = x.max()
+    return top + np.log(np.exp(x - top).sum())
+
+
+def _rowwise(function, width_out, *tables):
+    """`function` of each row by itself, so that every row's sums have one order: NumPy's depends on how many rows an array holds."""
+    tables = [np.asarray(table) for table in tables]
+    lead = tables[-1].shape[:-1]
+    flat = [np.ascontiguousarray(table.reshape(-1, table.shape[-1]), dtype=np.float64) for table in tables]
+    out = np.empty((len(flat[-1]), *width_out), dtype=np.float64)
+    for i, rows in enumerate(zip(*flat)):
+        out[i] = function(*rows)
+    return out.reshape(*lead, *width_out)
 
 
 def log_softmax(logits) -> np.ndarray:
-    """Log-probabilities, float64, over the last axis."""
-    x = np.asarray(logits, dtype=np.float64)
-    return x - _logsumexp(x)
+    """Log-probabilities, float64 [..., V], over the last axis."""
+    return _rowwise(lambda x: x - _logsumexp(x), (np.shape(logits)[-1],), logits)
 
 
 def refusal_metric(logits, refusal_tokens) -> np.ndarray:
@@ -36,15 +46,14 @@ def refusal_metric(logits, refusal_tokens) -> np.ndarray:
 
     logits: [..., V], or log-probabilities. Both sums are taken in the logarithm, so that P_ref near 0 or 1 loses nothing.
     """
-    x = np.asarray(logits, dtype=np.float64)
-    inside = np.zeros(x.shape[-1], dtype=bool)
+    inside = np.zeros(np.shape(logits)[-1], dtype=bool)
     inside[list(refusal_tokens)] = True
-    return (_logsumexp(x[..., inside]) - _logsumexp(x[..., ~inside]))[..., 0]
+    return _rowwise(lambda x: _logsumexp(x[inside]) - _logsumexp(x[~inside]), (), logits)
 
 
 def kl_divergence(logp, logits) -> np.ndarray:
     """KL(P || Q) over the last axis, float64 [...]: P by its log-probabilities `logp`, Q by its logits. Never below 0 but for rounding."""
-    return (np.exp(logp) * (logp - log_softmax(logits))).sum(axis=-1)
+    return _rowwise(lambda p, x: (np.exp(p) * (p - (x - _logsumexp(x)))).sum(), (), logp, logits)
 
 
 def _last_logits(model, rows) -> np.ndarray:
