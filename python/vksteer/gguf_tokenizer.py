@@ -99,7 +99,7 @@ def _gemma(file, tokens, types):
 
 def _sentencepiece(file, tokens, types):
     """SentencePiece BPE of Llama 2 and Mistral: merges sorted by score, a space before the text unless the file says otherwise."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
@@ -114,7 +114,10 @@ def _sentencepiece(file, tokens, types):
     merges.sort(key=lambda m: m[:3], reverse=True)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[m[3:] for m in merges], fuse_unk=True, byte_fallback=True))
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first" if prefix else "never", split=False)
+    # As sentencepiece does it, and these families' own tokenizer.json: always one more space, also before a text that begins with one, and
+    # after a special token. (transformers reads such GGUF files with Metaspace, which leaves a text that begins with a space alone.)
+    escape = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), escape]) if prefix else escape
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(content=" ", left=1)] if prefix else []))
     _add_marked(tokenizer, tokens, types, control=lambda t: True)
