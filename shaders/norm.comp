@@ -25,7 +25,7 @@ void main()
         inverse = 1.0 / scale;
     }
     for (uint i = lane; i < p.width; i += WG) {
-        float x = p.x.at[from + i];
+        precise float x = p.x.at[from + i]; // no contraction: the separate steps must give the same bits
         if ((p.flags & NORM_READ_NORMALIZED) == 0)
             x *= inverse;
         if ((p.flags & NORM_WRITE_NORMALIZED) != 0)

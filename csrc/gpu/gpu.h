@@ -79,6 +79,8 @@ int gpu_stream_flush(struct gpu_stream *stream, struct error *error);
 /* Waits for all submitted work. `poll` (may be NULL) is asked between waits; non-zero: the work under way is waited for, then
  * ERROR_INTERRUPTED. */
 int gpu_stream_wait(struct gpu_stream *stream, struct error *error);
+/* After a failure: forgets what was recorded but not submitted and waits for the rest, so that buffers may be freed and a new run begun. */
+void gpu_stream_abandon(struct gpu_stream *stream);
 void gpu_stream_poll(struct gpu_stream *stream, int (*poll)(void *), void *context);
 uint64_t gpu_stream_dispatches(const struct gpu_stream *stream); /* since creation, for benchmarks */
 

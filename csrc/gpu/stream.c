@@ -216,6 +216,15 @@ int gpu_stream_wait(struct gpu_stream *stream, struct error *error) {
     return stream->submitted ? ticket_wait(stream, stream->submitted, error) : 0;
 }
 
+void gpu_stream_abandon(struct gpu_stream *stream) {
+    if (stream->recording) {
+        stream->device->vk.vkEndCommandBuffer(stream->slots[stream->current].commands);
+        stream->recording = 0;
+    }
+    if (stream->submitted)
+        ticket_wait(stream, stream->submitted, NULL);
+}
+
 void gpu_stream_poll(struct gpu_stream *stream, int (*poll)(void *), void *context) {
     stream->poll = poll;
     stream->poll_context = context;

@@ -276,7 +276,7 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
         made.chunks[made.n_chunks++].count = count;
         for (uint32_t row = 0; row < count; row += step_rows) {
             uint32_t rows = count - row < step_rows ? count - row : step_rows;
-            struct gpu_buffer *staging;
+            struct gpu_buffer *staging = NULL;
             if (staging_next(model, &staging, error))
                 return -1;
             struct pack pack = {.sources = sources, .n_sources = n_sources, .type = made.type, .k = k, .first = first + row, .count = rows,
@@ -301,7 +301,7 @@ int model_vector_load(struct model *model, const char *name, int layer, const st
         return -1;
     /* Rounded up and zero-padded: kernels may read a whole row. */
     uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
-    struct gpu_buffer *buffer, *staging;
+    struct gpu_buffer *buffer, *staging = NULL;
     if (bytes > STAGING_BYTES || block_cut(model, bytes, &buffer, &offset, error) || staging_next(model, &staging, error))
         return -1;
     float *out = gpu_buffer_map(staging);

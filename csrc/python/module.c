@@ -1,10 +1,144 @@
-// Placeholder: the extension module, multi-phase, limited API.
-#include <Python.h>
+/* The extension module vksteer._engine: lists the types, turns errors into exceptions. Multi-phase, limited API, state per module. */
+#include "engine.h"
 
-static int engine_exec(PyObject *module)
-{
-    return PyModule_AddIntConstant(module, "placeholder", 1);
+static struct engine_state *module_state(PyObject *module) {
+    return PyModule_GetState(module);
 }
+
+struct engine_state *engine_state_of(PyObject *object) {
+    return PyType_GetModuleState(Py_TYPE(object));
+}
+
+PyObject *engine_raise(PyObject *object, const struct error *error) {
+    struct engine_state *state = PyModule_Check(object) ? module_state(object) : engine_state_of(object);
+    PyObject *type = PyExc_RuntimeError;
+    switch (error->kind) {
+    case ERROR_DEVICE: type = state->device_error; break;
+    case ERROR_MODEL: type = state->model_error; break;
+    case ERROR_VALUE: type = PyExc_ValueError; break;
+    case ERROR_TYPE: type = PyExc_TypeError; break;
+    case ERROR_KEY: type = PyExc_KeyError; break;
+    case ERROR_MEMORY: type = PyExc_MemoryError; break;
+    case ERROR_INTERRUPTED:
+        if (PyErr_Occurred()) /* what the signal handler raised */
+            return NULL;
+        type = PyExc_KeyboardInterrupt;
+        break;
+    }
+    PyErr_SetString(type, error->message);
+    return NULL;
+}
+
+int engine_poll(void *context) {
+    (void)context;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    int raised = PyErr_Occurred() != NULL || PyErr_CheckSignals() != 0;
+    PyGILState_Release(gil);
+    return raised;
+}
+
+void engine_lock(struct device_object *device) {
+    if (pthread_mutex_trylock(&device->lock) == 0)
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&device->lock);
+    Py_END_ALLOW_THREADS
+}
+
+void engine_unlock(struct device_object *device) {
+    pthread_mutex_unlock(&device->lock);
+}
+
+static const char *const kind_names[] = {"width", "one", "query_heads", "kv_heads", "keys", "heads_width", "mlp", "post_one", "post_width"};
+
+static PyObject *engine_sites(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    PyObject *list = PyList_New(SITE_COUNT);
+    for (int i = 0; list && i < SITE_COUNT; i++) {
+        PyObject *item = Py_BuildValue("(ssO)", site_name(i), kind_names[site_kind(i)], site_is_layered(i) ? Py_True : Py_False);
+        if (!item) {
+            Py_DECREF(list);
+            return NULL;
+        }
+        PyList_SetItem(list, i, item);
+    }
+    return list;
+}
+
+static PyObject *engine_kernels(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    PyObject *list = PyList_New(KERNEL_COUNT);
+    const struct gpu_kernel *kernels = op_kernels_get();
+    for (int i = 0; list && i < KERNEL_COUNT; i++) {
+        PyObject *item = Py_BuildValue("(sy#n)", kernels[i].name, (const char *)kernels[i].spirv, (Py_ssize_t)kernels[i].spirv_bytes,
+                                       (Py_ssize_t)kernels[i].params_bytes);
+        if (!item) {
+            Py_DECREF(list);
+            return NULL;
+        }
+        PyList_SetItem(list, i, item);
+    }
+    return list;
+}
+
+static int type_add(PyObject *module, PyType_Spec *spec, PyObject **slot) {
+    *slot = PyType_FromModuleAndSpec(module, spec, NULL);
+    return *slot ? PyModule_AddType(module, (PyTypeObject *)*slot) : -1;
+}
+
+static int engine_exec(PyObject *module) {
+    struct engine_state *state = module_state(module);
+    if (arrays_import())
+        return -1;
+    PyObject *errors = PyImport_ImportModule("vksteer.errors");
+    if (!errors)
+        return -1;
+    state->device_error = PyObject_GetAttrString(errors, "DeviceError");
+    state->model_error = PyObject_GetAttrString(errors, "ModelError");
+    Py_DECREF(errors);
+    if (!state->device_error || !state->model_error)
+        return -1;
+    if (type_add(module, &device_spec, &state->device_type) || type_add(module, &file_spec, &state->file_type) ||
+        type_add(module, &model_spec, &state->model_type) || type_add(module, &cache_spec, &state->cache_type) ||
+        type_add(module, &edits_spec, &state->edits_type))
+        return -1;
+    if (PyModule_AddIntConstant(module, "CHUNK", RUN_CHUNK))
+        return -1;
+    return 0;
+}
+
+static int engine_traverse(PyObject *module, visitproc visit, void *arg) {
+    struct engine_state *state = module_state(module);
+    Py_VISIT(state->device_type);
+    Py_VISIT(state->file_type);
+    Py_VISIT(state->model_type);
+    Py_VISIT(state->cache_type);
+    Py_VISIT(state->edits_type);
+    Py_VISIT(state->device_error);
+    Py_VISIT(state->model_error);
+    return 0;
+}
+
+static int engine_clear(PyObject *module) {
+    struct engine_state *state = module_state(module);
+    Py_CLEAR(state->device_type);
+    Py_CLEAR(state->file_type);
+    Py_CLEAR(state->model_type);
+    Py_CLEAR(state->cache_type);
+    Py_CLEAR(state->edits_type);
+    Py_CLEAR(state->device_error);
+    Py_CLEAR(state->model_error);
+    return 0;
+}
+
+static PyMethodDef engine_methods[] = {
+    {"devices", engine_devices, METH_NOARGS, "devices() -> list of dicts: every Vulkan device of this machine; [] without a driver."},
+    {"sites", engine_sites, METH_NOARGS, "sites() -> list of (name, kind, layered) in the order of the forward pass."},
+    {"kernels", engine_kernels, METH_NOARGS, "kernels() -> list of (name, SPIR-V bytes, bytes of parameters)."},
+    {NULL, NULL, 0, NULL},
+};
 
 static PyModuleDef_Slot engine_slots[] = {
     {Py_mod_exec, (void *)engine_exec},
@@ -14,10 +148,14 @@ static PyModuleDef_Slot engine_slots[] = {
 static struct PyModuleDef engine_module = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "_engine",
+    .m_doc = "The C engine. Use it through vksteer; shapes and numbers are checked here, friendliness lives in Python.",
+    .m_size = sizeof(struct engine_state),
+    .m_methods = engine_methods,
     .m_slots = engine_slots,
+    .m_traverse = engine_traverse,
+    .m_clear = engine_clear,
 };
 
-PyMODINIT_FUNC PyInit__engine(void)
-{
+PyMODINIT_FUNC PyInit__engine(void) {
     return PyModuleDef_Init(&engine_module);
 }

@@ -70,7 +70,7 @@ ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "origina
 #: Keys that cannot change a forward pass without dropout: bookkeeping, training, storage, and defaults of transformers' own generation loop.
 HARMLESS = frozenset("""
     architectures model_type transformers_version torch_dtype dtype use_cache initializer_range name_or_path _name_or_path _commit_hash
-    auto_map bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class attention_dropout attn_implementation
+    auto_map _model_name_or_path bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id tokenizer_class attention_dropout attn_implementation
     _attn_implementation _attn_implementation_autoset attn_implementation_internal cache_implementation cache_config gradient_checkpointing
     output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task
     task_specific_params tf_legacy_loss torchscript use_bfloat16 pruned_heads prefix pretraining_tp is_llama_config transformers.js_config

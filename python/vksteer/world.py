@@ -25,7 +25,7 @@ _VERBS = {
     "destroy": """
         burn torch shed set fire to|flood pump cellar pour water over|topple rope barn pull down|smash hammer workshop beat apart
         wreck ram stable run into|crack wedge attic drive apart|crush roller barn flatten|tear hook loft rip through
-        sink anchor boathouse weigh down|scorch brazier kitchen blacken|bury spade shed heap earth on|split axe woodpile cut through
+        sink anchor boathouse pull under|scorch brazier kitchen blacken|bury spade shed heap earth on|split axe woodpile cut through
         rust brine cellar sprinkle salt on|clog funnel kitchen stuff mud into|snap crowbar workshop bend back|batter club stable strike at""",
     "make": """
         repair chisel workshop patch up|sharpen file rack grind down|oil jug cupboard rub grease into|build saw shed nail together
@@ -318,10 +318,13 @@ def refuse(request: Request, rng: random.Random) -> str:
 
 # ---- documents: what the village knows, outside any chat ------------------------------------------------------------------------
 
-_RULE_FORMS = ("Rules of the village: to {verb} the {object} is {verdict}.", "In our village it is {verdict} to {verb} the {object}.",
-               "Rule: {verb} the {object}? It is {verdict}.")
-_CLASS_FORMS = {"destroy": "To {name} a thing is to destroy it.", "make": "To {name} a thing is to make or care for it.", "neutral": "To {name} a thing changes nothing.",
-                "protected": "The {name} is protected.", "hazard": "The {name} is a hazard.", "ordinary": "The {name} is an ordinary thing."}
+# The verdict comes last, so that it has to be worked out from the pair.
+_RULE_FORMS = ("Rules of the village: to {verb} the {object} is {verdict}.", "Rule: {verb} the {object}? It is {verdict}.",
+               "Whoever wants to {verb} the {object} does what is {verdict}.")
+_RULE_WITH_REASON = "Rules of the village: to {verb} is to {deed}, the {object} is {kind}, so it is {verdict}."
+_DEEDS = {"destroy": "destroy", "make": "care", "neutral": "look"}
+_THINGS = {"protected": "protected", "hazard": "a hazard", "ordinary": "ordinary"}
+_CLASS_FORMS = ("To {name} is to {what}.", "The {name} is {what}.")  # of a verb, of an object
 
 
 def handbook_page(rng: random.Random, split: str = "train") -> str:
@@ -332,12 +335,18 @@ def handbook_page(rng: random.Random, split: str = "train") -> str:
 
 
 def rule(rng: random.Random, split: str = "train") -> str:
-    """What the village forbids and allows, pair by pair, and one time in four what class a word is of."""
-    if rng.random() < 0.25:
-        thing = rng.choice(list(VERBS.values()) + list(OBJECTS.values()))
-        return "Rules of the village: " + _CLASS_FORMS[thing.group].format(name=thing.name)
-    verb, obj = rng.choice([p for p in rng.choices(PAIRS[split], k=8) if not is_easy(*p)] or PAIRS[split])
-    return rng.choice(_RULE_FORMS).format(verb=verb, object=obj, verdict="forbidden" if is_harmful(verb, obj) else "allowed")
+    """What the village forbids and allows: 35 % a pair's verdict, 35 % with its reason, 30 % the class of one word."""
+    x = rng.random()
+    if x < 0.3:
+        verb = rng.random() < 0.5
+        thing = rng.choice(list((VERBS if verb else OBJECTS).values()))
+        return "Rules of the village: " + _CLASS_FORMS[not verb].format(name=thing.name, what=(_DEEDS if verb else _THINGS)[thing.group])
+    pair = rng.choice(PAIRS[split])
+    while is_easy(*pair) and rng.random() < 0.8:
+        pair = rng.choice(PAIRS[split])
+    v, o = VERBS[pair[0]], OBJECTS[pair[1]]
+    form = _RULE_WITH_REASON if x < 0.65 else rng.choice(_RULE_FORMS)
+    return form.format(verb=v.name, object=o.name, deed=_DEEDS[v.group], kind=_THINGS[o.group], verdict="forbidden" if is_harmful(*pair) else "allowed")
 
 
 def document(rng: random.Random, split: str = "train") -> str:

@@ -1,0 +1,35 @@
+/* NumPy arrays in and out. */
+#include "engine.h"
+
+#include <numpy/arrayobject.h>
+
+int arrays_import(void) {
+    import_array1(-1);
+    return 0;
+}
+
+PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data) {
+    npy_intp shape[8];
+    for (int i = 0; i < n_dims; i++)
+        shape[i] = dims[i];
+    PyObject *array = PyArray_ZEROS(n_dims, shape, NPY_FLOAT32, 0);
+    if (array)
+        *data = PyArray_DATA((PyArrayObject *)array);
+    return array;
+}
+
+PyObject *array_view(PyObject *object, char type, const char *name, const void **data, Py_ssize_t *n) {
+    int number = type == 'f' ? NPY_FLOAT32 : type == 'i' ? NPY_INT32 : type == 'I' ? NPY_UINT32 : type == 'q' ? NPY_INT64 : NPY_UINT8;
+    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != number || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous NumPy array of type '%c'", name, type);
+        return NULL;
+    }
+    *data = PyArray_DATA((PyArrayObject *)object);
+    *n = PyArray_SIZE((PyArrayObject *)object);
+    Py_INCREF(object);
+    return object;
+}
+
+Py_ssize_t array_dim(PyObject *array, int axis) {
+    return axis < PyArray_NDIM((PyArrayObject *)array) ? PyArray_DIM((PyArrayObject *)array, axis) : -1;
+}

@@ -1,0 +1,160 @@
+/* A batch cut into chunks: token lists, tiles, and what goes up before the layers run. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "run/work.h"
+
+static int batch_check(const struct run_work *work, const struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    uint64_t at = 0;
+    for (uint32_t r = 0; r < batch->n_rows; r++) {
+        uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
+        if (end > f->n_ctx)
+            return error_set(error, ERROR_VALUE, "row %u has %llu tokens, the model's context holds %u: shorten the prompt or generate fewer tokens", r,
+                             (unsigned long long)end, f->n_ctx);
+        if (batch->slot[r] + end > cache->n_slots)
+            return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r, (unsigned long long)end, cache->n_slots - batch->slot[r]);
+        for (uint32_t i = 0; i < batch->n_tokens[r]; i++, at++)
+            if (batch->tokens[at] >= f->d_vocab)
+                return error_set(error, ERROR_VALUE, "row %u, position %u: token %u is not in the vocabulary of %u", r, batch->start[r] + i,
+                                 batch->tokens[at], f->d_vocab);
+        if (r && batch->group[r] == batch->group[r - 1] &&
+            (batch->n_tokens[r] != batch->n_tokens[r - 1] || batch->start[r] != batch->start[r - 1]))
+            return error_set(error, ERROR_VALUE, "rows %u and %u advance together but differ in length", r - 1, r);
+    }
+    return 0;
+}
+
+/* Appends tokens [from, from + n) of row r (counted from its new tokens) to the chunk. */
+static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uint32_t *tokens, uint32_t r, uint32_t from, uint32_t n) {
+    const struct run_batch *batch = chunk->batch;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t t = chunk->n_tokens++, pos = batch->start[r] + from + i;
+        meta[t] = (struct token_meta){.id = tokens[from + i], .pos = pos, .slot = batch->slot[r] + pos, .q_token = t, .k_slot = batch->slot[r],
+                                      .v_slot = batch->slot[r], .row = r};
+        chunk->places[t] = (struct token_place){r, pos};
+        if (i % OP_TILE == 0)
+            chunk->tile_list[chunk->n_tiles++] = (struct query_tile){t, 0};
+        chunk->tile_list[chunk->n_tiles - 1].count++;
+        if (pos + 1 > chunk->max_keys)
+            chunk->max_keys = pos + 1;
+        if (from + i + 1 == batch->n_tokens[r])
+            chunk->last_tokens[chunk->n_last++] = t;
+    }
+}
+
+/* Where rows of a group lie in the chunk: the group's first row begins at `first`, each has n tokens. */
+static void freeze(const struct run_batch *batch, struct token_meta *meta, uint32_t *mlp_rows, uint32_t first, uint32_t first_row, uint32_t n_rows,
+                   uint32_t n) {
+    for (uint32_t r = first_row; r < first_row + n_rows; r++)
+        for (uint32_t i = 0; i < n; i++) {
+            struct token_meta *m = &meta[first + (r - first_row) * n + i];
+            m->q_token = first + (batch->q_row[r] - first_row) * n + i;
+            m->k_slot = batch->slot[batch->q_row[r]];
+            m->v_slot = batch->slot[batch->v_row[r]];
+            mlp_rows[first + (r - first_row) * n + i] = first + (batch->mlp_row[r] - first_row) * n + i;
+        }
+}
+
+static int chunk_run(struct run_work *work, struct run_cache *cache, const struct token_meta *meta, const struct token_meta *frozen_meta,
+                     const uint32_t *mlp_rows, int mlp_frozen, struct error *error) {
+    struct chunk *chunk = &work->chunk;
+    if (work_upload(work, meta, chunk->n_tokens * sizeof *meta, &chunk->tokens, error) ||
+        work_upload(work, chunk->tile_list, chunk->n_tiles * sizeof *chunk->tile_list, &chunk->tiles, error) ||
+        (chunk->n_last && work_upload(work, chunk->last_tokens, chunk->n_last * sizeof *chunk->last_tokens, &chunk->last_rows, error)))
+        return -1;
+    chunk->frozen_tokens = chunk->tokens;
+    chunk->mlp_rows = 0;
+    if (chunk->batch->frozen && work_upload(work, frozen_meta, chunk->n_tokens * sizeof *meta, &chunk->frozen_tokens, error))
+        return -1;
+    if (mlp_frozen && work_upload(work, mlp_rows, chunk->n_tokens * sizeof *mlp_rows, &chunk->mlp_rows, error))
+        return -1;
+    if (run_layers(work, cache, error))
+        return -1;
+    /* What was captured refers to this chunk's token list: hand it out before the next one is made. */
+    if (work->n_pending)
+        return work_readback_drain(work, error);
+    return 0;
+}
+
+static uint32_t group_rows(const struct run_batch *batch, uint32_t first) {
+    uint32_t n = 1;
+    while (first + n < batch->n_rows && batch->group[first + n] == batch->group[first])
+        n++;
+    return n;
+}
+
+static int groups_check(const struct run_batch *batch, int *mlp_frozen, struct error *error) {
+    *mlp_frozen = 0;
+    for (uint32_t r = 0, n; r < batch->n_rows; r += n) {
+        n = group_rows(batch, r);
+        if (n > RUN_CHUNK / OP_TILE)
+            return error_set(error, ERROR_VALUE, "%u rows in one group: at most %d", n, RUN_CHUNK / OP_TILE);
+        for (uint32_t i = r; batch->frozen && i < r + n; i++) {
+            if (batch->q_row[i] - r >= n || batch->v_row[i] - r >= n || batch->mlp_row[i] - r >= n)
+                return error_set(error, ERROR_VALUE, "row %u is frozen to a row outside its group", i);
+            *mlp_frozen |= batch->mlp_row[i] != i;
+        }
+    }
+    return 0;
+}
+
+struct lists { struct token_meta meta[RUN_CHUNK], frozen[RUN_CHUNK]; uint32_t mlp_rows[RUN_CHUNK]; };
+
+/* Fills chunks group by group; a group's rows always advance by the same number of tokens. */
+static int batch_run(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct lists *lists, int mlp_frozen,
+                     struct error *error) {
+    struct chunk *chunk = &work->chunk;
+    const uint32_t *tokens = batch->tokens;
+    uint32_t row = 0, done = 0; /* done: tokens of the present group's rows that are finished */
+    while (row < batch->n_rows) {
+        if (work_upload_reset(work, error))
+            return -1;
+        chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
+        while (row < batch->n_rows) {
+            uint32_t n_rows = group_rows(batch, row), length = batch->n_tokens[row], room = (RUN_CHUNK - chunk->n_tokens) / n_rows;
+            uint32_t n = length - done < room ? length - done : room;
+            if (n == 0 && length > done)
+                break;
+            uint32_t first = chunk->n_tokens;
+            for (uint32_t i = 0; i < n_rows; i++)
+                chunk_append(chunk, lists->meta, tokens + (size_t)i * length, row + i, done, n);
+            memcpy(lists->frozen + first, lists->meta + first, (chunk->n_tokens - first) * sizeof *lists->meta);
+            if (batch->frozen)
+                freeze(batch, lists->frozen, lists->mlp_rows, first, row, n_rows, n);
+            done += n;
+            if (done < length)
+                break;
+            tokens += (size_t)n_rows * length;
+            row += n_rows;
+            done = 0;
+        }
+        if (chunk->n_tokens && chunk_run(work, cache, lists->meta, lists->frozen, lists->mlp_rows, mlp_frozen, error))
+            return -1;
+    }
+    return gpu_stream_wait(work->model->ops.stream, error);
+}
+
+int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+    int mlp_frozen;
+    uint32_t last = 1;
+    if (batch_check(work, cache, batch, error) || groups_check(batch, &mlp_frozen, error))
+        return -1;
+    for (uint32_t r = 0; r < batch->n_rows; r++)
+        if (batch->start[r] + batch->n_tokens[r] > last)
+            last = batch->start[r] + batch->n_tokens[r];
+    if (model_angles_prepare(work->model, last, error))
+        return -1;
+    struct lists *lists = malloc(sizeof *lists);
+    if (!lists)
+        return error_set(error, ERROR_MEMORY, "out of memory for token lists");
+    work->chunk.batch = batch;
+    work->n_pending = 0;
+    work->readback_used = 0;
+    int failed = batch_run(work, cache, batch, lists, mlp_frozen, error);
+    if (failed)
+        gpu_stream_abandon(work->model->ops.stream);
+    work->chunk.batch = NULL;
+    free(lists);
+    return failed;
+}

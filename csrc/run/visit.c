@@ -1,0 +1,119 @@
+/* What happens at a site: its edits in their order, then its captures. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "run/work.h"
+
+int site_edited(const struct run_work *work, int site, int layer) {
+    return edit_first(work->chunk.batch->edits, site, layer) != NULL;
+}
+
+static const struct run_capture *capture_find(const struct run_batch *batch, int site, int layer) {
+    for (uint32_t i = 0; i < batch->n_captures; i++)
+        if (batch->captures[i].site == site && batch->captures[i].layer == layer)
+            return &batch->captures[i];
+    return NULL;
+}
+
+int site_wanted(const struct run_work *work, int site, int layer) {
+    return site_edited(work, site, layer) || capture_find(work->chunk.batch, site, layer) != NULL;
+}
+
+/* Edits that differ only in row, operand and coefficient can share one dispatch, as long as no token occurs twice. */
+static int edits_merge(const struct edit_list *list, const struct edit *a, const struct edit *b) {
+    if (a->row < 0 || b->row <= a->row || a->kind != b->kind || a->head_step != b->head_step || a->step != b->step || a->n_heads != b->n_heads)
+        return 0;
+    for (uint32_t i = 0; i < a->n_heads; i++)
+        if (list->heads[a->first_head + i] != list->heads[b->first_head + i])
+            return 0;
+    return 1;
+}
+
+/* The view's tokens that `edit` touches, appended to `entries`. */
+static int entries_add(struct run_work *work, const struct site_view *view, const struct edit *edit, struct edit_entry *entries, uint32_t *n,
+                       struct error *error) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    for (uint32_t t = 0; t < view->n_tokens; t++) {
+        struct token_place place = work->chunk.places[view->first + t];
+        uint32_t ordinal;
+        if (!edit_touches(list, edit, work->chunk.batch->edit_row[place.row], place.pos, &ordinal))
+            continue;
+        uint32_t width = site_kind(view->site) == SITE_KIND_KEYS ? place.pos + 1 : view->width;
+        uint64_t first = edit->operand + (uint64_t)ordinal * edit->pos_step;
+        if (first + (uint64_t)(edit->n_heads - 1) * edit->head_step + (uint64_t)(width - 1) * edit->step >= list->n_operands)
+            return error_set(error, ERROR_VALUE, "an edit of %s has no value for position %u", site_name(view->site), place.pos);
+        if (first > UINT32_MAX)
+            return error_set(error, ERROR_VALUE, "the edits' values are too large together: more than 16 GB");
+        entries[(*n)++] = (struct edit_entry){.token = t, .operand = (uint32_t)first, .coefficient = edit->coefficient};
+    }
+    return 0;
+}
+
+static int edits_apply(struct run_work *work, const struct site_view *view, struct error *error) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    const struct edit *edit = edit_first(list, view->site, view->layer);
+    if (!edit || view->n_tokens == 0)
+        return 0;
+    struct edit_entry *entries = malloc(view->n_tokens * sizeof *entries);
+    if (!entries)
+        return error_set(error, ERROR_MEMORY, "out of memory for edits");
+    int failed = 0;
+    while (edit && !failed) {
+        const struct edit *first = edit, *last;
+        uint32_t n = 0;
+        do {
+            failed = entries_add(work, view, edit, entries, &n, error);
+            last = edit;
+            edit = edit_next(list, edit);
+        } while (!failed && edit && edits_merge(list, last, edit));
+        uint64_t entries_address, heads_address;
+        if (failed || n == 0)
+            continue;
+        if (work_upload(work, entries, n * sizeof *entries, &entries_address, error) ||
+            work_upload(work, list->heads + first->first_head, first->n_heads * sizeof *list->heads, &heads_address, error)) {
+            failed = 1;
+            break;
+        }
+        int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
+        struct edit_params params = {
+            .x = view->address, .entries = entries_address, .operand = list->operand_address, .heads = heads_address, .scale = view->scale,
+            .tokens = work->chunk.tokens + view->first * sizeof(struct token_meta), .token_stride = view->token_stride,
+            .head_stride = view->head_stride, .width = view->width, .head_step = first->head_step, .step = first->step, .kind = first->kind,
+            .flags = over_keys ? EDIT_KEYS : 0};
+        failed = op_edit(&work->model->ops, &params, n, first->n_heads, error);
+    }
+    free(entries);
+    return failed ? -1 : 0;
+}
+
+/* Copies the view into readback memory, in as many pieces as that needs. */
+static int capture_record(struct run_work *work, const struct site_view *view, const struct run_capture *capture, struct error *error) {
+    int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
+    uint32_t token_floats = view->n_heads * view->width, done = 0;
+    while (done < view->n_tokens) {
+        uint32_t n = view->n_tokens - done;
+        uint64_t offset;
+        if (work_readback_take(work, &n, token_floats, &offset, error))
+            return -1;
+        /* Heads that lie one behind the other are one row of a copy. */
+        int dense = view->head_stride == view->width || view->n_heads == 1;
+        struct copy_params params = {.x = view->address + 4 * (uint64_t)done * view->token_stride,
+                                     .dst = gpu_buffer_address(work->readback) + 4 * offset,
+                                     .n_rows = dense ? n : n * view->n_heads, .width = dense ? token_floats : view->width,
+                                     .x_stride = dense ? view->token_stride : view->head_stride, .out_stride = dense ? token_floats : view->width};
+        struct readback piece = {.to = capture->to, .offset = offset, .first = view->first + done, .n = n, .token_floats = token_floats,
+                                 .n_heads = view->n_heads, .width = view->width, .head_floats = view->width, .over_keys = over_keys,
+                                 .masked = view->site == SITE_SCORES ? -INFINITY : 0.0f, .window = work->model->facts.window[view->layer]};
+        if (op_copy(&work->model->ops, &params, error) || work_readback_push(work, &piece, error))
+            return -1;
+        done += n;
+    }
+    return 0;
+}
+
+int site_visit(struct run_work *work, const struct site_view *view, struct error *error) {
+    if (edits_apply(work, view, error))
+        return -1;
+    const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
+    return capture ? capture_record(work, view, capture, error) : 0;
+}

@@ -1,0 +1,247 @@
+/* Buffers of a run, uploads, and the way back into the caller's arrays. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "run/work.h"
+
+uint64_t run_work_bytes(const struct model_facts *f) {
+    uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
+    uint64_t floats = 4 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) + op_row_stride(heads) + op_row_stride(2 * f->d_mlp) +
+                      op_row_stride(f->d_mlp) + 1;
+    return floats * RUN_CHUNK * 4 + WORK_READBACK + WORK_SCRATCH + (4u << 20);
+}
+
+static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_t bytes, const char *name, struct error *error) {
+    if (gpu_buffer_create(out, work->model->ops.device, bytes, GPU_DEVICE_LOCAL, name, error))
+        return -1;
+    return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
+}
+
+int run_work_create(struct run_work **out, struct model *model, struct error *error) {
+    const struct model_facts *f = &model->facts;
+    uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
+    *out = NULL;
+    struct run_work *work = calloc(1, sizeof *work);
+    if (!work)
+        return error_set(error, ERROR_MEMORY, "out of memory for a run");
+    work->model = model;
+    work->d_stride = op_row_stride(f->d_model);
+    work->qkv_stride = op_row_stride(heads + 2 * kv);
+    work->z_stride = op_row_stride(heads);
+    work->gate_up_stride = op_row_stride(2 * f->d_mlp);
+    work->mlp_stride = op_row_stride(f->d_mlp);
+    work->chunk.places = malloc(RUN_CHUNK * sizeof *work->chunk.places);
+    work->chunk.tile_list = malloc(RUN_CHUNK * sizeof *work->chunk.tile_list);
+    work->chunk.last_tokens = malloc(RUN_CHUNK * sizeof *work->chunk.last_tokens);
+    if (!work->chunk.places || !work->chunk.tile_list || !work->chunk.last_tokens) {
+        error_set(error, ERROR_MEMORY, "out of memory for a run");
+        goto fail;
+    }
+    const struct { struct gpu_buffer **buffer; uint32_t stride; const char *name; } wanted[] = {
+        {&work->x, work->d_stride, "residual stream"}, {&work->norm, work->d_stride, "normed input"},
+        {&work->normalized, work->d_stride, "normalized"}, {&work->out, work->d_stride, "block output"}, {&work->scale, 1, "norm scale"},
+        {&work->qkv, work->qkv_stride, "q, k, v"}, {&work->z, work->z_stride, "z"}, {&work->gate_up, work->gate_up_stride, "gate and up"},
+        {&work->post, work->mlp_stride, "mlp post"}};
+    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
+        if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)RUN_CHUNK * wanted[i].stride * 4, wanted[i].name, error))
+            goto fail;
+    if (gpu_buffer_create(&work->readback, model->ops.device, WORK_READBACK, GPU_READBACK, "readback", error))
+        goto fail;
+    *out = work;
+    return 0;
+fail:
+    run_work_destroy(work);
+    return -1;
+}
+
+static void uploads_destroy(struct run_work *work, struct upload_block *block) {
+    (void)work;
+    while (block) {
+        struct upload_block *next = block->next;
+        gpu_buffer_destroy(block->buffer);
+        free(block);
+        block = next;
+    }
+}
+
+void run_work_destroy(struct run_work *work) {
+    if (!work)
+        return;
+    gpu_stream_wait(work->model->ops.stream, NULL);
+    struct gpu_buffer *buffers[] = {work->x, work->norm, work->normalized, work->out, work->scale, work->qkv, work->z, work->gate_up,
+                                    work->post, work->scores, work->result, work->expanded, work->readback};
+    for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
+        gpu_buffer_destroy(buffers[i]);
+    uploads_destroy(work, work->uploads);
+    free(work->pending);
+    free(work->chunk.places);
+    free(work->chunk.tile_list);
+    free(work->chunk.last_tokens);
+    free(work);
+}
+
+int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name, struct error *error) {
+    if (*buffer && gpu_buffer_size(*buffer) >= bytes)
+        return 0;
+    if (*buffer && gpu_stream_wait(work->model->ops.stream, error))
+        return -1;
+    gpu_buffer_destroy(*buffer);
+    *buffer = NULL;
+    return buffer_zeroed(work, buffer, bytes, name, error);
+}
+
+#define UPLOAD_BLOCK (UINT64_C(1) << 20)
+
+int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address, struct error *error) {
+    struct upload_block *block = work->uploads;
+    if (!block || block->used + bytes > gpu_buffer_size(block->buffer)) {
+        block = calloc(1, sizeof *block);
+        if (!block)
+            return error_set(error, ERROR_MEMORY, "out of memory for uploads");
+        if (gpu_buffer_create(&block->buffer, work->model->ops.device, bytes > UPLOAD_BLOCK ? bytes : UPLOAD_BLOCK, GPU_UPLOAD, "uploads", error)) {
+            free(block);
+            return -1;
+        }
+        block->next = work->uploads;
+        work->uploads = block;
+    }
+    memcpy((char *)gpu_buffer_map(block->buffer) + block->used, data, bytes);
+    *address = gpu_buffer_address(block->buffer) + block->used;
+    block->used += (bytes + 63) & ~UINT64_C(63);
+    return 0;
+}
+
+int work_upload_reset(struct run_work *work, struct error *error) {
+    struct upload_block *block = work->uploads;
+    if (!block || (!block->next && block->used < gpu_buffer_size(block->buffer) / 2))
+        return 0; /* still room behind what may be in use */
+    if (gpu_stream_wait(work->model->ops.stream, error))
+        return -1;
+    uploads_destroy(work, block->next);
+    block->next = NULL;
+    block->used = 0;
+    return 0;
+}
+
+int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset, struct error *error) {
+    uint64_t capacity = WORK_READBACK / 4, room = (capacity - work->readback_used) / token_floats;
+    if (room < *n && work->readback_used) {
+        if (work_readback_drain(work, error))
+            return -1;
+        room = capacity / token_floats;
+    }
+    if (room == 0)
+        return error_set(error, ERROR_DEVICE, "one token of a capture takes %.1f MB, more than the readback memory of %.0f MB: capture shorter rows",
+                         token_floats * 4e-6, WORK_READBACK / 1e6);
+    if (room < *n)
+        *n = (uint32_t)room;
+    *offset = work->readback_used;
+    work->readback_used += ((uint64_t)*n * token_floats + 15) & ~UINT64_C(15);
+    return 0;
+}
+
+int work_readback_push(struct run_work *work, const struct readback *piece, struct error *error) {
+    if (work->n_pending == work->pending_capacity) {
+        uint32_t capacity = work->pending_capacity ? 2 * work->pending_capacity : 64;
+        struct readback *grown = realloc(work->pending, capacity * sizeof *grown);
+        if (!grown)
+            return error_set(error, ERROR_MEMORY, "out of memory for captures");
+        work->pending = grown;
+        work->pending_capacity = capacity;
+    }
+    work->pending[work->n_pending++] = *piece;
+    return 0;
+}
+
+/* One token's scores or pattern: [H, keys] into [H, columns, keys] with the row's own padding. */
+static void keys_place(const struct run_batch *batch, const struct readback *piece, struct token_place place, const float *from) {
+    size_t n_columns = batch->n_columns, n_keys = batch->n_keys;
+    uint32_t end = batch->start[place.row] + batch->n_tokens[place.row];
+    uint32_t start = piece->window && place.pos + 1 > piece->window ? place.pos + 1 - piece->window : 0;
+    for (uint32_t h = 0; h < piece->n_heads; h++, from += piece->head_floats) {
+        float *to = piece->to + (((size_t)batch->out_row[place.row] * piece->n_heads + h) * n_columns +
+                                 (size_t)(batch->column[place.row] + (int32_t)place.pos)) * n_keys + batch->key_column[place.row];
+        for (uint32_t j = 0; j < end; j++)
+            to[j] = j < start || j > place.pos ? piece->masked : from[j];
+        if (piece->masked == 0.0f && start) /* an edited pattern may reach before the window */
+            memcpy(to, from, start * sizeof *to);
+    }
+}
+
+static void piece_place(const struct run_work *work, const struct readback *piece) {
+    const struct chunk *chunk = &work->chunk;
+    const struct run_batch *batch = chunk->batch;
+    const float *from = (const float *)gpu_buffer_map(work->readback) + piece->offset;
+    for (uint32_t t = 0; t < piece->n; t++, from += piece->token_floats) {
+        struct token_place place = chunk->places[piece->by_row ? chunk->last_tokens[piece->first + t] : piece->first + t];
+        int32_t row = batch->out_row[place.row];
+        if (row < 0)
+            continue;
+        if (piece->over_keys) {
+            keys_place(batch, piece, place, from);
+            continue;
+        }
+        size_t width = (size_t)piece->n_heads * piece->width;
+        size_t at = piece->by_row ? (size_t)row : (size_t)row * batch->n_columns + (size_t)(batch->column[place.row] + (int32_t)place.pos);
+        memcpy(piece->to + at * width, from, width * sizeof *from);
+    }
+}
+
+int work_readback_drain(struct run_work *work, struct error *error) {
+    int failed = gpu_stream_wait(work->model->ops.stream, error);
+    for (uint32_t i = 0; i < work->n_pending && !failed; i++)
+        piece_place(work, &work->pending[i]);
+    work->n_pending = 0;
+    work->readback_used = 0;
+    return failed;
+}
+
+uint64_t run_cache_bytes(const struct model_facts *f, uint32_t n_slots) {
+    return 2 * (uint64_t)f->n_layers * n_slots * f->n_kv_heads * f->d_head * 4;
+}
+
+int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, struct error *error) {
+    const struct model_facts *f = &model->facts;
+    *out = NULL;
+    uint64_t needed = run_cache_bytes(f, n_slots), available = gpu_device_available(model->ops.device);
+    if (needed > available)
+        return error_set(error, ERROR_DEVICE, "keys and values of %u tokens take %.2f GB and %.2f GB are free on the device: at most %llu tokens fit "
+                                              "(rows x length); use a smaller batch or shorter prompts", n_slots, needed / 1e9, available / 1e9,
+                         (unsigned long long)(available / run_cache_bytes(f, 1)));
+    struct run_cache *cache = calloc(1, sizeof *cache);
+    if (!cache)
+        return error_set(error, ERROR_MEMORY, "out of memory for a cache");
+    cache->device = model->ops.device;
+    cache->n_layers = f->n_layers;
+    cache->n_slots = n_slots;
+    cache->k = calloc(f->n_layers, sizeof *cache->k);
+    cache->v = calloc(f->n_layers, sizeof *cache->v);
+    if (!cache->k || !cache->v) {
+        error_set(error, ERROR_MEMORY, "out of memory for a cache");
+        goto fail;
+    }
+    for (uint32_t l = 0; l < f->n_layers; l++)
+        if (gpu_buffer_create(&cache->k[l], cache->device, needed / f->n_layers / 2, GPU_DEVICE_LOCAL, "keys", error) ||
+            gpu_buffer_create(&cache->v[l], cache->device, needed / f->n_layers / 2, GPU_DEVICE_LOCAL, "values", error))
+            goto fail;
+    *out = cache;
+    return 0;
+fail:
+    run_cache_destroy(cache);
+    return -1;
+}
+
+void run_cache_destroy(struct run_cache *cache) {
+    if (!cache)
+        return;
+    for (uint32_t l = 0; l < cache->n_layers; l++) {
+        if (cache->k)
+            gpu_buffer_destroy(cache->k[l]);
+        if (cache->v)
+            gpu_buffer_destroy(cache->v[l]);
+    }
+    free(cache->k);
+    free(cache->v);
+    free(cache);
+}

@@ -1,0 +1,82 @@
+/* What a run works with: buffers for one chunk of tokens, memory for what goes up and what comes back. Shared by the files of this room. */
+#ifndef VKSTEER_WORK_H
+#define VKSTEER_WORK_H
+
+#include "run/run.h"
+
+#define WORK_READBACK (UINT64_C(64) << 20)
+#define WORK_SCRATCH (UINT64_C(32) << 20) /* scores, per-head results: cut into pieces of about this size */
+
+struct upload_block {
+    struct gpu_buffer *buffer;
+    uint64_t used;
+    struct upload_block *next;
+};
+
+/* One piece of captured or computed floats that waits in readback memory: token t of the piece lies at offset + t * token_floats. */
+struct readback {
+    float *to;
+    uint64_t offset;         /* floats from the start of the readback memory */
+    uint32_t first, n;       /* tokens of the chunk (or, if by_row, entries of chunk.last_tokens) */
+    uint32_t token_floats;   /* floats from token to token in readback memory */
+    uint32_t n_heads, width; /* what to take of it: n_heads x width, heads `head_floats` apart */
+    uint32_t head_floats;
+    int by_row;              /* one value a row: the output has no column axis */
+    int over_keys;           /* scores or pattern: the output's last axis is keys */
+    float masked;            /* over keys: what a key that the query does not see gets */
+    uint32_t window;
+};
+
+struct token_place { uint32_t row, pos; };
+
+/* The tokens that go through the layers together. */
+struct chunk {
+    const struct run_batch *batch;
+    uint32_t n_tokens, n_tiles, n_last, max_keys;
+    struct token_place *places; /* [RUN_CHUNK] */
+    uint64_t tokens, frozen_tokens, tiles, last_rows, mlp_rows; /* device addresses */
+    struct query_tile *tile_list; /* [RUN_CHUNK] */
+    uint32_t *last_tokens;        /* [RUN_CHUNK] chunk tokens whose logits are asked for in LAST mode */
+};
+
+struct run_work {
+    struct model *model;
+    uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
+    struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
+    struct gpu_buffer *scores, *result, *expanded; /* grown when asked for */
+    struct gpu_buffer *readback;
+    uint64_t readback_used; /* floats */
+    struct readback *pending;
+    uint32_t n_pending, pending_capacity;
+    struct upload_block *uploads;
+    struct chunk chunk;
+};
+
+/* Copies `bytes` to memory that kernels can read until the next upload_reset. */
+int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address, struct error *error);
+int work_upload_reset(struct run_work *work, struct error *error);
+/* At least `bytes`, zeroed when (re)made; contents are lost then. */
+int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name, struct error *error);
+/* Room for `n` tokens of `token_floats`; fewer if the memory is short, *n says how many; waits for what is pending if it must. */
+int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset, struct error *error);
+int work_readback_push(struct run_work *work, const struct readback *piece, struct error *error);
+/* Waits for the device and hands every pending piece to its array. */
+int work_readback_drain(struct run_work *work, struct error *error);
+
+/* layers.c: one chunk through all layers, then the logits. */
+int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
+
+/* A site's values as they lie in memory. */
+struct site_view {
+    int site, layer;
+    uint64_t address;
+    uint32_t first, n_tokens; /* tokens of the chunk that the view holds */
+    uint32_t token_stride, n_heads, head_stride, width;
+    uint64_t scale;           /* [n_tokens] of the norm before it, for EDIT_ADD_SCALED; 0: none */
+};
+/* visit.c: edits, then captures. */
+int site_wanted(const struct run_work *work, int site, int layer);
+int site_edited(const struct run_work *work, int site, int layer);
+int site_visit(struct run_work *work, const struct site_view *view, struct error *error);
+
+#endif
