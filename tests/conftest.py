@@ -78,7 +78,7 @@ class Zoo:
 
         key = name, style, dtype
         if key not in self._engines:
-            self._engines[key] = vksteer.Model.from_pretrained(str(self.folder(name, style)), dtype=dtype)
+            self._engines[key] = vksteer.Model.from_pretrained(str(self.folder(name, style)), dtype=dtype, progress=False)
         return self._engines[key]
 
     def close(self):

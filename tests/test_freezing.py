@@ -193,7 +193,7 @@ def test_ablations_come_before_edits_of_what_they_change(zoo, name, rng):
     ref, model, prompts, vector = setting(zoo, name, rng)
     steer = vs.Steer(vector, 1.0)
     for ablate, site in (("svv", "blocks.1.attn.hook_v"), ("mlp_direct", "blocks.1.mlp.hook_pre"), ("mlp_direct", "blocks.1.mlp.hook_pre_linear"),
-                         ("svv", "blocks.1.ln1.hook_scale"), ("mlp_direct", "blocks.1.ln2.hook_scale"), ("mlp_direct", "blocks.1.ln2.hook_normalized")):
+                         ("svv", "blocks.1.ln1.hook_scale"), ("mlp_direct", "blocks.1.ln2.hook_scale")):
         for edits in ([vs.Scale(site, 0.5), steer], [steer, vs.Set(site, 0.7, positions=[-1, 1])]):
             run = model.run(prompts, edits=edits, ablate=ablate, capture=[site])
             for b, p in enumerate(prompts):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_model_files import TINY, gguf_model, write_folder, write_gguf
+from model_writers import TINY, gguf_model, write_folder, write_gguf
 from vksteer import source
 from vksteer.errors import ModelError
 from vksteer.tokenizer import Tokenizer, prompt_list
