@@ -163,7 +163,7 @@ def test_pattern_and_scores(case, rng, name):
     import vksteer as vs
 
     ref, model, prompts, responses = case(name)
-    both = ["blocks.1.attn.hook_attn_scores", "blocks.1.attn.hook_pattern"]
+    both = ["blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"]  # layer 0 slides in Gemma 2 and Mistral
     for edits in ([vs.Set(both[0], 0.0)], [vs.Set(both[1], 0.1)], [vs.Scale(both[0], 0.0)], [vs.Add(both[0], 3.0, heads=[0], positions=[4])],
                   [vs.Set(both[1], 0.25, heads=[1], positions=[-1])], [vs.Scale(both[0], -1.0), vs.Scale(both[1], 0.5)]):
         check(ref, model, prompts, responses, edits, both, changes=None)
