@@ -14,7 +14,7 @@ ROOT=$PWD TOOLS=$PWD/.tools VENV=$PWD/.venv
 GOAL=${1:-build}
 MESA_WANTED=25   # older lavapipe is 2-3 times slower
 
-say()  { echo "setup: $*"; }
+say()  { printf "setup [%3d s]: %s\n" $SECONDS "$*"; }
 die()  { echo "setup: $*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
