@@ -431,6 +431,7 @@ def test_real_weights_equal_transformers(name):
         if gemma and got.ndim == 1:
             got = got - np.float32(1)  # transformers stores w, the file 1 + w
         np.testing.assert_array_equal(got, expected, err_msg=t.name)
-    hf = Config.from_hf({**theirs.config.to_dict(), "architectures": [files.config.architecture], "eos_token_id": None, "bos_token_id": None})
+    hf = Config.from_hf({**theirs.config.to_dict(), "architectures": [files.config.architecture], "eos_token_id": None, "bos_token_id": None,
+                          "quantization_config": None})
     assert files.config.replace(norm_offset=hf.norm_offset, eos_ids=(), bos_id=None, norm_eps=hf.norm_eps) == hf
     assert files.config.norm_eps == pytest.approx(hf.norm_eps, rel=1e-6)

@@ -74,6 +74,7 @@ HARMLESS = frozenset("""
     _attn_implementation _attn_implementation_autoset attn_implementation_internal cache_implementation cache_config gradient_checkpointing
     output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task
     task_specific_params tf_legacy_loss torchscript use_bfloat16 pruned_heads prefix pretraining_tp is_llama_config transformers.js_config
+    max_sequence_length model_max_length tokenizer_model_max_length tokenizer_padding_side _flash_attn_2_enabled use_flash_attn
     unsloth_version unsloth_fixed unsloth_tags max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
     do_sample num_beams num_beam_groups penalty_alpha temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff diversity_penalty
     repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
