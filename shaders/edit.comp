@@ -12,7 +12,11 @@ void main()
     uint token = entry.token, ordinal = gl_WorkGroupID.y;
     uint base = token * p.token_stride + p.heads.at[ordinal] * p.head_stride;
     uint operand = entry.operand + ordinal * p.head_step;
-    uint width = (p.flags & EDIT_KEYS) != 0 ? min(p.width, p.tokens.at[token].pos + 1) : p.width;
+    uint start = 0, width = p.width;
+    if ((p.flags & EDIT_KEYS) != 0) { // neither the future nor what lies before the window can be opened
+        width = min(p.width, p.tokens.at[token].pos + 1);
+        start = p.window != 0 && width > p.window ? width - p.window : 0;
+    }
     float factor = entry.coefficient;
     if (p.kind == EDIT_ABLATE) {
         float sum = 0.0;
@@ -22,7 +26,7 @@ void main()
     } else if (p.kind == EDIT_ADD_SCALED) {
         factor /= p.scale.at[token];
     }
-    for (uint i = gl_LocalInvocationID.x; i < width; i += WG) {
+    for (uint i = start + gl_LocalInvocationID.x; i < width; i += WG) {
         float x = p.x.at[base + i], y = p.operand.at[operand + i * p.step];
         if (p.kind == EDIT_SET)
             x = y;

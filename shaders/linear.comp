@@ -1,7 +1,10 @@
 // dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): the matrix kernel for drivers whose subgroups are vector registers (software).
 //
 // Defines   WEIGHT 0 float32, 1 bfloat16, 2 float16
-//           RM    rows of x a subgroup       RN  columns a lane (a subgroup covers SG * RN columns)
+//           RM    rows of x a subgroup
+//           RN    columns a lane (a subgroup covers SG * RN columns); without it a subgroup covers one panel: for few rows, where a part of a
+//                 panel would be read at 2-4 times the cost, and the panel is touched first: one gather fetches many cache lines at once, the
+//                 loop below would wait for them one after the other (+15-30 % from DRAM)
 //           LOAD64 (optional) 64-bit loads through uint64_t; needs shaderInt64; the bits do not change
 // Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel stays in cache meanwhile
 //
@@ -16,9 +19,6 @@
 // uniform buffers are several times slower there (docs/decisions.md).
 #version 450
 #extension GL_GOOGLE_include_directive : require
-#ifdef LOAD64
-#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
-#endif
 #include "types.glsl"
 #include "linear_epilogue.glsl"
 
@@ -36,59 +36,102 @@ vec4 unpack_quad(uvec2 v)
 #endif
 }
 
-#if WEIGHT == 0
+// WORD: a load that only touches; LINE: elements of `at` in a cache line of 64 bytes.
+#if defined(LOAD64) && WEIGHT == 0
+#define LOAD_W(i) vec4(uintBitsToFloat(unpack32(p.weights.at[2 * (i)])), uintBitsToFloat(unpack32(p.weights.at[2 * (i) + 1])))
+#define WORD(i) uint(p.weights.at[i])
+#define LINE 8
+#elif defined(LOAD64)
+#define LOAD_W(i) unpack_quad(unpack32(p.weights.at[i]))
+#define WORD(i) uint(p.weights.at[i])
+#define LINE 8
+#elif WEIGHT == 0
 #define LOAD_W(i) p.weights.at[i]
+#define WORD(i) floatBitsToUint(p.weights.at[i].x)
+#define LINE 4
 #else
 #define LOAD_W(i) unpack_quad(p.weights.at[i])
+#define WORD(i) p.weights.at[i].x
+#define LINE 8
 #endif
 
-// Element e = row * KB + k of the tile of x lives in register e / SG of lane e % SG.
-const uint X_REGS = (RM * KB + SG - 1) / SG;
-const uint X_MAX = RM * KB / 4; // at the smallest SG, 4
+#ifdef RN
+const uint COLUMNS = RN, COLUMNS_MAX = RN;
+#else
+const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
+#endif
+
+// XV floats of x a load. Element e = row * KB + k of the tile of x lives in register e / XV / SG of lane e / XV % SG.
+#ifdef LOAD64
+#define XV 2
+#define X_TYPE vec2
+#define LOAD_X(i) uintBitsToFloat(unpack32(p.x.at[i]))
+#define X_PART(v, e) v[(e) % 2]
+#else
+#define XV 1
+#define X_TYPE float
+#define LOAD_X(i) p.x.at[i]
+#define X_PART(v, e) v
+#endif
+const uint X_REGS = (RM * KB / XV + SG - 1) / SG;
+const uint X_MAX = RM * KB / XV / 4 + 1; // at the smallest SG, 4
 
 void main()
 {
     const uint lane = gl_SubgroupInvocationID;
     const uint m0 = gl_WorkGroupID.x * RM;
-    const uint n0 = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * RN + lane;
+    const uint first = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS, n0 = first + lane;
 
-    uint w_at[RN]; // columns past the end read the last one and are not written
-    [[unroll]] for (int j = 0; j < RN; j++) {
+    uint w_at[COLUMNS_MAX]; // columns past the end read the last one and are not written
+    [[unroll]] for (uint j = 0; j < COLUMNS; j++) {
         uint n = min(n0 + j * SG, p.n_out - 1);
         w_at[j] = (n / NB * p.panel_quads + p.first_quad) * NB + n % NB;
     }
     uint x_at[X_MAX]; // rows past the end read the last one and are not written
     [[unroll]] for (uint r = 0; r < X_REGS; r++) {
-        uint e = r * SG + lane;
-        x_at[r] = min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.x_stride + e % KB;
+        uint e = (r * SG + lane) * XV;
+        x_at[r] = (min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.x_stride + e % KB) / XV;
     }
 
-    float acc[RM][RN];
+#ifndef RN
+    uint touched = 0;
+    const uint panel_size = p.panel_quads * NB * (WEIGHT == 0 ? LINE / 4 : 1);
+    const uint panel_start = min(first, p.n_out - 1) / NB * panel_size;
+    for (uint t = lane * LINE; t < panel_size; t += SG * LINE * 4)
+        [[unroll]] for (uint u = 0; u < 4; u++)
+            touched |= WORD(panel_start + min(t + u * SG * LINE, panel_size - 1));
+#endif
+
+    float acc[RM][COLUMNS_MAX];
     [[unroll]] for (int i = 0; i < RM; i++)
-        [[unroll]] for (int j = 0; j < RN; j++)
+        [[unroll]] for (uint j = 0; j < COLUMNS; j++)
             acc[i][j] = 0;
 
     for (uint q = 0; q < p.k_quads; q += KB / 4) {
-        float x[X_MAX];
+        X_TYPE x[X_MAX];
         [[unroll]] for (uint r = 0; r < X_REGS; r++)
-            x[r] = p.x.at[x_at[r] + q * 4];
+            x[r] = LOAD_X(x_at[r] + q * (4 / XV));
         [[unroll]] for (uint s = 0; s < KB / 4; s++) {
-            vec4 w[RN];
-            [[unroll]] for (int j = 0; j < RN; j++)
+            vec4 w[COLUMNS_MAX];
+            [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                 w[j] = LOAD_W(w_at[j] + (q + s) * NB);
             [[unroll]] for (int i = 0; i < RM; i++)
                 [[unroll]] for (int c = 0; c < 4; c++) {
                     uint e = i * KB + s * 4 + c;
-                    float value = subgroupBroadcast(x[e / SG], e % SG);
-                    [[unroll]] for (int j = 0; j < RN; j++)
+                    float value = subgroupBroadcast(X_PART(x[e / XV / SG], e), e / XV % SG);
+                    [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                         acc[i][j] = fma(value, w[j][c], acc[i][j]);
                 }
         }
     }
 
+#ifndef RN
+    if (touched == 0x9e3779b9u && p.n_rows == 0xffffffffu) // never; keeps the reads alive
+        acc[0][0] = 0;
+#endif
     [[unroll]] for (int i = 0; i < RM; i++)
         if (m0 + i < p.n_rows)
-            [[unroll]] for (int j = 0; j < RN; j++)
+            [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                 if (n0 + j * SG < p.n_out)
                     p.dst.at[(m0 + i) * p.out_stride + n0 + j * SG] = linear_epilogue(p, acc[i][j], m0 + i, n0 + j * SG);
 }

@@ -130,6 +130,9 @@ static void device_describe(VkPhysicalDevice physical, int index, struct gpu_dev
     info->has_budget = device_extension_offered(physical, VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
     info->has_subgroup_control = device_extension_offered(physical, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
     info->has_executable_info = device_extension_offered(physical, VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
+    VkPhysicalDeviceFeatures features;
+    vkGetPhysicalDeviceFeatures(physical, &features);
+    info->has_int64 = features.shaderInt64 != 0;
     const char *missing = baseline_missing(physical, base, &subgroup);
     info->suitable = missing == NULL;
     if (missing)
@@ -209,7 +212,8 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
     }
     if (device->info.has_executable_info)
         *next = &executable;
-    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &v12};
+    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &v12,
+                                          .features = {.shaderInt64 = device->info.has_int64 ? VK_TRUE : VK_FALSE}};
     const float priority = 1.0f;
     device->queue_family = queue_family_find(device->physical);
     VkDeviceQueueCreateInfo queue = {.sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO, .queueFamilyIndex = device->queue_family,

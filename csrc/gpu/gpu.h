@@ -25,7 +25,7 @@ struct gpu_device_info {
     uint64_t available_bytes; /* what VK_EXT_memory_budget says is left of it, or memory_bytes */
     uint32_t subgroup_size;
     uint32_t max_push_bytes, max_shared_bytes, max_invocations;
-    int has_budget, has_subgroup_control, has_executable_info;
+    int has_budget, has_subgroup_control, has_executable_info, has_int64;
     int suitable;            /* offers the baseline; if not, `missing` says what is absent */
     char missing[160];
 };

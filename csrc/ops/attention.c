@@ -26,3 +26,8 @@ int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_til
     return gpu_stream_dispatch(ops->stream, KERNEL_attn_mix, params, sizeof *params, blocks(ops, params->d_head), n_tiles, params->n_heads,
                                2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head, error);
 }
+
+int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_attn_decode, params, sizeof *params, n_tokens, params->n_heads, 1,
+                               4.0 * n_tokens * n_keys * params->n_heads * params->d_head, error);
+}

@@ -3,18 +3,27 @@
 
 struct variant {
     int kernel;
-    uint32_t rows, columns; /* of the result, a workgroup; columns in units of the workgroup's lanes for LINEAR_BROADCAST */
+    uint32_t rows;    /* of the result, a workgroup */
+    uint32_t columns; /* of the result, a lane; 0: a subgroup takes one panel */
 };
 
-static const struct variant broadcast[3][3] = {
-    [WEIGHT_F32] = {{KERNEL_linear_f32_1, 1, 4}, {KERNEL_linear_f32_8, 8, 4}, {KERNEL_linear_f32_16, 16, 2}},
-    [WEIGHT_BF16] = {{KERNEL_linear_bf16_1, 1, 4}, {KERNEL_linear_bf16_8, 8, 4}, {KERNEL_linear_bf16_16, 16, 2}},
-    [WEIGHT_F16] = {{KERNEL_linear_f16_1, 1, 4}, {KERNEL_linear_f16_8, 8, 4}, {KERNEL_linear_f16_16, 16, 2}},
+#define VARIANTS(type, suffix) \
+    {{KERNEL_linear_##type##_1##suffix, 1, 0}, {KERNEL_linear_##type##_2##suffix, 2, 0}, {KERNEL_linear_##type##_4##suffix, 4, 0}, \
+     {KERNEL_linear_##type##_8##suffix, 8, 0}, {KERNEL_linear_##type##_16##suffix, 16, 4}}
+static const struct variant broadcast[2][3][5] = {
+    {[WEIGHT_F32] = VARIANTS(f32, ), [WEIGHT_BF16] = VARIANTS(bf16, ), [WEIGHT_F16] = VARIANTS(f16, )},
+    {[WEIGHT_F32] = VARIANTS(f32, _64), [WEIGHT_BF16] = VARIANTS(bf16, _64), [WEIGHT_F16] = VARIANTS(f16, _64)},
 };
 
 static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
-    (void)ops;
-    return &broadcast[type][n_rows == 1 ? 0 : n_rows <= 8 ? 1 : 2];
+    int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 ? 3 : 4;
+    return &broadcast[ops->linear_family == LINEAR_BROADCAST_64][type][i];
+}
+
+static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
+    if (variant->columns)
+        return variant->columns * ops->workgroup;
+    return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
 }
 
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error) {
@@ -32,7 +41,7 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
             .first_quad = args->first_k / 4, .x_stride = args->x_stride, .out_stride = args->dst_stride,
             .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0),
             .softcap = args->softcap};
-        uint32_t columns = variant->columns * ops->workgroup;
+        uint32_t columns = variant_columns(ops, variant);
         if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (args->n_rows + variant->rows - 1) / variant->rows,
                                 (params.n_out + columns - 1) / columns, 1, 8.0 * args->n_rows * params.n_out * n_quads, error))
             return -1;

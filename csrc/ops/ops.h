@@ -60,7 +60,7 @@ static inline uint64_t op_matrix_bytes(uint32_t type, uint32_t rows, uint32_t k)
     return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_quads(k) * (type == WEIGHT_F32 ? 16 : 8);
 }
 
-enum op_linear_family { LINEAR_BROADCAST, LINEAR_TILED, LINEAR_FAMILIES };
+enum op_linear_family { LINEAR_BROADCAST, LINEAR_BROADCAST_64, LINEAR_FAMILIES };
 
 struct op_linear_args {
     uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
@@ -78,6 +78,8 @@ int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens
 int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
 int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
 int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
+
+int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
 
 /* --- elementwise.c ------------------------------------------------------------------------------------------------------------------- */
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride,

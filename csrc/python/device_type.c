@@ -4,11 +4,12 @@
 static const char *const type_names[] = {"discrete", "integrated", "virtual", "software"};
 
 static PyObject *info_dict(const struct gpu_device_info *info) {
-    return Py_BuildValue("{s:i,s:s,s:s,s:s,s:s,s:s,s:K,s:K,s:I,s:I,s:O,s:O,s:O,s:O,s:s}", "index", info->index, "name", info->name, "vendor", info->vendor,
+    return Py_BuildValue("{s:i,s:s,s:s,s:s,s:s,s:s,s:K,s:K,s:I,s:I,s:O,s:O,s:O,s:O,s:O,s:s}", "index", info->index, "name", info->name, "vendor", info->vendor,
                          "type", type_names[info->type], "driver", info->driver, "uuid", info->uuid, "memory_bytes",
                          (unsigned long long)info->memory_bytes, "available_bytes", (unsigned long long)info->available_bytes, "subgroup_size",
                          info->subgroup_size, "max_shared_bytes", info->max_shared_bytes, "memory_budget", info->has_budget ? Py_True : Py_False,
-                         "subgroup_size_control", info->has_subgroup_control ? Py_True : Py_False, "executable_info",
+                         "subgroup_size_control", info->has_subgroup_control ? Py_True : Py_False, "int64", info->has_int64 ? Py_True : Py_False,
+                         "executable_info",
                          info->has_executable_info ? Py_True : Py_False, "suitable", info->suitable ? Py_True : Py_False, "missing", info->missing);
 }
 

@@ -95,6 +95,13 @@ static int attention_tiles(struct run_work *work, struct run_cache *cache, int l
     uint64_t tiles = chunk->tiles + first_tile * sizeof(struct query_tile);
     struct site_view view = {.layer = l, .address = address(work->scores), .first = first, .n_tokens = n_tokens,
                              .token_stride = f->n_heads * key_stride, .n_heads = f->n_heads, .head_stride = key_stride, .width = chunk->max_keys};
+    if (chunk->n_tiles == chunk->n_tokens && !site_wanted(work, SITE_SCORES, l) && !site_wanted(work, SITE_PATTERN, l)) { /* decoding */
+        struct decode_params decode = {.qkv = address(work->qkv), .k_cache = address(cache->k[l]), .v_cache = address(cache->v[l]), .tokens = tokens,
+                                       .scores = address(work->scores), .z = address(work->z), .first_token = first, .n_heads = f->n_heads,
+                                       .n_kv_heads = f->n_kv_heads, .d_head = f->d_head, .stride = work->qkv_stride, .z_stride = work->z_stride,
+                                       .key_stride = key_stride, .window = f->window[l], .scale = f->attn_scale, .softcap = f->attn_softcap};
+        return op_attn_decode(ops, &decode, n_tokens, chunk->max_keys, error);
+    }
     struct scores_params scores = {.qkv = address(work->qkv), .k_cache = address(cache->k[l]), .tokens = tokens, .tiles = tiles,
                                    .scores = address(work->scores), .first_token = first, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads,
                                    .d_head = f->d_head, .stride = work->qkv_stride, .key_stride = key_stride, .scale = f->attn_scale,
@@ -110,7 +117,7 @@ static int attention_tiles(struct run_work *work, struct run_cache *cache, int l
     struct mix_params mix = {.pattern = address(work->scores), .v_cache = address(cache->v[l]), .tokens = tokens, .tiles = tiles,
                              .z = address(work->z), .first_token = first, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head,
                              .z_stride = work->z_stride, .key_stride = key_stride,
-                             .window = site_edited(work, SITE_PATTERN, l) ? 0 : f->window[l]};
+                             .window = f->window[l]};
     return op_attn_mix(ops, &mix, last_tile - first_tile, chunk->max_keys, error);
 }
 

@@ -79,7 +79,7 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
             .x = view->address, .entries = entries_address, .operand = list->operand_address, .heads = heads_address, .scale = view->scale,
             .tokens = work->chunk.tokens + view->first * sizeof(struct token_meta), .token_stride = view->token_stride,
             .head_stride = view->head_stride, .width = view->width, .head_step = first->head_step, .step = first->step, .kind = first->kind,
-            .flags = over_keys ? EDIT_KEYS : 0};
+            .flags = over_keys ? EDIT_KEYS : 0, .window = work->model->facts.window[view->layer]};
         failed = op_edit(&work->model->ops, &params, n, first->n_heads, error);
     }
     free(entries);

@@ -164,8 +164,6 @@ static void keys_place(const struct run_batch *batch, const struct readback *pie
                                  (size_t)(batch->column[place.row] + (int32_t)place.pos)) * n_keys + batch->key_column[place.row];
         for (uint32_t j = 0; j < end; j++)
             to[j] = j < start || j > place.pos ? piece->masked : from[j];
-        if (piece->masked == 0.0f && start) /* an edited pattern may reach before the window */
-            memcpy(to, from, start * sizeof *to);
     }
 }
 

@@ -83,7 +83,7 @@ BLOCK(norm_params) {
 
 /* dst[m, n] = sum_k in[m, k] W[n, k] (+ bias) (+ add): one sequential chain over ascending k for every output. */
 BLOCK(linear_params) {
-    ADDRESS(FloatsIn) x;       /* [M, x_stride] */
+    ADDRESS(Inputs) x;         /* [M, x_stride] */
     ADDRESS(Panels) weights;   /* panels of 32 rows */
     ADDRESS(FloatsOut) dst;    /* [M, out_stride], already offset to the first column */
     ADDRESS(FloatsIn) bias;    /* [N] */
@@ -167,6 +167,26 @@ BLOCK(mix_params) {
     UINT window;
 };
 
+/* The three steps above for tiles of one token. */
+BLOCK(decode_params) {
+    ADDRESS(FloatsIn) qkv;
+    ADDRESS(FloatsIn) k_cache;
+    ADDRESS(FloatsIn) v_cache;
+    ADDRESS(Tokens) tokens;
+    ADDRESS(FloatsInOut) scores;
+    ADDRESS(FloatsOut) z;
+    UINT first_token;
+    UINT n_heads;
+    UINT n_kv_heads;
+    UINT d_head;
+    UINT stride;
+    UINT z_stride;
+    UINT key_stride;
+    UINT window;
+    float scale;
+    float softcap;
+};
+
 #define ACT_SILU 0
 #define ACT_GELU_TANH 1
 #define ACT_GELU 2
@@ -185,7 +205,7 @@ BLOCK(act_params) {
 #define EDIT_SCALE 2
 #define EDIT_ABLATE 3      /* x -= u (u . x), u the operand, of unit length */
 #define EDIT_ADD_SCALED 4  /* x += operand / scale[token]: ablations of what a norm lets through */
-#define EDIT_KEYS 1        /* flag: a site over keys; only keys <= pos exist */
+#define EDIT_KEYS 1        /* flag: a site over keys; what the query does not see stays masked */
 
 BLOCK(edit_entry) {
     UINT token;   /* packed index, counted from the view's first token */
@@ -209,6 +229,7 @@ BLOCK(edit_params) {
     UINT step;                   /* 0: one value for all, else 1 */
     UINT kind;
     UINT flags;
+    UINT window;                 /* EDIT_KEYS: keys before it stay masked; 0: none */
 };
 
 #define COPY_ROWS 1   /* row r reads source row rows[r] */

@@ -10,7 +10,16 @@
 #extension GL_KHR_shader_subgroup_ballot : require
 #extension GL_KHR_shader_subgroup_shuffle : require
 
+#ifdef LOAD64
+#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
+#endif
+
 #define VKSTEER_GLSL
+#ifdef LOAD64
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Inputs { uint64_t at[]; };
+#else
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Inputs { float at[]; };
+#endif
 layout(buffer_reference) buffer Tokens;
 layout(buffer_reference) buffer Tiles;
 layout(buffer_reference) buffer EditEntries;
@@ -18,7 +27,9 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Flo
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
-#if WEIGHT == 0
+#ifdef LOAD64
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Panels { uint64_t at[]; };
+#elif WEIGHT == 0
 layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels { vec4 at[]; };
 #else
 layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Panels { uvec2 at[]; };
