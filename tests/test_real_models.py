@@ -28,7 +28,7 @@ def model_of(name, dtype="float32"):
     if key not in _models:
         while _models:  # one at a time: they are gigabytes
             _models.pop(next(iter(_models))).close()
-        _models[key] = vs.Model.from_pretrained(str(path), dtype=dtype)
+        _models[key] = vs.Model.from_pretrained(str(path), dtype=dtype, progress=False)
     return _models[key]
 
 
@@ -97,8 +97,13 @@ def test_smollm2_quick():
     check_greedy("smollm2", model, answers, range(3), 16)
 
 
+@pytest.fixture(scope="module", params=list(oracle.REAL))
+def name(request):
+    """A module-wide parameter, so that all tests of one model run together and it is loaded once."""
+    return request.param
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", oracle.REAL)
 class TestRealModels:
     def test_tokens_and_templates(self, name):
         check_tokens(name, model_of(name), oracle.answers(name, thorough=True))
