@@ -1,0 +1,107 @@
+"""`make bench`: the engine beside its neighbours, as JSON in benchmarks/results/<machine>-<date>.json.
+
+    run.py [--rounds N] [--only smollm2|processes|tiny|qwen ...] [--device D] [--name NAME] [--no-write]
+
+A ratio is the peer's time divided by ours; both sides take turns in one process. Figures are medians. See table.py for the README's table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# On some processors these are set because older OpenBLAS builds fail there; they slow a current NumPy, which is measured against here.
+REMOVED = {name: value for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE") if (value := os.environ.pop(name, None)) is not None}
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import re
+import time
+import warnings
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GROUPS = ("processes", "smollm2", "tiny")  # and "qwen", which takes long, on request
+
+
+def machine(device) -> dict:
+    """What the figures belong to."""
+    from vksteer.device import choose
+
+    d = choose(device)
+    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    versions = {}
+    for package in ("vksteer", "numpy", "torch", "transformers", "gguf"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"date": time.strftime("%F %H:%M"), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory / 1e9, 1), "system": platform.platform(),
+            "python": platform.python_version(), "versions": versions, "device": {"name": d.name, "type": d.type, "driver": d.driver, "uuid": d.uuid},
+            "load_before": os.getloadavg()[0], "removed_from_environment": REMOVED,
+            "environment": {k: v for k, v in os.environ.items() if k.startswith(("VKSTEER_", "VK_", "LP_", "OMP_", "MKL_"))}}
+
+
+def commit() -> str:
+    import subprocess
+
+    run = lambda *words: subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+    return run("rev-parse", "--short", "HEAD") + ("+changes" if run("status", "--porcelain", "--", "../csrc", "../shaders", "../python") else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each comparison (default: 5)")
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "qwen"), default=GROUPS)
+    parser.add_argument("--device")
+    parser.add_argument("--name", help="file name instead of <machine>-<date>")
+    parser.add_argument("--no-write", action="store_true")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="no GPU found")
+    where = machine(arguments.device)
+    print(f"{where['device']['name']} ({where['device']['driver']}), {where['cpu']}, {where['cores']} cores; load before: {where['load_before']:.1f}", flush=True)
+    if where["load_before"] > 0.5 * where["cores"]:
+        print("This machine is busy: the figures will be poor, the ratios less so.", flush=True)
+    rows, seconds = [], {}
+    for group in arguments.only:
+        start = time.perf_counter()
+        new = measure(group, arguments)
+        seconds[group] = round(time.perf_counter() - start, 1)
+        for r in new:
+            verdict = "" if r["met"] is None else "  met" if r["met"] else "  NOT met"
+            print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['wanted']}{verdict}", flush=True)
+        rows += new
+    where["load_after"] = os.getloadavg()[0]
+    if not arguments.no_write:
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower()).strip("-")
+        path = RESULTS / f"{arguments.name or slug + '-' + where['date'][:10]}.json"
+        RESULTS.mkdir(exist_ok=True)
+        if path.exists() and set(arguments.only) != set(GROUPS):  # a part measured again replaces its rows
+            old = json.loads(path.read_text())
+            names = {r["what"] for r in rows}
+            rows = [r for r in old["rows"] if r["what"] not in names] + rows
+            seconds = old["seconds"] | seconds
+        path.write_text(json.dumps({"machine": where, "commit": commit(), "rounds": arguments.rounds, "seconds": seconds, "rows": rows}, indent=1) + "\n")
+        print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return 0
+
+
+def measure(group: str, arguments) -> list[dict]:
+    import processes
+
+    if group == "processes":
+        return processes.import_time(arguments.rounds) + processes.load(max(2, arguments.rounds - 2)) + processes.memory()
+    if group == "smollm2":
+        import smollm2
+
+        return smollm2.run(arguments.rounds, arguments.device)
+    import steering
+
+    return steering.tiny(arguments.device) if group == "tiny" else steering.qwen(arguments.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""SmolLM2-135M on the engine and on its neighbours: prefill, decoding, frozen decoding. Both sides hold the same weights and take turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+
+import peers
+from timing import at_least, at_most, row, summary, take_turns
+from vksteer import ceilings
+from vksteer.demo import decode_step
+
+PROMPT, NEW, CONTEXT = 128, 64, 256
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(1000, 20_000, n).tolist()
+
+
+def read_rate() -> dict:
+    """Bytes a second that all cores read from memory, by NumPy's maximum and by PyTorch's sum; the higher is the machine's."""
+    import torch
+
+    x = torch.ones(64 << 20)
+    by_torch = x.numel() * 4 / min(take_turns({"sum": lambda: x.sum()}, 7)["sum"])
+    return {"numpy": ceilings.host_read(0.5), "torch": by_torch}
+
+
+def prefill(model, fp32, rounds: int) -> list[dict]:
+    prompt = tokens(PROMPT)
+    ours_logits, theirs_logits = model.run([prompt], logits="last").logits[0], peers.last_logits(fp32, prompt)().numpy().reshape(-1)
+    error = float(np.abs(ours_logits - theirs_logits).max() / np.abs(theirs_logits).max())
+    if error > 2e-3:
+        raise RuntimeError(f"the two sides do not compute the same: logits differ by {error:.2g} of the largest")
+    times = take_turns({"ours": lambda: model.run([prompt], logits="last"), "torch": peers.last_logits(fp32, prompt)}, rounds)
+    ours, theirs = summary(times["ours"]), summary(times["torch"])
+    top = ceilings.measure(model, 0.3)
+    rate = ceilings.prefill_operations(model, PROMPT) / ours["median_s"]
+    return [at_least(f"prefill {PROMPT} tokens, last logits, against PyTorch float32", theirs["median_s"] / ours["median_s"], 0.4, ours=ours, peer=theirs,
+                     ours_tokens_per_s=PROMPT / ours["median_s"], peer_tokens_per_s=PROMPT / theirs["median_s"], largest_difference=error),
+            row("prefill's share of the matrix kernel's own peak", 100 * rate / top.matrix, "%", gflops=rate / 1e9, matrix_peak_gflops=top.matrix / 1e9)]
+
+
+def decode(model, fp32, bf16, rounds: int) -> tuple[list[dict], float]:
+    """Rows, and our tokens/s at batch 1. Total time of 64 tokens after 16, prefill included, on both sides."""
+    prompt = tokens(16)
+    generate = lambda rows: lambda: model.generate([prompt] * rows, max_new_tokens=NEW, ignore_eos=True, progress=False)
+    times = take_turns({"ours": generate(1), "float32": peers.greedy(fp32, prompt, NEW), "bfloat16": peers.greedy(bf16, prompt, NEW), "ours 8": generate(8)}, rounds)
+    s = {name: summary(t) for name, t in times.items()}
+    faster = min(("float32", "bfloat16"), key=lambda name: s[name]["median_s"])
+    rate = NEW / s["ours"]["median_s"]
+    read = read_rate()
+    step = decode_step(model, [prompt], NEW)
+    bytes_a_second = ceilings.decode_bytes(model, 16 + NEW / 2) / step
+    share = bytes_a_second / max(read.values())
+    return [at_least(f"decoding, batch 1, against transformers.generate ({faster}, the faster)", s[faster]["median_s"] / s["ours"]["median_s"], 2, ours=s["ours"],
+                     peer=s[faster], float32=s["float32"], bfloat16=s["bfloat16"], ours_tokens_per_s=rate, peer_tokens_per_s=NEW / s[faster]["median_s"]),
+            at_least("decoding, batch 1, share of the read bandwidth", 100 * share, 60, "%", gbytes_per_s=bytes_a_second / 1e9, read_gbytes_per_s={k: v / 1e9 for k, v in read.items()}),
+            at_least("decoding, batch 8 over batch 1, tokens/s", 8 * s["ours"]["median_s"] / s["ours 8"]["median_s"], 2.5, tokens_per_s=8 * NEW / s["ours 8"]["median_s"], ours=s["ours 8"])], rate
+
+
+def llama_cpp(decode_rate: float, prefill_rate: float, rounds: int) -> list[dict]:
+    peer = peers.llama_cpp(rounds)
+    note = "" if peer["how"].startswith("measured") else " (quoted figure)"
+    return [at_least(f"decoding, batch 1, against llama.cpp CPU F16{note}", decode_rate / peer["decode_tokens_per_s"], 0.5, ours_tokens_per_s=decode_rate, peer=peer),
+            at_least(f"prefill {PROMPT} tokens, against llama.cpp CPU F16{note}", prefill_rate / peer["prefill_tokens_per_s"], 0.25, ours_tokens_per_s=prefill_rate, peer=peer)]
+
+
+def frozen(model, fp32, rounds: int, new: int = 24) -> list[dict]:
+    """A frozen pair after 256 tokens against our own batch of two, and against two full re-runs a token in PyTorch."""
+    import torch
+    import vksteer as vs
+
+    prompt = tokens(CONTEXT)
+    vector = vs.SteeringVector(np.random.default_rng(1).standard_normal(model.config.d_model) * 2, model.config.n_layers // 2)
+    steps = {name: [] for name in ("plain 2", "qk", "ov", "mlp", "authors")}
+
+    def step(rows, **options):
+        times, last = [], rows - 1
+        model.generate([prompt] * rows, edits=[vs.Steer(vector)], max_new_tokens=new, ignore_eos=True, progress=False,
+                       on_token=lambda row, token, piece: times.append(time.perf_counter()) if row == last else None, **options)
+        return statistics.median(np.diff(times).tolist())
+
+    ids = torch.tensor([prompt])
+
+    def authors():
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(2):  # the base run whose parts are kept, and the steered run
+                fp32(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    step(1, freeze="qk"), step(2), authors()
+    for _ in range(rounds):
+        steps["plain 2"].append(step(2))
+        for name in ("qk", "ov", "mlp"):
+            steps[name].append(step(1, freeze=name))
+        steps["authors"].append(authors())
+    s = {name: summary(t) for name, t in steps.items()}
+    slowest = max(s[name]["median_s"] for name in ("qk", "ov", "mlp"))
+    return [at_least(f"frozen decoding at {CONTEXT} tokens against two full PyTorch re-runs a token (slowest of qk, ov, mlp)", s["authors"]["median_s"] / slowest, 20, steps=s),
+            at_most("frozen decoding over own plain decoding at batch 2 (slowest of qk, ov, mlp)", slowest / s["plain 2"]["median_s"], 1.5, "times", steps=s)]
+
+
+def run(rounds: int, device) -> list[dict]:
+    import vksteer as vs
+
+    folder = peers.safetensors_folder()
+    fp32, bf16 = peers.torch_model(folder, "float32"), peers.torch_model(folder, "bfloat16")
+    with vs.Model.from_pretrained(folder, device=device, progress=False) as model:
+        rows = prefill(model, fp32, 3 * rounds)
+        decoding, rate = decode(model, fp32, bf16, rounds)
+        rows += decoding + llama_cpp(rate, rows[0]["ours_tokens_per_s"], rounds)
+        rows += frozen(model, fp32, rounds)
+    return rows
