@@ -21,36 +21,21 @@
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 #include "linear_epilogue.glsl"
+#include "weights.glsl"
 
 const uint NB = 32; // columns in a panel
 const uint KB = 16; // k a step; K is padded to it
 
 layout(push_constant, scalar) uniform Params { linear_params p; };
 
-vec4 unpack_quad(uvec2 v)
-{
-#if WEIGHT == 1
-    return uintBitsToFloat(uvec4(v.x << 16, v.x & 0xffff0000u, v.y << 16, v.y & 0xffff0000u));
-#else
-    return vec4(unpackHalf2x16(v.x), unpackHalf2x16(v.y));
-#endif
-}
-
 // WORD: a load that only touches; LINE: elements of `at` in a cache line of 64 bytes.
-#if defined(LOAD64) && WEIGHT == 0
-#define LOAD_W(i) vec4(uintBitsToFloat(unpack32(p.weights.at[2 * (i)])), uintBitsToFloat(unpack32(p.weights.at[2 * (i) + 1])))
-#define WORD(i) uint(p.weights.at[i])
-#define LINE 8
-#elif defined(LOAD64)
-#define LOAD_W(i) unpack_quad(unpack32(p.weights.at[i]))
+#ifdef LOAD64
 #define WORD(i) uint(p.weights.at[i])
 #define LINE 8
 #elif WEIGHT == 0
-#define LOAD_W(i) p.weights.at[i]
 #define WORD(i) floatBitsToUint(p.weights.at[i].x)
 #define LINE 4
 #else
-#define LOAD_W(i) unpack_quad(p.weights.at[i])
 #define WORD(i) p.weights.at[i].x
 #define LINE 8
 #endif
@@ -114,7 +99,7 @@ void main()
         [[unroll]] for (uint s = 0; s < KB / 4; s++) {
             vec4 w[COLUMNS_MAX];
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)
-                w[j] = LOAD_W(w_at[j] + (q + s) * NB);
+                w[j] = load_weights(p.weights, w_at[j] + (q + s) * NB);
             [[unroll]] for (int i = 0; i < RM; i++)
                 [[unroll]] for (int c = 0; c < 4; c++) {
                     uint e = i * KB + s * 4 + c;

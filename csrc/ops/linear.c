@@ -1,10 +1,13 @@
-/* The matrix product. Every kernel sums in the same order, so the choice among them is one of speed alone. */
+/* The matrix product. In prefill every kernel sums in the same order, so the choice among them is one of speed alone; in decoding the tiled
+ * family splits k. Either way the order depends on phase, shape and family, never on the number of rows. */
+#include <string.h>
+
 #include "ops/ops.h"
 
 struct variant {
     int kernel;
     uint32_t rows;    /* of the result, a workgroup */
-    uint32_t columns; /* of the result, a lane; 0: a subgroup takes one panel */
+    uint32_t columns; /* of the result: broadcast, a lane (0: a subgroup takes one panel); tiled, a workgroup */
 };
 
 #define VARIANTS(type, suffix) \
@@ -15,12 +18,44 @@ static const struct variant broadcast[2][3][5] = {
     {[WEIGHT_F32] = VARIANTS(f32, _64), [WEIGHT_BF16] = VARIANTS(bf16, _64), [WEIGHT_F16] = VARIANTS(f16, _64)},
 };
 
-static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
+static const struct variant tiled[3] = {
+    [WEIGHT_F32] = {KERNEL_linear_f32_tiled, 64, 64}, [WEIGHT_BF16] = {KERNEL_linear_bf16_tiled, 64, 64}, [WEIGHT_F16] = {KERNEL_linear_f16_tiled, 64, 64}};
+#define DECODE(type) {{KERNEL_linear_##type##_decode_1, 1, 32}, {KERNEL_linear_##type##_decode_4, 4, 32}, {KERNEL_linear_##type##_decode_8, 8, 32}}
+static const struct variant decoding[3][3] = {[WEIGHT_F32] = DECODE(f32), [WEIGHT_BF16] = DECODE(bf16), [WEIGHT_F16] = DECODE(f16)};
+
+static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "broadcast64", "tiled"};
+
+const char *op_linear_family_name(int family) {
+    return family >= 0 && family < LINEAR_FAMILIES ? family_names[family] : "unknown";
+}
+
+int op_linear_family_find(const char *name) {
+    for (int i = 0; i < LINEAR_FAMILIES; i++)
+        if (strcmp(name, family_names[i]) == 0)
+            return i;
+    return -1;
+}
+
+int op_linear_family_offered(const struct ops *ops, int family) {
+    const struct gpu_device_info *info = gpu_device_get_info(ops->device);
+    switch (family) {
+    case LINEAR_BROADCAST: return 1;
+    case LINEAR_BROADCAST_64: return info->has_int64;
+    case LINEAR_TILED: return info->max_invocations >= 256;
+    default: return 0;
+    }
+}
+
+static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows, int decode) {
+    if (ops->linear_family == LINEAR_TILED)
+        return decode ? &decoding[type][n_rows == 1 ? 0 : n_rows <= 4 ? 1 : 2] : &tiled[type];
     int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 ? 3 : 4;
     return &broadcast[ops->linear_family == LINEAR_BROADCAST_64][type][i];
 }
 
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
+    if (ops->linear_family == LINEAR_TILED)
+        return variant->columns;
     if (variant->columns)
         return variant->columns * ops->workgroup;
     return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
@@ -31,7 +66,7 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
     if (args->first_k % 16 || args->n_k % 16 || args->first_k / 4 + n_quads > matrix->k_quads || args->x_stride < 4 * n_quads)
         return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u", args->first_k, args->first_k + 4 * n_quads,
                          matrix->k);
-    const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows);
+    const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {
         uint32_t first = matrix->chunks[c].first;
         struct linear_params params = {

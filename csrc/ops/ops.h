@@ -60,15 +60,27 @@ static inline uint64_t op_matrix_bytes(uint32_t type, uint32_t rows, uint32_t k)
     return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_quads(k) * (type == WEIGHT_F32 ? 16 : 8);
 }
 
-enum op_linear_family { LINEAR_BROADCAST, LINEAR_BROADCAST_64, LINEAR_FAMILIES };
+/* Kernels for the same product. The first two are for drivers whose subgroups are vector registers (software): one chain over k in every phase.
+ * The last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split over a workgroup, in an order of its own. */
+enum op_linear_family { LINEAR_BROADCAST, LINEAR_BROADCAST_64, LINEAR_TILED, LINEAR_FAMILIES };
+const char *op_linear_family_name(int family);
+int op_linear_family_find(const char *name);                  /* -1 if there is none */
+int op_linear_family_offered(const struct ops *ops, int family); /* does the device have what it needs? */
 
 struct op_linear_args {
     uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
     uint32_t n_rows, x_stride, dst_stride;
     uint32_t first_k, n_k;      /* a slice of the inputs (multiples of 16); n_k = 0: all */
     float softcap;              /* 0: none */
+    int decode;                 /* the phase: 1 for decoding */
 };
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
+
+/* --- measure.c: medians of a few dispatches ------------------------------------------------------------------------------------------ */
+/* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a second (m = 1, decoding). */
+int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
+                      struct error *error);
+int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
 /* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
 int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);

@@ -66,6 +66,13 @@ PyObject *engine_devices(PyObject *module, PyObject *unused);
 /* forward.c */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
 
+/* choice.c */
+PyObject *model_get_family(PyObject *self, void *unused);
+int model_set_family(PyObject *self, PyObject *value, void *unused);
+PyObject *model_get_families(PyObject *self, void *unused);
+PyObject *model_measure_linear(PyObject *self, PyObject *args);
+PyObject *model_measure_read(PyObject *self, PyObject *args);
+
 /* arrays.c: NumPy's C API stays in this one file. */
 int arrays_import(void);
 /* A new C-contiguous float32 array of zeros; *data is its memory. */

@@ -128,18 +128,19 @@ static int rows_read(struct arguments *a, const struct model *model, PyObject **
     return 0;
 }
 
-/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, edits,
+/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
  *         q_row, v_row, mlp_row, frozen) -> (logits or None, {(site, layer): array}) */
 PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
-                            "n_keys", "captures", "logits", "edits", "q_row", "v_row", "mlp_row", "frozen", NULL};
+                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", NULL};
     struct model_object *self = (struct model_object *)object;
     struct engine_state *state = engine_state_of(object);
     PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
     unsigned int n_out_rows, n_columns, n_keys;
     int mode, failed = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!i|OOOOO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
-                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &edits, &in[9], &in[10], &in[11], &in[12]))
+    struct arguments a = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
+                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12]))
         return NULL;
     if (!self->work)
         return PyErr_Format(PyExc_ValueError, "the model is %s", self->model ? "not loaded yet" : "closed");
@@ -147,9 +148,12 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
         return PyErr_Format(PyExc_TypeError, "cache must be a Cache of this model");
     if (edits != Py_None && ((PyObject *)Py_TYPE(edits) != state->edits_type || ((struct edits_object *)edits)->owner != self))
         return PyErr_Format(PyExc_TypeError, "edits must be Edits of this model");
-    struct arguments a = {.batch = {.n_columns = n_columns, .n_keys = n_keys, .logits_mode = (enum run_logits)mode,
-                                    .edits = edits == Py_None ? NULL : &((struct edits_object *)edits)->list},
-                          .cache = ((struct cache_object *)cache)->cache, .n_out_rows = n_out_rows};
+    a.batch.n_columns = n_columns;
+    a.batch.n_keys = n_keys;
+    a.batch.logits_mode = (enum run_logits)mode;
+    a.batch.edits = edits == Py_None ? NULL : &((struct edits_object *)edits)->list;
+    a.cache = ((struct cache_object *)cache)->cache;
+    a.n_out_rows = n_out_rows;
     struct error error = {0};
     captured = PyDict_New();
     if (!captured || rows_read(&a, self->model, in) || places_check(&a) || captures_read(self->model, &a, list, captured))

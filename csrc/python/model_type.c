@@ -335,11 +335,15 @@ static PyMethodDef model_methods[] = {
     {"apply", model_apply, METH_VARARGS, "apply(matrix, layer, x float32 [n, columns]) -> float32 [n, rows]."},
     {"vector", model_vector, METH_VARARGS, "vector(name, layer) -> float32: a gain with its offset, or a bias."},
     {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS, "forward(...): one batch; see csrc/run/run.h."},
+    {"measure_linear", model_measure_linear, METH_VARARGS, "measure_linear(m, n, k, decode=False) -> (flop/s, weight bytes/s)."},
+    {"measure_read", model_measure_read, METH_VARARGS, "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
     {"close", model_close, METH_NOARGS, "close(): frees the device memory; legal twice."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef model_getset[] = {
+    {"kernels", model_get_family, model_set_family, "The matrix kernels in use: one of `families`.", NULL},
+    {"families", model_get_families, NULL, "Matrix kernels that this device can run.", NULL},
     {"dispatches", model_get_dispatches, NULL, "Dispatches recorded since the model was made.", NULL}, {NULL, NULL, NULL, NULL, NULL}};
 
 static PyType_Slot model_slots[] = {

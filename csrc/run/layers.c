@@ -51,7 +51,7 @@ static int norm(struct run_work *work, int scale_site, int normalized_site, int 
 static int product(struct run_work *work, const struct op_matrix *matrix, uint64_t x, uint32_t x_stride, uint64_t bias, uint64_t add, uint64_t dst,
                    uint32_t dst_stride, struct error *error) {
     struct op_linear_args args = {.x = x, .dst = dst, .bias = bias, .add = add, .n_rows = work->chunk.n_tokens, .x_stride = x_stride,
-                                  .dst_stride = dst_stride};
+                                  .dst_stride = dst_stride, .decode = work->chunk.batch->decode};
     return op_linear(&work->model->ops, matrix, &args, error);
 }
 
@@ -148,7 +148,7 @@ static int head_results(struct run_work *work, int l, uint32_t first, uint32_t n
         for (uint32_t h = 0; h < f->n_heads; h++) {
             struct op_linear_args args = {.x = z + 4 * (uint64_t)h * f->d_head, .dst = address(work->result) + 4 * (uint64_t)h * work->d_stride,
                                           .n_rows = n, .x_stride = work->z_stride, .dst_stride = f->n_heads * work->d_stride,
-                                          .first_k = h * f->d_head, .n_k = f->d_head};
+                                          .first_k = h * f->d_head, .n_k = f->d_head, .decode = work->chunk.batch->decode};
             RUN(op_linear(ops, o, &args, error));
         }
         return 0;
@@ -162,7 +162,7 @@ static int head_results(struct run_work *work, int l, uint32_t first, uint32_t n
         RUN(op_copy(ops, &copy, error));
     }
     struct op_linear_args args = {.x = address(work->expanded), .dst = address(work->result), .n_rows = n * f->n_heads,
-                                  .x_stride = work->z_stride, .dst_stride = work->d_stride};
+                                  .x_stride = work->z_stride, .dst_stride = work->d_stride, .decode = work->chunk.batch->decode};
     return op_linear(ops, o, &args, error);
 }
 
@@ -258,7 +258,8 @@ static int logits_rows(struct run_work *work, uint64_t x, uint32_t n_rows, int b
         n = n_rows - done;
         RUN(work_readback_take(work, &n, stride, &offset, error));
         struct op_linear_args args = {.x = x + 4 * (uint64_t)done * work->d_stride, .dst = address(work->readback) + 4 * offset, .n_rows = n,
-                                      .x_stride = work->d_stride, .dst_stride = stride, .softcap = model->facts.final_softcap};
+                                      .x_stride = work->d_stride, .dst_stride = stride, .softcap = model->facts.final_softcap,
+                                      .decode = work->chunk.batch->decode};
         struct readback piece = {.to = work->chunk.batch->logits, .offset = offset, .first = done, .n = n, .token_floats = stride, .n_heads = 1,
                                  .width = model->facts.d_vocab, .by_row = by_row};
         RUN(op_linear(&work->model->ops, &model->unembed, &args, error));

@@ -43,6 +43,7 @@ struct run_batch {
     const int32_t *column;     /* [n_rows] output column of position p is column[r] + p (left padding) */
     const int32_t *key_column; /* [n_rows] the same for keys */
     uint32_t n_columns, n_keys;
+    int decode;                /* the phase: 1 when every row brings one token after its prompt */
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */

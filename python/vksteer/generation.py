@@ -215,7 +215,7 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
             return
         positions = [len(states[a].prompt) + len(states[a].tokens) - 1 for a in feeding]
         logits, captured = batch.forward(cache, [[states[a].tokens[-1]] for a in feeding], positions, slots_of(feeding), [-p for p in positions], 1,
-                                         max(positions) + 1, keys, "last", feeding, key_columns=[0] * len(feeding))
+                                         max(positions) + 1, keys, "last", feeding, key_columns=[0] * len(feeding), decode=True)
         for i, a in enumerate(feeding):
             if sites:
                 states[a].captured.append({s.name: captured[s.key][i, 0] for s in sites})

@@ -86,6 +86,11 @@ class Model:
         c = self.config
         return f"Model({self.name!r}, {c.architecture}, {c.n_layers} layers, width {c.d_model}, on {self.device.name})"
 
+    @property
+    def kernels(self) -> str:
+        """The matrix kernels in use (measured once per device and stored, or pinned by VKSTEER_KERNELS); belongs beside every result."""
+        return self._engine.kernels
+
     # -- tokens ------------------------------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -195,6 +200,7 @@ def _facts(config, weight_type) -> dict[str, Any]:
 
 def _load(engine_device, device, files, name, progress):
     """The engine's model with all weights, and a hash over config and a sample of the weights."""
+    from . import kernels
     from .device import _engine
     from .progress import Progress
 
@@ -235,6 +241,7 @@ def _load(engine_device, device, files, name, progress):
                 (model.load_matrix if matrix else model.load_vector)(target, layer, sources)
                 bar.step()
         model.finish()
+        kernels.choose(model, device, next(n for n, t in _TYPES.items() if t == weight_type))
         for vector in ("ln_final", "ln1"):
             digest.update(model.vector(vector, 0).tobytes())
         probe = np.random.default_rng(0).standard_normal((1, files.config.d_model)).astype(np.float32)

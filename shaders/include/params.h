@@ -260,4 +260,12 @@ BLOCK(sum_heads_params) {
     UINT has_bias;
 };
 
+/* Reads n_quads of 8 bytes, quads_each by every subgroup. */
+BLOCK(read_params) {
+    ADDRESS(Pairs) x;
+    ADDRESS(FloatsOut) dst; /* one float */
+    UINT n_quads;
+    UINT quads_each;
+};
+
 #endif

@@ -26,6 +26,7 @@ layout(buffer_reference) buffer EditEntries;
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer FloatsIn { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Pairs { uvec2 at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
 #ifdef LOAD64
 layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Panels { uint64_t at[]; };
@@ -41,5 +42,9 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Edi
 
 layout(constant_id = 0) const uint SG = 8; // subgroup size
 layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
+#ifdef FIXED_WORKGROUP
+layout(local_size_x = FIXED_WORKGROUP) in;
+#else
 layout(local_size_x_id = 1) in;
+#endif
 #endif

@@ -1,0 +1,92 @@
+/* Short measurements: which matrix kernel suits a device, and what the device can do at all. */
+#include <stdlib.h>
+#include <time.h>
+
+#include "ops/ops.h"
+
+#define REPEATS 5
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *seconds) {
+    qsort(seconds, REPEATS, sizeof *seconds, ascending);
+    return seconds[REPEATS / 2];
+}
+
+static int buffer(struct ops *ops, struct gpu_buffer **out, uint64_t bytes, struct error *error) {
+    return gpu_buffer_create(out, ops->device, bytes, GPU_DEVICE_LOCAL, "measurement", error) ||
+                   gpu_stream_zero(ops->stream, *out, 0, gpu_buffer_size(*out), error)
+               ? -1 : 0;
+}
+
+int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
+                      struct error *error) {
+    struct gpu_buffer *w = NULL, *x = NULL, *y = NULL;
+    double seconds[REPEATS];
+    int failed = -1;
+    if (buffer(ops, &w, op_matrix_bytes(type, n, k), error) || buffer(ops, &x, 4 * (uint64_t)m * op_row_stride(k), error) ||
+        buffer(ops, &y, 4 * (uint64_t)m * op_row_stride(n), error))
+        goto done;
+    struct op_matrix matrix = {.type = type, .n = n, .k = k, .k_quads = op_matrix_quads(k), .n_chunks = 1,
+                               .chunks = {{gpu_buffer_address(w), 0, n}}};
+    struct op_linear_args args = {.x = gpu_buffer_address(x), .dst = gpu_buffer_address(y), .n_rows = m, .x_stride = op_row_stride(k),
+                                  .dst_stride = op_row_stride(n), .decode = decode};
+    for (int i = -1; i < REPEATS; i++) { /* the first compiles */
+        if (gpu_stream_wait(ops->stream, error))
+            goto done;
+        double start = now();
+        if (op_linear(ops, &matrix, &args, error) || gpu_stream_wait(ops->stream, error))
+            goto done;
+        if (i >= 0)
+            seconds[i] = now() - start;
+    }
+    double t = median(seconds);
+    *flops = 2.0 * m * n * k / t;
+    *bytes = (double)op_matrix_bytes(type, n, k) / t;
+    failed = 0;
+done:
+    if (failed)
+        gpu_stream_abandon(ops->stream);
+    gpu_buffer_destroy(w);
+    gpu_buffer_destroy(x);
+    gpu_buffer_destroy(y);
+    return failed;
+}
+
+int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error) {
+    struct gpu_buffer *from = NULL, *to = NULL;
+    double seconds[REPEATS];
+    int failed = -1;
+    if (buffer(ops, &from, bytes, error) || buffer(ops, &to, 64, error))
+        goto done;
+    uint32_t n_quads = (uint32_t)(bytes / 8), each = 64 * 1024 / 8; /* 64 KiB a subgroup */
+    struct read_params params = {.x = gpu_buffer_address(from), .dst = gpu_buffer_address(to), .n_quads = n_quads, .quads_each = each};
+    uint32_t subgroups = (n_quads + each - 1) / each, per_group = ops->workgroup / ops->subgroup;
+    for (int i = -1; i < REPEATS; i++) {
+        if (gpu_stream_wait(ops->stream, error))
+            goto done;
+        double start = now();
+        if (gpu_stream_dispatch(ops->stream, KERNEL_read, &params, sizeof params, (subgroups + per_group - 1) / per_group, 1, 1, 1e6, error) ||
+            gpu_stream_wait(ops->stream, error))
+            goto done;
+        if (i >= 0)
+            seconds[i] = now() - start;
+    }
+    *bytes_per_second = (double)bytes / median(seconds);
+    failed = 0;
+done:
+    if (failed)
+        gpu_stream_abandon(ops->stream);
+    gpu_buffer_destroy(from);
+    gpu_buffer_destroy(to);
+    return failed;
+}

@@ -1,0 +1,89 @@
+/* Model methods around the choice of matrix kernels: which are offered, how fast they are here, which one is in use. */
+#include "engine.h"
+
+static struct ops *ops_of(PyObject *object) {
+    struct model_object *self = (struct model_object *)object;
+    if (self->model)
+        return &self->model->ops;
+    PyErr_SetString(PyExc_ValueError, "the model is closed");
+    return NULL;
+}
+
+PyObject *model_get_family(PyObject *object, void *unused) {
+    (void)unused;
+    struct ops *ops = ops_of(object);
+    return ops ? PyUnicode_FromString(op_linear_family_name(ops->linear_family)) : NULL;
+}
+
+int model_set_family(PyObject *object, PyObject *value, void *unused) {
+    (void)unused;
+    struct ops *ops = ops_of(object);
+    PyObject *text = ops && value ? PyUnicode_AsUTF8String(value) : NULL;
+    if (!text)
+        return -1;
+    int family = op_linear_family_find(PyBytes_AsString(text));
+    Py_DECREF(text);
+    if (family < 0 || !op_linear_family_offered(ops, family)) {
+        PyErr_Format(PyExc_ValueError, "%R is not one of this device's matrix kernels", value);
+        return -1;
+    }
+    engine_lock(((struct model_object *)object)->owner);
+    ops->linear_family = family;
+    engine_unlock(((struct model_object *)object)->owner);
+    return 0;
+}
+
+PyObject *model_get_families(PyObject *object, void *unused) {
+    (void)unused;
+    struct ops *ops = ops_of(object);
+    PyObject *list = ops ? PyList_New(0) : NULL;
+    for (int i = 0; list && i < LINEAR_FAMILIES; i++) {
+        if (!op_linear_family_offered(ops, i))
+            continue;
+        PyObject *name = PyUnicode_FromString(op_linear_family_name(i));
+        if (!name || PyList_Append(list, name))
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+/* measure_linear(m, n, k, decode=False) -> (flop/s, weight bytes/s) with the kernels in use and the model's weight type. */
+PyObject *model_measure_linear(PyObject *object, PyObject *args) {
+    unsigned int m, n, k;
+    int decode = 0, failed;
+    double flops = 0, bytes = 0;
+    struct error error = {0};
+    struct ops *ops = ops_of(object);
+    if (!ops || !PyArg_ParseTuple(args, "III|p", &m, &n, &k, &decode))
+        return NULL;
+    if (m == 0 || n == 0 || k == 0 || m > 65536 || n > 1 << 20 || k > 65536)
+        return PyErr_Format(PyExc_ValueError, "a product of %u x %u by %u x %u is out of range", m, k, n, k);
+    struct device_object *device = ((struct model_object *)object)->owner;
+    uint32_t type = ((struct model_object *)object)->model->facts.weight_type;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&device->lock);
+    failed = op_linear_measure(ops, type, m, n, k, decode, &flops, &bytes, &error);
+    pthread_mutex_unlock(&device->lock);
+    Py_END_ALLOW_THREADS
+    return failed ? engine_raise(object, &error) : Py_BuildValue("(dd)", flops, bytes);
+}
+
+PyObject *model_measure_read(PyObject *object, PyObject *args) {
+    unsigned long long bytes;
+    int failed;
+    double rate = 0;
+    struct error error = {0};
+    struct ops *ops = ops_of(object);
+    if (!ops || !PyArg_ParseTuple(args, "K", &bytes))
+        return NULL;
+    if (bytes < 1 << 20 || bytes > GPU_BUFFER_MAX)
+        return PyErr_Format(PyExc_ValueError, "reading %llu bytes: use 1 MiB to 1 GiB", bytes);
+    struct device_object *device = ((struct model_object *)object)->owner;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&device->lock);
+    failed = op_read_measure(ops, bytes, &rate, &error);
+    pthread_mutex_unlock(&device->lock);
+    Py_END_ALLOW_THREADS
+    return failed ? engine_raise(object, &error) : PyFloat_FromDouble(rate);
+}

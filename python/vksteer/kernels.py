@@ -1,0 +1,62 @@
+"""Which matrix kernels a model uses: measured once per device, stored, reused, so that the choice can never flip bits between two runs.
+
+The stored choice is keyed by device UUID, driver, engine version and weight type. VKSTEER_KERNELS pins it by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from .device import cache_folder
+
+
+def _key(device, weight_type) -> str:
+    from . import __version__
+
+    return " | ".join([device.uuid, device.driver, device.name, f"vksteer {__version__}", weight_type])
+
+
+def _stored(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):  # absent, unreadable or cut short: measure again
+        return {}
+
+
+def choose(engine, device, weight_type: str) -> str:
+    """Sets the engine model's matrix kernels and returns their name. Raises ValueError for an unknown VKSTEER_KERNELS."""
+    pinned = os.environ.get("VKSTEER_KERNELS")
+    if pinned:
+        if pinned not in engine.families:
+            raise ValueError(f"VKSTEER_KERNELS={pinned!r}: this device offers {', '.join(engine.families)}")
+        engine.kernels = pinned
+        return pinned
+    path, key = cache_folder() / "kernels.json", _key(device, weight_type)
+    found = _stored(path).get(key, {}).get("choice")
+    if found in engine.families:
+        engine.kernels = found
+        return found
+    rates = {}
+    for family in engine.families:
+        engine.kernels = family
+        rates[family] = engine.measure_linear(64, 512, 512)[0]
+    choice = max(rates, key=rates.get)
+    engine.kernels = choice
+    _store(path, key, {"choice": choice, "gflops": {k: round(v / 1e9, 2) for k, v in rates.items()}})
+    return choice
+
+
+def _store(path: Path, key: str, entry: dict) -> None:
+    """Written beside and renamed. A folder that cannot be written to costs a measurement at the next load, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = _stored(path) | {key: entry}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="kernels-", delete=False) as file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        return

@@ -1,0 +1,55 @@
+// The matrix kernel of real GPUs for many rows: a workgroup of 128 computes 64 rows x 64 columns from tiles in shared memory, 8 x 4 results an
+// invocation. Same panels, same order (one fma chain over ascending k) and same epilogue as linear.comp, hence the same bits.
+// Grid: x = ceil(M / 64), y = ceil(N / 64). Shared memory: 8.5 KiB.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#define FIXED_WORKGROUP 128
+#include "types.glsl"
+#include "linear_epilogue.glsl"
+#include "weights.glsl"
+
+layout(push_constant, scalar) uniform Params { linear_params p; };
+
+const uint BM = 64, BN = 64, BK = 16;
+shared float x_tile[BK][BM + 4]; // padded: rows begin in different banks
+shared float w_tile[BK][BN + 4];
+
+void main()
+{
+    const uint id = gl_LocalInvocationID.x, m0 = gl_WorkGroupID.x * BM, n0 = gl_WorkGroupID.y * BN;
+    const uint tx = id % 16, ty = id / 16; // 16 x 4 columns, 8 x 8 rows
+    float acc[8][4];
+    [[unroll]] for (int i = 0; i < 8; i++)
+        [[unroll]] for (int j = 0; j < 4; j++)
+            acc[i][j] = 0;
+    for (uint q = 0; q < p.k_quads; q += BK / 4) {
+        [[unroll]] for (uint r = 0; r < BM * BK / 128; r++) { // 16 neighbours read 16 k of one row
+            uint e = r * 128 + id, m = min(m0 + e / BK, p.n_rows - 1);
+            x_tile[e % BK][e / BK] = p.x.at[m * p.x_stride + q * 4 + e % BK];
+        }
+        [[unroll]] for (uint r = 0; r < BN * BK / 4 / 128; r++) { // 32 neighbours read one quad of 32 columns
+            uint e = r * 128 + id, n = min(n0 + e % BN, p.n_out - 1), quad = e / BN;
+            vec4 w = load_weights(p.weights, (n / 32 * p.panel_quads + p.first_quad + q + quad) * 32 + n % 32);
+            [[unroll]] for (uint c = 0; c < 4; c++)
+                w_tile[quad * 4 + c][e % BN] = w[c];
+        }
+        barrier();
+        [[unroll]] for (uint k = 0; k < BK; k++) {
+            float x[8], w[4];
+            [[unroll]] for (int i = 0; i < 8; i++)
+                x[i] = x_tile[k][ty * 8 + i];
+            [[unroll]] for (int j = 0; j < 4; j++)
+                w[j] = w_tile[k][tx + j * 16];
+            [[unroll]] for (int i = 0; i < 8; i++)
+                [[unroll]] for (int j = 0; j < 4; j++)
+                    acc[i][j] = fma(x[i], w[j], acc[i][j]);
+        }
+        barrier();
+    }
+    [[unroll]] for (int i = 0; i < 8; i++)
+        [[unroll]] for (int j = 0; j < 4; j++) {
+            uint m = m0 + ty * 8 + i, n = n0 + tx + j * 16;
+            if (m < p.n_rows && n < p.n_out)
+                p.dst.at[m * p.out_stride + n] = linear_epilogue(p, acc[i][j], m, n);
+        }
+}
