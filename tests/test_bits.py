@@ -12,13 +12,19 @@ import pytest
 
 from oracle.compare import assert_close, assert_same_bits, real, same_bits
 
-FAMILIES = ["llama3", "llama_bias", "mistral", "gemma2", "gemma3", "qwen2", "qwen3"]
+#: The wide ones hold their weights as stored (bfloat16, float16) as well as in float32: other kernels, the same rules.
+FAMILIES = ["llama3", "llama_bias", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "wide", "wide:auto", "wide_gemma:auto"]
 LENGTHS = (17, 1, 64, 5, 29, 2, 33, 8)
 CACHED = 2e-5
 
 
+def engine(zoo, name):
+    family, _, dtype = name.partition(":")
+    return zoo.engine(family, dtype=dtype or "float32")
+
+
 def prompts_of(zoo, name, rng, lengths=LENGTHS):
-    return [rng.integers(0, zoo.reference(name).facts.d_vocab, n).tolist() for n in lengths]
+    return [rng.integers(0, engine(zoo, name).config.d_vocab, n).tolist() for n in lengths]
 
 
 def sites_to_compare(model):
@@ -28,7 +34,7 @@ def sites_to_compare(model):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_alone_padded_and_in_any_batch(zoo, name, rng):
-    model, rows = zoo.engine(name), prompts_of(zoo, name, rng)
+    model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     sites = sites_to_compare(model)
     together = model.run(rows, capture=sites)
     order = rng.permutation(len(rows))
@@ -52,7 +58,7 @@ def test_prefill_alone_padded_and_in_any_batch(zoo, name, rng):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_of_a_prefix_is_the_prefix_of_the_prefill(zoo, name, rng):
     """Nothing of a token may depend on what comes after it: the rows' lengths choose no order of sums."""
-    model = zoo.engine(name)
+    model = engine(zoo, name)
     (whole,) = prompts_of(zoo, name, rng, (70,))
     want = model.run([whole])
     differ = [n for n in (1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 69) if not same_bits(model.run([whole[:n]]).logits[0], want.logits[0, :n])]
@@ -62,10 +68,10 @@ def test_prefill_of_a_prefix_is_the_prefix_of_the_prefill(zoo, name, rng):
         pytest.skip(f"prefixes of {differ} tokens have other bits (allowed: the order may depend on the row's own length)")
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "wide", "wide:auto", "wide_gemma:auto"])
 def test_large_batches(zoo, name, rng):
     """Many rows take other tiles; they may not take other bits."""
-    model = zoo.engine(name)
+    model = engine(zoo, name)
     rows = prompts_of(zoo, name, rng, rng.integers(1, 40, 48).tolist())
     logits = model.run(rows, logits="last").logits
     for size in (1, 7, 19):
@@ -76,7 +82,7 @@ def test_large_batches(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_alone_and_in_any_batch(zoo, name, rng):
-    model, rows = zoo.engine(name), prompts_of(zoo, name, rng)
+    model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     last = model.config.n_layers - 1
     sites = ["ln_final.hook_normalized", f"blocks.{last}.hook_resid_post", f"blocks.{last}.attn.hook_z"]
     options = dict(max_new_tokens=9, ignore_eos=True, capture=sites, progress=False)
@@ -99,7 +105,7 @@ def test_rows_that_end_early_leave_the_others_alone(zoo, rng):
 
     name = "gemma3"
     rows = prompts_of(zoo, name, rng)
-    free = zoo.engine(name).generate(rows, max_new_tokens=12, ignore_eos=True, progress=False)
+    free = engine(zoo, name).generate(rows, max_new_tokens=12, ignore_eos=True, progress=False)
     ends = sorted({int(g.tokens[3 + i % 5]) for i, g in enumerate(free)})
     site = "blocks.4.hook_resid_post"
     with vs.Model.from_pretrained(str(zoo.variant(name, "ends", eos_token_id=ends)), dtype="float32") as model:
@@ -116,7 +122,7 @@ def test_rows_that_end_early_leave_the_others_alone(zoo, rng):
 def test_same_inputs_same_bits(zoo, name, rng):
     import vksteer as vs
 
-    model, rows = zoo.engine(name), prompts_of(zoo, name, rng)
+    model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     first, first_text = model.run(rows), model.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False)
     for _ in range(5):
         assert_same_bits(name, model.run(rows).logits, first.logits)
@@ -128,7 +134,7 @@ def test_same_inputs_same_bits(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_captures_change_no_bit(zoo, name, rng):
-    model, rows = zoo.engine(name), prompts_of(zoo, name, rng)
+    model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     plain = model.run(rows)
     assert_same_bits("everything captured", model.run(rows, capture=["*"]).logits, plain.logits)
     for site in ("blocks.1.attn.hook_pattern", "blocks.0.attn.hook_attn_scores", "blocks.1.attn.hook_result", "blocks.0.mlp.hook_post", "ln_final.hook_scale"):
@@ -145,7 +151,7 @@ def test_captures_change_no_bit(zoo, name, rng):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_against_uncached(zoo, name, rng):
     """Decoded with the cache, and the same tokens prefilled at once. Measured on lavapipe 25 (subgroup size 16): 0, the same bits."""
-    model, rows = zoo.engine(name), prompts_of(zoo, name, rng)
+    model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     sites = ["ln_final.hook_normalized"] + [f"blocks.{l}.hook_resid_post" for l in range(model.config.n_layers)]
     gens = model.generate(rows, max_new_tokens=24, ignore_eos=True, capture=sites, progress=False)
     run = model.run(rows, [g.tokens for g in gens], capture=sites)

@@ -59,13 +59,25 @@ FAMILIES = {
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0})),
 }
 
+#: Not a family but a size: wide enough for whole panels, several tiles and split work groups of the real kernels.
+WIDE = {
+    "wide": ("Llama", "bfloat16", dict(
+        hidden_size=416, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=1100, vocab_size=3001, num_hidden_layers=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
+    "wide_gemma": ("Gemma3Text", "float16", dict(
+        hidden_size=330, num_attention_heads=2, num_key_value_heads=1, head_dim=256, intermediate_size=1030, vocab_size=2050, num_hidden_layers=2,
+        sliding_window=40, query_pre_attn_scalar=256, tie_word_embeddings=True, sliding_window_pattern=2,
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})),
+}
+
 MAX_POSITIONS = 512
 
 
 def _config(name):
     import transformers
 
-    prefix, _, arguments = FAMILIES[name]
+    prefix, _, arguments = (FAMILIES | WIDE)[name]
     arguments = dict(arguments)
     arguments["rope_parameters"] = json.loads(json.dumps(arguments["rope_parameters"]))  # transformers writes into it
     return getattr(transformers, prefix + "Config")(
@@ -99,7 +111,7 @@ def build(name, folder, seed=None):
     import torch
     import transformers
 
-    prefix, stored, _ = FAMILIES[name]
+    prefix, stored, _ = (FAMILIES | WIDE)[name]
     config = _config(name)
     cls = getattr(transformers, prefix.replace("Text", "") + "ForCausalLM")
     model = cls(config)
