@@ -128,19 +128,31 @@ static int rows_read(struct arguments *a, const struct model *model, PyObject **
     return 0;
 }
 
+/* The residual stream to resume from: float32 [all tokens, D]. */
+static int inputs_read(struct arguments *a, const struct model *model, PyObject *object) {
+    uint64_t total = 0;
+    const void *data;
+    for (uint32_t r = 0; r < a->batch.n_rows; r++)
+        total += a->batch.n_tokens[r];
+    if (borrow(a, object, 'f', "inputs", (Py_ssize_t)(total * model->facts.d_model), &data))
+        return -1;
+    a->batch.inputs = data;
+    return 0;
+}
+
 /* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
- *         q_row, v_row, mlp_row, frozen) -> (logits or None, {(site, layer): array}) */
+ *         q_row, v_row, mlp_row, frozen, first_layer, inputs) -> (logits or None, {(site, layer): array}) */
 PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
-                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", NULL};
+                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", NULL};
     struct model_object *self = (struct model_object *)object;
     struct engine_state *state = engine_state_of(object);
-    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
+    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
     unsigned int n_out_rows, n_columns, n_keys;
     int mode, failed = 1;
     struct arguments a = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
-                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12]))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
+                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs))
         return NULL;
     if (!self->work)
         return PyErr_Format(PyExc_ValueError, "the model is %s", self->model ? "not loaded yet" : "closed");
@@ -157,6 +169,8 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     struct error error = {0};
     captured = PyDict_New();
     if (!captured || rows_read(&a, self->model, in) || places_check(&a) || captures_read(self->model, &a, list, captured))
+        goto done;
+    if (inputs_read(&a, self->model, inputs))
         goto done;
     if (mode == RUN_LOGITS_ALL)
         logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab}, &a.batch.logits);

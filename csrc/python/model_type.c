@@ -395,7 +395,29 @@ static void cache_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-static PyType_Slot cache_slots[] = {{Py_tp_new, cache_new}, {Py_tp_dealloc, cache_dealloc}, {Py_tp_doc, "Cache(model, n_slots): keys and values."}, {0, NULL}};
+static PyObject *cache_copy(PyObject *object, PyObject *args) {
+    struct cache_object *self = (struct cache_object *)object;
+    unsigned int from, n, first_layer = 0;
+    PyObject *array;
+    const void *to;
+    Py_ssize_t n_to;
+    struct error error = {0};
+    if (!PyArg_ParseTuple(args, "IOI|I", &from, &array, &n, &first_layer) || model_check(self->owner, 1))
+        return NULL;
+    PyObject *view = array_view(array, 'I', "to", &to, &n_to);
+    if (!view)
+        return NULL;
+    engine_lock(self->owner->owner);
+    int failed = run_cache_copy(self->owner->work, self->cache, from, to, (uint32_t)n_to, n, first_layer, &error);
+    engine_unlock(self->owner->owner);
+    Py_DECREF(view);
+    return failed ? engine_raise(object, &error) : Py_NewRef(Py_None);
+}
+
+static PyMethodDef cache_methods[] = {
+    {"copy", cache_copy, METH_VARARGS, "copy(from, to uint32 [places], n, first_layer=0): copies n slots to every place."}, {NULL, NULL, 0, NULL}};
+
+static PyType_Slot cache_slots[] = {{Py_tp_new, cache_new}, {Py_tp_methods, cache_methods}, {Py_tp_dealloc, cache_dealloc}, {Py_tp_doc, "Cache(model, n_slots): keys and values."}, {0, NULL}};
 PyType_Spec cache_spec = {.name = "vksteer._engine.Cache", .basicsize = sizeof(struct cache_object), .flags = Py_TPFLAGS_DEFAULT, .slots = cache_slots};
 
 /* --- Edits ---------------------------------------------------------------------------------------------------------------------------- */

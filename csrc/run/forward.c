@@ -7,6 +7,8 @@
 static int batch_check(const struct run_work *work, const struct run_cache *cache, const struct run_batch *batch, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     uint64_t at = 0;
+    if (batch->first_layer >= f->n_layers || (batch->first_layer && !batch->inputs))
+        return error_set(error, ERROR_VALUE, "resuming at layer %u of %u needs the residual stream there", batch->first_layer, f->n_layers);
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
         if (end > f->n_ctx)
@@ -32,7 +34,7 @@ static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uin
         uint32_t t = chunk->n_tokens++, pos = batch->start[r] + from + i;
         meta[t] = (struct token_meta){.id = tokens[from + i], .pos = pos, .slot = batch->slot[r] + pos, .q_token = t, .k_slot = batch->slot[r],
                                       .v_slot = batch->slot[r], .row = r};
-        chunk->places[t] = (struct token_place){r, pos};
+        chunk->places[t] = (struct token_place){r, pos, (uint32_t)(tokens - batch->tokens) + from + i};
         if (i % OP_TILE == 0)
             chunk->tile_list[chunk->n_tiles++] = (struct query_tile){t, 0};
         chunk->tile_list[chunk->n_tiles - 1].count++;

@@ -2,6 +2,9 @@
  *
  * Where nobody looks at a value it is not materialised (fused kernels); where somebody does, the separate steps do the same arithmetic in the
  * same order, so that looking changes no bit. */
+#include <stdlib.h>
+#include <string.h>
+
 #include "run/work.h"
 
 #define RUN(call) do { if (call) return -1; } while (0)
@@ -290,12 +293,39 @@ static int logits(struct run_work *work, struct error *error) {
     return logits_rows(work, address(work->out), chunk->n_last, 1, error);
 }
 
+/* The residual stream that the caller kept, into work->x. */
+static int resume(struct run_work *work, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    size_t width = work->model->facts.d_model;
+    uint64_t rows;
+    float *packed = malloc(chunk->n_tokens * width * sizeof *packed);
+    if (!packed)
+        return error_set(error, ERROR_MEMORY, "out of memory for a resumed run");
+    for (uint32_t t = 0; t < chunk->n_tokens; t++)
+        memcpy(packed + t * width, chunk->batch->inputs + chunk->places[t].packed * width, width * sizeof *packed);
+    int failed = work_upload(work, packed, chunk->n_tokens * width * sizeof *packed, &rows, error);
+    free(packed);
+    if (failed)
+        return -1;
+    struct copy_params copy = {.x = rows, .dst = address(work->x), .n_rows = chunk->n_tokens, .width = (uint32_t)width, .x_stride = (uint32_t)width,
+                               .out_stride = work->d_stride};
+    return op_copy(&work->model->ops, &copy, error);
+}
+
+static int begin(struct run_work *work, struct error *error) {
+    const struct model *model = work->model;
+    uint64_t x = address(work->x);
+    if (work->chunk.batch->inputs)
+        return resume(work, error);
+    RUN(op_embed(&work->model->ops, &model->embed, work->chunk.tokens, work->chunk.n_tokens, model->facts.embed_scale, x, work->d_stride, error));
+    return visit_rows(work, SITE_EMBED, 0, x, work->d_stride, 0, error);
+}
+
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error) {
     const struct model *model = work->model;
     uint64_t x = address(work->x);
-    RUN(op_embed(&work->model->ops, &model->embed, work->chunk.tokens, work->chunk.n_tokens, model->facts.embed_scale, x, work->d_stride, error));
-    RUN(visit_rows(work, SITE_EMBED, 0, x, work->d_stride, 0, error));
-    for (int l = 0; l < (int)model->facts.n_layers; l++) {
+    RUN(begin(work, error));
+    for (int l = (int)work->chunk.batch->first_layer; l < (int)model->facts.n_layers; l++) {
         RUN(visit_rows(work, SITE_RESID_PRE, l, x, work->d_stride, 0, error));
         RUN(attention_block(work, cache, l, error));
         RUN(visit_rows(work, SITE_RESID_MID, l, x, work->d_stride, 0, error));

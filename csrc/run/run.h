@@ -6,6 +6,8 @@
 #include "model/model.h"
 #include "run/sites.h"
 
+struct run_work;
+
 /* Keys and values of every layer; slot s of layer l holds one token's G * dh floats. Rows own ranges of slots. */
 struct run_cache {
     struct gpu_device *device;
@@ -14,6 +16,10 @@ struct run_cache {
 };
 int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, struct error *error);
 void run_cache_destroy(struct run_cache *cache);
+/* Copies n slots' keys and values to each of n_to places, in layers >= first_layer: rows that begin with the same tokens and edits need their
+ * prefix only once. Ranges must not overlap. */
+int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from, const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
+                   struct error *error);
 uint64_t run_cache_bytes(const struct model_facts *facts, uint32_t n_slots);
 
 /* Where captured values go: `to` is the caller's zeroed array. Sites of width W: [n_out_rows, n_columns, W]; sites over keys:
@@ -43,6 +49,8 @@ struct run_batch {
     const int32_t *column;     /* [n_rows] output column of position p is column[r] + p (left padding) */
     const int32_t *key_column; /* [n_rows] the same for keys */
     uint32_t n_columns, n_keys;
+    uint32_t first_layer;      /* resume here, */
+    const float *inputs;       /* from this residual stream [all tokens, D], packed as the tokens; NULL: from the embedding */
     int decode;                /* the phase: 1 when every row brings one token after its prompt */
 };
 

@@ -230,6 +230,19 @@ fail:
     return -1;
 }
 
+int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from, const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
+                   struct error *error) {
+    uint64_t slot = 4 * (uint64_t)work->model->facts.n_kv_heads * work->model->facts.d_head;
+    for (uint32_t i = 0; i < n_to; i++)
+        for (uint32_t l = first_layer; l < cache->n_layers; l++)
+            if (gpu_stream_copy(work->model->ops.stream, cache->k[l], from * slot, cache->k[l], to[i] * slot, n * slot, error) ||
+                gpu_stream_copy(work->model->ops.stream, cache->v[l], from * slot, cache->v[l], to[i] * slot, n * slot, error)) {
+                gpu_stream_abandon(work->model->ops.stream);
+                return -1;
+            }
+    return 0;
+}
+
 void run_cache_destroy(struct run_cache *cache) {
     if (!cache)
         return;

@@ -27,7 +27,7 @@ struct readback {
     uint32_t window;
 };
 
-struct token_place { uint32_t row, pos; };
+struct token_place { uint32_t row, pos, packed; }; /* packed: index into the batch's tokens */
 
 /* The tokens that go through the layers together. */
 struct chunk {

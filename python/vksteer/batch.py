@@ -110,11 +110,11 @@ class Batch:
         """Rows that the engine sees, and that need cache slots."""
         return 2 * self.n if self.paired else self.n
 
-    def forward(self, cache, tokens, starts, slots, columns, n_columns, n_keys, capture, logits, active, key_columns=None, decode=False):
+    def forward(self, cache, tokens, starts, slots, columns, n_columns, n_keys, capture, logits, active, key_columns=None, decode=False, **resumed):
         """One pass over new tokens of the rows `active` (user rows, in order); see csrc/run/run.h.
 
         tokens: one int sequence a row; starts: position of its first; slots: first cache slot of each engine row (pairs one behind the other);
-        columns: output column of position 0. Returns (logits or None, {(site, layer): array}), one row per active row.
+        columns: output column of position 0; resumed: first_layer and inputs (float32 [all tokens, D]) to start above the embedding. Returns (logits or None, {(site, layer): array}), one row per active row.
         """
         n, double = len(active), 2 if self.paired else 1
         spread = lambda values, dtype: np.repeat(np.asarray(values, dtype), double)
@@ -134,4 +134,4 @@ class Batch:
         return self.model._engine.forward(
             cache, flat, spread([len(t) for t in tokens], np.uint32), spread(starts, np.uint32), np.asarray(slots, np.uint32),
             spread(np.arange(n), np.uint32), edit_row, out_row, spread(columns, np.int32), spread(columns if key_columns is None else key_columns, np.int32),
-            n, n_columns, n_keys, list(capture), LOGITS[logits], int(decode), self.edits, **freezing)
+            n, n_columns, n_keys, list(capture), LOGITS[logits], int(decode), self.edits, **freezing, **resumed)

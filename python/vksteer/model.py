@@ -180,6 +180,12 @@ class Model:
             at += n * double
         return self._cache[0], np.array(slots, np.uint32)
 
+    @cached_property
+    def _layer_inputs(self):
+        from .resume import LayerInputs
+
+        return LayerInputs(self)
+
     def _value_direction(self, direction, layer: int) -> np.ndarray:
         """W_V (s * gain of the layer's first norm), float32 [G, d_head]: what steering by s adds to the values, up to 1/RMS (method.md section 7)."""
         c = self.config

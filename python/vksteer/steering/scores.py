@@ -62,6 +62,10 @@ def _last_logits(model, rows) -> np.ndarray:
     The one place where candidates meet the engine: rows that come together share their first edited layer, so an engine that resumes from
     a cached layer input has to be called here and nowhere else.
     """
+    from ..resume import can_resume, last_logits
+
+    if hasattr(model, "_layer_inputs") and can_resume(rows):
+        return last_logits(model, rows)
     return model.run([tokens for tokens, _ in rows], edits=[edits for _, edits in rows], logits="last").logits
 
 

@@ -1,0 +1,38 @@
+"""Resumed and prefix-sharing passes give the bits of plain runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from oracle.compare import assert_same_bits
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_last_logits_are_those_of_plain_runs(zoo, rng, name, layer):
+    import vksteer as vs
+    from vksteer.resume import can_resume, last_logits
+
+    model = zoo.engine(name)
+    c = model.config
+    head = rng.integers(0, c.d_vocab, 9).tolist()
+    prompts = [head + rng.integers(0, c.d_vocab, n).tolist() for n in (1, 7, 12, 3)] + [head + [5], head + [5, 6]]
+    vectors = [vs.SteeringVector(rng.standard_normal(c.d_model).astype(np.float32), layer) for _ in range(2)]
+    for edits in ([[vs.Steer(vectors[0], 1.0)], [vs.Steer(vectors[1], -0.5)]], [[vs.Ablate(vectors[0])], [vs.Ablate(vectors[1])]], [[], [vs.Ablate(vectors[0])]]):
+        rows = [(p, e) for e in edits for p in prompts]
+        assert can_resume(rows)
+        want = model.run([p for p, _ in rows], edits=[e for _, e in rows], logits="last").logits
+        assert_same_bits(f"{name} {edits}", last_logits(model, rows), want)
+    assert not can_resume([(prompts[0], [vs.Steer(vectors[0], 1.0, positions=[0])])])
+
+
+def test_rows_without_a_common_head(zoo, rng):
+    import vksteer as vs
+    from vksteer.resume import last_logits
+
+    model = zoo.engine("qwen2")
+    v = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
+    rows = [(rng.integers(0, model.config.d_vocab, n).tolist(), [vs.Steer(v, 1.0)]) for n in (1, 4, 30)]
+    want = model.run([p for p, _ in rows], edits=[e for _, e in rows], logits="last").logits
+    assert_same_bits("no head", last_logits(model, rows), want)
