@@ -82,6 +82,8 @@ int gpu_stream_wait(struct gpu_stream *stream, struct error *error);
 /* After a failure: forgets what was recorded but not submitted and waits for the rest, so that buffers may be freed and a new run begun. */
 void gpu_stream_abandon(struct gpu_stream *stream);
 void gpu_stream_poll(struct gpu_stream *stream, int (*poll)(void *), void *context);
+/* Floating point operations that one submission may hold: split what is larger, or a watchdog (and Ctrl-C) has to wait for all of it. */
+double gpu_stream_flops_bound(const struct gpu_stream *stream);
 uint64_t gpu_stream_dispatches(const struct gpu_stream *stream); /* since creation, for benchmarks */
 
 /* Compiles kernels ahead, in parallel threads. */

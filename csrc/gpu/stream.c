@@ -230,6 +230,10 @@ void gpu_stream_poll(struct gpu_stream *stream, int (*poll)(void *), void *conte
     stream->poll_context = context;
 }
 
+double gpu_stream_flops_bound(const struct gpu_stream *stream) {
+    return SUBMISSION_SECONDS * stream->flops_per_second;
+}
+
 uint64_t gpu_stream_dispatches(const struct gpu_stream *stream) {
     return stream->dispatches;
 }

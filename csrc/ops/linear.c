@@ -61,25 +61,44 @@ static uint32_t variant_columns(const struct ops *ops, const struct variant *var
     return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
 }
 
+/* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time. Rows are independent: no bit changes. */
+static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out, uint32_t n_quads) {
+    double rows = gpu_stream_flops_bound(ops->stream) / (8.0 * n_out * n_quads);
+    if (rows >= 65536.0 * variant->rows)
+        return 65535 * variant->rows;
+    uint32_t groups = (uint32_t)(rows / variant->rows);
+    return (groups ? groups : 1) * variant->rows;
+}
+
+static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_args *args, uint32_t n_quads,
+                          struct error *error) {
+    const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
+    uint64_t first = matrix->chunks[chunk].first;
+    uint32_t n_out = matrix->chunks[chunk].count, columns = variant_columns(ops, variant), step = rows_at_once(ops, variant, n_out, n_quads);
+    for (uint32_t row = 0, n; row < args->n_rows; row += n) {
+        n = args->n_rows - row < step ? args->n_rows - row : step;
+        uint64_t out = 4 * (first + (uint64_t)row * args->dst_stride);
+        struct linear_params params = {
+            .x = args->x + 4 * (uint64_t)row * args->x_stride, .weights = matrix->chunks[chunk].address, .dst = args->dst + out,
+            .bias = args->bias ? args->bias + 4 * first : 0, .add = args->add ? args->add + out : 0,
+            .n_rows = n, .n_out = n_out, .k_quads = n_quads, .panel_quads = matrix->k_quads, .first_quad = args->first_k / 4,
+            .x_stride = args->x_stride, .out_stride = args->dst_stride,
+            .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0),
+            .softcap = args->softcap};
+        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n + variant->rows - 1) / variant->rows,
+                                (n_out + columns - 1) / columns, 1, 8.0 * n * n_out * n_quads, error))
+            return -1;
+    }
+    return 0;
+}
+
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error) {
     uint32_t n_quads = args->n_k ? op_matrix_quads(args->n_k) : matrix->k_quads;
     if (args->first_k % 16 || args->n_k % 16 || args->first_k / 4 + n_quads > matrix->k_quads || args->x_stride < 4 * n_quads)
         return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u", args->first_k, args->first_k + 4 * n_quads,
                          matrix->k);
-    const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
-    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t first = matrix->chunks[c].first;
-        struct linear_params params = {
-            .x = args->x, .weights = matrix->chunks[c].address, .dst = args->dst + 4 * (uint64_t)first,
-            .bias = args->bias ? args->bias + 4 * (uint64_t)first : 0, .add = args->add ? args->add + 4 * (uint64_t)first : 0,
-            .n_rows = args->n_rows, .n_out = matrix->chunks[c].count, .k_quads = n_quads, .panel_quads = matrix->k_quads,
-            .first_quad = args->first_k / 4, .x_stride = args->x_stride, .out_stride = args->dst_stride,
-            .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0),
-            .softcap = args->softcap};
-        uint32_t columns = variant_columns(ops, variant);
-        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (args->n_rows + variant->rows - 1) / variant->rows,
-                                (params.n_out + columns - 1) / columns, 1, 8.0 * args->n_rows * params.n_out * n_quads, error))
+    for (uint32_t c = 0; c < matrix->n_chunks; c++)
+        if (chunk_multiply(ops, matrix, c, args, n_quads, error))
             return -1;
-    }
     return 0;
 }

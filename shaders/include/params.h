@@ -78,8 +78,6 @@ BLOCK(norm_params) {
 #define LINEAR_BIAS 1
 #define LINEAR_ADD 2     /* dst = add + result: the residual stream */
 #define LINEAR_SOFTCAP 4
-#define LINEAR_NORM 8    /* decode: the input is normalised on the way in (gain, eps) */
-#define LINEAR_ACT 16    /* decode: the input is act(gate) * up of a [gate | up] row */
 
 /* dst[m, n] = sum_k in[m, k] W[n, k] (+ bias) (+ add): one sequential chain over ascending k for every output. */
 BLOCK(linear_params) {
@@ -88,7 +86,6 @@ BLOCK(linear_params) {
     ADDRESS(FloatsOut) dst;    /* [M, out_stride], already offset to the first column */
     ADDRESS(FloatsIn) bias;    /* [N] */
     ADDRESS(FloatsIn) add;     /* [M, out_stride] */
-    ADDRESS(FloatsIn) gain;    /* [K] */
     UINT n_rows;               /* M */
     UINT n_out;                /* columns to write */
     UINT k_quads;              /* quads of k to sum over */
@@ -98,9 +95,6 @@ BLOCK(linear_params) {
     UINT out_stride;
     UINT flags;
     float softcap;
-    float eps;
-    UINT width;                /* K without padding */
-    UINT act;
 };
 
 #define ROPE_QK_NORM 1
