@@ -89,7 +89,7 @@ def greedy(model, tokens, n: int):
 def build_llama_cpp() -> bool:
     """llama-cpp-python from its source package into .models/peers; True where that worked."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(LLAMA_CPP), "llama-cpp-python", "diskcache"]
-    return subprocess.run(command, env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}).returncode == 0
+    return subprocess.run(command, env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"}).returncode == 0
 
 
 def llama_cpp(rounds: int = 5, prompt: int = 128, new: int = 64) -> dict:

@@ -5,66 +5,30 @@ Two ceilings: the rate of the engine's own matrix kernel on a large batch of row
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import asdict, dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """matrix: float operations a second, of the engine's best matrix kernel. read: bytes a second. read_by: how the latter was measured."""
+    """matrix: float operations a second of the engine's matrix kernel. read: bytes a second that its memory gives to a kernel."""
 
     matrix: float
     read: float
-    read_by: str
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-def _best(call, seconds: float) -> float:
-    """Seconds of the fastest of several calls, after one that is not counted; at least two, then as many as fit."""
-    call()
-    best, until, n = float("inf"), time.perf_counter() + seconds, 0
-    while n < 2 or time.perf_counter() < until:
-        start = time.perf_counter()
-        call()
-        best, n = min(best, time.perf_counter() - start), n + 1
-    return best
+def measure(model, rounds: int = 2) -> Ceilings:
+    """The ceilings of the device that holds `model`: best of `rounds`, each the median of five dispatches.
 
-
-def host_read(seconds: float = 0.1, megabytes: int = 256) -> float:
-    """Bytes a second that all cores together read from main memory (NumPy's float maximum over parts far larger than the caches)."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = [np.ones((megabytes << 20) // 4 // n, np.float32) for _ in range(n)]
-    with ThreadPoolExecutor(n) as pool:
-        return sum(p.nbytes for p in parts) / _best(lambda: list(pool.map(np.max, parts)), seconds)
-
-
-def measure(model, seconds: float = 0.1) -> Ceilings:
-    """The ceilings of the device that holds `model`; each of three measurements takes about `seconds`, and a warm-up.
-
-    The matrix rate is the best of the model's MLP products over a full chunk of rows, with the transfer of inputs and results that goes with them.
-    The read rate is that of the unembedding times one row (the largest matrix, read once); on a software device, whose memory is the machine's,
-    the machine's own read rate where that is higher.
+    The matrix rate is that of the model's own MLP products over 512 rows. The read rate is that of a kernel that only reads 256 MiB, more than any
+    cache holds, or that of the unembedding times one row where that is higher.
     """
-    from .device import _engine
-
-    engine, rows, random = model._engine, _engine().CHUNK, np.random.default_rng(0)
-    c = model.config
-    matrix = 0.0
-    for name, columns, outputs in (("gate_up", c.d_model, 2 * c.d_mlp), ("down", c.d_mlp, c.d_model)):
-        x = random.standard_normal((rows, columns), dtype=np.float32)
-        matrix = max(matrix, 2 * rows * columns * outputs / _best(lambda: engine.apply(name, 0, x), seconds / 2))
-    name = "embed" if c.tied else "unembed"
-    x = random.standard_normal((1, c.d_model), dtype=np.float32)
-    product = c.d_vocab * c.d_model * weight_size(model) / _best(lambda: engine.apply(name, -1, x), seconds)
-    host = host_read(seconds) if model.device.type == "software" else 0.0
-    return Ceilings(matrix, max(product, host), "all cores, NumPy" if host > product else "matrix-vector product")
+    engine, c = model._engine, model.config
+    shapes = ((512, 2 * c.d_mlp, c.d_model), (512, c.d_model, c.d_mlp))
+    return Ceilings(max(engine.measure_linear(*shape)[0] for shape in shapes for _ in range(rounds)),
+                    max(max(engine.measure_read(256 << 20), engine.measure_linear(1, c.d_vocab, c.d_model, True)[1]) for _ in range(rounds)))
 
 
 # -- what a model asks ------------------------------------------------------------------------------------------------------------------------------

@@ -61,11 +61,10 @@ def run(arguments) -> int:
     start, progress, out = time.perf_counter(), sys.stderr.isatty(), arguments.out
     demo.heading("Table 1 on a real model: Qwen2.5-Coder-0.5B-Instruct")
     splits = prompts(arguments)
-    most = max(arguments.test, 64) if arguments.test == 48 else arguments.test
-    test = tuple(side[:most] for side in splits["test"])
+    test = tuple(side[:arguments.test or 64] for side in splits["test"])
     demo.say("; ".join(f"{name}: {len(pair[0])} + {len(pair[1])} prompts" for name, pair in splits.items()))
     lap = lambda what: demo.say(f"[{time.perf_counter() - start:5.0f} s] {what}")
-    with Model.from_pretrained(path, device=arguments.device) as model:
+    with Model.from_pretrained(path, device=arguments.device, progress=progress) as model:
         lap(f"loaded on {model.device}")
         cands = steering.difference_in_means(model, *splits["train"], positions=POSITIONS, progress=progress)
         vector, how = choose(cands, splits["validation"], progress)

@@ -1,0 +1,134 @@
+"""The demo's parts, its prompts, and the README's example: what a new user runs first is run here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vksteer import demo, demo_real
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = ROOT / "python/vksteer/models/tiny-llama-chat/model.safetensors"
+SMOLLM2 = ROOT / ".models" / demo.SMOLLM2
+README = (ROOT / "README.md").read_text()
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_written_prompts():
+    w = demo.written()
+    acts = [act for pair in w["acts"] for act in pair]
+    assert len(w["acts"]) == 128 and len(set(acts)) == 256 and len(set(w["topics"])) == 24
+    assert all(act == act.strip() and not act.endswith((".", "?")) for act in acts)
+    assert not [p for p in w["to_steer"] if any(t.split()[-1] in p for t in w["topics"])], "shown prompts are not among those the vector was made of"
+
+
+def test_splits_share_no_act():
+    splits = demo_real.prompts(SimpleNamespace(harmful=None, harmless=None))
+    assert {name: len(pair[0]) for name, pair in splits.items()} == {"train": 48, "validation": 16, "test": 64}
+    everything = [p for pair in splits.values() for side in pair for p in side]
+    assert len(set(everything)) == len(everything) == 256
+    for harmful, harmless in zip(*splits["test"]):  # twins have one form
+        assert harmful.split()[:2] == harmless.split()[:2]
+
+
+def test_own_prompts(tmp_path):
+    for name in ("bad", "good"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(16)))
+    splits = demo_real.prompts(SimpleNamespace(harmful=str(tmp_path / "bad.txt"), harmless=str(tmp_path / "good.txt")))
+    assert [len(pair[0]) for pair in splits.values()] == [8, 4, 4]
+    with pytest.raises(ValueError, match="belong together"):
+        demo_real.prompts(SimpleNamespace(harmful="x", harmless=None))
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_side_by_side():
+    text = demo.side_by_side(["left", "right"], ["one two three", "a\nb"], width=31)
+    lines = text.splitlines()
+    assert lines[0].startswith("left") and "| right" in lines[0] and len(lines) == 4 and lines[3].endswith("| b")
+
+
+def test_bad_input_is_said(capsys):
+    assert demo.main(["--real", "--harmful", "no/such/file.txt"]) in (1, 2)
+    assert capsys.readouterr().out or capsys.readouterr().err
+
+
+@pytest.mark.skipif(not BUNDLED.exists(), reason="tiny-llama-chat has not been trained yet")
+def test_bundled_part(tmp_path, capsys):
+    assert demo.main(["--part", "tiny", "--test", "4", "--random", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "| MLP direct |" in said and "Chosen: layer" in said
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert "texts" not in result["table1"] and result["table1"]["rows"]["none"]["harmful"]["n"] == 4
+    assert {"candidates.md", "refusal.safetensors", "table1.md", "table1.png", "tiny.json"} == {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 has not been fetched (make models)")
+def test_real_part(tmp_path, capsys, monkeypatch):
+    few = demo.written()
+    monkeypatch.setattr(demo, "written", lambda: few | {"topics": few["topics"][:3], "to_steer": few["to_steer"][:1]})
+    monkeypatch.setattr(demo, "speed", lambda model, new_tokens, speed=demo.speed: speed(model, 24, new_tokens))
+    demo.real(SMOLLM2, tmp_path, None, new_tokens=4)
+    said = capsys.readouterr().out
+    assert "+1 (verse)" in said and "| decoding, 1 row |" in said
+    arrays = np.load(tmp_path / "smollm2_activations.npz")
+    assert arrays["plus/blocks.20.hook_resid_post"].shape == arrays["unsteered/blocks.20.hook_resid_post"].shape
+    steered, plain = (arrays[f"{k}/blocks.{demo.LAYER}.hook_resid_post"] for k in ("plus", "unsteered"))
+    assert not np.array_equal(steered, plain)
+    before = f"blocks.{demo.LAYER - 1}.hook_resid_post"
+    assert np.array_equal(arrays[f"plus/{before}"], arrays[f"unsteered/{before}"])
+    speed = json.loads((tmp_path / "smollm2.json").read_text())["speed"]
+    assert speed["decode_8"]["tokens_per_s"] > speed["decode_1"]["tokens_per_s"] > 0
+
+
+def test_nothing_to_run(tmp_path, monkeypatch, capsys):
+    """Where no model can be had the demo says so and fails; it never passes in silence."""
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    assert demo.main(["--part", "smollm2", "--out", str(tmp_path / "out")]) == 1
+    assert "Part 2, the real model, is left out" in capsys.readouterr().out
+
+
+# -- README ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def example() -> str:
+    """The first Python block of the README."""
+    return re.search(r"```python\n(.*?)```", README, re.S)[1]
+
+
+def test_readme_example_is_short():
+    lines = [line for line in example().splitlines() if line.strip()]
+    assert len(lines) <= 12
+
+
+@pytest.mark.skipif(not BUNDLED.exists(), reason="tiny-llama-chat has not been trained yet")
+def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example(), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_readme_tables_are_made_from_code():
+    """`.venv/bin/python benchmarks/table.py --write` after a measurement, or a change of the families."""
+    import sys
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import table
+    finally:
+        sys.path.pop(0)
+    assert table.filled(README) == README
+
+
+def test_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.M))
+    assert named and not [t for t in named if not re.search(rf"^{t}:", makefile, re.M)]
