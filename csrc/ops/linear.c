@@ -102,3 +102,16 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
             return -1;
     return 0;
 }
+
+int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error) {
+    static const int always[] = {KERNEL_embed, KERNEL_norm, KERNEL_rope, KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix, KERNEL_attn_decode,
+                                 KERNEL_act, KERNEL_edit, KERNEL_copy};
+    int kernels[32], n = 0;
+    for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
+        kernels[n++] = always[i];
+    for (uint32_t rows = 1; rows <= 16; rows *= 2) {
+        kernels[n++] = variant_choose(ops, type, rows, 0)->kernel;
+        kernels[n++] = variant_choose(ops, type, rows, 1)->kernel;
+    }
+    return gpu_pipelines_prepare(ops->device, kernels, n, error);
+}

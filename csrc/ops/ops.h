@@ -82,6 +82,9 @@ int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, ui
                       struct error *error);
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
+/* Compiles, in parallel, what a model with weights of this type will dispatch with the family in use. */
+int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error);
+
 /* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
 int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);
 

@@ -18,9 +18,30 @@ PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data) {
     return array;
 }
 
+static int type_number(char type) {
+    switch (type) {
+    case 'f': return NPY_FLOAT32;
+    case 'd': return NPY_FLOAT64;
+    case 'i': return NPY_INT32;
+    case 'I': return NPY_UINT32;
+    case 'q': return NPY_INT64;
+    default: return NPY_UINT8;
+    }
+}
+
+int array_is(PyObject *object, char type) {
+    return PyArray_Check(object) && PyArray_TYPE((PyArrayObject *)object) == type_number(type);
+}
+
+PyObject *array_copy(PyObject *array, char type, void **data) {
+    PyObject *copy = PyArray_FROMANY(array, type_number(type), 0, 0, NPY_ARRAY_CARRAY | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_FORCECAST);
+    if (copy)
+        *data = PyArray_DATA((PyArrayObject *)copy);
+    return copy;
+}
+
 PyObject *array_view(PyObject *object, char type, const char *name, const void **data, Py_ssize_t *n) {
-    int number = type == 'f' ? NPY_FLOAT32 : type == 'i' ? NPY_INT32 : type == 'I' ? NPY_UINT32 : type == 'q' ? NPY_INT64 : NPY_UINT8;
-    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != number || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
+    if (!array_is(object, type) || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
         PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous NumPy array of type '%c'", name, type);
         return NULL;
     }

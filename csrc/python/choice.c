@@ -87,3 +87,21 @@ PyObject *model_measure_read(PyObject *object, PyObject *args) {
     Py_END_ALLOW_THREADS
     return failed ? engine_raise(object, &error) : PyFloat_FromDouble(rate);
 }
+
+/* prepare(): compiles the kernels that this model will use. */
+PyObject *model_prepare(PyObject *object, PyObject *unused) {
+    (void)unused;
+    int failed;
+    struct error error = {0};
+    struct ops *ops = ops_of(object);
+    if (!ops)
+        return NULL;
+    struct device_object *device = ((struct model_object *)object)->owner;
+    uint32_t type = ((struct model_object *)object)->model->facts.weight_type;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&device->lock);
+    failed = op_kernels_prepare(ops, type, &error);
+    pthread_mutex_unlock(&device->lock);
+    Py_END_ALLOW_THREADS
+    return failed ? engine_raise(object, &error) : Py_NewRef(Py_None);
+}

@@ -45,11 +45,11 @@ struct edits_object {
 };
 
 struct engine_state {
-    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type;
+    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type;
     PyObject *device_error, *model_error;
 };
 
-extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec;
+extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec;
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */
@@ -63,6 +63,8 @@ void engine_unlock(struct device_object *device);
 
 /* device_type.c */
 PyObject *engine_devices(PyObject *module, PyObject *unused);
+/* ops_type.c */
+PyObject *engine_ops(PyObject *module, PyObject *unused);
 /* forward.c */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
 
@@ -71,6 +73,7 @@ PyObject *model_get_family(PyObject *self, void *unused);
 int model_set_family(PyObject *self, PyObject *value, void *unused);
 PyObject *model_get_families(PyObject *self, void *unused);
 PyObject *model_measure_linear(PyObject *self, PyObject *args);
+PyObject *model_prepare(PyObject *self, PyObject *unused);
 PyObject *model_measure_read(PyObject *self, PyObject *args);
 
 /* arrays.c: NumPy's C API stays in this one file. */
@@ -80,6 +83,9 @@ PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data);
 /* Borrowed views of C-contiguous arrays with exactly this item type ('f' float32, 'i' int32, 'I' uint32, 'q' int64, 'B' uint8): a new
  * reference, or NULL with TypeError/ValueError set. */
 PyObject *array_view(PyObject *object, char type, const char *name, const void **data, Py_ssize_t *n);
+int array_is(PyObject *object, char type); /* an array with this item type? */
+/* A new C-contiguous copy with the items cast to `type` (as above, or 'd' float64); *data is its memory. */
+PyObject *array_copy(PyObject *array, char type, void **data);
 Py_ssize_t array_dim(PyObject *array, int axis); /* -1 if there is no such axis */
 
 #endif

@@ -337,6 +337,7 @@ static PyMethodDef model_methods[] = {
     {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS, "forward(...): one batch; see csrc/run/run.h."},
     {"measure_linear", model_measure_linear, METH_VARARGS, "measure_linear(m, n, k, decode=False) -> (flop/s, weight bytes/s)."},
     {"measure_read", model_measure_read, METH_VARARGS, "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
+    {"prepare", model_prepare, METH_NOARGS, "prepare(): compiles the kernels that this model will use, in parallel."},
     {"close", model_close, METH_NOARGS, "close(): frees the device memory; legal twice."},
     {NULL, NULL, 0, NULL},
 };

@@ -102,7 +102,7 @@ static int engine_exec(PyObject *module) {
         return -1;
     if (type_add(module, &device_spec, &state->device_type) || type_add(module, &file_spec, &state->file_type) ||
         type_add(module, &model_spec, &state->model_type) || type_add(module, &cache_spec, &state->cache_type) ||
-        type_add(module, &edits_spec, &state->edits_type))
+        type_add(module, &edits_spec, &state->edits_type) || type_add(module, &bench_spec, &state->bench_type))
         return -1;
     if (PyModule_AddIntConstant(module, "CHUNK", RUN_CHUNK))
         return -1;
@@ -116,6 +116,7 @@ static int engine_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->model_type);
     Py_VISIT(state->cache_type);
     Py_VISIT(state->edits_type);
+    Py_VISIT(state->bench_type);
     Py_VISIT(state->device_error);
     Py_VISIT(state->model_error);
     return 0;
@@ -128,6 +129,7 @@ static int engine_clear(PyObject *module) {
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->cache_type);
     Py_CLEAR(state->edits_type);
+    Py_CLEAR(state->bench_type);
     Py_CLEAR(state->device_error);
     Py_CLEAR(state->model_error);
     return 0;
@@ -137,6 +139,7 @@ static PyMethodDef engine_methods[] = {
     {"devices", engine_devices, METH_NOARGS, "devices() -> list of dicts: every Vulkan device of this machine; [] without a driver."},
     {"sites", engine_sites, METH_NOARGS, "sites() -> list of (name, kind, layered) in the order of the forward pass."},
     {"kernels", engine_kernels, METH_NOARGS, "kernels() -> list of (name, SPIR-V bytes, bytes of parameters)."},
+    {"ops", engine_ops, METH_NOARGS, "ops() -> list of (name, bytes of its argument block, [(field, kind, offset)]): what Bench.run takes."},
     {NULL, NULL, 0, NULL},
 };
 

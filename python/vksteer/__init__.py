@@ -18,10 +18,10 @@ _LAZY = {
     "Steer": "edits", "Ablate": "edits", "Set": "edits", "Add": "edits", "Scale": "edits", "MeanAblate": "edits",
     "SteeringVector": "vectors",
 }
-_MODULES = ("data", "freezing", "judge", "steering")
+_MODULES = ("data", "freezing", "judge", "patching", "steering")
 
 if TYPE_CHECKING:
-    from . import data, freezing, judge, steering
+    from . import data, freezing, judge, patching, steering
     from .config import Config
     from .device import Device, devices
     from .edits import Ablate, Add, MeanAblate, Scale, Set, Steer

@@ -248,6 +248,7 @@ def _load(engine_device, device, files, name, progress):
                 bar.step()
         model.finish()
         kernels.choose(model, device, next(n for n, t in _TYPES.items() if t == weight_type))
+        model.prepare()
         for vector in ("ln_final", "ln1"):
             digest.update(model.vector(vector, 0).tobytes())
         probe = np.random.default_rng(0).standard_normal((1, files.config.d_model)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +94,11 @@ class Tokenizer:
         template = md.get("tokenizer.chat_template")
         return cls(backend, special=special, chat_template=template if isinstance(template, str) and template else None,
                    add_bos=bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)), eos_ids=gguf_config.end_tokens(md))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over vocabulary, rules and template: tells whether two models read the same text as the same tokens."""
+        return hashlib.sha256((self.backend.to_str() + repr(self.chat_template)).encode()).hexdigest()[:16]
 
     # ---- plain text ----
 
