@@ -14,6 +14,7 @@ from pathlib import Path
 EXAMPLES = """\
 examples:
   vksteer devices
+  vksteer verify
   vksteer generate --model tiny-llama-chat --prompt "How do I repair the bridge?"
   vksteer generate --model ./Llama-3.2-3B-Instruct --vector refusal.gguf --coefficient -1 --prompt "..."
   vksteer freeze --model tiny-llama-chat --out table1
@@ -54,6 +55,13 @@ def _build() -> argparse.ArgumentParser:
                                   description="List the Vulkan devices that vksteer can run on, with what --device takes.")
     devices.add_argument("--json", action="store_true", help="print JSON instead of text")
     devices.set_defaults(run=_devices)
+
+    verify = commands.add_parser("verify", formatter_class=_Help, help="check that a device computes what it should",
+                                 description="Run every operation of the engine on small awkward problems, compare it with its float64 twin on the CPU, and print the worst\n"
+                                             "error beside the bound. Worth doing once on a new device or driver. Exit status 1 if anything is out of bounds.")
+    verify.add_argument("--device", help="which Vulkan device: index, part of its name, or UUID, as `vksteer devices` lists them (default: the best one)")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verify.set_defaults(run=_verify)
 
     generate = commands.add_parser(
         "generate", formatter_class=_Help, help="answer prompts, steered or not",
@@ -108,7 +116,7 @@ def _build() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 1 for a device that fails `verify`, 2 for bad arguments or input, 130 after Ctrl-C."""
     parser = _build()
     arguments = parser.parse_args(argv)
     if arguments.version:
@@ -165,6 +173,20 @@ def _devices(arguments) -> int:
     for d in found:
         print(f"{d.index}: {d.name}\n   {d.type}, {d.memory_bytes / 2**30:.1f} GiB, vendor {d.vendor}, driver {d.driver}")
     return 0
+
+
+# -- vksteer verify --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _verify(arguments) -> int:
+    from .verify import table, verify
+
+    rows, device = verify(arguments.device)
+    if arguments.json:
+        print(json.dumps({"device": str(device), "ok": all(row.ok for row in rows), "ops": [row.to_dict() for row in rows]}, indent=2))
+    else:
+        print(f"{device}\n{table(rows)}")
+    return 0 if all(row.ok for row in rows) else 1
 
 
 # -- vksteer generate ------------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,184 @@
+/* The table of calls. A block starts with the op's argument block where it has one; what else the op takes (rows, grid sizes) follows. */
+#include <stddef.h>
+#include <string.h>
+
+#include "ops/calls.h"
+
+#define ADDRESS_OF(block, path, name) {#name, FIELD_ADDRESS, offsetof(struct block, path name)}
+#define UINT_OF(block, path, name) {#name, FIELD_UINT, offsetof(struct block, path name)}
+#define FLOAT_OF(block, path, name) {#name, FIELD_FLOAT, offsetof(struct block, path name)}
+#define A(name) ADDRESS_OF(BLOCK_NAME, params., name)
+#define U(name) UINT_OF(BLOCK_NAME, params., name)
+#define F(name) FLOAT_OF(BLOCK_NAME, params., name)
+#define EXTRA(name) UINT_OF(BLOCK_NAME, , name) /* a number outside the argument block */
+
+/* --- matrices ------------------------------------------------------------------------------------------------------------------------ */
+
+/* Panels at `weights`, cut into chunks of `chunk_rows` rows (a multiple of 32; 0: one chunk). */
+struct matrix_block { uint64_t weights; uint32_t weight_type, n, k, chunk_rows; };
+struct linear_block { struct op_linear_args params; struct matrix_block matrix; uint32_t family_plus_1; /* 0: the device's own choice */ };
+struct embed_block { uint64_t tokens, dst; uint32_t n_tokens, stride; float scale; struct matrix_block matrix; };
+
+static int matrix_make(const struct matrix_block *block, struct op_matrix *matrix, struct error *error) {
+    *matrix = (struct op_matrix){.type = block->weight_type, .n = block->n, .k = block->k, .k_quads = op_matrix_quads(block->k)};
+    uint32_t rows = block->chunk_rows ? block->chunk_rows : (block->n + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
+    if (block->weight_type > WEIGHT_F16 || block->n == 0 || block->k == 0 || rows % OP_PANEL || (block->n - 1) / rows >= OP_MATRIX_CHUNKS)
+        return error_set(error, ERROR_VALUE, "no matrix of %u x %u, type %u, in chunks of %u rows", block->n, block->k, block->weight_type, rows);
+    if (block->weights % 16)
+        return error_set(error, ERROR_VALUE, "panels must begin at a multiple of 16 bytes");
+    for (uint32_t first = 0; first < block->n; first += rows, matrix->n_chunks++) {
+        matrix->chunks[matrix->n_chunks].address = block->weights + op_matrix_bytes(block->weight_type, first, block->k);
+        matrix->chunks[matrix->n_chunks].first = first;
+        matrix->chunks[matrix->n_chunks].count = block->n - first < rows ? block->n - first : rows;
+    }
+    return 0;
+}
+
+#define BLOCK_NAME linear_block
+static const struct op_field linear_fields[] = {
+    A(x), A(dst), A(bias), A(add), U(n_rows), U(x_stride), U(dst_stride), U(first_k), U(n_k), F(softcap), U(decode), ADDRESS_OF(linear_block, matrix., weights),
+    UINT_OF(linear_block, matrix., weight_type), UINT_OF(linear_block, matrix., n), UINT_OF(linear_block, matrix., k),
+    UINT_OF(linear_block, matrix., chunk_rows), EXTRA(family_plus_1)};
+#undef BLOCK_NAME
+#define BLOCK_NAME embed_block
+static const struct op_field embed_fields[] = {
+    ADDRESS_OF(embed_block, , tokens), ADDRESS_OF(embed_block, , dst), EXTRA(n_tokens), EXTRA(stride), FLOAT_OF(embed_block, , scale),
+    ADDRESS_OF(embed_block, matrix., weights), UINT_OF(embed_block, matrix., weight_type), UINT_OF(embed_block, matrix., n),
+    UINT_OF(embed_block, matrix., k), UINT_OF(embed_block, matrix., chunk_rows)};
+#undef BLOCK_NAME
+
+static int linear_run(struct ops *ops, const void *block, struct error *error) {
+    const struct linear_block *b = block;
+    struct op_matrix matrix;
+    int family = ops->linear_family;
+    if (b->family_plus_1 > LINEAR_FAMILIES)
+        return error_set(error, ERROR_VALUE, "there is no family %u of matrix kernels", b->family_plus_1 - 1);
+    if (matrix_make(&b->matrix, &matrix, error))
+        return -1;
+    if (b->family_plus_1)
+        ops->linear_family = (int)b->family_plus_1 - 1;
+    int failed = op_linear(ops, &matrix, &b->params, error);
+    ops->linear_family = family;
+    return failed;
+}
+
+static void linear_twin(struct twin_memory *memory, const void *block) {
+    const struct linear_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, &memory->error))
+        memory->failed = -1;
+    else if (b->params.x % 8 || b->params.x_stride % 2)
+        twin_fail(memory, "rows of x must begin at multiples of 8 bytes"); /* kernels may load pairs */
+    else
+        twin_linear(memory, &matrix, &b->params);
+}
+
+static int embed_run(struct ops *ops, const void *block, struct error *error) {
+    const struct embed_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, error))
+        return -1;
+    return op_embed(ops, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride, error);
+}
+
+static void embed_twin(struct twin_memory *memory, const void *block) {
+    const struct embed_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, &memory->error))
+        memory->failed = -1;
+    else
+        twin_embed(memory, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride);
+}
+
+/* --- ops that take their argument block and a few sizes ------------------------------------------------------------------------------ */
+
+struct norm_block { struct norm_params params; uint32_t n_rows; };
+struct rope_block { struct rope_params params; uint32_t n_tokens; };
+struct attn_scores_block { struct scores_params params; uint32_t n_tiles, n_keys; };
+struct attn_softmax_block { struct softmax_params params; uint32_t n_tokens, n_keys; };
+struct attn_mix_block { struct mix_params params; uint32_t n_tiles, n_keys; };
+struct attn_decode_block { struct decode_params params; uint32_t n_tokens, n_keys; };
+struct act_block { struct act_params params; uint32_t n_tokens; };
+struct edit_block { struct edit_params params; uint32_t n_entries, n_edit_heads; };
+struct copy_block { struct copy_params params; };
+struct sum_heads_block { struct sum_heads_params params; uint32_t n_tokens; };
+
+#define BLOCK_NAME norm_block
+static const struct op_field norm_fields[] = {A(x), A(gain), A(dst), A(normalized), A(scale), A(add), A(rows), U(width), U(stride), U(flags), F(eps),
+                                              EXTRA(n_rows)};
+#undef BLOCK_NAME
+#define BLOCK_NAME rope_block
+static const struct op_field rope_fields[] = {A(qkv), A(angles), A(tokens), A(q_gain), A(k_gain), A(k_cache), A(v_cache), U(n_heads), U(n_kv_heads),
+                                              U(d_head), U(stride), U(flags), F(eps), EXTRA(n_tokens)};
+#undef BLOCK_NAME
+#define BLOCK_NAME attn_scores_block
+static const struct op_field attn_scores_fields[] = {A(qkv), A(k_cache), A(tokens), A(tiles), A(scores), U(first_token), U(n_heads), U(n_kv_heads),
+                                                     U(d_head), U(stride), U(key_stride), F(scale), F(softcap), EXTRA(n_tiles), EXTRA(n_keys)};
+#undef BLOCK_NAME
+#define BLOCK_NAME attn_softmax_block
+static const struct op_field attn_softmax_fields[] = {A(scores), A(tokens), U(first_token), U(n_heads), U(key_stride), U(window), EXTRA(n_tokens),
+                                                      EXTRA(n_keys)};
+#undef BLOCK_NAME
+#define BLOCK_NAME attn_mix_block
+static const struct op_field attn_mix_fields[] = {A(pattern), A(v_cache), A(tokens), A(tiles), A(z), U(first_token), U(n_heads), U(n_kv_heads),
+                                                  U(d_head), U(z_stride), U(key_stride), U(window), EXTRA(n_tiles), EXTRA(n_keys)};
+#undef BLOCK_NAME
+#define BLOCK_NAME attn_decode_block
+static const struct op_field attn_decode_fields[] = {A(qkv), A(k_cache), A(v_cache), A(tokens), A(scores), A(z), U(first_token), U(n_heads),
+                                                     U(n_kv_heads), U(d_head), U(stride), U(z_stride), U(key_stride), U(window), F(scale),
+                                                     F(softcap), EXTRA(n_tokens), EXTRA(n_keys)};
+#undef BLOCK_NAME
+#define BLOCK_NAME act_block
+static const struct op_field act_fields[] = {A(gate_up), A(dst), U(width), U(in_stride), U(out_stride), U(act), EXTRA(n_tokens)};
+#undef BLOCK_NAME
+#define BLOCK_NAME edit_block
+static const struct op_field edit_fields[] = {A(x), A(entries), A(operand), A(heads), A(scale), A(tokens), U(token_stride), U(head_stride), U(width),
+                                              U(head_step), U(step), U(kind), U(flags), U(window), EXTRA(n_entries), EXTRA(n_edit_heads)};
+#undef BLOCK_NAME
+#define BLOCK_NAME copy_block
+static const struct op_field copy_fields[] = {A(x), A(dst), A(rows), A(add), U(n_rows), U(width), U(x_stride), U(out_stride), U(flags)};
+#undef BLOCK_NAME
+#define BLOCK_NAME sum_heads_block
+static const struct op_field sum_heads_fields[] = {A(x), A(dst), A(bias), U(n_heads), U(width), U(head_stride), U(out_stride), U(has_bias),
+                                                   EXTRA(n_tokens)};
+#undef BLOCK_NAME
+
+/* name, arguments of the op after its block, arguments of the twin after its block */
+#define OPS_WITH_BLOCKS(OP) \
+    OP(norm, COMMA b->n_rows, COMMA b->n_rows) \
+    OP(rope, COMMA b->n_tokens, COMMA b->n_tokens) \
+    OP(attn_scores, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
+    OP(attn_softmax, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
+    OP(attn_mix, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
+    OP(attn_decode, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
+    OP(act, COMMA b->n_tokens, COMMA b->n_tokens) \
+    OP(edit, COMMA b->n_entries COMMA b->n_edit_heads, COMMA b->n_entries COMMA b->n_edit_heads) \
+    OP(copy, , ) \
+    OP(sum_heads, COMMA b->n_tokens, COMMA b->n_tokens)
+#define COMMA ,
+
+#define OP(name, run_arguments, twin_arguments) \
+    static int name##_run(struct ops *ops, const void *block, struct error *error) { \
+        const struct name##_block *b = block; \
+        return op_##name(ops, &b->params run_arguments, error); \
+    } \
+    static void name##_twin(struct twin_memory *memory, const void *block) { \
+        const struct name##_block *b = block; \
+        twin_##name(memory, &b->params twin_arguments); \
+    }
+OPS_WITH_BLOCKS(OP)
+#undef OP
+
+#define ROW(name, params_bytes) \
+    {#name, sizeof(struct name##_block), params_bytes, name##_fields, sizeof name##_fields / sizeof name##_fields[0], name##_run, name##_twin}
+#define OP(name, run_arguments, twin_arguments) ROW(name, sizeof(((struct name##_block *)0)->params)),
+const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), OPS_WITH_BLOCKS(OP)};
+#undef OP
+const int op_calls_count = sizeof op_calls / sizeof op_calls[0];
+
+const struct op_call *op_call_find(const char *name) {
+    for (int i = 0; i < op_calls_count; i++)
+        if (strcmp(op_calls[i].name, name) == 0)
+            return &op_calls[i];
+    return NULL;
+}

@@ -1,0 +1,61 @@
+/* Twins of what reads a matrix: the product and the embedding. */
+#include <math.h>
+
+#include "ops/twins.h"
+
+static double half_value(uint32_t h) {
+    int exponent = (int)(h >> 10 & 31), mantissa = (int)(h & 1023);
+    double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+    return h & 0x8000 ? -magnitude : magnitude;
+}
+
+static double float_value(uint32_t bits) {
+    union { uint32_t bits; float value; } pun = {.bits = bits};
+    return pun.value;
+}
+
+/* W[n, k]. Panels of 32 rows; in a panel, quad q of the inputs has the four values of each of the 32 rows one after the other. */
+static double weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n, uint32_t k) {
+    uint32_t c = 0;
+    while (c + 1 < matrix->n_chunks && n >= matrix->chunks[c + 1].first)
+        c++;
+    uint32_t row = n - matrix->chunks[c].first;
+    uint64_t quad = ((uint64_t)(row / OP_PANEL) * matrix->k_quads + k / 4) * OP_PANEL + row % OP_PANEL;
+    if (matrix->type == WEIGHT_F32)
+        return float_value(twin_word(memory, matrix->chunks[c].address, 4 * quad + k % 4));
+    uint32_t word = twin_word(memory, matrix->chunks[c].address, 2 * quad + k % 4 / 2);
+    uint32_t half = k % 2 ? word >> 16 : word & 0xffff;
+    return matrix->type == WEIGHT_BF16 ? float_value(half << 16) : half_value(half);
+}
+
+/* dst[m, n] = cap(sum_k x[m, k] W[n, first_k + k] + bias[n]) + add[m, n] */
+void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_args *args) {
+    uint32_t n_k = args->n_k ? args->n_k : matrix->k;
+    if (args->first_k + (uint64_t)n_k > matrix->k) /* a slice may reach into the pad, whose weights are zero */
+        n_k = matrix->k > args->first_k ? matrix->k - args->first_k : 0;
+    for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++)
+        for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
+            double sum = 0;
+            for (uint32_t k = 0; k < n_k; k++)
+                sum += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * weight(memory, matrix, n, args->first_k + k);
+            if (args->bias)
+                sum += *twin_float(memory, args->bias, n);
+            if (args->softcap != 0)
+                sum = args->softcap * tanh(sum / args->softcap);
+            if (args->add)
+                sum += *twin_float(memory, args->add, (uint64_t)m * args->dst_stride + n);
+            *twin_float(memory, args->dst, (uint64_t)m * args->dst_stride + n) = sum;
+        }
+}
+
+/* dst[t, :] = scale * E[id(t), :] */
+void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
+                uint32_t stride) {
+    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
+        uint32_t id = twin_token(memory, tokens, t).id;
+        if (id >= embedding->n)
+            continue; /* no such row: left as it was */
+        for (uint32_t k = 0; k < embedding->k; k++)
+            *twin_float(memory, dst, (uint64_t)t * stride + k) = scale * weight(memory, embedding, id, k);
+    }
+}

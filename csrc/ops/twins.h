@@ -1,0 +1,63 @@
+/* Float64 CPU twins: every op once more as plain loops, for the tests, `vksteer verify` and whoever doubts a driver.
+ *
+ * A twin takes the op's own argument block and means by every field what the op means by it. Its addresses point into a small memory of the
+ * host's, in which a float is a double, so that a twin rounds nothing that matters. Every access is checked: a twin that runs without failing
+ * has shown that the op's argument block stays inside its buffers, which is why tests run it before the device sees the same block. */
+#ifndef VKSTEER_TWINS_H
+#define VKSTEER_TWINS_H
+
+#include "ops/ops.h"
+
+#define TWIN_BUFFERS 16
+#define TWIN_SHIFT 40 /* address = (buffer + 1) << TWIN_SHIFT | byte offset on the device, 4 for every item; 0: absent */
+
+struct twin_buffer {
+    const char *name;
+    double *floats;        /* [n], or NULL where the buffer holds words */
+    const uint32_t *words; /* [n], or NULL; no op writes words */
+    uint64_t n;
+};
+
+struct twin_memory {
+    struct twin_buffer buffers[TWIN_BUFFERS]; /* borrowed */
+    uint32_t n_buffers;
+    int failed; /* an access left its buffer, or an argument made no sense: `error` says which; results are then worthless */
+    struct error error;
+    double no_float; /* what a refused access gets to read or write */
+};
+
+static inline uint64_t twin_address(uint32_t buffer, uint64_t item) {
+    return ((uint64_t)(buffer + 1) << TWIN_SHIFT) + 4 * item;
+}
+
+/* Item `index` after `address`: where a float lies (never NULL), what a word is. */
+double *twin_float(struct twin_memory *memory, uint64_t address, uint64_t index);
+uint32_t twin_word(struct twin_memory *memory, uint64_t address, uint64_t index);
+struct token_meta twin_token(struct twin_memory *memory, uint64_t tokens, uint64_t index);
+/* The first failure stays. */
+#define twin_fail(memory, ...) \
+    do { \
+        if (!(memory)->failed) \
+            (memory)->failed = error_set(&(memory)->error, ERROR_VALUE, __VA_ARGS__); \
+    } while (0)
+
+/* twin_linear.c: matrices lie in panels of words, as on the device. */
+void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_args *args);
+void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
+                uint32_t stride);
+
+/* twin_elementwise.c */
+void twin_norm(struct twin_memory *memory, const struct norm_params *params, uint32_t n_rows);
+void twin_act(struct twin_memory *memory, const struct act_params *params, uint32_t n_tokens);
+void twin_edit(struct twin_memory *memory, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads);
+void twin_copy(struct twin_memory *memory, const struct copy_params *params);
+void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *params, uint32_t n_tokens);
+
+/* twin_attention.c */
+void twin_rope(struct twin_memory *memory, const struct rope_params *params, uint32_t n_tokens);
+void twin_attn_scores(struct twin_memory *memory, const struct scores_params *params, uint32_t n_tiles);
+void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *params, uint32_t n_tokens);
+void twin_attn_mix(struct twin_memory *memory, const struct mix_params *params, uint32_t n_tiles);
+void twin_attn_decode(struct twin_memory *memory, const struct decode_params *params, uint32_t n_tokens);
+
+#endif
