@@ -68,12 +68,11 @@ def main() -> int:
     rows, seconds = [], {}
     for group in arguments.only:
         start = time.perf_counter()
-        new = measure(group, arguments)
-        seconds[group] = round(time.perf_counter() - start, 1)
-        for r in new:
+        for r in measure(group, arguments):
+            rows.append(r)
             verdict = "" if r["met"] is None else "  met" if r["met"] else "  NOT met"
             print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['wanted']}{verdict}", flush=True)
-        rows += new
+        seconds[group] = round(time.perf_counter() - start, 1)
     where["load_after"] = os.getloadavg()[0]
     if not arguments.no_write:
         slug = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower()).strip("-")
@@ -89,18 +88,22 @@ def main() -> int:
     return 0
 
 
-def measure(group: str, arguments) -> list[dict]:
+def measure(group: str, arguments):
+    """Yields the rows of one group."""
     import processes
 
     if group == "processes":
-        return processes.import_time(arguments.rounds) + processes.load(max(2, arguments.rounds - 2)) + processes.memory()
-    if group == "smollm2":
+        yield from processes.import_time(arguments.rounds)
+        yield from processes.load(max(2, arguments.rounds - 2))
+        yield from processes.memory()
+    elif group == "smollm2":
         import smollm2
 
-        return smollm2.run(arguments.rounds, arguments.device)
-    import steering
+        yield from smollm2.run(arguments.rounds, arguments.device)
+    else:
+        import steering
 
-    return steering.tiny(arguments.device) if group == "tiny" else steering.qwen(arguments.device)
+        yield from steering.tiny(arguments.device) if group == "tiny" else steering.qwen(arguments.device)
 
 
 if __name__ == "__main__":

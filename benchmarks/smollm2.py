@@ -105,14 +105,17 @@ def frozen(model, fp32, rounds: int, new: int = 24) -> list[dict]:
             at_most("frozen decoding over own plain decoding at batch 2 (slowest of qk, ov, mlp)", slowest / s["plain 2"]["median_s"], 1.5, "times", steps=s)]
 
 
-def run(rounds: int, device) -> list[dict]:
+def run(rounds: int, device):
+    """Yields rows as they are measured."""
     import vksteer as vs
 
     folder = peers.safetensors_folder()
     fp32, bf16 = peers.torch_model(folder, "float32"), peers.torch_model(folder, "bfloat16")
     with vs.Model.from_pretrained(folder, device=device, progress=False) as model:
         rows = prefill(model, fp32, 3 * rounds)
-        decoding, rate = decode(model, fp32, bf16, rounds)
-        rows += decoding + llama_cpp(rate, rows[0]["ours_tokens_per_s"], rounds)
-        rows += frozen(model, fp32, rounds)
-    return rows
+        prefill_rate = rows[0]["ours_tokens_per_s"]
+        yield from rows
+        rows, rate = decode(model, fp32, bf16, rounds)
+        yield from rows
+        yield from frozen(model, fp32, rounds)
+        yield from llama_cpp(rate, prefill_rate, rounds)
