@@ -20,7 +20,7 @@ void main()
     float factor = entry.coefficient;
     if (p.kind == EDIT_ABLATE) {
         float sum = 0.0;
-        for (uint i = gl_LocalInvocationID.x; i < width; i += WG)
+        for (uint i = start + gl_LocalInvocationID.x; i < width; i += WG)
             sum = fma(p.x.at[base + i], p.operand.at[operand + i * p.step], sum);
         factor = -workgroup_sum(sum);
     } else if (p.kind == EDIT_ADD_SCALED) {

@@ -8,9 +8,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 from .device import cache_folder
+
+
+#: Order of WEIGHT_* in shaders/include/params.h.
+WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 
 
 def _key(device, weight_type) -> str:
@@ -27,7 +32,29 @@ def _stored(path: Path) -> dict:
         return {}
 
 
-def choose(engine, device, weight_type: str) -> str:
+def is_chosen(device, weight_type: str) -> bool:
+    """Will `choose` answer at once?"""
+    return bool(os.environ.get("VKSTEER_KERNELS")) or "choice" in _stored(cache_folder() / "kernels.json").get(_key(device, weight_type), {})
+
+
+def _trusted(engine, engine_device, device, weight_type) -> list[str]:
+    """The baseline, and every other family that gives the baseline's bits on this device (a first-use self-test: drivers have had bugs)."""
+    from .device import _engine
+
+    bench = _engine().Bench(engine_device)
+    (_, baseline), *others = bench.families()
+    trusted = [baseline]
+    for number, family in others:
+        try:
+            bench.self_test(number, WEIGHT_TYPES.index(weight_type))
+            trusted.append(family)
+        except ValueError as error:
+            warnings.warn(f"{device.name}: the matrix kernels {family!r} failed their self-test and are not used ({error}); please report driver {device.driver}",
+                          stacklevel=4)
+    return trusted
+
+
+def choose(engine, engine_device, device, weight_type: str) -> str:
     """Sets the engine model's matrix kernels and returns their name. Raises ValueError for an unknown VKSTEER_KERNELS."""
     pinned = os.environ.get("VKSTEER_KERNELS")
     if pinned:
@@ -41,7 +68,7 @@ def choose(engine, device, weight_type: str) -> str:
         engine.kernels = found
         return found
     rates = {}
-    for family in engine.families:
+    for family in _trusted(engine, engine_device, device, weight_type):
         engine.kernels = family
         rates[family] = engine.measure_linear(64, 512, 512)[0]
     choice = max(rates, key=rates.get)

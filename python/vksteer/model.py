@@ -247,7 +247,10 @@ def _load(engine_device, device, files, name, progress):
                 (model.load_matrix if matrix else model.load_vector)(target, layer, sources)
                 bar.step()
         model.finish()
-        kernels.choose(model, device, next(n for n, t in _TYPES.items() if t == weight_type))
+        if progress is True and not kernels.is_chosen(device, kernels.WEIGHT_TYPES[weight_type]):
+            print(f"vksteer: testing and measuring the matrix kernels for {kernels.WEIGHT_TYPES[weight_type]} on {device.name} (once; stored in "
+                  f"{_devices.cache_folder()})", file=sys.stderr)
+        kernels.choose(model, engine_device, device, kernels.WEIGHT_TYPES[weight_type])
         model.prepare()
         for vector in ("ln_final", "ln1"):
             digest.update(model.vector(vector, 0).tobytes())
