@@ -23,7 +23,19 @@ import warnings
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BUSY = 0.4  # cores
 GROUPS = ("processes", "smollm2", "tiny")  # and "qwen", which takes long, on request
+
+
+def busy_cores(seconds: float = 3.0) -> float:
+    """How many cores other work keeps busy just now."""
+    def idle() -> float:
+        fields = [int(x) for x in open("/proc/stat").readline().split()[1:]]
+        return (fields[3] + fields[4]) / os.sysconf("SC_CLK_TCK")
+
+    before, start = idle(), time.perf_counter()
+    time.sleep(seconds)
+    return max(0.0, os.cpu_count() - (idle() - before) / (time.perf_counter() - start))
 
 
 def machine(device) -> dict:
@@ -41,7 +53,7 @@ def machine(device) -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"date": time.strftime("%F %H:%M"), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory / 1e9, 1), "system": platform.platform(),
             "python": platform.python_version(), "versions": versions, "device": {"name": d.name, "type": d.type, "driver": d.driver, "uuid": d.uuid},
-            "load_before": os.getloadavg()[0], "removed_from_environment": REMOVED,
+            "busy_cores_before": round(busy_cores(), 2), "removed_from_environment": REMOVED,
             "environment": {k: v for k, v in os.environ.items() if k.startswith(("VKSTEER_", "VK_", "LP_", "OMP_", "MKL_"))}}
 
 
@@ -62,9 +74,11 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="no GPU found")
     where = machine(arguments.device)
-    print(f"{where['device']['name']} ({where['device']['driver']}), {where['cpu']}, {where['cores']} cores; load before: {where['load_before']:.1f}", flush=True)
-    if where["load_before"] > 0.5 * where["cores"]:
-        print("This machine is busy: the figures will be poor, the ratios less so.", flush=True)
+    print(f"{where['device']['name']} ({where['device']['driver']}), {where['cpu']}, {where['cores']} cores; kept busy by others: {where['busy_cores_before']:.1f}", flush=True)
+    where["busy"] = where["busy_cores_before"] > BUSY
+    if where["busy"]:
+        print("This machine is busy: neither figures nor ratios mean much (PyTorch's threads wait for each other and suffer most). "
+              "They are written under a name with -busy, which the README does not take.", flush=True)
     rows, seconds = [], {}
     for group in arguments.only:
         start = time.perf_counter()
@@ -73,10 +87,9 @@ def main() -> int:
             verdict = "" if r["met"] is None else "  met" if r["met"] else "  NOT met"
             print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['wanted']}{verdict}", flush=True)
         seconds[group] = round(time.perf_counter() - start, 1)
-    where["load_after"] = os.getloadavg()[0]
     if not arguments.no_write:
         slug = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower()).strip("-")
-        path = RESULTS / f"{arguments.name or slug + '-' + where['date'][:10]}.json"
+        path = RESULTS / f"{arguments.name or slug + '-' + where['date'][:10]}{'-busy' if where['busy'] else ''}.json"
         RESULTS.mkdir(exist_ok=True)
         if path.exists() and set(arguments.only) != set(GROUPS):  # a part measured again replaces its rows
             old = json.loads(path.read_text())

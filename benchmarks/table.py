@@ -3,7 +3,7 @@
     table.py            prints what would stand there
     table.py --write    puts it into README.md
 
-measured: the newest JSON of benchmarks/results. families: vksteer's own table of configurations.
+measured: the newest JSON of benchmarks/results that was not made on a busy machine. families: vksteer's own table of configurations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 
 
 def newest() -> Path | None:
-    files = [(json.loads(p.read_text())["machine"]["date"], p) for p in (ROOT / "benchmarks/results").glob("*.json")]
+    files = [(json.loads(p.read_text())["machine"]["date"], p) for p in (ROOT / "benchmarks/results").glob("*.json") if not p.stem.endswith("-busy")]
     return max(files)[1] if files else None
 
 
@@ -34,7 +34,7 @@ def measured() -> str:
     content = json.loads(path.read_text())
     m = content["machine"]
     lines = [f"{m['cpu']}, {m['cores']} cores, {m['device']['name']}, {m['device']['driver']}; {m['date'][:10]}, commit {content['commit']}; "
-             f"PyTorch {m['versions']['torch']}, transformers {m['versions']['transformers']}. Load of the machine before: {m['load_before']:.1f}.", "",
+             f"PyTorch {m['versions']['torch']}, transformers {m['versions']['transformers']}. Cores kept busy by others before: {m['busy_cores_before']:.1f}.", "",
              "| what | figure | wanted | |", "|:---|---:|---:|:---|"]
     for r in content["rows"]:
         rates = ", ".join(f"{name} {r[key]:.0f} tokens/s" for name, key in (("ours", "ours_tokens_per_s"), ("theirs", "peer_tokens_per_s")) if key in r)
