@@ -7,10 +7,11 @@ layout(push_constant, scalar) uniform Params { embed_params p; };
 
 float weight(uint n, uint k)
 {
-    uint quad = ((n >> 5) * p.k_quads + (k >> 2)) * 32 + (n & 31);
+    uint per_cell = p.weight_type == WEIGHT_F32 ? 4 : 8;
+    uint word_at = (((n >> 5) * p.k_cells + k / per_cell) * 32 + (n & 31)) * 4;
     if (p.weight_type == WEIGHT_F32)
-        return uintBitsToFloat(p.weights.at[quad * 4 + (k & 3)]);
-    uint word = p.weights.at[quad * 2 + ((k >> 1) & 1)];
+        return uintBitsToFloat(p.weights.at[word_at + k % 4]);
+    uint word = p.weights.at[word_at + k % 8 / 2];
     if (p.weight_type == WEIGHT_BF16)
         return uintBitsToFloat((k & 1) == 0 ? word << 16 : word & 0xffff0000u);
     vec2 pair = unpackHalf2x16(word);

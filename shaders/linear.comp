@@ -3,42 +3,30 @@
 // Defines   WEIGHT 0 float32, 1 bfloat16, 2 float16
 //           RM    rows of x a subgroup
 //           RN    columns a lane (a subgroup covers SG * RN columns); without it a subgroup covers one panel: for few rows, where a part of a
-//                 panel would be read at 2-4 times the cost, and the panel is touched first: one gather fetches many cache lines at once, the
-//                 loop below would wait for them one after the other (+15-30 % from DRAM)
-//           LOAD64 (optional) 64-bit loads through uint64_t; needs shaderInt64; the bits do not change
+//                 panel would be read at 2-4 times the cost
+//           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs shaderInt64); the bits do not change
 // Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel stays in cache meanwhile
 //
-// Panels: element e = 4 consecutive k of one n (uvec2: 4 halves; vec4: 4 floats) at e(n, k) = ((n / 32) * panel_quads + k / 4) * 32 + n % 32,
-// N padded to 32 and K to 16 with zeros.
+// Panels: cell e of 16 bytes = 4 or 8 consecutive k of one n, at e(n, k) = ((n / 32) * panel_cells + k / CELL) * 32 + n % 32, N padded to 32 and K to
+// 16 with zeros.
 //
 // Order: every output is one chain acc = fma(x, w, acc) over ascending k from zero. Tiles only choose which lane holds which chain, so all
 // variants and all M give the same bits.
 //
-// Why this shape: on lavapipe a load in a loop is a gather and costs per element, not per byte, while a broadcast from a constant lane is one
-// or two shuffles. So lanes lie along n, the tile of x is loaded once by lanes along k and broadcast, and tiles are large. Shared memory and
-// uniform buffers are several times slower there (docs/decisions.md).
+// Why this shape: on lavapipe a load from a buffer in a loop is a gather and costs per element, not per byte, while a broadcast from a constant
+// lane is one or two shuffles and a texel is one load. So lanes lie along n, the tile of x is loaded once by lanes along k and broadcast, and
+// tiles are large. Shared memory and uniform buffers are several times slower there (docs/decisions.md).
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
+
+layout(push_constant, scalar) uniform Params { linear_params p; };
+
 #include "linear_epilogue.glsl"
 #include "weights.glsl"
 
 const uint NB = 32; // columns in a panel
 const uint KB = 16; // k a step; K is padded to it
-
-layout(push_constant, scalar) uniform Params { linear_params p; };
-
-// WORD: a load that only touches; LINE: elements of `at` in a cache line of 64 bytes.
-#ifdef LOAD64
-#define WORD(i) uint(p.weights.at[i])
-#define LINE 8
-#elif WEIGHT == 0
-#define WORD(i) floatBitsToUint(p.weights.at[i].x)
-#define LINE 4
-#else
-#define WORD(i) p.weights.at[i].x
-#define LINE 8
-#endif
 
 #ifdef RN
 const uint COLUMNS = RN, COLUMNS_MAX = RN;
@@ -47,7 +35,7 @@ const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 #endif
 
 // XV floats of x a load. Element e = row * KB + k of the tile of x lives in register e / XV / SG of lane e / XV % SG.
-#ifdef LOAD64
+#ifdef TEXELS
 #define XV 2
 #define X_TYPE vec2
 #define LOAD_X(i) uintBitsToFloat(unpack32(p.x.at[i]))
@@ -65,55 +53,46 @@ void main()
 {
     const uint lane = gl_SubgroupInvocationID;
     const uint m0 = gl_WorkGroupID.x * RM;
-    const uint first = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS, n0 = first + lane;
+    const uint n0 = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS + lane;
 
     uint w_at[COLUMNS_MAX]; // columns past the end read the last one and are not written
     [[unroll]] for (uint j = 0; j < COLUMNS; j++) {
         uint n = min(n0 + j * SG, p.n_out - 1);
-        w_at[j] = (n / NB * p.panel_quads + p.first_quad) * NB + n % NB;
+        w_at[j] = (n / NB * p.panel_cells + p.first_cell) * NB + n % NB;
     }
     uint x_at[X_MAX]; // rows past the end read the last one and are not written
     [[unroll]] for (uint r = 0; r < X_REGS; r++) {
         uint e = (r * SG + lane) * XV;
         x_at[r] = (min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.x_stride + e % KB) / XV;
     }
-
-#ifndef RN
-    uint touched = 0;
-    const uint panel_size = p.panel_quads * NB * (WEIGHT == 0 ? LINE / 4 : 1);
-    const uint panel_start = min(first, p.n_out - 1) / NB * panel_size;
-    for (uint t = lane * LINE; t < panel_size; t += SG * LINE * 4)
-        [[unroll]] for (uint u = 0; u < 4; u++)
-            touched |= WORD(panel_start + min(t + u * SG * LINE, panel_size - 1));
-#endif
-
     float acc[RM][COLUMNS_MAX];
     [[unroll]] for (int i = 0; i < RM; i++)
         [[unroll]] for (uint j = 0; j < COLUMNS; j++)
             acc[i][j] = 0;
 
-    for (uint q = 0; q < p.k_quads; q += KB / 4) {
+    for (uint cell = 0; cell < p.k_cells; cell += KB / CELL) {
         X_TYPE x[X_MAX];
         [[unroll]] for (uint r = 0; r < X_REGS; r++)
-            x[r] = LOAD_X(x_at[r] + q * (4 / XV));
-        [[unroll]] for (uint s = 0; s < KB / 4; s++) {
-            vec4 w[COLUMNS_MAX];
+            x[r] = LOAD_X(x_at[r] + cell * (CELL / XV));
+        [[unroll]] for (uint s = 0; s < KB / CELL; s++) {
+            uvec4 cells[COLUMNS_MAX];
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)
-                w[j] = load_weights(p.weights, w_at[j] + (q + s) * NB);
-            [[unroll]] for (int i = 0; i < RM; i++)
-                [[unroll]] for (int c = 0; c < 4; c++) {
-                    uint e = i * KB + s * 4 + c;
-                    float value = subgroupBroadcast(X_PART(x[e / XV / SG], e), e / XV % SG);
-                    [[unroll]] for (uint j = 0; j < COLUMNS; j++)
-                        acc[i][j] = fma(value, w[j][c], acc[i][j]);
-                }
+                cells[j] = LOAD_CELL(w_at[j] + (cell + s) * NB);
+            [[unroll]] for (uint quad = 0; quad < CELL / 4; quad++) {
+                vec4 w[COLUMNS_MAX];
+                [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+                    w[j] = cell_values(cells[j], quad);
+                [[unroll]] for (int i = 0; i < RM; i++)
+                    [[unroll]] for (int c = 0; c < 4; c++) {
+                        uint e = i * KB + s * CELL + quad * 4 + c;
+                        float value = subgroupBroadcast(X_PART(x[e / XV / SG], e), e / XV % SG);
+                        [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+                            acc[i][j] = fma(value, w[j][c], acc[i][j]);
+                    }
+            }
         }
     }
 
-#ifndef RN
-    if (touched == 0x9e3779b9u && p.n_rows == 0xffffffffu) // never; keeps the reads alive
-        acc[0][0] = 0;
-#endif
     [[unroll]] for (int i = 0; i < RM; i++)
         if (m0 + i < p.n_rows)
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)

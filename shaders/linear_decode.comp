@@ -1,14 +1,14 @@
 // The matrix kernel of real GPUs for decoding: few rows, bound by reading the weights once. A workgroup of 256 takes a panel of 32 columns; eight
-// groups of 32 lanes sum every eighth quad of k, so that narrow matrices still fill a GPU, and the eight parts are added in order.
+// groups of 32 lanes sum every eighth cell of k, so that narrow matrices still fill a GPU, and the eight parts are added in order.
 // The order of a sum depends on K alone, never on M. RM rows at a time. Grid: x = ceil(M / RM), y = panels.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 256
 #include "types.glsl"
+layout(push_constant, scalar) uniform Params { linear_params p; };
+
 #include "linear_epilogue.glsl"
 #include "weights.glsl"
-
-layout(push_constant, scalar) uniform Params { linear_params p; };
 
 const uint SPLITS = 8;
 shared float parts[SPLITS][RM][32];
@@ -17,16 +17,19 @@ void main()
 {
     const uint id = gl_LocalInvocationID.x, column = id % 32, split = id / 32, m0 = gl_WorkGroupID.x * RM;
     const uint n = gl_WorkGroupID.y * 32 + column;
-    const uint panel = (gl_WorkGroupID.y * p.panel_quads + p.first_quad) * 32 + column;
+    const uint panel = (gl_WorkGroupID.y * p.panel_cells + p.first_cell) * 32 + column;
     float acc[RM];
     [[unroll]] for (int i = 0; i < RM; i++)
         acc[i] = 0;
-    for (uint q = split; q < p.k_quads; q += SPLITS) {
-        vec4 w = load_weights(p.weights, panel + q * 32);
-        [[unroll]] for (int i = 0; i < RM; i++) {
-            uint x_at = min(m0 + i, p.n_rows - 1) * p.x_stride + q * 4;
-            [[unroll]] for (uint c = 0; c < 4; c++)
-                acc[i] = fma(p.x.at[x_at + c], w[c], acc[i]);
+    for (uint cell = split; cell < p.k_cells; cell += SPLITS) {
+        uvec4 raw = LOAD_CELL(panel + cell * 32);
+        [[unroll]] for (uint quad = 0; quad < CELL / 4; quad++) {
+            vec4 w = cell_values(raw, quad);
+            [[unroll]] for (int i = 0; i < RM; i++) {
+                uint x_at = min(m0 + i, p.n_rows - 1) * p.x_stride + cell * CELL + quad * 4;
+                [[unroll]] for (uint c = 0; c < 4; c++)
+                    acc[i] = fma(p.x.at[x_at + c], w[c], acc[i]);
+            }
         }
     }
     [[unroll]] for (int i = 0; i < RM; i++)

@@ -5,10 +5,10 @@
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 128
 #include "types.glsl"
+layout(push_constant, scalar) uniform Params { linear_params p; };
+
 #include "linear_epilogue.glsl"
 #include "weights.glsl"
-
-layout(push_constant, scalar) uniform Params { linear_params p; };
 
 const uint BM = 64, BN = 64, BK = 16;
 shared float x_tile[BK][BM + 4]; // padded: rows begin in different banks
@@ -22,16 +22,19 @@ void main()
     [[unroll]] for (int i = 0; i < 8; i++)
         [[unroll]] for (int j = 0; j < 4; j++)
             acc[i][j] = 0;
-    for (uint q = 0; q < p.k_quads; q += BK / 4) {
+    for (uint cell = 0; cell < p.k_cells; cell += BK / CELL) {
         [[unroll]] for (uint r = 0; r < BM * BK / 128; r++) { // 16 neighbours read 16 k of one row
             uint e = r * 128 + id, m = min(m0 + e / BK, p.n_rows - 1);
-            x_tile[e % BK][e / BK] = p.x.at[m * p.x_stride + q * 4 + e % BK];
+            x_tile[e % BK][e / BK] = p.x.at[m * p.x_stride + cell * CELL + e % BK];
         }
-        [[unroll]] for (uint r = 0; r < BN * BK / 4 / 128; r++) { // 32 neighbours read one quad of 32 columns
-            uint e = r * 128 + id, n = min(n0 + e % BN, p.n_out - 1), quad = e / BN;
-            vec4 w = load_weights(p.weights, (n / 32 * p.panel_quads + p.first_quad + q + quad) * 32 + n % 32);
-            [[unroll]] for (uint c = 0; c < 4; c++)
-                w_tile[quad * 4 + c][e % BN] = w[c];
+        [[unroll]] for (uint r = 0; r < BN * BK / CELL / 128; r++) { // 32 neighbours read one cell of 32 columns
+            uint e = r * 128 + id, n = min(n0 + e % BN, p.n_out - 1), at = e / BN;
+            uvec4 raw = LOAD_CELL((n / 32 * p.panel_cells + p.first_cell + cell + at) * 32 + n % 32);
+            [[unroll]] for (uint quad = 0; quad < CELL / 4; quad++) {
+                vec4 w = cell_values(raw, quad);
+                [[unroll]] for (uint c = 0; c < 4; c++)
+                    w_tile[at * CELL + quad * 4 + c][e % BN] = w[c];
+            }
         }
         barrier();
         [[unroll]] for (uint k = 0; k < BK; k++) {

@@ -60,9 +60,14 @@ int gpu_buffer_create(struct gpu_buffer **out, struct gpu_device *device, uint64
     if (!buffer)
         return error_set(error, ERROR_MEMORY, "out of memory for a buffer");
     buffer->device = device;
+    buffer->next = device->buffers;
+    buffer->link = &device->buffers;
+    if (buffer->next)
+        buffer->next->link = &buffer->next;
+    device->buffers = buffer;
     buffer->bytes = (bytes + 15) & ~UINT64_C(15);
     VkBufferCreateInfo create = {.sType = VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO, .size = buffer->bytes, .sharingMode = VK_SHARING_MODE_EXCLUSIVE,
-                                 .usage = VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT |
+                                 .usage = VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT | VK_BUFFER_USAGE_UNIFORM_TEXEL_BUFFER_BIT |
                                           VK_BUFFER_USAGE_TRANSFER_SRC_BIT | VK_BUFFER_USAGE_TRANSFER_DST_BIT};
     if (gpu_result_check(device, device->vk.vkCreateBuffer(device->handle, &create, NULL, &buffer->handle), "creating a buffer", error) ||
         memory_allocate(buffer, kind, name, error))
@@ -81,7 +86,11 @@ void gpu_buffer_destroy(struct gpu_buffer *buffer) {
     if (!buffer)
         return;
     struct gpu_device *device = buffer->device;
+    *buffer->link = buffer->next;
+    if (buffer->next)
+        buffer->next->link = buffer->link;
     if (gpu_device_check(device, NULL) == 0 || device->lost) {
+        gpu_texels_destroy(buffer);
         if (buffer->handle)
             device->vk.vkDestroyBuffer(device->handle, buffer->handle, NULL);
         if (buffer->memory)

@@ -133,6 +133,10 @@ static void device_describe(VkPhysicalDevice physical, int index, struct gpu_dev
     VkPhysicalDeviceFeatures features;
     vkGetPhysicalDeviceFeatures(physical, &features);
     info->has_int64 = features.shaderInt64 != 0;
+    VkFormatProperties texel;
+    vkGetPhysicalDeviceFormatProperties(physical, VK_FORMAT_R32G32B32A32_UINT, &texel);
+    if (texel.bufferFeatures & VK_FORMAT_FEATURE_UNIFORM_TEXEL_BUFFER_BIT)
+        info->max_texels = base->limits.maxTexelBufferElements;
     const char *missing = baseline_missing(physical, base, &subgroup);
     info->suitable = missing == NULL;
     if (missing)
@@ -245,6 +249,9 @@ int gpu_device_open(struct gpu_device **out, int index, const struct gpu_kernel 
         return error_set(error, ERROR_MEMORY, "out of memory for a device");
     device_describe(list[index], index, &device->info);
     device->physical = list[index];
+    VkPhysicalDeviceProperties properties;
+    vkGetPhysicalDeviceProperties(device->physical, &properties);
+    device->texel_alignment = (uint32_t)properties.limits.minTexelBufferOffsetAlignment;
     device->owner = getpid();
     device->kernels = kernels;
     device->n_kernels = n_kernels;

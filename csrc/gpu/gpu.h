@@ -26,6 +26,7 @@ struct gpu_device_info {
     uint32_t subgroup_size;
     uint32_t max_push_bytes, max_shared_bytes, max_invocations;
     int has_budget, has_subgroup_control, has_executable_info, has_int64;
+    uint32_t max_texels;     /* 16-byte texels that a texel buffer may have; 0: none can be had */
     int suitable;            /* offers the baseline; if not, `missing` says what is absent */
     char missing[160];
 };
@@ -71,6 +72,9 @@ int gpu_stream_create(struct gpu_stream **out, struct gpu_device *device, struct
 void gpu_stream_destroy(struct gpu_stream *stream);
 int gpu_stream_dispatch(struct gpu_stream *stream, int kernel, const void *params, size_t params_bytes, uint32_t x, uint32_t y, uint32_t z,
                         double flops, struct error *error);
+/* The next dispatch sees `bytes` from device address `address` (in one buffer) as a texel buffer of 16-byte texels, at set 0, binding 0. Views are
+ * made once and kept with the buffer. */
+int gpu_stream_texels(struct gpu_stream *stream, uint64_t address, uint64_t bytes, struct error *error);
 int gpu_stream_copy(struct gpu_stream *stream, struct gpu_buffer *from, uint64_t from_offset, struct gpu_buffer *to, uint64_t to_offset,
                     uint64_t bytes, struct error *error);
 /* Zeros `bytes` (a multiple of 4) from `offset` (a multiple of 4). */

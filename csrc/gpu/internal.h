@@ -10,6 +10,14 @@
 
 #define GPU_PUSH_BYTES 128
 
+struct gpu_texels { /* one view of a part of a buffer */
+    uint64_t address, bytes;
+    VkBufferView view;
+    VkDescriptorSet set;
+    VkDescriptorPool pool;
+    struct gpu_texels *next; /* of the same buffer */
+};
+
 struct gpu_pipeline {
     VkPipeline handle; /* VK_NULL_HANDLE until first asked for */
 };
@@ -32,6 +40,11 @@ struct gpu_device {
     pthread_mutex_t pipeline_lock;
     int pipeline_lock_made;
     VkPipelineLayout layout;
+    VkDescriptorSetLayout set_layout; /* one texel buffer, for the kernels that use it */
+    struct { VkDescriptorPool pool; uint32_t used; } *texel_pools;
+    uint32_t n_texel_pools;
+    struct gpu_buffer *buffers;       /* all that live, newest first */
+    uint32_t texel_alignment;
     VkPipelineCache cache;
     char cache_path[1024];       /* "" when there is no cache on disk */
     PFN_vkSetDebugUtilsObjectNameEXT set_name; /* NULL without VK_EXT_debug_utils */
@@ -43,6 +56,8 @@ struct gpu_buffer {
     VkDeviceMemory memory;
     uint64_t bytes, allocated, address;
     void *map;
+    struct gpu_buffer *next, **link; /* in the device's list */
+    struct gpu_texels *texels;
 };
 
 /* The instance is made once per process and kept. NULL on error. */
@@ -50,6 +65,12 @@ VkInstance gpu_instance_get(struct error *error);
 int gpu_instance_has_debug_names(void);
 int gpu_result_check(struct gpu_device *device, VkResult result, const char *what, struct error *error);
 void gpu_name_set(struct gpu_device *device, VkObjectType type, uint64_t handle, const char *name);
+
+/* texels.c */
+int gpu_texels_get(struct gpu_device *device, uint64_t address, uint64_t bytes, VkDescriptorSet *set, struct error *error);
+void gpu_texels_destroy(struct gpu_buffer *buffer); /* all views of a buffer */
+int gpu_texels_layout_create(struct gpu_device *device, struct error *error);
+void gpu_texels_layout_destroy(struct gpu_device *device);
 
 int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, struct error *error);
 void gpu_pipelines_destroy(struct gpu_device *device);

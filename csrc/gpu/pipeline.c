@@ -1,7 +1,7 @@
 /* Compute pipelines: one per kernel, made when first asked for (or ahead, in parallel), with a cache on disk per driver.
  *
  * Every kernel sees two specialisation constants: 0 = subgroup size, 1 = workgroup size (a multiple of it). All share one layout: 128 bytes of
- * push constants and no descriptors. */
+ * push constants and one texel buffer, which few use. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,9 +40,11 @@ int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, st
         return error_set(error, ERROR_MEMORY, "out of memory for pipelines");
     pthread_mutex_init(&device->pipeline_lock, NULL);
     device->pipeline_lock_made = 1;
+    if (gpu_texels_layout_create(device, error))
+        return -1;
     VkPushConstantRange range = {.stageFlags = VK_SHADER_STAGE_COMPUTE_BIT, .size = GPU_PUSH_BYTES};
     VkPipelineLayoutCreateInfo layout = {.sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO, .pushConstantRangeCount = 1,
-                                         .pPushConstantRanges = &range};
+                                         .pPushConstantRanges = &range, .setLayoutCount = 1, .pSetLayouts = &device->set_layout};
     if (gpu_result_check(device, device->vk.vkCreatePipelineLayout(device->handle, &layout, NULL, &device->layout), "creating a layout", error))
         return -1;
     size_t size = 0;
@@ -89,6 +91,7 @@ void gpu_pipelines_destroy(struct gpu_device *device) {
     free(device->pipelines);
     if (device->layout)
         device->vk.vkDestroyPipelineLayout(device->handle, device->layout, NULL);
+    gpu_texels_layout_destroy(device);
     if (device->pipeline_lock_made)
         pthread_mutex_destroy(&device->pipeline_lock);
 }

@@ -159,6 +159,15 @@ int gpu_stream_dispatch(struct gpu_stream *stream, int kernel, const void *param
     return command_done(stream, flops / stream->flops_per_second, error);
 }
 
+int gpu_stream_texels(struct gpu_stream *stream, uint64_t address, uint64_t bytes, struct error *error) {
+    struct gpu_device *device = stream->device;
+    VkDescriptorSet set;
+    if (gpu_texels_get(device, address, bytes, &set, error) || recording_begin(stream, error))
+        return -1;
+    device->vk.vkCmdBindDescriptorSets(stream->slots[stream->current].commands, VK_PIPELINE_BIND_POINT_COMPUTE, device->layout, 0, 1, &set, 0, NULL);
+    return 0;
+}
+
 int gpu_stream_copy(struct gpu_stream *stream, struct gpu_buffer *from, uint64_t from_offset, struct gpu_buffer *to, uint64_t to_offset,
                     uint64_t bytes, struct error *error) {
     if (bytes == 0)

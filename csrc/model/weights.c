@@ -170,18 +170,19 @@ static const struct weight_source *source_find(const struct weight_source *sourc
 /* One row of the matrix into its lane of a panel; the pad stays as it is (zero). */
 static void row_pack(const struct weight_source *source, uint32_t row, uint32_t type, uint32_t k, char *panel, uint32_t lane) {
     size_t first = (size_t)row * k;
+    uint32_t inputs = op_cell_inputs(type);
     if (type == source->type) {
-        size_t element = type == WEIGHT_F32 ? 4 : 2, quad = 4 * element, stride = OP_PANEL * quad;
+        size_t element = type == WEIGHT_F32 ? 4 : 2;
         const char *from = (const char *)source->data + first * element;
-        char *to = panel + lane * quad;
-        for (uint32_t q = 0; q < k / 4; q++, from += quad, to += stride)
-            memcpy(to, from, quad);
-        memcpy(to, from, k % 4 * element);
+        char *to = panel + lane * 16;
+        for (uint32_t cell = 0; cell < k / inputs; cell++, from += 16, to += OP_PANEL * 16)
+            memcpy(to, from, 16);
+        memcpy(to, from, k % inputs * element);
         return;
     }
     for (uint32_t i = 0; i < k; i++) {
         float f = source_float(source, first + i);
-        size_t at = (size_t)(i / 4) * OP_PANEL * 4 + lane * 4 + i % 4;
+        size_t at = ((size_t)(i / inputs) * OP_PANEL + lane) * inputs + i % inputs;
         if (type == WEIGHT_F32) {
             memcpy(panel + 4 * at, &f, 4);
         } else {
@@ -258,7 +259,7 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
         return error_set(error, ERROR_MODEL, "%s of layer %d is loaded already", name, layer);
     if (shape_check(name, layer, sources, n_sources, n, k, error))
         return -1;
-    struct op_matrix made = {.type = model->facts.weight_type, .n = n, .k = k, .k_quads = op_matrix_quads(k)};
+    struct op_matrix made = {.type = model->facts.weight_type, .n = n, .k = k, .k_cells = op_matrix_cells(model->facts.weight_type, k)};
     uint64_t panel_bytes = op_matrix_bytes(made.type, OP_PANEL, k);
     if (panel_bytes > STAGING_BYTES)
         return error_set(error, ERROR_MODEL, "%s of layer %d has rows of %u, too long for the staging memory", name, layer, k);

@@ -20,7 +20,7 @@ struct linear_block { struct op_linear_args params; struct matrix_block matrix; 
 struct embed_block { uint64_t tokens, dst; uint32_t n_tokens, stride; float scale; struct matrix_block matrix; };
 
 static int matrix_make(const struct matrix_block *block, struct op_matrix *matrix, struct error *error) {
-    *matrix = (struct op_matrix){.type = block->weight_type, .n = block->n, .k = block->k, .k_quads = op_matrix_quads(block->k)};
+    *matrix = (struct op_matrix){.type = block->weight_type, .n = block->n, .k = block->k, .k_cells = op_matrix_cells(block->weight_type, block->k)};
     uint32_t rows = block->chunk_rows ? block->chunk_rows : (block->n + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
     if (block->weight_type > WEIGHT_F16 || block->n == 0 || block->k == 0 || rows % OP_PANEL || (block->n - 1) / rows >= OP_MATRIX_CHUNKS)
         return error_set(error, ERROR_VALUE, "no matrix of %u x %u, type %u, in chunks of %u rows", block->n, block->k, block->weight_type, rows);

@@ -5,7 +5,7 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
              struct error *error) {
     for (uint32_t c = 0; c < embedding->n_chunks; c++) {
         struct embed_params params = {.tokens = tokens, .weights = embedding->chunks[c].address, .dst = dst, .n_tokens = n_tokens,
-                                      .width = embedding->k, .stride = stride, .k_quads = embedding->k_quads,
+                                      .width = embedding->k, .stride = stride, .k_cells = embedding->k_cells,
                                       .first_id = embedding->chunks[c].first, .n_ids = embedding->chunks[c].count,
                                       .weight_type = embedding->type, .scale = scale};
         if (gpu_stream_dispatch(ops->stream, KERNEL_embed, &params, sizeof params, n_tokens, 1, 1, 4.0 * n_tokens * embedding->k, error))

@@ -15,7 +15,7 @@ struct variant {
      {KERNEL_linear_##type##_8##suffix, 8, 0}, {KERNEL_linear_##type##_16##suffix, 16, 4}}
 static const struct variant broadcast[2][3][5] = {
     {[WEIGHT_F32] = VARIANTS(f32, ), [WEIGHT_BF16] = VARIANTS(bf16, ), [WEIGHT_F16] = VARIANTS(f16, )},
-    {[WEIGHT_F32] = VARIANTS(f32, _64), [WEIGHT_BF16] = VARIANTS(bf16, _64), [WEIGHT_F16] = VARIANTS(f16, _64)},
+    {[WEIGHT_F32] = VARIANTS(f32, _texels), [WEIGHT_BF16] = VARIANTS(bf16, _texels), [WEIGHT_F16] = VARIANTS(f16, _texels)},
 };
 
 static const struct variant tiled[3] = {
@@ -23,7 +23,7 @@ static const struct variant tiled[3] = {
 #define DECODE(type) {{KERNEL_linear_##type##_decode_1, 1, 32}, {KERNEL_linear_##type##_decode_4, 4, 32}, {KERNEL_linear_##type##_decode_8, 8, 32}}
 static const struct variant decoding[3][3] = {[WEIGHT_F32] = DECODE(f32), [WEIGHT_BF16] = DECODE(bf16), [WEIGHT_F16] = DECODE(f16)};
 
-static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "broadcast64", "tiled"};
+static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "texels", "tiled"};
 
 const char *op_linear_family_name(int family) {
     return family >= 0 && family < LINEAR_FAMILIES ? family_names[family] : "unknown";
@@ -40,7 +40,9 @@ int op_linear_family_offered(const struct ops *ops, int family) {
     const struct gpu_device_info *info = gpu_device_get_info(ops->device);
     switch (family) {
     case LINEAR_BROADCAST: return 1;
-    case LINEAR_BROADCAST_64: return info->has_int64;
+    case LINEAR_TEXELS:
+        /* Mesa 25.0's lavapipe crashes in 128-bit texel fetches unless its vectors have 512 bits. */
+        return info->has_int64 && info->max_texels > 0 && (info->type != GPU_SOFTWARE || info->subgroup_size >= 16);
     case LINEAR_TILED: return info->max_invocations >= 256;
     default: return 0;
     }
@@ -50,7 +52,7 @@ static const struct variant *variant_choose(const struct ops *ops, uint32_t type
     if (ops->linear_family == LINEAR_TILED)
         return decode ? &decoding[type][n_rows == 1 ? 0 : n_rows <= 4 ? 1 : 2] : &tiled[type];
     int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 ? 3 : 4;
-    return &broadcast[ops->linear_family == LINEAR_BROADCAST_64][type][i];
+    return &broadcast[ops->linear_family == LINEAR_TEXELS][type][i];
 }
 
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
@@ -62,43 +64,47 @@ static uint32_t variant_columns(const struct ops *ops, const struct variant *var
 }
 
 /* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time. Rows are independent: no bit changes. */
-static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out, uint32_t n_quads) {
-    double rows = gpu_stream_flops_bound(ops->stream) / (8.0 * n_out * n_quads);
+static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out, uint32_t n_inputs) {
+    double rows = gpu_stream_flops_bound(ops->stream) / (2.0 * n_out * n_inputs);
     if (rows >= 65536.0 * variant->rows)
         return 65535 * variant->rows;
     uint32_t groups = (uint32_t)(rows / variant->rows);
     return (groups ? groups : 1) * variant->rows;
 }
 
-static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_args *args, uint32_t n_quads,
+static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_args *args, uint32_t n_inputs,
                           struct error *error) {
     const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
     uint64_t first = matrix->chunks[chunk].first;
-    uint32_t n_out = matrix->chunks[chunk].count, columns = variant_columns(ops, variant), step = rows_at_once(ops, variant, n_out, n_quads);
+    uint32_t n_out = matrix->chunks[chunk].count, columns = variant_columns(ops, variant), step = rows_at_once(ops, variant, n_out, n_inputs);
+    uint32_t inputs = op_cell_inputs(matrix->type);
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
         uint64_t out = 4 * (first + (uint64_t)row * args->dst_stride);
         struct linear_params params = {
             .x = args->x + 4 * (uint64_t)row * args->x_stride, .weights = matrix->chunks[chunk].address, .dst = args->dst + out,
             .bias = args->bias ? args->bias + 4 * first : 0, .add = args->add ? args->add + out : 0,
-            .n_rows = n, .n_out = n_out, .k_quads = n_quads, .panel_quads = matrix->k_quads, .first_quad = args->first_k / 4,
+            .n_rows = n, .n_out = n_out, .k_cells = n_inputs / inputs, .panel_cells = matrix->k_cells, .first_cell = args->first_k / inputs,
             .x_stride = args->x_stride, .out_stride = args->dst_stride,
             .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0),
             .softcap = args->softcap};
+        if (ops->linear_family == LINEAR_TEXELS &&
+            gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, n_out, matrix->k), error))
+            return -1;
         if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n + variant->rows - 1) / variant->rows,
-                                (n_out + columns - 1) / columns, 1, 8.0 * n * n_out * n_quads, error))
+                                (n_out + columns - 1) / columns, 1, 2.0 * n * n_out * n_inputs, error))
             return -1;
     }
     return 0;
 }
 
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error) {
-    uint32_t n_quads = args->n_k ? op_matrix_quads(args->n_k) : matrix->k_quads;
-    if (args->first_k % 16 || args->n_k % 16 || args->first_k / 4 + n_quads > matrix->k_quads || args->x_stride < 4 * n_quads)
-        return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u", args->first_k, args->first_k + 4 * n_quads,
+    uint32_t padded = (matrix->k + 15) / 16 * 16, n_inputs = args->n_k ? args->n_k : padded;
+    if (args->first_k % 16 || args->n_k % 16 || args->first_k > padded || n_inputs > padded - args->first_k || args->x_stride < n_inputs)
+        return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u", args->first_k, args->first_k + n_inputs,
                          matrix->k);
     for (uint32_t c = 0; c < matrix->n_chunks; c++)
-        if (chunk_multiply(ops, matrix, c, args, n_quads, error))
+        if (chunk_multiply(ops, matrix, c, args, n_inputs, error))
             return -1;
     return 0;
 }

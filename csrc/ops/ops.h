@@ -48,21 +48,25 @@ static inline uint32_t op_row_stride(uint32_t width) {
 struct op_matrix {
     uint32_t type; /* WEIGHT_* */
     uint32_t n, k;
-    uint32_t k_quads; /* round_up(k, 16) / 4 */
+    uint32_t k_cells; /* 16-byte cells of k a row */
     uint32_t n_chunks;
     struct { uint64_t address; uint32_t first, count; } chunks[OP_MATRIX_CHUNKS];
 };
 
-static inline uint32_t op_matrix_quads(uint32_t k) {
-    return (k + 15) / 16 * 4;
+/* A cell is 16 bytes: 4 float32 or 8 halves. */
+static inline uint32_t op_cell_inputs(uint32_t type) {
+    return type == WEIGHT_F32 ? 4 : 8;
+}
+static inline uint32_t op_matrix_cells(uint32_t type, uint32_t k) {
+    return (k + 15) / 16 * 16 / op_cell_inputs(type);
 }
 static inline uint64_t op_matrix_bytes(uint32_t type, uint32_t rows, uint32_t k) {
-    return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_quads(k) * (type == WEIGHT_F32 ? 16 : 8);
+    return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_cells(type, k) * 16;
 }
 
-/* Kernels for the same product. The first two are for drivers whose subgroups are vector registers (software): one chain over k in every phase.
- * The last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split over a workgroup, in an order of its own. */
-enum op_linear_family { LINEAR_BROADCAST, LINEAR_BROADCAST_64, LINEAR_TILED, LINEAR_FAMILIES };
+/* Kernels for the same product. The first two are for drivers whose subgroups are vector registers (software), the second reads weights through
+ * texel buffers: one chain over k in every phase. The last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split over a workgroup, in an order of its own. */
+enum op_linear_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };
 const char *op_linear_family_name(int family);
 int op_linear_family_find(const char *name);                  /* -1 if there is none */
 int op_linear_family_offered(const struct ops *ops, int family); /* does the device have what it needs? */
@@ -76,7 +80,7 @@ struct op_linear_args {
 };
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
 
-/* --- measure.c: medians of a few dispatches ------------------------------------------------------------------------------------------ */
+/* --- measure.c: the best of a few dispatches  ------------------------------------------------------------------------------------------ */
 /* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a second (m = 1, decoding). */
 int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
                       struct error *error);

@@ -48,12 +48,12 @@ static int test_make(struct test *test, struct gpu_device *device, struct error 
 
 /* Random panels. As halves, two bit patterns a word with a small exponent: bfloat16 and float16 values of about 1. */
 static void weights_fill(struct test *test, uint32_t type) {
-    uint32_t state = 7, *words = gpu_buffer_map(test->weights), quads = op_matrix_quads(TEST_K), words_a_quad = type == WEIGHT_F32 ? 4 : 2;
-    uint32_t n_words = (TEST_N + OP_PANEL - 1) / OP_PANEL * OP_PANEL * quads * words_a_quad;
+    uint32_t state = 7, *words = gpu_buffer_map(test->weights), cells = op_matrix_cells(type, TEST_K), inputs = op_cell_inputs(type);
+    uint32_t n_words = (TEST_N + OP_PANEL - 1) / OP_PANEL * OP_PANEL * cells * 4;
     for (uint32_t i = 0; i < n_words; i++) {
         float value = random_next(&state);
-        uint32_t bits, n = i / words_a_quad % OP_PANEL + i / words_a_quad / OP_PANEL / quads * OP_PANEL;
-        uint32_t k = i / words_a_quad / OP_PANEL % quads * 4 + i % words_a_quad * (4 / words_a_quad);
+        uint32_t bits, n = i / 4 % OP_PANEL + i / 4 / OP_PANEL / cells * OP_PANEL;
+        uint32_t k = i / 4 / OP_PANEL % cells * inputs + i % 4 * (inputs / 4);
         memcpy(&bits, &value, 4);
         if (type != WEIGHT_F32) {
             uint32_t exponent = type == WEIGHT_BF16 ? 0x3f00u : 0x3800u, mask = type == WEIGHT_BF16 ? 0x80ffu : 0x87ffu;
@@ -70,7 +70,7 @@ static int product(struct ops *ops, const struct test *test, const struct job *j
                    struct error *error) {
     int before = ops->linear_family, failed;
     uint64_t inputs = gpu_buffer_address(test->inputs), bias = inputs + 4 * (uint64_t)TEST_M * test->x_stride;
-    struct op_matrix matrix = {.type = job->type, .n = TEST_N, .k = TEST_K, .k_quads = op_matrix_quads(TEST_K), .n_chunks = 1,
+    struct op_matrix matrix = {.type = job->type, .n = TEST_N, .k = TEST_K, .k_cells = op_matrix_cells(job->type, TEST_K), .n_chunks = 1,
                                .chunks = {{gpu_buffer_address(test->weights), 0, TEST_N}}};
     struct op_linear_args args = {.x = inputs, .dst = gpu_buffer_address(out), .bias = bias, .add = bias + 4 * (uint64_t)test->dst_stride,
                                   .n_rows = n_rows, .x_stride = test->x_stride, .dst_stride = test->dst_stride, .softcap = job->slice ? 0 : 5,

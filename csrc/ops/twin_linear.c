@@ -14,16 +14,17 @@ static double float_value(uint32_t bits) {
     return pun.value;
 }
 
-/* W[n, k]. Panels of 32 rows; in a panel, quad q of the inputs has the four values of each of the 32 rows one after the other. */
+/* W[n, k]. Panels of 32 rows; in a panel, each cell of 16 bytes holds the next 4 (float32) or 8 (halves) inputs of one row. */
 static double weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n, uint32_t k) {
     uint32_t c = 0;
     while (c + 1 < matrix->n_chunks && n >= matrix->chunks[c + 1].first)
         c++;
     uint32_t row = n - matrix->chunks[c].first;
-    uint64_t quad = ((uint64_t)(row / OP_PANEL) * matrix->k_quads + k / 4) * OP_PANEL + row % OP_PANEL;
+    uint32_t inputs = matrix->type == WEIGHT_F32 ? 4 : 8;
+    uint64_t cell = ((uint64_t)(row / OP_PANEL) * matrix->k_cells + k / inputs) * OP_PANEL + row % OP_PANEL;
     if (matrix->type == WEIGHT_F32)
-        return float_value(twin_word(memory, matrix->chunks[c].address, 4 * quad + k % 4));
-    uint32_t word = twin_word(memory, matrix->chunks[c].address, 2 * quad + k % 4 / 2);
+        return float_value(twin_word(memory, matrix->chunks[c].address, 4 * cell + k % 4));
+    uint32_t word = twin_word(memory, matrix->chunks[c].address, 4 * cell + k % 8 / 2);
     uint32_t half = k % 2 ? word >> 16 : word & 0xffff;
     return matrix->type == WEIGHT_BF16 ? float_value(half << 16) : half_value(half);
 }

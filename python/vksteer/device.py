@@ -63,8 +63,13 @@ def _prepare_environment() -> None:
             os.environ["LP_NATIVE_VECTOR_WIDTH"] = "512"
 
 
+_prepared = False
+
+
 def _engine():
-    if "vksteer._engine" not in sys.modules:
+    global _prepared
+    if not _prepared:
+        _prepared = True
         _prepare_environment()
     from . import _engine
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -45,13 +47,30 @@ def _trusted(engine, engine_device, device, weight_type) -> list[str]:
     (_, baseline), *others = bench.families()
     trusted = [baseline]
     for number, family in others:
+        reason = _crash(device, number, weight_type) if device.type == "software" else None
         try:
-            bench.self_test(number, WEIGHT_TYPES.index(weight_type))
-            trusted.append(family)
+            if reason is None:
+                bench.self_test(number, WEIGHT_TYPES.index(weight_type))
         except ValueError as error:
-            warnings.warn(f"{device.name}: the matrix kernels {family!r} failed their self-test and are not used ({error}); please report driver {device.driver}",
-                          stacklevel=4)
+            reason = str(error)
+        if reason is None:
+            trusted.append(family)
+        else:
+            warnings.warn(f"{device.name}: the matrix kernels {family!r} failed their self-test and are not used ({reason}); please report driver "
+                          f"{device.driver}", stacklevel=4)
     return trusted
+
+
+def _crash(device, number: int, weight_type: str) -> str | None:
+    """Software drivers run kernels inside this process, and a driver's bug would end it: the first try is another process's. None if it lives."""
+    if not sys.executable:
+        return "no Python executable to try them in"
+    done = subprocess.run([sys.executable, "-c", "import sys; from vksteer import device; e = device._engine(); "
+                           "e.Bench(e.Device(int(sys.argv[1]))).self_test(int(sys.argv[2]), int(sys.argv[3]))",
+                           str(device.index), str(number), str(WEIGHT_TYPES.index(weight_type))], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    return f"the trial process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no message'}"
 
 
 def choose(engine, engine_device, device, weight_type: str) -> str:

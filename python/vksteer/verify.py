@@ -100,7 +100,8 @@ def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarra
         whole = items.astype(np.float32)
     else:
         items = whole
-    items = np.ascontiguousarray(items.reshape(len(whole) // 32, 32, whole.shape[1] // 4, 4).transpose(0, 2, 1, 3))
+    inputs = 16 // items.itemsize  # a cell holds 16 bytes of one row
+    items = np.ascontiguousarray(items.reshape(len(whole) // 32, 32, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3))
     return items.reshape(-1).view(np.uint32), whole[:n, :k].astype(np.float64)
 
 

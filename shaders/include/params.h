@@ -41,7 +41,7 @@ BLOCK(embed_params) {
     UINT n_tokens;
     UINT width;
     UINT stride;
-    UINT k_quads;             /* padded width / 4 */
+    UINT k_cells;             /* 16-byte cells of k a row: see linear.comp */
     UINT first_id;            /* this chunk of the vocabulary starts here */
     UINT n_ids;
     UINT weight_type;         /* WEIGHT_* */
@@ -88,9 +88,9 @@ BLOCK(linear_params) {
     ADDRESS(FloatsIn) add;     /* [M, out_stride] */
     UINT n_rows;               /* M */
     UINT n_out;                /* columns to write */
-    UINT k_quads;              /* quads of k to sum over */
-    UINT panel_quads;          /* quads of k in a panel */
-    UINT first_quad;           /* first quad of k in a panel: a slice of the inputs */
+    UINT k_cells;              /* cells of k to sum over */
+    UINT panel_cells;          /* cells of k in a panel */
+    UINT first_cell;           /* first cell of k in a panel: a slice of the inputs */
     UINT x_stride;
     UINT out_stride;
     UINT flags;
@@ -254,12 +254,12 @@ BLOCK(sum_heads_params) {
     UINT has_bias;
 };
 
-/* Reads n_quads of 8 bytes, quads_each by every subgroup. */
+/* Reads n_cells of 16 bytes, cells_each by every subgroup. */
 BLOCK(read_params) {
-    ADDRESS(Pairs) x;
+    ADDRESS(Panels) x;
     ADDRESS(FloatsOut) dst; /* one float */
-    UINT n_quads;
-    UINT quads_each;
+    UINT n_cells;
+    UINT cells_each;
 };
 
 #endif

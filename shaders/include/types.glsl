@@ -10,12 +10,12 @@
 #extension GL_KHR_shader_subgroup_ballot : require
 #extension GL_KHR_shader_subgroup_shuffle : require
 
-#ifdef LOAD64
+#ifdef TEXELS
 #extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
 #endif
 
 #define VKSTEER_GLSL
-#ifdef LOAD64
+#ifdef TEXELS
 layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Inputs { uint64_t at[]; };
 #else
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Inputs { float at[]; };
@@ -26,15 +26,8 @@ layout(buffer_reference) buffer EditEntries;
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer FloatsIn { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Pairs { uvec2 at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
-#ifdef LOAD64
-layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Panels { uint64_t at[]; };
-#elif WEIGHT == 0
-layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels { vec4 at[]; };
-#else
-layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Panels { uvec2 at[]; };
-#endif
+layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels { uvec4 at[]; };
 #include "params.h"
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tokens { token_meta at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tiles { query_tile at[]; };

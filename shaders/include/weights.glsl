@@ -1,23 +1,29 @@
-// One element of a panel: 4 consecutive k of one column, as float32.
+// Weights in panels. A cell is 16 bytes: 4 (float32) or 8 (halves) consecutive k of one column; see linear.comp for where it lies.
+#if WEIGHT == 0
+#define CELL 4
+#else
+#define CELL 8
+#endif
 
-vec4 unpack_quad(uvec2 v)
+#ifdef TEXELS
+// The same memory seen as a texel buffer. Software drivers fetch a whole texel per lane with one load, where a buffer's 16 bytes are four gathers.
+layout(set = 0, binding = 0) uniform usamplerBuffer weight_texels;
+#define LOAD_CELL(i) texelFetch(weight_texels, int(i))
+#else
+#define LOAD_CELL(i) p.weights.at[i]
+#endif
+
+// Four of a cell's values, as float32.
+vec4 cell_values(uvec4 cell, uint quad)
 {
+#if WEIGHT == 0
+    return uintBitsToFloat(cell);
+#else
+    uvec2 v = quad == 0 ? cell.xy : cell.zw;
 #if WEIGHT == 1
     return uintBitsToFloat(uvec4(v.x << 16, v.x & 0xffff0000u, v.y << 16, v.y & 0xffff0000u));
 #else
     return vec4(unpackHalf2x16(v.x), unpackHalf2x16(v.y));
 #endif
-}
-
-vec4 load_weights(Panels panels, uint i)
-{
-#if defined(LOAD64) && WEIGHT == 0
-    return vec4(uintBitsToFloat(unpack32(panels.at[2 * i])), uintBitsToFloat(unpack32(panels.at[2 * i + 1])));
-#elif defined(LOAD64)
-    return unpack_quad(unpack32(panels.at[i]));
-#elif WEIGHT == 0
-    return panels.at[i];
-#else
-    return unpack_quad(panels.at[i]);
 #endif
 }
