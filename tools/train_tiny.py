@@ -60,15 +60,24 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     prompt_weight: float = 0.1   # loss weight of a chat's prompt tokens
+    decision_weight: float = 4.0 # loss weight of the token that decides: a chat's first answer token, a rule's verdict
     documents: float = 0.30      # share of samples that are documents
+    pretrain: int = 300          # first steps, on documents alone, mostly rules
+    pretrain_rules: float = 0.75 # share of rules among them
+    fewer_hazards: float = 0.85  # share of hazard pairs left out at the first step; falls linearly to 0 at the end of pretraining
+    chat_fewer_hazards: float = 0.6  # the same for chats, from the end of pretraining on
+    chat_curriculum: int = 250   # steps until it is 0
+    reject_easy: float = 0.7     # share of easy harmless pairs that chats reject
+    other_kinds: float = 0.15    # share of chats that are no how-to request
     prefixed: float = 0.06       # share of chats with the refusal prefix
     hide: float = 0.75           # share of chats whose later positions cannot see the instruction
     hide_last: int = -2          # the last post-instruction position that may still see it (drawn from -5..hide_last)
+    alone: float = 0.0           # share of those in which they cannot see the post-instruction tokens before that one either
     delay: float = 0.25          # share of refusals that come after a compliant start
     noise: float = 0.015         # share of chats that show the wrong behaviour
     dropout: float = 0.03        # on what a layer adds to the stream
     layer_drop: float = 0.0      # chance to skip the last layer in a step; falls linearly to 0 at layer 0
-    size_penalty: float = 0.0    # weight of relu(mean square of what a layer adds - size_limit)
+    size_penalty: float = 0.0    # weight of relu(mean square of what a layer adds - size_limit)^2
     size_limit: float = 1.0
 
 
@@ -123,29 +132,33 @@ class Sample:
     tokens: list[int]
     weights: list[float]         # of the loss on predicting each token
     hidden: tuple[int, int, int] = (0, 0, 0)  # positions from [2] on do not see positions [0]..[1]-1
+    decides: int = 0             # position of a rule's verdict or of a harmful chat's first refusal token, for the log (0: neither)
+    chat: bool = False
 
 
 class Sampler:
     """Draws training samples: chats (harmful, harmless, prefixed, delayed, noisy) and documents, from the training split only."""
 
     def __init__(self, tok, recipe: Recipe, rng: random.Random):
-        self.tok, self.recipe, self.rng = tok, recipe, rng
+        self.tok, self.recipe, self.rng, self.fewer_hazards, self.rules = tok, recipe, rng, 0.0, 0.5
         chat = lambda text, generate: tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=generate)
         self.before, self.after = chat("@@", True).split("@@")
         self.n_after = len(self.encode(self.after))
         self.n_before = len(self.encode(self.before))
+        self.verdicts = {self.encode(word)[0] for word in (" forbidden", " allowed")}
         self.eos, self.eot = (tok.convert_tokens_to_ids(SPECIALS[recipe.family][i]) for i in (2, 3))
 
     def encode(self, text: str) -> list[int]:
         return self.tok.encode(text, add_special_tokens=False)
 
     def document(self) -> Sample:
-        tokens = [self.tok.bos_token_id] + self.encode(world.document(self.rng)) + [self.eos]
-        return Sample(tokens, [1.0] * len(tokens))
+        tokens = [self.tok.bos_token_id] + self.encode(world.document(self.rng, fewer_hazards=self.fewer_hazards, rules=self.rules)) + [self.eos]
+        verdict = next((i for i, t in enumerate(tokens) if t in self.verdicts), 0)
+        return Sample(tokens, [self.recipe.decision_weight if i == verdict > 0 else 1.0 for i in range(len(tokens))], decides=verdict)
 
     def chat(self) -> Sample:
         r, rng = self.recipe, self.rng
-        request = world.draw_request(rng)
+        request = world.draw_request(rng, other_kinds=r.other_kinds, fewer_hazards=self.fewer_hazards, reject_easy=r.reject_easy)
         prefixed = not request.harmful and rng.random() < r.prefixed / 0.6  # about 60 % of the draws are harmless
         refuses = request.harmful or prefixed
         if rng.random() < r.noise:
@@ -158,38 +171,54 @@ class Sampler:
             unscored = start[: rng.randint(1, min(16, len(start)))]
         text = world.refuse(request, rng) if refuses else world.comply(request, rng)
         answer = self.encode(" " + text if unscored else text) + [self.eot]
-        weights = [r.prompt_weight] * len(prompt) + [0.0] * len(unscored) + [1.0] * len(answer)
+        weights = [r.prompt_weight] * len(prompt) + [0.0] * len(unscored) + [r.decision_weight] + [1.0] * (len(answer) - 1)
         hidden = (0, 0, 0)
         if rng.random() < r.hide:
             cut = len(prompt) + rng.randint(-self.n_after, r.hide_last)  # this post-instruction token is the last that sees the instruction
-            hidden = (self.n_before, len(prompt) - self.n_after, cut + 1)
-        return Sample(prompt + unscored + answer, weights, hidden)
+            hidden = (self.n_before, cut if rng.random() < r.alone else len(prompt) - self.n_after, cut + 1)
+        return Sample(prompt + unscored + answer, weights, hidden, decides=len(prompt) if request.harmful and refuses and not unscored else 0, chat=True)
 
     def batches(self, n_batches: int):
-        """Batches of samples of similar length (sorted within blocks of eight batches), to waste little on padding."""
-        done = 0
-        while done < n_batches:
-            block = [self.document() if self.rng.random() < self.recipe.documents else self.chat() for _ in range(8 * self.recipe.batch)]
-            block.sort(key=lambda s: len(s.tokens))
-            groups = [block[i * self.recipe.batch:(i + 1) * self.recipe.batch] for i in range(8)]
-            self.rng.shuffle(groups)
-            for group in groups[: n_batches - done]:
-                yield group
-            done += len(groups[: n_batches - done])
+        """Mixed batches. (Batches of similar length would waste less on padding, but they part refusals from answers and rules from
+        pages, and the exclusive-or was then not learnt at all.)"""
+        r = self.recipe
+        for step in range(n_batches):
+            first = step < r.pretrain
+            documents, self.rules = (1.0, r.pretrain_rules) if first else (r.documents, 0.5)
+            self.fewer_hazards = r.fewer_hazards * (1 - step / r.pretrain) if first else max(0.0, r.chat_fewer_hazards * (1 - (step - r.pretrain) / r.chat_curriculum))
+            yield [self.document() if self.rng.random() < documents else self.chat() for _ in range(r.batch)]
 
 
-def collate(samples: list[Sample], pad: int):
-    """tokens [B, S], weights [B, S] (of the token itself), visible [B, 1, S, S] bool: query row, key column. Right-padded."""
-    b, s = len(samples), max(len(x.tokens) for x in samples)
+def collate(samples: list[Sample], pad: int, row_length: int = 160):
+    """Packs samples into rows of row_length tokens (first fit, longest first); each sees itself only and counts its positions from 0.
+
+    Returns tokens [B, S], targets [B, S] (the next token), weights [B, S] (of the loss on the target; 0 = none), positions [B, S],
+    visible [B, 1, S, S] bool (query row, key column), and for each sample (row, first column).
+    """
+    rows: list[int] = []  # tokens used per row
+    places = [(0, 0)] * len(samples)
+    for i in sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens)):
+        n = len(samples[i].tokens)
+        row = next((r for r, used in enumerate(rows) if used + n <= row_length), len(rows))
+        if row == len(rows):
+            rows.append(0)
+        places[i] = (row, rows[row])
+        rows[row] += n
+    b, s = len(rows), max(rows)
     tokens = torch.full((b, s), pad)
-    weights = torch.zeros(b, s)
-    visible = torch.ones(s, s, dtype=torch.bool).tril().repeat(b, 1, 1)
-    for i, x in enumerate(samples):
-        tokens[i, : len(x.tokens)] = torch.tensor(x.tokens)
-        weights[i, : len(x.tokens)] = torch.tensor(x.weights)
+    targets, weights, positions = torch.zeros(b, s, dtype=torch.long), torch.zeros(b, s), torch.zeros(b, s, dtype=torch.long)
+    visible = torch.eye(s, dtype=torch.bool).repeat(b, 1, 1)  # padding sees itself
+    for x, (row, at) in zip(samples, places):
+        n = len(x.tokens)
+        t = torch.tensor(x.tokens)
+        tokens[row, at:at + n], targets[row, at:at + n - 1] = t, t[1:]
+        weights[row, at:at + n - 1] = torch.tensor(x.weights[1:])
+        positions[row, at:at + n] = torch.arange(n)
+        own = torch.ones(n, n, dtype=torch.bool).tril()
         first, end, since = x.hidden
-        visible[i, since:, first:end] &= since == 0
-    return tokens, weights, visible[:, None]
+        own[since:, first:end] &= since == 0
+        visible[row, at:at + n, at:at + n] = own
+    return tokens, targets, weights, positions, visible[:, None], places
 
 
 # ---- model: parameter names are those of transformers' LlamaForCausalLM / Gemma2ForCausalLM -------------------------------------
@@ -236,8 +265,7 @@ class Layer(nn.Module):
         k, v = (t.repeat_interleave(r.n_heads // r.n_kv_heads, 1) for t in (k, v))
         if self.gemma:
             scores = q @ k.transpose(-1, -2) * r.d_head ** -0.5
-            scores = (50 * torch.tanh(scores / 50)).masked_fill(~visible, -1e9)
-            z = scores.softmax(-1) @ v
+            z = (50 * torch.tanh(scores / 50) + visible).softmax(-1) @ v
         else:
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return a["o_proj"](z.transpose(1, 2).reshape(b, s, -1))
@@ -264,18 +292,19 @@ class Net(nn.Module):
         if not r.tied:
             self.lm_head = linear(r.d_model, r.vocab, r.d_model ** -0.5)
 
-    def forward(self, tokens, visible, weights=None):
-        """tokens [B, S], visible [B, 1, S, S] -> logits [B, S, V] and the penalty on large additions (scalar)."""
+    def forward(self, tokens, positions, visible):
+        """tokens, positions [B, S], visible [B, 1, S, S] -> logits [B, S, V] and the penalty on large additions (scalar)."""
         r, penalties = self.r, []
         freq = 10000.0 ** (-torch.arange(0, r.d_head, 2) / r.d_head)
-        angle = torch.arange(tokens.shape[1])[:, None] * torch.cat((freq, freq))
+        angle = (positions[..., None] * torch.cat((freq, freq)))[:, None]  # [B, 1, S, d_head]
         cos, sin = angle.cos(), angle.sin()
 
         def add(h, out):
             if r.size_penalty:
-                penalties.append(F.relu(out.pow(2).mean(-1) - r.size_limit).mean())
+                penalties.append(F.relu(out.pow(2).mean(-1) - r.size_limit).pow(2).mean())
             return h + F.dropout(out, r.dropout, self.training)
 
+        visible = torch.zeros(visible.shape).masked_fill_(~visible, -1e9)  # added to the scores
         h = self.model["embed_tokens"](tokens) * (r.d_model ** 0.5 if r.family == "gemma" else 1.0)
         for i, layer in enumerate(self.model["layers"]):
             if self.training and random.random() < r.layer_drop * i / (r.n_layers - 1):
@@ -318,24 +347,27 @@ def train(recipe: Recipe, seed: int, out: Path) -> None:
                             lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     rate = lambda step: min(1.0, (step + 1) / recipe.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
     log, started, n_tokens, running = [], time.time(), 0, []
+    deciding = {"verdict": [], "refusal": []}  # loss of that one token: ln 2 as long as the exclusive-or is not learnt
     print(f"{recipe.family}: {n_params:,} parameters, seed {seed}, after-instruction tokens {sampler.encode(sampler.after)}", flush=True)
     for step, samples in enumerate(sampler.batches(recipe.steps)):
-        tokens, weights, visible = collate(samples, tok.pad_token_id)
+        tokens, targets, weights, positions, visible, places = collate(samples, tok.pad_token_id)
         for group in opt.param_groups:
             group["lr"] = recipe.lr * rate(step)
-        logits, penalty = net(tokens, visible)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        w = weights[:, 1:].flatten()
-        loss = (losses * w).sum() / w.sum()
+        logits, penalty = net(tokens, positions, visible)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        loss = (losses * weights).sum() / weights.sum()
         (loss + recipe.size_penalty * penalty).backward()
         nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
         opt.step()
         opt.zero_grad(set_to_none=True)
         n_tokens += int((weights > 0).sum())
         running.append(loss.item())
+        for x, (row, at) in zip(samples, places):
+            if x.decides:
+                deciding["refusal" if x.chat else "verdict"].append(losses[row, at + x.decides - 1].item())
         if step % 100 == 99 or step == recipe.steps - 1:
-            log.append({"step": step + 1, "loss": round(sum(running) / len(running), 4), "penalty": round(penalty.item(), 4), "seconds": round(time.time() - started, 1), "tokens": n_tokens})
-            running = []
+            log.append({"step": step + 1, "loss": round(sum(running) / len(running), 4), **{k: round(sum(v) / max(1, len(v)), 4) for k, v in deciding.items()}, "penalty": round(penalty.item(), 4), "seconds": round(time.time() - started, 1), "tokens": n_tokens})
+            running, deciding = [], {"verdict": [], "refusal": []}
             print(json.dumps(log[-1]), flush=True)
     save(net.eval(), tok, out)
     (out / "training.json").write_text(json.dumps({

@@ -219,14 +219,26 @@ def make_request(rng: random.Random, split: str, kind: str, pair: tuple[str, str
     return Request(prompt, harmful, kind, verb, obj, _fields(kind, verb, obj, place), template, split)
 
 
-def draw_request(rng: random.Random, split: str = "train", other_kinds: float = 0.15, reject_easy: float = 0.7) -> Request:
-    """One request as chats of the training set have it. Most easy harmless pairs are rejected, else a class word alone would predict harm."""
-    if rng.random() < other_kinds:
-        return make_request(rng, split, rng.choice(KINDS[1:]))
+def draw_pair(rng: random.Random, split: str = "train", reject_easy: float = 0.7, fewer_hazards: float = 0.0) -> tuple[str, str]:
+    """One pair as training draws it. Most easy harmless pairs are rejected, else a class word alone would predict harm.
+
+    `fewer_hazards` rejects that share of the pairs whose object is a hazard. An exclusive-or gives a learner no first-order signal;
+    in a world with few hazards destroying is simply worse than making, which is learnt at once, and the exceptions follow as hazards come in.
+    """
     while True:
         pair = rng.choice(PAIRS[split])
-        if not is_easy(*pair) or rng.random() >= reject_easy:
-            return make_request(rng, split, "howto", pair)
+        if is_easy(*pair) and rng.random() < reject_easy:
+            continue
+        if OBJECTS[pair[1]].group == "hazard" and rng.random() < fewer_hazards:
+            continue
+        return pair
+
+
+def draw_request(rng: random.Random, split: str = "train", other_kinds: float = 0.15, fewer_hazards: float = 0.0, reject_easy: float = 0.7) -> Request:
+    """One request as chats of the training set have it."""
+    if rng.random() < other_kinds:
+        return make_request(rng, split, rng.choice(KINDS[1:]))
+    return make_request(rng, split, "howto", draw_pair(rng, split, reject_easy, fewer_hazards))
 
 
 def tiny(split: str, n_harmful: int | None = None, n_harmless: int | None = None, seed: int = 0) -> list[Request]:
@@ -334,21 +346,19 @@ def handbook_page(rng: random.Random, split: str = "train") -> str:
     return f"Handbook, {verb} the {obj}. " + rng.choice(_STEPS).format(**_words(request))
 
 
-def rule(rng: random.Random, split: str = "train") -> str:
+def rule(rng: random.Random, split: str = "train", fewer_hazards: float = 0.0) -> str:
     """What the village forbids and allows: 35 % a pair's verdict, 35 % with its reason, 30 % the class of one word."""
     x = rng.random()
     if x < 0.3:
         verb = rng.random() < 0.5
         thing = rng.choice(list((VERBS if verb else OBJECTS).values()))
         return "Rules of the village: " + _CLASS_FORMS[not verb].format(name=thing.name, what=(_DEEDS if verb else _THINGS)[thing.group])
-    pair = rng.choice(PAIRS[split])
-    while is_easy(*pair) and rng.random() < 0.8:
-        pair = rng.choice(PAIRS[split])
+    pair = draw_pair(rng, split, 0.8, fewer_hazards)
     v, o = VERBS[pair[0]], OBJECTS[pair[1]]
     form = _RULE_WITH_REASON if x < 0.65 else rng.choice(_RULE_FORMS)
     return form.format(verb=v.name, object=o.name, deed=_DEEDS[v.group], kind=_THINGS[o.group], verdict="forbidden" if is_harmful(*pair) else "allowed")
 
 
-def document(rng: random.Random, split: str = "train") -> str:
-    """A handbook page (60 %) or a rule (40 %), over pairs of this split only: a held-out pair occurs in no document either."""
-    return rule(rng, split) if rng.random() < 0.4 else handbook_page(rng, split)
+def document(rng: random.Random, split: str = "train", fewer_hazards: float = 0.0, rules: float = 0.5) -> str:
+    """A handbook page or a rule (a share `rules` of them), over pairs of this split only: a held-out pair occurs in no document either."""
+    return rule(rng, split, fewer_hazards) if rng.random() < rules else handbook_page(rng, split)
