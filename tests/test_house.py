@@ -143,7 +143,7 @@ def push_constant_size(data: bytes) -> int:
         if op in (21, 22):  # OpTypeInt, OpTypeFloat
             sizes[w[0]] = w[1] // 8
         elif op == 23:  # OpTypeVector
-            sizes[w[0]] = sizes[w[1]] * w[2]
+            sizes[w[0]] = sizes.get(w[1], 0) * w[2]  # bools have no size
         elif op == 28:  # OpTypeArray
             structs[w[0]] = ("array", w[1], w[2])
         elif op == 30:  # OpTypeStruct
