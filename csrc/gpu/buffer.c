@@ -1,5 +1,6 @@
 /* Buffers: one allocation each (the engine makes few, large ones), every one with an address. */
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "gpu/internal.h"
 
@@ -89,7 +90,7 @@ void gpu_buffer_destroy(struct gpu_buffer *buffer) {
     *buffer->link = buffer->next;
     if (buffer->next)
         buffer->next->link = buffer->link;
-    if (gpu_device_check(device, NULL) == 0 || device->lost) {
+    if (device->owner == getpid()) {
         gpu_texels_destroy(buffer);
         if (buffer->handle)
             device->vk.vkDestroyBuffer(device->handle, buffer->handle, NULL);

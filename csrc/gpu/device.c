@@ -107,6 +107,26 @@ static void memory_info(VkPhysicalDevice physical, struct gpu_device_info *info)
     }
 }
 
+/* An extension may be offered and its feature not. */
+static void optional_features(VkPhysicalDevice physical, struct gpu_device_info *info) {
+    int control_offered = device_extension_offered(physical, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
+    int executable_offered = device_extension_offered(physical, VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
+    VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR};
+    VkPhysicalDeviceSubgroupSizeControlFeaturesEXT control = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT,
+                                                              .pNext = executable_offered ? &executable : NULL};
+    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2};
+    features.pNext = control_offered ? (void *)&control : control.pNext;
+    vkGetPhysicalDeviceFeatures2(physical, &features);
+    VkPhysicalDeviceSubgroupSizeControlPropertiesEXT sizes = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES_EXT};
+    VkPhysicalDeviceProperties2 properties = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = control_offered ? &sizes : NULL};
+    vkGetPhysicalDeviceProperties2(physical, &properties);
+    info->has_subgroup_control = control.subgroupSizeControl && control.computeFullSubgroups &&
+                                 (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
+    info->has_executable_info = executable.pipelineExecutableInfo != 0;
+    info->has_int64 = features.features.shaderInt64 != 0;
+}
+
 static void device_describe(VkPhysicalDevice physical, int index, struct gpu_device_info *info) {
     VkPhysicalDeviceSubgroupProperties subgroup = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES};
     VkPhysicalDeviceDriverProperties driver = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES, .pNext = &subgroup};
@@ -128,11 +148,7 @@ static void device_describe(VkPhysicalDevice physical, int index, struct gpu_dev
     info->max_shared_bytes = base->limits.maxComputeSharedMemorySize;
     info->max_invocations = base->limits.maxComputeWorkGroupInvocations;
     info->has_budget = device_extension_offered(physical, VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
-    info->has_subgroup_control = device_extension_offered(physical, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
-    info->has_executable_info = device_extension_offered(physical, VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
-    VkPhysicalDeviceFeatures features;
-    vkGetPhysicalDeviceFeatures(physical, &features);
-    info->has_int64 = features.shaderInt64 != 0;
+    optional_features(physical, info);
     VkFormatProperties texel;
     vkGetPhysicalDeviceFormatProperties(physical, VK_FORMAT_R32G32B32A32_UINT, &texel);
     if (texel.bufferFeatures & VK_FORMAT_FEATURE_UNIFORM_TEXEL_BUFFER_BIT)
@@ -276,7 +292,7 @@ void gpu_device_close(struct gpu_device *device) {
     if (!device)
         return;
     if (device->owner == getpid()) { /* a forked child owns nothing of it */
-        if (device->handle)
+        if (device->handle && device->used && !device->lost) /* Mesa's null devices compile kernels and crash when waited for */
             device->vk.vkDeviceWaitIdle(device->handle);
         gpu_pipelines_destroy(device);
         if (device->handle)
@@ -294,6 +310,8 @@ uint32_t gpu_device_workgroup(const struct gpu_device *device) {
 }
 
 uint64_t gpu_device_available(const struct gpu_device *device) {
+    if (device->owner != getpid())
+        return 0;
     struct gpu_device_info now = device->info;
     now.memory_bytes = 0;
     memory_info(device->physical, &now);

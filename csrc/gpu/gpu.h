@@ -90,6 +90,8 @@ void gpu_stream_poll(struct gpu_stream *stream, int (*poll)(void *), void *conte
 double gpu_stream_flops_bound(const struct gpu_stream *stream);
 uint64_t gpu_stream_dispatches(const struct gpu_stream *stream); /* since creation, for benchmarks */
 
+/* Whether this device offers what the kernel's code asks for (64-bit integers), and this build has it. */
+int gpu_pipeline_possible(const struct gpu_device *device, int kernel);
 /* Compiles kernels ahead, in parallel threads. */
 int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int count, struct error *error);
 /* Registers, spills and the like, where the driver tells (VK_KHR_pipeline_executable_properties): text into `out`. */

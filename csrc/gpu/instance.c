@@ -8,7 +8,7 @@
 
 static pthread_mutex_t instance_lock = PTHREAD_MUTEX_INITIALIZER;
 static VkInstance instance;
-static pid_t instance_owner;
+static _Atomic pid_t instance_owner; /* 0: nobody yet */
 static int debug_names;
 
 static int extension_offered(const char *name) {
@@ -52,19 +52,20 @@ static VkInstance instance_create(struct error *error) {
 }
 
 VkInstance gpu_instance_get(struct error *error) {
-    VkInstance result = VK_NULL_HANDLE;
-    pthread_mutex_lock(&instance_lock);
-    if (instance != VK_NULL_HANDLE && instance_owner != getpid()) {
+    /* Before the lock: in a forked child its holder may not exist. */
+    if (instance_owner != 0 && instance_owner != getpid()) {
         error_set(error, ERROR_DEVICE, "Vulkan was opened by this process's parent before fork(): open devices after the fork, or start workers "
                                        "with multiprocessing's \"spawn\" method");
-        goto done;
+        return VK_NULL_HANDLE;
     }
+    pthread_mutex_lock(&instance_lock);
     if (instance == VK_NULL_HANDLE) {
-        instance = instance_create(error);
         instance_owner = getpid();
+        instance = instance_create(error);
+        if (instance == VK_NULL_HANDLE)
+            instance_owner = 0;
     }
-    result = instance;
-done:
+    VkInstance result = instance;
     pthread_mutex_unlock(&instance_lock);
     return result;
 }

@@ -32,6 +32,7 @@ struct gpu_device {
     struct VolkDeviceTable vk;
     pid_t owner;                 /* the process that opened it: after fork() the child must not touch it */
     int lost;
+    int used;                    /* work was submitted to its queue */
     uint64_t allocated;
     uint32_t workgroup;
     const struct gpu_kernel *kernels;

@@ -96,10 +96,29 @@ void gpu_pipelines_destroy(struct gpu_device *device) {
         pthread_mutex_destroy(&device->pipeline_lock);
 }
 
-static int pipeline_make(struct gpu_device *device, int kernel, VkPipeline *out, struct error *error) {
+/* What the module's capabilities ask for and this device lacks, or NULL. Capabilities stand first in a module, after five words. */
+static const char *capability_missing(const struct gpu_device *device, const struct gpu_kernel *source) {
+    const size_t n_words = source->spirv_bytes / 4;
+    for (size_t i = 5; i + 1 < n_words && (source->spirv[i] & 0xffff) == 17; i += source->spirv[i] >> 16)
+        if (source->spirv[i + 1] == 11 && !device->info.has_int64)
+            return "64-bit integers";
+    return NULL;
+}
+
+int gpu_pipeline_possible(const struct gpu_device *device, int kernel) {
+    return device->kernels[kernel].spirv_bytes != 0 && capability_missing(device, &device->kernels[kernel]) == NULL;
+}
+
+/* flags: for vkCreateComputePipelines. */
+static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreateFlags flags, VkPipeline *out, struct error *error) {
     const struct gpu_kernel *source = &device->kernels[kernel];
+    if (gpu_device_check(device, error))
+        return -1;
     if (source->spirv_bytes == 0)
         return error_set(error, ERROR_DEVICE, "kernel %s was left out of this build (its shader compiler was too old)", source->name);
+    const char *missing = capability_missing(device, source);
+    if (missing)
+        return error_set(error, ERROR_DEVICE, "kernel %s needs %s, which %s does not offer", source->name, missing, device->info.name);
     VkShaderModuleCreateInfo module_info = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO, .codeSize = source->spirv_bytes,
                                             .pCode = source->spirv};
     VkShaderModule module;
@@ -113,7 +132,7 @@ static int pipeline_make(struct gpu_device *device, int kernel, VkPipeline *out,
         .requiredSubgroupSize = device->info.subgroup_size};
     VkComputePipelineCreateInfo create = {
         .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
-        .flags = device->info.has_executable_info ? VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR : 0,
+        .flags = flags,
         .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .stage = VK_SHADER_STAGE_COMPUTE_BIT, .module = module,
                   .pName = "main", .pSpecializationInfo = &specialization,
                   .pNext = device->info.has_subgroup_control ? &required : NULL,
@@ -137,7 +156,7 @@ int gpu_pipeline_get(struct gpu_device *device, int kernel, VkPipeline *out, str
     if (*out)
         return 0;
     VkPipeline made = VK_NULL_HANDLE;
-    if (pipeline_make(device, kernel, &made, error))
+    if (pipeline_make(device, kernel, 0, &made, error))
         return -1;
     pthread_mutex_lock(&device->pipeline_lock);
     if (pipeline->handle) { /* another thread was faster */
@@ -198,14 +217,16 @@ int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int cou
 }
 
 int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size_t capacity, struct error *error) {
-    VkPipeline pipeline;
+    VkPipeline pipeline = VK_NULL_HANDLE;
     size_t used = 0;
+    int failed = -1;
     if (capacity)
         out[0] = 0;
-    if (gpu_pipeline_get(device, kernel, &pipeline, error))
-        return -1;
     if (!device->info.has_executable_info)
-        return 0;
+        return gpu_pipeline_get(device, kernel, &pipeline, error);
+    /* Made anew: with statistics some drivers (RADV) bypass their caches, so that the pipelines that run are made without. */
+    if (pipeline_make(device, kernel, VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR, &pipeline, error))
+        return -1;
     VkPipelineInfoKHR info = {.sType = VK_STRUCTURE_TYPE_PIPELINE_INFO_KHR, .pipeline = pipeline};
     VkPipelineExecutablePropertiesKHR executables[8];
     uint32_t n = 8;
@@ -213,7 +234,7 @@ int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size
     for (int i = 0; i < 8; i++)
         executables[i].sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_PROPERTIES_KHR;
     if (gpu_result_check(device, device->vk.vkGetPipelineExecutablePropertiesKHR(device->handle, &info, &n, executables), "describing", error))
-        return -1;
+        goto done;
     for (uint32_t e = 0; e < n; e++) {
         VkPipelineExecutableInfoKHR which = {.sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INFO_KHR, .pipeline = pipeline, .executableIndex = e};
         VkPipelineExecutableStatisticKHR statistics[64];
@@ -228,5 +249,8 @@ int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size
                                      statistics[i].format == VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_FLOAT64_KHR
                                          ? (long long)statistics[i].value.f64 : (long long)statistics[i].value.u64);
     }
-    return 0;
+    failed = 0;
+done:
+    device->vk.vkDestroyPipeline(device->handle, pipeline, NULL);
+    return failed;
 }

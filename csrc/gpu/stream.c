@@ -4,6 +4,7 @@
  * nothing on top of a dispatch; on GPUs they are what keeps the record readable as the model's equations. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "gpu/internal.h"
 
@@ -36,6 +37,8 @@ struct gpu_stream {
 
 int gpu_stream_create(struct gpu_stream **out, struct gpu_device *device, struct error *error) {
     *out = NULL;
+    if (gpu_device_check(device, error))
+        return -1;
     struct gpu_stream *stream = calloc(1, sizeof *stream);
     if (!stream)
         return error_set(error, ERROR_MEMORY, "out of memory for a stream");
@@ -69,8 +72,8 @@ void gpu_stream_destroy(struct gpu_stream *stream) {
     if (!stream)
         return;
     struct gpu_device *device = stream->device;
-    if (gpu_device_check(device, NULL) == 0 || device->lost) {
-        if (!device->lost)
+    if (device->owner == getpid()) {
+        if (!device->lost && device->used)
             device->vk.vkQueueWaitIdle(device->queue);
         for (int i = 0; i < RING; i++)
             if (stream->slots[i].pool)
@@ -86,6 +89,8 @@ void gpu_stream_destroy(struct gpu_stream *stream) {
 static int ticket_wait(struct gpu_stream *stream, uint64_t ticket, struct error *error) {
     struct gpu_device *device = stream->device;
     int interrupted = 0;
+    if (gpu_device_check(device, error)) /* in a forked child nobody would ever answer */
+        return -1;
     for (;;) {
         VkSemaphoreWaitInfo wait = {.sType = VK_STRUCTURE_TYPE_SEMAPHORE_WAIT_INFO, .semaphoreCount = 1, .pSemaphores = &stream->timeline,
                                     .pValues = &ticket};
@@ -196,6 +201,8 @@ int gpu_stream_flush(struct gpu_stream *stream, struct error *error) {
     struct gpu_device *device = stream->device;
     if (!stream->recording)
         return 0;
+    if (gpu_device_check(device, error))
+        return -1;
     struct slot *slot = &stream->slots[stream->current];
     stream->recording = 0;
     if (gpu_result_check(device, device->vk.vkEndCommandBuffer(slot->commands), "ending commands", error))
@@ -207,6 +214,7 @@ int gpu_stream_flush(struct gpu_stream *stream, struct error *error) {
                            .pCommandBuffers = &slot->commands, .signalSemaphoreCount = 1, .pSignalSemaphores = &stream->timeline};
     if (gpu_result_check(device, device->vk.vkQueueSubmit(device->queue, 1, &submit, VK_NULL_HANDLE), "submitting work", error))
         return -1;
+    device->used = 1;
     stream->submitted = ticket;
     slot->ticket = ticket;
     stream->current = (stream->current + 1) % RING;

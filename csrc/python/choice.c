@@ -27,9 +27,10 @@ int model_set_family(PyObject *object, PyObject *value, void *unused) {
         PyErr_Format(PyExc_ValueError, "%R is not one of this device's matrix kernels", value);
         return -1;
     }
-    engine_lock(((struct model_object *)object)->owner);
+    if (engine_begin((struct model_object *)object, 0))
+        return -1;
     ops->linear_family = family;
-    engine_unlock(((struct model_object *)object)->owner);
+    engine_end((struct model_object *)object);
     return 0;
 }
 
@@ -59,14 +60,14 @@ PyObject *model_measure_linear(PyObject *object, PyObject *args) {
         return NULL;
     if (m == 0 || n == 0 || k == 0 || m > 65536 || n > 1 << 20 || k > 65536)
         return PyErr_Format(PyExc_ValueError, "a product of %u x %u by %u x %u is out of range", m, k, n, k);
-    struct device_object *device = ((struct model_object *)object)->owner;
-    uint32_t type = ((struct model_object *)object)->model->facts.weight_type;
+    struct model_object *self = (struct model_object *)object;
+    if (engine_begin(self, 0))
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&device->lock);
-    failed = op_linear_measure(ops, type, m, n, k, decode, &flops, &bytes, &error);
-    pthread_mutex_unlock(&device->lock);
+    failed = op_linear_measure(ops, self->model->facts.weight_type, m, n, k, decode, &flops, &bytes, &error);
+    engine_end(self);
     Py_END_ALLOW_THREADS
-    return failed ? engine_raise(object, &error) : Py_BuildValue("(dd)", flops, bytes);
+    return failed ? engine_fail(self, &error) : Py_BuildValue("(dd)", flops, bytes);
 }
 
 PyObject *model_measure_read(PyObject *object, PyObject *args) {
@@ -79,13 +80,14 @@ PyObject *model_measure_read(PyObject *object, PyObject *args) {
         return NULL;
     if (bytes < 1 << 20 || bytes > GPU_BUFFER_MAX)
         return PyErr_Format(PyExc_ValueError, "reading %llu bytes: use 1 MiB to 1 GiB", bytes);
-    struct device_object *device = ((struct model_object *)object)->owner;
+    struct model_object *self = (struct model_object *)object;
+    if (engine_begin(self, 0))
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&device->lock);
     failed = op_read_measure(ops, bytes, &rate, &error);
-    pthread_mutex_unlock(&device->lock);
+    engine_end(self);
     Py_END_ALLOW_THREADS
-    return failed ? engine_raise(object, &error) : PyFloat_FromDouble(rate);
+    return failed ? engine_fail(self, &error) : PyFloat_FromDouble(rate);
 }
 
 /* prepare(): compiles the kernels that this model will use. */
@@ -96,12 +98,12 @@ PyObject *model_prepare(PyObject *object, PyObject *unused) {
     struct ops *ops = ops_of(object);
     if (!ops)
         return NULL;
-    struct device_object *device = ((struct model_object *)object)->owner;
-    uint32_t type = ((struct model_object *)object)->model->facts.weight_type;
+    struct model_object *self = (struct model_object *)object;
+    if (engine_begin(self, 0))
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&device->lock);
-    failed = op_kernels_prepare(ops, type, &error);
-    pthread_mutex_unlock(&device->lock);
+    failed = op_kernels_prepare(ops, self->model->facts.weight_type, &error);
+    engine_end(self);
     Py_END_ALLOW_THREADS
-    return failed ? engine_raise(object, &error) : Py_NewRef(Py_None);
+    return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);
 }

@@ -1,6 +1,8 @@
 /* Device and MappedFile. */
 #include "engine.h"
 
+#include <unistd.h>
+
 static const char *const type_names[] = {"discrete", "integrated", "virtual", "software"};
 
 static PyObject *info_dict(const struct gpu_device_info *info) {
@@ -43,7 +45,12 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     struct device_object *self = (struct device_object *)allocate(type, 0);
     if (!self)
         return NULL;
-    pthread_mutex_init(&self->lock, NULL);
+    pthread_mutexattr_t recursive;
+    pthread_mutexattr_init(&recursive);
+    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&self->lock, &recursive);
+    pthread_mutexattr_destroy(&recursive);
+    self->owner = getpid();
     struct error error = {0};
     if (gpu_device_open(&self->device, index, op_kernels_get(), KERNEL_COUNT, folder, &error)) {
         engine_raise((PyObject *)self, &error);
@@ -69,7 +76,15 @@ static PyObject *device_get_info(PyObject *object, void *unused) {
 
 static PyObject *device_get_available(PyObject *object, void *unused) {
     (void)unused;
+    struct error error = {0};
+    if (gpu_device_check(((struct device_object *)object)->device, &error))
+        return engine_raise(object, &error);
     return PyLong_FromUnsignedLongLong(gpu_device_available(((struct device_object *)object)->device));
+}
+
+static PyObject *device_get_usable(PyObject *object, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(gpu_device_check(((struct device_object *)object)->device, NULL) == 0);
 }
 
 static PyObject *device_get_allocated(PyObject *object, void *unused) {
@@ -83,7 +98,7 @@ static PyObject *device_prepare(PyObject *object, PyObject *unused) {
     int kernels[KERNEL_COUNT], n = 0, failed;
     struct error error = {0};
     for (int i = 0; i < KERNEL_COUNT; i++)
-        if (op_kernels_get()[i].spirv_bytes)
+        if (op_kernels_get()[i].spirv_bytes && gpu_pipeline_possible(self->device, i))
             kernels[n++] = i;
     Py_BEGIN_ALLOW_THREADS
     failed = gpu_pipelines_prepare(self->device, kernels, n, &error);
@@ -105,16 +120,28 @@ static PyObject *device_describe(PyObject *object, PyObject *args) {
     return PyUnicode_FromString(text);
 }
 
+static PyObject *device_hold(PyObject *object, PyObject *unused) {
+    (void)unused;
+    struct device_object *self = (struct device_object *)object;
+    self->ender = pthread_self();
+    self->ending = 1;
+    engine_lock(self);
+    Py_RETURN_NONE;
+}
+
 static PyGetSetDef device_getset[] = {
     {"info", device_get_info, NULL, "What the device is: a dict as in devices().", NULL},
     {"available_bytes", device_get_available, NULL, "Device-local bytes left, asked now.", NULL},
+    {"usable", device_get_usable, NULL, "False once the device is lost, and in a forked child.", NULL},
     {"allocated_bytes", device_get_allocated, NULL, "Bytes that this object holds.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMethodDef device_methods[] = {
-    {"prepare", device_prepare, METH_NOARGS, "prepare(): compiles every kernel, in parallel."},
+    {"prepare", device_prepare, METH_NOARGS, "prepare(): compiles every kernel that this device can run, in parallel."},
     {"describe", device_describe, METH_VARARGS, "describe(kernel) -> str: registers, spills and the like, as far as the driver tells."},
+    {"hold", device_hold, METH_NOARGS, "hold(): takes the device for this thread for good, because the interpreter ends. A run of another thread is cut "
+                                       "short; daemon threads stand still where they want the device, instead of failing while all is taken down."},
     {NULL, NULL, 0, NULL},
 };
 

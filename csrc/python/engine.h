@@ -1,7 +1,9 @@
 /* What the files of this room share: the module's state, errors turned into exceptions, NumPy arrays in and out.
  *
  * Ownership: every object keeps a reference to the one it works on (Model -> Device, Cache -> Model), so that freeing order never matters.
- * The GIL is released while the device works; the device's own lock serialises threads. */
+ * Threads: the GIL is released while the device works; the device's own lock serialises threads. Nobody waits for the lock with the GIL held,
+ * so its holder may take the GIL (engine_poll, allocating arrays).
+ * fork(): the child takes no lock (its holder may not exist there) and touches no driver; every call is a DeviceError. */
 #ifndef VKSTEER_PYTHON_ENGINE_H
 #define VKSTEER_PYTHON_ENGINE_H
 
@@ -14,8 +16,12 @@
 
 struct device_object {
     PyObject_HEAD
-    struct gpu_device *device; /* NULL once closed */
-    pthread_mutex_t lock;
+    struct gpu_device *device;
+    pthread_mutex_t lock; /* recursive: what frees device memory may run (garbage collection) while this thread has it */
+    pid_t owner;          /* the process that opened it */
+    int busy;             /* a call is under way; read and written under the lock */
+    volatile int ending;  /* the interpreter is ending, by `ender`: see Device.hold */
+    pthread_t ender;
 };
 
 struct file_object {
@@ -54,12 +60,21 @@ struct engine_state *engine_state_of(PyObject *object); /* of a heap type's inst
 
 /* Sets the exception that `error` stands for; always returns NULL. */
 PyObject *engine_raise(PyObject *object, const struct error *error);
-/* For gpu_stream_poll: non-zero when a signal handler raised; its exception stays set. */
-int engine_poll(void *context);
 
-/* Takes the device's lock with the GIL held: gives the GIL up while it waits, because the thread that has the lock may want it (engine_poll). */
+/* The device's lock, taken with the GIL held; the GIL is given up while waiting. Does not return in other threads than the one that ends the
+ * interpreter, once it does. */
 void engine_lock(struct device_object *device);
 void engine_unlock(struct device_object *device);
+
+/* Begins a call that works on an open model (finished: loaded, too): takes the lock. Or returns -1 with an exception set and without the lock:
+ * the model is closed, the device is lost or belongs to the parent of a fork, or this very thread is inside a call (a signal handler). */
+int engine_begin(struct model_object *model, int finished);
+void engine_end(struct model_object *model); /* with or without the GIL */
+/* engine_raise for a failure between begin and end, after engine_end: a thread that was stopped because the interpreter ends stands still. */
+PyObject *engine_fail(struct model_object *model, const struct error *error);
+
+/* For gpu_stream_poll, context: the device object. Non-zero when a signal handler raised (its exception stays set) or the interpreter ends. */
+int engine_poll(void *context);
 
 /* device_type.c */
 PyObject *engine_devices(PyObject *module, PyObject *unused);

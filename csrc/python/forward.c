@@ -154,8 +154,6 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
                                      &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs))
         return NULL;
-    if (!self->work)
-        return PyErr_Format(PyExc_ValueError, "the model is %s", self->model ? "not loaded yet" : "closed");
     if ((PyObject *)Py_TYPE(cache) != state->cache_type || ((struct cache_object *)cache)->owner != self)
         return PyErr_Format(PyExc_TypeError, "cache must be a Cache of this model");
     if (edits != Py_None && ((PyObject *)Py_TYPE(edits) != state->edits_type || ((struct edits_object *)edits)->owner != self))
@@ -167,6 +165,9 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     a.cache = ((struct cache_object *)cache)->cache;
     a.n_out_rows = n_out_rows;
     struct error error = {0};
+    if (engine_begin(self, 1))
+        return NULL;
+    int begun = 1;
     captured = PyDict_New();
     if (!captured || rows_read(&a, self->model, in) || places_check(&a) || captures_read(self->model, &a, list, captured))
         goto done;
@@ -181,21 +182,19 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     if (!logits)
         goto done;
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&self->owner->lock);
-    if (self->work) { /* another thread may have closed it meanwhile */
-        gpu_stream_poll(self->model->ops.stream, engine_poll, NULL);
-        failed = run_forward(self->work, a.cache, &a.batch, &error);
-        gpu_stream_poll(self->model->ops.stream, NULL, NULL);
-    } else {
-        error_set(&error, ERROR_VALUE, "the model is closed");
-    }
-    pthread_mutex_unlock(&self->owner->lock);
+    gpu_stream_poll(self->model->ops.stream, engine_poll, self->owner);
+    failed = run_forward(self->work, a.cache, &a.batch, &error);
+    gpu_stream_poll(self->model->ops.stream, NULL, NULL);
+    engine_end(self);
     Py_END_ALLOW_THREADS
+    begun = 0;
     if (failed)
-        engine_raise(object, &error);
+        engine_fail(self, &error);
     else
         result = Py_BuildValue("(OO)", logits, captured);
 done:
+    if (begun)
+        engine_end(self);
     for (int i = 0; i < a.n_held; i++)
         Py_DECREF(a.held[i]);
     free(a.captures);

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* --- facts out of a dict -------------------------------------------------------------------------------------------------------------- */
 
@@ -106,7 +107,10 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         PyErr_SetString(PyExc_TypeError, "device must be a Device");
     } else if (f && facts_read(facts, f) == 0 && ropes_read(facts, f, tables, factors) == 0) {
         self->owner = (struct device_object *)Py_NewRef(device);
-        failed = model_create(&self->model, self->owner->device, f, (const double *const *)tables, factors, &error);
+        engine_lock(self->owner);
+        failed = gpu_device_check(self->owner->device, &error) ||
+                 model_create(&self->model, self->owner->device, f, (const double *const *)tables, factors, &error);
+        engine_unlock(self->owner);
         if (failed)
             engine_raise((PyObject *)self, &error);
     }
@@ -119,7 +123,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keyword
 }
 
 static void model_free(struct model_object *self) {
-    if (!self->owner)
+    if (!self->model)
         return;
     engine_lock(self->owner);
     run_work_destroy(self->work);
@@ -131,7 +135,16 @@ static void model_free(struct model_object *self) {
 
 static PyObject *model_close(PyObject *object, PyObject *unused) {
     (void)unused;
-    model_free((struct model_object *)object);
+    struct model_object *self = (struct model_object *)object;
+    if (!self->model)
+        Py_RETURN_NONE;
+    engine_lock(self->owner);
+    int busy = self->owner->busy && self->owner->owner == getpid(); /* with the lock taken: in this very thread */
+    if (!busy)
+        model_free(self);
+    engine_unlock(self->owner);
+    if (busy)
+        return PyErr_Format(PyExc_RuntimeError, "the device is inside a call of this thread: a signal handler cannot close the model");
     Py_RETURN_NONE;
 }
 
@@ -144,12 +157,14 @@ static void model_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-static int model_check(struct model_object *self, int finished) {
-    if (!self->model || (finished && !self->work)) {
-        PyErr_SetString(PyExc_ValueError, self->model ? "the model is not loaded yet" : "the model is closed");
-        return -1;
-    }
-    return 0;
+/* For calls that only look at facts: valid while the GIL is held. */
+static int model_check(struct model_object *self) {
+    if (self->model)
+        return 0;
+    engine_lock(self->owner); /* a daemon thread while the interpreter ends stops here */
+    engine_unlock(self->owner);
+    PyErr_SetString(PyExc_ValueError, "the model is closed");
+    return -1;
 }
 
 /* --- loading -------------------------------------------------------------------------------------------------------------------------- */
@@ -194,7 +209,7 @@ static PyObject *load(PyObject *object, PyObject *args, int vector) {
     const char *name;
     int layer, failed = 1;
     PyObject *list;
-    if (!PyArg_ParseTuple(args, "siO!", &name, &layer, &PyList_Type, &list) || model_check(self, 0))
+    if (!PyArg_ParseTuple(args, "siO!", &name, &layer, &PyList_Type, &list))
         return NULL;
     Py_ssize_t n = PyList_Size(list), read = 0;
     if (n < 1 || n > SOURCES_MAX)
@@ -204,15 +219,14 @@ static PyObject *load(PyObject *object, PyObject *args, int vector) {
     struct error error = {0};
     while (read < n && source_read(self, PyList_GetItem(list, read), &sources[read], &views[read]) == 0)
         read++;
-    if (read == n) {
+    if (read == n && engine_begin(self, 0) == 0) {
         Py_BEGIN_ALLOW_THREADS
-        pthread_mutex_lock(&self->owner->lock);
         failed = vector ? model_vector_load(self->model, name, layer, sources, (int)n, &error)
                         : model_matrix_load(self->model, name, layer, sources, (int)n, &error);
-        pthread_mutex_unlock(&self->owner->lock);
+        engine_end(self);
         Py_END_ALLOW_THREADS
         if (failed)
-            engine_raise(object, &error);
+            engine_fail(self, &error);
     }
     for (Py_ssize_t i = 0; i < n; i++)
         if (views[i].obj)
@@ -233,20 +247,19 @@ static PyObject *model_finish(PyObject *object, PyObject *unused) {
     struct model_object *self = (struct model_object *)object;
     struct error error = {0};
     int failed;
-    if (model_check(self, 0))
+    if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&self->owner->lock);
     failed = model_load_finish(self->model, &error) || (!self->work && run_work_create(&self->work, self->model, &error));
-    pthread_mutex_unlock(&self->owner->lock);
+    engine_end(self);
     Py_END_ALLOW_THREADS
-    return failed ? engine_raise(object, &error) : Py_NewRef(Py_None);
+    return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);
 }
 
 static PyObject *model_plan(PyObject *object, PyObject *unused) {
     (void)unused;
     struct model_object *self = (struct model_object *)object;
-    if (model_check(self, 0))
+    if (model_check(self))
         return NULL;
     const struct model_facts *f = &self->model->facts;
     return Py_BuildValue("{s:K,s:K,s:K}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f),
@@ -263,7 +276,7 @@ static PyObject *model_apply(PyObject *object, PyObject *args) {
     const void *x;
     Py_ssize_t n;
     uint32_t rows, columns;
-    if (!PyArg_ParseTuple(args, "siO", &name, &layer, &array) || model_check(self, 1))
+    if (!PyArg_ParseTuple(args, "siO", &name, &layer, &array) || model_check(self))
         return NULL;
     if (!model_matrix_find(self->model, name, layer, &rows, &columns))
         return PyErr_Format(PyExc_KeyError, "no matrix %s in layer %d", name, layer);
@@ -272,22 +285,23 @@ static PyObject *model_apply(PyObject *object, PyObject *args) {
         return NULL;
     float *y;
     Py_ssize_t dims[2] = {n / columns, rows};
-    if (n % columns)
+    if (n % columns || n / columns > UINT32_MAX)
         PyErr_Format(PyExc_ValueError, "x must have rows of %u", columns);
     else
         result = array_zeros(2, dims, &y);
-    if (result && dims[0]) {
+    if (result && dims[0] && engine_begin(self, 1)) {
+        Py_CLEAR(result);
+    } else if (result && dims[0]) {
         struct error error = {0};
         Py_BEGIN_ALLOW_THREADS
-        pthread_mutex_lock(&self->owner->lock);
-        gpu_stream_poll(self->model->ops.stream, engine_poll, NULL);
+        gpu_stream_poll(self->model->ops.stream, engine_poll, self->owner);
         failed = run_apply(self->work, name, layer, x, (uint32_t)dims[0], y, &error);
         gpu_stream_poll(self->model->ops.stream, NULL, NULL);
-        pthread_mutex_unlock(&self->owner->lock);
+        engine_end(self);
         Py_END_ALLOW_THREADS
         if (failed) {
             Py_CLEAR(result);
-            engine_raise(object, &error);
+            engine_fail(self, &error);
         }
     }
     Py_DECREF(view);
@@ -299,24 +313,25 @@ static PyObject *model_vector(PyObject *object, PyObject *args) {
     const char *name;
     int layer, failed;
     uint32_t n;
-    if (!PyArg_ParseTuple(args, "si", &name, &layer) || model_check(self, 1))
+    if (!PyArg_ParseTuple(args, "si", &name, &layer) || model_check(self))
         return NULL;
     if (!model_vector_find(self->model, name, layer, &n))
         return PyErr_Format(PyExc_KeyError, "no vector %s in layer %d", name, layer);
     float *out;
     Py_ssize_t dims[1] = {n};
     PyObject *result = array_zeros(1, dims, &out);
+    if (result && engine_begin(self, 1))
+        Py_CLEAR(result);
     if (!result)
         return NULL;
     struct error error = {0};
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&self->owner->lock);
     failed = run_vector_read(self->work, name, layer, out, &error);
-    pthread_mutex_unlock(&self->owner->lock);
+    engine_end(self);
     Py_END_ALLOW_THREADS
     if (failed) {
         Py_CLEAR(result);
-        engine_raise(object, &error);
+        engine_fail(self, &error);
     }
     return result;
 }
@@ -324,7 +339,7 @@ static PyObject *model_vector(PyObject *object, PyObject *args) {
 static PyObject *model_get_dispatches(PyObject *object, void *unused) {
     (void)unused;
     struct model_object *self = (struct model_object *)object;
-    return model_check(self, 0) ? NULL : PyLong_FromUnsignedLongLong(gpu_stream_dispatches(self->model->ops.stream));
+    return model_check(self) ? NULL : PyLong_FromUnsignedLongLong(gpu_stream_dispatches(self->model->ops.stream));
 }
 
 static PyMethodDef model_methods[] = {
@@ -368,13 +383,12 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type || n_slots == 0) {
         PyErr_SetString(PyExc_TypeError, "Cache(model, n_slots) needs a Model and at least one slot");
         Py_CLEAR(self);
-    } else if (model_check((struct model_object *)model, 1)) {
+    } else if (engine_begin((struct model_object *)model, 1)) {
         Py_CLEAR(self);
     } else {
         self->owner = (struct model_object *)Py_NewRef(model);
-        engine_lock(self->owner->owner);
         int failed = run_cache_create(&self->cache, self->owner->model, n_slots, &error);
-        engine_unlock(self->owner->owner);
+        engine_end(self->owner);
         if (failed) {
             engine_raise((PyObject *)self, &error);
             Py_CLEAR(self);
@@ -403,16 +417,20 @@ static PyObject *cache_copy(PyObject *object, PyObject *args) {
     const void *to;
     Py_ssize_t n_to;
     struct error error = {0};
-    if (!PyArg_ParseTuple(args, "IOI|I", &from, &array, &n, &first_layer) || model_check(self->owner, 1))
+    if (!PyArg_ParseTuple(args, "IOI|I", &from, &array, &n, &first_layer))
         return NULL;
     PyObject *view = array_view(array, 'I', "to", &to, &n_to);
     if (!view)
         return NULL;
-    engine_lock(self->owner->owner);
-    int failed = run_cache_copy(self->owner->work, self->cache, from, to, (uint32_t)n_to, n, first_layer, &error);
-    engine_unlock(self->owner->owner);
+    int failed = 1;
+    if (engine_begin(self->owner, 1) == 0) {
+        failed = run_cache_copy(self->owner->work, self->cache, from, to, (uint32_t)n_to, n, first_layer, &error);
+        engine_end(self->owner);
+        if (failed)
+            engine_fail(self->owner, &error);
+    }
     Py_DECREF(view);
-    return failed ? engine_raise(object, &error) : Py_NewRef(Py_None);
+    return failed ? NULL : Py_NewRef(Py_None);
 }
 
 static PyMethodDef cache_methods[] = {
@@ -489,8 +507,8 @@ static PyObject *edits_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     Py_ssize_t n[5];
     const char types[5] = {'q', 'f', 'I', 'I', 'f'};
     struct error error = {0};
-    int ok = (PyObject *)Py_TYPE(model) == engine_state_of((PyObject *)self)->model_type && model_check((struct model_object *)model, 1) == 0;
-    if (!ok && !PyErr_Occurred())
+    int ok = (PyObject *)Py_TYPE(model) == engine_state_of((PyObject *)self)->model_type;
+    if (!ok)
         PyErr_SetString(PyExc_TypeError, "Edits needs a Model");
     for (int i = 0; ok && i < 5; i++)
         ok = (views[i] = array_view(arrays[i], types[i], names[i + 1], &data[i], &n[i])) != NULL;
@@ -498,11 +516,12 @@ static PyObject *edits_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         PyErr_SetString(PyExc_ValueError, "edit records, coefficients and operands do not fit together");
         ok = 0;
     }
-    if (ok) {
+    if (ok && engine_begin((struct model_object *)model, 1))
+        ok = 0;
+    else if (ok) {
         self->owner = (struct model_object *)Py_NewRef(model);
-        engine_lock(self->owner->owner);
         ok = edits_fill(self, data[0], n[1], data[1], data[2], n[2], data[3], n[3], data[4], n[4], n_rows, &error) == 0;
-        engine_unlock(self->owner->owner);
+        engine_end(self->owner);
         if (!ok)
             engine_raise((PyObject *)self, &error);
     }

@@ -1,6 +1,8 @@
 /* The extension module vksteer._engine: lists the types, turns errors into exceptions. Multi-phase, limited API, state per module. */
 #include "engine.h"
 
+#include <unistd.h>
+
 static struct engine_state *module_state(PyObject *module) {
     return PyModule_GetState(module);
 }
@@ -30,15 +32,27 @@ PyObject *engine_raise(PyObject *object, const struct error *error) {
 }
 
 int engine_poll(void *context) {
-    (void)context;
+    if (((struct device_object *)context)->ending)
+        return 1;
     PyGILState_STATE gil = PyGILState_Ensure();
     int raised = PyErr_Occurred() != NULL || PyErr_CheckSignals() != 0;
     PyGILState_Release(gil);
     return raised;
 }
 
+/* For daemon threads while the interpreter ends: they would only fail, and print why, while all is taken down. */
+static void stand_still(const struct device_object *device) {
+    if (!device->ending || pthread_equal(device->ender, pthread_self()))
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    for (;;)
+        pause();
+    Py_END_ALLOW_THREADS
+}
+
 void engine_lock(struct device_object *device) {
-    if (pthread_mutex_trylock(&device->lock) == 0)
+    stand_still(device);
+    if (device->owner != getpid() || pthread_mutex_trylock(&device->lock) == 0)
         return;
     Py_BEGIN_ALLOW_THREADS
     pthread_mutex_lock(&device->lock);
@@ -46,7 +60,36 @@ void engine_lock(struct device_object *device) {
 }
 
 void engine_unlock(struct device_object *device) {
-    pthread_mutex_unlock(&device->lock);
+    if (device->owner == getpid())
+        pthread_mutex_unlock(&device->lock);
+}
+
+int engine_begin(struct model_object *model, int finished) {
+    struct device_object *device = model->owner;
+    struct error error = {0};
+    engine_lock(device);
+    if (!model->model || (finished && !model->work)) {
+        PyErr_SetString(PyExc_ValueError, model->model ? "the model is not loaded yet" : "the model is closed");
+    } else if (gpu_device_check(device->device, &error)) {
+        engine_raise((PyObject *)model, &error);
+    } else if (device->busy) {
+        PyErr_SetString(PyExc_RuntimeError, "the device is inside a call of this thread: a signal handler cannot begin another one");
+    } else {
+        device->busy = 1;
+        return 0;
+    }
+    engine_unlock(device);
+    return -1;
+}
+
+void engine_end(struct model_object *model) {
+    model->owner->busy = 0;
+    engine_unlock(model->owner);
+}
+
+PyObject *engine_fail(struct model_object *model, const struct error *error) {
+    stand_still(model->owner);
+    return engine_raise((PyObject *)model, error);
 }
 
 static const char *const kind_names[] = {"width", "one", "query_heads", "kv_heads", "keys", "heads_width", "mlp", "post_one", "post_width"};

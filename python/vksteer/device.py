@@ -138,6 +138,12 @@ def _close_all():
     _open.clear()
 
 
+def hold_all() -> None:
+    """Stops other threads where they use a device: the interpreter ends (non-daemon threads have been waited for already)."""
+    for engine in list(_open.values()):
+        engine.hold()
+
+
 def open_device(device=None):
     """(engine device, Device): one engine device per process and index, shared by models, closed when the interpreter ends."""
     global _warned
@@ -148,7 +154,7 @@ def open_device(device=None):
                       "(choose with device= or VKSTEER_DEVICE to silence this)", stacklevel=3)
     key = (os.getpid(), chosen.index)
     engine = _open.get(key)
-    if engine is None:
+    if engine is None or not engine.usable:  # a lost device is opened anew
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ _alive: "weakref.WeakSet[Model]" = weakref.WeakSet()
 @atexit.register
 def _close_all():
     # Drivers must not be called while the interpreter or the C library is being taken down.
+    _devices.hold_all()
     for model in list(_alive):
         model.close()
 
@@ -169,16 +170,17 @@ class Model:
 
         longest, total = max(lengths) * double, sum(lengths) * double
         size = min(total, 2 * _engine().CHUNK + 3 * longest)
-        if self._cache is None or self._cache[1] < size:
-            self._cache = None
-            self._cache = (_engine().Cache(self._engine, size), size)
+        cache = self._cache  # other threads may exchange it meanwhile
+        if cache is None or cache[1] < size:
+            self._cache = cache = None
+            self._cache = cache = (_engine().Cache(self._engine, size), size)
         slots, at = [], 0
         for n in lengths:
             if at + n * double > size:
                 at = 0
             slots += [at + i * n for i in range(double)]
             at += n * double
-        return self._cache[0], np.array(slots, np.uint32)
+        return cache[0], np.array(slots, np.uint32)
 
     @cached_property
     def _layer_inputs(self):

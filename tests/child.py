@@ -1,0 +1,54 @@
+"""Python in a child process with its own environment: what a test needs that changes the driver, forks, is interrupted or ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tools() -> dict:
+    """Where the set-up put drivers, layers and compilers (tools/write_env.py)."""
+    return json.loads((ROOT / ".tools/env.json").read_text())
+
+
+#: What a child starts with: fewer imports, a folder of stand-ins, the models on its command line.
+PREAMBLE = """
+import os, sys, time, warnings
+warnings.simplefilter("ignore")
+import numpy as np
+import vksteer as vs
+
+def load(i=1, **options):
+    return vs.Model.from_pretrained(sys.argv[i], **{"progress": False, "dtype": "float32", **options})
+
+def rows_of(model, *lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, model.config.d_vocab, n).tolist() for n in lengths]
+
+def rss():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+"""
+
+
+def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environment):
+    """Runs `code`; sys.argv[1:] are the arguments. environment: variables set (None: removed). Returns subprocess.CompletedProcess with text."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VKSTEER_DEVICE", "VK_"))} | {"PYTHONFAULTHANDLER": "1"}
+    for name, value in environment.items():
+        if value is None:
+            env.pop(name, None)
+        else:
+            env[name] = str(value)
+    return subprocess.run([sys.executable, *python, "-c", preamble + code, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=timeout,
+                          cwd=ROOT)
+
+
+def quiet(done) -> str:
+    """The child's output, after it ended well and said nothing on stderr."""
+    assert done.returncode == 0 and not done.stderr, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
