@@ -109,9 +109,9 @@ def test_readme_example_is_short():
     assert len(lines) <= 12
 
 
-@pytest.mark.skipif(not BUNDLED.exists(), reason="tiny-llama-chat has not been trained yet")
-def test_readme_example_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 has not been fetched (make models)")
+def test_readme_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     exec(compile(example(), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
