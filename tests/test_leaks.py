@@ -1,0 +1,89 @@
+"""Memory: decoding, loading and closing, and every Python type leave nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from child import child, quiet
+from test_robustness import llama  # noqa: F401  (a fixture)
+
+
+def test_ten_thousand_decode_steps_keep_memory_flat(llama):
+    out = quiet(child("""
+model = load()
+device = model._engine_device
+sizes, held, steps = [], [], 0
+while steps < 10_000:
+    model.generate([[1, 2, 3]], max_new_tokens=500, ignore_eos=True, progress=False)
+    steps += 500
+    sizes.append(rss())
+    held.append(device.allocated_bytes)
+print((sizes[-1] - sizes[3]) / 1e6, max(held[3:]) - min(held[3:]))
+""", llama, timeout=280))
+    grown, held = out.split()
+    assert float(grown) < 4 and int(held) == 0, out
+
+
+def test_loading_and_closing_leaks_nothing(llama):
+    out = quiet(child("""
+sizes = []
+for i in range(50):
+    with load() as model:
+        device = model._engine_device
+        model.run([[1, 2, 3]], capture=["blocks.0.hook_resid_post"])
+    assert device.allocated_bytes == 0
+    sizes.append(rss())
+print((sizes[-1] - sizes[14]) / 1e6)
+""", llama))
+    assert float(out) < 8, f"{out} MB over 35 loads"
+
+
+LEAKS = {
+    "MappedFile": ("engine.MappedFile(sys.argv[1] + '/model.safetensors')", 5000),
+    "Cache": ("engine.Cache(model._engine, 64)", 400),
+    "Edits": ("engine.Edits(model._engine, np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.uint32), np.zeros(0, np.uint32), "
+              "np.ones(2000, np.float32), 2)", 2000),
+    "Model": ("engine.Model(device, facts)", 200),
+    "Device": ("engine.Device(0, '')", 60),
+    "a refused Model": ("refused(lambda: engine.Model(device, {**facts, 'd_head': 3}))", 2000),
+    "a refused Edits": ("refused(lambda: engine.Edits(model._engine, np.zeros(3, np.int64), np.zeros(0, np.float32), 1, 2, 3, 4))", 2000),
+    "a refused Cache": ("refused(lambda: engine.Cache(model._engine, 0))", 2000),
+    "a refused forward": ("refused(lambda: model.run([[1, 2, 99999]])), refused(lambda: model._engine.forward(*[0] * 16))", 2000),
+    "devices": ("engine.devices()", 300),
+    "describe": ("device.info, device.describe('norm')", 300),
+    "a run with captures": ("model.run([[1, 2, 3], [4]], capture='*', edits=[vs.Scale('blocks.1.attn.hook_z', 0.5)])", 150),
+}
+
+
+@pytest.mark.parametrize("what", LEAKS)
+def test_no_type_leaks(llama, what):
+    """Memory and reference counts after many of each: objects, their types, and what they hold."""
+    code, n = LEAKS[what]
+    out = quiet(child(f"""
+import gc
+from vksteer.device import _engine
+from vksteer.model import _facts
+engine = _engine()
+model = load()
+device, facts = model._engine_device, _facts(model.config, 0)
+def refused(call):
+    try:
+        call()
+        assert False
+    except (ValueError, TypeError, vs.ModelError):
+        pass
+watched = [engine.MappedFile, engine.Cache, engine.Edits, engine.Model, engine.Device, device, model._engine, None, vs.DeviceError, vs.ModelError]
+def round(n):
+    for _ in range(n):
+        {code}
+round({n} // 5)
+gc.collect()
+before, counts, held = rss(), [sys.getrefcount(w) for w in watched], device.allocated_bytes
+round({n})
+gc.collect()
+after = [sys.getrefcount(w) for w in watched]
+assert all(abs(a - b) < 10 for a, b in zip(after, counts)), (counts, after)
+assert device.allocated_bytes == held
+print((rss() - before) / 1e6)
+""", llama))
+    assert float(out) < 4, f"{out.strip()} MB after {n}"
