@@ -39,7 +39,7 @@ def rss():
 def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environment):
     """Runs `code`; sys.argv[1:] are the arguments. environment: variables set (None: removed). Returns subprocess.CompletedProcess with text."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VKSTEER_DEVICE", "VK_"))} | {"PYTHONFAULTHANDLER": "1"}
-    for name, value in environment.items():
+    for name, value in (json.loads(os.environ.get("CHILD_ENVIRONMENT", "{}")) | environment).items():  # test_sanitizers.py sets it
         if value is None:
             env.pop(name, None)
         else:

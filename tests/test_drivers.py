@@ -1,0 +1,131 @@
+"""The engine on several drivers: lavapipe with subgroups of 4, 8 and 16, SwiftShader, and Mesa's null AMD devices, which only compile.
+
+Each driver runs in a child process of its own. The default suite runs a small part (driver_cases.py); with --long the engine's tests as a whole run
+on each subgroup size. Bits may differ between drivers; within one they may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from child import ROOT, child, quiet, tools
+
+FAMILIES = ("gemma2", "gemma3", "qwen2", "qwen3")  # stored as float32, bfloat16, float16, float32
+
+#: name -> (key of .tools/env.json, environment, subgroup size)
+DRIVERS = {
+    "lavapipe 4": ("lavapipe_icd", {"LP_NATIVE_VECTOR_WIDTH": 128}, 4),
+    "lavapipe 8": ("lavapipe_icd", {"LP_NATIVE_VECTOR_WIDTH": 256}, 8),
+    "lavapipe 16": ("lavapipe_icd", {"LP_NATIVE_VECTOR_WIDTH": 512}, 16),
+    "swiftshader": ("swiftshader_icd", {}, 4),
+}
+
+
+def environment(driver) -> dict:
+    key, extra, _ = DRIVERS[driver]
+    icd = tools().get(key)
+    if not icd or not os.path.exists(icd):
+        pytest.skip(f"no ICD file of {driver} on this machine ({key} in .tools/env.json)")
+    return {"VK_DRIVER_FILES": icd, "VK_ICD_FILENAMES": icd, "VKSTEER_KERNELS": None, **extra}
+
+
+@pytest.fixture(scope="session")
+def folders(zoo):
+    """Models with the oracle's answers beside them."""
+    import driver_cases
+
+    made = []
+    for name in FAMILIES:
+        made.append(zoo.folder(name))
+        driver_cases.expect(zoo.reference(name), made[-1] / "expected.npz")
+    return made
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_parity_edits_freezing_and_generation(driver, folders, record_property):
+    """All kernels' families against the oracle; and a row alone equals the row in a batch."""
+    code = "import sys; sys.path.insert(0, 'tests'); import driver_cases; driver_cases.main(sys.argv[1:])"
+    out = quiet(child(code, *folders, preamble="", timeout=280, **environment(driver)))
+    results = [json.loads(line) for line in out.splitlines()]
+    assert {r["folder"] for r in results} == {f.name for f in folders} and len(results) >= len(folders)
+    for r in results:
+        assert r["subgroup"] == DRIVERS[driver][2] and r["comparisons"] > 100 and r["worst"] < r["bound"]
+    worst = max(results, key=lambda r: r["worst"])
+    record_property("worst", f"{driver}: {worst}")
+    print(f"{driver}: {len(results)} runs, worst {worst['worst']:.1e} ({worst['folder']}, {worst['kernels']})")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_kernel_compiles(driver):
+    out = quiet(child("""
+from vksteer.device import open_device
+engine, device = open_device()
+engine.prepare()
+print(device.features["int64"])
+""", **environment(driver)))
+    assert out.strip() in ("True", "False")
+
+
+# -- AMD: compiled by the real compiler for real chips that are not there ----------------------------------------------------------------------------
+
+CHIPS = ("navi31", "navi21", "vega10")  # RDNA 3, RDNA 2, GCN 5
+
+AMD = """
+import json
+from vksteer.device import _engine
+(device,) = vs.devices()
+assert device.type == "discrete" and device.vendor == "AMD" and device.suitable, device
+engine = _engine().Device(0)
+engine.prepare()
+for name, spirv, _ in _engine().kernels():
+    if spirv:
+        lines = dict(line.split("=") for line in engine.describe(name).splitlines())
+        print(json.dumps([name, {k: int(v) for k, v in lines.items()}]))
+"""
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_no_kernel_spills_on_amd(chip):
+    icd = tools().get("radeon_icd")
+    if not icd or not os.path.exists(icd):
+        pytest.skip("no Mesa radeon ICD on this machine (radeon_icd in .tools/env.json)")
+    done = child(AMD, RADV_FORCE_FAMILY=chip, VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd, MESA_SHADER_CACHE_DISABLE="true", timeout=280)
+    assert done.returncode == 0, done.stderr
+    report = dict(map(json.loads, done.stdout.splitlines()))
+    assert len(report) > 20
+    shown = ("SGPRs", "VGPRs", "Spilled SGPRs", "Spilled VGPRs", "Scratch size", "LDS size", "Code size", "Subgroups per SIMD")
+    table = [f"{'kernel':<24}" + "".join(f"{s:>20}" for s in shown)] + [
+        f"{name:<24}" + "".join(f"{r.get(s, '?'):>20}" for s in shown) for name, r in report.items()]
+    folder = ROOT / "build/reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"amd-{chip}.txt").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+    for name, r in report.items():
+        assert r["VGPRs"] > 0 and r["Code size"] > 0, f"{name}: no statistics"
+    spilled = {name: r for name, r in report.items() if r["Spilled VGPRs"] or r["Spilled SGPRs"] or r["Scratch size"]}
+    assert not spilled
+
+
+# -- the whole suite, per driver ----------------------------------------------------------------------------------------------------------------------
+
+SUITE = ["test_forward_parity.py", "test_edits.py", "test_bits.py", "test_generate.py", "test_freezing.py", "test_ops.py", "test_resume.py"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_suite(driver, tmp_path):
+    """The engine's tests; on SwiftShader, which is very slow, those of four families."""
+    files = [str(ROOT / "tests" / f) for f in SUITE if (ROOT / "tests" / f).exists()]
+    narrow = ["-k", "(gemma3 or qwen2 or llama3) and not window and not linear"] if driver == "swiftshader" else []
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VK_", "VKSTEER_"))}
+    env |= {k: str(v) for k, v in environment(driver).items() if v is not None}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout=1200", f"--basetemp={tmp_path / 'base'}", *narrow, *files],
+                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=3500)
+    assert done.returncode == 0, f"{driver}\n" + done.stdout[-8000:]
+    print(f"{driver}: {done.stdout.splitlines()[-1]}")
