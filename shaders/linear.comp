@@ -4,6 +4,8 @@
 //           RM    rows of x a subgroup
 //           RN    columns a lane (a subgroup covers SG * RN columns); without it a subgroup covers one panel: for few rows, where a part of a
 //                 panel would be read at 2-4 times the cost
+//                 These variants understand LINEAR_NORM: the same arithmetic in the same order as norm.comp where a workgroup is one subgroup.
+//                 Every panel repeats it, which costs less than the dispatch (some 40 us on lavapipe) that it saves
 //           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs shaderInt64); the bits do not change
 // Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel stays in cache meanwhile
 //
@@ -49,6 +51,20 @@ const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 const uint X_REGS = (RM * KB / XV + SG - 1) / SG;
 const uint X_MAX = RM * KB / XV / 4 + 1; // at the smallest SG, 4
 
+#ifndef RN
+// As norm.comp does it with a workgroup of one subgroup.
+float row_inverse(uint row, uint lane)
+{
+    float sum = 0.0;
+    for (uint i = lane; i < p.width; i += SG) {
+        float x = X_PART(LOAD_X((row + i) / XV), i);
+        sum = fma(x, x, sum);
+    }
+    float scale = sqrt(subgroupAdd(sum) / float(p.width) + p.eps);
+    return 1.0 / scale;
+}
+#endif
+
 void main()
 {
     const uint lane = gl_SubgroupInvocationID;
@@ -65,6 +81,17 @@ void main()
         uint e = (r * SG + lane) * XV;
         x_at[r] = (min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.x_stride + e % KB) / XV;
     }
+#ifndef RN
+    // 1 / rms of the row that each element of x belongs to.
+    float inverse[X_MAX];
+    if ((p.flags & LINEAR_NORM) != 0)
+        [[unroll]] for (int i = 0; i < RM; i++) {
+            float of_row = row_inverse(min(m0 + i, p.n_rows - 1) * p.x_stride, lane);
+            [[unroll]] for (uint r = 0; r < X_REGS; r++)
+                if ((r * SG + lane) * XV / KB == i)
+                    inverse[r] = of_row;
+        }
+#endif
     float acc[RM][COLUMNS_MAX];
     [[unroll]] for (int i = 0; i < RM; i++)
         [[unroll]] for (uint j = 0; j < COLUMNS; j++)
@@ -74,6 +101,17 @@ void main()
         X_TYPE x[X_MAX];
         [[unroll]] for (uint r = 0; r < X_REGS; r++)
             x[r] = LOAD_X(x_at[r] + cell * (CELL / XV));
+#ifndef RN
+        if ((p.flags & LINEAR_NORM) != 0)
+            [[unroll]] for (uint r = 0; r < X_REGS; r++) {
+                uint k = cell * CELL + (r * SG + lane) * XV % KB;
+                [[unroll]] for (uint v = 0; v < XV; v++) {
+                    precise float normed = X_PART(x[r], v) * inverse[r]; // as norm.comp: two roundings
+                    normed *= p.gain.at[k + v];
+                    X_PART(x[r], v) = normed;
+                }
+            }
+#endif
         [[unroll]] for (uint s = 0; s < KB / CELL; s++) {
             uvec4 cells[COLUMNS_MAX];
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)

@@ -514,3 +514,23 @@ def test_families_pass_their_self_test(on):
         on.self_test(family, 1)
     with pytest.raises(ValueError):
         on.self_test(99)
+
+
+@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("n, k", [(33, 16), (77, 53), (130, 257)])
+def test_a_norm_inside_the_product_is_the_norm_before_it(on, families, rng, n, k, weight_type):
+    """The same bits, for every number of rows that may be fused; more rows, and devices with larger workgroups, are refused."""
+    for rows in (1, 2, 3, 7, 8):
+        problem = verify.linear(rng, rows, n, k, weight_type, bias=True)
+        gain = verify.padded(rng.standard_normal((1, k)).astype(np.float32), verify.row_stride(k), 0.0)
+        stride = verify.row_stride(k)
+        normed = {"x": problem.buffers["x"], "gain": gain, "dst": np.zeros((rows, stride), np.float32)}
+        before = on.run("norm", {"x": "x", "gain": "gain", "dst": "dst", "width": k, "stride": stride, "n_rows": rows, "eps": 1e-5}, normed)[0]["dst"]
+        for family in [f for f in families if f < 2]:
+            apart = on.run("linear", problem.arguments | {"family_plus_1": family + 1}, problem.buffers | {"x": before})[0]["dst"]
+            device, twin = on.run("linear", problem.arguments | {"family_plus_1": family + 1, "gain": "gain", "eps": 1e-5}, problem.buffers | {"gain": gain})
+            assert same_bits(device["dst"], apart), f"{rows} rows, family {family}"
+            np.testing.assert_allclose(device["dst"][:, :n], twin["dst"][:, :n], atol=2e-5 * np.abs(twin["dst"][:, :n]).max())
+    with pytest.raises(ValueError, match="9 rows"):
+        problem = verify.linear(rng, 9, n, k, weight_type)
+        on.run("linear", problem.arguments | {"gain": "gain", "eps": 1e-5, "family_plus_1": 1}, problem.buffers | {"gain": gain})

@@ -36,7 +36,7 @@ static int matrix_make(const struct matrix_block *block, struct op_matrix *matri
 
 #define BLOCK_NAME linear_block
 static const struct op_field linear_fields[] = {
-    A(x), A(dst), A(bias), A(add), U(n_rows), U(x_stride), U(dst_stride), U(first_k), U(n_k), F(softcap), U(decode), ADDRESS_OF(linear_block, matrix., weights),
+    A(x), A(dst), A(bias), A(add), U(n_rows), U(x_stride), U(dst_stride), U(first_k), U(n_k), F(softcap), U(decode), A(gain), F(eps), ADDRESS_OF(linear_block, matrix., weights),
     UINT_OF(linear_block, matrix., weight_type), UINT_OF(linear_block, matrix., n), UINT_OF(linear_block, matrix., k),
     UINT_OF(linear_block, matrix., chunk_rows), EXTRA(family_plus_1)};
 #undef BLOCK_NAME

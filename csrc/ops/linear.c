@@ -86,8 +86,9 @@ static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint3
             .bias = args->bias ? args->bias + 4 * first : 0, .add = args->add ? args->add + out : 0,
             .n_rows = n, .n_out = n_out, .k_cells = n_inputs / inputs, .panel_cells = matrix->k_cells, .first_cell = args->first_k / inputs,
             .x_stride = args->x_stride, .out_stride = args->dst_stride,
-            .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0),
-            .softcap = args->softcap};
+            .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0) |
+                     (args->gain ? LINEAR_NORM : 0),
+            .softcap = args->softcap, .gain = args->gain, .width = matrix->k, .eps = args->eps};
         if (ops->linear_family == LINEAR_TEXELS &&
             gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
@@ -98,11 +99,17 @@ static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint3
     return 0;
 }
 
+int op_linear_norms(const struct ops *ops, uint32_t n_rows) {
+    return ops->linear_family != LINEAR_TILED && ops->workgroup == ops->subgroup && n_rows <= 8;
+}
+
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error) {
     uint32_t padded = (matrix->k + 15) / 16 * 16, n_inputs = args->n_k ? args->n_k : padded;
     if (args->first_k % 16 || args->n_k % 16 || args->first_k > padded || n_inputs > padded - args->first_k || args->x_stride < n_inputs)
         return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u", args->first_k, args->first_k + n_inputs,
                          matrix->k);
+    if (args->gain && (!op_linear_norms(ops, args->n_rows) || args->n_k))
+        return error_set(error, ERROR_VALUE, "a product of %u rows cannot normalise its input here", args->n_rows);
     for (uint32_t c = 0; c < matrix->n_chunks; c++)
         if (chunk_multiply(ops, matrix, c, args, n_inputs, error))
             return -1;

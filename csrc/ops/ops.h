@@ -73,11 +73,15 @@ int op_linear_family_offered(const struct ops *ops, int family); /* does the dev
 
 struct op_linear_args {
     uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
+    uint64_t gain;              /* [k]: x is RMS-normalised on the way in, where op_linear_norms says so; 0: not */
     uint32_t n_rows, x_stride, dst_stride;
     uint32_t first_k, n_k;      /* a slice of the inputs (multiples of 16); n_k = 0: all */
     float softcap;              /* 0: none */
-    int decode;                 /* the phase: 1 for decoding */
+    uint32_t decode;            /* the phase: 1 for decoding */
+    float eps;                  /* of the norm */
 };
+/* Can a product of this many rows normalise its input with the bits of op_norm? */
+int op_linear_norms(const struct ops *ops, uint32_t n_rows);
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
 
 /* --- measure.c: the best of a few dispatches  ------------------------------------------------------------------------------------------ */

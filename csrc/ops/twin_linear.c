@@ -34,11 +34,19 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, con
     uint32_t n_k = args->n_k ? args->n_k : matrix->k;
     if (args->first_k + (uint64_t)n_k > matrix->k) /* a slice may reach into the pad, whose weights are zero */
         n_k = matrix->k > args->first_k ? matrix->k - args->first_k : 0;
-    for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++)
+    for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
+        double inverse = 1, squares = 0;
+        for (uint32_t k = 0; args->gain && k < matrix->k; k++) {
+            double x = *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k);
+            squares += x * x;
+        }
+        if (args->gain)
+            inverse = 1 / sqrt(squares / matrix->k + args->eps);
         for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
             double sum = 0;
             for (uint32_t k = 0; k < n_k; k++)
-                sum += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * weight(memory, matrix, n, args->first_k + k);
+                sum += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * inverse *
+                       (args->gain ? *twin_float(memory, args->gain, k) : 1) * weight(memory, matrix, n, args->first_k + k);
             if (args->bias)
                 sum += *twin_float(memory, args->bias, n);
             if (args->softcap != 0)
@@ -47,6 +55,7 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, con
                 sum += *twin_float(memory, args->add, (uint64_t)m * args->dst_stride + n);
             *twin_float(memory, args->dst, (uint64_t)m * args->dst_stride + n) = sum;
         }
+    }
 }
 
 /* dst[t, :] = scale * E[id(t), :] */

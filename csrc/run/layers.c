@@ -58,11 +58,26 @@ static int product(struct run_work *work, const struct op_matrix *matrix, uint64
     return op_linear(&work->model->ops, matrix, &args, error);
 }
 
+/* dst = norm(x) W^T [+ bias], in one dispatch where nobody looks between the two; the normed input otherwise stays in work->norm. */
+static int norm_product(struct run_work *work, int scale_site, int normalized_site, int layer, uint64_t gain, const struct op_matrix *matrix,
+                        uint64_t bias, uint64_t dst, uint32_t dst_stride, int keep_scale, struct error *error) {
+    uint64_t x = address(work->x);
+    if (!keep_scale && !site_wanted(work, scale_site, layer) && !site_wanted(work, normalized_site, layer) &&
+        op_linear_norms(&work->model->ops, work->chunk.n_tokens)) {
+        struct op_linear_args args = {.x = x, .dst = dst, .bias = bias, .gain = gain, .eps = work->model->facts.norm_eps,
+                                      .n_rows = work->chunk.n_tokens, .x_stride = work->d_stride, .dst_stride = dst_stride,
+                                      .decode = work->chunk.batch->decode != 0};
+        return op_linear(&work->model->ops, matrix, &args, error);
+    }
+    RUN(norm(work, scale_site, normalized_site, layer, x, gain, 0, address(work->norm), keep_scale, error));
+    return product(work, matrix, address(work->norm), work->d_stride, bias, 0, dst, dst_stride, error);
+}
+
 static int frozen(const struct run_work *work, int layer) {
     return work->chunk.batch->frozen && work->chunk.batch->frozen[layer];
 }
 
-/* q, k, v of the normed input: bias, sites, head norms, rotation, into the cache. */
+/* q, k, v of the stream: norm, bias, sites, head norms, rotation, into the cache. */
 static int attention_inputs(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
@@ -72,7 +87,8 @@ static int attention_inputs(struct run_work *work, struct run_cache *cache, int 
                                .v_cache = address(cache->v[l]), .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head,
                                .stride = work->qkv_stride, .eps = f->norm_eps,
                                .flags = (f->qk_norm ? ROPE_QK_NORM : 0) | ROPE_ROTATE | ROPE_STORE};
-    RUN(product(work, &layer->qkv, address(work->norm), work->d_stride, layer->b_qkv, 0, q, work->qkv_stride, error));
+    RUN(norm_product(work, SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l, layer->ln1, &layer->qkv, layer->b_qkv, q, work->qkv_stride,
+                     site_edited(work, SITE_V, l), error));
     RUN(visit_rows(work, SITE_Q, l, q, work->qkv_stride, 0, error));
     RUN(visit_rows(work, SITE_K, l, k, work->qkv_stride, 0, error));
     RUN(visit_rows(work, SITE_V, l, v, work->qkv_stride, address(work->scale), error));
@@ -221,7 +237,6 @@ static int attention_block(struct run_work *work, struct run_cache *cache, int l
     const struct model_layer *layer = &work->model->layers[l];
     uint64_t x = address(work->x), out = address(work->out);
     int results = site_wanted(work, SITE_RESULT, l), summed = site_edited(work, SITE_RESULT, l);
-    RUN(norm(work, SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l, x, layer->ln1, 0, address(work->norm), site_edited(work, SITE_V, l), error));
     RUN(attention_inputs(work, cache, l, error));
     RUN(attention(work, cache, l, error));
     if (results)
@@ -238,8 +253,7 @@ static int mlp_block(struct run_work *work, int l, struct error *error) {
     const struct model_layer *layer = &work->model->layers[l];
     uint64_t x = address(work->x), gate = address(work->gate_up), post = address(work->post);
     uint64_t rows = frozen(work, l) ? work->chunk.mlp_rows : 0;
-    RUN(norm(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, x, layer->ln2, 0, address(work->norm), 0, error));
-    RUN(product(work, &layer->gate_up, address(work->norm), work->d_stride, layer->b_gate_up, 0, gate, work->gate_up_stride, error));
+    RUN(norm_product(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, layer->ln2, &layer->gate_up, layer->b_gate_up, gate, work->gate_up_stride, 0, error));
     RUN(visit_rows(work, SITE_MLP_PRE, l, gate, work->gate_up_stride, 0, error));
     RUN(visit_rows(work, SITE_MLP_PRE_LINEAR, l, gate + 4 * (uint64_t)f->d_mlp, work->gate_up_stride, 0, error));
     struct act_params act = {.gate_up = gate, .dst = post, .width = f->d_mlp, .in_stride = work->gate_up_stride, .out_stride = work->mlp_stride,

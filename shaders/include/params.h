@@ -78,6 +78,7 @@ BLOCK(norm_params) {
 #define LINEAR_BIAS 1
 #define LINEAR_ADD 2     /* dst = add + result: the residual stream */
 #define LINEAR_SOFTCAP 4
+#define LINEAR_NORM 8    /* the input is RMS-normalised on the way in: few rows, software drivers */
 
 /* dst[m, n] = sum_k in[m, k] W[n, k] (+ bias) (+ add): one sequential chain over ascending k for every output. */
 BLOCK(linear_params) {
@@ -86,6 +87,7 @@ BLOCK(linear_params) {
     ADDRESS(FloatsOut) dst;    /* [M, out_stride], already offset to the first column */
     ADDRESS(FloatsIn) bias;    /* [N] */
     ADDRESS(FloatsIn) add;     /* [M, out_stride] */
+    ADDRESS(FloatsIn) gain;    /* [K] */
     UINT n_rows;               /* M */
     UINT n_out;                /* columns to write */
     UINT k_cells;              /* cells of k to sum over */
@@ -95,6 +97,8 @@ BLOCK(linear_params) {
     UINT out_stride;
     UINT flags;
     float softcap;
+    UINT width;                /* K without its pad */
+    float eps;
 };
 
 #define ROPE_QK_NORM 1
