@@ -306,8 +306,8 @@ with load() as model:
 
 # -- fork, threads, exit ------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("leave", ["os._exit(0)", "sys.exit(0)"])
-@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("leave", ["os._exit(0)", "sys.exit(0)"], ids=["_exit", "exit"])
+@pytest.mark.parametrize("running", [False, True], ids=["idle", "busy"])
 def test_fork(llama, leave, running):
     """The child gets DeviceError, at once, even when a thread of the parent held the device's lock; the parent goes on, bit for bit."""
     quiet(child(f"""

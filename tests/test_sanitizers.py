@@ -48,7 +48,8 @@ def test_driver_cases(sanitized, folders):  # noqa: F811
 
 
 @pytest.mark.parametrize("file, chosen", [
-    ("test_robustness.py", "fail or lost or fork or bits or closing or exit or outlive or interrupting or handler or damaged or choice"),
+    # Not a fork beside a running thread: the sanitizer's own allocator may be locked there, which the C library's sees to.
+    ("test_robustness.py", "fail or lost or (fork and not busy) or bits or closing or interpreter or outlive or interrupting or handler or damaged"),
     ("test_model_files.py", ""), ("test_gguf_files.py", "")])
 def test_the_suite(sanitized, file, chosen):
     """Children of test_robustness.py, or the whole process where no torch is needed, run the sanitized engine."""

@@ -189,6 +189,9 @@ int gpu_result_check(struct gpu_device *device, VkResult result, const char *wha
     case VK_SUCCESS:
         return 0;
     case VK_ERROR_DEVICE_LOST:
+        /* Nothing is freed while it may still be in use: a lost device answers this in finite time, too. */
+        if (!device->lost && device->used)
+            device->vk.vkDeviceWaitIdle(device->handle);
         device->lost = 1;
         return error_set(error, ERROR_DEVICE, "the device was lost during %s (a driver reset or a watchdog): close the model and load it again",
                          what);

@@ -18,6 +18,8 @@ struct device_object {
     PyObject_HEAD
     struct gpu_device *device;
     pthread_mutex_t lock; /* recursive: what frees device memory may run (garbage collection) while this thread has it */
+    _Atomic(pthread_t) holder; /* of the lock, where depth > 0 */
+    _Atomic int depth;
     pid_t owner;          /* the process that opened it */
     int busy;             /* a call is under way; read and written under the lock */
     volatile int ending;  /* the interpreter is ending, by `ender`: see Device.hold */
@@ -62,7 +64,7 @@ struct engine_state *engine_state_of(PyObject *object); /* of a heap type's inst
 PyObject *engine_raise(PyObject *object, const struct error *error);
 
 /* The device's lock, taken with the GIL held; the GIL is given up while waiting. Does not return in other threads than the one that ends the
- * interpreter, once it does. */
+ * interpreter, once it does (unless they have the lock already). */
 void engine_lock(struct device_object *device);
 void engine_unlock(struct device_object *device);
 

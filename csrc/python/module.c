@@ -42,7 +42,7 @@ int engine_poll(void *context) {
 
 /* For daemon threads while the interpreter ends: they would only fail, and print why, while all is taken down. */
 static void stand_still(const struct device_object *device) {
-    if (!device->ending || pthread_equal(device->ender, pthread_self()))
+    if (!device->ending || pthread_equal(device->ender, pthread_self()) || (device->depth && pthread_equal(device->holder, pthread_self())))
         return;
     Py_BEGIN_ALLOW_THREADS
     for (;;)
@@ -52,16 +52,22 @@ static void stand_still(const struct device_object *device) {
 
 void engine_lock(struct device_object *device) {
     stand_still(device);
-    if (device->owner != getpid() || pthread_mutex_trylock(&device->lock) == 0)
+    if (device->owner != getpid())
         return;
-    Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&device->lock);
-    Py_END_ALLOW_THREADS
+    if (pthread_mutex_trylock(&device->lock) != 0) {
+        Py_BEGIN_ALLOW_THREADS
+        pthread_mutex_lock(&device->lock);
+        Py_END_ALLOW_THREADS
+    }
+    device->holder = pthread_self(); /* before depth: whoever reads a depth reads its holder, or a later one */
+    device->depth++;
 }
 
 void engine_unlock(struct device_object *device) {
-    if (device->owner == getpid())
-        pthread_mutex_unlock(&device->lock);
+    if (device->owner != getpid())
+        return;
+    device->depth--;
+    pthread_mutex_unlock(&device->lock);
 }
 
 int engine_begin(struct model_object *model, int finished) {
