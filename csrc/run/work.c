@@ -55,8 +55,7 @@ fail:
     return -1;
 }
 
-static void uploads_destroy(struct run_work *work, struct upload_block *block) {
-    (void)work;
+static void uploads_destroy(struct upload_block *block) {
     while (block) {
         struct upload_block *next = block->next;
         gpu_buffer_destroy(block->buffer);
@@ -73,7 +72,7 @@ void run_work_destroy(struct run_work *work) {
                                     work->post, work->scores, work->result, work->expanded, work->readback};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
-    uploads_destroy(work, work->uploads);
+    uploads_destroy(work->uploads);
     free(work->pending);
     free(work->chunk.places);
     free(work->chunk.tile_list);
@@ -118,7 +117,7 @@ int work_upload_reset(struct run_work *work, struct error *error) {
         return 0; /* still room behind what may be in use */
     if (gpu_stream_wait(work->model->ops.stream, error))
         return -1;
-    uploads_destroy(work, block->next);
+    uploads_destroy(block->next);
     block->next = NULL;
     block->used = 0;
     return 0;

@@ -46,12 +46,6 @@ class Device:
 
 def _prepare_environment() -> None:
     """Hints for drivers, before the first one is loaded; a user's own setting always wins."""
-    # `make build` may unpack a newer software driver into the tree and write here where its ICD file is.
-    note = Path(__file__).parent / "_driver_path.txt"
-    if note.exists() and not os.environ.get("VK_DRIVER_FILES") and not os.environ.get("VK_ICD_FILENAMES"):
-        path = note.read_text().strip()
-        if path and Path(path).exists():
-            os.environ["VK_DRIVER_FILES"] = path
     # Lavapipe computes 8 lanes at a time unless told otherwise; 16 are 1.2-1.4 times faster where the CPU has AVX-512 (docs/decisions.md).
     if "LP_NATIVE_VECTOR_WIDTH" not in os.environ and sys.platform == "linux":
         try:

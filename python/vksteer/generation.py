@@ -152,14 +152,16 @@ def generate(model, prompts, *, max_new_tokens, edits, freeze, ablate, freeze_la
     if batch_size is not None:
         batch_size = _whole(batch_size, "batch_size", 1)
     double = 2 if treatment else 1
-    # Every edit is checked before the first row is run.
-    Batch(model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment)
+    # Every edit is checked before the first row is run; a single micro-batch needs no other.
+    everything = Batch(model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment)
     parts = list(_micro_batches(model, [(len(r) + request.max_new_tokens) * double for r in rows], batch_size))
     done = []
     with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
         for part in parts:
             states = [_Row(model, i, rows[i], request) for i in part]
-            batch = Batch(model, [len(rows[i]) for i in part], [None] * len(part), ([rows_edits[i] for i in part], shared), treatment)
+            batch = everything
+            if len(parts) > 1:
+                batch = Batch(model, [len(rows[i]) for i in part], [None] * len(part), ([rows_edits[i] for i in part], shared), treatment)
             _decode(model, batch, states, sites, on_token, bar)
             done += [s.result() for s in states]
     return done

@@ -54,7 +54,9 @@ def can_resume(rows) -> bool:
 
 def _first_layer(rows) -> int:
     """The first layer that any row edits; 0 for rows that must run from the start (unedited, ablated)."""
-    return min((e.vector.layer if isinstance(e, Steer) else 0 for _, edits in rows for e in (edits or [Ablate(None)])), default=0)
+    if not all(edits for _, edits in rows):
+        return 0
+    return min((e.vector.layer if isinstance(e, Steer) else 0 for _, edits in rows for e in edits), default=0)
 
 
 def _edit_key(edits):
