@@ -31,3 +31,19 @@ int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t
     return gpu_stream_dispatch(ops->stream, KERNEL_attn_decode, params, sizeof *params, n_tokens, params->n_heads, 1,
                                4.0 * n_tokens * n_keys * params->n_heads * params->d_head, error);
 }
+
+int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_rope_bwd, params, sizeof *params, n_tokens, 1, 1,
+                               16.0 * n_tokens * params->d_head * (params->n_heads + params->n_kv_heads), error);
+}
+
+int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_attn_softmax_bwd, params, sizeof *params, n_tokens, params->n_heads, 1,
+                               10.0 * n_tokens * n_keys * params->n_heads, error);
+}
+
+/* n_keys: the most keys of a row, hence the most queries of one. */
+int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_attn_mix_bwd, params, sizeof *params, blocks(ops, params->d_head), n_tiles, params->n_kv_heads,
+                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head, error);
+}

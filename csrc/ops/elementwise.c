@@ -18,6 +18,10 @@ int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens, 
     return gpu_stream_dispatch(ops->stream, KERNEL_act, params, sizeof *params, n_tokens, 1, 1, 30.0 * n_tokens * params->width, error);
 }
 
+int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens, struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_act_bwd, params, sizeof *params, n_tokens, 1, 1, 60.0 * n_tokens * params->width, error);
+}
+
 int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads, struct error *error) {
     return gpu_stream_dispatch(ops->stream, KERNEL_edit, params, sizeof *params, n_entries, n_heads, 1,
                                8.0 * n_entries * n_heads * params->width, error);

@@ -116,6 +116,67 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
     return 0;
 }
 
+/* --- backward ------------------------------------------------------------------------------------------------------------------------ */
+
+#define BACKWARD(type, suffix) \
+    {{KERNEL_linear_bwd_##type##_1##suffix, 1, 0}, {KERNEL_linear_bwd_##type##_4##suffix, 4, 0}, {KERNEL_linear_bwd_##type##_8##suffix, 8, 0}, \
+     {KERNEL_linear_bwd_##type##_16##suffix, 16, 0}}
+static const struct variant backward[2][3][4] = {
+    {[WEIGHT_F32] = BACKWARD(f32, ), [WEIGHT_BF16] = BACKWARD(bf16, ), [WEIGHT_F16] = BACKWARD(f16, )},
+    {[WEIGHT_F32] = BACKWARD(f32, _texels), [WEIGHT_BF16] = BACKWARD(bf16, _texels), [WEIGHT_F16] = BACKWARD(f16, _texels)},
+};
+static const struct variant backward_tiled[3] = {[WEIGHT_F32] = {KERNEL_linear_bwd_f32_tiled, 64, 64},
+                                                 [WEIGHT_BF16] = {KERNEL_linear_bwd_bf16_tiled, 64, 64},
+                                                 [WEIGHT_F16] = {KERNEL_linear_bwd_f16_tiled, 64, 64}};
+
+static const struct variant *backward_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
+    if (ops->linear_family == LINEAR_TILED)
+        return &backward_tiled[type];
+    int most = type == WEIGHT_F32 ? 3 : 2, i = n_rows == 1 ? 0 : n_rows <= 4 ? 1 : n_rows <= 8 ? 2 : 3;
+    return &backward[ops->linear_family == LINEAR_TEXELS][type][i < most ? i : most];
+}
+
+static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_bwd_args *args, uint32_t first_n,
+                               uint32_t n_sum, int add, struct error *error) {
+    const struct variant *variant = backward_choose(ops, matrix->type, args->n_rows);
+    uint32_t inputs = op_cell_inputs(matrix->type), n_k = args->n_k ? args->n_k : matrix->k_cells * inputs, n_cells = n_k / inputs;
+    uint32_t step = rows_at_once(ops, variant, n_sum, n_k), columns = variant->columns ? variant->columns : inputs * ops->workgroup;
+    for (uint32_t row = 0, n; row < args->n_rows; row += n) {
+        n = args->n_rows - row < step ? args->n_rows - row : step;
+        struct linear_bwd_params params = {
+            .dy = args->dy + 4 * ((uint64_t)row * args->y_stride + matrix->chunks[chunk].first + first_n - args->first_n),
+            .weights = matrix->chunks[chunk].address, .dx = args->dx + 4 * (uint64_t)row * args->x_stride, .n_rows = n,
+            .n_sum = (n_sum + 15) / 16 * 16, .first_n = first_n, .n_cells = n_cells, .first_cell = args->first_k / inputs,
+            .panel_cells = matrix->k_cells, .y_stride = args->y_stride, .x_stride = args->x_stride, .flags = add ? LINEAR_ADD : 0};
+        if (ops->linear_family == LINEAR_TEXELS &&
+            gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, matrix->chunks[chunk].count, matrix->k), error))
+            return -1;
+        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n + variant->rows - 1) / variant->rows,
+                                (n_k + columns - 1) / columns, 1, 2.0 * n * n_sum * n_k, error))
+            return -1;
+    }
+    return 0;
+}
+
+int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, struct error *error) {
+    uint32_t padded = (matrix->k + 15) / 16 * 16, n_sum = args->n_sum ? args->n_sum : matrix->n, n_k = args->n_k ? args->n_k : padded;
+    if (args->first_n % 16 || args->first_n > matrix->n || n_sum > matrix->n - args->first_n || (args->n_sum % 16 && args->first_n + n_sum != matrix->n) ||
+        args->first_k % 16 || n_k % 16 || args->first_k > padded || n_k > padded - args->first_k || args->x_stride < n_k ||
+        args->y_stride < (n_sum + 15) / 16 * 16 || args->y_stride % 2)
+        return error_set(error, ERROR_VALUE, "a backward product over rows %u to %u of a matrix with %u", args->first_n, args->first_n + n_sum, matrix->n);
+    int add = args->add;
+    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
+        uint32_t first = matrix->chunks[c].first, count = matrix->chunks[c].count;
+        uint32_t from = args->first_n > first ? args->first_n - first : 0, end = args->first_n + n_sum - first;
+        if (args->first_n + n_sum <= first || from >= count)
+            continue;
+        if (chunk_multiply_back(ops, matrix, c, args, from, (end < count ? end : count) - from, add, error))
+            return -1;
+        add = 1; /* the chain goes on where the last chunk left it */
+    }
+    return 0;
+}
+
 int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error) {
     static const int always[] = {KERNEL_embed, KERNEL_norm, KERNEL_rope, KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix, KERNEL_attn_decode,
                                  KERNEL_act, KERNEL_edit, KERNEL_copy};

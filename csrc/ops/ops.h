@@ -84,6 +84,16 @@ struct op_linear_args {
 int op_linear_norms(const struct ops *ops, uint32_t n_rows);
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
 
+/* dx = dy W (+ dx): gradients with respect to a product's input. */
+struct op_linear_bwd_args {
+    uint64_t dy, dx;             /* [M, y_stride] with zero pad columns, [M, x_stride] */
+    uint32_t n_rows, y_stride, x_stride;
+    uint32_t first_n, n_sum;     /* a slice of W's rows: dy's first column belongs to row first_n (multiples of 16, or up to the end); n_sum = 0: all */
+    uint32_t first_k, n_k;       /* a slice of the inputs, dx's first column is first_k (multiples of 16); n_k = 0: all */
+    uint32_t add;                /* 1: onto what dx holds */
+};
+int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, struct error *error);
+
 /* --- measure.c: the best of a few dispatches  ------------------------------------------------------------------------------------------ */
 /* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a second (m = 1, decoding). */
 int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
@@ -95,6 +105,7 @@ int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error);
 
 /* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
 int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);
+int op_norm_bwd(struct ops *ops, const struct norm_bwd_params *params, uint32_t n_rows, struct error *error);
 
 /* --- attention.c --------------------------------------------------------------------------------------------------------------------- */
 int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens, struct error *error);
@@ -104,12 +115,21 @@ int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_til
 
 int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
 
+int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens, struct error *error);
+int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
+int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
+
 /* --- elementwise.c ------------------------------------------------------------------------------------------------------------------- */
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride,
              struct error *error);
 int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens, struct error *error);
+int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens, struct error *error);
 int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads, struct error *error);
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error);
 int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens, struct error *error);
+
+/* --- metric.c: scalars of the logits ----------------------------------------------------------------------------------------------------- */
+int op_pair_grad(struct ops *ops, const struct pair_grad_params *params, uint32_t n_rows, struct error *error);
+int op_logit_grad(struct ops *ops, const struct logit_grad_params *params, uint32_t n_rows, struct error *error);
 
 #endif

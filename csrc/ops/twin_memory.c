@@ -42,5 +42,5 @@ struct token_meta twin_token(struct twin_memory *memory, uint64_t tokens, uint64
     return (struct token_meta){.id = twin_word(memory, tokens, at), .pos = twin_word(memory, tokens, at + 1), .slot = twin_word(memory, tokens, at + 2),
                                .q_token = twin_word(memory, tokens, at + 3), .k_slot = twin_word(memory, tokens, at + 4),
                                .v_slot = twin_word(memory, tokens, at + 5), .row = twin_word(memory, tokens, at + 6),
-                               .spare = twin_word(memory, tokens, at + 7)};
+                               .row_end = twin_word(memory, tokens, at + 7)};
 }

@@ -14,3 +14,19 @@ float activate(uint act, float x)
     float erf = 1.0 - ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * exp(-y * y);
     return 0.5 * x * (1.0 + (x < 0 ? -erf : erf));
 }
+
+// Its derivative.
+float activate_slope(uint act, float x)
+{
+    if (act == ACT_SILU) {
+        float s = 1.0 / (1.0 + exp(-x));
+        return s * (1.0 + x * (1.0 - s));
+    }
+    if (act == ACT_GELU_TANH) {
+        float inner = 0.7978845608028654 * (x + 0.044715 * x * x * x), t = tanh(clamp(inner, -15.0, 15.0));
+        float rise = abs(inner) < 15.0 ? (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x) : 0.0;
+        return 0.5 * (1.0 + t) + 0.5 * x * rise;
+    }
+    float half_ = abs(x) < 1e-30 ? 0.5 : activate(act, x) / x; // the normal distribution up to x
+    return half_ + x * 0.3989422804014327 * exp(-0.5 * x * x);
+}

@@ -1,0 +1,51 @@
+// Backward of rope.comp, in place on [dq | dk | dv] rows: one workgroup a token, subgroups share the heads. The rotation is undone by its transpose, then
+// the norm per head is gone back through.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "types.glsl"
+
+layout(push_constant, scalar) uniform Params { rope_bwd_params p; };
+
+void head_rotate_back(uint base, uint pos)
+{
+    uint half_ = p.d_head / 2;
+    for (uint i = gl_SubgroupInvocationID; i < half_; i += SG) {
+        float c = p.angles.at[(pos * half_ + i) * 2], s = p.angles.at[(pos * half_ + i) * 2 + 1];
+        float a = p.dqkv.at[base + i], b = p.dqkv.at[base + half_ + i];
+        p.dqkv.at[base + i] = a * c + b * s;
+        p.dqkv.at[base + half_ + i] = b * c - a * s;
+    }
+}
+
+void head_norm_back(uint base, FloatsIn gain)
+{
+    float squares = 0.0, along = 0.0;
+    for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG) {
+        float x = p.qkv.at[base + i];
+        squares = fma(x, x, squares);
+        along = fma(p.dqkv.at[base + i] * gain.at[i], x, along);
+    }
+    float inverse = 1.0 / sqrt(subgroupAdd(squares) / float(p.d_head) + p.eps);
+    float shrink = subgroupAdd(along) * inverse * inverse / float(p.d_head);
+    for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG)
+        p.dqkv.at[base + i] = (p.dqkv.at[base + i] * gain.at[i] - p.qkv.at[base + i] * shrink) * inverse;
+}
+
+void main()
+{
+    uint t = gl_WorkGroupID.x, pos = p.tokens.at[t].pos;
+    for (uint h = gl_SubgroupID; h < p.n_heads + p.n_kv_heads; h += WG / SG) {
+        uint base = t * p.stride + h * p.d_head;
+        if ((p.flags & ROPE_ROTATE) != 0) {
+            head_rotate_back(base, pos);
+            subgroupMemoryBarrierBuffer();
+            subgroupBarrier();
+        }
+        if ((p.flags & ROPE_QK_NORM) != 0) {
+            if (h < p.n_heads)
+                head_norm_back(base, p.q_gain);
+            else
+                head_norm_back(base, p.k_gain);
+        }
+    }
+}
