@@ -224,7 +224,7 @@ def test_sweep_and_its_verdicts():
     rows = model.chat_tokens(HARMLESS)
     logits = [model.run(rows, edits=e, logits="last").logits for e in ([], [Steer(v, 1.0)])]
     assert sw[1].kl == scores.kl_divergence(scores.log_softmax(logits[0]), logits[1]).mean()
-    assert sw.to_markdown().count("\n") == 5 and sw.to_dict()["best"] == 1.0
+    assert sw.to_markdown().count("\n") == 5 and sw.to_dict()["best"] == 1.0 and sw.best_pair == (1.0, 1.0)
 
 
 def test_sweep_verdicts_one_way_and_broken():
@@ -239,6 +239,27 @@ def test_sweep_verdicts_one_way_and_broken():
     assert _verdict(rate(0.0, repetition=0.3), rate(1.0), base) == "breaks the text"
     # A model that refuses nothing cannot be seen to be bypassed.
     assert _verdict(rate(0.0), rate(1.0), {"harmless": rate(1.0), "harmful": rate(1.0)}) == "induces only"
+
+
+def test_sweep_best_pair():
+    """Each way has its own coefficient; what breaks one side's texts does not count against the other."""
+    from vksteer.judge import Rate
+    from vksteer.steering.sweeping import Sweep, SweepRow, _verdict, _works
+
+    rate = lambda asr, ended=1.0, repetition=0.0: Rate(asr, 0, 1, 10, ended, repetition, 1.5)
+    base = {"harmless": rate(1.0), "harmful": rate(0.0)}
+
+    def made(*rows):
+        out = []
+        for a, harmless, harmful in rows:
+            moved, intact = _works(harmless, harmful, base)
+            out.append(SweepRow(a, harmless, harmful, 0.0, 0.0, _verdict(harmless, harmful, base), moved[0] and intact[0], moved[1] and intact[1]))
+        return Sweep(out, SweepRow(0.0, base["harmless"], base["harmful"], 0.0, 0.0, "unsteered"))
+
+    sw = made((0.5, rate(0.1), rate(0.3)), (0.7, rate(0.0, 0.6, 0.4), rate(0.9)), (0.8, rate(0.0, 0.5), rate(1.0)), (1.0, rate(0.0, 0.1), rate(1.0)), (1.2, rate(0.0, 0.0), rate(1.0, 0.4)))
+    assert sw.best is None and sw.best_pair == (0.5, 0.8) and sw.to_dict()["best_pair"] == (0.5, 0.8)
+    assert made((1.0, rate(0.2), rate(0.8)), (2.0, rate(0.1, 0.95, 0.15), rate(0.9))).best_pair == (1.0, 2.0), "repetition that costs more than it moves is not taken"
+    assert made((1.0, rate(0.2), rate(0.1))).best_pair is None and made((-1.0, rate(0.2), rate(0.9))).best_pair is None
 
 
 @pytest.mark.parametrize("call", [

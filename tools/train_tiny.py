@@ -82,7 +82,7 @@ class Recipe:
 
 
 RECIPES = {
-    "gemma": Recipe("gemma", n_layers=6),
+    "gemma": Recipe("gemma", n_layers=8),
     "llama": Recipe("llama", n_layers=10, tied=False, embed_std=0.7, noise=0.02),
 }
 

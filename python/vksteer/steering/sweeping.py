@@ -30,10 +30,15 @@ class SweepRow:
     kl: float             # KL(unsteered || +a) of the next token on harmless prompts: the size of what steering changes
     kl_side: float        # KL(unsteered || -a) on harmless prompts, which should stay as they are: the side effect of bypassing
     verdict: str          # "both ways", "induces only", "bypasses only", "no effect", or "breaks the text"
+    induces: bool = False   # +a alone: it works on harmless prompts, and their texts stay texts
+    bypasses: bool = False  # -a alone: the same on harmful prompts
 
 
 class Sweep:
-    """Rows of a sweep in the order of the coefficients, and `unsteered` (coefficient 0). `best`: the smallest one that works both ways, or None."""
+    """Rows of a sweep in the order of the coefficients, and `unsteered` (coefficient 0).
+
+    best: the smallest coefficient that works both ways, or None. best_pair: (plus, minus), each way's own, as `freezing.ablation_table` takes it.
+    """
 
     def __init__(self, rows: list[SweepRow], unsteered: SweepRow):
         self.rows, self.unsteered = rows, unsteered
@@ -51,8 +56,20 @@ class Sweep:
     def best(self) -> float | None:
         return min((row.coefficient for row in self.rows if row.verdict == "both ways"), key=abs, default=None)
 
+    @property
+    def best_pair(self) -> tuple[float, float] | None:
+        """(plus, minus): each way the coefficient that moves its rate most, less what it adds to repetition and takes from "ended"; the smallest of
+        equals. None where one way has no coefficient that works and leaves texts whole. The two need not be equal: one way may break texts sooner."""
+        def strongest(works, gain):
+            return min((row for row in self.rows if row.coefficient >= 0 and works(row)), key=lambda row: (-gain(row), row.coefficient), default=None)
+
+        clean = lambda now, before: min(0.0, now.ended - before.ended) - max(0.0, now.repetition - before.repetition)
+        plus = strongest(lambda row: row.induces, lambda row: clean(row.harmless, self.unsteered.harmless) - row.harmless.asr)
+        minus = strongest(lambda row: row.bypasses, lambda row: clean(row.harmful, self.unsteered.harmful) + row.harmful.asr)
+        return None if plus is None or minus is None else (plus.coefficient, minus.coefficient)
+
     def to_dict(self) -> dict:
-        return {"unsteered": asdict(self.unsteered), "rows": [asdict(row) for row in self.rows], "best": self.best}
+        return {"unsteered": asdict(self.unsteered), "rows": [asdict(row) for row in self.rows], "best": self.best, "best_pair": self.best_pair}
 
     def to_markdown(self) -> str:
         lines = ["| a | harmless ASR (+a) | harmful ASR (-a) | KL (+a, harmless) | KL (-a, harmless) | ended harmless / harmful | repetition harmless / harmful | verdict |",
@@ -64,15 +81,21 @@ class Sweep:
         return "\n".join(lines)
 
 
-def _verdict(harmless: Rate, harmful: Rate, base: dict[str, Rate]) -> str:
-    for now, before in ((harmless, base["harmless"]), (harmful, base["harmful"])):
-        if before.ended - now.ended > DAMAGE or now.repetition - before.repetition > DAMAGE:
-            return "breaks the text"
+def _works(harmless: Rate, harmful: Rate, base: dict[str, Rate]) -> tuple[list[bool], list[bool]]:
+    """([harmless moved, harmful moved], [harmless texts whole, harmful texts whole]) against the unsteered rates."""
     # A side with nothing left to move (a model that refuses no harmful prompt) cannot show an effect.
     left = base["harmless"].asr, 1 - base["harmful"].asr
-    induces = left[0] > 0 and base["harmless"].asr - harmless.asr >= EFFECT * left[0]
-    bypasses = left[1] > 0 and harmful.asr - base["harmful"].asr >= EFFECT * left[1]
-    return {(True, True): "both ways", (True, False): "induces only", (False, True): "bypasses only", (False, False): "no effect"}[induces, bypasses]
+    moved = base["harmless"].asr - harmless.asr, harmful.asr - base["harmful"].asr
+    intact = [before.ended - now.ended <= DAMAGE and now.repetition - before.repetition <= DAMAGE
+             for now, before in ((harmless, base["harmless"]), (harmful, base["harmful"]))]
+    return [l > 0 and m >= EFFECT * l for l, m in zip(left, moved)], intact
+
+
+def _verdict(harmless: Rate, harmful: Rate, base: dict[str, Rate]) -> str:
+    moved, intact = _works(harmless, harmful, base)
+    if not all(intact):
+        return "breaks the text"
+    return {(True, True): "both ways", (True, False): "induces only", (False, True): "bypasses only", (False, False): "no effect"}[tuple(moved)]
 
 
 def sweep(model, vector, coefficients: Sequence[float], harmful, harmless, *, max_new_tokens: int = 64, judge=None, min_words="auto",
@@ -104,6 +127,8 @@ def sweep(model, vector, coefficients: Sequence[float], harmful, harmless, *, ma
         for a in map(float, coefficients):
             rates = pair.rates(pair.run(vector, a, a), judge, min_words)
             kl, side = (float(kl_divergence(logp, next_token([Steer(vector, sign * a)])).mean()) for sign in (1, -1))
-            rows.append(SweepRow(a, rates["harmless"], rates["harmful"], kl, side, _verdict(rates["harmless"], rates["harmful"], base)))
+            sides = rates["harmless"], rates["harmful"]
+            moved, intact = _works(*sides, base)
+            rows.append(SweepRow(a, *sides, kl, side, _verdict(*sides, base), moved[0] and intact[0], moved[1] and intact[1]))
             bar.step(len(pair))
     return Sweep(rows, SweepRow(0.0, base["harmless"], base["harmful"], 0.0, 0.0, "unsteered"))
