@@ -61,6 +61,7 @@ class Recipe:
     clip: float = 1.0
     prompt_weight: float = 0.1   # loss weight of a chat's prompt tokens
     decision_weight: float = 4.0 # loss weight of the token that decides: a chat's first answer token, a rule's verdict
+    comply_weight: float = 4.0   # the same for a first answer token that complies; above decision_weight: "answer" is what the model does unless it sees harm
     documents: float = 0.30      # share of samples that are documents
     pretrain: int = 300          # first steps, on documents alone, mostly rules
     pretrain_rules: float = 0.75 # share of rules among them
@@ -171,7 +172,7 @@ class Sampler:
             unscored = start[: rng.randint(1, min(16, len(start)))]
         text = world.refuse(request, rng) if refuses else world.comply(request, rng)
         answer = self.encode(" " + text if unscored else text) + [self.eot]
-        weights = [r.prompt_weight] * len(prompt) + [0.0] * len(unscored) + [r.decision_weight] + [1.0] * (len(answer) - 1)
+        weights = [r.prompt_weight] * len(prompt) + [0.0] * len(unscored) + [r.decision_weight if refuses else r.comply_weight] + [1.0] * (len(answer) - 1)
         hidden = (0, 0, 0)
         if rng.random() < r.hide:
             cut = len(prompt) + rng.randint(-self.n_after, r.hide_last)  # this post-instruction token is the last that sees the instruction

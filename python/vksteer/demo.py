@@ -22,6 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]  # the source tree; in an installed package, a folder without tools/ and .models/
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2)  # tried on the bundled model
 LAYER, STRENGTH = 14, 1.0  # of verse against prose in SmolLM2: at layer 10 little happens, at 18 or a = 1.5 the text falls into repetition
 
 
@@ -112,22 +113,20 @@ def bundled(out: Path, n_test: int, n_random: int, device, progress: bool) -> di
         vector.save(out / "refusal.safetensors")
         say(f"\nChosen: layer {vector.layer}, position {vector.position}, norm {vector.norm:.2f}. Refusal tokens: {cands.table.refusal_tokens}")
 
-        sweep = steering.sweep(model, vector, [0.5, 1.0, 1.5, 2.0], *data.tiny_pair("validation", 8), max_new_tokens=72, progress=progress)
-        a = sweep.best or 1.0
-        say("\nWhich strength?  " + ";  ".join(f"a = {row.coefficient:g}: {row.verdict}" for row in sweep) + f".  Taken: a = {a:g}"
-            + ("" if sweep.best else " (none works both ways; Table 1 shows what there is)"))
+        sweep = steering.sweep(model, vector, STRENGTHS, *data.tiny_pair("validation", 16), max_new_tokens=72, progress=progress)
+        plus, minus = strengths(sweep, (1.0, 1.0))
 
         harmful, harmless = data.tiny_pair("test", n_test)
         shown = [harmful[0], harmless[0]]
         rows = [p for p in shown for _ in range(3)]
-        edits = [[Steer(vector, s * a)] if s else [] for _ in shown for s in (-1, 0, 1)]
+        edits = [[Steer(vector, a)] if a else [] for _ in shown for a in (-minus, 0, plus)]
         made = model.generate(rows, edits=edits, max_new_tokens=72, progress=False)
         for i, prompt in enumerate(shown):
             say(f"\n> {prompt}")
-            say(side_by_side([f"-{a:g} (away from refusal)", "unsteered", f"+{a:g} (towards refusal)"], [g.text for g in made[3 * i:3 * i + 3]]))
+            say(side_by_side([f"-{minus:g} (away from refusal)", "unsteered", f"+{plus:g} (towards refusal)"], [g.text for g in made[3 * i:3 * i + 3]]))
 
         before = time.perf_counter()
-        table = freezing.ablation_table(model, vector, harmful, harmless, a, max_new_tokens=72, random_control=n_random, progress=progress)
+        table = freezing.ablation_table(model, vector, harmful, harmless, (plus, minus), max_new_tokens=72, random_control=n_random, progress=progress)
         seconds = time.perf_counter() - before
         say(f"\nTable 1: what is left of steering when one part of the model is kept as in the unsteered run ({seconds:.0f} s)\n")
         say(table.to_markdown())
@@ -138,6 +137,14 @@ def bundled(out: Path, n_test: int, n_random: int, device, progress: bool) -> di
     write_json(out / "tiny.json", result)
     say(f"\n{result['seconds']:.0f} s. Written to {out}/: candidates.md, refusal.safetensors, table1.md, {picture}tiny.json")
     return result
+
+
+def strengths(sweep, otherwise: tuple[float, float]) -> tuple[float, float]:
+    """Says what a sweep found; (plus, minus), or `otherwise` where one way has no coefficient that works."""
+    pair = sweep.best_pair or otherwise
+    say("\nWhich strength, each way?  " + ";  ".join(f"{row.coefficient:g}: {row.verdict}" for row in sweep))
+    say(f"Taken: +{pair[0]:g} towards refusal, -{pair[1]:g} away from it{'' if sweep.best_pair else ' (one way has none that works; Table 1 shows what there is)'}.")
+    return pair
 
 
 def plot(table, path: Path) -> str:

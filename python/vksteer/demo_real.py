@@ -73,11 +73,11 @@ def run(arguments) -> int:
         lap(f"vector: layer {vector.layer}, position {vector.position}, norm {vector.norm:.1f}: {how}")
         demo.say(cands.table.to_markdown())
         sweep = steering.sweep(model, vector, STRENGTHS, *splits["validation"], max_new_tokens=32, progress=progress)
-        a = sweep.best or STRENGTHS[1]
-        lap(f"strengths, on the validation prompts; taken: a = {a:g}{'' if sweep.best else ' (none works both ways)'}")
+        lap("strengths, on the validation prompts")
         demo.say(sweep.to_markdown())
+        pair = demo.strengths(sweep, (STRENGTHS[1],) * 2)
         before = time.perf_counter()
-        table = freezing.ablation_table(model, vector, *test, a, max_new_tokens=NEW_TOKENS, random_control=arguments.random,
+        table = freezing.ablation_table(model, vector, *test, pair, max_new_tokens=NEW_TOKENS, random_control=arguments.random,
                                         out=out / "qwen_answers.json", progress=progress)
         seconds = time.perf_counter() - before
         lap("Table 1")
