@@ -6,19 +6,19 @@
 
 layout(push_constant, scalar) uniform Params { logit_grad_params p; };
 
-float cap(float x)
+float cap(float x, float softcap)
 {
-    return p.softcap != 0.0 ? p.softcap * tanh(clamp(x / p.softcap, -15.0, 15.0)) : x;
+    return softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x;
 }
 
 // A macro hands over the array: SwiftShader crashes where a reference is a function's argument. log_sum becomes log sum exp over the row.
-#define LOG_SUM(array, log_sum) { \
+#define LOG_SUM(array, softcap, log_sum) { \
     float top = -3.402823466e38, sum = 0.0; \
     for (uint i = lane; i < p.width; i += WG) \
-        top = max(top, cap(array.at[row + i])); \
+        top = max(top, cap(array.at[row + i], softcap)); \
     top = workgroup_max(top); \
     for (uint i = lane; i < p.width; i += WG) \
-        sum += exp(cap(array.at[row + i]) - top); \
+        sum += exp(cap(array.at[row + i], softcap) - top); \
     log_sum = top + log(workgroup_sum(sum)); \
 }
 
@@ -27,25 +27,25 @@ void main()
     const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, row = r * p.stride;
     const float weight = p.weights.at[r];
     float log_sum, reference_sum = 0.0, other_sum = 0.0, value = 0.0;
-    LOG_SUM(p.logits, log_sum)
+    LOG_SUM(p.logits, p.softcap, log_sum)
     if (p.kind != LOGIT_GRAD_LOG_PROB)
-        LOG_SUM(p.reference, reference_sum)
+        LOG_SUM(p.reference, p.reference_softcap, reference_sum)
     if (p.kind == LOGIT_GRAD_DIRECTIONAL_KL)
-        LOG_SUM(p.other, other_sum)
+        LOG_SUM(p.other, p.reference_softcap, other_sum)
     const uint target = p.kind == LOGIT_GRAD_LOG_PROB ? p.targets.at[r] : 0;
     for (uint i = lane; i < p.width; i += WG) {
-        float raw = p.logits.at[row + i], capped = cap(raw), d;
+        float raw = p.logits.at[row + i], capped = cap(raw, p.softcap), d;
         float log_p = capped - log_sum;
         if (p.kind == LOGIT_GRAD_LOG_PROB) {
             d = (i == target ? 1.0 : 0.0) - exp(log_p);
             value += i == target ? log_p : 0.0;
         } else {
-            float log_reference = cap(p.reference.at[row + i]) - reference_sum, reference = exp(log_reference);
+            float log_reference = cap(p.reference.at[row + i], p.reference_softcap) - reference_sum, reference = exp(log_reference);
             if (p.kind == LOGIT_GRAD_KL) {
                 d = exp(log_p) - reference;
                 value = fma(reference, log_reference - log_p, value);
             } else {
-                float log_other = cap(p.other.at[row + i]) - other_sum, other = exp(log_other);
+                float log_other = cap(p.other.at[row + i], p.reference_softcap) - other_sum, other = exp(log_other);
                 d = reference - other;
                 value += other * (log_other - log_p) - reference * (log_reference - log_p);
             }

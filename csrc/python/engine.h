@@ -12,7 +12,7 @@
 #include <pthread.h>
 
 #include "base/mapped_file.h"
-#include "run/run.h"
+#include "run/tape.h"
 
 struct device_object {
     PyObject_HEAD
@@ -53,11 +53,19 @@ struct edits_object {
 };
 
 struct engine_state {
-    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type;
+    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type, *tape_type;
     PyObject *device_error, *model_error;
 };
 
-extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec;
+/* Memory for ways back: buffers for `capacity` tokens and their tape. */
+struct tape_object {
+    PyObject_HEAD
+    struct model_object *owner;
+    struct run_work *work;
+    struct run_tape *tape;
+};
+
+extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec;
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */
@@ -84,6 +92,24 @@ PyObject *engine_devices(PyObject *module, PyObject *unused);
 PyObject *engine_ops(PyObject *module, PyObject *unused);
 /* forward.c */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
+/* A batch as it comes from Python: arrays that are borrowed until batch_release. */
+struct batch_arguments {
+    struct run_batch batch;
+    struct run_cache *cache;
+    struct run_capture *captures;
+    uint32_t n_out_rows;
+    PyObject *held[24]; /* arrays that the batch borrows from */
+    int n_held;
+};
+int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name, Py_ssize_t expected, const void **data);
+int batch_rows_read(struct batch_arguments *a, const struct model *model, PyObject **in);
+int batch_inputs_read(struct batch_arguments *a, const struct model *model, PyObject *object);
+int batch_places_check(const struct batch_arguments *a);
+int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list, PyObject *dict, struct run_capture **captures,
+                        uint32_t *n_captures);
+/* Cache and Edits of this model (None for no edits), else -1 with TypeError. */
+int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache, PyObject *edits);
+void batch_release(struct batch_arguments *a);
 
 /* choice.c */
 PyObject *model_get_family(PyObject *self, void *unused);

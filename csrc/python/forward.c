@@ -4,17 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct arguments {
-    struct run_batch batch;
-    struct run_cache *cache;
-    struct run_capture *captures;
-    uint32_t n_out_rows;
-    PyObject *held[16]; /* arrays that the batch borrows from */
-    int n_held;
-};
-
 /* A per-row (or per-layer) array of exactly `expected` items; None gives NULL. */
-static int borrow(struct arguments *a, PyObject *object, char type, const char *name, Py_ssize_t expected, const void **data) {
+int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name, Py_ssize_t expected, const void **data) {
     Py_ssize_t n;
     *data = NULL;
     if (!object || object == Py_None)
@@ -31,7 +22,7 @@ static int borrow(struct arguments *a, PyObject *object, char type, const char *
 }
 
 /* Every output place must lie inside the arrays that will be made. */
-static int places_check(const struct arguments *a) {
+int batch_places_check(const struct batch_arguments *a) {
     const struct run_batch *b = &a->batch;
     for (uint32_t r = 0; r < b->n_rows; r++) {
         if (b->out_row[r] < 0)
@@ -47,7 +38,7 @@ static int places_check(const struct arguments *a) {
 }
 
 /* A zeroed array for one captured site. */
-static PyObject *capture_array(const struct model *model, const struct arguments *a, int site, float **data) {
+static PyObject *capture_array(const struct model *model, const struct batch_arguments *a, int site, float **data) {
     uint32_t heads, width;
     site_shape(site, &model->facts, &heads, &width);
     Py_ssize_t rows = a->n_out_rows, columns = a->batch.n_columns;
@@ -63,16 +54,18 @@ static PyObject *capture_array(const struct model *model, const struct arguments
     }
 }
 
-/* `list`: (site, layer) pairs. Fills a->captures and puts the arrays into `dict` under their pair. */
-static int captures_read(const struct model *model, struct arguments *a, PyObject *list, PyObject *dict) {
+/* `list`: (site, layer) pairs. Makes *captures (free it) and puts the arrays into `dict` under their pair. */
+int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list, PyObject *dict, struct run_capture **captures,
+                        uint32_t *n_captures) {
     Py_ssize_t n = PyList_Size(list);
-    a->captures = calloc((size_t)n + 1, sizeof *a->captures);
-    if (!a->captures) {
+    *n_captures = 0;
+    *captures = calloc((size_t)n + 1, sizeof **captures);
+    if (!*captures) {
         PyErr_NoMemory();
         return -1;
     }
     for (Py_ssize_t i = 0; i < n; i++) {
-        struct run_capture *capture = &a->captures[i];
+        struct run_capture *capture = &(*captures)[*n_captures];
         PyObject *pair = PyList_GetItem(list, i);
         if (!PyArg_ParseTuple(pair, "ii", &capture->site, &capture->layer))
             return -1;
@@ -89,13 +82,12 @@ static int captures_read(const struct model *model, struct arguments *a, PyObjec
             return -1;
         }
         Py_DECREF(array);
-        a->batch.n_captures++;
+        (*n_captures)++;
     }
-    a->batch.captures = a->captures;
     return 0;
 }
 
-static int rows_read(struct arguments *a, const struct model *model, PyObject **in) {
+int batch_rows_read(struct batch_arguments *a, const struct model *model, PyObject **in) {
     static const char *const names[] = {"tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column",
                                         "key_column", "q_row", "v_row", "mlp_row", "frozen"};
     static const char types[] = "IIIIIIiiiIIIB";
@@ -110,7 +102,7 @@ static int rows_read(struct arguments *a, const struct model *model, PyObject **
         return PyErr_Format(PyExc_ValueError, "a batch of %zd rows", n_rows), -1;
     b->n_rows = (uint32_t)n_rows;
     for (int i = 0; i < 13; i++) {
-        if (borrow(a, in[i], types[i], names[i], i == 0 ? -1 : i == 12 ? (Py_ssize_t)model->facts.n_layers : n_rows, to[i]))
+        if (batch_borrow(a, in[i], types[i], names[i], i == 0 ? -1 : i == 12 ? (Py_ssize_t)model->facts.n_layers : n_rows, to[i]))
             return -1;
         if (!*to[i] && i < 9)
             return PyErr_Format(PyExc_TypeError, "%s is missing", names[i]), -1;
@@ -129,15 +121,32 @@ static int rows_read(struct arguments *a, const struct model *model, PyObject **
 }
 
 /* The residual stream to resume from: float32 [all tokens, D]. */
-static int inputs_read(struct arguments *a, const struct model *model, PyObject *object) {
+int batch_inputs_read(struct batch_arguments *a, const struct model *model, PyObject *object) {
     uint64_t total = 0;
     const void *data;
     for (uint32_t r = 0; r < a->batch.n_rows; r++)
         total += a->batch.n_tokens[r];
-    if (borrow(a, object, 'f', "inputs", (Py_ssize_t)(total * model->facts.d_model), &data))
+    if (batch_borrow(a, object, 'f', "inputs", (Py_ssize_t)(total * model->facts.d_model), &data))
         return -1;
     a->batch.inputs = data;
     return 0;
+}
+
+int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache, PyObject *edits) {
+    struct engine_state *state = engine_state_of((PyObject *)self);
+    if ((PyObject *)Py_TYPE(cache) != state->cache_type || ((struct cache_object *)cache)->owner != self)
+        return PyErr_SetString(PyExc_TypeError, "cache must be a Cache of this model"), -1;
+    if (edits != Py_None && ((PyObject *)Py_TYPE(edits) != state->edits_type || ((struct edits_object *)edits)->owner != self))
+        return PyErr_SetString(PyExc_TypeError, "edits must be Edits of this model"), -1;
+    a->batch.edits = edits == Py_None ? NULL : &((struct edits_object *)edits)->list;
+    a->cache = ((struct cache_object *)cache)->cache;
+    return 0;
+}
+
+void batch_release(struct batch_arguments *a) {
+    for (int i = 0; i < a->n_held; i++)
+        Py_DECREF(a->held[i]);
+    free(a->captures);
 }
 
 /* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
@@ -146,32 +155,28 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
                             "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", NULL};
     struct model_object *self = (struct model_object *)object;
-    struct engine_state *state = engine_state_of(object);
     PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
     unsigned int n_out_rows, n_columns, n_keys;
     int mode, failed = 1;
-    struct arguments a = {0};
+    struct batch_arguments a = {0};
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
                                      &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs))
         return NULL;
-    if ((PyObject *)Py_TYPE(cache) != state->cache_type || ((struct cache_object *)cache)->owner != self)
-        return PyErr_Format(PyExc_TypeError, "cache must be a Cache of this model");
-    if (edits != Py_None && ((PyObject *)Py_TYPE(edits) != state->edits_type || ((struct edits_object *)edits)->owner != self))
-        return PyErr_Format(PyExc_TypeError, "edits must be Edits of this model");
+    if (batch_owners_read(&a, self, cache, edits))
+        return NULL;
     a.batch.n_columns = n_columns;
     a.batch.n_keys = n_keys;
     a.batch.logits_mode = (enum run_logits)mode;
-    a.batch.edits = edits == Py_None ? NULL : &((struct edits_object *)edits)->list;
-    a.cache = ((struct cache_object *)cache)->cache;
     a.n_out_rows = n_out_rows;
     struct error error = {0};
     if (engine_begin(self, 1))
         return NULL;
     int begun = 1;
     captured = PyDict_New();
-    if (!captured || rows_read(&a, self->model, in) || places_check(&a) || captures_read(self->model, &a, list, captured))
+    if (!captured || batch_rows_read(&a, self->model, in) || batch_places_check(&a) || batch_captures_read(self->model, &a, list, captured, &a.captures, &a.batch.n_captures))
         goto done;
-    if (inputs_read(&a, self->model, inputs))
+    a.batch.captures = a.captures;
+    if (batch_inputs_read(&a, self->model, inputs))
         goto done;
     if (mode == RUN_LOGITS_ALL)
         logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab}, &a.batch.logits);
@@ -195,9 +200,7 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
 done:
     if (begun)
         engine_end(self);
-    for (int i = 0; i < a.n_held; i++)
-        Py_DECREF(a.held[i]);
-    free(a.captures);
+    batch_release(&a);
     Py_XDECREF(logits);
     Py_XDECREF(captured);
     return result;

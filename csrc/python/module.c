@@ -151,7 +151,8 @@ static int engine_exec(PyObject *module) {
         return -1;
     if (type_add(module, &device_spec, &state->device_type) || type_add(module, &file_spec, &state->file_type) ||
         type_add(module, &model_spec, &state->model_type) || type_add(module, &cache_spec, &state->cache_type) ||
-        type_add(module, &edits_spec, &state->edits_type) || type_add(module, &bench_spec, &state->bench_type))
+        type_add(module, &edits_spec, &state->edits_type) || type_add(module, &bench_spec, &state->bench_type) ||
+        type_add(module, &tape_spec, &state->tape_type))
         return -1;
     if (PyModule_AddIntConstant(module, "CHUNK", RUN_CHUNK))
         return -1;
@@ -166,6 +167,7 @@ static int engine_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->cache_type);
     Py_VISIT(state->edits_type);
     Py_VISIT(state->bench_type);
+    Py_VISIT(state->tape_type);
     Py_VISIT(state->device_error);
     Py_VISIT(state->model_error);
     return 0;
@@ -179,6 +181,7 @@ static int engine_clear(PyObject *module) {
     Py_CLEAR(state->cache_type);
     Py_CLEAR(state->edits_type);
     Py_CLEAR(state->bench_type);
+    Py_CLEAR(state->tape_type);
     Py_CLEAR(state->device_error);
     Py_CLEAR(state->model_error);
     return 0;

@@ -30,10 +30,11 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
 /* Appends tokens [from, from + n) of row r (counted from its new tokens) to the chunk. */
 static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uint32_t *tokens, uint32_t r, uint32_t from, uint32_t n) {
     const struct run_batch *batch = chunk->batch;
+    uint32_t row_end = chunk->n_tokens + n;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t t = chunk->n_tokens++, pos = batch->start[r] + from + i;
         meta[t] = (struct token_meta){.id = tokens[from + i], .pos = pos, .slot = batch->slot[r] + pos, .q_token = t, .k_slot = batch->slot[r],
-                                      .v_slot = batch->slot[r], .row = r};
+                                      .v_slot = batch->slot[r], .row = r, .row_end = row_end};
         chunk->places[t] = (struct token_place){r, pos, (uint32_t)(tokens - batch->tokens) + from + i};
         if (i % OP_TILE == 0)
             chunk->tile_list[chunk->n_tiles++] = (struct query_tile){t, 0};
@@ -86,12 +87,12 @@ static uint32_t group_rows(const struct run_batch *batch, uint32_t first) {
     return n;
 }
 
-static int groups_check(const struct run_batch *batch, int *mlp_frozen, struct error *error) {
+static int groups_check(const struct run_batch *batch, uint32_t capacity, int *mlp_frozen, struct error *error) {
     *mlp_frozen = 0;
     for (uint32_t r = 0, n; r < batch->n_rows; r += n) {
         n = group_rows(batch, r);
-        if (n > RUN_CHUNK / OP_TILE)
-            return error_set(error, ERROR_VALUE, "%u rows in one group: at most %d", n, RUN_CHUNK / OP_TILE);
+        if (n > capacity / OP_TILE)
+            return error_set(error, ERROR_VALUE, "%u rows in one group: at most %u", n, capacity / OP_TILE);
         for (uint32_t i = r; batch->frozen && i < r + n; i++) {
             if (batch->q_row[i] - r >= n || batch->v_row[i] - r >= n || batch->mlp_row[i] - r >= n)
                 return error_set(error, ERROR_VALUE, "row %u is frozen to a row outside its group", i);
@@ -101,7 +102,21 @@ static int groups_check(const struct run_batch *batch, int *mlp_frozen, struct e
     return 0;
 }
 
-struct lists { struct token_meta meta[RUN_CHUNK], frozen[RUN_CHUNK]; uint32_t mlp_rows[RUN_CHUNK]; };
+struct lists {
+    struct token_meta *meta, *frozen; /* [capacity] */
+    uint32_t *mlp_rows;
+};
+
+static int lists_make(struct lists *lists, uint32_t capacity, struct error *error) {
+    *lists = (struct lists){malloc(capacity * sizeof *lists->meta), malloc(capacity * sizeof *lists->frozen), malloc(capacity * sizeof *lists->mlp_rows)};
+    return lists->meta && lists->frozen && lists->mlp_rows ? 0 : error_set(error, ERROR_MEMORY, "out of memory for token lists");
+}
+
+static void lists_free(struct lists *lists) {
+    free(lists->meta);
+    free(lists->frozen);
+    free(lists->mlp_rows);
+}
 
 /* Fills chunks group by group; a group's rows always advance by the same number of tokens. */
 static int batch_run(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct lists *lists, int mlp_frozen,
@@ -114,7 +129,7 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
             return -1;
         chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
         while (row < batch->n_rows) {
-            uint32_t n_rows = group_rows(batch, row), length = batch->n_tokens[row], room = (RUN_CHUNK - chunk->n_tokens) / n_rows;
+            uint32_t n_rows = group_rows(batch, row), length = batch->n_tokens[row], room = (work->capacity - chunk->n_tokens) / n_rows;
             uint32_t n = length - done < room ? length - done : room;
             if (n == 0 && length > done)
                 break;
@@ -137,26 +152,59 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
     return gpu_stream_wait(work->model->ops.stream, error);
 }
 
-int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
-    int mlp_frozen;
+/* Checks, and the rotation tables for the longest row. */
+static int batch_begin(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, int *mlp_frozen, struct error *error) {
     uint32_t last = 1;
-    if (batch_check(work, cache, batch, error) || groups_check(batch, &mlp_frozen, error))
+    if (batch_check(work, cache, batch, error) || groups_check(batch, work->capacity, mlp_frozen, error))
         return -1;
     for (uint32_t r = 0; r < batch->n_rows; r++)
         if (batch->start[r] + batch->n_tokens[r] > last)
             last = batch->start[r] + batch->n_tokens[r];
-    if (model_angles_prepare(work->model, last, error))
-        return -1;
-    struct lists *lists = malloc(sizeof *lists);
-    if (!lists)
-        return error_set(error, ERROR_MEMORY, "out of memory for token lists");
     work->chunk.batch = batch;
     work->n_pending = 0;
     work->readback_used = 0;
-    int failed = batch_run(work, cache, batch, lists, mlp_frozen, error);
+    return model_angles_prepare(work->model, last, error);
+}
+
+int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+    int mlp_frozen;
+    struct lists lists;
+    int failed = lists_make(&lists, work->capacity, error) || batch_begin(work, cache, batch, &mlp_frozen, error) ||
+                 batch_run(work, cache, batch, &lists, mlp_frozen, error);
     if (failed)
         gpu_stream_abandon(work->model->ops.stream);
     work->chunk.batch = NULL;
-    free(lists);
-    return failed;
+    lists_free(&lists);
+    return failed ? -1 : 0;
+}
+
+int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+    struct chunk *chunk = &work->chunk;
+    struct lists lists;
+    uint64_t total = 0;
+    int mlp_frozen;
+    for (uint32_t r = 0; r < batch->n_rows; r++) {
+        total += batch->n_tokens[r];
+        if (batch->start[r])
+            return error_set(error, ERROR_VALUE, "a way back needs whole rows; row %u starts at position %u", r, batch->start[r]);
+    }
+    if (total > work->capacity || batch->frozen)
+        return error_set(error, ERROR_VALUE, "a way back through %llu tokens%s, there is room for %u", (unsigned long long)total,
+                         batch->frozen ? " of frozen rows" : "", work->capacity);
+    int failed = lists_make(&lists, work->capacity, error) || work_upload_reset(work, error) || batch_begin(work, cache, batch, &mlp_frozen, error);
+    if (!failed) {
+        const uint32_t *tokens = batch->tokens;
+        chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
+        for (uint32_t r = 0; r < batch->n_rows; tokens += batch->n_tokens[r++])
+            chunk_append(chunk, lists.meta, tokens, r, 0, batch->n_tokens[r]);
+        failed = chunk_run(work, cache, lists.meta, lists.frozen, lists.mlp_rows, 0, error);
+    }
+    lists_free(&lists);
+    return failed ? -1 : 0;
+}
+
+void run_whole_end(struct run_work *work, int failed) {
+    if (failed)
+        gpu_stream_abandon(work->model->ops.stream);
+    work->chunk.batch = NULL;
 }

@@ -5,16 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "run/work.h"
+#include "run/tape.h"
 
 #define RUN(call) do { if (call) return -1; } while (0)
 
-static uint64_t address(const struct gpu_buffer *buffer) {
-    return buffer ? gpu_buffer_address(buffer) : 0;
-}
+#define address(buffer) run_address(buffer)
 
 /* A whole-chunk view of [T, width] rows. */
-static struct site_view view_rows(const struct run_work *work, int site, int layer, uint64_t at, uint32_t stride) {
+struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at, uint32_t stride) {
     struct site_view view = {.site = site, .layer = layer, .address = at, .n_tokens = work->chunk.n_tokens, .token_stride = stride};
     site_shape(site, &work->model->facts, &view.n_heads, &view.width);
     view.head_stride = view.width;
@@ -22,7 +20,7 @@ static struct site_view view_rows(const struct run_work *work, int site, int lay
 }
 
 static int visit_rows(struct run_work *work, int site, int layer, uint64_t at, uint32_t stride, uint64_t scale, struct error *error) {
-    struct site_view view = view_rows(work, site, layer, at, stride);
+    struct site_view view = site_view_rows(work, site, layer, at, stride);
     view.scale = scale;
     return site_visit(work, &view, error);
 }
@@ -81,7 +79,7 @@ static int frozen(const struct run_work *work, int layer) {
 static int attention_inputs(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
-    uint64_t q = address(work->qkv), k = q + 4 * (uint64_t)f->n_heads * f->d_head, v = k + 4 * (uint64_t)f->n_kv_heads * f->d_head;
+    uint64_t q = work->at_qkv, k = q + 4 * (uint64_t)f->n_heads * f->d_head, v = k + 4 * (uint64_t)f->n_kv_heads * f->d_head;
     struct rope_params rope = {.qkv = q, .angles = address(work->model->angles[f->rope_table[l]]), .tokens = work->chunk.tokens,
                                .q_gain = layer->q_norm, .k_gain = layer->k_norm, .k_cache = address(cache->k[l]),
                                .v_cache = address(cache->v[l]), .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head,
@@ -92,6 +90,7 @@ static int attention_inputs(struct run_work *work, struct run_cache *cache, int 
     RUN(visit_rows(work, SITE_Q, l, q, work->qkv_stride, 0, error));
     RUN(visit_rows(work, SITE_K, l, k, work->qkv_stride, 0, error));
     RUN(visit_rows(work, SITE_V, l, v, work->qkv_stride, address(work->scale), error));
+    RUN(tape_keep_qkv(work, l, error));
     if (!site_wanted(work, SITE_ROT_Q, l) && !site_wanted(work, SITE_ROT_K, l))
         return op_rope(&work->model->ops, &rope, work->chunk.n_tokens, error);
     rope.flags &= ~(uint32_t)ROPE_STORE;
@@ -115,13 +114,13 @@ static int attention_tiles(struct run_work *work, struct run_cache *cache, int l
     struct site_view view = {.layer = l, .address = address(work->scores), .first = first, .n_tokens = n_tokens,
                              .token_stride = f->n_heads * key_stride, .n_heads = f->n_heads, .head_stride = key_stride, .width = chunk->max_keys};
     if (chunk->n_tiles == chunk->n_tokens && !site_wanted(work, SITE_SCORES, l) && !site_wanted(work, SITE_PATTERN, l)) { /* decoding */
-        struct decode_params decode = {.qkv = address(work->qkv), .k_cache = address(cache->k[l]), .v_cache = address(cache->v[l]), .tokens = tokens,
+        struct decode_params decode = {.qkv = work->at_qkv, .k_cache = address(cache->k[l]), .v_cache = address(cache->v[l]), .tokens = tokens,
                                        .scores = address(work->scores), .z = address(work->z), .first_token = first, .n_heads = f->n_heads,
                                        .n_kv_heads = f->n_kv_heads, .d_head = f->d_head, .stride = work->qkv_stride, .z_stride = work->z_stride,
                                        .key_stride = key_stride, .window = f->window[l], .scale = f->attn_scale, .softcap = f->attn_softcap};
         return op_attn_decode(ops, &decode, n_tokens, chunk->max_keys, error);
     }
-    struct scores_params scores = {.qkv = address(work->qkv), .k_cache = address(cache->k[l]), .tokens = tokens, .tiles = tiles,
+    struct scores_params scores = {.qkv = work->at_qkv, .k_cache = address(cache->k[l]), .tokens = tokens, .tiles = tiles,
                                    .scores = address(work->scores), .first_token = first, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads,
                                    .d_head = f->d_head, .stride = work->qkv_stride, .key_stride = key_stride, .scale = f->attn_scale,
                                    .softcap = f->attn_softcap};
@@ -173,7 +172,7 @@ static int head_results(struct run_work *work, int l, uint32_t first, uint32_t n
         return 0;
     }
     /* Odd head sizes: one row a head, zero but for that head's part. */
-    RUN(work_grow(work, &work->expanded, 4 * (uint64_t)RUN_CHUNK * f->n_heads * work->z_stride, "expanded heads", error));
+    RUN(work_grow(work, &work->expanded, 4 * (uint64_t)work->capacity * f->n_heads * work->z_stride, "expanded heads", error));
     for (uint32_t h = 0; h < f->n_heads; h++) {
         uint64_t at = 4 * (uint64_t)h * f->d_head;
         struct copy_params copy = {.x = z + at, .dst = address(work->expanded) + 4 * (uint64_t)h * work->z_stride + at, .n_rows = n,
@@ -190,7 +189,7 @@ static int visit_results(struct run_work *work, int l, uint64_t dst, struct erro
     const struct model_facts *f = &work->model->facts;
     uint64_t token_bytes = 4 * (uint64_t)f->n_heads * work->d_stride;
     uint32_t at_once = (uint32_t)(WORK_SCRATCH / token_bytes);
-    at_once = at_once < 1 ? 1 : at_once > RUN_CHUNK ? RUN_CHUNK : at_once;
+    at_once = at_once < 1 ? 1 : at_once > work->capacity ? work->capacity : at_once;
     RUN(work_grow(work, &work->result, at_once * token_bytes, "per-head results", error));
     for (uint32_t first = 0, n; first < work->chunk.n_tokens; first += n) {
         n = work->chunk.n_tokens - first < at_once ? work->chunk.n_tokens - first : at_once;
@@ -209,49 +208,56 @@ static int visit_results(struct run_work *work, int l, uint64_t dst, struct erro
     return 0;
 }
 
-/* x += [post-norm of] a block's output, which lies in work->out; `rows` (0: none) freezes it to that of other rows. */
+/* x += [post-norm of] a block's output, which lies at work->at_out and stays there; `rows` (0: none) freezes it to that of other rows. */
 static int block_output(struct run_work *work, int l, int out_site, int scale_site, int normalized_site, uint64_t post_gain, uint64_t rows,
                         struct error *error) {
     struct ops *ops = &work->model->ops;
-    uint64_t x = address(work->x), out = address(work->out);
-    int looked_at = site_wanted(work, out_site, l) || rows;
-    struct copy_params add = {.x = out, .dst = x, .add = x, .n_rows = work->chunk.n_tokens, .width = work->model->facts.d_model,
-                              .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ADD};
+    uint64_t x = address(work->x), out = work->at_out;
+    int looked_at = site_wanted(work, out_site, l) || rows || work->observer;
     if (post_gain) {
+        uint64_t normed = address(work->norm);
         if (!looked_at)
             return norm(work, scale_site, normalized_site, l, out, post_gain, x, x, 0, error);
-        RUN(norm(work, scale_site, normalized_site, l, out, post_gain, 0, out, 0, error));
+        RUN(norm(work, scale_site, normalized_site, l, out, post_gain, 0, normed, 0, error));
+        out = normed;
     }
+    struct copy_params add = {.x = out, .dst = x, .add = x, .n_rows = work->chunk.n_tokens, .width = work->model->facts.d_model,
+                              .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ADD};
     if (rows) {
-        struct copy_params pick = {.x = out, .dst = address(work->norm), .rows = rows, .n_rows = add.n_rows, .width = add.width,
+        struct copy_params pick = {.x = out, .dst = address(post_gain ? work->out : work->norm), .rows = rows, .n_rows = add.n_rows, .width = add.width,
                                    .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
         RUN(op_copy(ops, &pick, error));
         add.x = pick.dst;
     }
     RUN(visit_rows(work, out_site, l, add.x, work->d_stride, 0, error));
+    if (out_site == SITE_MLP_OUT)
+        RUN(run_see(work, SEEN_MLP_OUT, l, add.x, work->d_stride, error));
     return op_copy(ops, &add, error);
 }
 
 static int attention_block(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
-    uint64_t x = address(work->x), out = address(work->out);
+    uint64_t x = address(work->x), out = work->at_out;
     int results = site_wanted(work, SITE_RESULT, l), summed = site_edited(work, SITE_RESULT, l);
     RUN(attention_inputs(work, cache, l, error));
     RUN(attention(work, cache, l, error));
     if (results)
         RUN(visit_results(work, l, summed ? out : 0, error));
+    RUN(run_see(work, SEEN_Z, l, address(work->z), work->z_stride, error));
     if (!summed && !f->post_norms && !site_wanted(work, SITE_ATTN_OUT, l))
         return product(work, &layer->o, address(work->z), work->z_stride, layer->b_o, x, x, work->d_stride, error);
     if (!summed)
         RUN(product(work, &layer->o, address(work->z), work->z_stride, layer->b_o, 0, out, work->d_stride, error));
+    if (f->post_norms)
+        RUN(run_see(work, SEEN_ATTN_RAW, l, out, work->d_stride, error));
     return block_output(work, l, SITE_ATTN_OUT, SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED, layer->ln1_post, 0, error);
 }
 
 static int mlp_block(struct run_work *work, int l, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
-    uint64_t x = address(work->x), gate = address(work->gate_up), post = address(work->post);
+    uint64_t x = address(work->x), gate = work->at_gate_up, post = address(work->post);
     uint64_t rows = frozen(work, l) ? work->chunk.mlp_rows : 0;
     RUN(norm_product(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, layer->ln2, &layer->gate_up, layer->b_gate_up, gate, work->gate_up_stride, 0, error));
     RUN(visit_rows(work, SITE_MLP_PRE, l, gate, work->gate_up_stride, 0, error));
@@ -260,9 +266,9 @@ static int mlp_block(struct run_work *work, int l, struct error *error) {
                              .act = f->act};
     RUN(op_act(&work->model->ops, &act, work->chunk.n_tokens, error));
     RUN(visit_rows(work, SITE_MLP_POST, l, post, work->mlp_stride, 0, error));
-    if (!f->post_norms && !rows && !site_wanted(work, SITE_MLP_OUT, l))
+    if (!f->post_norms && !rows && !work->observer && !site_wanted(work, SITE_MLP_OUT, l))
         return product(work, &layer->down, post, work->mlp_stride, layer->b_down, x, x, work->d_stride, error);
-    RUN(product(work, &layer->down, post, work->mlp_stride, layer->b_down, 0, address(work->out), work->d_stride, error));
+    RUN(product(work, &layer->down, post, work->mlp_stride, layer->b_down, 0, work->at_out, work->d_stride, error));
     return block_output(work, l, SITE_MLP_OUT, SITE_LN2_POST_SCALE, SITE_LN2_POST_NORMALIZED, layer->ln2_post, rows, error);
 }
 
@@ -285,12 +291,16 @@ static int logits_rows(struct run_work *work, uint64_t x, uint32_t n_rows, int b
     return 0;
 }
 
+int run_final_norm(struct run_work *work, struct error *error) {
+    return norm(work, SITE_FINAL_SCALE, SITE_FINAL_NORMALIZED, 0, address(work->x), work->model->ln_final, 0, address(work->norm), 0, error);
+}
+
 static int logits(struct run_work *work, struct error *error) {
     const struct chunk *chunk = &work->chunk;
     const struct model *model = work->model;
     int all = chunk->batch->logits_mode == RUN_LOGITS_ALL, looked_at = site_wanted(work, SITE_FINAL_SCALE, 0) || site_wanted(work, SITE_FINAL_NORMALIZED, 0);
     if (all || looked_at)
-        RUN(norm(work, SITE_FINAL_SCALE, SITE_FINAL_NORMALIZED, 0, address(work->x), model->ln_final, 0, address(work->norm), 0, error));
+        RUN(run_final_norm(work, error));
     if (all)
         return logits_rows(work, address(work->norm), chunk->n_tokens, 0, error);
     if (chunk->batch->logits_mode != RUN_LOGITS_LAST || chunk->n_last == 0)
@@ -335,16 +345,23 @@ static int begin(struct run_work *work, struct error *error) {
     return visit_rows(work, SITE_EMBED, 0, x, work->d_stride, 0, error);
 }
 
+int run_layer(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
+    RUN(tape_layer_begin(work, l, error));
+    RUN(attention_block(work, cache, l, error));
+    RUN(visit_rows(work, SITE_RESID_MID, l, address(work->x), work->d_stride, 0, error));
+    RUN(tape_layer_middle(work, l, error));
+    return mlp_block(work, l, error);
+}
+
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error) {
     const struct model *model = work->model;
     uint64_t x = address(work->x);
     RUN(begin(work, error));
     for (int l = (int)work->chunk.batch->first_layer; l < (int)model->facts.n_layers; l++) {
         RUN(visit_rows(work, SITE_RESID_PRE, l, x, work->d_stride, 0, error));
-        RUN(attention_block(work, cache, l, error));
-        RUN(visit_rows(work, SITE_RESID_MID, l, x, work->d_stride, 0, error));
-        RUN(mlp_block(work, l, error));
+        RUN(run_layer(work, cache, l, error));
         RUN(visit_rows(work, SITE_RESID_POST, l, x, work->d_stride, 0, error));
     }
+    RUN(run_see(work, SEEN_FINAL, 0, x, work->d_stride, error));
     return logits(work, error);
 }

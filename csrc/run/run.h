@@ -55,9 +55,10 @@ struct run_batch {
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */
-int run_work_create(struct run_work **out, struct model *model, struct error *error);
+/* capacity: tokens that go through the layers at once (RUN_CHUNK; a way back needs a whole batch). */
+int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, struct error *error);
 void run_work_destroy(struct run_work *work);
-uint64_t run_work_bytes(const struct model_facts *facts);
+uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity);
 
 /* Runs the batch through all layers. On error the cache's new slots are undefined, everything else stays usable. */
 int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error);
@@ -67,7 +68,7 @@ int run_apply(struct run_work *work, const char *matrix, int layer, const float 
 /* Copies a vector (a gain with its offset, a bias) to the host. */
 int run_vector_read(struct run_work *work, const char *name, int layer, float *out, struct error *error);
 
-/* Tokens that one pass may hold at once; longer batches are cut into chunks. */
+/* Tokens that one forward pass holds at once; longer batches are cut into chunks. */
 #define RUN_CHUNK 512
 
 #endif

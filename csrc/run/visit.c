@@ -86,8 +86,8 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
     return failed ? -1 : 0;
 }
 
-/* Copies the view into readback memory, in as many pieces as that needs. */
-static int capture_record(struct run_work *work, const struct site_view *view, const struct run_capture *capture, struct error *error) {
+/* Copies the view into readback memory, in as many pieces as that needs. masked: over keys, what a key that is not seen gets. */
+static int capture_record(struct run_work *work, const struct site_view *view, const struct run_capture *capture, float masked, struct error *error) {
     int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
     uint32_t token_floats = view->n_heads * view->width, done = 0;
     while (done < view->n_tokens) {
@@ -103,7 +103,7 @@ static int capture_record(struct run_work *work, const struct site_view *view, c
                                      .x_stride = dense ? view->token_stride : view->head_stride, .out_stride = dense ? token_floats : view->width};
         struct readback piece = {.to = capture->to, .offset = offset, .first = view->first + done, .n = n, .token_floats = token_floats,
                                  .n_heads = view->n_heads, .width = view->width, .head_floats = view->width, .over_keys = over_keys,
-                                 .masked = view->site == SITE_SCORES ? -INFINITY : 0.0f, .window = work->model->facts.window[view->layer]};
+                                 .masked = masked, .window = work->model->facts.window[view->layer]};
         if (op_copy(&work->model->ops, &params, error) || work_readback_push(work, &piece, error))
             return -1;
         done += n;
@@ -115,5 +115,65 @@ int site_visit(struct run_work *work, const struct site_view *view, struct error
     if (edits_apply(work, view, error))
         return -1;
     const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
-    return capture ? capture_record(work, view, capture, error) : 0;
+    return capture ? capture_record(work, view, capture, view->site == SITE_SCORES ? -INFINITY : 0.0f, error) : 0;
+}
+
+/* The adjoint of one edit on the view: what the edit overwrote gets no gradient, what it scaled gets it scaled, a projection is its own adjoint, and
+ * what was added passes it on. */
+static int edit_undo(struct run_work *work, const struct site_view *view, const struct edit *edit, struct edit_entry *entries, struct error *error) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    uint32_t n = 0;
+    uint64_t entries_address, heads_address, zero_address = 0;
+    if (edit->kind == EDIT_ADD)
+        return 0;
+    if (edit->kind == EDIT_ADD_SCALED || site_kind(view->site) == SITE_KIND_KEYS || site_kind(view->site) == SITE_KIND_ONE ||
+        site_kind(view->site) == SITE_KIND_POST_ONE)
+        return error_set(error, ERROR_VALUE, "there is no gradient through an edit of %s", site_name(view->site));
+    if (entries_add(work, view, edit, entries, &n, error))
+        return -1;
+    if (n == 0)
+        return 0;
+    struct edit_params params = {.x = view->address, .operand = list->operand_address, .tokens = work->chunk.tokens, .token_stride = view->token_stride,
+                                 .head_stride = view->head_stride, .width = view->width, .head_step = edit->head_step, .step = edit->step,
+                                 .kind = edit->kind};
+    if (edit->kind == EDIT_SET) { /* times zero */
+        const float zero = 0;
+        if (work_upload(work, &zero, sizeof zero, &zero_address, error))
+            return -1;
+        params.operand = zero_address;
+        params.kind = EDIT_SCALE;
+        params.head_step = params.step = 0;
+        for (uint32_t i = 0; i < n; i++)
+            entries[i].operand = 0;
+    }
+    if (work_upload(work, entries, n * sizeof *entries, &entries_address, error) ||
+        work_upload(work, list->heads + edit->first_head, edit->n_heads * sizeof *list->heads, &heads_address, error))
+        return -1;
+    params.entries = entries_address;
+    params.heads = heads_address;
+    return op_edit(&work->model->ops, &params, n, edit->n_heads, error);
+}
+
+int site_visit_back(struct run_work *work, const struct site_view *view, struct error *error) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
+    if (capture && capture_record(work, view, capture, 0, error))
+        return -1;
+    uint32_t n = 0, capacity = 0;
+    for (const struct edit *edit = edit_first(list, view->site, view->layer); edit; edit = edit_next(list, edit))
+        capacity++;
+    if (capacity == 0)
+        return 0;
+    const struct edit **edits = malloc(capacity * sizeof *edits);
+    struct edit_entry *entries = malloc((view->n_tokens + 1) * sizeof *entries);
+    int failed = 0;
+    if (!edits || !entries)
+        failed = error_set(error, ERROR_MEMORY, "out of memory for edits");
+    for (const struct edit *edit = edit_first(list, view->site, view->layer); !failed && edit; edit = edit_next(list, edit))
+        edits[n++] = edit;
+    while (!failed && n > 0) /* the last edit is undone first */
+        failed = edit_undo(work, view, edits[--n], entries, error);
+    free(edits);
+    free(entries);
+    return failed ? -1 : 0;
 }

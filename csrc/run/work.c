@@ -5,11 +5,11 @@
 
 #include "run/work.h"
 
-uint64_t run_work_bytes(const struct model_facts *f) {
+uint64_t run_work_bytes(const struct model_facts *f, uint32_t capacity) {
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
     uint64_t floats = 4 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) + op_row_stride(heads) + op_row_stride(2 * f->d_mlp) +
                       op_row_stride(f->d_mlp) + 1;
-    return floats * RUN_CHUNK * 4 + WORK_READBACK + WORK_SCRATCH + (4u << 20);
+    return floats * capacity * 4 + WORK_READBACK + WORK_SCRATCH + (4u << 20);
 }
 
 static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_t bytes, const char *name, struct error *error) {
@@ -18,7 +18,7 @@ static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_
     return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
 }
 
-int run_work_create(struct run_work **out, struct model *model, struct error *error) {
+int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, struct error *error) {
     const struct model_facts *f = &model->facts;
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
     *out = NULL;
@@ -26,14 +26,15 @@ int run_work_create(struct run_work **out, struct model *model, struct error *er
     if (!work)
         return error_set(error, ERROR_MEMORY, "out of memory for a run");
     work->model = model;
+    work->capacity = capacity;
     work->d_stride = op_row_stride(f->d_model);
     work->qkv_stride = op_row_stride(heads + 2 * kv);
     work->z_stride = op_row_stride(heads);
     work->gate_up_stride = op_row_stride(2 * f->d_mlp);
     work->mlp_stride = op_row_stride(f->d_mlp);
-    work->chunk.places = malloc(RUN_CHUNK * sizeof *work->chunk.places);
-    work->chunk.tile_list = malloc(RUN_CHUNK * sizeof *work->chunk.tile_list);
-    work->chunk.last_tokens = malloc(RUN_CHUNK * sizeof *work->chunk.last_tokens);
+    work->chunk.places = malloc(capacity * sizeof *work->chunk.places);
+    work->chunk.tile_list = malloc(capacity * sizeof *work->chunk.tile_list);
+    work->chunk.last_tokens = malloc(capacity * sizeof *work->chunk.last_tokens);
     if (!work->chunk.places || !work->chunk.tile_list || !work->chunk.last_tokens) {
         error_set(error, ERROR_MEMORY, "out of memory for a run");
         goto fail;
@@ -44,7 +45,7 @@ int run_work_create(struct run_work **out, struct model *model, struct error *er
         {&work->qkv, work->qkv_stride, "q, k, v"}, {&work->z, work->z_stride, "z"}, {&work->gate_up, work->gate_up_stride, "gate and up"},
         {&work->post, work->mlp_stride, "mlp post"}};
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
-        if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)RUN_CHUNK * wanted[i].stride * 4, wanted[i].name, error))
+        if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)capacity * wanted[i].stride * 4, wanted[i].name, error))
             goto fail;
     if (gpu_buffer_create(&work->readback, model->ops.device, WORK_READBACK, GPU_READBACK, "readback", error))
         goto fail;
@@ -53,6 +54,14 @@ int run_work_create(struct run_work **out, struct model *model, struct error *er
 fail:
     run_work_destroy(work);
     return -1;
+}
+
+uint64_t run_address(const struct gpu_buffer *buffer) {
+    return buffer ? gpu_buffer_address(buffer) : 0;
+}
+
+int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error) {
+    return work->observer ? work->observer->see(work->observer->context, work, what, layer, address, stride, error) : 0;
 }
 
 static void uploads_destroy(struct upload_block *block) {
@@ -67,7 +76,8 @@ static void uploads_destroy(struct upload_block *block) {
 void run_work_destroy(struct run_work *work) {
     if (!work)
         return;
-    gpu_stream_wait(work->model->ops.stream, NULL);
+    if (work->model)
+        gpu_stream_wait(work->model->ops.stream, NULL);
     struct gpu_buffer *buffers[] = {work->x, work->norm, work->normalized, work->out, work->scale, work->qkv, work->z, work->gate_up,
                                     work->post, work->scores, work->result, work->expanded, work->readback};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
@@ -170,6 +180,10 @@ static void piece_place(const struct run_work *work, const struct readback *piec
     const struct chunk *chunk = &work->chunk;
     const struct run_batch *batch = chunk->batch;
     const float *from = (const float *)gpu_buffer_map(work->readback) + piece->offset;
+    if (piece->plain) {
+        memcpy(piece->to, from, (size_t)piece->n * piece->token_floats * sizeof *from);
+        return;
+    }
     for (uint32_t t = 0; t < piece->n; t++, from += piece->token_floats) {
         struct token_place place = chunk->places[piece->by_row ? chunk->last_tokens[piece->first + t] : piece->first + t];
         int32_t row = batch->out_row[place.row];

@@ -21,6 +21,7 @@ struct readback {
     uint32_t token_floats;   /* floats from token to token in readback memory */
     uint32_t n_heads, width; /* what to take of it: n_heads x width, heads `head_floats` apart */
     uint32_t head_floats;
+    int plain;               /* n values of token_floats each, one behind the other: no tokens of the chunk */
     int by_row;              /* one value a row: the output has no column axis */
     int over_keys;           /* scores or pattern: the output's last axis is keys */
     float masked;            /* over keys: what a key that the query does not see gets */
@@ -33,14 +34,15 @@ struct token_place { uint32_t row, pos, packed; }; /* packed: index into the bat
 struct chunk {
     const struct run_batch *batch;
     uint32_t n_tokens, n_tiles, n_last, max_keys;
-    struct token_place *places; /* [RUN_CHUNK] */
+    struct token_place *places; /* [capacity] */
     uint64_t tokens, frozen_tokens, tiles, last_rows, mlp_rows; /* device addresses */
-    struct query_tile *tile_list; /* [RUN_CHUNK] */
-    uint32_t *last_tokens;        /* [RUN_CHUNK] chunk tokens whose logits are asked for in LAST mode */
+    struct query_tile *tile_list; /* [capacity] */
+    uint32_t *last_tokens;        /* [capacity] chunk tokens whose logits are asked for in LAST mode */
 };
 
 struct run_work {
     struct model *model;
+    uint32_t capacity; /* tokens that a chunk may hold */
     uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
     struct gpu_buffer *scores, *result, *expanded; /* grown when asked for */
@@ -50,7 +52,29 @@ struct run_work {
     uint32_t n_pending, pending_capacity;
     struct upload_block *uploads;
     struct chunk chunk;
+    /* Where the present layer's values lie: this work's own buffers, or those of a tape (tape.h). */
+    uint64_t at_qkv, at_gate_up, at_out;
+    struct run_tape *tape;              /* NULL: nothing is kept for a way back */
+    const struct run_observer *observer; /* NULL: nobody looks on */
 };
+
+/* What passes by while a batch runs, for whoever computes with it on the device (csrc/analysis). `address`: [T, stride] rows. */
+enum run_seen {
+    SEEN_Z,          /* per-head mixes */
+    SEEN_ATTN_RAW,   /* attention's output before the post-norm (post-norm models only) */
+    SEEN_MLP_OUT,    /* what the MLP adds to the stream */
+    SEEN_FINAL,      /* the stream after the last layer */
+    /* on the way back, gradients with respect to: */
+    SEEN_D_RESID_POST, SEEN_D_RESID_MID, SEEN_D_RESID_PRE, /* the stream */
+    SEEN_D_FINAL_NORMED, SEEN_D_FINAL_INPUT,               /* logits' input after / before norm and gain */
+    SEEN_D_MLP_NORMED, SEEN_D_MLP_INPUT,                   /* the MLP's input after / before norm and gain, through the MLP alone */
+    SEEN_D_QKV,      /* q, k, v before norm per head and rotation */
+};
+struct run_observer {
+    void *context;
+    int (*see)(void *context, struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error);
+};
+int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error);
 
 /* Copies `bytes` to memory that kernels can read until the next upload_reset. */
 int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address, struct error *error);
@@ -65,6 +89,16 @@ int work_readback_drain(struct run_work *work, struct error *error);
 
 /* layers.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
+/* One layer, from the stream in work->x to the stream in work->x, without the sites before and after it. */
+int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
+/* work->norm = final norm of the stream in work->x, with its sites. */
+int run_final_norm(struct run_work *work, struct error *error);
+uint64_t run_address(const struct gpu_buffer *buffer); /* 0 for none */
+
+/* forward.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays valid (and the uploads, until the next
+ * work_upload_reset) so that a way back can follow; call run_whole_end after it, whatever happened. */
+int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error);
+void run_whole_end(struct run_work *work, int failed);
 
 /* A site's values as they lie in memory. */
 struct site_view {
@@ -78,5 +112,9 @@ struct site_view {
 int site_wanted(const struct run_work *work, int site, int layer);
 int site_edited(const struct run_work *work, int site, int layer);
 int site_visit(struct run_work *work, const struct site_view *view, struct error *error);
+/* On the way back: the view holds the gradient with respect to the site after its edits. It is captured (chunk.batch->captures), then becomes the
+ * gradient with respect to the site before them. */
+int site_visit_back(struct run_work *work, const struct site_view *view, struct error *error);
+struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at, uint32_t stride);
 
 #endif

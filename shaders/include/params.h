@@ -381,7 +381,7 @@ BLOCK(pair_grad_params) {
 /* In place: logits of a row (before the soft cap) -> weight * d(value)/d(logit before the cap); value[r] is the scalar itself, without its weight. */
 BLOCK(logit_grad_params) {
     ADDRESS(FloatsInOut) logits;   /* [n, stride]; pad columns become zero */
-    ADDRESS(FloatsIn) reference;   /* logits before the cap */
+    ADDRESS(FloatsIn) reference;   /* logits of other runs */
     ADDRESS(FloatsIn) other;
     ADDRESS(Words) targets;        /* [n] */
     ADDRESS(FloatsIn) weights;     /* [n] */
@@ -389,7 +389,8 @@ BLOCK(logit_grad_params) {
     UINT width;
     UINT stride;
     UINT kind;
-    float softcap;                 /* 0: none, or not wanted */
+    float softcap;                 /* of `logits`; 0: none, or not wanted */
+    float reference_softcap;       /* of `reference` and `other`; 0: none, or already applied */
 };
 
 /* Reads n_cells of 16 bytes, cells_each by every subgroup. */

@@ -1,0 +1,130 @@
+/* A tape's memory, and what the forward pass puts on it. */
+#include <stdlib.h>
+
+#include "run/tape.h"
+
+/* Strides of a layer's inside: mid, qkv_in, qkv, gate_up, attn_raw, mlp_raw. */
+static int inside_strides(const struct model_facts *f, uint32_t strides[6]) {
+    uint32_t d = op_row_stride(f->d_model), qkv = op_row_stride((f->n_heads + 2 * f->n_kv_heads) * f->d_head);
+    const uint32_t all[6] = {d, qkv, qkv, op_row_stride(2 * f->d_mlp), d, d};
+    for (int i = 0; i < 6; i++)
+        strides[i] = all[i];
+    return f->post_norms ? 6 : 4;
+}
+
+uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer, int keep_inside) {
+    uint32_t strides[6], heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head, layers = f->n_layers - first_layer;
+    uint64_t inside = 0, own = 3 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) + op_row_stride(heads) +
+                               op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp);
+    for (int i = 0, n = inside_strides(f, strides); i < n; i++)
+        inside += strides[i];
+    return 4 * (uint64_t)capacity * (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) + own) + 2 * WORK_SCRATCH;
+}
+
+static int zeroed(const struct run_work *work, struct gpu_buffer **out, uint32_t stride, const char *name, struct error *error) {
+    if (gpu_buffer_create(out, work->model->ops.device, 4 * (uint64_t)work->capacity * stride, GPU_DEVICE_LOCAL, name, error))
+        return -1;
+    return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
+}
+
+static int inside_make(const struct run_work *work, struct tape_layer *layer, struct error *error) {
+    uint32_t strides[6];
+    int n = inside_strides(&work->model->facts, strides);
+    struct gpu_buffer **buffers[6] = {&layer->mid, &layer->qkv_in, &layer->qkv, &layer->gate_up, &layer->attn_raw, &layer->mlp_raw};
+    for (int i = 0; i < n; i++)
+        if (zeroed(work, buffers[i], strides[i], "tape", error))
+            return -1;
+    return 0;
+}
+
+int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t first_layer, int keep_inside, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    *out = NULL;
+    struct run_tape *tape = calloc(1, sizeof *tape);
+    if (tape)
+        tape->layers = calloc(f->n_layers, sizeof *tape->layers);
+    if (!tape || !tape->layers) {
+        error_set(error, ERROR_MEMORY, "out of memory for a tape");
+        goto fail;
+    }
+    tape->capacity = work->capacity;
+    tape->first_layer = first_layer;
+    tape->n_layers = f->n_layers;
+    tape->keep_inside = keep_inside;
+    for (uint32_t l = f->n_layers; l-- > first_layer;) {
+        if (zeroed(work, &tape->layers[l].x, work->d_stride, "tape", error))
+            goto fail;
+        if (l + 1 < f->n_layers && !keep_inside) {
+            struct gpu_buffer *x = tape->layers[l].x;
+            tape->layers[l] = tape->layers[l + 1];
+            tape->layers[l].x = x;
+        } else if (inside_make(work, &tape->layers[l], error)) {
+            goto fail;
+        }
+    }
+    const struct { struct gpu_buffer **buffer; uint32_t stride; } wanted[] = {
+        {&tape->dx, work->d_stride}, {&tape->dnorm, work->d_stride}, {&tape->draw, work->d_stride}, {&tape->dqkv, work->qkv_stride},
+        {&tape->dz, work->z_stride}, {&tape->dgate_up, work->gate_up_stride}, {&tape->dpost, work->mlp_stride}};
+    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
+        if (zeroed(work, wanted[i].buffer, wanted[i].stride, "way back", error))
+            goto fail;
+    *out = tape;
+    return 0;
+fail:
+    gpu_stream_abandon(work->model->ops.stream);
+    run_tape_destroy(tape);
+    return -1;
+}
+
+void run_tape_destroy(struct run_tape *tape) {
+    if (!tape)
+        return;
+    for (uint32_t l = 0; tape->layers && l < tape->n_layers; l++) {
+        struct tape_layer *layer = &tape->layers[l];
+        gpu_buffer_destroy(layer->x);
+        if (!tape->keep_inside && l + 1 < tape->n_layers)
+            continue; /* the inside is the last layer's */
+        struct gpu_buffer *inside[] = {layer->mid, layer->qkv_in, layer->qkv, layer->gate_up, layer->attn_raw, layer->mlp_raw};
+        for (size_t i = 0; i < sizeof inside / sizeof inside[0]; i++)
+            gpu_buffer_destroy(inside[i]);
+    }
+    struct gpu_buffer *own[] = {tape->dx, tape->dnorm, tape->draw, tape->dqkv, tape->dz, tape->dgate_up, tape->dpost, tape->dscores, tape->capped,
+                                tape->metric, tape->logits, tape->reference};
+    for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
+        gpu_buffer_destroy(own[i]);
+    free(tape->layers);
+    free(tape);
+}
+
+static int keep(struct run_work *work, uint64_t from, struct gpu_buffer *to, uint32_t width, uint32_t stride, struct error *error) {
+    struct copy_params copy = {.x = from, .dst = gpu_buffer_address(to), .n_rows = work->chunk.n_tokens, .width = width, .x_stride = stride,
+                               .out_stride = stride};
+    return op_copy(&work->model->ops, &copy, error);
+}
+
+static const struct tape_layer *taped(const struct run_work *work, int layer) {
+    return work->tape && layer >= (int)work->tape->first_layer ? &work->tape->layers[layer] : NULL;
+}
+
+int tape_layer_begin(struct run_work *work, int l, struct error *error) {
+    const struct tape_layer *layer = taped(work, l);
+    work->at_qkv = run_address(layer ? layer->qkv : work->qkv);
+    work->at_gate_up = run_address(layer ? layer->gate_up : work->gate_up);
+    work->at_out = run_address(layer && layer->attn_raw ? layer->attn_raw : work->out);
+    return layer ? keep(work, run_address(work->x), layer->x, work->model->facts.d_model, work->d_stride, error) : 0;
+}
+
+int tape_layer_middle(struct run_work *work, int l, struct error *error) {
+    const struct tape_layer *layer = taped(work, l);
+    if (!layer)
+        return 0;
+    if (layer->mlp_raw)
+        work->at_out = run_address(layer->mlp_raw);
+    return keep(work, run_address(work->x), layer->mid, work->model->facts.d_model, work->d_stride, error);
+}
+
+int tape_keep_qkv(struct run_work *work, int l, struct error *error) {
+    const struct tape_layer *layer = taped(work, l);
+    const struct model_facts *f = &work->model->facts;
+    return layer ? keep(work, work->at_qkv, layer->qkv_in, (f->n_heads + 2 * f->n_kv_heads) * f->d_head, work->qkv_stride, error) : 0;
+}
