@@ -16,16 +16,17 @@ __version__ = "0.1.0"
 _LAZY = {
     "Model": "model", "Config": "config", "devices": "device", "Device": "device", "Run": "run", "Generation": "generation",
     "Steer": "edits", "Ablate": "edits", "Set": "edits", "Add": "edits", "Scale": "edits", "MeanAblate": "edits",
-    "SteeringVector": "vectors",
+    "SteeringVector": "vectors", "LogitDiff": "gradients", "LogProb": "gradients", "KL": "gradients", "Gradients": "gradients",
 }
-_MODULES = ("data", "freezing", "judge", "patching", "steering")
+_MODULES = ("circuits", "data", "freezing", "judge", "patching", "steering")
 
 if TYPE_CHECKING:
-    from . import data, freezing, judge, patching, steering
+    from . import circuits, data, freezing, judge, patching, steering
     from .config import Config
     from .device import Device, devices
     from .edits import Ablate, Add, MeanAblate, Scale, Set, Steer
     from .generation import Generation
+    from .gradients import KL, Gradients, LogitDiff, LogProb
     from .model import Model
     from .run import Run
     from .vectors import SteeringVector

@@ -19,6 +19,7 @@ examples:
   vksteer generate --model ./Llama-3.2-3B-Instruct --vector refusal.gguf --coefficient -1 --prompt "..."
   vksteer freeze --model tiny-llama-chat --out table1
   vksteer freeze --model ./Llama-3.2-3B-Instruct --harmful harmful.csv:goal --harmless alpaca.jsonl:instruction --out table1
+  vksteer circuit --model tiny-llama-chat --out circuit
 """
 
 
@@ -112,6 +113,10 @@ def _build() -> argparse.ArgumentParser:
     group.add_argument("--judge", metavar="MODEL", help="a Llama Guard 2 model that judges answers to harmful prompts (default: the substring judge)")
     freeze.add_argument("--out", metavar="DIR", help="write table, picture, answers and vector here; a second run with the same arguments resumes")
     freeze.set_defaults(run=_freeze)
+
+    from .cli_circuit import add_parser as add_circuit
+
+    add_circuit(commands, _Help, _model_arguments, _positive)
     return parser
 
 

@@ -1,5 +1,33 @@
-"""Multi-token patching (method.md sections 4 and 5)."""
+"""Multi-token patching (method.md sections 4 and 5): the front door of graphs, samples, scores and exact patches."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from .graph import Graph, graph
 
-__all__ = ["Graph", "graph"]
+#: Where a public name lives; resolved on first access.
+_LAZY = {"Sample": "samples", "Samples": "samples", "make_samples": "samples", "EdgeScores": "edge_scores", "attribute": "attribution", "exact": "attribution",
+         "plan": "patching_plan", "Plan": "patching_plan", "agreement": "agreement", "Agreement": "agreement"}
+
+if TYPE_CHECKING:
+    from .agreement import Agreement, agreement
+    from .attribution import attribute, exact
+    from .edge_scores import EdgeScores
+    from .patching_plan import Plan, plan
+    from .samples import Sample, Samples, make_samples
+
+__all__ = ["Graph", "graph", *_LAZY]
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vksteer.patching' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __package__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
