@@ -90,6 +90,8 @@ int engine_poll(void *context);
 PyObject *engine_devices(PyObject *module, PyObject *unused);
 /* ops_type.c */
 PyObject *engine_ops(PyObject *module, PyObject *unused);
+/* tape_type.c */
+PyObject *engine_tape_bytes(PyObject *module, PyObject *args);
 /* forward.c */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
 /* A batch as it comes from Python: arrays that are borrowed until batch_release. */

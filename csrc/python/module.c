@@ -191,6 +191,7 @@ static PyMethodDef engine_methods[] = {
     {"devices", engine_devices, METH_NOARGS, "devices() -> list of dicts: every Vulkan device of this machine; [] without a driver."},
     {"sites", engine_sites, METH_NOARGS, "sites() -> list of (name, kind, layered) in the order of the forward pass."},
     {"kernels", engine_kernels, METH_NOARGS, "kernels() -> list of (name, SPIR-V bytes, bytes of parameters)."},
+    {"tape_bytes", engine_tape_bytes, METH_VARARGS, "tape_bytes(model, capacity, first_layer, keep_inside) -> bytes of device memory that a Tape takes."},
     {"ops", engine_ops, METH_NOARGS, "ops() -> list of (name, bytes of its argument block, [(field, kind, offset)]): what Bench.run takes."},
     {NULL, NULL, 0, NULL},
 };

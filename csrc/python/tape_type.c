@@ -149,3 +149,19 @@ static PyType_Slot tape_slots[] = {{Py_tp_new, tape_new}, {Py_tp_dealloc, tape_d
                                    {Py_tp_doc, "Tape(model, capacity, first_layer, keep_inside=True): memory for gradients through layers >= first_layer."},
                                    {0, NULL}};
 PyType_Spec tape_spec = {.name = "vksteer._engine.Tape", .basicsize = sizeof(struct tape_object), .flags = Py_TPFLAGS_DEFAULT, .slots = tape_slots};
+
+/* tape_bytes(model, capacity, first_layer, keep_inside) -> int: device bytes that such a Tape would take. */
+PyObject *engine_tape_bytes(PyObject *module, PyObject *args) {
+    PyObject *model;
+    unsigned int capacity, first_layer;
+    int keep_inside;
+    if (!PyArg_ParseTuple(args, "OIIp", &model, &capacity, &first_layer, &keep_inside))
+        return NULL;
+    struct engine_state *state = PyModule_GetState(module);
+    if ((PyObject *)Py_TYPE(model) != state->model_type || !((struct model_object *)model)->model)
+        return PyErr_Format(PyExc_TypeError, "tape_bytes needs an open Model");
+    const struct model_facts *f = &((struct model_object *)model)->model->facts;
+    if (first_layer >= f->n_layers)
+        return PyErr_Format(PyExc_ValueError, "layer %u of %u", first_layer, f->n_layers);
+    return PyLong_FromUnsignedLongLong(run_tape_bytes(f, capacity, first_layer, keep_inside) + run_work_bytes(f, capacity));
+}

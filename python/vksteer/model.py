@@ -44,7 +44,7 @@ class Model:
         self.config, self.tokenizer, self.name, self.fingerprint = config, tokenizer, name, fingerprint
         self.eos_ids = tuple(eos_ids)
         self._sites = SiteTable(config)
-        self._cache = None
+        self._cache = self._tape = None
         _alive.add(self)
 
     # -- loading -----------------------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Model:
 
     def close(self) -> None:
         """Frees the device memory; legal twice. Arrays that were returned stay as they are."""
-        self._cache = None
+        self._cache = self._tape = None
         if self._engine is not None:
             self._engine.close()
 
@@ -154,6 +154,21 @@ class Model:
         return generate(self, prompts, max_new_tokens=max_new_tokens, edits=edits, freeze=freeze, ablate=ablate, freeze_layers=freeze_layers,
                         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, ignore_eos=ignore_eos, capture=capture,
                         batch_size=batch_size, on_token=on_token, progress=progress)
+
+    def gradients(self, prompts, responses=None, *, of, at, edits=(), progress=True):
+        """d(scalar)/d(site), one scalar a row, computed on the device with respect to activations.
+
+        of: vs.LogitDiff(position, a, b), vs.LogProb(positions, tokens) or vs.KL(reference_logits, positions); one for all rows or a list with
+        one a row. at: site names or patterns; the gradient is with respect to the captured value (after edits), shaped and left-padded as
+        `run[site]`; at a site that several later inputs read (the stream) it is the whole gradient. edits: as in `run`; what an edit overwrote
+        passes no gradient on.
+        Returns Gradients (`grads[site]`, `.values` float64 [B]). Raises ValueError, TypeError, KeyError before any work (edits of scales, scores
+        and patterns have no way back); DeviceError. Source: method.md section 5.
+        """
+        from .gradients import gradients
+
+        self._check_open()
+        return gradients(self, prompts, responses, of=of, at=at, edits=edits, progress=progress)
 
     def _check_open(self):
         try:
