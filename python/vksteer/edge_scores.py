@@ -49,6 +49,8 @@ class EdgeScores:
         self.nodes = None if nodes is None else _array(nodes, "nodes", (N,))
         self.weights = None if weights is None else _counts(weights)
         n = None if self.weights is None else self.weights.size
+        if n is None and (sample_edges is not None or sample_nodes is not None):
+            raise ValueError("scores of each sample need their weights (metric positions), too")
         self.dims = None
         if dims is not None:
             shape = np.shape(dims)
@@ -58,8 +60,6 @@ class EdgeScores:
         self.sample_edges = None if sample_edges is None else _array(sample_edges, "sample_edges", (n, E))
         self.sample_nodes = None if sample_nodes is None else _array(sample_nodes, "sample_nodes", (n, N))
         self.positions = None if positions is None else tuple(_positions(p, i, E) for i, p in enumerate(positions))
-        if n is None and (sample_edges is not None or sample_nodes is not None):
-            raise ValueError("scores of each sample need their weights (metric positions), too")
         if n_positions is None:
             if self.weights is None:
                 raise ValueError("n_positions (metric positions in all) is needed, or the weights of the samples")

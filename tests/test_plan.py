@@ -1,0 +1,159 @@
+"""The plan of memory and work from a configuration alone, and the report of agreement between estimates and exact patches."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from vksteer import patching
+from vksteer.agreement import agreement, average_ranks
+from vksteer.edge_scores import EdgeScores
+from vksteer.graph import Graph, graph
+from vksteer.patching_plan import accumulator_floats, contraction_operations, layer_weights, memory_bytes, plan, tape_floats
+
+LLAMA_3B = dict(n_layers=28, n_heads=24, n_kv_heads=8, d_model=3072, d_head=128, d_mlp=8192, d_vocab=128256, n_ctx=131072, post_norms=False, tied=True, window=(0,) * 28)
+LLAMA_8B = dict(n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_head=128, d_mlp=14336, d_vocab=128256, n_ctx=8192, post_norms=False, tied=False, window=(0,) * 32)
+TINY = dict(n_layers=3, n_heads=4, n_kv_heads=2, d_model=6, d_head=5, d_mlp=7, d_vocab=11, n_ctx=64, post_norms=True, tied=False, window=(0, 3, 0))
+
+
+def config(facts, **changes):
+    return SimpleNamespace(**{**facts, **changes})
+
+
+@pytest.mark.parametrize("facts, layer, parameters", [(LLAMA_3B, 12, 3.212e9), (LLAMA_8B, 12, 8.030e9)])
+def test_big_models(facts, layer, parameters):
+    p = plan(config(facts), layer, 512)
+    assert p.weights == pytest.approx(2 * parameters, rel=1e-3)  # the sizes that the models are named after
+    assert p.n_edges == graph(config(facts), layer).n_edges and p.mode == "kept" and p.fits
+    # Sanity of scale: a step costs about what a forward and a backward pass over the layers above cost, 4 operations a weight and token.
+    above = (facts["n_layers"] - layer) * layer_weights(config(facts)) + facts["d_vocab"] * facts["d_model"]
+    assert 0.9 < p.backward / (10 * 2 * 512 * above) < 1.3 and p.contraction < 0.1 * p.work
+    text = str(p)
+    assert "512 positions" in text and f"{p.n_edges} edges" in text and "TFLOP" in text and "GB" in text
+    assert json.loads(json.dumps(p.to_dict()))["total"] == p.total and p.seconds(1e12) == p.work / 1e12
+
+
+def test_memory_is_the_sum_of_its_parts():
+    """By hand: D 6, H 4, G 2, dh 5, F 7, post-norms."""
+    c = config(TINY)
+    assert tape_floats(c) == 2 * 6 + 2 * 8 * 5 + 4 * 5 + 2 * 7 + 2 * 6
+    assert tape_floats(config(TINY, post_norms=False)) == tape_floats(c) - 12
+    assert accumulator_floats(c, 10) == 8 * 5 + 6 + 10 * (6 + 8 + 2)
+    p = plan(c, 1, 9)
+    assert p.tape_kept == 4 * 9 * 2 * tape_floats(c) and p.tape_recomputed == 4 * 9 * (2 * 6 + tape_floats(c)) and p.accumulators == 4 * 9 * 2 * accumulator_floats(c, 10)
+    assert p.weights == 2 * (2 * 11 * 6 + 3 * layer_weights(c)) and layer_weights(c) == 6 * 5 * (4 + 2 + 2 + 4) + 3 * 6 * 7
+    assert p.scores == 8 * (p.n_edges + p.n_nodes) + 4 * 6 and plan(c, 1, 9, dims="all").scores == 8 * (p.n_edges + p.n_nodes) + 4 * 6 * p.n_nodes
+    assert plan(c, 1, 9, weight_bytes=4).weights == 2 * p.weights
+
+
+def test_work_by_hand():
+    c, S, T = config(TINY), 9, 10
+    pairs = [45, sum(min(i, 3) for i in range(1, 10)), 45]  # the middle layer has a window of 3
+    layers = [2 * S * layer_weights(c) + 4 * n * 4 * 5 for n in pairs]
+    logits = 2 * 4 * 11 * 6
+    p = plan(c, 1, S, response=4)
+    assert p.forward == layers[0] + 12 * (layers[1] + layers[2] + logits)
+    assert p.backward == 10 * (2 * 2 * S * layer_weights(c) + 2.5 * 4 * 20 * (pairs[1] + pairs[2]) + logits)
+    again = plan(c, 1, S, response=4, max_memory=1)
+    assert again.mode == "recomputed" and again.forward == p.forward + 10 * (layers[1] + layers[2]) and not again.fits and "tiles" in str(again)
+    # Edges: one product of width D; norms: every upstream node along every later normed input, each step.
+    g = graph(c, 1)
+    norms = 0
+    for name, start in zip(g.node_names, g.start):
+        for layer in range(2):
+            norms += int(layer * g.width >= start) + int(layer * g.width + g.width - 1 >= start)
+        norms += 1
+    made = 2 * 2 * 6 * 5 * (4 + 8)
+    assert contraction_operations(c, g, S, T) == S * (made + 2 * 6 * g.n_edges + T * (2 * 6 * norms + 2 * g.n_edges))
+    assert contraction_operations(c, g, S, T, "normed") == S * (made + 2 * 6 * g.n_edges)
+
+
+def test_mode_follows_memory():
+    c = config(LLAMA_3B)
+    whole = plan(c, 12, 512)
+    assert plan(c, 12, 512, max_memory=whole.total).mode == "kept"
+    less = plan(c, 12, 512, max_memory=whole.total - 1)
+    assert less.mode == "recomputed" and less.total < whole.total and less.work > whole.work and less.fits and plan(c, 12, 512, max_memory="2GiB").max_memory == 2 << 30
+    # Work and memory grow with positions, memory linearly.
+    assert plan(c, 12, 128).tape_kept * 4 == whole.tape_kept and whole.work > 4 * plan(c, 12, 128).work
+
+
+def test_from_a_config_file(tmp_path):
+    import vksteer
+
+    released = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+                "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+                "rope_theta": 500000.0, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    c = vksteer.Config.from_pretrained(tmp_path / "config.json")
+    assert vksteer.patching.plan(c, 12, 512) == plan(config(LLAMA_3B), 12, 512) == plan(SimpleNamespace(config=c), 12, 512)
+
+
+@pytest.mark.parametrize("change, says", [(dict(layer=28), "0 to 27"), (dict(positions=0), "positions"), (dict(positions=10**6), "context"), (dict(steps=0), "steps"), (dict(dims="some"), "dims"),
+                                          (dict(at="here"), "at"), (dict(response=600), "600"), (dict(max_memory="much"), "much"), (dict(max_memory=0), "max_memory"), (dict(weight_bytes=0), "weight_bytes")])
+def test_plan_refuses(change, says):
+    with pytest.raises(ValueError, match=says):
+        plan(**{**dict(config=config(LLAMA_3B), layer=12, positions=512), **change})
+
+
+@pytest.mark.parametrize("text, want", [("6GiB", 6 << 30), ("500 MB", 500_000_000), ("1.5G", 3 << 29), (" 12kB ", 12_000), ("17", 17), (17, 17), (2e9, 2_000_000_000), (None, None), (np.int64(5), 5)])
+def test_memory_texts(text, want):
+    assert memory_bytes(text) == want
+
+
+@pytest.mark.parametrize("bad", ["", "GiB", "-1GB", "1XB", 0, -5, 1.5, True, [1]])
+def test_bad_memory_texts(bad):
+    with pytest.raises(ValueError, match="max_memory"):
+        memory_bytes(bad)
+
+
+# -- agreement ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.sampled_from([2, 5, 10**6]))
+def test_correlations_are_scipy_s(seed, n, levels):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(-levels, levels, n) / levels, rng.integers(-levels, levels, n) / levels
+    np.testing.assert_array_equal(average_ranks(x), stats.rankdata(x))
+    a = agreement(x, y)
+    if np.ptp(x) and np.ptp(y):
+        assert a.pearson == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-9) and a.spearman == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-9)
+    else:
+        assert np.isnan(a.pearson) and np.isnan(a.spearman)
+    json.dumps(a.to_dict(), allow_nan=False)
+
+
+def test_agreement_in_numbers():
+    x = np.array([5.0, -4, 3, 2, -1, 0])
+    y = np.array([10.0, -8, 1, -6, 0, 0])
+    a = patching.agreement(x, y, k=[1, 3])
+    assert a.n == 6 and a.overlap == {1: 1.0, 3: 2 / 3} and a.sign == 3 / 5 and a.slope == pytest.approx(x @ y / (x @ x)) and a.worst == (3, 2.0, -6.0)
+    assert agreement(x, 2 * x).pearson == pytest.approx(1) == agreement(x, 2 * x).spearman and agreement(x, 2 * x).slope == 2 and agreement(x, -x).sign == 0
+    assert agreement(x, y).overlap == {3: 2 / 3} and list(agreement(np.arange(400.0), np.arange(400.0)).overlap) == [10, 30, 100, 300]
+    assert "Pearson" in str(a) and "top 3: 0.67" in str(a) and a.to_dict()["overlap"] == {"1": 1.0, "3": 2 / 3}
+
+
+def test_agreement_of_scores(rng):
+    g = Graph(2, 2, 1, 0)
+    s = EdgeScores(g, rng.standard_normal(g.n_edges), rng.standard_normal(g.n_upstream), n_positions=1)
+    assert agreement(s, s.edges).pearson == pytest.approx(1) == agreement(s, s.nodes).pearson
+
+
+@pytest.mark.parametrize("x, y, k, says", [([1.0], [1.0], None, "two"), ([1, 2, 3.0], [1, 2.0], None, "3 estimates but 2"), ([1, np.nan], [1, 2], None, r"estimate\[1\]"), ([1, 2], [np.inf, 2], None, "exact"),
+                                           ([1, 2], [1, 2], 3, "3 of 2"), ([1, 2], [1, 2], 0, "k")])
+def test_agreement_refuses(x, y, k, says):
+    with pytest.raises(ValueError, match=says):
+        agreement(x, y, k)
+
+
+def test_agreement_picture(tmp_path, rng):
+    pytest.importorskip("matplotlib")
+    x = rng.standard_normal(50)
+    agreement(x, x + 0.1 * rng.standard_normal(50)).plot(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 3000
