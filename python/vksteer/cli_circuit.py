@@ -247,9 +247,15 @@ class _Work:
 def circuit(arguments) -> int:
     """Runs the command; the exit status."""
     from . import cli
+    from .patching_plan import memory_bytes
 
     show, sign = sys.stderr.isatty(), -1.0 if arguments.side == "harmful" else 1.0
     _sizes(arguments.sizes)
+    if not 0 < arguments.threshold <= 1:
+        raise ValueError(f"--threshold takes a share above 0 and at most 1, not {arguments.threshold:g}")
+    if arguments.random < 0:
+        raise ValueError(f"--random takes a whole number from 0 on, not {arguments.random}")
+    memory_bytes(arguments.max_memory, "--max-memory")
     vectors = _vectors(arguments)
     strengths = arguments.coefficient * max(1, len(vectors)) if len(arguments.coefficient) == 1 else arguments.coefficient
     if len(strengths) != max(1, len(vectors)):
