@@ -11,41 +11,42 @@ float cap(float x, float softcap)
     return softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x;
 }
 
-// A macro hands over the array: SwiftShader crashes where a reference is a function's argument. log_sum becomes log sum exp over the row.
-#define LOG_SUM(array, softcap, log_sum) { \
-    float top = -3.402823466e38, sum = 0.0; \
+// The row's largest logit and the log of the sum of exp above it: apart, so that large logits cost no digits.
+// A macro hands over the array: SwiftShader crashes where a reference is a function's argument.
+#define LOG_SUM(array, softcap, top, log_sum) { \
+    float sum = 0.0; \
     for (uint i = lane; i < p.width; i += WG) \
         top = max(top, cap(array.at[row + i], softcap)); \
     top = workgroup_max(top); \
     for (uint i = lane; i < p.width; i += WG) \
         sum += exp(cap(array.at[row + i], softcap) - top); \
-    log_sum = top + log(workgroup_sum(sum)); \
+    log_sum = log(workgroup_sum(sum)); \
 }
 
 void main()
 {
     const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, row = r * p.stride;
-    const float weight = p.weights.at[r];
-    float log_sum, reference_sum = 0.0, other_sum = 0.0, value = 0.0;
-    LOG_SUM(p.logits, p.softcap, log_sum)
+    const float weight = p.weights.at[r], least = -3.402823466e38;
+    float top = least, reference_top = least, other_top = least, log_sum, reference_sum = 0.0, other_sum = 0.0, value = 0.0;
+    LOG_SUM(p.logits, p.softcap, top, log_sum)
     if (p.kind != LOGIT_GRAD_LOG_PROB)
-        LOG_SUM(p.reference, p.reference_softcap, reference_sum)
+        LOG_SUM(p.reference, p.reference_softcap, reference_top, reference_sum)
     if (p.kind == LOGIT_GRAD_DIRECTIONAL_KL)
-        LOG_SUM(p.other, p.reference_softcap, other_sum)
+        LOG_SUM(p.other, p.reference_softcap, other_top, other_sum)
     const uint target = p.kind == LOGIT_GRAD_LOG_PROB ? p.targets.at[r] : 0;
     for (uint i = lane; i < p.width; i += WG) {
         float raw = p.logits.at[row + i], capped = cap(raw, p.softcap), d;
-        float log_p = capped - log_sum;
+        float log_p = capped - top - log_sum;
         if (p.kind == LOGIT_GRAD_LOG_PROB) {
             d = (i == target ? 1.0 : 0.0) - exp(log_p);
             value += i == target ? log_p : 0.0;
         } else {
-            float log_reference = cap(p.reference.at[row + i], p.reference_softcap) - reference_sum, reference = exp(log_reference);
+            float log_reference = cap(p.reference.at[row + i], p.reference_softcap) - reference_top - reference_sum, reference = exp(log_reference);
             if (p.kind == LOGIT_GRAD_KL) {
                 d = exp(log_p) - reference;
                 value = fma(reference, log_reference - log_p, value);
             } else {
-                float log_other = cap(p.other.at[row + i], p.reference_softcap) - other_sum, other = exp(log_other);
+                float log_other = cap(p.other.at[row + i], p.reference_softcap) - other_top - other_sum, other = exp(log_other);
                 d = reference - other;
                 value += other * (log_other - log_p) - reference * (log_reference - log_p);
             }

@@ -17,6 +17,7 @@
 /* Panels at `weights`, cut into chunks of `chunk_rows` rows (a multiple of 32; 0: one chunk). */
 struct matrix_block { uint64_t weights; uint32_t weight_type, n, k, chunk_rows; };
 struct linear_block { struct op_linear_args params; struct matrix_block matrix; uint32_t family_plus_1; /* 0: the device's own choice */ };
+struct linear_bwd_block { struct op_linear_bwd_args params; struct matrix_block matrix; uint32_t family_plus_1; };
 struct embed_block { uint64_t tokens, dst; uint32_t n_tokens, stride; float scale; struct matrix_block matrix; };
 
 static int matrix_make(const struct matrix_block *block, struct op_matrix *matrix, struct error *error) {
@@ -34,32 +35,55 @@ static int matrix_make(const struct matrix_block *block, struct op_matrix *matri
     return 0;
 }
 
+#define MATRIX \
+    ADDRESS_OF(BLOCK_NAME, matrix., weights), UINT_OF(BLOCK_NAME, matrix., weight_type), UINT_OF(BLOCK_NAME, matrix., n), \
+    UINT_OF(BLOCK_NAME, matrix., k), UINT_OF(BLOCK_NAME, matrix., chunk_rows)
+
 #define BLOCK_NAME linear_block
 static const struct op_field linear_fields[] = {
-    A(x), A(dst), A(bias), A(add), U(n_rows), U(x_stride), U(dst_stride), U(first_k), U(n_k), F(softcap), U(decode), A(gain), F(eps), ADDRESS_OF(linear_block, matrix., weights),
-    UINT_OF(linear_block, matrix., weight_type), UINT_OF(linear_block, matrix., n), UINT_OF(linear_block, matrix., k),
-    UINT_OF(linear_block, matrix., chunk_rows), EXTRA(family_plus_1)};
+    A(x), A(dst), A(bias), A(add), U(n_rows), U(x_stride), U(dst_stride), U(first_k), U(n_k), F(softcap), U(decode), A(gain), F(eps), MATRIX,
+    EXTRA(family_plus_1)};
+#undef BLOCK_NAME
+#define BLOCK_NAME linear_bwd_block
+static const struct op_field linear_bwd_fields[] = {
+    A(dy), A(dx), U(n_rows), U(y_stride), U(x_stride), U(first_n), U(n_sum), U(first_k), U(n_k), U(add), MATRIX, EXTRA(family_plus_1)};
 #undef BLOCK_NAME
 #define BLOCK_NAME embed_block
 static const struct op_field embed_fields[] = {
-    ADDRESS_OF(embed_block, , tokens), ADDRESS_OF(embed_block, , dst), EXTRA(n_tokens), EXTRA(stride), FLOAT_OF(embed_block, , scale),
-    ADDRESS_OF(embed_block, matrix., weights), UINT_OF(embed_block, matrix., weight_type), UINT_OF(embed_block, matrix., n),
-    UINT_OF(embed_block, matrix., k), UINT_OF(embed_block, matrix., chunk_rows)};
+    ADDRESS_OF(embed_block, , tokens), ADDRESS_OF(embed_block, , dst), EXTRA(n_tokens), EXTRA(stride), FLOAT_OF(embed_block, , scale), MATRIX};
 #undef BLOCK_NAME
+
+/* The family that a call asks for, until family_end. */
+static int family_begin(struct ops *ops, uint32_t family_plus_1, struct error *error) {
+    int before = ops->linear_family;
+    if (family_plus_1 > LINEAR_FAMILIES)
+        return error_set(error, ERROR_VALUE, "there is no family %u of matrix kernels", family_plus_1 - 1);
+    if (family_plus_1)
+        ops->linear_family = (int)family_plus_1 - 1;
+    return before;
+}
+
+static int family_end(struct ops *ops, int before, int failed) {
+    ops->linear_family = before;
+    return failed;
+}
 
 static int linear_run(struct ops *ops, const void *block, struct error *error) {
     const struct linear_block *b = block;
     struct op_matrix matrix;
-    int family = ops->linear_family;
-    if (b->family_plus_1 > LINEAR_FAMILIES)
-        return error_set(error, ERROR_VALUE, "there is no family %u of matrix kernels", b->family_plus_1 - 1);
-    if (matrix_make(&b->matrix, &matrix, error))
+    int before = family_begin(ops, b->family_plus_1, error);
+    if (before < 0)
         return -1;
-    if (b->family_plus_1)
-        ops->linear_family = (int)b->family_plus_1 - 1;
-    int failed = op_linear(ops, &matrix, &b->params, error);
-    ops->linear_family = family;
-    return failed;
+    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear(ops, &matrix, &b->params, error) ? -1 : 0);
+}
+
+static int linear_bwd_run(struct ops *ops, const void *block, struct error *error) {
+    const struct linear_bwd_block *b = block;
+    struct op_matrix matrix;
+    int before = family_begin(ops, b->family_plus_1, error);
+    if (before < 0)
+        return -1;
+    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear_bwd(ops, &matrix, &b->params, error) ? -1 : 0);
 }
 
 static void linear_twin(struct twin_memory *memory, const void *block) {
@@ -71,6 +95,17 @@ static void linear_twin(struct twin_memory *memory, const void *block) {
         twin_fail(memory, "rows of x must begin at multiples of 8 bytes"); /* kernels may load pairs */
     else
         twin_linear(memory, &matrix, &b->params);
+}
+
+static void linear_bwd_twin(struct twin_memory *memory, const void *block) {
+    const struct linear_bwd_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, &memory->error))
+        memory->failed = -1;
+    else if (b->params.dy % 8 || b->params.y_stride % 2)
+        twin_fail(memory, "rows of dy must begin at multiples of 8 bytes");
+    else
+        twin_linear_bwd(memory, &matrix, &b->params);
 }
 
 static int embed_run(struct ops *ops, const void *block, struct error *error) {
@@ -102,6 +137,13 @@ struct act_block { struct act_params params; uint32_t n_tokens; };
 struct edit_block { struct edit_params params; uint32_t n_entries, n_edit_heads; };
 struct copy_block { struct copy_params params; };
 struct sum_heads_block { struct sum_heads_params params; uint32_t n_tokens; };
+struct norm_bwd_block { struct norm_bwd_params params; uint32_t n_rows; };
+struct rope_bwd_block { struct rope_bwd_params params; uint32_t n_tokens; };
+struct attn_softmax_bwd_block { struct softmax_bwd_params params; uint32_t n_tokens, n_keys; };
+struct attn_mix_bwd_block { struct mix_bwd_params params; uint32_t n_tiles, n_keys; };
+struct act_bwd_block { struct act_bwd_params params; uint32_t n_tokens; };
+struct pair_grad_block { struct pair_grad_params params; uint32_t n_rows; };
+struct logit_grad_block { struct logit_grad_params params; uint32_t n_rows; };
 
 #define BLOCK_NAME norm_block
 static const struct op_field norm_fields[] = {A(x), A(gain), A(dst), A(normalized), A(scale), A(add), A(rows), U(width), U(stride), U(flags), F(eps),
@@ -142,6 +184,33 @@ static const struct op_field copy_fields[] = {A(x), A(dst), A(rows), A(add), U(n
 static const struct op_field sum_heads_fields[] = {A(x), A(dst), A(bias), U(n_heads), U(width), U(head_stride), U(out_stride), U(has_bias),
                                                    EXTRA(n_tokens)};
 #undef BLOCK_NAME
+#define BLOCK_NAME norm_bwd_block
+static const struct op_field norm_bwd_fields[] = {A(x), A(gain), A(dy), A(dx), A(add), A(dnormalized), A(dscale), A(rows), U(width), U(stride), U(flags),
+                                                  F(eps), EXTRA(n_rows)};
+#undef BLOCK_NAME
+#define BLOCK_NAME rope_bwd_block
+static const struct op_field rope_bwd_fields[] = {A(dqkv), A(qkv), A(angles), A(tokens), A(q_gain), A(k_gain), U(n_heads), U(n_kv_heads), U(d_head),
+                                                  U(stride), U(flags), F(eps), EXTRA(n_tokens)};
+#undef BLOCK_NAME
+#define BLOCK_NAME attn_softmax_bwd_block
+static const struct op_field attn_softmax_bwd_fields[] = {A(pattern), A(dpattern), A(scores), A(tokens), U(first_token), U(n_heads), U(key_stride),
+                                                          U(window), F(scale), F(softcap), EXTRA(n_tokens), EXTRA(n_keys)};
+#undef BLOCK_NAME
+#define BLOCK_NAME attn_mix_bwd_block
+static const struct op_field attn_mix_bwd_fields[] = {A(a), A(y), A(tokens), A(tiles), A(sums), U(first_token), U(last_token), U(n_heads), U(n_kv_heads),
+                                                      U(d_head), U(y_stride), U(out_stride), U(key_stride), U(window), U(add), EXTRA(n_tiles),
+                                                      EXTRA(n_keys)};
+#undef BLOCK_NAME
+#define BLOCK_NAME act_bwd_block
+static const struct op_field act_bwd_fields[] = {A(gate_up), A(dpost), A(dgate_up), U(width), U(in_stride), U(out_stride), U(act), EXTRA(n_tokens)};
+#undef BLOCK_NAME
+#define BLOCK_NAME pair_grad_block
+static const struct op_field pair_grad_fields[] = {A(normed), A(rows), A(weights), A(dnormed), A(logits), U(width), U(stride), F(softcap), EXTRA(n_rows)};
+#undef BLOCK_NAME
+#define BLOCK_NAME logit_grad_block
+static const struct op_field logit_grad_fields[] = {A(logits), A(reference), A(other), A(targets), A(weights), A(values), U(width), U(stride), U(kind),
+                                                    F(softcap), F(reference_softcap), EXTRA(n_rows)};
+#undef BLOCK_NAME
 
 /* name, arguments of the op after its block, arguments of the twin after its block */
 #define OPS_WITH_BLOCKS(OP) \
@@ -154,7 +223,14 @@ static const struct op_field sum_heads_fields[] = {A(x), A(dst), A(bias), U(n_he
     OP(act, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(edit, COMMA b->n_entries COMMA b->n_edit_heads, COMMA b->n_entries COMMA b->n_edit_heads) \
     OP(copy, , ) \
-    OP(sum_heads, COMMA b->n_tokens, COMMA b->n_tokens)
+    OP(sum_heads, COMMA b->n_tokens, COMMA b->n_tokens) \
+    OP(norm_bwd, COMMA b->n_rows, COMMA b->n_rows) \
+    OP(rope_bwd, COMMA b->n_tokens, COMMA b->n_tokens) \
+    OP(attn_softmax_bwd, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
+    OP(attn_mix_bwd, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
+    OP(act_bwd, COMMA b->n_tokens, COMMA b->n_tokens) \
+    OP(pair_grad, COMMA b->n_rows, COMMA b->n_rows) \
+    OP(logit_grad, COMMA b->n_rows, COMMA b->n_rows)
 #define COMMA ,
 
 #define OP(name, run_arguments, twin_arguments) \
@@ -172,7 +248,7 @@ OPS_WITH_BLOCKS(OP)
 #define ROW(name, params_bytes) \
     {#name, sizeof(struct name##_block), params_bytes, name##_fields, sizeof name##_fields / sizeof name##_fields[0], name##_run, name##_twin}
 #define OP(name, run_arguments, twin_arguments) ROW(name, sizeof(((struct name##_block *)0)->params)),
-const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), OPS_WITH_BLOCKS(OP)};
+const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), ROW(linear_bwd, 0), OPS_WITH_BLOCKS(OP)};
 #undef OP
 const int op_calls_count = sizeof op_calls / sizeof op_calls[0];
 

@@ -189,3 +189,14 @@ int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error) {
     }
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }
+
+int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
+    static const int always[] = {KERNEL_norm_bwd, KERNEL_rope_bwd, KERNEL_attn_softmax_bwd, KERNEL_attn_mix_bwd, KERNEL_act_bwd, KERNEL_pair_grad,
+                                 KERNEL_logit_grad};
+    int kernels[16], n = 0;
+    for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
+        kernels[n++] = always[i];
+    for (uint32_t rows = 1; rows <= 16; rows *= 2)
+        kernels[n++] = backward_choose(ops, type, rows)->kernel;
+    return gpu_pipelines_prepare(ops->device, kernels, n, error);
+}

@@ -102,6 +102,7 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, s
 
 /* Compiles, in parallel, what a model with weights of this type will dispatch with the family in use. */
 int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error);
+int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error); /* the same for gradients: at their first use */
 
 /* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
 int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);

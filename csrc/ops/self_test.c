@@ -63,7 +63,20 @@ static void weights_fill(struct test *test, uint32_t type) {
     }
 }
 
-struct job { uint32_t type; int slice, decode; };
+enum phase { PREFILL, DECODING, BACKWARD, PHASES };
+struct job { uint32_t type; int slice; enum phase phase; };
+
+/* The residual as dy, onto itself or (a slice) onto nothing. */
+static int product_back(struct ops *ops, const struct test *test, const struct job *job, const struct op_matrix *matrix, uint32_t n_rows, uint64_t dy,
+                        struct gpu_buffer *out, struct error *error) {
+    struct op_linear_bwd_args args = {.dy = dy, .dx = gpu_buffer_address(out), .n_rows = n_rows, .y_stride = test->dst_stride, .x_stride = test->dst_stride,
+                                      .add = !job->slice};
+    if (job->slice)
+        args.first_n = 16, args.n_sum = 48, args.first_k = 16, args.n_k = 32;
+    else
+        memcpy(gpu_buffer_map(out), (const float *)gpu_buffer_map(test->inputs) + TEST_M * test->x_stride + test->dst_stride, 4 * (size_t)n_rows * test->dst_stride);
+    return op_linear_bwd(ops, matrix, &args, error);
+}
 
 /* The first `n_rows` rows' product into `out`, whose other rows become zero. */
 static int product(struct ops *ops, const struct test *test, const struct job *job, uint32_t n_rows, int family, struct gpu_buffer *out,
@@ -74,23 +87,24 @@ static int product(struct ops *ops, const struct test *test, const struct job *j
                                .chunks = {{gpu_buffer_address(test->weights), 0, TEST_N}}};
     struct op_linear_args args = {.x = inputs, .dst = gpu_buffer_address(out), .bias = bias, .add = bias + 4 * (uint64_t)test->dst_stride,
                                   .n_rows = n_rows, .x_stride = test->x_stride, .dst_stride = test->dst_stride, .softcap = job->slice ? 0 : 5,
-                                  .first_k = job->slice ? 16 : 0, .n_k = job->slice ? 32 : 0, .decode = job->decode};
+                                  .first_k = job->slice ? 16 : 0, .n_k = job->slice ? 32 : 0, .decode = job->phase == DECODING};
     memset(gpu_buffer_map(out), 0, 4 * (size_t)TEST_M * test->dst_stride);
     ops->linear_family = family;
-    failed = op_linear(ops, &matrix, &args, error) || gpu_stream_wait(ops->stream, error);
+    failed = job->phase == BACKWARD ? product_back(ops, test, job, &matrix, n_rows, args.add, out, error) : op_linear(ops, &matrix, &args, error);
+    failed = failed || gpu_stream_wait(ops->stream, error);
     ops->linear_family = before;
     return failed ? -1 : 0;
 }
 
 /* outputs[1] against the first `n_rows` rows of outputs[0]; `tolerance` 0 means bits. */
 static int compare(const struct test *test, const struct job *job, uint32_t n_rows, int family, float tolerance, struct error *error) {
-    static const char *const types[] = {"float32", "bfloat16", "float16"};
+    static const char *const types[] = {"float32", "bfloat16", "float16"}, *const phases[] = {"prefill", "decoding", "backward"};
     const float *want = gpu_buffer_map(test->outputs[0]), *got = gpu_buffer_map(test->outputs[1]), zero = 0;
     for (uint32_t i = 0; i < TEST_M * test->dst_stride; i++) {
         const float *expected = i < n_rows * test->dst_stride ? &want[i] : &zero;
         if (tolerance > 0 ? !(fabsf(got[i] - *expected) <= tolerance) : memcmp(expected, &got[i], 4) != 0)
             return error_set(error, ERROR_VALUE, "matrix kernels '%s', %s weights, %s, %u rows: row %u, column %u is %.9g where %.9g is due",
-                             op_linear_family_name(family), types[job->type], job->decode ? "decoding" : "prefill", n_rows, i / test->dst_stride,
+                             op_linear_family_name(family), types[job->type], phases[job->phase], n_rows, i / test->dst_stride,
                              i % test->dst_stride, (double)got[i], (double)*expected);
     }
     return 0;
@@ -98,7 +112,7 @@ static int compare(const struct test *test, const struct job *job, uint32_t n_ro
 
 /* All rows against the baseline; then every smaller number of rows must give its rows the same bits. */
 static int job_run(struct ops *ops, const struct test *test, const struct job *job, int family, struct error *error) {
-    int own_order = family == LINEAR_TILED && job->decode; /* k is split: close to the baseline, not equal */
+    int own_order = family == LINEAR_TILED && job->phase == DECODING; /* k is split: close to the baseline, not equal */
     if (product(ops, test, job, TEST_M, LINEAR_BROADCAST, test->outputs[0], error) ||
         product(ops, test, job, TEST_M, family, test->outputs[1], error) ||
         compare(test, job, TEST_M, family, own_order ? OWN_ORDER_TOLERANCE : 0, error))
@@ -119,8 +133,8 @@ int op_linear_self_test(struct ops *ops, int family, int only_type, struct error
         if (only_type >= 0 && type != (uint32_t)only_type)
             continue;
         weights_fill(&test, type);
-        for (int i = 0; i < 4 && !failed; i++)
-            failed = job_run(ops, &test, &(struct job){.type = type, .slice = i & 1, .decode = i >> 1}, family, error);
+        for (int i = 0; i < 2 * PHASES && !failed; i++)
+            failed = job_run(ops, &test, &(struct job){.type = type, .slice = i & 1, .phase = i >> 1}, family, error);
     }
     if (failed)
         gpu_stream_abandon(ops->stream);

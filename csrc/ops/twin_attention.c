@@ -3,8 +3,7 @@
 
 #include "ops/twins.h"
 
-/* Sizes that a kernel divides by or takes for granted. */
-static int heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
+int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
     if (n_kv_heads == 0 || n_heads % n_kv_heads)
         twin_fail(memory, "%u query heads cannot share %u key heads", n_heads, n_kv_heads);
     return memory->failed;
@@ -51,9 +50,7 @@ void twin_rope(struct twin_memory *memory, const struct rope_params *p, uint32_t
     }
 }
 
-/* A tile is 1 to 8 tokens of one row with positions that count up, and every key of its last one fits a row of scores. */
-static struct query_tile tile_read(struct twin_memory *memory, uint64_t tokens, uint64_t tiles, uint32_t index, uint32_t first_token,
-                                   uint32_t key_stride) {
+struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles, uint32_t index, uint32_t first_token, uint32_t key_stride) {
     struct query_tile tile = {.first = twin_word(memory, tiles, 2 * (uint64_t)index), .count = twin_word(memory, tiles, 2 * (uint64_t)index + 1)};
     struct token_meta first = twin_token(memory, tokens, tile.first);
     if (tile.count == 0 || tile.count > OP_TILE || tile.first < first_token)
@@ -64,11 +61,6 @@ static struct query_tile tile_read(struct twin_memory *memory, uint64_t tokens, 
             twin_fail(memory, "tile %u: token %u is not of the tile's row, or has more than %u keys", index, i, key_stride);
     }
     return tile;
-}
-
-/* Keys [start, pos] are what a query sees. */
-static uint32_t window_start(uint32_t pos, uint32_t window) {
-    return window && pos + 1 > window ? pos + 1 - window : 0;
 }
 
 /* Scores of query t and head h with the first `n_keys` keys. */
@@ -88,7 +80,7 @@ static void query_scores(struct twin_memory *memory, const struct scores_params 
 }
 
 static void query_softmax(struct twin_memory *memory, const struct softmax_params *p, uint32_t t, uint32_t h) {
-    uint32_t pos = twin_token(memory, p->tokens, t).pos, start = window_start(pos, p->window);
+    uint32_t pos = twin_token(memory, p->tokens, t).pos, start = twin_window_start(pos, p->window);
     uint64_t row = ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride;
     double top = -INFINITY, sum = 0;
     if (pos >= p->key_stride)
@@ -109,7 +101,7 @@ static void query_mix(struct twin_memory *memory, const struct mix_params *p, ui
     uint64_t row = ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride;
     for (uint32_t d = 0; d < p->d_head && !memory->failed; d++) {
         double sum = 0;
-        for (uint32_t j = window_start(token.pos, p->window); j <= token.pos; j++)
+        for (uint32_t j = twin_window_start(token.pos, p->window); j <= token.pos; j++)
             sum += *twin_float(memory, p->pattern, row + j) * *twin_float(memory, p->v_cache, ((uint64_t)token.v_slot + j) * kv_stride + kv_head + d);
         *twin_float(memory, p->z, (uint64_t)t * p->z_stride + (uint64_t)h * p->d_head + d) = sum;
     }
@@ -117,10 +109,10 @@ static void query_mix(struct twin_memory *memory, const struct mix_params *p, ui
 
 /* Every key up to the tile's last position gets a score from every query of the tile; the softmax zeroes those a query must not see. */
 void twin_attn_scores(struct twin_memory *memory, const struct scores_params *p, uint32_t n_tiles) {
-    if (heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = tile_read(memory, p->tokens, p->tiles, y, p->first_token, p->key_stride);
+        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token, p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
                 query_scores(memory, p, tile.first + i, h, twin_token(memory, p->tokens, tile.first + tile.count - 1).pos + 1);
@@ -134,10 +126,10 @@ void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *
 }
 
 void twin_attn_mix(struct twin_memory *memory, const struct mix_params *p, uint32_t n_tiles) {
-    if (heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = tile_read(memory, p->tokens, p->tiles, y, p->first_token, p->key_stride);
+        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token, p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
                 query_mix(memory, p, tile.first + i, h);
@@ -145,7 +137,7 @@ void twin_attn_mix(struct twin_memory *memory, const struct mix_params *p, uint3
 }
 
 void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p, uint32_t n_tokens) {
-    if (heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     struct scores_params scores = {.qkv = p->qkv, .k_cache = p->k_cache, .tokens = p->tokens, .scores = p->scores, .first_token = p->first_token,
                                    .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .d_head = p->d_head, .stride = p->stride,

@@ -1,4 +1,4 @@
-/* Twins of what reads a matrix: the product and the embedding. */
+/* Twins of what reads a matrix: the product, its backward and the embedding. */
 #include <math.h>
 
 #include "ops/twins.h"
@@ -14,9 +14,11 @@ static double float_value(uint32_t bits) {
     return pun.value;
 }
 
-/* W[n, k]. Panels of 32 rows; in a panel, each cell of 16 bytes holds the next 4 (float32) or 8 (halves) inputs of one row. */
+/* W[n, k], 0 beyond the matrix. Panels of 32 rows; in a panel, each cell of 16 bytes holds the next 4 (float32) or 8 (halves) inputs of one row. */
 static double weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n, uint32_t k) {
     uint32_t c = 0;
+    if (n >= matrix->n || k >= matrix->k)
+        return 0;
     while (c + 1 < matrix->n_chunks && n >= matrix->chunks[c + 1].first)
         c++;
     uint32_t row = n - matrix->chunks[c].first;
@@ -56,6 +58,19 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, con
             *twin_float(memory, args->dst, (uint64_t)m * args->dst_stride + n) = sum;
         }
     }
+}
+
+/* dx[m, k] = sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), pad columns of both included. */
+void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_bwd_args *args) {
+    uint32_t n_k = args->n_k ? args->n_k : (matrix->k + 15) / 16 * 16, n_sum = args->n_sum ? args->n_sum : matrix->n;
+    for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++)
+        for (uint32_t k = 0; k < n_k && !memory->failed; k++) {
+            double *dx = twin_float(memory, args->dx, (uint64_t)m * args->x_stride + k), sum = args->add ? *dx : 0;
+            for (uint32_t n = 0; n < (n_sum + 15) / 16 * 16; n++)
+                sum += *twin_float(memory, args->dy, (uint64_t)m * args->y_stride + n) *
+                       (n < n_sum ? weight(memory, matrix, args->first_n + n, args->first_k + k) : 0);
+            *dx = sum;
+        }
 }
 
 /* dst[t, :] = scale * E[id(t), :] */

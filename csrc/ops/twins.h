@@ -34,6 +34,14 @@ static inline uint64_t twin_address(uint32_t buffer, uint64_t item) {
 double *twin_float(struct twin_memory *memory, uint64_t address, uint64_t index);
 uint32_t twin_word(struct twin_memory *memory, uint64_t address, uint64_t index);
 struct token_meta twin_token(struct twin_memory *memory, uint64_t tokens, uint64_t index);
+/* Sizes that a kernel divides by or takes for granted; nonzero: senseless. */
+int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads);
+/* A tile is 1 to 8 tokens of one row with positions that count up, and every key of its last one fits a row of scores. */
+struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles, uint32_t index, uint32_t first_token, uint32_t key_stride);
+/* Keys [start, pos] are what a query sees. */
+static inline uint32_t twin_window_start(uint32_t pos, uint32_t window) {
+    return window && pos + 1 > window ? pos + 1 - window : 0;
+}
 /* The first failure stays. */
 #define twin_fail(memory, ...) \
     do { \
@@ -43,6 +51,7 @@ struct token_meta twin_token(struct twin_memory *memory, uint64_t tokens, uint64
 
 /* twin_linear.c: matrices lie in panels of words, as on the device. */
 void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_args *args);
+void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_bwd_args *args);
 void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
                 uint32_t stride);
 
@@ -59,5 +68,14 @@ void twin_attn_scores(struct twin_memory *memory, const struct scores_params *pa
 void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *params, uint32_t n_tokens);
 void twin_attn_mix(struct twin_memory *memory, const struct mix_params *params, uint32_t n_tiles);
 void twin_attn_decode(struct twin_memory *memory, const struct decode_params *params, uint32_t n_tokens);
+
+/* twin_backward.c */
+void twin_norm_bwd(struct twin_memory *memory, const struct norm_bwd_params *params, uint32_t n_rows);
+void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *params, uint32_t n_tokens);
+void twin_rope_bwd(struct twin_memory *memory, const struct rope_bwd_params *params, uint32_t n_tokens);
+void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *params, uint32_t n_tokens);
+void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *params, uint32_t n_tiles);
+void twin_pair_grad(struct twin_memory *memory, const struct pair_grad_params *params, uint32_t n_rows);
+void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params *params, uint32_t n_rows);
 
 #endif

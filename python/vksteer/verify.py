@@ -37,6 +37,15 @@ BOUNDS = {
     "edit": 1e-6,  # 1.9e-7
     "copy": 4e-7,  # 1.1e-7
     "sum_heads": 6e-7,  # 1.5e-7, of sum |x|
+    # Backward (verify_backward.py): of what each gradient would be without cancellation.
+    "linear_bwd": 1.5e-6,
+    "norm_bwd": 2e-6,
+    "rope_bwd": 2e-6,
+    "attn_softmax_bwd": 2e-6,
+    "attn_mix_bwd": 2e-6,
+    "act_bwd": 2e-6,
+    "pair_grad": 2e-6,
+    "logit_grad": 4e-6,
 }
 
 
@@ -230,7 +239,7 @@ def sum_heads(rng, n_tokens, n_heads, width, bias=False) -> Problem:
 class Packed:
     """Rows of a batch as the kernels see them. rows: (keys already in the cache, tokens now)."""
 
-    tokens: np.ndarray  # [T, 8]: id, pos, slot, q_token, k_slot, v_slot, row, spare
+    tokens: np.ndarray  # [T, 8]: id, pos, slot, q_token, k_slot, v_slot, row, row_end
     tiles: np.ndarray  # [n, 2]: first token, count
     n_slots: int
     n_keys: int
@@ -242,7 +251,7 @@ class Packed:
             source = tokens[first - n] if frozen and r % 2 else None  # an odd row uses queries, keys and values of the row before it
             for i in range(n):
                 k_slot = slot if source is None else source[4]
-                tokens.append((0, cached + i, slot + cached + i, first + i - (0 if source is None else n), k_slot, k_slot, r, 0))
+                tokens.append((0, cached + i, slot + cached + i, first + i - (0 if source is None else n), k_slot, k_slot, r, first + n))
             tiles += [(first + i, min(TILE, n - i)) for i in range(0, n, TILE)]
             slot += cached + n + 1
             n_keys = max(n_keys, cached + n)
@@ -404,6 +413,9 @@ def problems(seed=0) -> Iterator[Problem]:
             yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
     yield copy(rng, 7, 33, pick=True, add=True)
     yield sum_heads(rng, 3, 5, 33, bias=True)
+    from .verify_backward import problems as backward  # which is made of this module's parts
+
+    yield from backward(rng)
 
 
 @dataclass(frozen=True)

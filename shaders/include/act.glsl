@@ -24,7 +24,8 @@ float activate_slope(uint act, float x)
     }
     if (act == ACT_GELU_TANH) {
         float inner = 0.7978845608028654 * (x + 0.044715 * x * x * x), t = tanh(clamp(inner, -15.0, 15.0));
-        float rise = abs(inner) < 15.0 ? (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x) : 0.0;
+        float e = exp(-2.0 * abs(inner)); // 1 - t^2 without cancellation is 4 e / (1 + e)^2
+        float rise = abs(inner) < 15.0 ? 4.0 * e / ((1.0 + e) * (1.0 + e)) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x) : 0.0;
         return 0.5 * (1.0 + t) + 0.5 * x * rise;
     }
     float half_ = abs(x) < 1e-30 ? 0.5 : activate(act, x) / x; // the normal distribution up to x
