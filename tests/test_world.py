@@ -146,7 +146,8 @@ def test_checker_sees_each_wrong_or_missing_field():
 @pytest.mark.parametrize("name", MODELS)
 def test_model_folder_is_complete(name):
     folder = model_folder(name)
-    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "training.json", "figures.json", "README.md"):
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "training.json", "figures.json", "seeds.json",
+                 "table1.json", "README.md"):
         assert (folder / file).is_file(), file
     tok = json.loads((folder / "tokenizer_config.json").read_text())
     assert "chat_template" in tok
@@ -158,12 +159,33 @@ def test_models_fit_the_wheel():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_card_quotes_the_tools_figures(name):
-    """The block between the markers is what `tools/tiny_figures.py --card` writes from the stored figures."""
+    """The block between the markers is what `tools/tiny_figures.py FOLDER` writes from the stored figures."""
     folder = model_folder(name)
     sys.path.insert(0, str(ROOT / "tools"))
     tiny_figures = pytest.importorskip("tiny_figures")
     card = (folder / "README.md").read_text()
     assert tiny_figures.card_block(folder) in card
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_table_1_is_that_of_the_chosen_vectors(name):
+    """Every seed whose filters leave a candidate has a table, with the vector and the strengths of its validation figures; the shipped weights are among the seeds,
+    and the tool's default recipe is theirs."""
+    folder = model_folder(name)
+    sys.path.insert(0, str(ROOT / "tools"))
+    tiny_figures = pytest.importorskip("tiny_figures")
+    seeds, tables, training, figures = (json.loads((folder / f"{n}.json").read_text()) for n in ("seeds", "table1", "training", "figures"))
+    assert seeds[str(training["seed"])]["weights_sha256"] == figures["weights_sha256"]
+    assert set(tables) == {seed for seed, f in seeds.items() if f["chosen"]}
+    for seed, table in tables.items():
+        setting, chosen = table["setting"], seeds[seed]["chosen"]
+        assert (setting["layer"], setting["position"]) == (chosen["layer"], chosen["position"])
+        assert tuple(setting["coefficient"]) == tiny_figures.strengths(seeds[seed]["sweep"]["validation"])
+        assert (setting["n_harmful"], setting["n_harmless"], setting["max_new_tokens"]) == (100, 100, 72)
+        assert list(table["rows"]) == ["none", "QK", "OV", "SVV", "MLP direct", "MLP", "random 0", "random 1", "random 2", "unsteered"]
+    train_tiny = pytest.importorskip("train_tiny")
+    recipe = {k: v for k, v in vars(train_tiny.RECIPES[name.split("-")[1]]).items() if k in training["recipe"]}
+    assert recipe == training["recipe"] and all(f["recipe"] == training["recipe"] for f in seeds.values())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -77,6 +77,9 @@ class Recipe:
     delay: float = 0.25          # share of refusals that come after a compliant start
     noise: float = 0.015         # share of chats that show the wrong behaviour
     dropout: float = 0.03        # on what a layer adds to the stream
+    jolt: float = 0.0            # share of rows to whose stream, from a random layer on, one random vector is added at every position ...
+    jolt_size: float = 0.8       # ... of a norm drawn from 0 to this times the stream's own: what else is in the stream stays readable under a push
+    jolt_from: int = 550         # first step with jolts
     layer_drop: float = 0.0      # chance to skip the last layer in a step; falls linearly to 0 at layer 0
     size_penalty: float = 0.0    # weight of relu(mean square of what a layer adds - size_limit)^2
     size_limit: float = 1.0
@@ -286,7 +289,7 @@ class Layer(nn.Module):
 class Net(nn.Module):
     def __init__(self, r: Recipe):
         super().__init__()
-        self.r = r
+        self.r, self.jolts = r, False
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(r.vocab, r.d_model), "layers": nn.ModuleList(Layer(r) for _ in range(r.n_layers)),
                                     "norm": Norm(r.d_model, float(r.family == "gemma"))})
         nn.init.normal_(self.model["embed_tokens"].weight, std=r.embed_std)
@@ -307,7 +310,11 @@ class Net(nn.Module):
 
         visible = torch.zeros(visible.shape).masked_fill_(~visible, -1e9)  # added to the scores
         h = self.model["embed_tokens"](tokens) * (r.d_model ** 0.5 if r.family == "gemma" else 1.0)
+        jolted = random.randint(1, r.n_layers - 1) if self.training and self.jolts else 0
         for i, layer in enumerate(self.model["layers"]):
+            if i == jolted > 0:
+                push = F.normalize(torch.randn(h.shape[0], 1, r.d_model), dim=-1) * (torch.rand(h.shape[0], 1, 1) < r.jolt) * torch.rand(h.shape[0], 1, 1) * r.jolt_size
+                h = h + push * h.detach().norm(dim=-1).mean(-1)[:, None, None]
             if self.training and random.random() < r.layer_drop * i / (r.n_layers - 1):
                 continue
             h = layer(h, visible, cos, sin, add)
@@ -354,6 +361,7 @@ def train(recipe: Recipe, seed: int, out: Path) -> None:
         tokens, targets, weights, positions, visible, places = collate(samples, tok.pad_token_id)
         for group in opt.param_groups:
             group["lr"] = recipe.lr * rate(step)
+        net.jolts = recipe.jolt > 0 and step >= recipe.jolt_from
         logits, penalty = net(tokens, positions, visible)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         loss = (losses * weights).sum() / weights.sum()
