@@ -26,10 +26,12 @@ def _places(graph):
 
 
 def _curves(starts, ends) -> np.ndarray:
-    """Cubic curves that leave and arrive vertically: [n, _POINTS, 2]."""
+    """Cubic curves that leave and arrive vertically; those that stay in their column (MLP to MLP) bow to the right. [n, _POINTS, 2]."""
     t = np.linspace(0, 1, _POINTS)[None, :, None]
     half = (starts[:, 1] + ends[:, 1]) / 2
-    first, second = np.stack([starts[:, 0], half], 1), np.stack([ends[:, 0], half], 1)
+    span = ends[:, 1] - starts[:, 1]
+    bow = np.where(np.abs(ends[:, 0] - starts[:, 0]) < 1e-6, 0.12 + 0.1 * np.minimum(span, 8), 0)
+    first, second = np.stack([starts[:, 0] + bow, half - bow * 0.2], 1), np.stack([ends[:, 0] + bow, half + bow * 0.2], 1)
     a, b, c, d = (p[:, None] for p in (starts, first, second, ends))
     return (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d
 
@@ -76,9 +78,14 @@ def draw(circuit, path=None, *, scores=None, title: str | None = None):
     degree = np.bincount(upstream, minlength=graph.n_upstream)
     axes.scatter(*nodes[~taking_part].T, s=5, facecolors="none", edgecolors="#cccccc", linewidths=0.5, zorder=2)
     axes.scatter(*nodes[taking_part].T, s=14 + 40 * degree[taking_part] / max(degree.max(), 1), color="#222222", linewidths=0, zorder=3)
+    # A key/value head's group of query heads, where an edge ends in it.
+    group, used = H // graph.n_kv_heads, downstream[(kinds == 1) | (kinds == 2)]
+    bars = sorted({(int(i) // graph.width, (int(i) % graph.width - H) % graph.n_kv_heads * group) for i in used})
+    lines = [[(first - 0.15, l - 0.1), (first + group - 0.85, l - 0.1)] for l, first in bars]
+    axes.add_collection(LineCollection(lines, colors="#999999", linewidths=0.8, zorder=2))
     axes.text(*(nodes[0] - (0, 0.28)), "steer", ha="center", va="bottom", fontsize=8)
     axes.text(inputs[-1, 0], inputs[-1, 1] + 0.12, "logits", ha="center", va="top", fontsize=8)
-    axes.set_xlim(-0.8, H + 1.3)
+    axes.set_xlim(-0.8, H + 1.6)
     axes.set_ylim(L + 0.9, -1.8)
     step = max(1, -(-H // 16))
     axes.set_xticks([*range(0, H, step), H + 0.5], [*map(str, range(0, H, step)), "MLP"], fontsize=7)
@@ -89,7 +96,7 @@ def draw(circuit, path=None, *, scores=None, title: str | None = None):
     axes.spines[:].set_visible(False)
     axes.set_title(title or f"{len(circuit)} of {graph.n_edges} edges ({100 * len(circuit) / graph.n_edges:.3g} %)", fontsize=9)
     if len(circuit):
-        axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.09 if L > 5 else -0.2))
+        axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.6 / axes.figure.get_figheight()))
     if path is not None:
         figure.savefig(path, dpi=160)
     return figure

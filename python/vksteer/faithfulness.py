@@ -175,6 +175,7 @@ class FaithfulnessCurve:
         if threshold is not None:
             axes.axhline(threshold, color="#c8643c", lw=0.8, ls="--", label=f"{threshold:g}")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"edges in the circuit, % of {self.n_edges}")
         axes.set_ylabel(f"faithfulness ({self.metric})")
         axes.spines[["top", "right"]].set_visible(False)
