@@ -198,19 +198,30 @@ def metric_tuple(metrics: Sequence[RowMetric], lengths, capped=True):
             join([m.other for m in metrics], np.float32), join([m.reference_logits for m in metrics], np.float32))
 
 
-def differentiate(model, rows, prompt_lengths, edits, metrics, keys, stop_layer, *, inputs=None, first_layer=0, columns=None, n_columns=None):
-    """One packed batch forward and back. rows: token lists; edits: (per-row lists, shared); metrics: RowMetric of one kind a row; keys: (site,
-    layer) pairs; inputs: per-row float32 [n, D] streams entering first_layer. Returns (values a metric token, {key: array})."""
+def cache_for(model, n_tokens: int):
+    """A cache of at least n_tokens; the model's own, made larger where needed."""
     from .device import _engine
 
+    kept = model._cache
+    if kept is None or kept[1] < n_tokens:
+        model._cache = kept = None
+        model._cache = kept = (_engine().Cache(model._engine, n_tokens), n_tokens)
+    return kept[0]
+
+
+def differentiate(model, rows, prompt_lengths, edits, metrics, keys, stop_layer, *, inputs=None, first_layer=0, columns=None, n_columns=None,
+                  tape_layer=None):
+    """One packed batch forward and back. rows: token lists; edits: (per-row lists, shared); metrics: RowMetric of one kind a row; keys: (site,
+    layer) pairs; inputs: per-row float32 [n, D] streams entering first_layer; tape_layer: where the tape begins (default: the stop layer), for calls
+    that shall share one. Returns (values a metric token, {key: array})."""
     lengths = [len(r) for r in rows]
     n, total = len(rows), sum(lengths)
     n_columns = n_columns or max(lengths)
     columns = [n_columns - t for t in lengths] if columns is None else columns
     batch = Batch(model, prompt_lengths, lengths, edits, None)
-    tape = tape_for(model, total, min(stop_layer, model.config.n_layers - 1))
+    tape = tape_for(model, total, min(stop_layer, model.config.n_layers - 1) if tape_layer is None else tape_layer)
     slots = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint32)
-    cache = _engine().Cache(model._engine, total)
+    cache = cache_for(model, total)
     own = np.arange(n, dtype=np.uint32)
     columns = np.asarray(columns, np.int32)
     packed = (np.concatenate([np.asarray(r, np.uint32) for r in rows]), np.array(lengths, np.uint32), np.zeros(n, np.uint32), slots, own, own,

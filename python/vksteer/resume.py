@@ -25,23 +25,32 @@ class LayerInputs:
     def __init__(self, model):
         self.model, self._kept, self._bytes = model, OrderedDict(), 0
 
-    def get(self, prompts: list[tuple[int, ...]], layer: int) -> list[np.ndarray]:
-        """One array per prompt; runs the missing ones once, keeping every layer where memory allows."""
-        missing = list(dict.fromkeys(p for p in prompts if (p, layer) not in self._kept))
+    def get(self, prompts: list[tuple[int, ...]], layer: int, *, every_layer: bool = True) -> list[np.ndarray]:
+        """One array per prompt; runs the missing ones once, keeping every layer where memory allows and `every_layer` asks for it."""
+        found = {}
+        for p in prompts:
+            if (p, layer) in self._kept:
+                self._kept.move_to_end((p, layer))
+                found[p] = self._kept[p, layer]
+        missing = list(dict.fromkeys(p for p in prompts if p not in found))
         if missing:
             c = self.model.config
             size = sum(map(len, missing)) * c.d_model * 4
-            layers = range(c.n_layers) if size * c.n_layers <= KEEP_BYTES else [layer]
+            layers = range(c.n_layers) if every_layer and size * c.n_layers <= KEEP_BYTES else [layer]
             sites = {l: f"blocks.{l}.hook_resid_pre" for l in layers}
             run = self.model.run([list(p) for p in missing], capture=list(sites.values()), logits=None)
             for l, site in sites.items():
                 for prompt, row in zip(missing, run[site]):
-                    self._keep((prompt, l), np.ascontiguousarray(row[-len(prompt):]))
-        return [self._kept[p, layer] for p in prompts]
+                    kept = row[-len(prompt):].copy()  # a view would keep the whole batch alive
+                    self._keep((prompt, l), kept)
+                    if l == layer:
+                        found[prompt] = kept
+        return [found[p] for p in prompts]
 
     def _keep(self, key, value):
+        old = self._kept.pop(key, None)
         self._kept[key] = value
-        self._bytes += value.nbytes
+        self._bytes += value.nbytes - (0 if old is None else old.nbytes)
         while self._bytes > 2 * KEEP_BYTES:
             _, old = self._kept.popitem(last=False)
             self._bytes -= old.nbytes
