@@ -133,4 +133,12 @@ int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_
 int op_pair_grad(struct ops *ops, const struct pair_grad_params *params, uint32_t n_rows, struct error *error);
 int op_logit_grad(struct ops *ops, const struct logit_grad_params *params, uint32_t n_rows, struct error *error);
 
+/* --- attribution.c ------------------------------------------------------------------------------------------------------------------- */
+int op_difference(struct ops *ops, const struct difference_params *params, uint32_t n_slots, struct error *error);
+int op_accumulate(struct ops *ops, const struct accumulate_params *params, uint32_t n_slots, struct error *error);
+int op_head_inputs(struct ops *ops, const struct head_inputs_params *params, uint32_t n_slots, struct error *error);
+int op_head_gradients(struct ops *ops, const struct head_gradients_params *params, struct error *error);
+int op_dots(struct ops *ops, const struct dots_params *params, struct error *error);
+int op_node_dims(struct ops *ops, const struct node_dims_params *params, uint32_t n_nodes, struct error *error);
+
 #endif
