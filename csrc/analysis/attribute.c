@@ -1,0 +1,268 @@
+/* Attribution: what is collected while batches run, and its memory. The scores themselves: contract.c. */
+#include "analysis/attribute.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define RUN(call) do { if (call) return -1; } while (0)
+
+uint32_t attribution_nodes(const struct attribution *a) {
+    return 1 + a->depth * (a->work->model->facts.n_heads + 1);
+}
+
+uint32_t attribution_inputs(const struct attribution *a) {
+    const struct model_facts *f = &a->work->model->facts;
+    return a->depth * (f->n_heads + 2 * f->n_kv_heads + 1) + 1;
+}
+
+static uint32_t inputs_of_layer(const struct model_facts *f) {
+    return f->n_heads + 2 * f->n_kv_heads;
+}
+
+/* Floats a slot takes in one layer: dz, dmlp, heads, steps, xs, mlp, mid, post. */
+static void slot_floats(const struct model_facts *f, uint32_t n_steps, int normed, uint32_t floats[8]) {
+    uint32_t d = op_row_stride(f->d_model), n = inputs_of_layer(f);
+    const uint32_t all[8] = {op_row_stride(f->n_heads * f->d_head), d, op_row_stride(n * f->d_head), normed ? 0 : n_steps * n, normed ? 0 : n_steps * d, d, d, d};
+    memcpy(floats, all, sizeof all);
+}
+
+/* Floats of the rows that a tile of slots becomes. */
+static uint64_t tile_floats(const struct model_facts *f, uint32_t depth) {
+    uint32_t heads = op_row_stride(f->n_heads * f->d_head), qkv = op_row_stride(inputs_of_layer(f) * f->d_head);
+    uint64_t nodes = 1 + (uint64_t)depth * (f->n_heads + 1), inputs = inputs_of_layer(f) + 1, groups = 1 + 2 * (uint64_t)depth;
+    uint64_t rows = nodes + (inputs > groups ? inputs : groups);
+    uint64_t expanded = f->d_head % 16 ? (uint64_t)f->n_heads * heads + (uint64_t)inputs_of_layer(f) * qkv : 0;
+    return ATTRIBUTE_TILE * (rows * op_row_stride(f->d_model) + expanded);
+}
+
+uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
+                           int keep_inside) {
+    uint32_t floats[8], depth = f->n_layers - first_layer;
+    uint64_t slot = 2 * (uint64_t)op_row_stride(f->d_model);
+    slot_floats(f, n_steps, normed, floats);
+    for (int i = 0; i < 8; i++)
+        slot += (uint64_t)floats[i] * depth;
+    return run_work_bytes(f, capacity) + run_tape_bytes(f, capacity, first_layer, keep_inside) + 4 * (slot * n_slots + tile_floats(f, depth));
+}
+
+static int slots_make(struct attribution *a, struct gpu_buffer **out, uint32_t floats, const char *name, struct error *error) {
+    return floats ? work_grow(a->work, out, 4 * (uint64_t)floats * a->n_slots, name, error) : 0;
+}
+
+int attribution_create(struct attribution **out, struct model *model, uint32_t capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps,
+                       int normed, int keep_inside, struct error *error) {
+    const struct model_facts *f = &model->facts;
+    uint32_t floats[8];
+    *out = NULL;
+    uint64_t needed = attribution_bytes(f, capacity, first_layer, n_slots, n_steps, normed, keep_inside), available = gpu_device_available(model->ops.device);
+    if (needed > available)
+        return error_set(error, ERROR_DEVICE, "attribution of %u tokens at once takes %.2f GB and %.2f GB are free on the device: lower max_memory", n_slots,
+                         needed / 1e9, available / 1e9);
+    struct attribution *a = calloc(1, sizeof *a);
+    if (a)
+        a->layers = calloc(f->n_layers - first_layer, sizeof *a->layers);
+    if (!a || !a->layers) {
+        error_set(error, ERROR_MEMORY, "out of memory for an attribution");
+        goto fail;
+    }
+    a->first_layer = first_layer;
+    a->depth = f->n_layers - first_layer;
+    a->n_slots = n_slots;
+    a->n_steps = n_steps;
+    a->normed = normed;
+    if (run_work_create(&a->work, model, capacity, error) || run_tape_create(&a->tape, a->work, first_layer, keep_inside, error))
+        goto fail;
+    slot_floats(f, n_steps, normed, floats);
+    for (uint32_t i = 0; i < a->depth; i++) {
+        struct attribution_layer *layer = &a->layers[i];
+        struct gpu_buffer **buffers[8] = {&layer->dz, &layer->dmlp, &layer->heads, &layer->steps, &layer->xs, &layer->mlp, &layer->mid, &layer->post};
+        for (int j = 0; j < 8; j++)
+            if (slots_make(a, buffers[j], floats[j], "attribution", error))
+                goto fail;
+    }
+    uint64_t row = 4 * (uint64_t)a->work->d_stride * ATTRIBUTE_TILE;
+    uint32_t groups = 1 + 2 * a->depth, inputs = inputs_of_layer(f) + 1;
+    uint32_t wide = f->n_heads * a->work->z_stride > inputs_of_layer(f) * a->work->qkv_stride ? f->n_heads * a->work->z_stride
+                                                                                                 : inputs_of_layer(f) * a->work->qkv_stride;
+    if (slots_make(a, &a->pre, a->work->d_stride, "attribution", error) || slots_make(a, &a->logits, a->work->d_stride, "attribution", error) ||
+        work_grow(a->work, &a->du, attribution_nodes(a) * row, "node differences", error) ||
+        work_grow(a->work, &a->g, (groups > inputs ? groups : inputs) * row, "input gradients", error) ||
+        (f->d_head % 16 && work_grow(a->work, &a->expanded, 4 * (uint64_t)wide * ATTRIBUTE_TILE, "expanded heads", error)))
+        goto fail;
+    *out = a;
+    return 0;
+fail:
+    if (a && a->work)
+        gpu_stream_abandon(model->ops.stream);
+    attribution_destroy(a);
+    return -1;
+}
+
+void attribution_destroy(struct attribution *a) {
+    if (!a)
+        return;
+    if (a->work && a->work->model)
+        gpu_stream_wait(a->work->model->ops.stream, NULL);
+    for (uint32_t i = 0; a->layers && i < a->depth; i++) {
+        struct attribution_layer *layer = &a->layers[i];
+        struct gpu_buffer *buffers[] = {layer->dz, layer->dmlp, layer->heads, layer->steps, layer->xs, layer->mlp, layer->mid, layer->post};
+        for (size_t j = 0; j < sizeof buffers / sizeof buffers[0]; j++)
+            gpu_buffer_destroy(buffers[j]);
+    }
+    struct gpu_buffer *own[] = {a->pre, a->logits, a->du, a->g, a->expanded, a->lists};
+    for (size_t j = 0; j < sizeof own / sizeof own[0]; j++)
+        gpu_buffer_destroy(own[j]);
+    run_tape_destroy(a->tape);
+    run_work_destroy(a->work);
+    free(a->layers);
+    free(a);
+}
+
+int attribution_reset(struct attribution *a, struct error *error) {
+    struct gpu_stream *stream = a->work->model->ops.stream;
+    struct gpu_buffer *sums[] = {a->pre, a->logits};
+    for (int j = 0; j < 2; j++)
+        RUN(gpu_stream_zero(stream, sums[j], 0, gpu_buffer_size(sums[j]), error));
+    for (uint32_t i = 0; i < a->depth; i++) { /* steps and xs are written, not added to */
+        struct gpu_buffer *layer[] = {a->layers[i].heads, a->layers[i].mlp, a->layers[i].mid, a->layers[i].post};
+        for (int j = 0; j < 4; j++)
+            RUN(gpu_stream_zero(stream, layer[j], 0, gpu_buffer_size(layer[j]), error));
+    }
+    return 0;
+}
+
+static uint64_t slot_at(const struct attribution *a, const struct gpu_buffer *buffer, uint32_t stride) {
+    return run_address(buffer) + 4 * (uint64_t)a->batch_slot * stride;
+}
+
+/* Differences: z and MLP outputs of the two runs. */
+static int see_forward(struct attribution *a, struct run_work *work, enum run_seen what, int l, uint64_t address, uint32_t stride, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
+    struct difference_params params = {.x = address, .pairs = a->sources, .stride = stride, .eps = f->norm_eps};
+    if (what == SEEN_MLP_OUT) {
+        params.dst = slot_at(a, layer->dmlp, stride);
+        params.width = f->d_model;
+    } else if (what == (f->post_norms ? SEEN_ATTN_RAW : SEEN_Z)) {
+        params.x = run_address(work->z);
+        params.stride = work->z_stride;
+        params.width = f->n_heads * f->d_head;
+        params.dst = slot_at(a, layer->dz, work->z_stride);
+        if (f->post_norms) {
+            params.raw = address;
+            params.raw_width = f->d_model;
+            params.raw_stride = stride;
+        }
+    } else {
+        return 0;
+    }
+    return op_difference(&work->model->ops, &params, a->batch_slots, error);
+}
+
+static int see_heads(struct attribution *a, struct run_work *work, int l, uint64_t address, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
+    uint32_t n = inputs_of_layer(f);
+    struct head_inputs_params params = {
+        .dqkv = address, .qkv = run_address(a->tape->layers[l].qkv_in), .bias = work->model->layers[l].b_qkv, .x = run_address(a->tape->layers[l].x),
+        .sources = a->sources, .heads = slot_at(a, layer->heads, work->qkv_stride), .n_inputs = n, .d_head = f->d_head, .stride = work->qkv_stride,
+        .width = f->d_model, .d_stride = work->d_stride, .n_sources = a->n_sources, .first_step = a->first_step, .n_steps = a->n_steps,
+        .flags = a->normed ? HEAD_INPUTS_NORMED : 0, .has_bias = work->model->layers[l].b_qkv != 0, .eps = f->norm_eps, .weight = 1.0f / a->n_steps};
+    if (!a->normed) {
+        params.steps = slot_at(a, layer->steps, a->n_steps * n);
+        params.xs = slot_at(a, layer->xs, a->n_steps * work->d_stride);
+    }
+    return op_head_inputs(&work->model->ops, &params, a->batch_slots, error);
+}
+
+/* Gradients: of inputs and of the stream, averaged over the steps. */
+static int see_back(struct attribution *a, struct run_work *work, enum run_seen what, int l, uint64_t address, uint32_t stride, struct error *error) {
+    struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
+    const struct gpu_buffer *to = NULL;
+    switch (what) {
+    case SEEN_D_QKV: return see_heads(a, work, l, address, error);
+    case SEEN_D_RESID_POST: to = layer->post; break;
+    case SEEN_D_RESID_MID: to = layer->mid; break;
+    case SEEN_D_RESID_PRE: to = l == (int)a->first_layer ? a->pre : NULL; break;
+    case SEEN_D_MLP_NORMED: to = a->normed ? layer->mlp : NULL; break;
+    case SEEN_D_MLP_INPUT: to = a->normed ? NULL : layer->mlp; break;
+    case SEEN_D_FINAL_NORMED: to = a->normed ? a->logits : NULL; break;
+    case SEEN_D_FINAL_INPUT: to = a->normed ? NULL : a->logits; break;
+    default: break;
+    }
+    if (!to)
+        return 0;
+    struct accumulate_params params = {.src = address, .sources = a->sources, .dst = slot_at(a, to, stride), .width = work->model->facts.d_model,
+                                       .stride = stride, .n_sources = a->n_sources, .weight = 1.0f / a->n_steps};
+    return op_accumulate(&work->model->ops, &params, a->batch_slots, error);
+}
+
+static int see(void *context, struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error) {
+    struct attribution *a = context;
+    int back = what >= SEEN_D_RESID_POST;
+    if (a->collecting == 1 && !back)
+        return what == SEEN_FINAL || layer < (int)a->first_layer ? 0 : see_forward(a, work, what, layer, address, stride, error);
+    if (a->collecting == 2 && back)
+        return see_back(a, work, what, layer, address, stride, error);
+    return 0;
+}
+
+static int slots_check(const struct attribution *a, const struct run_batch *batch, uint32_t slot, uint32_t n, const uint32_t *sources, uint32_t each,
+                       int none_allowed, struct error *error) {
+    uint64_t total = 0;
+    for (uint32_t r = 0; r < batch->n_rows; r++)
+        total += batch->n_tokens[r];
+    if (n == 0 || slot > a->n_slots || n > a->n_slots - slot || batch->first_layer != a->first_layer)
+        return error_set(error, ERROR_VALUE, "slots %u to %u of %u, a batch from layer %u", slot, slot + n, a->n_slots, batch->first_layer);
+    for (uint64_t i = 0; i < (uint64_t)n * each; i++)
+        if (sources[i] >= total && !(none_allowed && sources[i] == NO_SOURCE))
+            return error_set(error, ERROR_VALUE, "slot %llu: token %u of %llu", (unsigned long long)(slot + i / each), sources[i], (unsigned long long)total);
+    return 0;
+}
+
+/* Uploaded lists stay valid until the next work_upload_reset, which run_whole does at its start: they live in a buffer of their own. */
+static int sources_set(struct attribution *a, uint32_t slot, uint32_t n, const uint32_t *sources, uint32_t each, struct error *error) {
+    uint64_t bytes = 4 * (uint64_t)n * each;
+    if (!a->lists || gpu_buffer_size(a->lists) < bytes) {
+        gpu_buffer_destroy(a->lists);
+        a->lists = NULL;
+        RUN(gpu_buffer_create(&a->lists, a->work->model->ops.device, bytes, GPU_UPLOAD, "slots' tokens", error));
+    }
+    memcpy(gpu_buffer_map(a->lists), sources, bytes);
+    a->sources = run_address(a->lists);
+    a->batch_slot = slot;
+    a->batch_slots = n;
+    a->n_sources = each;
+    return 0;
+}
+
+int attribution_forward(struct attribution *a, struct run_cache *cache, const struct run_batch *batch, uint32_t slot, uint32_t n, const uint32_t *pairs,
+                        struct error *error) {
+    const struct run_observer observer = {a, see};
+    RUN(slots_check(a, batch, slot, n, pairs, 2, 0, error));
+    RUN(gpu_stream_wait(a->work->model->ops.stream, error)); /* nothing may read the old list any more */
+    RUN(sources_set(a, slot, n, pairs, 2, error));
+    a->collecting = 1;
+    a->work->observer = &observer;
+    int failed = run_whole(a->work, cache, batch, error) || gpu_stream_wait(a->work->model->ops.stream, error);
+    run_whole_end(a->work, failed);
+    a->work->observer = NULL;
+    return failed ? -1 : 0;
+}
+
+int attribution_step(struct attribution *a, struct run_cache *cache, const struct run_batch *batch, const struct run_metric *metric, uint32_t slot,
+                     uint32_t n, const uint32_t *sources, uint32_t n_sources, uint32_t first_step, struct error *error) {
+    const struct run_observer observer = {a, see};
+    const struct run_way_back back = {.metric = metric, .stop_layer = a->first_layer};
+    RUN(slots_check(a, batch, slot, n, sources, n_sources, 1, error));
+    if (n_sources == 0 || first_step > a->n_steps || n_sources > a->n_steps - first_step)
+        return error_set(error, ERROR_VALUE, "steps %u to %u of %u", first_step, first_step + n_sources, a->n_steps);
+    RUN(gpu_stream_wait(a->work->model->ops.stream, error));
+    RUN(sources_set(a, slot, n, sources, n_sources, error));
+    a->first_step = first_step;
+    a->collecting = 2;
+    a->work->observer = &observer;
+    int failed = run_differentiate(a->work, a->tape, cache, batch, &back, error);
+    a->work->observer = NULL;
+    return failed;
+}
