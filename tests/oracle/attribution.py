@@ -36,6 +36,7 @@ class Case:
     """
 
     def __init__(self, ref, sample, vector, coefficient):
+        self.sample = sample
         self.prompt, self.response = list(sample.prompt_tokens), list(sample.response_tokens)
         self.tokens = self.prompt + self.response
         self.coefficient, self.layer = float(coefficient), vector.layer
@@ -96,6 +97,39 @@ class Metric:
     def __call__(self, logits):
         """[R, S, V] -> [R]."""
         return self.each(logits).mean(1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt_tokens: tuple
+    response_tokens: tuple
+
+
+def clear_cases(ref, rng, vector, coefficient, sizes, tries=3, margin=1e-3, divergence=1e-3):
+    """A case of random tokens for every (prompt length, response length), fit for comparison with single precision.
+
+    Left out are samples whose first and second choice lie closer than `margin` somewhere in one of the two runs, whose KL(P_steer||P_base) is below
+    `divergence` somewhere (it decides with a threshold of 0), and those whose greedy predictions never differ; a size is drawn again at most
+    `tries` times. Raises AssertionError where a size stays without a sample.
+    """
+    cases = []
+    for p, r in sizes:
+        for _ in range(tries):
+            draw = lambda n: tuple(rng.integers(0, ref.facts.d_vocab, n).tolist())
+            case = Case(ref, Sample(draw(p), draw(r)), vector, coefficient)
+            if case.margin() >= margin and case.divergence().min() >= divergence and case.positions("logit_diff"):
+                cases.append(case)
+                break
+    assert len(cases) == len(sizes), f"{len(cases)} of {len(sizes)} sizes have a sample without near ties after {tries} tries each"
+    return cases
+
+
+def clear_threshold(cases, capped=True):
+    """A KL threshold in the widest gap (as a ratio) among the middle half of all candidates' KL(P_steer||P_base): both sides occur, none is near it."""
+    values = sorted(x for case in cases for x in case.divergence(capped).tolist())
+    low, high = max(zip(values, values[1:]), key=lambda pair: pair[1] / pair[0] if pair[0] in values[len(values) // 4:-len(values) // 4] else 0.0)
+    assert high > 1.01 * low
+    return (low + high) / 2
 
 
 # -- scores -------------------------------------------------------------------------------------------------------------------------------
