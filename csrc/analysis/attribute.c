@@ -35,26 +35,26 @@ static uint64_t tile_floats(const struct model_facts *f, uint32_t depth) {
     return ATTRIBUTE_TILE * (rows * op_row_stride(f->d_model) + expanded);
 }
 
-uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
+uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
                            int keep_inside) {
     uint32_t floats[8], depth = f->n_layers - first_layer;
     uint64_t slot = 2 * (uint64_t)op_row_stride(f->d_model);
     slot_floats(f, n_steps, normed, floats);
     for (int i = 0; i < 8; i++)
         slot += (uint64_t)floats[i] * depth;
-    return run_work_bytes(f, capacity) + run_tape_bytes(f, capacity, first_layer, keep_inside) + 4 * (slot * n_slots + tile_floats(f, depth));
+    return run_work_bytes(f, capacity) + run_tape_bytes(f, step_capacity, first_layer, keep_inside) + 4 * (slot * n_slots + tile_floats(f, depth));
 }
 
 static int slots_make(struct attribution *a, struct gpu_buffer **out, uint32_t floats, const char *name, struct error *error) {
     return floats ? work_grow(a->work, out, 4 * (uint64_t)floats * a->n_slots, name, error) : 0;
 }
 
-int attribution_create(struct attribution **out, struct model *model, uint32_t capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps,
+int attribution_create(struct attribution **out, struct model *model, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps,
                        int normed, int keep_inside, struct error *error) {
     const struct model_facts *f = &model->facts;
     uint32_t floats[8];
     *out = NULL;
-    uint64_t needed = attribution_bytes(f, capacity, first_layer, n_slots, n_steps, normed, keep_inside), available = gpu_device_available(model->ops.device);
+    uint64_t needed = attribution_bytes(f, capacity, step_capacity, first_layer, n_slots, n_steps, normed, keep_inside), available = gpu_device_available(model->ops.device);
     if (needed > available)
         return error_set(error, ERROR_DEVICE, "attribution of %u tokens at once takes %.2f GB and %.2f GB are free on the device: lower max_memory", n_slots,
                          needed / 1e9, available / 1e9);
@@ -70,7 +70,7 @@ int attribution_create(struct attribution **out, struct model *model, uint32_t c
     a->n_slots = n_slots;
     a->n_steps = n_steps;
     a->normed = normed;
-    if (run_work_create(&a->work, model, capacity, error) || run_tape_create(&a->tape, a->work, first_layer, keep_inside, error))
+    if (run_work_create(&a->work, model, capacity, error) || run_tape_create(&a->tape, a->work, step_capacity, first_layer, keep_inside, error))
         goto fail;
     slot_floats(f, n_steps, normed, floats);
     for (uint32_t i = 0; i < a->depth; i++) {
@@ -109,7 +109,7 @@ void attribution_destroy(struct attribution *a) {
         for (size_t j = 0; j < sizeof buffers / sizeof buffers[0]; j++)
             gpu_buffer_destroy(buffers[j]);
     }
-    struct gpu_buffer *own[] = {a->pre, a->logits, a->du, a->g, a->expanded, a->lists};
+    struct gpu_buffer *own[] = {a->pre, a->logits, a->du, a->g, a->expanded, a->lists, a->picks};
     for (size_t j = 0; j < sizeof own / sizeof own[0]; j++)
         gpu_buffer_destroy(own[j]);
     run_tape_destroy(a->tape);
@@ -236,15 +236,122 @@ static int sources_set(struct attribution *a, uint32_t slot, uint32_t n, const u
     return 0;
 }
 
+/* Rows of the final norm and their logits of picks [first, first + n), a run after the other: where = 0 or 1. */
+static int pick_logits(struct attribution *a, const struct attribution_picks *picks, uint32_t first, uint32_t n, int where, uint64_t rows, uint64_t logits,
+                       uint32_t v_stride, float *normed, float *host, struct error *error) {
+    struct run_work *work = a->work;
+    const struct model *model = work->model;
+    uint32_t *tokens = malloc(n * sizeof *tokens), all = n;
+    uint64_t uploaded, offset;
+    if (!tokens)
+        return error_set(error, ERROR_MEMORY, "out of memory for a metric");
+    for (uint32_t i = 0; i < n; i++)
+        tokens[i] = picks->tokens[2 * (size_t)(first + i) + (size_t)where];
+    int failed = work_upload(work, tokens, n * sizeof *tokens, &uploaded, error);
+    free(tokens);
+    struct copy_params copy = {.x = run_address(work->norm), .dst = rows, .rows = uploaded, .n_rows = n, .width = model->facts.d_model,
+                               .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
+    struct op_linear_args linear = {.x = rows, .dst = logits, .n_rows = n, .x_stride = work->d_stride, .dst_stride = v_stride};
+    if (failed || op_copy(&work->model->ops, &copy, error) || op_linear(&work->model->ops, &model->unembed, &linear, error))
+        return -1;
+    const struct { uint64_t from; uint32_t stride, width; float *to; } back[2] = {{rows, work->d_stride, model->facts.d_model, normed},
+                                                                                 {logits, v_stride, model->facts.d_vocab, host}};
+    for (int i = 0; i < 2; i++) { /* rows come back one behind the other */
+        RUN(work_readback_take(work, &all, back[i].width, &offset, error));
+        if (all < n)
+            return error_set(error, ERROR_DEVICE, "%u rows of logits do not fit the readback memory", n);
+        struct copy_params pack = {.x = back[i].from, .dst = run_address(work->readback) + 4 * offset, .n_rows = n, .width = back[i].width,
+                                   .x_stride = back[i].stride, .out_stride = back[i].width};
+        struct readback piece = {.to = back[i].to, .offset = offset, .n = n, .token_floats = back[i].width, .width = back[i].width, .plain = 1};
+        RUN(op_copy(&work->model->ops, &pack, error));
+        RUN(work_readback_push(work, &piece, error));
+    }
+    return 0;
+}
+
+static void greedy(const float *logits, uint32_t width, int32_t *top, float *margin) {
+    float best = logits[0], second = -3.402823466e38f;
+    *top = 0;
+    for (uint32_t i = 1; i < width; i++) {
+        if (logits[i] > best) {
+            second = best;
+            best = logits[i];
+            *top = (int32_t)i;
+        } else if (logits[i] > second) {
+            second = logits[i];
+        }
+    }
+    *margin = best - second;
+}
+
+/* Picks [first, first + n): both runs' logits, then KL(second || first) on the device. `host`: room for 2 n (D + V) floats. */
+static int picks_tile(struct attribution *a, const struct attribution_picks *picks, uint32_t first, uint32_t n, uint64_t at, uint32_t v_stride, float *host,
+                      struct error *error) {
+    struct run_work *work = a->work;
+    const struct model_facts *f = &work->model->facts;
+    uint64_t row = 4 * (uint64_t)work->d_stride, logits = 4 * (uint64_t)v_stride, rows[2] = {at, at + n * row};
+    uint64_t values[2] = {at + 2 * n * row, at + 2 * n * row + n * logits}, ones, offset;
+    float *normed[2] = {host, host + (size_t)n * f->d_model}, *words[2] = {host + 2 * (size_t)n * f->d_model, NULL}, *weights;
+    words[1] = words[0] + (size_t)n * f->d_vocab;
+    for (int i = 0; i < 2; i++)
+        RUN(pick_logits(a, picks, first, n, i, rows[i], values[i], v_stride, normed[i], words[i], error));
+    if (picks->kl) {
+        uint32_t one = 1;
+        if (!(weights = calloc(n, sizeof *weights)))
+            return error_set(error, ERROR_MEMORY, "out of memory for a metric");
+        int failed = work_upload(work, weights, n * sizeof *weights, &ones, error);
+        free(weights);
+        if (failed || work_readback_take(work, &one, n, &offset, error))
+            return -1;
+        struct logit_grad_params kl = {.logits = values[0], .reference = values[1], .weights = ones, .values = run_address(work->readback) + 4 * offset,
+                                       .width = f->d_vocab, .stride = v_stride, .kind = LOGIT_GRAD_KL, .softcap = picks->capped ? f->final_softcap : 0,
+                                       .reference_softcap = picks->capped ? f->final_softcap : 0};
+        struct readback piece = {.to = picks->kl + first, .offset = offset, .n = n, .token_floats = 1, .width = 1, .plain = 1};
+        RUN(op_logit_grad(&work->model->ops, &kl, n, error));
+        RUN(work_readback_push(work, &piece, error));
+    }
+    RUN(work_readback_drain(work, error));
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t j = 0; j < 2; j++) {
+            size_t to = 2 * (size_t)(first + i) + j;
+            greedy(words[j] + (size_t)i * f->d_vocab, f->d_vocab, &picks->top[to], &picks->margin[to]);
+            if (picks->normed)
+                memcpy(picks->normed + to * f->d_model, normed[j] + (size_t)i * f->d_model, f->d_model * sizeof *host);
+        }
+    return 0;
+}
+
+#define PICKS_BYTES (UINT64_C(12) << 20) /* logits of a run at once */
+
+static int picks_read(struct attribution *a, const struct attribution_picks *picks, struct error *error) {
+    struct run_work *work = a->work;
+    const struct model_facts *f = &work->model->facts;
+    uint32_t v_stride = op_row_stride(f->d_vocab), at_once = (uint32_t)(PICKS_BYTES / (4 * (uint64_t)v_stride));
+    if (!picks || picks->m == 0)
+        return gpu_stream_wait(work->model->ops.stream, error);
+    at_once = at_once < 8 ? 8 : at_once > picks->m ? picks->m : at_once;
+    float *host = malloc(2 * (size_t)at_once * (f->d_model + (size_t)f->d_vocab) * sizeof *host);
+    if (!host)
+        return error_set(error, ERROR_MEMORY, "out of memory for logits");
+    int failed = work_grow(work, &a->picks, 2 * at_once * 4 * ((uint64_t)work->d_stride + v_stride), "logits of two runs", error) ||
+                 run_final_norm(work, error);
+    for (uint32_t first = 0, n; first < picks->m && !failed; first += n) {
+        n = picks->m - first < at_once ? picks->m - first : at_once;
+        failed = picks_tile(a, picks, first, n, run_address(a->picks), v_stride, host, error);
+    }
+    free(host);
+    return failed ? -1 : 0;
+}
+
 int attribution_forward(struct attribution *a, struct run_cache *cache, const struct run_batch *batch, uint32_t slot, uint32_t n, const uint32_t *pairs,
-                        struct error *error) {
+                        const struct attribution_picks *picks, struct error *error) {
     const struct run_observer observer = {a, see};
     RUN(slots_check(a, batch, slot, n, pairs, 2, 0, error));
     RUN(gpu_stream_wait(a->work->model->ops.stream, error)); /* nothing may read the old list any more */
     RUN(sources_set(a, slot, n, pairs, 2, error));
     a->collecting = 1;
     a->work->observer = &observer;
-    int failed = run_whole(a->work, cache, batch, error) || gpu_stream_wait(a->work->model->ops.stream, error);
+    int failed = run_whole(a->work, cache, batch, error) || picks_read(a, picks, error);
     run_whole_end(a->work, failed);
     a->work->observer = NULL;
     return failed ? -1 : 0;

@@ -12,7 +12,7 @@
 #define ATTRIBUTE_TILE 16 /* slots whose scores are summed on the device; sums over tiles are float64, in order */
 
 struct attribution {
-    struct run_work *work;   /* owned: for `capacity` tokens */
+    struct run_work *work;   /* owned: for two runs of the longest sample */
     struct run_tape *tape;   /* owned */
     uint32_t first_layer, depth; /* layers from the steering layer on */
     uint32_t n_slots, n_steps;
@@ -26,6 +26,7 @@ struct attribution {
     } *layers;               /* [depth] */
     struct gpu_buffer *pre, *logits; /* [n_slots, d_stride] gradients of the steered stream and of the logits' input */
     struct gpu_buffer *du, *g, *expanded; /* a tile's rows */
+    struct gpu_buffer *picks; /* rows and logits of two runs */
     struct gpu_buffer *lists; /* the tokens of the slots of the batch under way */
     /* the batch under way, for the observer */
     uint64_t sources;        /* device: pairs (forward) or sources (steps) of the batch's slots */
@@ -33,19 +34,31 @@ struct attribution {
     int collecting;          /* 1: forward pass, differences; 2: steps, gradients */
 };
 
-int attribution_create(struct attribution **out, struct model *model, uint32_t capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps,
+/* capacity: tokens that a forward pass holds; step_capacity: tokens that go forward and back (at most capacity). */
+int attribution_create(struct attribution **out, struct model *model, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps,
                        int normed, int keep_inside, struct error *error);
 void attribution_destroy(struct attribution *a);
 /* Device bytes, from the facts alone. */
-uint64_t attribution_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
+uint64_t attribution_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
                            int keep_inside);
 /* Gradients become zero: before the first step of new samples. */
 int attribution_reset(struct attribution *a, struct error *error);
 
-/* Slots [slot, slot + n) of this batch. pairs [n, 2]: the packed tokens whose difference a slot holds (clean, corrupt). The batch's logits and captures
- * come as from any run. */
+/* What the two runs predict at the tokens where a metric may be read: m pairs of packed tokens (corrupt or base run, clean or steered: as the caller
+ * pairs them). Host arrays, NULL where not wanted. */
+struct attribution_picks {
+    uint32_t m;
+    const uint32_t *tokens; /* [m, 2] */
+    int capped;
+    int32_t *top;           /* [m, 2] greedy tokens, the lowest id of equals */
+    float *margin;          /* [m, 2] between the two largest logits (before the cap) */
+    float *kl;              /* [m] KL(second || first) */
+    float *normed;          /* [m, 2, D] final rows after norm and gain */
+};
+
+/* Slots [slot, slot + n) of this batch. pairs [n, 2]: the packed tokens whose difference a slot holds (first - second). */
 int attribution_forward(struct attribution *a, struct run_cache *cache, const struct run_batch *batch, uint32_t slot, uint32_t n, const uint32_t *pairs,
-                        struct error *error);
+                        const struct attribution_picks *picks, struct error *error);
 /* Adds steps first_step, ..., first_step + n_sources - 1: sources [n, n_sources], the packed token of each slot and step, or NO_SOURCE. */
 int attribution_step(struct attribution *a, struct run_cache *cache, const struct run_batch *batch, const struct run_metric *metric, uint32_t slot,
                      uint32_t n, const uint32_t *sources, uint32_t n_sources, uint32_t first_step, struct error *error);

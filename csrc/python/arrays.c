@@ -8,14 +8,26 @@ int arrays_import(void) {
     return 0;
 }
 
-PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data) {
+static PyObject *zeros(int n_dims, const Py_ssize_t *dims, int type, void **data) {
     npy_intp shape[8];
     for (int i = 0; i < n_dims; i++)
         shape[i] = dims[i];
-    PyObject *array = PyArray_ZEROS(n_dims, shape, NPY_FLOAT32, 0);
+    PyObject *array = PyArray_ZEROS(n_dims, shape, type, 0);
     if (array)
         *data = PyArray_DATA((PyArrayObject *)array);
     return array;
+}
+
+PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data) {
+    return zeros(n_dims, dims, NPY_FLOAT32, (void **)data);
+}
+
+PyObject *array_zeros_double(int n_dims, const Py_ssize_t *dims, double **data) {
+    return zeros(n_dims, dims, NPY_FLOAT64, (void **)data);
+}
+
+PyObject *array_zeros_int(int n_dims, const Py_ssize_t *dims, int32_t **data) {
+    return zeros(n_dims, dims, NPY_INT32, (void **)data);
 }
 
 static int type_number(char type) {

@@ -12,7 +12,7 @@
 #include <pthread.h>
 
 #include "base/mapped_file.h"
-#include "run/tape.h"
+#include "analysis/attribute.h"
 
 struct device_object {
     PyObject_HEAD
@@ -53,7 +53,7 @@ struct edits_object {
 };
 
 struct engine_state {
-    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type, *tape_type;
+    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type, *tape_type, *attribution_type;
     PyObject *device_error, *model_error;
 };
 
@@ -65,7 +65,13 @@ struct tape_object {
     struct run_tape *tape;
 };
 
-extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec;
+struct attribution_object {
+    PyObject_HEAD
+    struct model_object *owner;
+    struct attribution *attribution;
+};
+
+extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec, attribution_spec;
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */
@@ -92,6 +98,11 @@ PyObject *engine_devices(PyObject *module, PyObject *unused);
 PyObject *engine_ops(PyObject *module, PyObject *unused);
 /* tape_type.c */
 PyObject *engine_tape_bytes(PyObject *module, PyObject *args);
+struct batch_arguments;
+/* The scalar whose gradient is taken: metric = (kind, capped, tokens, a, b, weights, reference, other, reference_logits). A new array of its values. */
+PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model, PyObject *tuple, struct run_metric *metric);
+/* attribution_type.c */
+PyObject *engine_attribution_bytes(PyObject *module, PyObject *args);
 /* forward.c */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
 /* A batch as it comes from Python: arrays that are borrowed until batch_release. */
@@ -125,6 +136,8 @@ PyObject *model_measure_read(PyObject *self, PyObject *args);
 int arrays_import(void);
 /* A new C-contiguous float32 array of zeros; *data is its memory. */
 PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data);
+PyObject *array_zeros_double(int n_dims, const Py_ssize_t *dims, double **data);
+PyObject *array_zeros_int(int n_dims, const Py_ssize_t *dims, int32_t **data);
 /* Borrowed views of C-contiguous arrays with exactly this item type ('f' float32, 'i' int32, 'I' uint32, 'q' int64, 'B' uint8): a new
  * reference, or NULL with TypeError/ValueError set. */
 PyObject *array_view(PyObject *object, char type, const char *name, const void **data, Py_ssize_t *n);

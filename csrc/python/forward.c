@@ -150,17 +150,17 @@ void batch_release(struct batch_arguments *a) {
 }
 
 /* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
- *         q_row, v_row, mlp_row, frozen, first_layer, inputs) -> (logits or None, {(site, layer): array}) */
+ *         q_row, v_row, mlp_row, frozen, first_layer, inputs, stop_layer) -> (logits or None, {(site, layer): array}) */
 PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
     static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
-                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", NULL};
+                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", "stop_layer", NULL};
     struct model_object *self = (struct model_object *)object;
     PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
     unsigned int n_out_rows, n_columns, n_keys;
     int mode, failed = 1;
     struct batch_arguments a = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIO", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
-                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIOI", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
+                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs, &a.batch.stop_layer))
         return NULL;
     if (batch_owners_read(&a, self, cache, edits))
         return NULL;

@@ -29,7 +29,7 @@ static PyObject *tape_new(PyTypeObject *type, PyObject *args, PyObject *keywords
         failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, self->owner->model->facts.n_layers);
     else
         failed = run_work_create(&self->work, self->owner->model, capacity, &error) ||
-                 run_tape_create(&self->tape, self->work, first_layer, keep_inside, &error);
+                 run_tape_create(&self->tape, self->work, capacity, first_layer, keep_inside, &error);
     engine_end(self->owner);
     if (failed) {
         engine_raise((PyObject *)self, &error);
@@ -57,7 +57,7 @@ static void tape_dealloc(PyObject *object) {
 }
 
 /* The scalar: metric = (kind, capped, tokens, a, b, weights, reference, other, reference_logits). Makes the array of its values. */
-static PyObject *metric_read(struct batch_arguments *a, const struct model *model, PyObject *tuple, struct run_metric *metric) {
+PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model, PyObject *tuple, struct run_metric *metric) {
     PyObject *in[7];
     int kind;
     if (!PyArg_ParseTuple(tuple, "ipOOOOOOO", &kind, &metric->capped, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6]))
@@ -114,7 +114,7 @@ static PyObject *tape_differentiate(PyObject *object, PyObject *args, PyObject *
     int begun = 1;
     dict = PyDict_New();
     if (!dict || batch_rows_read(&a, owner->model, in) || batch_places_check(&a) || batch_inputs_read(&a, owner->model, inputs) ||
-        batch_captures_read(owner->model, &a, list, dict, &gradients, &back.n_captures) || !(values = metric_read(&a, owner->model, tuple, &metric)))
+        batch_captures_read(owner->model, &a, list, dict, &gradients, &back.n_captures) || !(values = batch_metric_read(&a, owner->model, tuple, &metric)))
         goto done;
     back.captures = gradients;
     back.stop_layer = stop_layer;

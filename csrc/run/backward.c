@@ -298,9 +298,12 @@ static int way_back(struct run_work *work, struct run_cache *cache, const struct
 int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache, const struct run_batch *batch,
                       const struct run_way_back *back, struct error *error) {
     struct run_batch backward = *batch;
-    if (tape->capacity != work->capacity || back->stop_layer < tape->first_layer || tape->first_layer < batch->first_layer)
-        return error_set(error, ERROR_VALUE, "the tape begins at layer %u and was made for %u tokens: it does not fit this way back", tape->first_layer,
-                         tape->capacity);
+    uint64_t total = 0;
+    for (uint32_t r = 0; r < batch->n_rows; r++)
+        total += batch->n_tokens[r];
+    if (total > tape->capacity || back->stop_layer < tape->first_layer || tape->first_layer < batch->first_layer)
+        return error_set(error, ERROR_VALUE, "the tape begins at layer %u and holds %u tokens: it does not fit a way back of %llu tokens to layer %u",
+                         tape->first_layer, tape->capacity, (unsigned long long)total, back->stop_layer);
     work->tape = tape;
     int failed = run_whole(work, cache, batch, error);
     backward.n_captures = 0;

@@ -9,6 +9,8 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
     uint64_t at = 0;
     if (batch->first_layer >= f->n_layers || (batch->first_layer && !batch->inputs))
         return error_set(error, ERROR_VALUE, "resuming at layer %u of %u needs the residual stream there", batch->first_layer, f->n_layers);
+    if (batch->stop_layer && (batch->stop_layer <= batch->first_layer || batch->stop_layer > f->n_layers))
+        return error_set(error, ERROR_VALUE, "a run of layers %u to %u of %u", batch->first_layer, batch->stop_layer, f->n_layers);
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
         if (end > f->n_ctx)
@@ -91,7 +93,7 @@ static int groups_check(const struct run_batch *batch, uint32_t capacity, int *m
     *mlp_frozen = 0;
     for (uint32_t r = 0, n; r < batch->n_rows; r += n) {
         n = group_rows(batch, r);
-        if (n > capacity / OP_TILE)
+        if (n > 1 && n > capacity / OP_TILE)
             return error_set(error, ERROR_VALUE, "%u rows in one group: at most %u", n, capacity / OP_TILE);
         for (uint32_t i = r; batch->frozen && i < r + n; i++) {
             if (batch->q_row[i] - r >= n || batch->v_row[i] - r >= n || batch->mlp_row[i] - r >= n)

@@ -356,12 +356,15 @@ int run_layer(struct run_work *work, struct run_cache *cache, int l, struct erro
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error) {
     const struct model *model = work->model;
     uint64_t x = address(work->x);
+    uint32_t stop = work->chunk.batch->stop_layer;
     RUN(begin(work, error));
-    for (int l = (int)work->chunk.batch->first_layer; l < (int)model->facts.n_layers; l++) {
+    for (int l = (int)work->chunk.batch->first_layer; l < (int)(stop ? stop : model->facts.n_layers); l++) {
         RUN(visit_rows(work, SITE_RESID_PRE, l, x, work->d_stride, 0, error));
         RUN(run_layer(work, cache, l, error));
         RUN(visit_rows(work, SITE_RESID_POST, l, x, work->d_stride, 0, error));
     }
+    if (stop)
+        return 0;
     RUN(run_see(work, SEEN_FINAL, 0, x, work->d_stride, error));
     return logits(work, error);
 }

@@ -49,6 +49,7 @@ struct run_batch {
     const int32_t *column;     /* [n_rows] output column of position p is column[r] + p (left padding) */
     const int32_t *key_column; /* [n_rows] the same for keys */
     uint32_t n_columns, n_keys;
+    uint32_t stop_layer;       /* layers from here on, the final norm and logits are left out; 0: none are */
     uint32_t first_layer;      /* resume here, */
     const float *inputs;       /* from this residual stream [all tokens, D], packed as the tokens; NULL: from the embedding */
     int decode;                /* the phase: 1 when every row brings one token after its prompt */

@@ -21,23 +21,23 @@ uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t
     return 4 * (uint64_t)capacity * (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) + own) + 2 * WORK_SCRATCH;
 }
 
-static int zeroed(const struct run_work *work, struct gpu_buffer **out, uint32_t stride, const char *name, struct error *error) {
-    if (gpu_buffer_create(out, work->model->ops.device, 4 * (uint64_t)work->capacity * stride, GPU_DEVICE_LOCAL, name, error))
+static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buffer **out, uint32_t stride, const char *name, struct error *error) {
+    if (gpu_buffer_create(out, work->model->ops.device, 4 * (uint64_t)capacity * stride, GPU_DEVICE_LOCAL, name, error))
         return -1;
     return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
 }
 
-static int inside_make(const struct run_work *work, struct tape_layer *layer, struct error *error) {
+static int inside_make(const struct run_work *work, uint32_t capacity, struct tape_layer *layer, struct error *error) {
     uint32_t strides[6];
     int n = inside_strides(&work->model->facts, strides);
     struct gpu_buffer **buffers[6] = {&layer->mid, &layer->qkv_in, &layer->qkv, &layer->gate_up, &layer->attn_raw, &layer->mlp_raw};
     for (int i = 0; i < n; i++)
-        if (zeroed(work, buffers[i], strides[i], "tape", error))
+        if (zeroed(work, capacity, buffers[i], strides[i], "tape", error))
             return -1;
     return 0;
 }
 
-int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t first_layer, int keep_inside, struct error *error) {
+int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity, uint32_t first_layer, int keep_inside, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     *out = NULL;
     struct run_tape *tape = calloc(1, sizeof *tape);
@@ -47,18 +47,18 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
         error_set(error, ERROR_MEMORY, "out of memory for a tape");
         goto fail;
     }
-    tape->capacity = work->capacity;
+    tape->capacity = capacity;
     tape->first_layer = first_layer;
     tape->n_layers = f->n_layers;
     tape->keep_inside = keep_inside;
     for (uint32_t l = f->n_layers; l-- > first_layer;) {
-        if (zeroed(work, &tape->layers[l].x, work->d_stride, "tape", error))
+        if (zeroed(work, capacity, &tape->layers[l].x, work->d_stride, "tape", error))
             goto fail;
         if (l + 1 < f->n_layers && !keep_inside) {
             struct gpu_buffer *x = tape->layers[l].x;
             tape->layers[l] = tape->layers[l + 1];
             tape->layers[l].x = x;
-        } else if (inside_make(work, &tape->layers[l], error)) {
+        } else if (inside_make(work, capacity, &tape->layers[l], error)) {
             goto fail;
         }
     }
@@ -66,7 +66,7 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
         {&tape->dx, work->d_stride}, {&tape->dnorm, work->d_stride}, {&tape->draw, work->d_stride}, {&tape->dqkv, work->qkv_stride},
         {&tape->dz, work->z_stride}, {&tape->dgate_up, work->gate_up_stride}, {&tape->dpost, work->mlp_stride}};
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
-        if (zeroed(work, wanted[i].buffer, wanted[i].stride, "way back", error))
+        if (zeroed(work, capacity, wanted[i].buffer, wanted[i].stride, "way back", error))
             goto fail;
     *out = tape;
     return 0;

@@ -25,7 +25,8 @@ struct run_tape {
     struct gpu_buffer *dscores, *capped; /* grown when needed */
     struct gpu_buffer *metric, *logits, *reference; /* rows of the scalar, grown when needed */
 };
-int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t first_layer, int keep_inside, struct error *error);
+/* capacity: tokens, at most the work's. */
+int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity, uint32_t first_layer, int keep_inside, struct error *error);
 void run_tape_destroy(struct run_tape *tape);
 /* Device bytes, from the facts alone. */
 uint64_t run_tape_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer, int keep_inside);
