@@ -1,7 +1,7 @@
 """The oracle of attribution, circuits and losses itself: identities, finite differences and limits that hold whatever the model is.
 
-Measured here (5 kinds, 14 to 18 tokens): runs within 2e-14 of Reference's, gradients within 1e-7 of central differences, completeness at 200 steps
-within 1e-5 of the difference of m.
+Measured here (5 kinds, 16 tokens): logits within 2e-14 of Reference's, gradients within 2e-10 of the largest of central differences, completeness
+at 90 steps within 7e-5 of the difference of m, 9.0 times nearer than at 30.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_gradients_are_central_differences(setting, rng, name, metric):
 
             up, down = m(s.case.net.run([0.7, 0.7], **{where: change}).logits).tolist()
             want = float(grads[i, p] @ e)
-            assert abs((up - down) / 2 - want) < 1e-7 * scale * float(e.norm()) + 1e-13, f"{where} {name_} at {p}: {(up - down) / 2} against {want}"
+            assert abs((up - down) / 2 - want) < 1e-8 * scale * float(e.norm()), f"{where} {name_} at {p}: {(up - down) / 2} against {want}"
             moved += want != 0
         assert moved > len(names) // 2
 
@@ -178,21 +178,19 @@ def test_edges_dims_and_positions_add_up(setting, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("metric", ["logit_diff", "directional_kl", "kl"])
-@pytest.mark.parametrize("clean", ["steered", "base"])
+@pytest.mark.parametrize("metric, clean", [("logit_diff", "steered"), ("directional_kl", "base"), ("kl", "steered"), ("kl", "base")])
 def test_completeness(setting, name, metric, clean):
     """The steering node's score tends to m(clean) - m(corrupt), with the midpoint rule as 1/T^2; the two end points are what left and right differ in."""
     s = setting(name)
     at = lambda rule, steps: float(score(*s.common, case=s.case, metric=metric, clean=clean, rule=rule, steps=steps).nodes[0])
     difference = score(*s.common, case=s.case, metric=metric, clean=clean, steps=1).difference
-    coarse, fine = (at("midpoint", steps) - difference for steps in (50, 200))
-    assert abs(fine) < 1e-5 * abs(difference)
-    assert abs(fine) < abs(coarse) / 8 or abs(fine) < 1e-9
-    left, right = at("left", 200), at("right", 200)
-    assert abs((left + right) / 2 - difference) < 3e-5 * abs(difference)  # the trapezoid rule
+    coarse, fine = (at("midpoint", steps) - difference for steps in (30, 90))
+    assert abs(fine) < 2e-4 * abs(difference) and 8.5 < coarse / fine < 9.5
+    left, right = at("left", 90), at("right", 90)
+    assert abs((left + right) / 2 - difference) < 4e-4 * abs(difference)  # the trapezoid rule
     start, end = (float((gradients(s.case, s.case.metric(metric, clean=clean), [a])[0][0] * s.case.net.vector).sum()) for a in (0.0, s.coefficient))
     towards = s.coefficient * (1 if clean == "steered" else -1)
-    assert abs(right - left - towards * (end - start) / 200) < 1e-10 * max(1.0, abs(difference))
+    assert abs(right - left - towards * (end - start) / 90) < 1e-10 * max(1.0, abs(difference))
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
