@@ -1,17 +1,33 @@
-// Gradients of a layer's query, key and value inputs before the norm, in place; a workgroup a (slot, input). See head_gradients_params.
+// Gradients of a layer's query, key and value inputs before the norm, in place; a workgroup a slot and 8 inputs, so that what the steps kept of the
+// stream is read once for all of them. See head_gradients_params. Order: gain * g, then the steps in ascending order, one fma each.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { head_gradients_params p; };
 
+const uint R = 8;
+
 void main()
 {
-    uint t = gl_WorkGroupID.x, v = gl_WorkGroupID.y, at = (v * p.n_slots + t) * p.d_stride;
+    const uint t = gl_WorkGroupID.x, v0 = gl_WorkGroupID.y * R;
+    uint at[R], step_at[R]; // inputs past the end repeat the last one and are not written
+    [[unroll]] for (uint r = 0; r < R; r++) {
+        uint v = min(v0 + r, p.n_inputs - 1);
+        at[r] = (v * p.n_slots + t) * p.d_stride;
+        step_at[r] = t * p.n_steps * p.n_inputs + v;
+    }
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
-        float g = p.g.at[at + i] * p.gain.at[i];
-        for (uint k = 0; k < p.n_steps; k++)
-            g = fma(-p.steps.at[(t * p.n_steps + k) * p.n_inputs + v], p.xs.at[(t * p.n_steps + k) * p.d_stride + i], g);
-        p.g.at[at + i] = g;
+        float gain = p.gain.at[i], g[R];
+        [[unroll]] for (uint r = 0; r < R; r++)
+            g[r] = p.g.at[at[r] + i] * gain;
+        for (uint k = 0; k < p.n_steps; k++) {
+            float x = p.xs.at[(t * p.n_steps + k) * p.d_stride + i];
+            [[unroll]] for (uint r = 0; r < R; r++)
+                g[r] = fma(-p.steps.at[step_at[r] + k * p.n_inputs], x, g[r]);
+        }
+        [[unroll]] for (uint r = 0; r < R; r++)
+            if (v0 + r < p.n_inputs)
+                p.g.at[at[r] + i] = g[r];
     }
 }

@@ -9,7 +9,7 @@
 
 #include "run/tape.h"
 
-#define ATTRIBUTE_TILE 16 /* slots whose scores are summed on the device; sums over tiles are float64, in order */
+#define ATTRIBUTE_TILE 32 /* slots whose scores are summed on the device; sums over tiles are float64, in order */
 
 struct attribution {
     struct run_work *work;   /* owned: for two runs of the longest sample */

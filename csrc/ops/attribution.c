@@ -17,7 +17,7 @@ int op_head_inputs(struct ops *ops, const struct head_inputs_params *params, uin
 }
 
 int op_head_gradients(struct ops *ops, const struct head_gradients_params *params, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_head_gradients, params, sizeof *params, params->n_slots, params->n_inputs, 1,
+    return gpu_stream_dispatch(ops->stream, KERNEL_head_gradients, params, sizeof *params, params->n_slots, (params->n_inputs + 7) / 8, 1,
                                4.0 * params->n_slots * params->n_inputs * params->n_steps * params->width, error);
 }
 

@@ -363,8 +363,8 @@ int run_layers(struct run_work *work, struct run_cache *cache, struct error *err
         RUN(run_layer(work, cache, l, error));
         RUN(visit_rows(work, SITE_RESID_POST, l, x, work->d_stride, 0, error));
     }
-    if (stop)
-        return 0;
+    if (stop) /* the stream entering the first layer that is left out is still to be had */
+        return stop < model->facts.n_layers ? visit_rows(work, SITE_RESID_PRE, (int)stop, x, work->d_stride, 0, error) : 0;
     RUN(run_see(work, SEEN_FINAL, 0, x, work->d_stride, error));
     return logits(work, error);
 }

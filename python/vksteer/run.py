@@ -86,7 +86,7 @@ def execute(model, prompts, responses=None, *, edits=(), capture=(), logits="all
     n_columns = max(totals)
     cache, slots = model._run_cache(totals, 2 if batch.paired else 1)
     # Nothing above the last captured layer is looked at where no logits are wanted.
-    layered = [s.key[1] + 1 for s in sites if s.name.startswith("blocks.")]
+    layered = [max(1, s.key[1] + (not s.name.endswith("hook_resid_pre"))) for s in sites if s.name.startswith("blocks.")]
     stop = {"stop_layer": max(layered)} if logits is None and layered and len(layered) == sum(s.name != "hook_embed" for s in sites) else {}
     values, captured = batch.forward(cache, rows, [0] * len(rows), slots, [n_columns - t for t in totals], n_columns, n_columns,
                                      [s.key for s in sites], logits, range(len(rows)), **stop)
