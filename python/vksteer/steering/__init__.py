@@ -5,5 +5,7 @@ from .losses import ntp_loss, po_loss
 from .rule import Rejection, choose
 from .scores import RefusalTokens, Scores, derive_refusal_tokens
 from .sweeping import Sweep, sweep
+from .training import Training, train_ntp, train_po
 
-__all__ = ["Candidates", "RefusalTokens", "Rejection", "Scores", "Sweep", "choose", "derive_refusal_tokens", "difference_in_means", "ntp_loss", "po_loss", "sweep"]
+__all__ = ["Candidates", "RefusalTokens", "Rejection", "Scores", "Sweep", "Training", "choose", "derive_refusal_tokens", "difference_in_means", "ntp_loss", "po_loss", "sweep",
+           "train_ntp", "train_po"]
