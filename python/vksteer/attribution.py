@@ -1,7 +1,7 @@
 """EAP-IG over whole responses (method.md section 5): scores of edges, nodes and dimensions, from the engine's own gradients.
 
 The samples go through in groups. For a group the device holds, token by token, what steering changes in every node's output and the gradients of
-every input averaged over the integration's steps (csrc/analysis/attribute.h); then the scores are contracted a tile of 16 tokens at a time. A sample's
+every input averaged over the integration's steps (csrc/analysis/attribute.h); then the scores are contracted a tile of tokens at a time. A sample's
 scores do not depend on its group, on how steps are packed into batches, or on the memory: sums run in a fixed order.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -343,7 +344,7 @@ def attribute(model, samples, vector, coefficient, *, clean="steered", steps=10,
             found.update(new)
             if kept:
                 kept.save(new)
-    return _collect(worker.graph, samples, found, settings, provenance, per_position, per_sample)
+    return _collect(worker.graph, samples, found, settings, provenance, per_position, per_sample, worker.dims_rows, model.config.d_model)
 
 
 def _groups(indices, lengths, plan):
@@ -358,18 +359,20 @@ def _groups(indices, lengths, plan):
     return groups
 
 
-def _collect(graph, samples, found, settings, provenance, per_position, per_sample) -> EdgeScores:
+def _collect(graph, samples, found, settings, provenance, per_position, per_sample, dims_rows, width) -> EdgeScores:
     weights = np.array([0 if found[i] is None else found[i][0] for i in range(len(samples))], np.int64)
     if not weights.any():
-        raise ValueError(f"none of the {len(samples)} samples has a metric position: steering changes no greedy token there (or no KL passes the threshold)")
-    first = next(v for v in found.values() if v is not None)
+        warnings.warn(f"none of the {len(samples)} samples has a metric position: steering changes no greedy token there (or no KL passes the threshold); "
+                      "all scores are 0", stacklevel=3)
+    empty = (0, np.zeros((graph.n_edges, 0) if per_position else graph.n_edges), np.zeros(graph.n_upstream), np.zeros((dims_rows, width)))
+    first = next((v for v in found.values() if v is not None), empty)
     rows = [v if v is not None else (0,) + tuple(np.zeros_like(x) for x in first[1:]) for v in (found[i] for i in range(len(samples)))]
     edges = [r[1].sum(1) if per_position and w else r[1] for r, w in zip(rows, weights)]
     if per_position:
         edges = [e if w else np.zeros(graph.n_edges) for e, w in zip(edges, weights)]
         positions = [r[1] if w else np.zeros((graph.n_edges, len(s))) for r, w, s in zip(rows, weights, samples)]
-    return EdgeScores(graph, combine(edges, weights), combine([r[2] for r in rows], weights), weights=weights,
-                      dims=combine([r[3] for r in rows], weights).astype(np.float32), positions=positions if per_position else None,
+    pool = lambda tables: combine(tables, weights) if weights.any() else np.zeros_like(tables[0])
+    return EdgeScores(graph, pool(edges), pool([r[2] for r in rows]), weights=weights, dims=pool([r[3] for r in rows]).astype(np.float32), positions=positions if per_position else None,
                       sample_edges=np.stack(edges) if per_sample else None, sample_nodes=np.stack([r[2] for r in rows]) if per_sample else None,
                       settings=settings | {"samples_hash": samples_hash(samples), "n_samples": len(samples), "left_out": int((weights == 0).sum())},
                       provenance=provenance)
