@@ -4,6 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define PICKS_BYTES (UINT64_C(12) << 20) /* logits of two runs at once */
+#define PICKS_ROWS 8
+
 #define RUN(call) do { if (call) return -1; } while (0)
 
 uint32_t attribution_nodes(const struct attribution *a) {
@@ -35,6 +38,14 @@ static uint64_t tile_floats(const struct model_facts *f, uint32_t depth) {
     return ATTRIBUTE_TILE * (rows * op_row_stride(f->d_model) + expanded);
 }
 
+/* Through which a tile's products come back: what is needed, at least a few rows of logits. */
+static uint64_t readback_bytes(const struct model_facts *f) {
+    uint64_t logits = 2 * PICKS_ROWS * 4 * (uint64_t)(f->d_vocab + f->d_model), nodes = 1 + (uint64_t)f->n_layers * (f->n_heads + 1);
+    uint64_t products = 4 * nodes * (f->d_model + (uint64_t)f->n_layers * (inputs_of_layer(f) + 1) + 1) + 4096;
+    uint64_t most = logits > PICKS_BYTES ? logits : PICKS_BYTES;
+    return (products > most ? products : most) + (1u << 20);
+}
+
 uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
                            int keep_inside) {
     uint32_t floats[8], depth = f->n_layers - first_layer;
@@ -42,7 +53,7 @@ uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint3
     slot_floats(f, n_steps, normed, floats);
     for (int i = 0; i < 8; i++)
         slot += (uint64_t)floats[i] * depth;
-    return run_work_bytes(f, capacity) + run_tape_bytes(f, step_capacity, first_layer, keep_inside) + 4 * (slot * n_slots + tile_floats(f, depth));
+    return run_work_bytes(f, capacity, readback_bytes(f)) + run_tape_bytes(f, step_capacity, first_layer, keep_inside) + 4 * (slot * n_slots + tile_floats(f, depth));
 }
 
 static int slots_make(struct attribution *a, struct gpu_buffer **out, uint32_t floats, const char *name, struct error *error) {
@@ -70,7 +81,7 @@ int attribution_create(struct attribution **out, struct model *model, uint32_t c
     a->n_slots = n_slots;
     a->n_steps = n_steps;
     a->normed = normed;
-    if (run_work_create(&a->work, model, capacity, error) || run_tape_create(&a->tape, a->work, step_capacity, first_layer, keep_inside, error))
+    if (run_work_create(&a->work, model, capacity, readback_bytes(f), error) || run_tape_create(&a->tape, a->work, step_capacity, first_layer, keep_inside, error))
         goto fail;
     slot_floats(f, n_steps, normed, floats);
     for (uint32_t i = 0; i < a->depth; i++) {
@@ -321,15 +332,14 @@ static int picks_tile(struct attribution *a, const struct attribution_picks *pic
     return 0;
 }
 
-#define PICKS_BYTES (UINT64_C(12) << 20) /* logits of a run at once */
-
 static int picks_read(struct attribution *a, const struct attribution_picks *picks, struct error *error) {
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
-    uint32_t v_stride = op_row_stride(f->d_vocab), at_once = (uint32_t)(PICKS_BYTES / (4 * (uint64_t)v_stride));
+    uint32_t v_stride = op_row_stride(f->d_vocab), at_once = (uint32_t)(PICKS_BYTES / (8 * (uint64_t)(v_stride + work->d_stride)));
     if (!picks || picks->m == 0)
         return gpu_stream_wait(work->model->ops.stream, error);
-    at_once = at_once < 8 ? 8 : at_once > picks->m ? picks->m : at_once;
+    at_once = at_once < PICKS_ROWS ? PICKS_ROWS : at_once;
+    at_once = at_once > picks->m ? picks->m : at_once;
     float *host = malloc(2 * (size_t)at_once * (f->d_model + (size_t)f->d_vocab) * sizeof *host);
     if (!host)
         return error_set(error, ERROR_MEMORY, "out of memory for logits");

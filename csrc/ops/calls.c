@@ -144,6 +144,12 @@ struct attn_mix_bwd_block { struct mix_bwd_params params; uint32_t n_tiles, n_ke
 struct act_bwd_block { struct act_bwd_params params; uint32_t n_tokens; };
 struct pair_grad_block { struct pair_grad_params params; uint32_t n_rows; };
 struct logit_grad_block { struct logit_grad_params params; uint32_t n_rows; };
+struct difference_block { struct difference_params params; uint32_t n_slots; };
+struct accumulate_block { struct accumulate_params params; uint32_t n_slots; };
+struct head_inputs_block { struct head_inputs_params params; uint32_t n_slots; };
+struct head_gradients_block { struct head_gradients_params params; };
+struct dots_block { struct dots_params params; };
+struct node_dims_block { struct node_dims_params params; uint32_t n_nodes; };
 
 #define BLOCK_NAME norm_block
 static const struct op_field norm_fields[] = {A(x), A(gain), A(dst), A(normalized), A(scale), A(add), A(rows), U(width), U(stride), U(flags), F(eps),
@@ -211,6 +217,26 @@ static const struct op_field pair_grad_fields[] = {A(normed), A(rows), A(weights
 static const struct op_field logit_grad_fields[] = {A(logits), A(reference), A(other), A(targets), A(weights), A(values), U(width), U(stride), U(kind),
                                                     F(softcap), F(reference_softcap), EXTRA(n_rows)};
 #undef BLOCK_NAME
+#define BLOCK_NAME difference_block
+static const struct op_field difference_fields[] = {A(x), A(raw), A(pairs), A(dst), U(width), U(stride), U(raw_width), U(raw_stride), F(eps), EXTRA(n_slots)};
+#undef BLOCK_NAME
+#define BLOCK_NAME accumulate_block
+static const struct op_field accumulate_fields[] = {A(src), A(sources), A(dst), U(width), U(stride), U(n_sources), F(weight), EXTRA(n_slots)};
+#undef BLOCK_NAME
+#define BLOCK_NAME head_inputs_block
+static const struct op_field head_inputs_fields[] = {A(dqkv), A(qkv), A(bias), A(x), A(sources), A(heads), A(steps), A(xs), U(n_inputs), U(d_head),
+                                                     U(stride), U(width), U(d_stride), U(n_sources), U(first_step), U(n_steps), U(flags),
+                                                     U(has_bias), F(eps), F(weight), EXTRA(n_slots)};
+#undef BLOCK_NAME
+#define BLOCK_NAME head_gradients_block
+static const struct op_field head_gradients_fields[] = {A(g), A(gain), A(steps), A(xs), U(n_inputs), U(n_slots), U(n_steps), U(width), U(d_stride)};
+#undef BLOCK_NAME
+#define BLOCK_NAME dots_block
+static const struct op_field dots_fields[] = {A(a), A(b), A(dst), U(n_a), U(n_b), U(n_k)};
+#undef BLOCK_NAME
+#define BLOCK_NAME node_dims_block
+static const struct op_field node_dims_fields[] = {A(du), A(g), A(groups), A(dims), U(n_slots), U(width), U(d_stride), EXTRA(n_nodes)};
+#undef BLOCK_NAME
 
 /* name, arguments of the op after its block, arguments of the twin after its block */
 #define OPS_WITH_BLOCKS(OP) \
@@ -230,7 +256,13 @@ static const struct op_field logit_grad_fields[] = {A(logits), A(reference), A(o
     OP(attn_mix_bwd, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
     OP(act_bwd, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(pair_grad, COMMA b->n_rows, COMMA b->n_rows) \
-    OP(logit_grad, COMMA b->n_rows, COMMA b->n_rows)
+    OP(logit_grad, COMMA b->n_rows, COMMA b->n_rows) \
+    OP(difference, COMMA b->n_slots, COMMA b->n_slots) \
+    OP(accumulate, COMMA b->n_slots, COMMA b->n_slots) \
+    OP(head_inputs, COMMA b->n_slots, COMMA b->n_slots) \
+    OP(head_gradients, , ) \
+    OP(dots, , ) \
+    OP(node_dims, COMMA b->n_nodes, COMMA b->n_nodes)
 #define COMMA ,
 
 #define OP(name, run_arguments, twin_arguments) \

@@ -78,4 +78,12 @@ void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *
 void twin_pair_grad(struct twin_memory *memory, const struct pair_grad_params *params, uint32_t n_rows);
 void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params *params, uint32_t n_rows);
 
+/* twin_attribution.c */
+void twin_difference(struct twin_memory *memory, const struct difference_params *params, uint32_t n_slots);
+void twin_accumulate(struct twin_memory *memory, const struct accumulate_params *params, uint32_t n_slots);
+void twin_head_inputs(struct twin_memory *memory, const struct head_inputs_params *params, uint32_t n_slots);
+void twin_head_gradients(struct twin_memory *memory, const struct head_gradients_params *params);
+void twin_dots(struct twin_memory *memory, const struct dots_params *params);
+void twin_node_dims(struct twin_memory *memory, const struct node_dims_params *params, uint32_t n_nodes);
+
 #endif

@@ -250,7 +250,7 @@ static PyObject *model_finish(PyObject *object, PyObject *unused) {
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = model_load_finish(self->model, &error) || (!self->work && run_work_create(&self->work, self->model, RUN_CHUNK, &error));
+    failed = model_load_finish(self->model, &error) || (!self->work && run_work_create(&self->work, self->model, RUN_CHUNK, RUN_READBACK, &error));
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);
@@ -262,7 +262,7 @@ static PyObject *model_plan(PyObject *object, PyObject *unused) {
     if (model_check(self))
         return NULL;
     const struct model_facts *f = &self->model->facts;
-    return Py_BuildValue("{s:K,s:K,s:K}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f, RUN_CHUNK),
+    return Py_BuildValue("{s:K,s:K,s:K}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f, RUN_CHUNK, RUN_READBACK),
                          "cache_per_token", (unsigned long long)run_cache_bytes(f, 1));
 }
 

@@ -28,7 +28,7 @@ static PyObject *tape_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     if (first_layer >= self->owner->model->facts.n_layers)
         failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, self->owner->model->facts.n_layers);
     else
-        failed = run_work_create(&self->work, self->owner->model, capacity, &error) ||
+        failed = run_work_create(&self->work, self->owner->model, capacity, RUN_READBACK, &error) ||
                  run_tape_create(&self->tape, self->work, capacity, first_layer, keep_inside, &error);
     engine_end(self->owner);
     if (failed) {
@@ -163,5 +163,5 @@ PyObject *engine_tape_bytes(PyObject *module, PyObject *args) {
     const struct model_facts *f = &((struct model_object *)model)->model->facts;
     if (first_layer >= f->n_layers)
         return PyErr_Format(PyExc_ValueError, "layer %u of %u", first_layer, f->n_layers);
-    return PyLong_FromUnsignedLongLong(run_tape_bytes(f, capacity, first_layer, keep_inside) + run_work_bytes(f, capacity));
+    return PyLong_FromUnsignedLongLong(run_tape_bytes(f, capacity, first_layer, keep_inside) + run_work_bytes(f, capacity, RUN_READBACK));
 }

@@ -56,10 +56,10 @@ struct run_batch {
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */
-/* capacity: tokens that go through the layers at once (RUN_CHUNK; a way back needs a whole batch). */
-int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, struct error *error);
+/* capacity: tokens that go through the layers at once (RUN_CHUNK; a way back needs a whole batch). readback: bytes through which results come back. */
+int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, uint64_t readback, struct error *error);
 void run_work_destroy(struct run_work *work);
-uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity);
+uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity, uint64_t readback);
 
 /* Runs the batch through all layers. On error the cache's new slots are undefined, everything else stays usable. */
 int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error);
@@ -71,5 +71,6 @@ int run_vector_read(struct run_work *work, const char *name, int layer, float *o
 
 /* Tokens that one forward pass holds at once; longer batches are cut into chunks. */
 #define RUN_CHUNK 512
+#define RUN_READBACK (UINT64_C(64) << 20)
 
 #endif

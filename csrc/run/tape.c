@@ -18,7 +18,8 @@ uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t
                                op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp);
     for (int i = 0, n = inside_strides(f, strides); i < n; i++)
         inside += strides[i];
-    return 4 * (uint64_t)capacity * (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) + own) + 2 * WORK_SCRATCH;
+    return 4 * (uint64_t)capacity * (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) + own) +
+           (f->attn_softcap != 0 ? 2 : 1) * work_scratch_bytes(f, capacity);
 }
 
 static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buffer **out, uint32_t stride, const char *name, struct error *error) {

@@ -5,11 +5,17 @@
 
 #include "run/work.h"
 
-uint64_t run_work_bytes(const struct model_facts *f, uint32_t capacity) {
+uint64_t work_scratch_bytes(const struct model_facts *f, uint32_t capacity) {
+    uint64_t token = 4 * (uint64_t)f->n_heads * op_row_stride(capacity), all = token * (capacity < OP_TILE ? OP_TILE : capacity);
+    uint64_t least = token * OP_TILE;
+    return all < WORK_SCRATCH ? all : least > WORK_SCRATCH ? least : WORK_SCRATCH;
+}
+
+uint64_t run_work_bytes(const struct model_facts *f, uint32_t capacity, uint64_t readback) {
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
     uint64_t floats = 4 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) + op_row_stride(heads) + op_row_stride(2 * f->d_mlp) +
                       op_row_stride(f->d_mlp) + 1;
-    return floats * capacity * 4 + WORK_READBACK + WORK_SCRATCH + (4u << 20);
+    return floats * capacity * 4 + readback + work_scratch_bytes(f, capacity) + (4u << 20);
 }
 
 static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_t bytes, const char *name, struct error *error) {
@@ -18,7 +24,7 @@ static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_
     return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
 }
 
-int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, struct error *error) {
+int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, uint64_t readback, struct error *error) {
     const struct model_facts *f = &model->facts;
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
     *out = NULL;
@@ -27,6 +33,7 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
         return error_set(error, ERROR_MEMORY, "out of memory for a run");
     work->model = model;
     work->capacity = capacity;
+    work->readback_bytes = readback;
     work->d_stride = op_row_stride(f->d_model);
     work->qkv_stride = op_row_stride(heads + 2 * kv);
     work->z_stride = op_row_stride(heads);
@@ -47,7 +54,7 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
         if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)capacity * wanted[i].stride * 4, wanted[i].name, error))
             goto fail;
-    if (gpu_buffer_create(&work->readback, model->ops.device, WORK_READBACK, GPU_READBACK, "readback", error))
+    if (gpu_buffer_create(&work->readback, model->ops.device, readback, GPU_READBACK, "readback", error))
         goto fail;
     *out = work;
     return 0;
@@ -134,7 +141,7 @@ int work_upload_reset(struct run_work *work, struct error *error) {
 }
 
 int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset, struct error *error) {
-    uint64_t capacity = WORK_READBACK / 4, room = (capacity - work->readback_used) / token_floats;
+    uint64_t capacity = work->readback_bytes / 4, room = (capacity - work->readback_used) / token_floats;
     if (room < *n && work->readback_used) {
         if (work_readback_drain(work, error))
             return -1;
@@ -142,7 +149,7 @@ int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats
     }
     if (room == 0)
         return error_set(error, ERROR_DEVICE, "one token of a capture takes %.1f MB, more than the readback memory of %.0f MB: capture shorter rows",
-                         token_floats * 4e-6, WORK_READBACK / 1e6);
+                         token_floats * 4e-6, work->readback_bytes / 1e6);
     if (room < *n)
         *n = (uint32_t)room;
     *offset = work->readback_used;

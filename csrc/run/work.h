@@ -4,7 +4,6 @@
 
 #include "run/run.h"
 
-#define WORK_READBACK (UINT64_C(64) << 20)
 #define WORK_SCRATCH (UINT64_C(32) << 20) /* scores, per-head results: cut into pieces of about this size */
 
 struct upload_block {
@@ -47,7 +46,7 @@ struct run_work {
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
     struct gpu_buffer *scores, *result, *expanded; /* grown when asked for */
     struct gpu_buffer *readback;
-    uint64_t readback_used; /* floats */
+    uint64_t readback_bytes, readback_used; /* bytes; floats */
     struct readback *pending;
     uint32_t n_pending, pending_capacity;
     struct upload_block *uploads;
@@ -76,6 +75,8 @@ struct run_observer {
 };
 int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error);
 
+/* Bytes that scores (or their gradients) of a chunk take at most. */
+uint64_t work_scratch_bytes(const struct model_facts *facts, uint32_t capacity);
 /* Copies `bytes` to memory that kernels can read until the next upload_reset. */
 int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address, struct error *error);
 int work_upload_reset(struct run_work *work, struct error *error);

@@ -35,7 +35,8 @@ METRICS = {"logit_diff": PAIR, "directional_kl": DIRECTIONAL_KL, "kl": KL_DIVERG
 STEP_TOKENS, GROUP_TOKENS = 512, 512
 #: Without max_memory: this much, or half of what is free.
 DEFAULT_MEMORY = 1 << 30
-NO_SOURCE = 0xFFFFFFFF
+#: Tiles of logits of three runs (csrc/run/metric.c).
+LOGITS_BYTES = 3 * (24 << 20)
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,22 @@ class Layout:
     bytes: int
 
 
-def layout(model, layer: int, lengths, steps: int, normed: bool, max_memory: int | None, longest_total: int) -> Layout:
-    """The largest layout that the memory allows. ValueError where not even one tile of positions fits."""
+def layout(model, layer: int, lengths, steps: int, normed: bool, distributions: bool, max_memory: int | None) -> Layout:
+    """The largest layout that the memory allows. distributions: the metric reads whole rows of logits. ValueError where not even one tile of positions fits."""
     from .device import _engine
 
     engine, free = _engine(), model._engine_device.available_bytes
     budget = min(DEFAULT_MEMORY, free // 2) if max_memory is None else max_memory
     longest = max(lengths)
     tile = engine.ATTRIBUTE_TILE
-    wide = max(longest, min(STEP_TOKENS, longest_total * steps))
+    wide = max(longest, min(STEP_TOKENS, longest * steps))
     slots = max(longest, min(GROUP_TOKENS, sum(lengths)))
     least = None
 
     def size(step_tokens, n_slots, inside):
         capacity = max(step_tokens, 2 * max(n_slots if n_slots >= longest else longest, longest))
-        return capacity, engine.attribution_bytes(model._engine, capacity, step_tokens, layer, n_slots, steps, normed, inside)
+        needed = engine.attribution_bytes(model._engine, capacity, step_tokens, layer, n_slots, steps, normed, inside)
+        return capacity, needed + (LOGITS_BYTES if distributions else 0)
 
     tried = [(wide, slots, True), (wide, longest, True), (longest, longest, True), (longest, longest, False)]
     part = -(-longest // (2 * tile)) * tile
@@ -322,7 +324,7 @@ def attribute(model, samples, vector, coefficient, *, clean="steered", steps=10,
     steps = _check(steps, rule, metric, threshold, at, clean, dims)
     budget = memory_bytes(max_memory)
     lengths = [len(s) for s in samples]
-    plan = layout(model, vector.layer, lengths, steps, at == "normed", budget, max(lengths))
+    plan = layout(model, vector.layer, lengths, steps, at == "normed", metric != "logit_diff", budget)
     if progress is True:
         print(f"vksteer: attribution of {len(samples)} samples, {sum(lengths)} tokens, {steps} steps: {plan.bytes / 1e6:.0f} MB beside the weights, "
               f"{plan.n_slots} tokens at a time, {'activations kept' if plan.keep_inside else 'activations computed twice'}", file=sys.stderr)
