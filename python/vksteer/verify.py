@@ -46,6 +46,13 @@ BOUNDS = {
     "act_bwd": 3.5e-6,  # 8.4e-7
     "pair_grad": 1e-6,  # 1.9e-7
     "logit_grad": 3.5e-6,  # 8.3e-7
+    # Attribution (verify_attribution.py), of sums without cancellation.
+    "difference": 1e-6,  # 2.2e-7
+    "accumulate": 1.2e-6,  # 3.0e-7, 10 sources
+    "head_inputs": 1.5e-6,  # 3.8e-7
+    "head_gradients": 1e-6,  # 2.2e-7, 10 steps
+    "dots": 1e-6,  # 2.0e-7, of sum |a b|, K up to 18944
+    "node_dims": 1.2e-6,  # 2.8e-7, 32 slots
 }
 
 
@@ -413,9 +420,10 @@ def problems(seed=0) -> Iterator[Problem]:
             yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
     yield copy(rng, 7, 33, pick=True, add=True)
     yield sum_heads(rng, 3, 5, 33, bias=True)
-    from .verify_backward import problems as backward  # which is made of this module's parts
+    from . import verify_attribution, verify_backward  # which are made of this module's parts
 
-    yield from backward(rng)
+    yield from verify_backward.problems(rng)
+    yield from verify_attribution.problems(rng)
 
 
 @dataclass(frozen=True)
