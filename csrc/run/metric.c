@@ -6,7 +6,7 @@
 #include "run/tape.h"
 
 #define RUN(call) do { if (call) return -1; } while (0)
-#define TILE_BYTES (UINT64_C(24) << 20) /* logits at once */
+#define TILE_BYTES (UINT64_C(64) << 20) /* logits at once */
 
 struct rows { uint64_t normed, dnormed, weights, tokens; }; /* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */
 
@@ -76,6 +76,8 @@ static int distributions(struct run_work *work, struct run_tape *tape, const str
     const struct model *model = work->model;
     uint32_t v_stride = op_row_stride(model->facts.d_vocab), at_once = (uint32_t)(TILE_BYTES / (4 * (uint64_t)v_stride));
     at_once = at_once < 16 ? 16 : at_once > metric->n ? metric->n : at_once;
+    uint32_t tiles = (metric->n + at_once - 1) / at_once; /* of one size */
+    at_once = (metric->n + tiles - 1) / tiles;
     float cap = metric->capped ? model->facts.final_softcap : 0;
     uint64_t bytes = 4 * (uint64_t)at_once * v_stride, targets = 0;
     RUN(work_grow(work, &tape->logits, bytes, "logits", error));
