@@ -31,6 +31,7 @@ for i in range(50):
     with load() as model:
         device = model._engine_device
         model.run([[1, 2, 3]], capture=["blocks.0.hook_resid_post"])
+        model.gradients([[1, 2, 3]], of=vs.LogitDiff(-1, 1, 2), at=["blocks.0.hook_resid_post"], progress=False)
     assert device.allocated_bytes == 0
     sizes.append(rss())
 print((sizes[-1] - sizes[14]) / 1e6)
@@ -51,6 +52,12 @@ LEAKS = {
     "a refused forward": ("refused(lambda: model.run([[1, 2, 99999]])), refused(lambda: model._engine.forward(*[0] * 16))", 2000),
     "devices": ("engine.devices()", 300),
     "describe": ("device.info, device.describe('norm')", 300),
+    "Tape": ("engine.Tape(model._engine, 64, 1)", 150),
+    "Attribution": ("engine.Attribution(model._engine, 64, 32, 1, 16, 2)", 100),
+    "a refused Tape": ("refused(lambda: engine.Tape(model._engine, 64, 99)), refused(lambda: engine.Tape(model._engine, 0, 0))", 500),
+    "a refused Attribution": ("refused(lambda: engine.Attribution(model._engine, 16, 32, 1, 16, 2))", 1000),
+    # Several a round: the interpreter's own caches hold a few dozen references to None that go away in the first hundred calls.
+    "gradients": ("[model.gradients([[1, 2, 3], [4]], of=vs.LogitDiff(-1, 1, 2), at=['blocks.0.hook_resid_post'], progress=False) for _ in range(8)]", 80),
     "a run with captures": ("model.run([[1, 2, 3], [4]], capture='*', edits=[vs.Scale('blocks.1.attn.hook_z', 0.5)])", 150),
 }
 
@@ -72,7 +79,7 @@ def refused(call):
         assert False
     except (ValueError, TypeError, vs.ModelError):
         pass
-watched = [engine.MappedFile, engine.Cache, engine.Edits, engine.Model, engine.Device, device, model._engine, None, vs.DeviceError, vs.ModelError]
+watched = [engine.MappedFile, engine.Cache, engine.Edits, engine.Model, engine.Device, engine.Tape, engine.Attribution, device, model._engine, None, vs.DeviceError, vs.ModelError]
 def round(n):
     for _ in range(n):
         {code}
