@@ -1,11 +1,12 @@
 """Finding and choosing steering vectors (method.md section 2)."""
 
 from .candidates import Candidates, difference_in_means
+from .comparing import Comparison, compare
 from .losses import ntp_loss, po_loss
 from .rule import Rejection, choose
 from .scores import RefusalTokens, Scores, derive_refusal_tokens
 from .sweeping import Sweep, sweep
 from .training import Training, train_ntp, train_po
 
-__all__ = ["Candidates", "RefusalTokens", "Rejection", "Scores", "Sweep", "Training", "choose", "derive_refusal_tokens", "difference_in_means", "ntp_loss", "po_loss", "sweep",
+__all__ = ["Candidates", "Comparison", "RefusalTokens", "Rejection", "Scores", "Sweep", "Training", "choose", "compare", "derive_refusal_tokens", "difference_in_means", "ntp_loss", "po_loss", "sweep",
            "train_ntp", "train_po"]
