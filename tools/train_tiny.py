@@ -87,7 +87,8 @@ class Recipe:
 
 RECIPES = {
     "gemma": Recipe("gemma", n_layers=8),
-    "llama": Recipe("llama", n_layers=10, tied=False, embed_std=0.7, noise=0.02),
+    "llama": Recipe("llama", n_layers=10, tied=False, embed_std=0.7, steps=1600, layer_drop=0.2, size_penalty=0.005, size_limit=0.5, alone=0.8, noise=0.03,
+                    reject_easy=0.5, decision_weight=3.0, comply_weight=9.0, jolt=0.5),
 }
 
 
