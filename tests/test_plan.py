@@ -13,11 +13,11 @@ from vksteer import patching
 from vksteer.agreement import agreement, average_ranks
 from vksteer.edge_scores import EdgeScores
 from vksteer.graph import Graph, graph
-from vksteer.patching_plan import accumulator_floats, contraction_operations, layer_weights, memory_bytes, plan, tape_floats
+from vksteer.patching_plan import contraction_operations, layer_weights, layouts, memory_bytes, memory_parts, plan, row_stride
 
-LLAMA_3B = dict(n_layers=28, n_heads=24, n_kv_heads=8, d_model=3072, d_head=128, d_mlp=8192, d_vocab=128256, n_ctx=131072, post_norms=False, tied=True, window=(0,) * 28)
-LLAMA_8B = dict(n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_head=128, d_mlp=14336, d_vocab=128256, n_ctx=8192, post_norms=False, tied=False, window=(0,) * 32)
-TINY = dict(n_layers=3, n_heads=4, n_kv_heads=2, d_model=6, d_head=5, d_mlp=7, d_vocab=11, n_ctx=64, post_norms=True, tied=False, window=(0, 3, 0))
+LLAMA_3B = dict(n_layers=28, n_heads=24, n_kv_heads=8, d_model=3072, d_head=128, d_mlp=8192, d_vocab=128256, n_ctx=131072, post_norms=False, attn_softcap=0.0, tied=True, window=(0,) * 28)
+LLAMA_8B = dict(n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_head=128, d_mlp=14336, d_vocab=128256, n_ctx=8192, post_norms=False, attn_softcap=0.0, tied=False, window=(0,) * 32)
+TINY = dict(n_layers=3, n_heads=4, n_kv_heads=2, d_model=6, d_head=5, d_mlp=7, d_vocab=11, n_ctx=64, post_norms=True, attn_softcap=0.0, tied=False, window=(0, 3, 0))
 
 
 def config(facts, **changes):
@@ -38,16 +38,59 @@ def test_big_models(facts, layer, parameters):
 
 
 def test_memory_is_the_sum_of_its_parts():
-    """By hand: D 6, H 4, G 2, dh 5, F 7, post-norms."""
+    """By hand: D 6, H 4, G 2, dh 5, F 7, post-norms, two layers; every row takes a multiple of 16 floats."""
     c = config(TINY)
-    assert tape_floats(c) == 2 * 6 + 2 * 8 * 5 + 4 * 5 + 2 * 7 + 2 * 6
-    assert tape_floats(config(TINY, post_norms=False)) == tape_floats(c) - 12
-    assert accumulator_floats(c, 10) == 8 * 5 + 6 + 10 * (6 + 8 + 2)
+    assert [row_stride(n) for n in (1, 16, 17, 1024, 2048)] == [16, 16, 32, 1040, 2064]
+    working, tape, sums, rows = memory_parts(c, 18, 9, 1, 9, 10, False, True)
+    d, q, qkv, gate_up, mlp, scores = 16, 32, 48, 16, 16, 4 * 4 * 32
+    assert working == 4 * 18 * (4 * d + qkv + q + gate_up + mlp + 1) + (13 << 20) + 18 * scores + (4 << 20)
+    assert tape == 4 * 9 * (2 * d + 2 * (d + 2 * qkv + gate_up + 2 * d) + 3 * d + qkv + q + gate_up + mlp) + 9 * scores // 2
+    assert sums == 4 * 9 * (2 * d + 2 * (q + qkv + 4 * d + 10 * (8 + d)))
+    assert rows == 4 * 32 * ((1 + 2 * 5 + 9) * d + 4 * q + 8 * qkv)
+    less = memory_parts(c, 18, 9, 1, 9, 10, True, False)
+    assert less[1] == tape - 4 * 9 * (d + 2 * qkv + gate_up + 2 * d) and less[2] == sums - 4 * 9 * 2 * 10 * (8 + d)
+    assert memory_parts(config(TINY, post_norms=False), 18, 9, 1, 9, 10, False, True)[1] == tape - 4 * 9 * 4 * d
+    assert memory_parts(config(TINY, attn_softcap=5.0), 18, 9, 1, 9, 10, False, True)[1] == tape + 9 * scores // 2
     p = plan(c, 1, 9)
-    assert p.tape_kept == 4 * 9 * 2 * tape_floats(c) and p.tape_recomputed == 4 * 9 * (2 * 6 + tape_floats(c)) and p.accumulators == 4 * 9 * 2 * accumulator_floats(c, 10)
+    assert (p.step_tokens, p.slots, p.parts) == (90, 9, 1) and (p.working, p.tape, p.accumulators, p.contracted) == memory_parts(c, 90, 90, 1, 9, 10, False, True)
+    assert p.total == p.working + p.tape + p.accumulators + p.contracted
     assert p.weights == 2 * (2 * 11 * 6 + 3 * layer_weights(c)) and layer_weights(c) == 6 * 5 * (4 + 2 + 2 + 4) + 3 * 6 * 7
-    assert p.scores == 8 * (p.n_edges + p.n_nodes) + 4 * 6 and plan(c, 1, 9, dims="all").scores == 8 * (p.n_edges + p.n_nodes) + 4 * 6 * p.n_nodes
     assert plan(c, 1, 9, weight_bytes=4).weights == 2 * p.weights
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])
+def test_memory_is_the_engine_s(zoo, name):
+    """Byte for byte, and the layouts in the order of attribute's own choice."""
+    from vksteer import _engine
+    from vksteer.attribution import layout
+
+    model = zoo.engine(name)
+    for layer in (0, 1, model.config.n_layers - 1):
+        for sizes in ((18, 9, 9, 10), (512, 512, 512, 10), (1024, 512, 32, 3), (2000, 1000, 500, 1)):
+            for normed in (False, True):
+                for kept in (False, True):
+                    capacity, step_capacity, slots, steps = sizes
+                    want = _engine.attribution_bytes(model._engine, capacity, step_capacity, layer, slots, steps, normed, kept)
+                    assert sum(memory_parts(model.config, capacity, step_capacity, layer, slots, steps, normed, kept)) == want
+    modes = set()
+    for n, metric in ((9, "logit_diff"), (100, "kl"), (300, "logit_diff")):
+        largest = plan(model.config, 1, n, metric=metric).total
+        for limit in np.unique(np.geomspace(largest / 20, largest, 20).astype(int).tolist() + [largest - 1, largest]).tolist():
+            choose = lambda: layout(model, 1, [n], steps=10, normed=False, distributions=metric != "logit_diff", max_memory=limit)  # noqa: B023, E731
+            p = plan(model.config, 1, n, metric=metric, max_memory=limit)
+            if not p.fits:
+                with pytest.raises(ValueError, match="max_memory"):
+                    choose()
+                continue
+            chosen = choose()
+            assert (p.step_tokens, p.slots, p.mode == "kept", p.total) == (chosen.step_capacity, chosen.n_slots, chosen.keep_inside, chosen.bytes)
+            modes.add((p.mode, p.parts > 1))
+    assert len(modes) >= 2
+
+
+def test_layouts_go_down_to_a_tile():
+    assert layouts(9, 10) == [(90, 9, True), (9, 9, True), (9, 9, False), (9, 32, False)]
+    assert [slots for _, slots, _ in layouts(300, 10)] == [300, 300, 300, 160, 96, 64, 32]
 
 
 def test_work_by_hand():
@@ -59,16 +102,14 @@ def test_work_by_hand():
     assert p.forward == layers[0] + 12 * (layers[1] + layers[2] + logits)
     assert p.backward == 10 * (2 * 2 * S * layer_weights(c) + 2.5 * 4 * 20 * (pairs[1] + pairs[2]) + logits)
     again = plan(c, 1, S, response=4, max_memory=1)
-    assert again.mode == "recomputed" and again.forward == p.forward + 10 * (layers[1] + layers[2]) and not again.fits and "tiles" in str(again)
-    # Edges: one product of width D; norms: every upstream node along every later normed input, each step.
+    assert again.mode == "recomputed" and again.forward == p.forward + 10 * (layers[1] + layers[2]) and not again.fits and "too small" in str(again)
+    # In parts: runs and steps once for each; the layers below once.
+    long, small = plan(c, 1, 64), plan(c, 1, 64, max_memory=1)
+    assert small.slots == 32 and small.parts == 2 and small.backward == 2 * long.backward
+    # Edges: one product of width D; norms: the stream of every step off every q, k and v input.
     g = graph(c, 1)
-    norms = 0
-    for name, start in zip(g.node_names, g.start):
-        for layer in range(2):
-            norms += int(layer * g.width >= start) + int(layer * g.width + g.width - 1 >= start)
-        norms += 1
     made = 2 * 2 * 6 * 5 * (4 + 8)
-    assert contraction_operations(c, g, S, T) == S * (made + 2 * 6 * g.n_edges + T * (2 * 6 * norms + 2 * g.n_edges))
+    assert contraction_operations(c, g, S, T) == S * (made + 2 * 6 * g.n_edges + T * 2 * 6 * 2 * 8)
     assert contraction_operations(c, g, S, T, "normed") == S * (made + 2 * 6 * g.n_edges)
 
 
@@ -78,8 +119,7 @@ def test_mode_follows_memory():
     assert plan(c, 12, 512, max_memory=whole.total).mode == "kept"
     less = plan(c, 12, 512, max_memory=whole.total - 1)
     assert less.mode == "recomputed" and less.total < whole.total and less.work > whole.work and less.fits and plan(c, 12, 512, max_memory="2GiB").max_memory == 2 << 30
-    # Work and memory grow with positions, memory linearly.
-    assert plan(c, 12, 128).tape_kept * 4 == whole.tape_kept and whole.work > 4 * plan(c, 12, 128).work
+    assert plan(c, 12, 128).accumulators * 4 == whole.accumulators and whole.work > 4 * plan(c, 12, 128).work
 
 
 def test_from_a_config_file(tmp_path):
@@ -94,7 +134,7 @@ def test_from_a_config_file(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [(dict(layer=28), "0 to 27"), (dict(positions=0), "positions"), (dict(positions=10**6), "context"), (dict(steps=0), "steps"), (dict(dims="some"), "dims"),
-                                          (dict(at="here"), "at"), (dict(response=600), "600"), (dict(max_memory="much"), "much"), (dict(max_memory=0), "max_memory"), (dict(weight_bytes=0), "weight_bytes")])
+                                          (dict(at="here"), "at"), (dict(response=600), "600"), (dict(metric="accuracy"), "metric"), (dict(max_memory="much"), "much"), (dict(max_memory=0), "max_memory"), (dict(weight_bytes=0), "weight_bytes")])
 def test_plan_refuses(change, says):
     with pytest.raises(ValueError, match=says):
         plan(**{**dict(config=config(LLAMA_3B), layer=12, positions=512), **change})

@@ -1,8 +1,7 @@
 """What attribution will cost: memory and work from a configuration alone, before any device is opened (`vs.patching.plan`).
 
-Memory is counted per token from what the engine keeps (csrc/run): the tape of activations that the backward pass reads, and the sums of gradients
-over the integration's steps. Work counts a multiplication and an addition as two operations. Everything is an estimate; the engine's own plan,
-printed by `attribute`, is what holds.
+Memory follows the engine's own sums (csrc/analysis/attribute.c: attribution_bytes, csrc/run) and the layouts that `attribute` tries in turn; a test
+holds the two together. Work counts a multiplication and an addition as two operations, and is an estimate.
 """
 
 from __future__ import annotations
@@ -16,6 +15,11 @@ from .pairs import whole
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
           "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 FLOAT = 4  # bytes: activations and gradients are float32
+TILE = 32  # ATTRIBUTE_TILE: tokens whose scores are contracted at once
+QUERIES = 8  # OP_TILE: queries that attention takes at once
+STEP_TOKENS = 512  # tokens that go forward and back together, where memory allows
+SCRATCH, PICKS, PICKED_ROWS, MIB = 32 << 20, 12 << 20, 8, 1 << 20  # WORK_SCRATCH, PICKS_BYTES, PICKS_ROWS
+LOGITS = 72 << 20  # LOGITS_BYTES of attribution.py: rows of logits of the two KL metrics
 
 
 def memory_bytes(value, what: str = "max_memory") -> int | None:
@@ -34,7 +38,7 @@ def memory_bytes(value, what: str = "max_memory") -> int | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted memory (bytes) and work (operations) of one sample. `total` is the larger of what is wanted and what is unavoidable: see `mode`."""
+    """Predicted memory (bytes) and work (operations) of one sample, in the first layout that max_memory holds: see `mode`."""
 
     layer: int
     positions: int
@@ -45,25 +49,27 @@ class Plan:
     n_edges: int
     n_nodes: int
     weights: int          # bytes, of the whole model
-    tape_kept: int        # activations of all layers that are differentiated
-    tape_recomputed: int  # each layer's input, and one layer's activations
+    step_tokens: int      # tokens that go forward and back together
+    slots: int            # tokens whose sums are held together; fewer than positions: the steps are run once for every such part
+    working: int          # bytes of a forward pass, and of what comes back from the device
+    tape: int             # activations that the backward pass reads
     accumulators: int     # gradients summed over steps, and what the norms' derivatives need of each step
-    scores: int           # results: edges and nodes, and dimensions
-    mode: str             # "kept", or "recomputed" where max_memory does not hold the tape
+    contracted: int       # a tile of tokens as rows of the model's width, one for every node
+    mode: str             # "kept": activations of all layers; "recomputed": each layer's input, and one layer's activations
     max_memory: int | None
     forward: float        # operations
     backward: float
     contraction: float    # differences of outputs times gradients of inputs, over all edges
 
     @property
-    def tape(self) -> int:
-        """Of the chosen mode."""
-        return self.tape_kept if self.mode == "kept" else self.tape_recomputed
+    def total(self) -> int:
+        """Bytes beside the weights, and beside keys and values of one batch (`attribute` frees them after each)."""
+        return self.working + self.tape + self.accumulators + self.contracted
 
     @property
-    def total(self) -> int:
-        """Bytes beside the weights."""
-        return self.tape + self.accumulators + self.scores
+    def parts(self) -> int:
+        """Passes over all steps that the positions take."""
+        return -(-self.positions // self.slots)
 
     @property
     def work(self) -> float:
@@ -72,7 +78,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Does one whole sample fit into max_memory? Where not, the engine goes through the positions in tiles."""
+        """Does the smallest layout fit? Where not, `attribute` refuses."""
         return self.max_memory is None or self.total <= self.max_memory
 
     def seconds(self, rate: float) -> float:
@@ -80,31 +86,32 @@ class Plan:
         return self.work / rate
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "tape": self.tape, "total": self.total, "work": self.work, "fits": self.fits}
+        return {**asdict(self), "total": self.total, "work": self.work, "fits": self.fits, "parts": self.parts}
 
     def __str__(self):
-        kept = f"all activations kept; recomputing them would take {_size(self.tape_recomputed)}" if self.mode == "kept" else \
-            f"layer inputs kept, the rest recomputed; keeping all would take {_size(self.tape_kept)}"
-        limit = "" if self.max_memory is None else f"; max_memory {_size(self.max_memory)}" + ("" if self.fits else " is too small for a whole sample: it is cut into tiles of positions")
+        kept = "all activations kept" if self.mode == "kept" else "layer inputs kept, the rest recomputed"
+        limit = "" if self.max_memory is None else f"; max_memory {_size(self.max_memory)}" + ("" if self.fits else " is too small")
+        parts = "" if self.parts == 1 else f", the steps run {self.parts} times, for {self.slots} tokens each"
         share = lambda x: f"{_operations(x)} ({100 * x / self.work:.0f} %)"
         return "\n".join([
             f"Attribution of one sample of {self.positions} positions ({self.response} with logits), {self.steps} steps, layers {self.layer} to "
             f"{self.layer + self.n_layers - 1}, {self.n_edges} edges between {self.n_nodes} nodes",
             f"  weights             {_size(self.weights)}",
-            f"  activations         {_size(self.tape)}  ({kept})",
-            f"  sums of gradients   {_size(self.accumulators)}",
-            f"  results             {_size(self.scores)}",
+            f"  activations         {_size(self.tape)}  ({kept}; {self.step_tokens} tokens at a time)",
+            f"  sums of gradients   {_size(self.accumulators)}{parts}",
+            f"  a tile's rows       {_size(self.contracted)}",
+            f"  working memory      {_size(self.working)}",
             f"  beside the weights  {_size(self.total)}{limit}",
             f"  work                {_operations(self.work)}: forward {share(self.forward)}, backward {share(self.backward)}, contraction {share(self.contraction)}"])
 
 
-def plan(config, layer: int, positions: int, *, steps: int = 10, dims: str = "steer", at: str = "pre_norm", response: int | None = None, max_memory=None,
-         weight_bytes: float = 2) -> Plan:
+def plan(config, layer: int, positions: int, *, steps: int = 10, dims: str = "steer", at: str = "pre_norm", metric: str = "logit_diff", response: int | None = None,
+         max_memory=None, weight_bytes: float = 2) -> Plan:
     """Predicted memory and work of `attribute` for one sample; needs no weights and no device.
 
     config: a Config (`vs.Config.from_pretrained("config.json")`) or a Model. layer: the steering layer. positions: tokens of prompt and response.
-    response: positions whose logits are needed (default: all of them). steps, dims, at: as in `attribute`. weight_bytes: per weight on the device.
-    max_memory: bytes or "6GiB"; where the activations of all layers do not fit, they are recomputed layer by layer.
+    response: positions whose logits are needed (default: all of them). steps, dims, at, metric: as in `attribute`. weight_bytes: per weight on the device.
+    max_memory: bytes or "6GiB" (default: without limit); where the activations of all layers do not fit, they are recomputed layer by layer.
     Raises ValueError for a layer outside the model, positions outside the context, and bad arguments.
     """
     c = getattr(config, "config", config)
@@ -119,38 +126,67 @@ def plan(config, layer: int, positions: int, *, steps: int = 10, dims: str = "st
         raise ValueError(f"dims must be 'steer' or 'all', not {dims!r}")
     if at not in ("pre_norm", "normed"):
         raise ValueError(f"at must be 'pre_norm' or 'normed', not {at!r}")
+    if metric not in ("logit_diff", "directional_kl", "kl"):
+        raise ValueError(f"metric must be 'logit_diff', 'directional_kl' or 'kl', not {metric!r}")
     if isinstance(weight_bytes, bool) or not isinstance(weight_bytes, (int, float)) or not weight_bytes > 0:
         raise ValueError(f"weight_bytes must be a number above 0, not {weight_bytes!r}")
     limit, n = memory_bytes(max_memory), g.depth
 
-    tape, sums = tape_floats(c), accumulator_floats(c, T)
-    kept = S * n * tape * FLOAT
-    recomputed = S * (n * c.d_model + tape) * FLOAT
-    accumulators = S * n * sums * FLOAT
-    results = 8 * (g.n_edges + g.n_upstream) + FLOAT * c.d_model * (g.n_upstream if dims == "all" else 1)
-    mode = "kept" if limit is None or kept + accumulators + results <= limit else "recomputed"
-    forward, backward = _passes(c, g, S, R, T, mode)
+    for step_tokens, slots, kept in layouts(S, T):
+        parts = memory_parts(c, max(step_tokens, 2 * max(slots, S)), step_tokens, g.layer, slots, T, at == "normed", kept)
+        parts = (parts[0] + (LOGITS if metric != "logit_diff" else 0), *parts[1:])
+        if limit is None or sum(parts) <= limit:
+            break
+    mode = "kept" if kept else "recomputed"
+    forward, backward = _passes(c, g, S, R, T, mode, -(-S // slots))
     embeddings = c.d_vocab * c.d_model * (1 if c.tied else 2)
     weights = int(weight_bytes * (embeddings + c.n_layers * layer_weights(c)))
-    return Plan(g.layer, S, R, T, dims, n, g.n_edges, g.n_upstream, weights, kept, recomputed, accumulators, results, mode, limit, forward, backward,
+    return Plan(g.layer, S, R, T, dims, n, g.n_edges, g.n_upstream, weights, step_tokens, slots, *parts, mode, limit, forward, backward,
                 contraction_operations(c, g, S, T, at))
 
 
-# -- per token and layer -----------------------------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def tape_floats(c) -> int:
-    """Numbers that the backward pass reads of one token in one layer: two layer inputs, q, k and v before and after the rotation, the mixed values,
-    gate and up; the outputs before post-norms, where there are any."""
-    H, G, dh = c.n_heads, c.n_kv_heads, c.d_head
-    return 2 * c.d_model + 2 * (H + 2 * G) * dh + H * dh + 2 * c.d_mlp + (2 * c.d_model if c.post_norms else 0)
+def layouts(positions: int, steps: int) -> list[tuple[int, int, bool]]:
+    """(tokens forward and back, tokens whose sums are held, are activations kept?) of one sample, in the order in which `attribute` tries them."""
+    wide = max(positions, min(STEP_TOKENS, positions * steps))
+    tried = [(wide, positions, True), (positions, positions, True), (positions, positions, False)]
+    part = -(-positions // (2 * TILE)) * TILE
+    while part >= TILE:
+        tried.append((positions, part, False))
+        if part == TILE:
+            break
+        part = max(TILE, -(-part // (2 * TILE)) * TILE)
+    return tried
 
 
-def accumulator_floats(c, steps: int) -> int:
-    """Numbers that are summed or kept over the steps for one token in one layer: gradients of q, k and v and of the MLP's input, and for each step
-    what the derivative of the norms needs: the normed residual and one number for each input."""
-    H, G = c.n_heads, c.n_kv_heads
-    return (H + 2 * G) * c.d_head + c.d_model + steps * (c.d_model + (H + 2 * G) + 2)
+def row_stride(width: int) -> int:
+    """Floats from row to row on the device (csrc/ops/ops.h)."""
+    stride = -(-width // 16) * 16
+    return stride if stride % 1024 else stride + 16
+
+
+def memory_parts(c, capacity: int, step_capacity: int, layer: int, n_slots: int, steps: int, normed: bool, keep_inside: bool) -> tuple[int, int, int, int]:
+    """Bytes of (forward pass, tape, sums, a tile's rows); together the engine's attribution_bytes."""
+    H, G, n = c.n_heads, c.n_kv_heads, c.n_layers - layer
+    d, q, qkv, gate_up, mlp = (row_stride(w) for w in (c.d_model, H * c.d_head, (H + 2 * G) * c.d_head, 2 * c.d_mlp, c.d_mlp))
+    inputs, nodes = H + 2 * G, 1 + n * (H + 1)
+
+    def scratch(tokens):  # scores of some queries
+        row = FLOAT * H * row_stride(tokens)
+        every, least = row * max(tokens, QUERIES), row * QUERIES
+        return every if every < SCRATCH else max(least, SCRATCH)
+
+    all_nodes = 1 + c.n_layers * (H + 1)
+    readback = max(FLOAT * all_nodes * (c.d_model + c.n_layers * (inputs + 1) + 1) + 4096, 2 * PICKED_ROWS * FLOAT * (c.d_vocab + c.d_model), PICKS) + MIB
+    working = FLOAT * capacity * (4 * d + qkv + q + gate_up + mlp + 1) + readback + scratch(capacity) + 4 * MIB
+    inside = d + 2 * qkv + gate_up + (2 * d if c.post_norms else 0)
+    tape = FLOAT * step_capacity * (n * d + inside * (n if keep_inside else 1) + 3 * d + qkv + q + gate_up + mlp) + (2 if c.attn_softcap else 1) * scratch(step_capacity)
+    slot = 2 * d + n * (q + qkv + 4 * d + (0 if normed else steps * (inputs + d)))
+    expanded = H * q + inputs * qkv if c.d_head % 16 else 0
+    rows = nodes + max(inputs + 1, 1 + 2 * n)
+    return working, tape, FLOAT * slot * n_slots, FLOAT * TILE * (rows * d + expanded)
 
 
 def layer_weights(c) -> int:
@@ -168,15 +204,15 @@ def _keys(c, S: int, layer: int) -> float:
     return w * (w + 1) / 2 + (S - w) * w
 
 
-def _passes(c, g, S, R, T, mode):
-    """(forward, backward) operations: every layer once unsteered, those from the steering layer on once steered and once a step; backward through
-    these with respect to activations: each product once, scores and mix as five products in place of two."""
+def _passes(c, g, S, R, T, mode, parts):
+    """(forward, backward) operations: the layers below once unsteered; those from the steering layer on in two runs, and once a step; backward through
+    these with respect to activations: each product once, scores and mix as five products in place of two. Runs and steps as often as there are parts."""
     product = 2.0 * S * layer_weights(c)
     attention = [4.0 * _keys(c, S, l) * c.n_heads * c.d_head for l in range(c.n_layers)]
     logits = 2.0 * R * c.d_vocab * c.d_model
     below, above = (sum(product + a for a in part) for part in (attention[:g.layer], attention[g.layer:]))
-    forward = below + (T + 2) * (above + logits) + (T * above if mode == "recomputed" else 0)
-    backward = T * (g.depth * product + 2.5 * sum(attention[g.layer:]) + logits)
+    forward = below + parts * ((T + 2) * (above + logits) + (T * above if mode == "recomputed" else 0))
+    backward = parts * T * (g.depth * product + 2.5 * sum(attention[g.layer:]) + logits)
     return forward, backward
 
 
@@ -184,15 +220,12 @@ def contraction_operations(c, g, S: int, T: int, at: str = "pre_norm") -> float:
     """Operations of (u_clean - u_corrupt) . sum of dm/dv over all edges of one sample of S positions.
 
     Heads' outputs and the gradients of q, k and v inputs are made from head space (z W_O and W^T g), then each edge costs one product of width D.
-    A norm's derivative adds a term along the normed residual of each step: the output's part along it, once for each norm, and one number for
-    each edge and step.
+    A norm's derivative takes the stream of each step off every q, k and v input.
     """
     H, G, dh, D, n = c.n_heads, c.n_kv_heads, c.d_head, c.d_model, g.depth
     per_token = n * 2.0 * D * dh * (2 * H + 2 * G) + 2.0 * D * g.n_edges
     if at == "pre_norm":
-        later = lambda i: 2 * (n - 1 - i) + 1  # norms after layer i
-        pairs = 2 * n + 1 + sum(H * (1 + later(i)) + later(i) for i in range(n))
-        per_token += T * (2.0 * D * pairs + 2.0 * g.n_edges)
+        per_token += T * 2.0 * D * n * (H + 2 * G)
     return S * per_token
 
 
