@@ -30,7 +30,7 @@ def test_big_models(facts, layer, parameters):
     assert p.weights == pytest.approx(2 * parameters, rel=1e-3)  # the sizes that the models are named after
     assert p.n_edges == graph(config(facts), layer).n_edges and p.mode == "kept" and p.fits
     # Sanity of scale: a step costs about what a forward and a backward pass over the layers above cost, 4 operations a weight and token.
-    above = (facts["n_layers"] - layer) * layer_weights(config(facts)) + facts["d_vocab"] * facts["d_model"]
+    above = (facts["n_layers"] - layer) * layer_weights(config(facts))
     assert 0.9 < p.backward / (10 * 2 * 512 * above) < 1.3 and p.contraction < 0.1 * p.work
     text = str(p)
     assert "512 positions" in text and f"{p.n_edges} edges" in text and "TFLOP" in text and "GB" in text
@@ -99,8 +99,10 @@ def test_work_by_hand():
     layers = [2 * S * layer_weights(c) + 4 * n * 4 * 5 for n in pairs]
     logits = 2 * 4 * 11 * 6
     p = plan(c, 1, S, response=4)
-    assert p.forward == layers[0] + 12 * (layers[1] + layers[2] + logits)
-    assert p.backward == 10 * (2 * 2 * S * layer_weights(c) + 2.5 * 4 * 20 * (pairs[1] + pairs[2]) + logits)
+    assert p.forward == layers[0] + 12 * (layers[1] + layers[2]) + 2 * logits
+    assert p.backward == 10 * (2 * 2 * S * layer_weights(c) + 2.5 * 4 * 20 * (pairs[1] + pairs[2]))
+    other = plan(c, 1, S, response=4, metric="kl")
+    assert other.forward == p.forward + 10 * logits and other.backward == p.backward + 10 * logits
     again = plan(c, 1, S, response=4, max_memory=1)
     assert again.mode == "recomputed" and again.forward == p.forward + 10 * (layers[1] + layers[2]) and not again.fits and "too small" in str(again)
     # In parts: runs and steps once for each; the layers below once.

@@ -138,7 +138,7 @@ def plan(config, layer: int, positions: int, *, steps: int = 10, dims: str = "st
         if limit is None or sum(parts) <= limit:
             break
     mode = "kept" if kept else "recomputed"
-    forward, backward = _passes(c, g, S, R, T, mode, -(-S // slots))
+    forward, backward = _passes(c, g, S, R, T, mode, -(-S // slots), metric)
     embeddings = c.d_vocab * c.d_model * (1 if c.tied else 2)
     weights = int(weight_bytes * (embeddings + c.n_layers * layer_weights(c)))
     return Plan(g.layer, S, R, T, dims, n, g.n_edges, g.n_upstream, weights, step_tokens, slots, *parts, mode, limit, forward, backward,
@@ -204,15 +204,17 @@ def _keys(c, S: int, layer: int) -> float:
     return w * (w + 1) / 2 + (S - w) * w
 
 
-def _passes(c, g, S, R, T, mode, parts):
+def _passes(c, g, S, R, T, mode, parts, metric):
     """(forward, backward) operations: the layers below once unsteered; those from the steering layer on in two runs, and once a step; backward through
-    these with respect to activations: each product once, scores and mix as five products in place of two. Runs and steps as often as there are parts."""
+    these with respect to activations: each product once, scores and mix as five products in place of two. Runs and steps as often as there are parts.
+    The steps of the two KL metrics need whole rows of logits and go back through them; a difference of logits needs two rows of the unembedding."""
     product = 2.0 * S * layer_weights(c)
     attention = [4.0 * _keys(c, S, l) * c.n_heads * c.d_head for l in range(c.n_layers)]
     logits = 2.0 * R * c.d_vocab * c.d_model
+    stepped = 0.0 if metric == "logit_diff" else logits
     below, above = (sum(product + a for a in part) for part in (attention[:g.layer], attention[g.layer:]))
-    forward = below + parts * ((T + 2) * (above + logits) + (T * above if mode == "recomputed" else 0))
-    backward = parts * T * (g.depth * product + 2.5 * sum(attention[g.layer:]) + logits)
+    forward = below + parts * (2 * (above + logits) + T * (above + stepped) + (T * above if mode == "recomputed" else 0))
+    backward = parts * T * (g.depth * product + 2.5 * sum(attention[g.layer:]) + stepped)
     return forward, backward
 
 
