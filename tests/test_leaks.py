@@ -56,8 +56,7 @@ LEAKS = {
     "Attribution": ("engine.Attribution(model._engine, 64, 32, 1, 16, 2)", 100),
     "a refused Tape": ("refused(lambda: engine.Tape(model._engine, 64, 99)), refused(lambda: engine.Tape(model._engine, 0, 0))", 500),
     "a refused Attribution": ("refused(lambda: engine.Attribution(model._engine, 16, 32, 1, 16, 2))", 1000),
-    # Several a round: the interpreter's own caches hold a few dozen references to None that go away in the first hundred calls.
-    "gradients": ("[model.gradients([[1, 2, 3], [4]], of=vs.LogitDiff(-1, 1, 2), at=['blocks.0.hook_resid_post'], progress=False) for _ in range(8)]", 80),
+    "gradients": ("model.gradients([[1, 2, 3], [4]], of=vs.LogitDiff(-1, 1, 2), at=['blocks.0.hook_resid_post'], progress=False)", 300),
     "a run with captures": ("model.run([[1, 2, 3], [4]], capture='*', edits=[vs.Scale('blocks.1.attn.hook_z', 0.5)])", 150),
 }
 
@@ -89,7 +88,8 @@ before, counts, held = rss(), [sys.getrefcount(w) for w in watched], device.allo
 round({n})
 gc.collect()
 after = [sys.getrefcount(w) for w in watched]
-assert all(abs(a - b) < 10 for a, b in zip(after, counts)), (counts, after)
+# Growth is a leak. A reference given up a call too often would show as -{n}; the interpreter's caches drop a few dozen of None's in the first hundreds.
+assert all(-max(10, {n} // 4) < a - b < 10 for a, b in zip(after, counts)), (counts, after)
 assert device.allocated_bytes == held
 print((rss() - before) / 1e6)
 """, llama))
