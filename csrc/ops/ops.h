@@ -142,4 +142,13 @@ int op_head_gradients(struct ops *ops, const struct head_gradients_params *param
 int op_dots(struct ops *ops, const struct dots_params *params, struct error *error);
 int op_node_dims(struct ops *ops, const struct node_dims_params *params, uint32_t n_nodes, struct error *error);
 
+/* --- circuit.c ----------------------------------------------------------------------------------------------------------------------- */
+/* n_refs: blocks that the entries add up in all. */
+int op_circuit_inputs(struct ops *ops, const struct circuit_inputs_params *params, uint32_t n_entries, uint32_t n_refs, struct error *error);
+int op_circuit_place(struct ops *ops, const struct circuit_place_params *params, uint32_t n_entries, struct error *error);
+int op_circuit_heads(struct ops *ops, const struct circuit_heads_params *params, uint32_t n_entries, struct error *error);
+int op_circuit_outputs(struct ops *ops, const struct circuit_outputs_params *params, uint32_t n_rows, struct error *error);
+int op_pair_logits(struct ops *ops, const struct pair_logits_params *params, uint32_t n_entries, struct error *error);
+int op_logit_metrics(struct ops *ops, const struct logit_metrics_params *params, uint32_t n_rows, struct error *error);
+
 #endif

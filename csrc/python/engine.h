@@ -53,7 +53,7 @@ struct edits_object {
 };
 
 struct engine_state {
-    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type, *tape_type, *attribution_type;
+    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type, *tape_type, *attribution_type, *circuits_type;
     PyObject *device_error, *model_error;
 };
 
@@ -71,7 +71,7 @@ struct attribution_object {
     struct attribution *attribution;
 };
 
-extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec, attribution_spec;
+extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec, attribution_spec, circuits_spec;
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */
@@ -103,6 +103,8 @@ struct batch_arguments;
 PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model, PyObject *tuple, struct run_metric *metric);
 /* attribution_type.c */
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args);
+/* circuit_type.c */
+PyObject *engine_measure(PyObject *module, PyObject *args);
 /* forward.c */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
 /* A batch as it comes from Python: arrays that are borrowed until batch_release. */

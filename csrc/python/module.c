@@ -152,7 +152,8 @@ static int engine_exec(PyObject *module) {
     if (type_add(module, &device_spec, &state->device_type) || type_add(module, &file_spec, &state->file_type) ||
         type_add(module, &model_spec, &state->model_type) || type_add(module, &cache_spec, &state->cache_type) ||
         type_add(module, &edits_spec, &state->edits_type) || type_add(module, &bench_spec, &state->bench_type) ||
-        type_add(module, &tape_spec, &state->tape_type) || type_add(module, &attribution_spec, &state->attribution_type))
+        type_add(module, &tape_spec, &state->tape_type) || type_add(module, &attribution_spec, &state->attribution_type) ||
+        type_add(module, &circuits_spec, &state->circuits_type))
         return -1;
     if (PyModule_AddIntConstant(module, "CHUNK", RUN_CHUNK) || PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE))
         return -1;
@@ -169,6 +170,7 @@ static int engine_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->bench_type);
     Py_VISIT(state->tape_type);
     Py_VISIT(state->attribution_type);
+    Py_VISIT(state->circuits_type);
     Py_VISIT(state->device_error);
     Py_VISIT(state->model_error);
     return 0;
@@ -184,6 +186,7 @@ static int engine_clear(PyObject *module) {
     Py_CLEAR(state->bench_type);
     Py_CLEAR(state->tape_type);
     Py_CLEAR(state->attribution_type);
+    Py_CLEAR(state->circuits_type);
     Py_CLEAR(state->device_error);
     Py_CLEAR(state->model_error);
     return 0;
@@ -196,6 +199,7 @@ static PyMethodDef engine_methods[] = {
     {"tape_bytes", engine_tape_bytes, METH_VARARGS, "tape_bytes(model, capacity, first_layer, keep_inside) -> bytes of device memory that a Tape takes."},
     {"attribution_bytes", engine_attribution_bytes, METH_VARARGS,
      "attribution_bytes(model, capacity, first_layer, n_slots, n_steps, normed, keep_inside) -> bytes of device memory that an Attribution takes."},
+    {"measure", engine_measure, METH_VARARGS, "measure(model, rows, n, request) -> (pairs, whole, None): metrics of normed final rows; see csrc/analysis/read_logits.h."},
     {"ops", engine_ops, METH_NOARGS, "ops() -> list of (name, bytes of its argument block, [(field, kind, offset)]): what Bench.run takes."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,0 +1,27 @@
+// The stream as one input of a circuit reads it, normed; a workgroup a (token, entry). See circuit_inputs_params. The order of the sum is that of the list.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "types.glsl"
+#include "reduce.glsl"
+
+layout(push_constant, scalar) uniform Params { circuit_inputs_params p; };
+
+void main()
+{
+    const uint j = gl_WorkGroupID.x, e = gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
+    uint t = j;
+    if (p.all_tokens == 0)
+        t = p.tokens.at[j];
+    const uint begin = p.first.at[e], end = p.first.at[e + 1], from = t * p.stride, to = (e * p.n_tokens + j) * p.stride;
+    float sum = 0.0;
+    for (uint i = lane; i < p.width; i += WG) {
+        float v = p.x.at[from + i];
+        for (uint k = begin; k < end; k++)
+            v += p.d.at[p.refs.at[k] * p.n_chunk * p.stride + from + i];
+        p.dst.at[to + i] = v;
+        sum = fma(v, v, sum);
+    }
+    float inverse = 1.0 / sqrt(workgroup_sum(sum) / float(p.width) + p.eps);
+    for (uint i = lane; i < p.width; i += WG)
+        p.dst.at[to + i] = p.dst.at[to + i] * inverse * p.gain.at[i];
+}

@@ -1,0 +1,29 @@
+// Two logits of a row; a workgroup a (row, entry). See pair_logits_params.
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "types.glsl"
+#include "reduce.glsl"
+
+layout(push_constant, scalar) uniform Params { pair_logits_params p; };
+
+void main()
+{
+    const uint j = gl_WorkGroupID.x, e = gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
+    const uint at = (e * p.n + j) * p.stride, a_at = 2 * j * p.stride, b_at = a_at + p.stride;
+    float a = 0.0, b = 0.0;
+    for (uint i = lane; i < p.width; i += WG) {
+        float x = p.normed.at[at + i];
+        a = fma(x, p.rows.at[a_at + i], a);
+        b = fma(x, p.rows.at[b_at + i], b);
+    }
+    a = workgroup_sum(a);
+    b = workgroup_sum(b);
+    if (p.softcap != 0.0) {
+        a = p.softcap * tanh(clamp(a / p.softcap, -15.0, 15.0));
+        b = p.softcap * tanh(clamp(b / p.softcap, -15.0, 15.0));
+    }
+    if (lane == 0) {
+        p.logits.at[2 * (e * p.n + j)] = a;
+        p.logits.at[2 * (e * p.n + j) + 1] = b;
+    }
+}
