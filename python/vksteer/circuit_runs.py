@@ -159,35 +159,43 @@ class Passes:
 
     def _size(self, circuits, chunk, longest, total):
         slots = min(total, max(chunk, longest))
-        total, largest = circuits.bytes(chunk, slots)
-        return slots, total, largest
+        needed, largest = circuits.bytes(chunk, slots)
+        return slots, needed, needed <= self.budget and largest <= BUFFER_MOST
+
+    def check(self, rows, lengths, first=()) -> None:
+        """ValueError where one of the runs does not fit into the memory even alone; the message says how much the largest needs."""
+        if not rows or self.fit(rows, lengths, first)[2] == len(rows):
+            return
+        longest, total = max(lengths), sum(lengths)
+        chunk = min(LEAST_TOKENS, total)
+        sizes = [self._size(self._make([*first, row])[1], chunk, longest, total) for row in rows]
+        needed = max(size for _, size, _ in sizes)
+        if not all(fits for _, _, fits in sizes):
+            what = f"max_memory={self.budget}" if self.named else f"the free device memory (of which {self.budget / 1e6:.0f} MB may be used)"
+            raise ValueError(f"{what} is too small: one circuit over {longest} tokens, {chunk} at a time, needs {needed} bytes ({needed / 1e6:.1f} MB)")
 
     def fit(self, rows, lengths, first=()):
         """(plan, engine's circuits, how many of `rows` they hold, chunk, slots): as many as memory allows. first: runs that every pass needs."""
         longest, total = max(lengths), sum(lengths)
-        chunk, n = max(min(CHUNK_TOKENS, total), 1), len(rows)
+        chunk, n = min(CHUNK_TOKENS, total), len(rows)
         while True:
             plan, circuits = self._make([*first, *rows[:n]])
-            slots, needed, largest = self._size(circuits, chunk, longest, total)
-            if needed <= self.budget and largest <= BUFFER_MOST:
-                return plan, circuits, n, chunk, slots
+            slots, needed, fits = self._size(circuits, chunk, longest, total)
+            if fits or (n == 1 and chunk <= LEAST_TOKENS):
+                return plan, circuits, n if fits else 0, chunk, slots
             if n > 1:
-                n = max(1, min(n - 1, int(n * min(self.budget / needed, BUFFER_MOST / largest, 0.9))))
-            elif chunk > LEAST_TOKENS:
-                chunk = max(LEAST_TOKENS, chunk // 2)
+                n = max(1, min(int(n * 0.9), int(n * self.budget / needed)))
             else:
-                what = f"max_memory={self.budget}" if self.named else f"the free device memory (of {self.budget / 1e6:.0f} MB that may be used)"
-                raise ValueError(f"{what} is too small: one circuit over {longest} tokens, {chunk} at a time, needs {needed} bytes ({needed / 1e6:.1f} MB)")
+                chunk = max(LEAST_TOKENS, chunk // 2)
 
     def run(self, rows, jobs, softcap, metrics, step, first=()):
         """(pairs [n, 2], whole [n, 4]) for every run and job, None where the run is the base run: list [run][job]."""
         out: list[list] = []
         lengths = [len(j.tokens) for j in jobs]
         done = 0
-        fitted = self.fit(rows, lengths, first) if rows else None  # too little memory is said before any work
+        self.check(rows, lengths, first)
         while done < len(rows):
-            plan, circuits, n, chunk, slots = fitted or self.fit(rows[done:], lengths, first)
-            fitted = None
+            plan, circuits, n, chunk, slots = self.fit(rows[done:], lengths, first)
             entries = plan.logits[len(first):]
             results = [[None] * len(jobs) for _ in range(n)]
             if (entries >= 0).any():
@@ -258,8 +266,7 @@ def evaluate(circuits, model, samples, vector, coefficient, *, metrics=("logit_d
     partial = [c for c in different if len(c) < graph.n_edges]  # the whole graph is the steered run itself
     rows = [Rows(kept_matrix(graph, c.edges)) for c in partial]
     passes = Passes(model, graph, np.float32(coefficient) * vector.direction, max_memory)
-    if rows:
-        passes.fit(rows[:1], [len(s) for s in samples])
+    passes.check(rows, [len(s) for s in samples])
     with Progress(progress, len(samples) * (1 + len(partial)), "circuits") as bar:
         finals = final_rows(model, samples, vector, coefficient, capped=capped, progress=lambda done, total, last=[0]: (bar.step(done - last[0]), last.__setitem__(0, done)))
         readers = [Reader(f, metrics, clean, threshold) for f in finals]

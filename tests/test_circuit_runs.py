@@ -1,0 +1,173 @@
+"""The model under circuits against the float64 oracle (tests/oracle/circuits.py): every metric, ragged samples, bits that do not depend on packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import vksteer as vs
+from oracle import circuits as oc
+from oracle.attribution import Case
+from oracle.reference import Vector
+from vksteer import circuit_runs
+from vksteer.circuits import Circuit
+
+#: llama_yarn: heads are slices of W_O's inputs; the others' sizes are multiples of nothing.
+KINDS = ["llama3", "gemma2", "qwen2", "qwen3", "llama_yarn", "llama_bias", "gemma3", "mistral"]
+SHARES = (0, 0.02, 0.2, 0.5, 0.8, 0.95, 1)
+
+
+class Setting:
+    """A family's engine and oracle, a vector, ragged samples whose greedy choices are clear, circuits of many sizes."""
+
+    def __init__(self, zoo, name, rng, layer=1, coefficient=1.0, sizes=((7, 9), (4, 1), (12, 21))):
+        self.model, self.ref = zoo.engine(name), zoo.reference(name)
+        c = self.model.config
+        self.vector = vs.SteeringVector(rng.standard_normal(c.d_model).astype(np.float32), layer)
+        self.coefficient, self.layer = coefficient, layer
+        self.exact = Vector(np.asarray(self.vector.direction, np.float64), layer)
+        draw = lambda n: rng.integers(0, c.d_vocab, n).tolist()
+        self.samples = []
+        while len(self.samples) < len(sizes):
+            sample = vs.patching.Sample(draw(sizes[len(self.samples)][0]), draw(sizes[len(self.samples)][1]))
+            if Case(self.ref, sample, self.exact, coefficient).margin() > 1e-3:
+                self.samples.append(sample)
+        self.graph = vs.patching.graph(self.model, layer)
+        self.circuits = [Circuit(self.graph, np.flatnonzero(rng.random(self.graph.n_edges) < share)) for share in SHARES]
+
+    def evaluate(self, circuits=None, metrics=oc.METRICS, **options):
+        return vs.circuits.evaluate(self.circuits if circuits is None else circuits, self.model, self.samples, self.vector, self.coefficient, metrics,
+                                    progress=False, **options)
+
+    def oracle(self, **options):
+        return oc.evaluate(self.ref, [set(c) for c in self.circuits], self.samples, self.exact, self.coefficient, oc.METRICS, **options)
+
+
+@pytest.fixture
+def setting(zoo, rng):
+    return lambda name="llama3", **options: Setting(zoo, name, rng, **options)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for metric in a:
+        for name in a[metric].per_sample:
+            assert np.array_equal(a[metric].per_sample[name], b[metric].per_sample[name]), f"{metric} {name}"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_metric_is_the_oracles(setting, name):
+    s = setting(name)
+    for circuit, got, want in zip(s.circuits, s.evaluate(), s.oracle()):
+        for metric in oc.METRICS:
+            scale = max(1.0, abs(want[metric].full), abs(want[metric].empty))
+            for part in ("value", "full", "empty"):
+                a, b = getattr(got[metric], part), getattr(want[metric], part)
+                if metric != "match":  # a circuit's own greedy choices may be close
+                    assert abs(a - b) <= 1e-4 * scale, f"{name} {len(circuit)} edges, {metric} {part}: {a} against {b}"
+            a, b = got[metric].faithfulness, want[metric].faithfulness
+            assert abs(a - b) <= (0.06 if metric == "match" else 2e-3 * max(1.0, abs(b))), f"{name} {len(circuit)} {metric}: {a} against {b}"
+
+
+@pytest.mark.parametrize("options", [dict(capped=False), dict(threshold=0.5)], ids=["uncapped", "threshold"])
+def test_options_are_the_oracles(setting, options):
+    s = setting("gemma2", coefficient=-1.5)
+    for got, want in zip(s.evaluate(**options), s.oracle(**options)):
+        for metric in set(oc.METRICS) - {"match"}:
+            assert abs(got[metric].faithfulness - want[metric].faithfulness) <= 2e-3 * max(1.0, abs(want[metric].faithfulness)), metric
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_first_and_last_layer(setting, layer):
+    s = setting("qwen3", layer=layer)
+    for got, want in zip(s.evaluate(), s.oracle()):
+        assert abs(got["logit_diff"].faithfulness - want["logit_diff"].faithfulness) <= 2e-3
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "llama_yarn"])
+def test_alone_is_batched_and_memory_changes_no_bit(setting, name, monkeypatch):
+    s = setting(name)
+    want = s.evaluate()
+    for i, circuit in enumerate(s.circuits):
+        same(s.evaluate([circuit])[0], want[i])
+    monkeypatch.setattr(circuit_runs, "CHUNK_TOKENS", 16)  # rows cut into chunks with caches
+    for got, whole in zip(s.evaluate(), want):
+        same(got, whole)
+    monkeypatch.setattr(circuit_runs, "CHUNK_TOKENS", 40)
+    for got, whole in zip(s.evaluate([*s.circuits[::-1]]), want[::-1]):
+        same(got, whole)
+    alone = [vs.circuits.evaluate([s.circuits[3]], s.model, [x], s.vector, s.coefficient, oc.METRICS, progress=False)[0] for x in s.samples]
+    for i, result in enumerate(alone):
+        for metric in oc.METRICS:
+            assert result[metric].per_sample["value"][0] == want[3][metric].per_sample["value"][i]
+
+
+def test_max_memory(setting, monkeypatch):
+    s = setting()
+    want = s.evaluate()
+    with pytest.raises(ValueError, match="max_memory=1000000 is too small: .* needs") as caught:
+        s.evaluate(max_memory=1_000_000)
+    needed = int(str(caught.value).split("needs ")[1].split(" bytes")[0])
+    alone = []
+    fit = circuit_runs.Passes.fit
+    monkeypatch.setattr(circuit_runs.Passes, "fit", lambda *args: alone.append(fit(*args)[2]) or fit(*args))
+    for got, whole in zip(s.evaluate(max_memory=needed), want):
+        same(got, whole)
+    assert alone.count(1) > 2  # circuits went one by one
+
+
+def test_the_ends_are_the_runs_themselves(setting):
+    """No edge: the base run; all edges: the steered run; an edge that leads nowhere: the base run. To the last bit."""
+    s = setting("gemma2")
+    nowhere = Circuit(s.graph, s.graph.find([f"m{s.layer}->a{s.layer + 1}.h0<q>"]))
+    for result, end in zip(s.evaluate([Circuit(s.graph), Circuit(s.graph, np.arange(s.graph.n_edges)), nowhere]), ("empty", "full", "empty")):
+        for metric in oc.METRICS:
+            assert np.array_equal(result[metric].per_sample["value"], result[metric].per_sample[end])
+
+
+def test_roles(setting):
+    s = setting()
+    a, b = s.evaluate(), s.evaluate(clean="base")
+    for x, y in zip(a, b):
+        for metric in ("logit_diff", "directional_kl", "logprob"):
+            assert x[metric].faithfulness == pytest.approx(y[metric].faithfulness, abs=1e-9)
+        assert y["kl"].empty == pytest.approx(0, abs=1e-6) and x["kl"].full == pytest.approx(0, abs=1e-6)
+
+
+def test_nearly_all_edges_give_the_steered_run(setting):
+    """The sum over all kept edges is the steered stream: a circuit without one useless edge is that run but for rounding."""
+    s = setting("qwen2")
+    got = s.evaluate([Circuit(s.graph, np.arange(1, s.graph.n_edges))])[0]
+    first = s.evaluate([Circuit(s.graph, np.arange(s.graph.n_edges))])[0]
+    assert got["logit_diff"].value != first["logit_diff"].value  # "steer" to the first query counts
+
+
+def test_wrong_arguments_before_any_work(setting):
+    s = setting()
+    other = Circuit(vs.patching.graph(s.model, 2), [0])
+    args = s.model, s.samples, s.vector, 1.0
+    for call, message in [
+        (lambda: vs.circuits.evaluate([other], *args), "another graph"), (lambda: vs.circuits.evaluate(s.circuits, *args, ("nonsense",)), "metric 'nonsense'"),
+        (lambda: vs.circuits.evaluate(s.circuits, s.model, [], s.vector, 1.0), "samples is empty"),
+        (lambda: vs.circuits.evaluate(s.circuits, *args[:3], float("nan")), "coefficient"),
+        (lambda: vs.circuits.evaluate(s.circuits, *args, clean="both"), "clean"), (lambda: vs.circuits.evaluate(s.circuits, *args, threshold=-1), "threshold"),
+        (lambda: vs.circuits.evaluate(s.circuits, s.model, [vs.patching.Sample([1] * 500, [2] * 20)], s.vector, 1.0), "context"),
+        (lambda: vs.SteeringVector(np.full(s.model.config.d_model, np.nan), 1), "finite"),
+        (lambda: vs.patching.Sample([1], []), "empty")]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_interrupt_and_progress(setting):
+    s = setting()
+    seen = []
+    s_all = s.circuits[1:-1]
+    vs.circuits.evaluate(s_all, *(s.model, s.samples, s.vector, 1.0), progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == len(s.samples) * (1 + len(s_all)) and seen == sorted(seen)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vs.circuits.evaluate(s_all, s.model, s.samples, s.vector, 1.0, progress=stop)
+    same(s.evaluate()[2], s.evaluate()[2])
