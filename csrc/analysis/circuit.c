@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define RUN(call) do { if (call) return -1; } while (0)
+#define READBACK (UINT64_C(16) << 20)    /* metrics of a tile of tokens come back through it */
 #define GROUP_BYTES (UINT64_C(32) << 20) /* normed inputs that are assembled at once, where one input alone needs less */
 #define MLP_BYTES (UINT64_C(32) << 20)   /* gates, ups and activations of rows that go through an MLP at once */
 
@@ -297,7 +298,7 @@ uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_
     const struct model_facts *f = &run->model->facts;
     struct wanted wanted[16];
     int n = buffers_list((struct circuit_run *)run, capacity, wanted);
-    uint64_t total = run_work_bytes(f, capacity) + read_bytes(f) + 8 * (uint64_t)capacity * op_row_stride(f->d_model) + run_cache_bytes(f, n_slots);
+    uint64_t total = run_work_bytes(f, capacity, READBACK) + read_bytes(f) + 8 * (uint64_t)capacity * op_row_stride(f->d_model) + run_cache_bytes(f, n_slots);
     *largest = 4 * (uint64_t)n_slots * f->d_head * (MOST(run, n_k) > MOST(run, n_v) ? MOST(run, n_k) : MOST(run, n_v));
     for (int i = 0; i < n; i++) {
         total += wanted[i].bytes;
@@ -340,7 +341,7 @@ int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots
     run->n_slots = n_slots;
     run->assembled = entries_at_once(run, capacity);
     run->mlp_rows = mlp_rows_at_once(run, capacity);
-    if (run_work_create(&run->work, run->model, capacity, error))
+    if (run_work_create(&run->work, run->model, capacity, READBACK, error))
         return -1;
     for (int i = 0; i < n; i++)
         if (zeroed(run, wanted[i].buffer, wanted[i].bytes, wanted[i].name, error))
@@ -452,6 +453,8 @@ static int finish(struct circuit_run *run, struct error *error) {
     free(tokens);
     RUN(failed);
     tile = read->whole || read->logits ? read_tile(&run->model->facts) : chunk->n_tokens;
+    if ((uint64_t)tile * run->n_logits > READBACK / 64) /* four floats of every token and entry, and room to spare */
+        tile = READBACK / 64 > run->n_logits ? (uint32_t)(READBACK / 64 / run->n_logits) : 1;
     for (uint32_t at = first, n; at < end; at += n) {
         n = end - at < tile ? end - at : tile;
         RUN(circuit_assemble(run, run->logit_entry, run->n_logits, run->model->ln_final, address + 4 * (uint64_t)(at - first), n, error));

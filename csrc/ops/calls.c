@@ -149,6 +149,12 @@ struct accumulate_block { struct accumulate_params params; uint32_t n_slots; };
 struct head_inputs_block { struct head_inputs_params params; uint32_t n_slots; };
 struct head_gradients_block { struct head_gradients_params params; };
 struct dots_block { struct dots_params params; };
+struct circuit_inputs_block { struct circuit_inputs_params params; uint32_t n_entries, n_refs; };
+struct circuit_place_block { struct circuit_place_params params; uint32_t n_entries; };
+struct circuit_heads_block { struct circuit_heads_params params; uint32_t n_entries; };
+struct circuit_outputs_block { struct circuit_outputs_params params; uint32_t n_rows; };
+struct pair_logits_block { struct pair_logits_params params; uint32_t n_entries; };
+struct logit_metrics_block { struct logit_metrics_params params; uint32_t n_rows; };
 struct node_dims_block { struct node_dims_params params; uint32_t n_nodes; };
 
 #define BLOCK_NAME norm_block
@@ -237,6 +243,33 @@ static const struct op_field dots_fields[] = {A(a), A(b), A(dst), U(n_a), U(n_b)
 #define BLOCK_NAME node_dims_block
 static const struct op_field node_dims_fields[] = {A(du), A(g), A(groups), A(dims), U(n_slots), U(width), U(d_stride), EXTRA(n_nodes)};
 #undef BLOCK_NAME
+#define BLOCK_NAME circuit_inputs_block
+static const struct op_field circuit_inputs_fields[] = {
+    A(x), A(d), A(refs), A(first), A(tokens), A(gain), A(dst), U(all_tokens), U(n_tokens), U(n_chunk), U(width), U(stride), F(eps),
+    EXTRA(n_entries), EXTRA(n_refs)};
+#undef BLOCK_NAME
+#define BLOCK_NAME circuit_place_block
+static const struct op_field circuit_place_fields[] = {
+    A(x), A(base), A(entries), A(tokens), A(angles), A(q_gain), A(k_gain), A(q), A(k_cache), A(v_cache), U(n_tokens), U(d_head), U(x_stride),
+    U(base_stride), U(q_stride), U(n_slots), U(flags), F(eps), EXTRA(n_entries)};
+#undef BLOCK_NAME
+#define BLOCK_NAME circuit_heads_block
+static const struct op_field circuit_heads_fields[] = {
+    A(z), A(base), A(entries), A(scale), A(base_scale), A(dst), U(n_tokens), U(d_head), U(z_stride), U(base_stride), U(out_stride), U(flags),
+    EXTRA(n_entries)};
+#undef BLOCK_NAME
+#define BLOCK_NAME circuit_outputs_block
+static const struct op_field circuit_outputs_fields[] = {
+    A(x), A(base), A(gain), A(dst), U(first), U(n_tokens), U(width), U(stride), U(flags), F(eps), EXTRA(n_rows)};
+#undef BLOCK_NAME
+#define BLOCK_NAME pair_logits_block
+static const struct op_field pair_logits_fields[] = {
+    A(normed), A(rows), A(logits), U(n), U(width), U(stride), F(softcap), EXTRA(n_entries)};
+#undef BLOCK_NAME
+#define BLOCK_NAME logit_metrics_block
+static const struct op_field logit_metrics_fields[] = {
+    A(logits), A(reference), A(other), A(targets), A(values), U(first), U(n), U(width), U(stride), F(softcap), EXTRA(n_rows)};
+#undef BLOCK_NAME
 
 /* name, arguments of the op after its block, arguments of the twin after its block */
 #define OPS_WITH_BLOCKS(OP) \
@@ -262,6 +295,12 @@ static const struct op_field node_dims_fields[] = {A(du), A(g), A(groups), A(dim
     OP(head_inputs, COMMA b->n_slots, COMMA b->n_slots) \
     OP(head_gradients, , ) \
     OP(dots, , ) \
+    OP(circuit_inputs, COMMA b->n_entries COMMA b->n_refs, COMMA b->n_entries) \
+    OP(circuit_place, COMMA b->n_entries, COMMA b->n_entries) \
+    OP(circuit_heads, COMMA b->n_entries, COMMA b->n_entries) \
+    OP(circuit_outputs, COMMA b->n_rows, COMMA b->n_rows) \
+    OP(pair_logits, COMMA b->n_entries, COMMA b->n_entries) \
+    OP(logit_metrics, COMMA b->n_rows, COMMA b->n_rows) \
     OP(node_dims, COMMA b->n_nodes, COMMA b->n_nodes)
 #define COMMA ,
 

@@ -86,4 +86,12 @@ void twin_head_gradients(struct twin_memory *memory, const struct head_gradients
 void twin_dots(struct twin_memory *memory, const struct dots_params *params);
 void twin_node_dims(struct twin_memory *memory, const struct node_dims_params *params, uint32_t n_nodes);
 
+/* twin_circuit.c */
+void twin_circuit_inputs(struct twin_memory *memory, const struct circuit_inputs_params *params, uint32_t n_entries);
+void twin_circuit_place(struct twin_memory *memory, const struct circuit_place_params *params, uint32_t n_entries);
+void twin_circuit_heads(struct twin_memory *memory, const struct circuit_heads_params *params, uint32_t n_entries);
+void twin_circuit_outputs(struct twin_memory *memory, const struct circuit_outputs_params *params, uint32_t n_rows);
+void twin_pair_logits(struct twin_memory *memory, const struct pair_logits_params *params, uint32_t n_entries);
+void twin_logit_metrics(struct twin_memory *memory, const struct logit_metrics_params *params, uint32_t n_rows);
+
 #endif

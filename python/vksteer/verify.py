@@ -53,6 +53,13 @@ BOUNDS = {
     "head_gradients": 1e-6,  # 2.2e-7, 10 steps
     "dots": 1e-6,  # 2.0e-7, of sum |a b|, K up to 18944
     "node_dims": 1.2e-6,  # 2.8e-7, 32 slots
+    # Circuits (verify_circuit.py), of sums without cancellation.
+    "circuit_inputs": 1.5e-6,  # 1.7e-7
+    "circuit_place": 2e-6,  # 1.7e-7
+    "circuit_heads": 1e-6,  # 1.0e-7
+    "circuit_outputs": 1.5e-6,  # 2.9e-7
+    "pair_logits": 1e-6,  # 1.0e-7
+    "logit_metrics": 3e-6,  # 2.6e-7, of the largest logit
 }
 
 
@@ -420,10 +427,11 @@ def problems(seed=0) -> Iterator[Problem]:
             yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
     yield copy(rng, 7, 33, pick=True, add=True)
     yield sum_heads(rng, 3, 5, 33, bias=True)
-    from . import verify_attribution, verify_backward  # which are made of this module's parts
+    from . import verify_attribution, verify_backward, verify_circuit  # which are made of this module's parts
 
     yield from verify_backward.problems(rng)
     yield from verify_attribution.problems(rng)
+    yield from verify_circuit.problems(rng)
 
 
 @dataclass(frozen=True)
