@@ -297,7 +297,7 @@ def card_block(folder: Path) -> str:
     """What a folder's card quotes of its own figures.json, seeds.json and table1.json, word for word (a test compares)."""
     seeds = json.loads((folder / "seeds.json").read_text())
     return "\n".join([BEGIN, card_table(json.loads((folder / "figures.json").read_text()), "test"), "", "### All seeds of the recipe", "", seeds_table(seeds, "test"), "",
-                      "The same on the validation list, on which strengths and seed were chosen:", "", seeds_table(seeds, "validation"), "",
+                      "The same on the validation list, on which the strengths were chosen:", "", seeds_table(seeds, "validation"), "",
                       "### Table 1", "", table1(folder), END])
 
 

@@ -1,4 +1,4 @@
-"""Table 1 of the tiny chat models with the engine: tools/tiny_table1.py FOLDER SEED_FOLDER ... writes FOLDER/table1.json.
+"""Table 1 of the tiny chat models with the engine: tools/tiny_table1.py FOLDER SEED_FOLDER ... puts these seeds' tables into FOLDER/table1.json.
 
 For every seed's folder: difference in means and selection (128 + 128, 32 + 32 prompts), the strengths that its figures.json names (best on the
 validation list), then `vksteer.freezing.ablation_table` on 100 + 100 test prompts with 72 new tokens. The vector must be the one that
@@ -47,7 +47,9 @@ def measured(folder: Path) -> tuple[str, dict]:
 
 def main() -> None:
     folder, seeds = Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]
-    (folder / "table1.json").write_text(json.dumps(dict(map(measured, seeds)), indent=1) + "\n")
+    path = folder / "table1.json"
+    tables = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(tables | dict(map(measured, seeds)), indent=1) + "\n")
 
 
 if __name__ == "__main__":
