@@ -168,7 +168,7 @@ class _Circuits:
 
         vector, a, o = self.vectors[name], self.coefficients[name], self.options
         samples = patching.make_samples(self.model, self.prompts, vector, a, responses="steered", max_new_tokens=o["max_new_tokens"], keep="flipped",
-                                        judge=o["judge"])
+                                        judge=o["judge"], progress=False)
         if not len(samples):
             notes.append(f"the circuit of {name}, none of whose {len(self.prompts)} prompts it flips")
             return None, samples
