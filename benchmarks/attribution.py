@@ -82,7 +82,7 @@ def against_pytorch(model, fp32, vector, rounds: int) -> list[dict]:
     some = sample(PROMPT + RESPONSE, PROMPT)
     peer, ours = Peer(fp32, some, vector), lambda: attribute(model, [some], vector, COEFFICIENT, steps=STEPS, progress=False)
     scores, want = ours(), peer.core()
-    error = abs(scores.nodes[0] - want) / abs(want)
+    error = float(abs(scores.nodes[0] - want) / abs(want))
     if scores.n_positions != len(peer.positions) or error > 1e-3:
         raise RuntimeError(f"the two sides do not compute the same: {scores.n_positions} and {len(peer.positions)} positions, the steering node's scores are "
                            f"{scores.nodes[0]} and {want}")
