@@ -265,6 +265,7 @@ def check_number(value, what: str) -> float:
 
 
 def _loss(model, examples, vector, coefficient, phi, reduction, limit) -> tuple[float, np.ndarray]:
+    model._check_open()
     check_vector(model, vector)
     coefficient = check_number(coefficient, "coefficient")
     prepared = prepare(model, examples, losing=phi is not None, limit=limit)
