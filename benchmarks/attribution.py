@@ -96,20 +96,25 @@ def against_pytorch(model, fp32, vector, rounds: int) -> list[dict]:
 
 
 def over_lengths(model, vector, rounds: int) -> list[dict]:
-    """One sample of n tokens, and n / 32 samples of 32 at once: the same tokens, so the difference is what attention takes beyond 32 keys."""
-    whole = {n: sample(n) for n in LENGTHS}
-    cut = {n: [sample(32, seed=i) for i in range(n // 32)] for n in LENGTHS}
-    run = lambda samples: lambda: attribute(model, samples, vector, COEFFICIENT, steps=STEPS, progress=False)
-    calls = {(n, "one"): run([whole[n]]) for n in LENGTHS} | {(n, "cut"): run(cut[n]) for n in LENGTHS[1:]}
-    times = {key: statistics.median(t) for key, t in take_turns(calls, rounds).items()}
-    first, rows = times[32, "one"], []
-    lengths = {n: {"s": times[n, "one"], "cut_s": times.get((n, "cut"), first), "attention_share": 1 - times.get((n, "cut"), first) / times[n, "one"]} for n in LENGTHS}
-    for n in LENGTHS:
-        rows.append(row(f"attribution, one sample of {n} tokens, ms a token", 1e3 * times[n, "one"] / n, "ms", seconds=times[n, "one"],
-                        attention_beyond_32_keys_percent=100 * lengths[n]["attention_share"]))
+    """One sample of n tokens; and the longest's tokens as samples of 32, so that the difference is what attention takes beyond 32 keys."""
     last = LENGTHS[-1]
-    return rows + [at_most(f"attribution, cost of a token at {last} tokens over that at 32, attention's own share left out", lengths[last]["cut_s"] / first * 32 / last, 1, "times",
-                           with_attention=times[last, "one"] / first * 32 / last, lengths={str(n): v for n, v in lengths.items()}, n=rounds)]
+    run = lambda samples: lambda: attribute(model, samples, vector, COEFFICIENT, steps=STEPS, progress=False)
+    calls = {n: run([sample(n)]) for n in LENGTHS} | {"cut": run([sample(LENGTHS[0], seed=i) for i in range(last // LENGTHS[0])])}
+    calls[LENGTHS[0]]()
+    times = {key: statistics.median(t) for key, t in take_turns(calls, rounds, warm_up=0).items()}
+    rows = [row(f"attribution, one sample of {n} tokens, a token", 1e3 * times[n] / n, "ms", seconds=times[n], attention_percent_of_operations=100 * attention_share(model.config, n)) for n in LENGTHS]
+    first = times[LENGTHS[0]] / LENGTHS[0]
+    return rows + [at_most(f"attribution, cost of a token at {last} tokens over that at {LENGTHS[0]}, attention beyond {LENGTHS[0]} keys left out", times["cut"] / last / first, 1, "times",
+                           with_attention=times[last] / last / first, attention_beyond_percent=100 * (1 - times["cut"] / times[last]), cut_s=times["cut"], n=rounds)]
+
+
+def attention_share(c, n: int) -> float:
+    """Of the operations of one sample's steps and runs: scores and mix forward, five such products in place of two on the way back."""
+    ops = operations(c, n, n)
+    attention = 2.0 * n * (n + 1) * c.n_heads * c.d_head
+    depth = c.n_layers - LAYER
+    attention *= LAYER + depth * (2 + STEPS * 3.5)
+    return attention / (attention + ops["below"] + ops["runs"] + 2 * STEPS * ops["step"] + ops["contraction"])
 
 
 def memory(model, vector) -> list[dict]:
