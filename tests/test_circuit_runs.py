@@ -134,12 +134,13 @@ def test_roles(setting):
         assert y["kl"].empty == pytest.approx(0, abs=1e-6) and x["kl"].full == pytest.approx(0, abs=1e-6)
 
 
-def test_nearly_all_edges_give_the_steered_run(setting):
-    """The sum over all kept edges is the steered stream: a circuit without one useless edge is that run but for rounding."""
+def test_a_single_edge_counts(setting):
+    """The straight edge alone moves the logits, and all others without it do not give the steered run."""
     s = setting("qwen2")
-    got = s.evaluate([Circuit(s.graph, np.arange(1, s.graph.n_edges))])[0]
-    first = s.evaluate([Circuit(s.graph, np.arange(s.graph.n_edges))])[0]
-    assert got["logit_diff"].value != first["logit_diff"].value  # "steer" to the first query counts
+    edges = np.delete(np.arange(s.graph.n_edges), s.graph.find(["steer->logits"]))
+    whole, without = s.evaluate([Circuit(s.graph, np.arange(s.graph.n_edges)), Circuit(s.graph, edges)])
+    straight = Circuit(s.graph, ["steer->logits"])
+    assert without["logit_diff"].value != whole["logit_diff"].value and s.evaluate([straight])[0]["logit_diff"].value != whole["logit_diff"].empty
 
 
 def test_wrong_arguments_before_any_work(setting):
@@ -171,3 +172,59 @@ def test_interrupt_and_progress(setting):
     with pytest.raises(KeyboardInterrupt):
         vs.circuits.evaluate(s_all, s.model, s.samples, s.vector, 1.0, progress=stop)
     same(s.evaluate()[2], s.evaluate()[2])
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_alone_batched_and_at_the_ends(setting):
+    """Rows alone and together give the same tokens; all edges are plain steering, none the base run; an edit below the layer acts in both."""
+    s = setting("gemma2")
+    prompts = [list(x.prompt_tokens) for x in s.samples]
+    make = lambda rows, circuit=None, edits=(vs.Steer(s.vector, 1.0),): [g.tokens.tolist() for g in s.model.generate(
+        rows, max_new_tokens=12, edits=list(edits), circuit=circuit, ignore_eos=True, progress=False)]
+    circuit = s.circuits[3]
+    together = make(prompts, circuit)
+    assert together == [make([p], circuit)[0] for p in prompts]
+    assert make(prompts, Circuit(s.graph, np.arange(s.graph.n_edges))) == make(prompts) and make(prompts, Circuit(s.graph)) == make(prompts, edits=())
+    mixed = s.model.generate(prompts, max_new_tokens=12, circuit=circuit, ignore_eos=True, progress=False,
+                             edits=[[vs.Steer(s.vector, c)] for c in (1.0, -1.0, 1.0)])
+    assert [g.tokens.tolist() for g in mixed][::2] == together[::2]
+    below = vs.Add("blocks.0.hook_resid_post", 0.3)
+    assert make(prompts, Circuit(s.graph), (below, vs.Steer(s.vector, 1.0))) == make(prompts, edits=(below,))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(edits=[]), "exactly one"), (dict(freeze="qk"), "freeze"), (dict(capture=["hook_embed"]), "captures"), (dict(circuit=[1]), "must be a Circuit"),
+    (dict(edits="twice"), "exactly one"), (dict(edits="positions"), "every position"), (dict(edits="above"), "below the steering layer")])
+def test_decoding_refuses(setting, wrong, message):
+    s = setting()
+    steer = vs.Steer(s.vector, 1.0)
+    lists = {"twice": [steer, steer], "positions": [vs.Steer(s.vector, 1.0, positions=[0])], "above": [steer, vs.Scale("blocks.2.hook_mlp_out", 0.0)]}
+    arguments = dict(edits=[steer], circuit=s.circuits[2]) | wrong
+    if isinstance(arguments["edits"], str):
+        arguments["edits"] = lists[arguments["edits"]]
+    with pytest.raises(ValueError, match=message):
+        s.model.generate([[1, 2, 3]], max_new_tokens=2, progress=False, **arguments)
+
+
+# -- exact patches ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_exact_patches_do_not_depend_on_packing(setting):
+    s = setting("gemma2")
+    args = s.model, s.samples[2], s.vector, 1.0
+    edges = list(s.graph.edge_names[:40:3])
+    for positions in (None, "response"):
+        want = vs.patching.exact(*args, edges=edges, positions=positions)
+        assert np.array_equal(want, np.concatenate([vs.patching.exact(*args, edges=[e], positions=positions) for e in edges]))
+        assert np.array_equal(want, vs.patching.exact(*args, edges=s.graph.find(edges), positions=positions))
+    everything = vs.patching.exact(*args, nodes=["steer"])  # all of steering's own contribution, passed on everywhere: the steered run
+    full = vs.circuits.evaluate([Circuit(s.graph)], s.model, [s.samples[2]], s.vector, 1.0, progress=False)[0]["logit_diff"]
+    assert everything[0] == pytest.approx(full.full - full.empty, rel=1e-4)
+    with pytest.raises(KeyError, match="no node 'm0'"):
+        vs.patching.exact(*args, nodes=["m0"])
+    with pytest.raises(ValueError, match="either"):
+        vs.patching.exact(*args)
+    with pytest.raises(ValueError, match="max_memory"):
+        vs.patching.exact(*args, edges=edges, max_memory=1000)

@@ -26,6 +26,8 @@ from .samples import check_samples, check_steering
 CHUNK_TOKENS, LEAST_TOKENS = 512, 16
 #: Share of the free device memory that is used where max_memory names none, and the most of it.
 MEMORY_SHARE, MEMORY_MOST = 0.4, 6 << 30
+#: Runs that are planned at once.
+RUNS_MOST = 256
 #: Buffers are at most this large (csrc/gpu/gpu.h).
 BUFFER_MOST = 1 << 30
 #: Metrics of two logits; the others read the whole distribution.
@@ -57,15 +59,15 @@ class MetricResult:
 class Reader:
     """A sample's metrics: which rows they read, and their values from what was read.
 
-    clean: "steered" or "base". Values of a run come as (pairs [n, 2], whole [n, 4]) over `rows`, ascending indices into the FinalRows.
+    clean: "steered" or "base". kl_apart: kl is read where KL(P_steer||P_base) > threshold, as scores read it. Values of a run come as (pairs [n, 2], whole [n, 4]) over `rows`, ascending indices into the FinalRows.
     """
 
-    def __init__(self, rows: FinalRows, metrics, clean: str, threshold: float):
+    def __init__(self, rows: FinalRows, metrics, clean: str, threshold: float, kl_apart: bool = False):
         self.final, self.clean, self.metrics = rows, clean, metrics
         n = len(rows.targets)
         differ = np.flatnonzero(rows.greedy_base != rows.greedy_steered)
         apart = np.flatnonzero(rows.kl_base > threshold)
-        at = {"logit_diff": differ, "logit_diff_per_sample": differ, "directional_kl": apart}
+        at = {"logit_diff": differ, "logit_diff_per_sample": differ, "directional_kl": apart} | ({"kl": apart} if kl_apart else {})
         self.at = {m: at.get(m, np.arange(n - 1)) for m in metrics}
         self.rows = np.unique(np.concatenate(list(self.at.values()))).astype(np.int64) if metrics else np.zeros(0, np.int64)
         self.a, self.b = (rows.greedy_steered, rows.greedy_base) if clean == "steered" else (rows.greedy_base, rows.greedy_steered)
@@ -164,7 +166,7 @@ class Passes:
 
     def check(self, rows, lengths, first=()) -> None:
         """ValueError where one of the runs does not fit into the memory even alone; the message says how much the largest needs."""
-        if not rows or self.fit(rows, lengths, first)[2] == len(rows):
+        if not rows or self.fit(rows, lengths, first)[2] == min(len(rows), RUNS_MOST):
             return
         longest, total = max(lengths), sum(lengths)
         chunk = min(LEAST_TOKENS, total)
@@ -177,7 +179,7 @@ class Passes:
     def fit(self, rows, lengths, first=()):
         """(plan, engine's circuits, how many of `rows` they hold, chunk, slots): as many as memory allows. first: runs that every pass needs."""
         longest, total = max(lengths), sum(lengths)
-        chunk, n = min(CHUNK_TOKENS, total), len(rows)
+        chunk, n = min(CHUNK_TOKENS, total), min(len(rows), RUNS_MOST)
         while True:
             plan, circuits = self._make([*first, *rows[:n]])
             slots, needed, fits = self._size(circuits, chunk, longest, total)
@@ -196,6 +198,8 @@ class Passes:
         self.check(rows, lengths, first)
         while done < len(rows):
             plan, circuits, n, chunk, slots = self.fit(rows[done:], lengths, first)
+            if n == 0:
+                self.check(rows[done:done + 1], lengths, first)
             entries = plan.logits[len(first):]
             results = [[None] * len(jobs) for _ in range(n)]
             if (entries >= 0).any():

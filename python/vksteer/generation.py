@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
 from .batch import Batch, check_treatment
+from .circuit_generation import CircuitBatch, check_circuit, steering
 from .edit_compiler import per_row
 from .progress import Progress
 from .run import check_tokens
@@ -138,7 +140,7 @@ def _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignor
 
 
 def generate(model, prompts, *, max_new_tokens, edits, freeze, ablate, freeze_layers, temperature, top_k, top_p, seed, stop, ignore_eos, capture,
-             batch_size, on_token, progress) -> list[Generation]:
+             batch_size, on_token, progress, circuit=None) -> list[Generation]:
     """See Model.generate."""
     request = _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos)
     sites = model._sites.find_all(capture)
@@ -151,16 +153,22 @@ def generate(model, prompts, *, max_new_tokens, edits, freeze, ablate, freeze_la
     treatment = check_treatment(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
     if batch_size is not None:
         batch_size = _whole(batch_size, "batch_size", 1)
-    double = 2 if treatment else 1
+    if circuit is not None:
+        check_circuit(model, circuit, rows_edits, freeze, ablate, sites)
+    double = 2 if treatment or circuit is not None else 1
     # Every edit is checked before the first row is run; a single micro-batch needs no other.
     everything = Batch(model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment)
     parts = list(_micro_batches(model, [(len(r) + request.max_new_tokens) * double for r in rows], batch_size))
+    if circuit is not None:
+        parts = [list(same) for part in parts for _, same in groupby(part, key=lambda i: steering(rows_edits[i]))]
     done = []
     with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
         for part in parts:
             states = [_Row(model, i, rows[i], request) for i in part]
             batch = everything
-            if len(parts) > 1:
+            if circuit is not None:
+                batch = CircuitBatch(model, [len(rows[i]) for i in part], ([rows_edits[i] for i in part], shared), circuit)
+            elif len(parts) > 1:
                 batch = Batch(model, [len(rows[i]) for i in part], [None] * len(part), ([rows_edits[i] for i in part], shared), treatment)
             _decode(model, batch, states, sites, on_token, bar)
             done += [s.result() for s in states]
@@ -193,6 +201,8 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
     capacity = [len(s.prompt) + s.request.max_new_tokens for s in states]
     starts = np.concatenate([[0], np.cumsum(np.repeat(capacity, double))]).astype(np.uint32)
     cache = _engine().Cache(model._engine, int(starts[-1]))
+    if isinstance(batch, CircuitBatch):
+        batch.reserve(sum(len(s.prompt) for s in states), int(starts[-1]))
     slots_of = lambda active: np.concatenate([starts[double * a: double * a + double] for a in active])
     active = list(range(len(states)))
     width = max(len(s.prompt) for s in states)

@@ -139,11 +139,12 @@ class Model:
         return execute(self, prompts, responses, edits=edits, capture=capture, logits=logits, freeze=freeze, ablate=ablate,
                        freeze_layers=freeze_layers)
 
-    def generate(self, prompts, *, max_new_tokens=128, edits=(), freeze=None, ablate=None, freeze_layers=None, temperature=0.0, top_k=0, top_p=1.0,
-                 seed=0, stop=None, ignore_eos=False, capture=(), batch_size=None, on_token=None, progress=True):
+    def generate(self, prompts, *, max_new_tokens=128, edits=(), freeze=None, ablate=None, freeze_layers=None, circuit=None, temperature=0.0, top_k=0,
+                 top_p=1.0, seed=0, stop=None, ignore_eos=False, capture=(), batch_size=None, on_token=None, progress=True):
         """Continues every prompt; greedy unless a temperature is given. Returns list[Generation], one per prompt.
 
-        edits, freeze, ablate, freeze_layers: as in `run`, valid for decoded tokens too. stop: a str or list of str, cut from .text and kept in
+        edits, freeze, ablate, freeze_layers: as in `run`, valid for decoded tokens too. circuit: a Circuit along whose edges alone what the row's one
+        Steer edit does is passed on, the rest as in the base run of the same tokens (method.md section 5); other edits must lie below that layer. stop: a str or list of str, cut from .text and kept in
         .tokens. capture: sites at the new tokens. batch_size: rows at once (default: as memory allows). on_token(row, token, text piece) is
         called for every new token. progress: True, False or callable(done, total).
         Raises ValueError, TypeError, KeyError before any work; DeviceError. Ctrl-C raises KeyboardInterrupt and leaves the model usable.
@@ -153,7 +154,7 @@ class Model:
         self._check_open()
         return generate(self, prompts, max_new_tokens=max_new_tokens, edits=edits, freeze=freeze, ablate=ablate, freeze_layers=freeze_layers,
                         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, ignore_eos=ignore_eos, capture=capture,
-                        batch_size=batch_size, on_token=on_token, progress=progress)
+                        batch_size=batch_size, on_token=on_token, progress=progress, circuit=circuit)
 
     def gradients(self, prompts, responses=None, *, of, at, edits=(), progress=True):
         """d(scalar)/d(site), one scalar a row, computed on the device with respect to activations.

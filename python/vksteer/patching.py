@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from .graph import Graph, graph
 
 #: Where a public name lives; resolved on first access.
-_LAZY = {"Sample": "samples", "Samples": "samples", "make_samples": "samples", "EdgeScores": "edge_scores", "attribute": "attribution", "exact": "attribution",
+_LAZY = {"Sample": "samples", "Samples": "samples", "make_samples": "samples", "EdgeScores": "edge_scores", "attribute": "attribution", "exact": "exact_patching",
          "plan": "patching_plan", "Plan": "patching_plan", "agreement": "agreement", "Agreement": "agreement"}
 
 if TYPE_CHECKING:
     from .agreement import Agreement, agreement
-    from .attribution import attribute, exact
+    from .attribution import attribute
     from .edge_scores import EdgeScores
+    from .exact_patching import exact
     from .patching_plan import Plan, plan
     from .samples import Sample, Samples, make_samples
 
