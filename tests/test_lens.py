@@ -126,6 +126,25 @@ def test_memory_of_a_lens_is_given_back_and_nothing_is_whole(tiles, rng):
     assert device.allocated_bytes == held
 
 
+def test_an_interrupt_ends_a_long_lens(tiles, rng):
+    """A real SIGINT: KeyboardInterrupt soon, and the model goes on working."""
+    import os
+    import signal
+    import threading
+    import time
+
+    import vksteer as vs
+
+    vectors, pressed = rng.standard_normal((4000, 32)).astype(np.float32), []
+    want = vs.ov.logit_lens(tiles, vectors[:3])
+    timer = threading.Timer(0.3, lambda: (pressed.append(time.perf_counter()), os.kill(os.getpid(), signal.SIGINT)))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        vs.ov.logit_lens(tiles, vectors, 512, progress=False)
+    assert time.perf_counter() - pressed[0] < 5  # a second on a quiet machine
+    assert_same_bits("afterwards", vs.ov.logit_lens(tiles, vectors[:3]).values, want.values)
+
+
 def test_what_may_be_read(zoo, rng):
     """Arrays of any leading shape, vectors, lists of them, value vectors with their names, float64, lists of lists."""
     import vksteer as vs

@@ -99,9 +99,10 @@ class SparsitySweep:
         return figure
 
     def _panel(self, axes, vector, side, what):
-        for method, colour in zip(METHODS, ("#c8643c", "#4878a8", "#6a9a4a", "#8a8a8a")):
+        for above, (method, colour) in enumerate(zip(METHODS, ("#c8643c", "#4878a8", "#6a9a4a", "#8a8a8a"))):
             rows = sorted((r for r in self.rows if (r.vector, r.method) == (vector, method)), key=lambda r: r.sparsity)
-            axes.plot([100 * r.sparsity for r in rows], [getattr(getattr(r, side), what) for r in rows], "o-", markersize=3, linewidth=1.2, color=colour, label=method)
+            axes.plot([100 * r.sparsity for r in rows], [getattr(getattr(r, side), what) for r in rows], "o-", markersize=3, linewidth=1.2, color=colour, label=method,
+                      zorder=9 - above)
         for r in self.rows:
             if r.method == "unsteered" or (r.vector, r.method) == (vector, "random direction"):
                 axes.axhline(getattr(getattr(r, side), what), color="black", linewidth=0.8, linestyle=":" if r.method == "unsteered" else "--", label=r.method)
