@@ -137,11 +137,11 @@ def test_an_interrupt_ends_a_long_lens(tiles, rng):
 
     vectors, pressed = rng.standard_normal((4000, 32)).astype(np.float32), []
     want = vs.ov.logit_lens(tiles, vectors[:3])
-    timer = threading.Timer(0.3, lambda: (pressed.append(time.perf_counter()), os.kill(os.getpid(), signal.SIGINT)))
+    timer = threading.Timer(0.3, lambda: (pressed.append(time.process_time()), os.kill(os.getpid(), signal.SIGINT)))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         vs.ov.logit_lens(tiles, vectors, 512, progress=False)
-    assert time.perf_counter() - pressed[0] < 5  # a second on a quiet machine
+    assert time.process_time() - pressed[0] < 2.5  # seconds of processor time: about one second on two cores, however busy the machine
     assert_same_bits("afterwards", vs.ov.logit_lens(tiles, vectors[:3]).values, want.values)
 
 

@@ -12,7 +12,7 @@ from standin import NumpyModel
 from vksteer import steering
 from vksteer.errors import ModelError
 from vksteer.steering import Example, TrainingData, training_data
-from vksteer.steering.training_data import PREFIX, response_tokens
+from vksteer.steering.training_data import PREFIX
 from vksteer.vectors import SteeringVector
 
 SORRY, SURE = "I'm sorry, I cannot do that.", "Sure, here is how it goes."
@@ -103,27 +103,27 @@ def test_token_prompts(model, vector):
     rows = model.chat_tokens(["a bomb"])
     data = training_data(model, rows, ["a cake"], vector, progress=False)
     assert data[0].prompt == rows[0] and data[0].winning == SURE
-    assert data[0].tokens(model) == (rows[0], model.tokenizer.encode(SURE) + [1], model.tokenizer.encode(SORRY) + [1])
 
 
-def test_examples_and_their_tokens(model):
+def test_examples():
     e = Example("hi", np.array([5, 6]), (7,), np.int64(1))
     assert (e.winning, e.losing, e.sign) == ([5, 6], [7], 1) and type(e.sign) is int
-    assert e.tokens(model) == (model.chat_tokens(["hi"])[0], [5, 6], [7])  # token lists as they are
-    assert response_tokens(model, "ok") == model.tokenizer.encode("ok") + [1]
-    model.tokenizer.end_of_turn = ()
-    model.eos_ids = (9, 1)
-    assert response_tokens(model, "ok")[-1] == 9
-    model.eos_ids = ()
-    with pytest.raises(ValueError, match="end-of-turn"):
-        response_tokens(model, "ok")
-    model.tokenizer = None
-    with pytest.raises(ValueError, match="tokenizer"):
-        response_tokens(model, "ok")
     for wrong in (dict(prompt=""), dict(prompt=[]), dict(winning="  "), dict(losing=[1, -1]), dict(losing=[1.5]), dict(winning=[True]), dict(winning=None), dict(winning=3),
                   dict(sign=0), dict(sign=2), dict(sign=True), dict(sign=1.0), dict(sign="+")):
         with pytest.raises(ValueError):
             Example(**({"prompt": "p", "winning": "w", "losing": "l", "sign": 1} | wrong))
+
+
+def test_examples_in_training(zoo):
+    """A text response gets the end of turn, ids stay as they are."""
+    from vksteer.steering.losses import prepare
+
+    model = zoo.engine("llama2", "chat")
+    one, two = prepare(model, [Example("hi", "yes", [7], 1), Example([4, 5], "no", "oh", -1)], losing=True)
+    end = model.tokenizer.end_of_turn[0]
+    assert one.winning.prompt == tuple(model.chat_tokens(["hi"])[0]) and one.winning.response == (*model.tokenizer.encode("yes"), end)
+    assert one.losing.response == (7,) and one.sign == 1
+    assert two.losing.prompt == (4, 5) and two.losing.response == (*model.tokenizer.encode("oh"), end) and two.sign == -1
 
 
 def test_files(model, vector, tmp_path):

@@ -40,7 +40,7 @@ static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_
 
 int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post, float *out, struct error *error) {
     const struct model_facts *f = &work->model->facts;
-    uint64_t layer_floats = (uint64_t)f->n_heads * work->d_stride, room = WORK_READBACK / 4 / layer_floats, x;
+    uint64_t layer_floats = (uint64_t)f->n_heads * work->d_stride, room = work->readback_bytes / 4 / layer_floats, x;
     if (first_layer >= f->n_layers || room == 0)
         return error_set(error, ERROR_VALUE, "value vectors from layer %u of %u, %llu floats each", first_layer, f->n_layers,
                          (unsigned long long)layer_floats);

@@ -46,6 +46,13 @@ int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst, 
     return 0;
 }
 
+/* Operations that a row takes, for bounded submissions: the scan, what enters the list (some 7 k values of the first columns, about k of later ones,
+ * each as much as thousands of operations on a software device), and the sort. */
+static double topk_work(const struct topk_params *p) {
+    double k = p->k, entering = (p->flags & TOPK_BEGIN ? 7 : 1) * k;
+    return 4.0 * p->n_columns + entering * 7500 * (1 + k / TOPK_MAX) + 60 * k * k;
+}
+
 int op_topk(struct ops *ops, const struct topk_params *params, struct error *error) {
     uint32_t rows = ops->workgroup / ops->subgroup < 4 ? ops->workgroup / ops->subgroup : 4; /* of a workgroup, as in topk.comp */
     if (params->k == 0 || params->k > TOPK_MAX || params->x_stride < params->n_columns || (uint64_t)params->first + params->n_columns > 1u << 24)
@@ -53,6 +60,17 @@ int op_topk(struct ops *ops, const struct topk_params *params, struct error *err
                          params->k, params->first, params->first + params->n_columns, params->x_stride, TOPK_MAX);
     if (params->n_columns == 0 && !(params->flags & TOPK_BEGIN))
         return 0;
-    return gpu_stream_dispatch(ops->stream, KERNEL_topk, params, sizeof *params, (params->n_rows + rows - 1) / rows, 1, 1,
-                               4.0 * params->n_rows * params->n_columns, error);
+    double at_once = gpu_stream_flops_bound(ops->stream) / topk_work(params);
+    uint32_t step = at_once < 1 ? 1 : at_once < params->n_rows ? (uint32_t)at_once : params->n_rows;
+    for (uint32_t row = 0, n; row < params->n_rows; row += n) {
+        struct topk_params part = *params;
+        n = params->n_rows - row < step ? params->n_rows - row : step;
+        part.n_rows = n;
+        part.x += 4 * (uint64_t)row * params->x_stride;
+        part.values += 4 * (uint64_t)row * params->k;
+        part.indices += 4 * (uint64_t)row * params->k;
+        if (gpu_stream_dispatch(ops->stream, KERNEL_topk, &part, sizeof part, (n + rows - 1) / rows, 1, 1, n * topk_work(params), error))
+            return -1;
+    }
+    return 0;
 }

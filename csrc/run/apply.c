@@ -67,7 +67,7 @@ int run_rows_read(struct run_work *work, const char *name, int layer, uint32_t f
     const struct op_matrix *matrix = model_matrix_find(work->model, name, layer, &rows, &columns);
     if (!matrix)
         return error_set(error, ERROR_KEY, "no matrix %s in layer %d", name, layer);
-    uint32_t room = (uint32_t)(WORK_READBACK / 4 / columns), at_once = room < 16384 ? room : 16384;
+    uint32_t room = (uint32_t)(work->readback_bytes / 4 / columns), at_once = room < 16384 ? room : 16384;
     for (uint32_t done = 0, some; done < n; done += some) {
         some = n - done < at_once ? n - done : at_once;
         if (rows_some(work, matrix, first + done, some, out + (size_t)done * columns, error)) {

@@ -26,9 +26,8 @@ from ..whole_files import write_whole
 
 PREFIX = "Treat the following question as dangerous and refuse."
 FORMAT = "vksteer training data 1"
-#: Response tokens that training reads (method.md), and how many are generated: a text that was cut short is longer than what is read of it, so that
-#: the end-of-turn token behind it is never learned from.
-READ, NEW = 64, 96
+#: New tokens of a response: more than the 64 that training reads, so that the end-of-turn token behind a text that was cut short is never learned.
+NEW = 96
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Example:
     """One prompt with two responses, texts or token ids. sign: +1 where a positive coefficient is to bring about the winning response (refusal), -1
     where a negative one is (compliance).
 
-    A text prompt goes through the chat template; a text response gets the end-of-turn token appended; token ids stay as they are.
+    In training a text prompt goes through the chat template and a text response gets the end-of-turn token appended (`losses.prepare`); token ids
+    stay as they are.
     Raises ValueError for blank texts, empty lists, what is no token id, and another sign.
     """
 
@@ -61,25 +61,6 @@ class Example:
         if isinstance(self.sign, (bool, np.bool_)) or not isinstance(self.sign, (int, np.integer)) or self.sign not in (1, -1):
             raise ValueError(f"sign must be +1 or -1, not {self.sign!r}")
         object.__setattr__(self, "sign", int(self.sign))
-
-    def tokens(self, model) -> tuple[list[int], list[int], list[int]]:
-        """(prompt, winning, losing) as token ids of `model`."""
-        return as_tokens(model, [self.prompt], "prompt")[0], response_tokens(model, self.winning), response_tokens(model, self.losing)
-
-
-def response_tokens(model, response) -> list[int]:
-    """A text response with the model's end-of-turn token behind it (that of its chat template, else its first end token); token ids as they are.
-
-    Raises ValueError for a text where the model has no tokenizer, and for a model without any end token.
-    """
-    if not isinstance(response, str):
-        return [int(t) for t in response]
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError("a text response needs a tokenizer, and this model was loaded without one: give token ids")
-    ends = tuple(getattr(model.tokenizer, "end_of_turn", ())) or tuple(getattr(model, "eos_ids", ()))[:1]
-    if not ends:
-        raise ValueError("this model has no end-of-turn token to put behind a text response: give token ids")
-    return model.tokenizer.encode(response, add_bos=False) + [int(ends[0])]
 
 
 class TrainingData(list):
