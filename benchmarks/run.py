@@ -1,6 +1,6 @@
 """`make bench`: the engine beside its neighbours, as JSON in benchmarks/results/<machine>-<date>.json.
 
-    run.py [--rounds N] [--only smollm2|processes|training|attribution|tiny|qwen ...] [--device D] [--name NAME] [--no-write]
+    run.py [--rounds N] [--only smollm2|processes|training|attribution|ov|tiny|qwen ...] [--device D] [--name NAME] [--no-write]
 
 A ratio is the peer's time divided by ours; both sides take turns in one process. Figures are medians. See table.py for the README's table.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BUSY = 0.4  # cores
-GROUPS = ("processes", "smollm2", "training", "attribution", "tiny")  # and "qwen", which takes long, on request
+GROUPS = ("processes", "smollm2", "training", "attribution", "ov", "tiny")  # and "qwen", which takes long, on request
 
 
 def busy_cores(seconds: float = 3.0) -> float:
@@ -121,6 +121,10 @@ def measure(group: str, arguments):
         import attribution
 
         yield from attribution.run(arguments.rounds, arguments.device)
+    elif group == "ov":
+        import ov_circuit
+
+        yield from ov_circuit.run(arguments.rounds, arguments.device)
     else:
         import steering
 

@@ -57,6 +57,10 @@ LEAKS = {
     "a refused Tape": ("refused(lambda: engine.Tape(model._engine, 64, 99)), refused(lambda: engine.Tape(model._engine, 0, 0))", 500),
     "a refused Attribution": ("refused(lambda: engine.Attribution(model._engine, 16, 32, 1, 16, 2))", 1000),
     "gradients": ("model.gradients([[1, 2, 3], [4]], of=vs.LogitDiff(-1, 1, 2), at=['blocks.0.hook_resid_post'], progress=False)", 300),
+    "value vectors, a lens, rows": ("model._engine.value_vectors(np.ones(40, np.float32), 0), model._engine.lens(np.ones(80, np.float32), 5, True), "
+                                    "model._engine.rows('o', 0, 0, 40)", 300),
+    "a refused lens": ("refused(lambda: model._engine.lens(np.ones(40, np.float32), 0)), refused(lambda: model._engine.value_vectors(np.ones(3, np.float32), 0)), "
+                       "refused(lambda: model._engine.rows('o', 0, 99, 1))", 2000),
     "a run with captures": ("model.run([[1, 2, 3], [4]], capture='*', edits=[vs.Scale('blocks.1.attn.hook_z', 0.5)])", 150),
 }
 

@@ -18,6 +18,8 @@
 struct matrix_block { uint64_t weights; uint32_t weight_type, n, k, chunk_rows; };
 struct linear_block { struct op_linear_args params; struct matrix_block matrix; uint32_t family_plus_1; /* 0: the device's own choice */ };
 struct linear_bwd_block { struct op_linear_bwd_args params; struct matrix_block matrix; uint32_t family_plus_1; };
+struct head_out_block { struct op_head_out_args params; struct matrix_block matrix; uint32_t family_plus_1; };
+struct row_norms_block { uint64_t dst; struct matrix_block matrix; };
 struct embed_block { uint64_t tokens, dst; uint32_t n_tokens, stride; float scale; struct matrix_block matrix; };
 
 static int matrix_make(const struct matrix_block *block, struct op_matrix *matrix, struct error *error) {
@@ -51,6 +53,13 @@ static const struct op_field linear_bwd_fields[] = {
 #define BLOCK_NAME embed_block
 static const struct op_field embed_fields[] = {
     ADDRESS_OF(embed_block, , tokens), ADDRESS_OF(embed_block, , dst), EXTRA(n_tokens), EXTRA(stride), FLOAT_OF(embed_block, , scale), MATRIX};
+#undef BLOCK_NAME
+
+#define BLOCK_NAME head_out_block
+static const struct op_field head_out_fields[] = {A(x), A(dst), A(gain), U(n_heads), U(n_kv_heads), U(d_head), U(dst_stride), MATRIX, EXTRA(family_plus_1)};
+#undef BLOCK_NAME
+#define BLOCK_NAME row_norms_block
+static const struct op_field row_norms_fields[] = {ADDRESS_OF(row_norms_block, , dst), MATRIX};
 #undef BLOCK_NAME
 
 /* The family that a call asks for, until family_end. */
@@ -125,6 +134,39 @@ static void embed_twin(struct twin_memory *memory, const void *block) {
         twin_embed(memory, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride);
 }
 
+static int head_out_run(struct ops *ops, const void *block, struct error *error) {
+    const struct head_out_block *b = block;
+    struct op_matrix matrix;
+    int before = family_begin(ops, b->family_plus_1, error);
+    if (before < 0)
+        return -1;
+    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_head_out(ops, &matrix, &b->params, error) ? -1 : 0);
+}
+
+static void head_out_twin(struct twin_memory *memory, const void *block) {
+    const struct head_out_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, &memory->error))
+        memory->failed = -1;
+    else
+        twin_head_out(memory, &matrix, &b->params);
+}
+
+static int row_norms_run(struct ops *ops, const void *block, struct error *error) {
+    const struct row_norms_block *b = block;
+    struct op_matrix matrix;
+    return matrix_make(&b->matrix, &matrix, error) || op_row_norms(ops, &matrix, b->dst, error) ? -1 : 0;
+}
+
+static void row_norms_twin(struct twin_memory *memory, const void *block) {
+    const struct row_norms_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, &memory->error))
+        memory->failed = -1;
+    else
+        twin_row_norms(memory, &matrix, b->dst);
+}
+
 /* --- ops that take their argument block and a few sizes ------------------------------------------------------------------------------ */
 
 struct norm_block { struct norm_params params; uint32_t n_rows; };
@@ -137,6 +179,7 @@ struct act_block { struct act_params params; uint32_t n_tokens; };
 struct edit_block { struct edit_params params; uint32_t n_entries, n_edit_heads; };
 struct copy_block { struct copy_params params; };
 struct sum_heads_block { struct sum_heads_params params; uint32_t n_tokens; };
+struct topk_block { struct topk_params params; };
 struct norm_bwd_block { struct norm_bwd_params params; uint32_t n_rows; };
 struct rope_bwd_block { struct rope_bwd_params params; uint32_t n_tokens; };
 struct attn_softmax_bwd_block { struct softmax_bwd_params params; uint32_t n_tokens, n_keys; };
@@ -195,6 +238,9 @@ static const struct op_field copy_fields[] = {A(x), A(dst), A(rows), A(add), U(n
 #define BLOCK_NAME sum_heads_block
 static const struct op_field sum_heads_fields[] = {A(x), A(dst), A(bias), U(n_heads), U(width), U(head_stride), U(out_stride), U(has_bias),
                                                    EXTRA(n_tokens)};
+#undef BLOCK_NAME
+#define BLOCK_NAME topk_block
+static const struct op_field topk_fields[] = {A(x), A(factor), A(values), A(indices), U(n_rows), U(n_columns), U(x_stride), U(first), U(k), U(flags)};
 #undef BLOCK_NAME
 #define BLOCK_NAME norm_bwd_block
 static const struct op_field norm_bwd_fields[] = {A(x), A(gain), A(dy), A(dx), A(add), A(dnormalized), A(dscale), A(rows), U(width), U(stride), U(flags),
@@ -283,6 +329,7 @@ static const struct op_field logit_metrics_fields[] = {
     OP(edit, COMMA b->n_entries COMMA b->n_edit_heads, COMMA b->n_entries COMMA b->n_edit_heads) \
     OP(copy, , ) \
     OP(sum_heads, COMMA b->n_tokens, COMMA b->n_tokens) \
+    OP(topk, , ) \
     OP(norm_bwd, COMMA b->n_rows, COMMA b->n_rows) \
     OP(rope_bwd, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(attn_softmax_bwd, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
@@ -319,7 +366,7 @@ OPS_WITH_BLOCKS(OP)
 #define ROW(name, params_bytes) \
     {#name, sizeof(struct name##_block), params_bytes, name##_fields, sizeof name##_fields / sizeof name##_fields[0], name##_run, name##_twin}
 #define OP(name, run_arguments, twin_arguments) ROW(name, sizeof(((struct name##_block *)0)->params)),
-const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), ROW(linear_bwd, 0), OPS_WITH_BLOCKS(OP)};
+const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), ROW(linear_bwd, 0), ROW(head_out, 0), ROW(row_norms, 0), OPS_WITH_BLOCKS(OP)};
 #undef OP
 const int op_calls_count = sizeof op_calls / sizeof op_calls[0];
 

@@ -116,6 +116,24 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
     return 0;
 }
 
+int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count, struct op_matrix *rows, struct error *error) {
+    if (first % OP_PANEL || count == 0 || first > matrix->n || count > matrix->n - first)
+        return error_set(error, ERROR_VALUE, "rows %u to %u of a matrix with %u", first, first + count, matrix->n);
+    *rows = *matrix;
+    rows->n = count;
+    rows->n_chunks = 0;
+    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
+        uint32_t begin = matrix->chunks[c].first, end = begin + matrix->chunks[c].count;
+        uint32_t from = begin > first ? begin : first, to = end < first + count ? end : first + count;
+        if (from >= to)
+            continue;
+        rows->chunks[rows->n_chunks].address = matrix->chunks[c].address + op_matrix_bytes(matrix->type, from - begin, matrix->k);
+        rows->chunks[rows->n_chunks].first = from - first;
+        rows->chunks[rows->n_chunks++].count = to - from;
+    }
+    return 0;
+}
+
 /* --- backward ------------------------------------------------------------------------------------------------------------------------ */
 
 #define BACKWARD(type, suffix) \

@@ -84,6 +84,8 @@ struct op_linear_args {
 /* Can a product of this many rows normalise its input with the bits of op_norm? */
 int op_linear_norms(const struct ops *ops, uint32_t n_rows);
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
+/* Rows [first, first + count) as a matrix of their own, in the same memory; `first` a multiple of 32. Its first row is row 0. Fails only outside. */
+int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count, struct op_matrix *rows, struct error *error);
 
 /* dx = dy W (+ dx): gradients with respect to a product's input. */
 struct op_linear_bwd_args {
@@ -104,6 +106,18 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, s
 /* Compiles, in parallel, what a model with weights of this type will dispatch with the family in use. */
 int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error);
 int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error); /* the same for gradients: at their first use */
+
+/* --- lens.c --------------------------------------------------------------------------------------------------------------------------- */
+
+struct op_head_out_args {
+    uint64_t x, dst, gain; /* [n_kv_heads, d_head], [n_heads, dst_stride], [n] or 0 */
+    uint32_t n_heads, n_kv_heads, d_head, dst_stride;
+};
+/* dst[h, :] = x[h's key/value head] W_O^h (* gain) for a W_O [n, n_heads * d_head]. */
+int op_head_out(struct ops *ops, const struct op_matrix *matrix, const struct op_head_out_args *args, struct error *error);
+/* dst[n] = 1 / |W[n, :]|, 0 where the row is zero. */
+int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst, struct error *error);
+int op_topk(struct ops *ops, const struct topk_params *params, struct error *error);
 
 /* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
 int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);

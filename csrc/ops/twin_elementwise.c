@@ -1,4 +1,5 @@
-/* Twins of what works row by row: norm, activation, edits, copies, the sum over heads. */
+/* Twins of what works row by row: norm, activation, edits, copies, the sum over heads, the largest of a row. */
+#include <float.h>
 #include <math.h>
 
 #include "ops/twins.h"
@@ -109,4 +110,36 @@ void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *p
                 sum += *twin_float(memory, p->x, ((uint64_t)t * p->n_heads + h) * p->head_stride + i);
             *twin_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = sum;
         }
+}
+
+/* Where a value goes that is to stand behind all that are not smaller; k: it is too small for the list. */
+static uint32_t topk_place(struct twin_memory *memory, const struct topk_params *p, uint64_t list, double value) {
+    uint32_t place = p->k;
+    while (place > 0 && *twin_float(memory, p->values, list + place - 1) < value)
+        place--;
+    return place;
+}
+
+void twin_topk(struct twin_memory *memory, const struct topk_params *p) {
+    if (p->k == 0 || p->k > TOPK_MAX || p->x_stride < p->n_columns || (uint64_t)p->first + p->n_columns > 1u << 24)
+        twin_fail(memory, "no list of the %u largest of columns %u to %u", p->k, p->first, p->first + p->n_columns);
+    for (uint32_t r = 0; r < p->n_rows && !memory->failed; r++) {
+        uint64_t list = (uint64_t)r * p->k;
+        for (uint32_t j = 0; j < p->k && p->flags & TOPK_BEGIN; j++) {
+            *twin_float(memory, p->values, list + j) = -FLT_MAX;
+            *twin_float(memory, p->indices, list + j) = 0;
+        }
+        for (uint32_t c = 0; c < p->n_columns && !memory->failed; c++) {
+            double value = *twin_float(memory, p->x, (uint64_t)r * p->x_stride + c) * (p->flags & TOPK_SCALED ? *twin_float(memory, p->factor, c) : 1);
+            uint32_t place = topk_place(memory, p, list, value);
+            for (uint32_t j = p->k; j-- > place + 1;) {
+                *twin_float(memory, p->values, list + j) = *twin_float(memory, p->values, list + j - 1);
+                *twin_float(memory, p->indices, list + j) = *twin_float(memory, p->indices, list + j - 1);
+            }
+            if (place < p->k) {
+                *twin_float(memory, p->values, list + place) = value;
+                *twin_float(memory, p->indices, list + place) = p->first + c;
+            }
+        }
+    }
 }

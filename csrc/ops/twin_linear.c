@@ -1,4 +1,4 @@
-/* Twins of what reads a matrix: the product, its backward and the embedding. */
+/* Twins of what reads a matrix: the product, its backward, the embedding, the heads' outputs, the norms of rows. */
 #include <math.h>
 
 #include "ops/twins.h"
@@ -82,5 +82,31 @@ void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, u
             continue; /* no such row: left as it was */
         for (uint32_t k = 0; k < embedding->k; k++)
             *twin_float(memory, dst, (uint64_t)t * stride + k) = scale * weight(memory, embedding, id, k);
+    }
+}
+
+/* dst[h, n] = gain[n] * sum_i x[h / group, i] W[n, h * d_head + i] */
+void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_head_out_args *args) {
+    if (args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads || (uint64_t)args->n_heads * args->d_head != matrix->k)
+        twin_fail(memory, "%u heads of %u over %u do not make %u inputs", args->n_heads, args->d_head, args->n_kv_heads, matrix->k);
+    for (uint32_t h = 0; h < args->n_heads && !memory->failed; h++)
+        for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
+            uint64_t from = (uint64_t)(h / (args->n_heads / args->n_kv_heads)) * args->d_head;
+            double sum = 0;
+            for (uint32_t i = 0; i < args->d_head; i++)
+                sum += *twin_float(memory, args->x, from + i) * weight(memory, matrix, n, h * args->d_head + i);
+            *twin_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) = args->gain ? sum * *twin_float(memory, args->gain, n) : sum;
+        }
+}
+
+/* dst[n] = 1 / |W[n, :]| */
+void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, uint64_t dst) {
+    for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
+        double sum = 0;
+        for (uint32_t k = 0; k < matrix->k; k++) {
+            double w = weight(memory, matrix, n, k);
+            sum += w * w;
+        }
+        *twin_float(memory, dst, n) = sum > 0 ? 1 / sqrt(sum) : 0;
     }
 }

@@ -55,7 +55,11 @@ void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix,
 void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
                 uint32_t stride);
 
+void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_head_out_args *args);
+void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, uint64_t dst);
+
 /* twin_elementwise.c */
+void twin_topk(struct twin_memory *memory, const struct topk_params *params);
 void twin_norm(struct twin_memory *memory, const struct norm_params *params, uint32_t n_rows);
 void twin_act(struct twin_memory *memory, const struct act_params *params, uint32_t n_tokens);
 void twin_edit(struct twin_memory *memory, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads);

@@ -126,6 +126,11 @@ int batch_captures_read(const struct model *model, const struct batch_arguments 
 int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache, PyObject *edits);
 void batch_release(struct batch_arguments *a);
 
+/* ov.c */
+PyObject *model_value_vectors(PyObject *self, PyObject *args);
+PyObject *model_lens(PyObject *self, PyObject *args);
+PyObject *model_rows(PyObject *self, PyObject *args);
+
 /* choice.c */
 PyObject *model_get_family(PyObject *self, void *unused);
 int model_set_family(PyObject *self, PyObject *value, void *unused);

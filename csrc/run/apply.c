@@ -1,4 +1,5 @@
 /* Single weights applied to the caller's vectors: what steering value vectors, lenses and ablations are made of. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "run/work.h"
@@ -40,6 +41,39 @@ int run_apply(struct run_work *work, const char *name, int layer, const float *x
         some = n - done < at_once ? n - done : at_once;
         if (apply_some(work, matrix, x + (size_t)done * columns, some, y + (size_t)done * rows, error))
             return -1;
+    }
+    return 0;
+}
+
+/* The embedding's kernel reads rows of any matrix. */
+static int rows_some(struct run_work *work, const struct op_matrix *matrix, uint32_t first, uint32_t n, float *out, struct error *error) {
+    struct token_meta *rows = calloc(n, sizeof *rows);
+    uint64_t tokens;
+    if (!rows)
+        return error_set(error, ERROR_MEMORY, "out of memory for row numbers");
+    for (uint32_t i = 0; i < n; i++)
+        rows[i].id = first + i;
+    int failed = work_upload_reset(work, error) || work_upload(work, rows, n * sizeof *rows, &tokens, error);
+    free(rows);
+    if (failed || op_embed(&work->model->ops, matrix, tokens, n, 1, gpu_buffer_address(work->readback), matrix->k, error) ||
+        gpu_stream_wait(work->model->ops.stream, error))
+        return -1;
+    memcpy(out, gpu_buffer_map(work->readback), 4 * (size_t)n * matrix->k);
+    return 0;
+}
+
+int run_rows_read(struct run_work *work, const char *name, int layer, uint32_t first, uint32_t n, float *out, struct error *error) {
+    uint32_t rows, columns;
+    const struct op_matrix *matrix = model_matrix_find(work->model, name, layer, &rows, &columns);
+    if (!matrix)
+        return error_set(error, ERROR_KEY, "no matrix %s in layer %d", name, layer);
+    uint32_t room = (uint32_t)(work->readback_bytes / 4 / columns), at_once = room < 16384 ? room : 16384;
+    for (uint32_t done = 0, some; done < n; done += some) {
+        some = n - done < at_once ? n - done : at_once;
+        if (rows_some(work, matrix, first + done, some, out + (size_t)done * columns, error)) {
+            gpu_stream_abandon(work->model->ops.stream);
+            return -1;
+        }
     }
     return 0;
 }

@@ -66,6 +66,8 @@ int run_forward(struct run_work *work, struct run_cache *cache, const struct run
 
 /* y[n, :] = x[n, :] W^T for one of the model's matrices ("qkv", "o", ..., layer); arrays on the host, [n, columns] and [n, rows]. */
 int run_apply(struct run_work *work, const char *matrix, int layer, const float *x, uint32_t n, float *y, struct error *error);
+/* Rows [first, first + n) of one of the model's matrices to the host, [n, columns], as the device holds them. */
+int run_rows_read(struct run_work *work, const char *matrix, int layer, uint32_t first, uint32_t n, float *out, struct error *error);
 /* Copies a vector (a gain with its offset, a bias) to the host. */
 int run_vector_read(struct run_work *work, const char *name, int layer, float *out, struct error *error);
 

@@ -86,7 +86,7 @@ void run_work_destroy(struct run_work *work) {
     if (work->model)
         gpu_stream_wait(work->model->ops.stream, NULL);
     struct gpu_buffer *buffers[] = {work->x, work->norm, work->normalized, work->out, work->scale, work->qkv, work->z, work->gate_up,
-                                    work->post, work->scores, work->result, work->expanded, work->readback};
+                                    work->post, work->scores, work->result, work->expanded, work->unembed_norms, work->readback};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     uploads_destroy(work->uploads);

@@ -45,6 +45,7 @@ struct run_work {
     uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
     struct gpu_buffer *scores, *result, *expanded; /* grown when asked for */
+    struct gpu_buffer *unembed_norms;              /* [V], made when first asked for (analysis/lens.c) */
     struct gpu_buffer *readback;
     uint64_t readback_bytes, readback_used; /* bytes; floats */
     struct readback *pending;

@@ -18,10 +18,10 @@ _LAZY = {
     "Steer": "edits", "Ablate": "edits", "Set": "edits", "Add": "edits", "Scale": "edits", "MeanAblate": "edits",
     "SteeringVector": "vectors", "LogitDiff": "gradients", "LogProb": "gradients", "KL": "gradients", "Gradients": "gradients",
 }
-_MODULES = ("circuits", "data", "freezing", "judge", "patching", "steering")
+_MODULES = ("circuits", "data", "freezing", "judge", "ov", "patching", "sparsify", "steering")
 
 if TYPE_CHECKING:
-    from . import circuits, data, freezing, judge, patching, steering
+    from . import circuits, data, freezing, judge, ov, patching, sparsify, steering
     from .config import Config
     from .device import Device, devices
     from .edits import Ablate, Add, MeanAblate, Scale, Set, Steer

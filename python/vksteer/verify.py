@@ -60,6 +60,10 @@ BOUNDS = {
     "circuit_outputs": 1.5e-6,  # 2.9e-7
     "pair_logits": 1e-6,  # 1.0e-7
     "logit_metrics": 3e-6,  # 2.6e-7, of the largest logit
+    # The OV circuit (verify_lens.py).
+    "head_out": 1.2e-6,  # 2.6e-7, of sum |x w gain|
+    "row_norms": 1.5e-6,  # 3.6e-7
+    "topk": 0.0,  # it only picks
 }
 
 
@@ -427,11 +431,10 @@ def problems(seed=0) -> Iterator[Problem]:
             yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
     yield copy(rng, 7, 33, pick=True, add=True)
     yield sum_heads(rng, 3, 5, 33, bias=True)
-    from . import verify_attribution, verify_backward, verify_circuit  # which are made of this module's parts
+    from . import verify_attribution, verify_backward, verify_circuit, verify_lens  # which are made of this module's parts
 
-    yield from verify_backward.problems(rng)
-    yield from verify_attribution.problems(rng)
-    yield from verify_circuit.problems(rng)
+    for module in (verify_backward, verify_attribution, verify_circuit, verify_lens):
+        yield from module.problems(rng)
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,48 @@ BLOCK(sum_heads_params) {
     UINT has_bias;
 };
 
+/* dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector per key/value head through every query head's part of W_O. */
+BLOCK(head_out_params) {
+    ADDRESS(FloatsIn) x;       /* [n_heads / group, d_head] */
+    ADDRESS(Panels) weights;   /* panels of 32 rows */
+    ADDRESS(FloatsOut) dst;    /* [n_heads, out_stride], already offset to the first column */
+    ADDRESS(FloatsIn) gain;    /* [N] */
+    UINT n_heads;
+    UINT group;                /* query heads that share a key/value head */
+    UINT d_head;
+    UINT heads_each;           /* heads that a workgroup takes one after the other */
+    UINT n_out;                /* columns to write */
+    UINT panel_cells;          /* cells of k in a panel */
+    UINT out_stride;
+    UINT has_gain;
+};
+
+/* dst[n] = 1 / |W[n, :]|, 0 for a row of zeros. */
+BLOCK(row_norms_params) {
+    ADDRESS(Panels) weights;
+    ADDRESS(FloatsOut) dst;    /* [N], already offset to the first row */
+    UINT n_out;
+    UINT panel_cells;
+};
+
+#define TOPK_BEGIN 1   /* the lists are empty: what they hold is not read */
+#define TOPK_SCALED 2  /* column c counts as x * factor[c] */
+#define TOPK_MAX 512   /* the longest list */
+
+/* Merges columns first, first + 1, ... of every row into its list of the k largest, which falls; equal values stand by index. */
+BLOCK(topk_params) {
+    ADDRESS(FloatsIn) x;         /* [n_rows, x_stride], the first of n_columns columns */
+    ADDRESS(FloatsIn) factor;    /* [n_columns] */
+    ADDRESS(FloatsInOut) values; /* [n_rows, k] */
+    ADDRESS(FloatsInOut) indices; /* [n_rows, k], whole numbers below 2^24, as floats */
+    UINT n_rows;
+    UINT n_columns;
+    UINT x_stride;
+    UINT first;
+    UINT k;
+    UINT flags;
+};
+
 /* --- backward: gradients of a scalar with respect to activations; the weights are fixed. d in front of a name: the gradient with respect to it --- */
 
 /* dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + what dx held): one chain over ascending n, on the panels of the forward product. */

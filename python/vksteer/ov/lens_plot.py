@@ -1,0 +1,65 @@
+"""The lens as a picture (needs matplotlib)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .lens import Lens
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, which takes dollars as mathematics: printable, short, white space shown."""
+    text = text.replace("\n", "\\n").replace(" ", "\u2423").replace("$", r"\$")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)[:10]
+
+
+def lens_figure(lens: Lens, path=None, mark: str | None = None):
+    """See Lens.plot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
+    axes_of = lens.tokens.ndim - 1
+    if axes_of > 2:
+        raise ValueError(f"a plot has room for two leading axes, these vectors have {axes_of}: take a part of them")
+    figure = _map(lens, mark, Figure) if axes_of == 2 else _bars(lens, Figure)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _map(lens, mark, Figure):
+    n, m = lens.tokens.shape[:2]
+    figure = Figure(figsize=(max(5.0, 0.75 * m + 1.5), max(2.5, 0.32 * n + 1.0)), layout="constrained")
+    axes = figure.add_subplot()
+    best = lens.values[..., 0].astype(np.float64)
+    image = axes.imshow(best, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(best) + np.nanmax(best)) / 2
+    for i, j in np.ndindex(n, m):
+        axes.text(j, i, _plain(lens._texts[int(lens.tokens[i, j, 0])]), ha="center", va="center", fontsize=6, color="black" if best[i, j] > middle else "white")
+    if mark is not None:
+        from matplotlib.patches import Rectangle
+
+        for i, j in {hit.index for hit in lens.find(mark)}:
+            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#d62728", linewidth=1.6))
+    axes.set_xticks(range(m), lens.labels[1], fontsize=7)
+    axes.set_yticks(range(n), lens.labels[0], fontsize=7)
+    figure.colorbar(image, label=f"largest {lens.by}")
+    return figure
+
+
+def _bars(lens, Figure, most: int = 12):
+    tokens, values = (a.reshape(-1, a.shape[-1])[:, :most] for a in (lens.tokens, lens.values))
+    names = lens.labels[0] if lens.labels else [""]
+    columns = min(4, len(tokens))
+    rows = -(-len(tokens) // columns)
+    figure = Figure(figsize=(3.2 * columns, 0.22 * tokens.shape[1] * rows + 0.7 * rows), layout="constrained")
+    for i, (some, heights) in enumerate(zip(tokens, values)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        at = np.arange(len(some))[::-1]
+        axes.barh(at, heights, color="#4878a8")
+        axes.set_yticks(at, [_plain(lens._texts[int(t)]) for t in some], fontsize=7)
+        axes.set_title(names[i], fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(lens.by, fontsize=7)
+    return figure
