@@ -117,7 +117,7 @@ def bundled(out: Path, n_test: int, n_random: int, device, progress: bool) -> di
         plus, minus = strengths(sweep, (1.0, 1.0))
 
         harmful, harmless = data.tiny_pair("test", n_test)
-        shown = [harmful[0], harmless[0]]
+        shown = harmful[:2] + harmless[:2]
         rows = [p for p in shown for _ in range(3)]
         edits = [[Steer(vector, a)] if a else [] for _ in shown for a in (-minus, 0, plus)]
         made = model.generate(rows, edits=edits, max_new_tokens=72, progress=False)
