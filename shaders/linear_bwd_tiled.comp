@@ -39,16 +39,18 @@ void main()
             }
         }
         barrier();
-        [[unroll]] for (uint n = 0; n < BN; n++) {
-            float y[8], w[4];
-            [[unroll]] for (int i = 0; i < 8; i++)
-                y[i] = y_tile[n][ty * 8 + i];
-            [[unroll]] for (int j = 0; j < 4; j++)
-                w[j] = w_tile[n][tx + j * 16];
-            [[unroll]] for (int i = 0; i < 8; i++)
+        for (uint four = 0; four < BN; four += 4) // not unrolled as a whole: software drivers would compile it for 10 s
+            [[unroll]] for (uint s = 0; s < 4; s++) {
+                const uint n = four + s;
+                float y[8], w[4];
+                [[unroll]] for (int i = 0; i < 8; i++)
+                    y[i] = y_tile[n][ty * 8 + i];
                 [[unroll]] for (int j = 0; j < 4; j++)
-                    acc[i][j] = fma(y[i], w[j], acc[i][j]);
-        }
+                    w[j] = w_tile[n][tx + j * 16];
+                [[unroll]] for (int i = 0; i < 8; i++)
+                    [[unroll]] for (int j = 0; j < 4; j++)
+                        acc[i][j] = fma(y[i], w[j], acc[i][j]);
+            }
         barrier();
     }
     [[unroll]] for (int i = 0; i < 8; i++)

@@ -190,6 +190,10 @@ def test_attn_mix_bwd_in_pieces_has_the_whole_bits(on, rng, window):
             sums = on.run("attn_mix_bwd", arguments | {"first_token": first, "last_token": last, "add": int(first > 0)},
                           buffers | {"a": buffers["a"][first:last].copy(), "sums": sums})[0]["sums"]
         assert same_bits(sums, want), f"cut at {cuts}"
+    for skip in (1, 2, 4):  # from a later tile of keys on
+        later = buffers["tiles"][skip:].copy()
+        got = on.run("attn_mix_bwd", arguments | {"n_tiles": len(later)}, buffers | {"tiles": later})[0]["sums"]
+        assert same_bits(got[later[0, 0] :], want[later[0, 0] :]) and np.isnan(got[: later[0, 0]]).all()
     rows = [slice(0, 17), slice(17, 18), slice(18, 51)]
     for r, tokens in enumerate(rows):  # a row alone
         packed = verify.Packed([(0, (17, 1, 33)[r])])

@@ -136,12 +136,15 @@ int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t coun
 
 /* --- backward ------------------------------------------------------------------------------------------------------------------------ */
 
+/* As many accumulators a lane: 4 columns (a cell) of float32 times 32 rows, 8 of halves times 16. */
 #define BACKWARD(type, suffix) \
-    {{KERNEL_linear_bwd_##type##_1##suffix, 1, 0}, {KERNEL_linear_bwd_##type##_4##suffix, 4, 0}, {KERNEL_linear_bwd_##type##_8##suffix, 8, 0}, \
-     {KERNEL_linear_bwd_##type##_16##suffix, 16, 0}}
-static const struct variant backward[2][3][4] = {
-    {[WEIGHT_F32] = BACKWARD(f32, ), [WEIGHT_BF16] = BACKWARD(bf16, ), [WEIGHT_F16] = BACKWARD(f16, )},
-    {[WEIGHT_F32] = BACKWARD(f32, _texels), [WEIGHT_BF16] = BACKWARD(bf16, _texels), [WEIGHT_F16] = BACKWARD(f16, _texels)},
+    {KERNEL_linear_bwd_##type##_1##suffix, 1, 0}, {KERNEL_linear_bwd_##type##_4##suffix, 4, 0}, {KERNEL_linear_bwd_##type##_8##suffix, 8, 0}, \
+    {KERNEL_linear_bwd_##type##_16##suffix, 16, 0}
+static const struct variant backward[2][3][5] = {
+    {[WEIGHT_F32] = {BACKWARD(f32, ), {KERNEL_linear_bwd_f32_32, 32, 0}}, [WEIGHT_BF16] = {BACKWARD(bf16, )}, [WEIGHT_F16] = {BACKWARD(f16, )}},
+    {[WEIGHT_F32] = {BACKWARD(f32, _texels), {KERNEL_linear_bwd_f32_32_texels, 32, 0}},
+     [WEIGHT_BF16] = {BACKWARD(bf16, _texels)},
+     [WEIGHT_F16] = {BACKWARD(f16, _texels)}},
 };
 static const struct variant backward_tiled[3] = {[WEIGHT_F32] = {KERNEL_linear_bwd_f32_tiled, 64, 64},
                                                  [WEIGHT_BF16] = {KERNEL_linear_bwd_bf16_tiled, 64, 64},
@@ -150,8 +153,8 @@ static const struct variant backward_tiled[3] = {[WEIGHT_F32] = {KERNEL_linear_b
 static const struct variant *backward_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
     if (ops->linear_family == LINEAR_TILED)
         return &backward_tiled[type];
-    int most = type == WEIGHT_F32 ? 3 : 2, i = n_rows == 1 ? 0 : n_rows <= 4 ? 1 : n_rows <= 8 ? 2 : 3;
-    return &backward[ops->linear_family == LINEAR_TEXELS][type][i < most ? i : most];
+    int i = n_rows == 1 ? 0 : n_rows <= 4 ? 1 : n_rows <= 8 ? 2 : n_rows <= 16 || type != WEIGHT_F32 ? 3 : 4;
+    return &backward[ops->linear_family == LINEAR_TEXELS][type][i];
 }
 
 static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_bwd_args *args, uint32_t first_n,
@@ -257,8 +260,11 @@ int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
     int kernels[16], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         kernels[n++] = always[i];
-    for (uint32_t rows = 1; rows <= 16; rows *= 2)
-        kernels[n++] = backward_choose(ops, type, rows)->kernel;
+    for (uint32_t rows = 1; rows <= 32; rows *= 2) {
+        int kernel = backward_choose(ops, type, rows)->kernel;
+        if (kernel != kernels[n - 1])
+            kernels[n++] = kernel;
+    }
     kernels[n++] = type == WEIGHT_F32 ? KERNEL_transpose : KERNEL_transpose_halves;
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }

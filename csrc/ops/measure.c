@@ -25,8 +25,8 @@ static int buffer(struct ops *ops, struct gpu_buffer **out, uint64_t bytes, stru
                ? -1 : 0;
 }
 
-int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
-                      struct error *error) {
+/* Seconds of a product of m rows by n x k: forward, or backward from n to k. */
+static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, int backward, double *least, struct error *error) {
     struct gpu_buffer *w = NULL, *x = NULL, *y = NULL;
     double seconds[REPEATS];
     int failed = -1;
@@ -37,18 +37,17 @@ int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, ui
                                .chunks = {{gpu_buffer_address(w), 0, n}}};
     struct op_linear_args args = {.x = gpu_buffer_address(x), .dst = gpu_buffer_address(y), .n_rows = m, .x_stride = op_row_stride(k),
                                   .dst_stride = op_row_stride(n), .decode = decode};
+    struct op_linear_bwd_args back = {.dy = args.dst, .dx = args.x, .n_rows = m, .y_stride = args.dst_stride, .x_stride = args.x_stride};
     for (int i = -1; i < REPEATS; i++) { /* the first compiles */
         if (gpu_stream_wait(ops->stream, error))
             goto done;
         double start = now();
-        if (op_linear(ops, &matrix, &args, error) || gpu_stream_wait(ops->stream, error))
+        if ((backward ? op_linear_bwd(ops, &matrix, &back, error) : op_linear(ops, &matrix, &args, error)) || gpu_stream_wait(ops->stream, error))
             goto done;
         if (i >= 0)
             seconds[i] = now() - start;
     }
-    double t = best(seconds);
-    *flops = 2.0 * m * n * k / t;
-    *bytes = (double)op_matrix_bytes(type, n, k) / t;
+    *least = best(seconds);
     failed = 0;
 done:
     if (failed)
@@ -57,6 +56,24 @@ done:
     gpu_buffer_destroy(x);
     gpu_buffer_destroy(y);
     return failed;
+}
+
+int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
+                      struct error *error) {
+    double seconds;
+    if (product_measure(ops, type, m, n, k, decode, 0, &seconds, error))
+        return -1;
+    *flops = 2.0 * m * n * k / seconds;
+    *bytes = (double)op_matrix_bytes(type, n, k) / seconds;
+    return 0;
+}
+
+int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, double *flops, struct error *error) {
+    double seconds;
+    if (product_measure(ops, type, m, n, k, 0, 1, &seconds, error))
+        return -1;
+    *flops = 2.0 * m * n * k / seconds;
+    return 0;
 }
 
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error) {

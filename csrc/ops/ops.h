@@ -101,6 +101,7 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct 
 /* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a second (m = 1, decoding). */
 int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
                       struct error *error);
+int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, double *flops, struct error *error);
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
 /* Compiles, in parallel, what a model with weights of this type will dispatch with the family in use. */

@@ -49,14 +49,14 @@ PyObject *model_get_families(PyObject *object, void *unused) {
     return list;
 }
 
-/* measure_linear(m, n, k, decode=False) -> (flop/s, weight bytes/s) with the kernels in use and the model's weight type. */
+/* measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s) with the kernels in use and the model's weight type. */
 PyObject *model_measure_linear(PyObject *object, PyObject *args) {
     unsigned int m, n, k;
-    int decode = 0, failed;
+    int decode = 0, backward = 0, failed;
     double flops = 0, bytes = 0;
     struct error error = {0};
     struct ops *ops = ops_of(object);
-    if (!ops || !PyArg_ParseTuple(args, "III|p", &m, &n, &k, &decode))
+    if (!ops || !PyArg_ParseTuple(args, "III|pp", &m, &n, &k, &decode, &backward))
         return NULL;
     if (m == 0 || n == 0 || k == 0 || m > 65536 || n > 1 << 20 || k > 65536)
         return PyErr_Format(PyExc_ValueError, "a product of %u x %u by %u x %u is out of range", m, k, n, k);
@@ -64,7 +64,13 @@ PyObject *model_measure_linear(PyObject *object, PyObject *args) {
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = op_linear_measure(ops, self->model->facts.weight_type, m, n, k, decode, &flops, &bytes, &error);
+    uint32_t type = self->model->facts.weight_type;
+    if (backward) {
+        failed = op_linear_bwd_measure(ops, type, m, n, k, &flops, &error);
+        bytes = flops / (2.0 * m * n * k) * (double)op_matrix_bytes(type, n, k);
+    } else {
+        failed = op_linear_measure(ops, type, m, n, k, decode, &flops, &bytes, &error);
+    }
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_BuildValue("(dd)", flops, bytes);

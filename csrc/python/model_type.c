@@ -353,7 +353,7 @@ static PyMethodDef model_methods[] = {
     {"value_vectors", model_value_vectors, METH_VARARGS, "value_vectors(direction float32 [D], first_layer, post=True) -> float32 [n, H, D]; see csrc/analysis/ov.h."},
     {"lens", model_lens, METH_VARARGS, "lens(vectors float32 [n, D], k, cosine=False) -> (values, tokens), float32 [n, k]; see csrc/analysis/ov.h."},
     {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS, "forward(...): one batch; see csrc/run/run.h."},
-    {"measure_linear", model_measure_linear, METH_VARARGS, "measure_linear(m, n, k, decode=False) -> (flop/s, weight bytes/s)."},
+    {"measure_linear", model_measure_linear, METH_VARARGS, "measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s)."},
     {"measure_read", model_measure_read, METH_VARARGS, "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
     {"prepare", model_prepare, METH_NOARGS, "prepare(): compiles the kernels that this model will use, in parallel."},
     {"close", model_close, METH_NOARGS, "close(): frees the device memory; legal twice."},
