@@ -45,7 +45,5 @@ int ops_create(struct ops *ops, struct gpu_device *device, struct error *error) 
 
 void ops_destroy(struct ops *ops) {
     gpu_stream_destroy(ops->stream);
-    gpu_buffer_destroy(ops->transposed);
     ops->stream = NULL;
-    ops->transposed = NULL;
 }

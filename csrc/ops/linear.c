@@ -179,46 +179,7 @@ static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, 
     return 0;
 }
 
-#define TRANSPOSED_BYTES (UINT64_C(32) << 20)
-#define TRANSPOSED_ROWS 48 /* fewer do not pay for it */
-
-/* Where lanes are vector registers, the forward kernel is twice as fast as its way back, which reads along k. So many rows pay for turning the
- * weights over, a slice of k at a time, and running the forward kernel on it: one chain over ascending n as before, the same bits. */
-static int multiply_transposed(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, uint32_t n_sum, uint32_t n_k,
-                               struct error *error) {
-    uint32_t inputs = op_cell_inputs(matrix->type), step = (uint32_t)(TRANSPOSED_BYTES / op_matrix_bytes(matrix->type, 1, n_sum)) * OP_PANEL;
-    if (!ops->transposed && gpu_buffer_create(&ops->transposed, ops->device, TRANSPOSED_BYTES, GPU_DEVICE_LOCAL, "transposed weights", error))
-        return -1;
-    for (uint32_t k = 0, n; k < n_k; k += n) {
-        n = n_k - k < step ? n_k - k : step;
-        struct op_matrix turned = {.type = matrix->type, .n = n, .k = n_sum, .k_cells = op_matrix_cells(matrix->type, n_sum), .n_chunks = 1,
-                                   .chunks = {{gpu_buffer_address(ops->transposed), 0, n}}};
-        for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-            uint32_t first = matrix->chunks[c].first, from = args->first_n > first ? args->first_n - first : 0, end = args->first_n + n_sum - first;
-            if (args->first_n + n_sum <= first || from >= matrix->chunks[c].count)
-                continue;
-            end = end < matrix->chunks[c].count ? end : matrix->chunks[c].count;
-            struct transpose_params params = {
-                .weights = matrix->chunks[c].address, .dst = turned.chunks[0].address, .n_cells = (end - from + 15) / 16 * 16 / inputs, .k_cells = n / inputs,
-                .first_n = from, .first_cell = (args->first_k + k) / inputs, .first_out = (first + from - args->first_n) / inputs,
-                .panel_cells = matrix->k_cells, .out_cells = turned.k_cells};
-            uint32_t x = params.n_cells < 4096 ? params.n_cells : 4096;
-            if (gpu_stream_dispatch(ops->stream, matrix->type == WEIGHT_F32 ? KERNEL_transpose : KERNEL_transpose_halves, &params, sizeof params, x,
-                                    (params.n_cells + x - 1) / x, (params.k_cells + ops->workgroup - 1) / ops->workgroup, 16.0 * (end - from) * n, error))
-                return -1;
-        }
-        struct op_linear_args forward = {.x = args->dy, .dst = args->dx + 4 * (uint64_t)k, .n_rows = args->n_rows, .x_stride = args->y_stride,
-                                         .dst_stride = args->x_stride};
-        if (op_linear(ops, &turned, &forward, error))
-            return -1;
-    }
-    return 0;
-}
-
-static int transposed_pays(const struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, uint32_t n_sum) {
-    return ops->linear_family != LINEAR_TILED && args->n_rows >= TRANSPOSED_ROWS && !args->add &&
-           op_matrix_bytes(matrix->type, 1, n_sum) <= TRANSPOSED_BYTES;
-}
+#define BACKWARD_STRIP 2048 /* rows of W, 256 bytes of each to a subgroup of 16 lanes: a core's cache keeps them for the next rows of dy */
 
 int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, struct error *error) {
     uint32_t padded = (matrix->k + 15) / 16 * 16, n_sum = args->n_sum ? args->n_sum : matrix->n, n_k = args->n_k ? args->n_k : padded;
@@ -226,17 +187,19 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct 
         args->first_k % 16 || n_k % 16 || args->first_k > padded || n_k > padded - args->first_k || args->x_stride < n_k ||
         args->y_stride < (n_sum + 15) / 16 * 16 || args->y_stride % 2)
         return error_set(error, ERROR_VALUE, "a backward product over rows %u to %u of a matrix with %u", args->first_n, args->first_n + n_sum, matrix->n);
-    if (transposed_pays(ops, matrix, args, n_sum))
-        return multiply_transposed(ops, matrix, args, n_sum, n_k, error);
+    uint32_t at_once = ops->linear_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX : BACKWARD_STRIP;
     int add = args->add;
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t first = matrix->chunks[c].first, count = matrix->chunks[c].count;
-        uint32_t from = args->first_n > first ? args->first_n - first : 0, end = args->first_n + n_sum - first;
-        if (args->first_n + n_sum <= first || from >= count)
-            continue;
-        if (chunk_multiply_back(ops, matrix, c, args, from, (end < count ? end : count) - from, add, error))
-            return -1;
-        add = 1; /* the chain goes on where the last chunk left it */
+        uint32_t first = matrix->chunks[c].first, from = args->first_n > first ? args->first_n - first : 0, end = args->first_n + n_sum - first;
+        if (args->first_n + n_sum <= first)
+            break;
+        end = end < matrix->chunks[c].count ? end : matrix->chunks[c].count;
+        for (uint32_t n; from < end; from += n) {
+            n = end - from < at_once ? end - from : at_once;
+            if (chunk_multiply_back(ops, matrix, c, args, from, n, add, error))
+                return -1;
+            add = 1; /* the chain goes on where the last piece left it */
+        }
     }
     return 0;
 }
@@ -265,6 +228,5 @@ int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
         if (kernel != kernels[n - 1])
             kernels[n++] = kernel;
     }
-    kernels[n++] = type == WEIGHT_F32 ? KERNEL_transpose : KERNEL_transpose_halves;
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }

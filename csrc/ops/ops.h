@@ -26,7 +26,6 @@ struct ops {
     struct gpu_stream *stream;
     uint32_t subgroup, workgroup; /* invocations */
     int linear_family;            /* enum op_linear_family, measured once per device or pinned */
-    struct gpu_buffer *transposed; /* a slice of a matrix on the way back; made at its first use */
 };
 
 int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);

@@ -8,7 +8,7 @@
 #define TEST_N 77
 #define TEST_K 53
 static const uint32_t row_counts[] = {33, 16, 15, 8, 7, 4, 3, 2, 1};
-#define TEST_M 51 /* enough for the way back to turn the weights over: linear.c */
+#define TEST_M 51
 #define OWN_ORDER_TOLERANCE 1e-5f /* sums of 53 products of at most 1: two orders differ by about 1e-6 */
 
 struct test {

@@ -318,19 +318,6 @@ BLOCK(linear_bwd_params) {
     UINT flags;
 };
 
-/* dst = a slice of the transpose of W, as panels of its own: rows k, inputs n. */
-BLOCK(transpose_params) {
-    ADDRESS(Panels) weights;
-    ADDRESS(PanelsOut) dst;
-    UINT n_cells;              /* 16-byte cells of n to write */
-    UINT k_cells;              /* 16-byte cells of k to read */
-    UINT first_n;              /* a multiple of 16 */
-    UINT first_cell;           /* of k */
-    UINT first_out;            /* cell of n in dst where this chunk of W begins */
-    UINT panel_cells;          /* cells of k a row of W */
-    UINT out_cells;            /* cells of n a row of dst */
-};
-
 #define NORM_BWD_ADD 1             /* dx = add + ... */
 #define NORM_BWD_NORMALIZED 2      /* dy is with respect to the normalised value, before the gain */
 #define NORM_BWD_WRITE_NORMALIZED 4

@@ -28,7 +28,6 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { 
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels { uvec4 at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 16) buffer PanelsOut { uvec4 at[]; };
 #include "params.h"
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tokens { token_meta at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tiles { query_tile at[]; };
