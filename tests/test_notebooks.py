@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -29,8 +28,6 @@ def test_runs(path, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     if path.stem.startswith("02") and not BUNDLED.exists():
         pytest.skip("tiny-llama-chat has not been trained yet")
-    if path.stem.startswith("03") and importlib.util.find_spec("vksteer.circuit_runs") is None:
-        pytest.skip("vs.circuits.evaluate is not there yet")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
