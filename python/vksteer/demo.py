@@ -1,6 +1,7 @@
 """`python -m vksteer.demo` (make demo): a steering vector found, tried out and taken apart on the bundled chat model, then the same engine on a real model.
 
-Part 1, tiny-llama-chat: refusal as a direction, its candidates, texts steered both ways, Table 1 with a picture.
+Part 1, tiny-llama-chat: refusal as a direction, its candidates, texts steered both ways, Table 1 with a picture, the circuit that carries it, what its
+value vectors promote, and how sparse it may become (demo_inside.py).
 Part 2, SmolLM2-135M-Instruct, fetched as a Python package where that can be done: verse against prose, speed as shares of what the device can do.
 `--real` (make demo-real): the study's first table on Qwen2.5-Coder-0.5B-Instruct; see demo_real.py. Everything is written to a folder.
 """
@@ -96,6 +97,7 @@ def candidates_table(cands, most: int = 8) -> str:
 def bundled(out: Path, n_test: int, n_random: int, device, progress: bool) -> dict:
     """Refusal in tiny-llama-chat: candidates, the chosen vector, texts, Table 1."""
     from . import data, freezing, steering
+    from .demo_inside import inside
     from .edits import Steer
     from .model import Model
 
@@ -132,8 +134,10 @@ def bundled(out: Path, n_test: int, n_random: int, device, progress: bool) -> di
         say(table.to_markdown())
         (out / "table1.md").write_text(table.to_markdown() + "\n")
         picture = plot(table, out / "table1.png")
+        heading("Inside")
+        within = inside(model, vector, plus, minus, harmful[:16], harmless[:16], out, say, progress)
         result = {"chosen": {"layer": vector.layer, "position": vector.position, "norm": vector.norm}, "candidates": cands.table.to_dict(),
-                  "sweep": sweep.to_dict(), "table1": table.to_dict(), "table1_seconds": seconds, "seconds": time.perf_counter() - start, **environment(model)}
+                  "sweep": sweep.to_dict(), "table1": table.to_dict(), "table1_seconds": seconds, **within, "seconds": time.perf_counter() - start, **environment(model)}
     write_json(out / "tiny.json", result)
     say(f"\n{result['seconds']:.0f} s. Written to {out}/: candidates.md, refusal.safetensors, table1.md, {picture}tiny.json")
     return result
