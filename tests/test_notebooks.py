@@ -14,7 +14,8 @@ BUNDLED = ROOT / "python/vksteer/models/tiny-llama-chat/model.safetensors"
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS] == ["01_first_look.ipynb", "02_what_steering_acts_through.ipynb", "03_circuits.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == ["01_first_look.ipynb", "02_what_steering_acts_through.ipynb", "03_circuits.ipynb",
+                                           "04_inside_ov_and_sparsity.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -36,6 +37,6 @@ def test_runs(path, tmp_path, monkeypatch):
     seconds = time.perf_counter() - start
     print(f"{path.name}: {seconds:.0f} s")
     pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) >= {"01": 1, "02": 2, "03": 3}[path.stem[:2]]
+    assert len(pictures) >= {"01": 1, "02": 2, "03": 3, "04": 2}[path.stem[:2]]
     errors = [o for c in notebook.cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert not errors
