@@ -43,7 +43,7 @@ def test_memory_is_the_sum_of_its_parts():
     assert [row_stride(n) for n in (1, 16, 17, 1024, 2048)] == [16, 16, 32, 1040, 2064]
     working, tape, sums, rows = memory_parts(c, 18, 9, 1, 9, 10, False, True)
     d, q, qkv, gate_up, mlp, scores = 16, 32, 48, 16, 16, 4 * 4 * 32
-    assert working == 4 * 18 * (4 * d + qkv + q + gate_up + mlp + 1) + (13 << 20) + 18 * scores + (4 << 20)
+    assert working == 4 * 18 * (4 * d + qkv + q + gate_up + mlp + 1) + (13 << 20) + 18 * scores + (4 << 20) + 2 * 2 * 18 * 2 * 5 * 4  # the last: keys and values
     assert tape == 4 * 9 * (2 * d + 2 * (d + 2 * qkv + gate_up + 2 * d) + 3 * d + qkv + q + gate_up + mlp) + 9 * scores // 2
     assert sums == 4 * 9 * (2 * d + 2 * (q + qkv + 4 * d + 10 * (8 + d)))
     assert rows == 4 * 32 * ((1 + 2 * 5 + 9) * d + 4 * q + 8 * qkv)

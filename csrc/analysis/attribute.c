@@ -53,7 +53,8 @@ uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint3
     slot_floats(f, n_steps, normed, floats);
     for (int i = 0; i < 8; i++)
         slot += (uint64_t)floats[i] * depth;
-    return run_work_bytes(f, capacity, readback_bytes(f)) + run_tape_bytes(f, step_capacity, first_layer, keep_inside) + 4 * (slot * n_slots + tile_floats(f, depth));
+    return run_work_bytes(f, capacity, readback_bytes(f)) + run_tape_bytes(f, step_capacity, first_layer, keep_inside) +
+           run_cache_bytes(f, capacity, first_layer) + 4 * (slot * n_slots + tile_floats(f, depth));
 }
 
 static int slots_make(struct attribution *a, struct gpu_buffer **out, uint32_t floats, const char *name, struct error *error) {

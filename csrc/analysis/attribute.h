@@ -38,7 +38,7 @@ struct attribution {
 int attribution_create(struct attribution **out, struct model *model, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps,
                        int normed, int keep_inside, struct error *error);
 void attribution_destroy(struct attribution *a);
-/* Device bytes, from the facts alone. */
+/* Device bytes, from the facts alone, with a batch's cache. */
 uint64_t attribution_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
                            int keep_inside);
 /* Gradients become zero: before the first step of new samples. */

@@ -298,7 +298,7 @@ uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_
     const struct model_facts *f = &run->model->facts;
     struct wanted wanted[16];
     int n = buffers_list((struct circuit_run *)run, capacity, wanted);
-    uint64_t total = run_work_bytes(f, capacity, READBACK) + read_bytes(f) + 8 * (uint64_t)capacity * op_row_stride(f->d_model) + run_cache_bytes(f, n_slots);
+    uint64_t total = run_work_bytes(f, capacity, READBACK) + read_bytes(f) + 8 * (uint64_t)capacity * op_row_stride(f->d_model) + run_cache_bytes(f, n_slots, 0);
     *largest = 4 * (uint64_t)n_slots * f->d_head * (MOST(run, n_k) > MOST(run, n_v) ? MOST(run, n_k) : MOST(run, n_v));
     for (int i = 0; i < n; i++) {
         total += wanted[i].bytes;

@@ -263,7 +263,7 @@ static PyObject *model_plan(PyObject *object, PyObject *unused) {
         return NULL;
     const struct model_facts *f = &self->model->facts;
     return Py_BuildValue("{s:K,s:K,s:K}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f, RUN_CHUNK, RUN_READBACK),
-                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1));
+                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1, 0));
 }
 
 /* --- single weights ------------------------------------------------------------------------------------------------------------------- */
@@ -373,10 +373,10 @@ PyType_Spec model_spec = {.name = "vksteer._engine.Model", .basicsize = sizeof(s
 /* --- Cache ---------------------------------------------------------------------------------------------------------------------------- */
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model", "n_slots", NULL};
+    static char *names[] = {"model", "n_slots", "first_layer", NULL};
     PyObject *model;
-    unsigned int n_slots;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OI", names, &model, &n_slots))
+    unsigned int n_slots, first_layer = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OI|I", names, &model, &n_slots, &first_layer))
         return NULL;
     allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
     struct cache_object *self = (struct cache_object *)allocate(type, 0);
@@ -390,7 +390,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         Py_CLEAR(self);
     } else {
         self->owner = (struct model_object *)Py_NewRef(model);
-        int failed = run_cache_create(&self->cache, self->owner->model, n_slots, &error);
+        int failed = run_cache_create(&self->cache, self->owner->model, n_slots, first_layer, &error);
         engine_end(self->owner);
         if (failed) {
             engine_raise((PyObject *)self, &error);

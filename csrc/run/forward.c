@@ -9,6 +9,8 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
     uint64_t at = 0;
     if (batch->first_layer >= f->n_layers || (batch->first_layer && !batch->inputs))
         return error_set(error, ERROR_VALUE, "resuming at layer %u of %u needs the residual stream there", batch->first_layer, f->n_layers);
+    if (batch->first_layer < cache->first_layer)
+        return error_set(error, ERROR_VALUE, "a batch from layer %u with a cache that begins at layer %u", batch->first_layer, cache->first_layer);
     if (batch->stop_layer && (batch->stop_layer <= batch->first_layer || batch->stop_layer > f->n_layers))
         return error_set(error, ERROR_VALUE, "a run of layers %u to %u of %u", batch->first_layer, batch->stop_layer, f->n_layers);
     for (uint32_t r = 0; r < batch->n_rows; r++) {

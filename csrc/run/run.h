@@ -11,16 +11,17 @@ struct run_work;
 /* Keys and values of every layer; slot s of layer l holds one token's G * dh floats. Rows own ranges of slots. */
 struct run_cache {
     struct gpu_device *device;
-    uint32_t n_layers, n_slots;
+    uint32_t n_layers, n_slots, first_layer;
     struct gpu_buffer **k, **v; /* [n_layers] */
 };
-int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, struct error *error);
+/* first_layer: layers below have no memory; only batches that resume there or above may use it. */
+int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, uint32_t first_layer, struct error *error);
 void run_cache_destroy(struct run_cache *cache);
 /* Copies n slots' keys and values to each of n_to places, in layers >= first_layer: rows that begin with the same tokens and edits need their
  * prefix only once. Ranges must not overlap. */
 int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from, const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
                    struct error *error);
-uint64_t run_cache_bytes(const struct model_facts *facts, uint32_t n_slots);
+uint64_t run_cache_bytes(const struct model_facts *facts, uint32_t n_slots, uint32_t first_layer);
 
 /* Where captured values go: `to` is the caller's zeroed array. Sites of width W: [n_out_rows, n_columns, W]; sites over keys:
  * [n_out_rows, H, n_columns, n_keys]. */

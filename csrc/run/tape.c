@@ -41,6 +41,8 @@ static int inside_make(const struct run_work *work, uint32_t capacity, struct ta
 int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity, uint32_t first_layer, int keep_inside, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     *out = NULL;
+    if (op_backward_prepare(&work->model->ops, f->weight_type, error)) /* at first use, in parallel */
+        return -1;
     struct run_tape *tape = calloc(1, sizeof *tape);
     if (tape)
         tape->layers = calloc(f->n_layers, sizeof *tape->layers);

@@ -215,33 +215,37 @@ int work_readback_drain(struct run_work *work, struct error *error) {
     return failed;
 }
 
-uint64_t run_cache_bytes(const struct model_facts *f, uint32_t n_slots) {
-    return 2 * (uint64_t)f->n_layers * n_slots * f->n_kv_heads * f->d_head * 4;
+uint64_t run_cache_bytes(const struct model_facts *f, uint32_t n_slots, uint32_t first_layer) {
+    return 2 * (uint64_t)(f->n_layers - first_layer) * n_slots * f->n_kv_heads * f->d_head * 4;
 }
 
-int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, struct error *error) {
+int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, uint32_t first_layer, struct error *error) {
     const struct model_facts *f = &model->facts;
     *out = NULL;
-    uint64_t needed = run_cache_bytes(f, n_slots), available = gpu_device_available(model->ops.device);
+    if (first_layer >= f->n_layers)
+        return error_set(error, ERROR_VALUE, "a cache from layer %u of %u", first_layer, f->n_layers);
+    uint64_t needed = run_cache_bytes(f, n_slots, first_layer), available = gpu_device_available(model->ops.device);
     if (needed > available)
         return error_set(error, ERROR_DEVICE, "keys and values of %u tokens take %.2f GB and %.2f GB are free on the device: at most %llu tokens fit "
                                               "(rows x length); use a smaller batch or shorter prompts", n_slots, needed / 1e9, available / 1e9,
-                         (unsigned long long)(available / run_cache_bytes(f, 1)));
+                         (unsigned long long)(available / run_cache_bytes(f, 1, first_layer)));
     struct run_cache *cache = calloc(1, sizeof *cache);
     if (!cache)
         return error_set(error, ERROR_MEMORY, "out of memory for a cache");
     cache->device = model->ops.device;
     cache->n_layers = f->n_layers;
     cache->n_slots = n_slots;
+    cache->first_layer = first_layer;
     cache->k = calloc(f->n_layers, sizeof *cache->k);
     cache->v = calloc(f->n_layers, sizeof *cache->v);
     if (!cache->k || !cache->v) {
         error_set(error, ERROR_MEMORY, "out of memory for a cache");
         goto fail;
     }
-    for (uint32_t l = 0; l < f->n_layers; l++)
-        if (gpu_buffer_create(&cache->k[l], cache->device, needed / f->n_layers / 2, GPU_DEVICE_LOCAL, "keys", error) ||
-            gpu_buffer_create(&cache->v[l], cache->device, needed / f->n_layers / 2, GPU_DEVICE_LOCAL, "values", error))
+    uint64_t each = needed / (f->n_layers - first_layer) / 2;
+    for (uint32_t l = first_layer; l < f->n_layers; l++)
+        if (gpu_buffer_create(&cache->k[l], cache->device, each, GPU_DEVICE_LOCAL, "keys", error) ||
+            gpu_buffer_create(&cache->v[l], cache->device, each, GPU_DEVICE_LOCAL, "values", error))
             goto fail;
     *out = cache;
     return 0;
@@ -254,7 +258,7 @@ int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from
                    struct error *error) {
     uint64_t slot = 4 * (uint64_t)work->model->facts.n_kv_heads * work->model->facts.d_head;
     for (uint32_t i = 0; i < n_to; i++)
-        for (uint32_t l = first_layer; l < cache->n_layers; l++)
+        for (uint32_t l = first_layer > cache->first_layer ? first_layer : cache->first_layer; l < cache->n_layers; l++)
             if (gpu_stream_copy(work->model->ops.stream, cache->k[l], from * slot, cache->k[l], to[i] * slot, n * slot, error) ||
                 gpu_stream_copy(work->model->ops.stream, cache->v[l], from * slot, cache->v[l], to[i] * slot, n * slot, error)) {
                 gpu_stream_abandon(work->model->ops.stream);

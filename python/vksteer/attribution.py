@@ -128,7 +128,7 @@ class _Attribution:
         zero, none = np.zeros(n, np.int32), np.full(n, -1, np.int32)
         packed = (np.concatenate([np.asarray(t, np.uint32) for t in tokens]), np.array(lengths, np.uint32), np.zeros(n, np.uint32), slots, own, own,
                   none, zero, zero)
-        return _engine().Cache(self.model._engine, sum(lengths)), packed, compiler.build()
+        return _engine().Cache(self.model._engine, sum(lengths), self.vector.layer), packed, compiler.build()
 
     def forward(self, samples, inputs, ranges):
         """Base and steered runs of the samples: fills the slots' differences, returns the metric of every sample (None: no positions).

@@ -181,6 +181,7 @@ def memory_parts(c, capacity: int, step_capacity: int, layer: int, n_slots: int,
     all_nodes = 1 + c.n_layers * (H + 1)
     readback = max(FLOAT * all_nodes * (c.d_model + c.n_layers * (inputs + 1) + 1) + 4096, 2 * PICKED_ROWS * FLOAT * (c.d_vocab + c.d_model), PICKS) + MIB
     working = FLOAT * capacity * (4 * d + qkv + q + gate_up + mlp + 1) + readback + scratch(capacity) + 4 * MIB
+    working += 2 * n * capacity * G * c.d_head * FLOAT  # a batch's keys and values
     inside = d + 2 * qkv + gate_up + (2 * d if c.post_norms else 0)
     tape = FLOAT * step_capacity * (n * d + inside * (n if keep_inside else 1) + 3 * d + qkv + q + gate_up + mlp) + (2 if c.attn_softcap else 1) * scratch(step_capacity)
     slot = 2 * d + n * (q + qkv + 4 * d + (0 if normed else steps * (inputs + d)))
