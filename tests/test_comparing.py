@@ -139,7 +139,7 @@ def test_on_the_bundled_model():
         pytest.skip("tiny-gemma-chat is not in this tree")
     with model:
         cands = steering.difference_in_means(model, *vs.data.tiny_pair("train", 16), progress=False)
-        v, other = cands.vector(-5, 3), cands.vector(-4, 3)
+        v, other = cands.vector(-5, 4), cands.vector(-4, 4)
         c = steering.compare(model, {"-5": v, "-4": other}, harmful, harmless, (0.5, 0.8), size=40, n_samples=3, steps=2, max_new_tokens=40, progress=False)
     kept = [r for r in c if r.circuit is not None]
     assert kept and all(len(r.circuit) >= 40 and r.n_samples <= 3 and abs(sum(r.distribution.values()) - 1) < 1e-12 for r in kept)
