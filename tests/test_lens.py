@@ -1,4 +1,5 @@
-"""The logit lens against float64: values within 1e-3 of the largest, indices equal but for named ties, on random models of every family."""
+"""The logit lens against float64: values within 1e-3 of the largest (worst met on lavapipe: 1.0e-6), indices equal but for named ties, on random
+models of every family."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_every_family(zoo, rng, name, by):
         vectors = (rng.standard_normal((n, D)) * 10.0 ** rng.uniform(-2, 3, (n, 1))).astype(np.float32)
         lens = vs.ov.logit_lens(model, vectors, top, by)
         assert lens.tokens.shape == lens.values.shape == (n, top) and lens.tokens.dtype == np.int32 and lens.values.dtype == np.float32
-        agree(f"{name}, {n} vectors, {by}", lens, scores(vectors, gain, unembed, eps, by))  # 8e-7
+        agree(f"{name}, {n} vectors, {by}", lens, scores(vectors, gain, unembed, eps, by))
 
 
 @pytest.mark.parametrize("by", ["logit", "cosine"])

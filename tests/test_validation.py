@@ -89,6 +89,9 @@ with load(2) as model:
     model.run(rows, capture=["*"], edits=[vs.Steer(v, 1.0)], freeze="ov")
     model.generate(rows, max_new_tokens=5, ignore_eos=True, capture=["blocks.*.attn.hook_z"], edits=[[vs.Ablate(v)], [], [vs.Steer(v, 0.5)]], progress=False)
     model._value_direction(np.ones(model.config.d_model), 1)
+    for by in ("logit", "cosine"):
+        vs.ov.logit_lens(model, vs.ov.steering_value_vectors(model, v), 40, by)
+    vs.ov.decompose(model, rows, v, 1.0, 1), vs.ov.head_weights(model, 1, 0)
     model._engine_device.prepare()
 print("done")
 """
