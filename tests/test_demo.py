@@ -13,7 +13,6 @@ import pytest
 from vksteer import demo, demo_real
 
 ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = ROOT / "python/vksteer/models/tiny-llama-chat/model.safetensors"
 SMOLLM2 = ROOT / ".models" / demo.SMOLLM2
 README = (ROOT / "README.md").read_text()
 
@@ -61,14 +60,15 @@ def test_bad_input_is_said(capsys):
     assert capsys.readouterr().out or capsys.readouterr().err
 
 
-@pytest.mark.skipif(not BUNDLED.exists(), reason="tiny-llama-chat has not been trained yet")
 def test_bundled_part(tmp_path, capsys):
     assert demo.main(["--part", "tiny", "--test", "4", "--random", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "| MLP direct |" in said and "Chosen: layer" in said
     result = json.loads((tmp_path / "tiny.json").read_text())
     assert "texts" not in result["table1"] and result["table1"]["rows"]["none"]["harmful"]["n"] == 4
-    assert {"candidates.md", "refusal.safetensors", "table1.md", "table1.png", "tiny.json"} == {p.name for p in tmp_path.iterdir()}
+    assert {"candidates.md", "refusal.safetensors", "table1.md", "table1.png", "tiny.json", "circuit.md", "circuit.png", "curve.png", "lens.md", "sparsity.md",
+            "sparsity.png"} == {p.name for p in tmp_path.iterdir()}
+    assert 0 < result["circuit"]["smallest"] <= result["circuit"]["edges"] and result["lens"]["largest"] and result["sparsity"]["rows"]
 
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 has not been fetched (make models)")
