@@ -302,25 +302,23 @@ static int picks_tile(struct attribution *a, const struct attribution_picks *pic
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
     uint64_t row = 4 * (uint64_t)work->d_stride, logits = 4 * (uint64_t)v_stride, rows[2] = {at, at + n * row};
-    uint64_t values[2] = {at + 2 * n * row, at + 2 * n * row + n * logits}, ones, offset;
+    uint64_t values[2] = {at + 2 * n * row, at + 2 * n * row + n * logits}, ones;
     float *normed[2] = {host, host + (size_t)n * f->d_model}, *words[2] = {host + 2 * (size_t)n * f->d_model, NULL}, *weights;
     words[1] = words[0] + (size_t)n * f->d_vocab;
     for (int i = 0; i < 2; i++)
         RUN(pick_logits(a, picks, first, n, i, rows[i], values[i], v_stride, normed[i], words[i], error));
     if (picks->kl) {
-        uint32_t one = 1;
+        uint64_t kl_at;
         if (!(weights = calloc(n, sizeof *weights)))
             return error_set(error, ERROR_MEMORY, "out of memory for a metric");
         int failed = work_upload(work, weights, n * sizeof *weights, &ones, error);
         free(weights);
-        if (failed || work_readback_take(work, &one, n, &offset, error))
+        if (failed || work_readback_floats(work, n, picks->kl + first, &kl_at, error))
             return -1;
-        struct logit_grad_params kl = {.logits = values[0], .reference = values[1], .weights = ones, .values = run_address(work->readback) + 4 * offset,
+        struct logit_grad_params kl = {.logits = values[0], .reference = values[1], .weights = ones, .values = kl_at,
                                        .width = f->d_vocab, .stride = v_stride, .kind = LOGIT_GRAD_KL, .softcap = picks->capped ? f->final_softcap : 0,
                                        .reference_softcap = picks->capped ? f->final_softcap : 0};
-        struct readback piece = {.to = picks->kl + first, .offset = offset, .n = n, .token_floats = 1, .width = 1, .plain = 1};
         RUN(op_logit_grad(&work->model->ops, &kl, n, error));
-        RUN(work_readback_push(work, &piece, error));
     }
     RUN(work_readback_drain(work, error));
     for (uint32_t i = 0; i < n; i++)

@@ -100,20 +100,10 @@ static int input_gradients(struct attribution *a, const struct tile *tile, uint3
     return copy(a, rows_of(sums->mlp, tile, work->d_stride), work->d_stride, g + n * tile->n * tile->row, work->d_stride, f->d_model, tile->n, error);
 }
 
-/* Where a device result of `n` floats comes back to. */
-static int take(struct run_work *work, uint32_t n, float *to, uint64_t *at, struct error *error) {
-    uint32_t one = 1;
-    uint64_t offset;
-    RUN(work_readback_take(work, &one, n, &offset, error));
-    struct readback piece = {.to = to, .offset = offset, .n = 1, .token_floats = n, .width = n, .plain = 1};
-    *at = run_address(work->readback) + 4 * offset;
-    return work_readback_push(work, &piece, error);
-}
-
 /* products[input, node] of n_inputs rows at `g` with the first n_nodes nodes. */
 static int dots(struct attribution *a, const struct tile *tile, uint64_t g, uint32_t n_inputs, uint32_t n_nodes, float *products, struct error *error) {
     struct dots_params params = {.a = g, .b = run_address(a->du), .n_a = n_inputs, .n_b = n_nodes, .n_k = tile->n * a->work->d_stride};
-    RUN(take(a->work, n_inputs * n_nodes, products, &params.dst, error));
+    RUN(work_readback_floats(a->work, n_inputs * n_nodes, products, &params.dst, error));
     return op_dots(&a->work->model->ops, &params, error);
 }
 
@@ -140,7 +130,7 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
     }
     struct node_dims_params params = {.du = run_address(a->du), .g = run_address(a->g), .groups = uploaded, .n_slots = tile->n, .width = f->d_model,
                                       .d_stride = d};
-    RUN(take(work, n * f->d_model, dims, &params.dims, error));
+    RUN(work_readback_floats(work, n * f->d_model, dims, &params.dims, error));
     return op_node_dims(&work->model->ops, &params, n, error);
 }
 

@@ -109,12 +109,7 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
         goto done;
     if (!kl)
         picks.kl = NULL;
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(owner->model->ops.stream, engine_poll, owner->owner);
-    failed = attribution_forward(self->attribution, a.cache, &a.batch, slot, (uint32_t)(n / 2), items, &picks, &error);
-    gpu_stream_poll(owner->model->ops.stream, NULL, NULL);
-    engine_end(owner);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(owner, failed, attribution_forward(self->attribution, a.cache, &a.batch, slot, (uint32_t)(n / 2), items, &picks, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -157,12 +152,7 @@ static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
     if (!view)
         goto done;
     a.held[a.n_held++] = view;
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(owner->model->ops.stream, engine_poll, owner->owner);
-    failed = attribution_step(self->attribution, a.cache, &a.batch, &metric, slot, (uint32_t)(n / n_sources), items, n_sources, first_step, &error);
-    gpu_stream_poll(owner->model->ops.stream, NULL, NULL);
-    engine_end(owner);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(owner, failed, attribution_step(self->attribution, a.cache, &a.batch, &metric, slot, (uint32_t)(n / n_sources), items, n_sources, first_step, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -185,6 +175,14 @@ static PyObject *attribution_reset_method(PyObject *object, PyObject *unused) {
     int failed = attribution_reset(self->attribution, &error);
     engine_end(self->owner);
     return failed ? engine_fail(self->owner, &error) : Py_NewRef(Py_None);
+}
+
+static int contract_tiles(struct attribution *a, const uint32_t *tiles, uint32_t n, const float *steer, double *const to[3], uint32_t dims_rows,
+                          struct error *error) {
+    for (uint32_t i = 0; i < n; i++)
+        if (attribution_contract(a, tiles[2 * i], tiles[2 * i + 1], steer, to[0], to[1], to[2], dims_rows, error))
+            return -1;
+    return 0;
 }
 
 /* contract(tiles uint32 [n, 2] (first slot, count), steer float32 [D], dims_rows) -> (edges float64 [nodes, inputs], nodes float64 [nodes],
@@ -216,15 +214,7 @@ static PyObject *attribution_contract_method(PyObject *object, PyObject *args) {
     out[2] = array_zeros_double(2, (Py_ssize_t[]){dims_rows, d}, &to[2]);
     if (!out[0] || !out[1] || !out[2])
         goto done;
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(owner->model->ops.stream, engine_poll, owner->owner);
-    for (Py_ssize_t i = 0; i < n / 2 && !failed; i++) {
-        const uint32_t *tile = (const uint32_t *)items + 2 * i;
-        failed = attribution_contract(self->attribution, tile[0], tile[1], vector, to[0], to[1], to[2], dims_rows, &error);
-    }
-    gpu_stream_poll(owner->model->ops.stream, NULL, NULL);
-    engine_end(owner);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(owner, failed, contract_tiles(self->attribution, items, (uint32_t)(n / 2), vector, to, dims_rows, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);

@@ -205,12 +205,7 @@ static PyObject *circuits_forward(PyObject *object, PyObject *args, PyObject *ke
         }
     if (batch_borrow(&a, mask, 'B', "mask", (Py_ssize_t)total, &masked) || request_read(&a, f, tuple, self->run->n_logits, &read, &values))
         goto done;
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(owner->model->ops.stream, engine_poll, owner->owner);
-    failed = circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error);
-    gpu_stream_poll(owner->model->ops.stream, NULL, NULL);
-    engine_end(owner);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(owner, failed, circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -267,12 +262,7 @@ PyObject *engine_measure(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "measure gives no logits");
         goto done;
     }
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(owner->model->ops.stream, engine_poll, owner->owner);
-    failed = read_measure(owner->work, &read, data, (uint32_t)dims[0], &error);
-    gpu_stream_poll(owner->model->ops.stream, NULL, NULL);
-    engine_end(owner);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(owner, failed, read_measure(owner->work, &read, data, (uint32_t)dims[0], &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);

@@ -92,6 +92,17 @@ PyObject *engine_fail(struct model_object *model, const struct error *error);
 /* For gpu_stream_poll, context: the device object. Non-zero when a signal handler raised (its exception stays set) or the interpreter ends. */
 int engine_poll(void *context);
 
+/* failed = call, which works on the device: after engine_begin, with the GIL released and signals polled; ends the call. */
+#define ENGINE_WORK(self, failed, call) \
+    do { \
+        Py_BEGIN_ALLOW_THREADS \
+        gpu_stream_poll((self)->model->ops.stream, engine_poll, (self)->owner); \
+        failed = (call); \
+        gpu_stream_poll((self)->model->ops.stream, NULL, NULL); \
+        engine_end(self); \
+        Py_END_ALLOW_THREADS \
+    } while (0)
+
 /* device_type.c */
 PyObject *engine_devices(PyObject *module, PyObject *unused);
 /* ops_type.c */

@@ -186,12 +186,7 @@ PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
         logits = Py_NewRef(Py_None);
     if (!logits)
         goto done;
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(self->model->ops.stream, engine_poll, self->owner);
-    failed = run_forward(self->work, a.cache, &a.batch, &error);
-    gpu_stream_poll(self->model->ops.stream, NULL, NULL);
-    engine_end(self);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(self, failed, run_forward(self->work, a.cache, &a.batch, &error));
     begun = 0;
     if (failed)
         engine_fail(self, &error);

@@ -293,12 +293,7 @@ static PyObject *model_apply(PyObject *object, PyObject *args) {
         Py_CLEAR(result);
     } else if (result && dims[0]) {
         struct error error = {0};
-        Py_BEGIN_ALLOW_THREADS
-        gpu_stream_poll(self->model->ops.stream, engine_poll, self->owner);
-        failed = run_apply(self->work, name, layer, x, (uint32_t)dims[0], y, &error);
-        gpu_stream_poll(self->model->ops.stream, NULL, NULL);
-        engine_end(self);
-        Py_END_ALLOW_THREADS
+        ENGINE_WORK(self, failed, run_apply(self->work, name, layer, x, (uint32_t)dims[0], y, &error));
         if (failed) {
             Py_CLEAR(result);
             engine_fail(self, &error);

@@ -3,17 +3,6 @@
 
 #include "analysis/ov.h"
 
-/* Runs between begin and end, with the GIL released and signals polled. */
-#define WORK(self, failed, call) \
-    do { \
-        Py_BEGIN_ALLOW_THREADS \
-        gpu_stream_poll((self)->model->ops.stream, engine_poll, (self)->owner); \
-        failed = (call); \
-        gpu_stream_poll((self)->model->ops.stream, NULL, NULL); \
-        engine_end(self); \
-        Py_END_ALLOW_THREADS \
-    } while (0)
-
 /* value_vectors(direction float32 [D], first_layer, post=True) -> float32 [n, H, D] */
 PyObject *model_value_vectors(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
@@ -38,7 +27,7 @@ PyObject *model_value_vectors(PyObject *object, PyObject *args) {
         if (!result) {
             engine_end(self);
         } else {
-            WORK(self, failed, ov_value_vectors(self->work, direction, first, post, out, &error));
+            ENGINE_WORK(self, failed, ov_value_vectors(self->work, direction, first, post, out, &error));
             if (failed) {
                 Py_CLEAR(result);
                 engine_fail(self, &error);
@@ -76,7 +65,7 @@ PyObject *model_lens(PyObject *object, PyObject *args) {
         } else {
             lens.vectors = vectors;
             lens.n = (uint32_t)rows;
-            WORK(self, failed, ov_lens_run(self->work, &lens, &error));
+            ENGINE_WORK(self, failed, ov_lens_run(self->work, &lens, &error));
             if (failed)
                 engine_fail(self, &error);
             else
@@ -110,7 +99,7 @@ PyObject *model_rows(PyObject *object, PyObject *args) {
         engine_end(self);
         return NULL;
     }
-    WORK(self, failed, run_rows_read(self->work, name, layer, first, n, out, &error));
+    ENGINE_WORK(self, failed, run_rows_read(self->work, name, layer, first, n, out, &error));
     if (failed) {
         Py_CLEAR(result);
         engine_fail(self, &error);

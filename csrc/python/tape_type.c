@@ -118,12 +118,7 @@ static PyObject *tape_differentiate(PyObject *object, PyObject *args, PyObject *
         goto done;
     back.captures = gradients;
     back.stop_layer = stop_layer;
-    Py_BEGIN_ALLOW_THREADS
-    gpu_stream_poll(owner->model->ops.stream, engine_poll, owner->owner);
-    failed = run_differentiate(self->work, self->tape, a.cache, &a.batch, &back, &error);
-    gpu_stream_poll(owner->model->ops.stream, NULL, NULL);
-    engine_end(owner);
-    Py_END_ALLOW_THREADS
+    ENGINE_WORK(owner, failed, run_differentiate(self->work, self->tape, a.cache, &a.batch, &back, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);

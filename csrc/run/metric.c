@@ -10,16 +10,6 @@
 
 struct rows { uint64_t normed, dnormed, weights, tokens; }; /* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */
 
-static int values_take(struct run_work *work, const struct run_metric *metric, uint32_t first, uint32_t n, uint32_t each, uint64_t *at,
-                       struct error *error) {
-    uint32_t one = 1;
-    uint64_t offset;
-    RUN(work_readback_take(work, &one, n * each, &offset, error));
-    struct readback piece = {.to = metric->values + (size_t)first * each, .offset = offset, .n = n, .token_floats = each, .width = each, .plain = 1};
-    *at = run_address(work->readback) + 4 * offset;
-    return work_readback_push(work, &piece, error);
-}
-
 static int pairs(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, const struct rows *rows, struct error *error) {
     const struct model *model = work->model;
     uint32_t d = work->d_stride;
@@ -37,7 +27,7 @@ static int pairs(struct run_work *work, struct run_tape *tape, const struct run_
         return -1;
     RUN(work_grow(work, &tape->logits, 8 * (uint64_t)metric->n * d, "rows of the unembedding", error));
     RUN(op_embed(&work->model->ops, &model->unembed, ids, 2 * metric->n, 1, run_address(tape->logits), d, error));
-    RUN(values_take(work, metric, 0, metric->n, 2, &values, error));
+    RUN(work_readback_floats(work, 2 * metric->n, metric->values, &values, error));
     struct pair_grad_params params = {.normed = rows->normed, .rows = run_address(tape->logits), .weights = rows->weights, .dnormed = rows->dnormed,
                                       .logits = values, .width = model->facts.d_model, .stride = d,
                                       .softcap = metric->capped ? model->facts.final_softcap : 0};
@@ -100,7 +90,7 @@ static int distributions(struct run_work *work, struct run_tape *tape, const str
             RUN(reference(work, metric->reference, metric->reference_logits, first, n, v_stride, params.reference, error));
         if (metric->kind == METRIC_DIRECTIONAL_KL)
             RUN(reference(work, metric->other, NULL, first, n, v_stride, params.other, error));
-        RUN(values_take(work, metric, first, n, 1, &params.values, error));
+        RUN(work_readback_floats(work, n, metric->values + first, &params.values, error));
         RUN(op_logit_grad(&work->model->ops, &params, n, error));
         RUN(op_linear_bwd(&work->model->ops, &model->unembed, &back, error));
     }

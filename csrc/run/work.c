@@ -170,6 +170,16 @@ int work_readback_push(struct run_work *work, const struct readback *piece, stru
     return 0;
 }
 
+int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address, struct error *error) {
+    uint32_t one = 1;
+    uint64_t offset;
+    if (work_readback_take(work, &one, n, &offset, error))
+        return -1;
+    struct readback piece = {.to = to, .offset = offset, .n = 1, .token_floats = n, .width = n, .plain = 1};
+    *address = run_address(work->readback) + 4 * offset;
+    return work_readback_push(work, &piece, error);
+}
+
 /* One token's scores or pattern: [H, keys] into [H, columns, keys] with the row's own padding. */
 static void keys_place(const struct run_batch *batch, const struct readback *piece, struct token_place place, const float *from) {
     size_t n_columns = batch->n_columns, n_keys = batch->n_keys;

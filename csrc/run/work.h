@@ -86,6 +86,8 @@ int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes,
 /* Room for `n` tokens of `token_floats`; fewer if the memory is short, *n says how many; waits for what is pending if it must. */
 int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset, struct error *error);
 int work_readback_push(struct run_work *work, const struct readback *piece, struct error *error);
+/* Room for n floats that a kernel writes at *address and the next drain copies to `to` as they are. */
+int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address, struct error *error);
 /* Waits for the device and hands every pending piece to its array. */
 int work_readback_drain(struct run_work *work, struct error *error);
 

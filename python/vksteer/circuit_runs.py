@@ -214,10 +214,10 @@ class Passes:
 
     def _pass(self, circuits, slots, jobs, lengths, softcap, metrics, entries, results, step):
         from .device import _engine
-        from .final_rows import _pack
+        from .gradients import pack
 
         cache = _engine().Cache(self.model._engine, slots)
-        for group in _pack(lengths, slots):
+        for group in pack(lengths, slots):
             some = [jobs[i] for i in group]
             pairs, whole = self._forward(circuits, cache, some, softcap, metrics)
             ends = np.cumsum([len(j.at) for j in some])

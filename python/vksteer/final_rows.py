@@ -11,6 +11,7 @@ import numpy as np
 
 from .batch import Batch
 from .edits import Steer
+from .gradients import pack
 from .progress import Progress
 
 #: Tokens that are run together.
@@ -41,17 +42,6 @@ def request(softcap, a=None, b=None, reference=None, other=None, targets=None, l
     return (float(softcap), as_ids(a), as_ids(b), as_rows(reference), as_rows(other), as_ids(targets), bool(logits))
 
 
-def _pack(lengths, limit):
-    groups, total = [], 0
-    for i, n in enumerate(lengths):
-        if not groups or total + n > limit:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += n
-    return groups
-
-
 def _rows(model, samples, vector, coefficient, site, gain):
     """Final rows of both runs of some samples: two lists of float32 [n, D]."""
     rows = [list(s.tokens) for s in samples]
@@ -77,7 +67,7 @@ def final_rows(model, samples, vector, coefficient, *, capped=True, progress=Fal
     gain = model._engine.vector("ln_final", 0)
     softcap = model.config.final_softcap if capped else 0.0
     found = []
-    groups = _pack([2 * len(s) for s in samples], BATCH_TOKENS)
+    groups = pack([2 * len(s) for s in samples], BATCH_TOKENS)
     with Progress(progress, len(samples), "base and steered runs") as bar:
         for group in groups:
             some = [samples[i] for i in group]
