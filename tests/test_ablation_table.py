@@ -160,8 +160,6 @@ def test_bundled_models_steer_both_ways_through_values(name):
     from vksteer import data, steering
     from vksteer.model import Model
 
-    if not (BUNDLED / name / "table1.json").exists():
-        pytest.skip(f"{name} has not been trained yet")
     stored = json.loads((BUNDLED / name / "table1.json").read_text())[str(json.loads((BUNDLED / name / "training.json").read_text())["seed"])]
     setting = stored["setting"]
     with Model.from_pretrained(name, progress=False) as model:

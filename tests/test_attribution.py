@@ -11,13 +11,7 @@ import pytest
 from oracle import attribution as oracle
 from oracle.compare import assert_close, assert_same_bits
 from oracle.separated import edge_names, node_names
-from vksteer.patching import attribute
-
-try:
-    from vksteer.patching import exact
-except ImportError:
-    exact = None
-without_exact = pytest.mark.skipif(exact is None, reason="vs.patching.exact is not there yet")
+from vksteer.patching import attribute, exact
 
 BOUND = 1e-3
 KINDS = ["llama3", "gemma2", "qwen2", "qwen3"]
@@ -206,7 +200,6 @@ def test_samples_without_metric_positions_are_left_out(setting):
 
 # -- exact patches ------------------------------------------------------------------------------------------------------------------------
 
-@without_exact
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("clean, metric, capped", [("steered", "logit_diff", True), ("base", "directional_kl", True), ("base", "kl", False)])
 def test_exact_patches(setting, rng, name, clean, metric, capped):
@@ -252,7 +245,6 @@ def test_refusals(setting):
         vs.patching.Sample([1, 2], [])
 
 
-@without_exact
 def test_refusals_of_exact(setting):
     s = setting("qwen2")
     with pytest.raises((KeyError, ValueError)):
