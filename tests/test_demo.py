@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vksteer import demo, demo_real
+from vksteer import data, demo, demo_real, demo_real_inside
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".models" / demo.SMOLLM2
@@ -87,6 +87,30 @@ def test_real_part(tmp_path, capsys, monkeypatch):
     assert np.array_equal(arrays[f"plus/{before}"], arrays[f"unsteered/{before}"])
     speed = json.loads((tmp_path / "smollm2.json").read_text())["speed"]
     assert speed["decode_8"]["tokens_per_s"] > speed["decode_1"]["tokens_per_s"] > 0
+
+
+def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
+    """make demo-real and its --inside, with a bundled model in the real one's place: figures without texts, and both go on from what is there."""
+    bundled = Path(demo.__file__).parent / "models" / "tiny-llama-chat"
+    splits = {name: data.tiny_pair(name, n) for name, n in (("train", 12), ("validation", 6), ("test", 4))}
+    monkeypatch.setattr(demo, "fetched", lambda *_: bundled)
+    monkeypatch.setattr(demo_real, "prompts", lambda _: splits)
+    monkeypatch.setattr(demo_real, "LAYERS", (6, 7))
+    monkeypatch.setattr(demo_real, "STRENGTHS", (0.7, 1.0))
+    for name, value in (("SAMPLES", 2), ("SPARSITY_PROMPTS", 2), ("TAUS", (1.0,)), ("EPOCHS", 1), ("BATCH", 4)):
+        monkeypatch.setattr(demo_real_inside, name, value)
+    arguments = ["--real", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--random", "0"]
+    assert demo.main([*arguments, "--inside"]) == 2
+    assert "run that first" in capsys.readouterr().err
+    assert demo.main(arguments) == 0
+    assert demo.main([*arguments, "--inside"]) == 0
+    said = capsys.readouterr().out
+    assert "| MLP direct |" in said and "## What it promotes" in said and "| NTP |" in said
+    table, inside = (json.loads(p.read_text()) for p in sorted((tmp_path / "results").glob("*.json"), key=lambda p: "inside" in p.name))
+    assert table["table1"]["rows"]["none"]["harmful"]["n"] == 4 and inside["sparsity"]["rows"] and inside["lens"]["largest"] and inside["ntp"]["compared"]["vectors"]
+    answers = [a for g in json.loads((tmp_path / "out" / "qwen_answers.json").read_text())["rows"].values() for side in g.values() for a in side]
+    published = "".join(p.read_text() for p in (tmp_path / "results").iterdir())
+    assert answers and not [a for a in answers if len(a["text"]) > 20 and a["text"] in published]
 
 
 def test_nothing_to_run(tmp_path, monkeypatch, capsys):

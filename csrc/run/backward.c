@@ -308,10 +308,11 @@ int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_c
     int failed = run_whole(work, cache, batch, error);
     backward.n_captures = 0;
     work->chunk.batch = &backward;
-    failed = failed || metric_gradient(work, tape, back->metric, error);
+    int values_only = back->stop_layer >= tape->n_layers && !back->n_captures && !work->observer;
+    failed = failed || metric_gradient(work, tape, back->metric, values_only, error);
     backward.captures = back->captures; /* gradients go to their own arrays */
     backward.n_captures = back->n_captures;
-    failed = failed || way_back(work, cache, back, error) ||
+    failed = failed || (!values_only && way_back(work, cache, back, error)) ||
              (work->n_pending ? work_readback_drain(work, error) : gpu_stream_wait(work->model->ops.stream, error));
     run_whole_end(work, failed);
     work->tape = NULL;

@@ -59,7 +59,7 @@ static int reference(struct run_work *work, const float *normed, const float *gi
     return op_linear(&work->model->ops, &model->unembed, &args, error);
 }
 
-static int distributions(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, const struct rows *rows,
+static int distributions(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, int values_only, const struct rows *rows,
                          struct error *error) {
     static const uint32_t kinds[] = {[METRIC_LOG_PROB] = LOGIT_GRAD_LOG_PROB, [METRIC_KL] = LOGIT_GRAD_KL,
                                      [METRIC_DIRECTIONAL_KL] = LOGIT_GRAD_DIRECTIONAL_KL};
@@ -92,7 +92,8 @@ static int distributions(struct run_work *work, struct run_tape *tape, const str
             RUN(reference(work, metric->other, NULL, first, n, v_stride, params.other, error));
         RUN(work_readback_floats(work, n, metric->values + first, &params.values, error));
         RUN(op_logit_grad(&work->model->ops, &params, n, error));
-        RUN(op_linear_bwd(&work->model->ops, &model->unembed, &back, error));
+        if (!values_only)
+            RUN(op_linear_bwd(&work->model->ops, &model->unembed, &back, error));
     }
     return 0;
 }
@@ -114,7 +115,7 @@ static int spread(struct run_work *work, struct run_tape *tape, const struct run
     return failed ? -1 : op_copy(&work->model->ops, &copy, error);
 }
 
-int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, struct error *error) {
+int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, int values_only, struct error *error) {
     uint64_t row = 4 * (uint64_t)work->d_stride;
     struct rows rows;
     RUN(work_grow(work, &tape->metric, (2 * (uint64_t)metric->n + 1) * row, "metric rows", error));
@@ -127,6 +128,6 @@ int metric_gradient(struct run_work *work, struct run_tape *tape, const struct r
     struct copy_params pick = {.x = run_address(work->norm), .dst = rows.normed, .rows = rows.tokens, .n_rows = metric->n,
                                .width = work->model->facts.d_model, .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
     RUN(op_copy(&work->model->ops, &pick, error));
-    RUN(metric->kind == METRIC_PAIR ? pairs(work, tape, metric, &rows, error) : distributions(work, tape, metric, &rows, error));
-    return spread(work, tape, metric, &rows, error);
+    RUN(metric->kind == METRIC_PAIR ? pairs(work, tape, metric, &rows, error) : distributions(work, tape, metric, values_only, &rows, error));
+    return values_only ? 0 : spread(work, tape, metric, &rows, error);
 }

@@ -52,7 +52,7 @@ struct run_metric {
 
 struct run_way_back {
     const struct run_metric *metric;
-    uint32_t stop_layer;                /* the last layer gone back through; >= the tape's first */
+    uint32_t stop_layer;                /* the last layer gone back through; >= the tape's first. The number of layers, and no captures: values only */
     const struct run_capture *captures; /* gradients wanted: as run_batch's, over the same output places */
     uint32_t n_captures;
 };
@@ -60,7 +60,8 @@ struct run_way_back {
 int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache, const struct run_batch *batch,
                       const struct run_way_back *back, struct error *error);
 
-/* metric.c: the gradient with respect to the final norm's output [T, d_stride] into tape->dnorm; values to the host after a drain. */
-int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, struct error *error);
+/* metric.c: values to the host after a drain; unless they are all that is wanted, also the gradient with respect to the final norm's output
+ * [T, d_stride] into tape->dnorm. */
+int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, int values_only, struct error *error);
 
 #endif

@@ -280,6 +280,7 @@ def main(argv=None) -> int:
     parser.add_argument("--test", type=int, default=None, metavar="N", help="test prompts of each kind for Table 1 (default: 100; --real: 64)")
     parser.add_argument("--random", type=int, default=3, metavar="N", help="rows of random directions in Table 1 (default: 3)")
     parser.add_argument("--real", action="store_true", help="Table 1 on Qwen2.5-Coder-0.5B-Instruct instead (half an hour and more on two cores)")
+    parser.add_argument("--inside", action="store_true", help="with --real: take apart the vector that an earlier run left in --out (lens, sparsity, a learned one)")
     parser.add_argument("--harmful", metavar="FILE[:COLUMN]", help="with --real: prompts that the model declines, instead of the written ones")
     parser.add_argument("--harmless", metavar="FILE[:COLUMN]", help="with --real: prompts that it answers")
     parser.add_argument("--results", type=Path, help="with --real: also write the figures (no texts) into this folder, for example docs/results")
