@@ -237,6 +237,9 @@ def test_sweep_verdicts_one_way_and_broken():
     assert _verdict(rate(0.9), rate(0.5), base) == "bypasses only"
     assert _verdict(rate(0.0), rate(1.0, ended=0.7), base) == "breaks the text"
     assert _verdict(rate(0.0, repetition=0.3), rate(1.0), base) == "breaks the text"
+    # Answers that the limit of tokens cuts off where refusals end: steered away from refusal, texts are to look like those.
+    cut_off = {"harmless": rate(1.0, ended=0.0), "harmful": rate(0.5, ended=0.4)}
+    assert _verdict(rate(0.0, ended=0.9), rate(1.0, ended=0.0), cut_off) == "both ways"
     # A model that refuses nothing cannot be seen to be bypassed.
     assert _verdict(rate(0.0), rate(1.0), {"harmless": rate(1.0), "harmful": rate(1.0)}) == "induces only"
 
