@@ -6,6 +6,8 @@
 //                 panel would be read at 2-4 times the cost
 //                 These variants understand LINEAR_NORM: the same arithmetic in the same order as norm.comp where a workgroup is one subgroup.
 //                 Every panel repeats it, which costs less than the dispatch (some 40 us on lavapipe) that it saves
+//           PAIRS (optional, without RN) a subgroup also covers the columns that meet its own, and finishes them together: gate with up, a head's two
+//                 halves for rotation. The same chains, and after them the arithmetic of act.comp and rope.comp
 //           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs shaderInt64); the bits do not change
 // Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel stays in cache meanwhile
 //
@@ -22,9 +24,20 @@
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
+#ifdef PAIRS
+layout(push_constant, scalar) uniform Params { linear_pairs_params p; };
+#include "act.glsl"
+const uint SETS = 2; // of columns
+uint column(uint n, uint set) { return n / p.half_ * 2 * p.half_ + n % p.half_ + set * p.half_; }
+#define FIRST_CELL 0
+#else
 layout(push_constant, scalar) uniform Params { linear_params p; };
-
 #include "linear_epilogue.glsl"
+const uint SETS = 1;
+uint column(uint n, uint set) { return n; }
+#define FIRST_CELL p.first_cell
+#endif
+
 #include "weights.glsl"
 
 const uint NB = 32; // columns in a panel
@@ -65,16 +78,51 @@ float row_inverse(uint row, uint lane)
 }
 #endif
 
+#ifdef PAIRS
+void finish_pair(uint m, uint n, float first, float second)
+{
+    const uint head = n / p.half_, i = n % p.half_;
+    if ((p.flags & LINEAR_BIAS) != 0) {
+        first += p.bias.at[column(n, 0)];
+        second += p.bias.at[column(n, 1)];
+    }
+    if (p.kind == PAIRS_GATE) {
+        p.dst.at[m * p.out_stride + n] = activate(p.act, first) * second;
+        return;
+    }
+    const token_meta token = p.tokens.at[m];
+    const uint kv_width = p.n_kv_heads * 2 * p.half_;
+    if (head < p.n_heads + p.n_kv_heads) {
+        float c = p.angles.at[(token.pos * p.half_ + i) * 2], s = p.angles.at[(token.pos * p.half_ + i) * 2 + 1], a = first, b = second;
+        first = a * c - b * s;
+        second = b * c + a * s;
+    }
+    if (head < p.n_heads) {
+        uint at = m * p.out_stride + head * 2 * p.half_ + i;
+        p.dst.at[at] = first;
+        p.dst.at[at + p.half_] = second;
+    } else if (head < p.n_heads + p.n_kv_heads) {
+        uint at = token.slot * kv_width + (head - p.n_heads) * 2 * p.half_ + i;
+        p.k_cache.at[at] = first;
+        p.k_cache.at[at + p.half_] = second;
+    } else {
+        uint at = token.slot * kv_width + (head - p.n_heads - p.n_kv_heads) * 2 * p.half_ + i;
+        p.v_cache.at[at] = first;
+        p.v_cache.at[at + p.half_] = second;
+    }
+}
+#endif
+
 void main()
 {
     const uint lane = gl_SubgroupInvocationID;
     const uint m0 = gl_WorkGroupID.x * RM;
     const uint n0 = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS + lane;
 
-    uint w_at[COLUMNS_MAX]; // columns past the end read the last one and are not written
-    [[unroll]] for (uint j = 0; j < COLUMNS; j++) {
-        uint n = min(n0 + j * SG, p.n_out - 1);
-        w_at[j] = (n / NB * p.panel_cells + p.first_cell) * NB + n % NB;
+    uint w_at[SETS * COLUMNS_MAX]; // columns past the end read the last one and are not written
+    [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++) {
+        uint n = column(min(n0 + j % COLUMNS * SG, p.n_out - 1), j / COLUMNS);
+        w_at[j] = (n / NB * p.panel_cells + FIRST_CELL) * NB + n % NB;
     }
     uint x_at[X_MAX]; // rows past the end read the last one and are not written
     [[unroll]] for (uint r = 0; r < X_REGS; r++) {
@@ -92,9 +140,9 @@ void main()
                     inverse[r] = of_row;
         }
 #endif
-    float acc[RM][COLUMNS_MAX];
+    float acc[RM][SETS * COLUMNS_MAX];
     [[unroll]] for (int i = 0; i < RM; i++)
-        [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+        [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
             acc[i][j] = 0;
 
     for (uint cell = 0; cell < p.k_cells; cell += KB / CELL) {
@@ -113,27 +161,35 @@ void main()
             }
 #endif
         [[unroll]] for (uint s = 0; s < KB / CELL; s++) {
-            uvec4 cells[COLUMNS_MAX];
-            [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+            uvec4 cells[SETS * COLUMNS_MAX];
+            [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
                 cells[j] = LOAD_CELL(w_at[j] + (cell + s) * NB);
             [[unroll]] for (uint quad = 0; quad < CELL / 4; quad++) {
-                vec4 w[COLUMNS_MAX];
-                [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+                vec4 w[SETS * COLUMNS_MAX];
+                [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
                     w[j] = cell_values(cells[j], quad);
                 [[unroll]] for (int i = 0; i < RM; i++)
                     [[unroll]] for (int c = 0; c < 4; c++) {
                         uint e = i * KB + s * CELL + quad * 4 + c;
                         float value = subgroupBroadcast(X_PART(x[e / XV / SG], e), e / XV % SG);
-                        [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+                        [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
                             acc[i][j] = fma(value, w[j][c], acc[i][j]);
                     }
             }
         }
     }
 
+#ifdef PAIRS
+    [[unroll]] for (int i = 0; i < RM; i++)
+        if (m0 + i < p.n_rows)
+            [[unroll]] for (uint j = 0; j < COLUMNS; j++)
+                if (n0 + j * SG < p.n_out)
+                    finish_pair(m0 + i, n0 + j * SG, acc[i][j], acc[i][COLUMNS + j]);
+#else
     [[unroll]] for (int i = 0; i < RM; i++)
         if (m0 + i < p.n_rows)
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                 if (n0 + j * SG < p.n_out)
                     p.dst.at[(m0 + i) * p.out_stride + n0 + j * SG] = linear_epilogue(p, acc[i][j], m0 + i, n0 + j * SG);
+#endif
 }

@@ -89,6 +89,50 @@ def test_linear(on, families, rng, n, k, weight_type):
                 agree(on, verify.linear(rng, rows, n, k, weight_type, bias=i % 2 == 0, add=i % 3 == 0, softcap=3.0 * (i % 4 == 0), family=family, decode=decode))
 
 
+PAIRS = [("gate", {"width": 1}), ("gate", {"width": 77, "act": 1}), ("gate", {"width": 160, "act": 2}), ("rotate", {"heads": (1, 1, 2)}), ("rotate", {"heads": (4, 2, 10)}),
+         ("rotate", {"heads": (3, 1, 64)}), ("rotate", {"heads": (6, 2, 80)})]
+
+
+@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("kind, shape", PAIRS, ids=str)
+def test_linear_pairs(on, families, rng, kind, shape, weight_type):
+    for rows in (1, 2, 3, 5, 8, 17):
+        for family in families:
+            agree(on, verify.linear_pairs(rng, rows, 53, kind, weight_type, bias=rows % 2 == 0, family=family, **shape))
+
+
+@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("kind, shape", PAIRS, ids=str)
+def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(on, families, rng, kind, shape, weight_type):
+    """Norm, product, and act or rope, each by its own kernel: what a run does where somebody looks at what lies between. (Only devices whose workgroups are
+    one subgroup fuse, which software devices are.)"""
+    for rows in (1, 2, 4, 7):
+        problem = verify.linear_pairs(rng, rows, 53, kind, weight_type, bias=True, **shape)
+        a, b = problem.arguments, problem.buffers
+        x_stride, n = a["x_stride"], a["n"]
+        normed = on.run("norm", {"x": "x", "gain": "gain", "dst": "dst", "width": 53, "stride": x_stride, "n_rows": rows, "eps": a["eps"], "flags": 0},
+                        {"x": b["x"], "gain": b["gain"], "dst": np.zeros((rows, x_stride), np.float32)})[0]["dst"]
+        stride = verify.row_stride(n)
+        out = on.run("linear", {"x": "x", "dst": "dst", "weights": "weights", "bias": "bias", "weight_type": weight_type, "n": n, "k": 53, "n_rows": rows,
+                                "x_stride": x_stride, "dst_stride": stride},
+                     {"x": normed, "weights": b["weights"], "bias": b["bias"], "dst": np.zeros((rows, stride), np.float32)})[0]["dst"]
+        if kind == "gate":
+            width = n // 2
+            want = {"dst": on.run("act", {"gate_up": "x", "dst": "dst", "width": width, "in_stride": stride, "out_stride": a["dst_stride"], "act": a["act"], "n_tokens": rows},
+                                  {"x": out, "dst": b["dst"]})[0]["dst"]}
+        else:
+            turned = on.run("rope", {"qkv": "x", "n_heads": a["n_heads"], "n_kv_heads": a["n_kv_heads"], "d_head": a["d_head"], "stride": stride, "eps": 1e-6, "flags": 6,
+                                     "n_tokens": rows} | {name: name for name in ("angles", "tokens", "k_cache", "v_cache")},
+                            {"x": out} | {name: b[name] for name in ("angles", "tokens", "k_cache", "v_cache")})[0]
+            width = a["n_heads"] * a["d_head"]
+            want = {"dst": turned["x"], "k_cache": turned["k_cache"], "v_cache": turned["v_cache"]}
+        for family in [f for f in families if f < 2]:
+            got = on.run("linear_pairs", a | {"family_plus_1": family + 1}, b)[0]
+            for name, array in want.items():
+                columns = slice(None, width) if name == "dst" else slice(None)
+                assert same_bits(got[name][:, columns], array[:, columns]), f"{name}, {rows} rows, family {family}"
+
+
 @pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
 def test_linear_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rng, weight_type):
     """In each phase: for every number of rows, every place among them, and in prefill for every family of kernels."""

@@ -17,6 +17,7 @@
 /* Panels at `weights`, cut into chunks of `chunk_rows` rows (a multiple of 32; 0: one chunk). */
 struct matrix_block { uint64_t weights; uint32_t weight_type, n, k, chunk_rows; };
 struct linear_block { struct op_linear_args params; struct matrix_block matrix; uint32_t family_plus_1; /* 0: the device's own choice */ };
+struct linear_pairs_block { struct op_linear_pairs_args params; struct matrix_block matrix; uint32_t family_plus_1; };
 struct linear_bwd_block { struct op_linear_bwd_args params; struct matrix_block matrix; uint32_t family_plus_1; };
 struct head_out_block { struct op_head_out_args params; struct matrix_block matrix; uint32_t family_plus_1; };
 struct row_norms_block { uint64_t dst; struct matrix_block matrix; };
@@ -45,6 +46,11 @@ static int matrix_make(const struct matrix_block *block, struct op_matrix *matri
 static const struct op_field linear_fields[] = {
     A(x), A(dst), A(bias), A(add), U(n_rows), U(x_stride), U(dst_stride), U(first_k), U(n_k), F(softcap), U(decode), A(gain), F(eps), MATRIX,
     EXTRA(family_plus_1)};
+#undef BLOCK_NAME
+#define BLOCK_NAME linear_pairs_block
+static const struct op_field linear_pairs_fields[] = {
+    A(x), A(gain), A(dst), A(bias), A(angles), A(tokens), A(k_cache), A(v_cache), U(n_rows), U(x_stride), U(dst_stride), U(kind), U(act), U(n_heads),
+    U(n_kv_heads), U(d_head), F(eps), MATRIX, EXTRA(family_plus_1)};
 #undef BLOCK_NAME
 #define BLOCK_NAME linear_bwd_block
 static const struct op_field linear_bwd_fields[] = {
@@ -86,6 +92,15 @@ static int linear_run(struct ops *ops, const void *block, struct error *error) {
     return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear(ops, &matrix, &b->params, error) ? -1 : 0);
 }
 
+static int linear_pairs_run(struct ops *ops, const void *block, struct error *error) {
+    const struct linear_pairs_block *b = block;
+    struct op_matrix matrix;
+    int before = family_begin(ops, b->family_plus_1, error);
+    if (before < 0)
+        return -1;
+    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear_pairs(ops, &matrix, &b->params, error) ? -1 : 0);
+}
+
 static int linear_bwd_run(struct ops *ops, const void *block, struct error *error) {
     const struct linear_bwd_block *b = block;
     struct op_matrix matrix;
@@ -104,6 +119,17 @@ static void linear_twin(struct twin_memory *memory, const void *block) {
         twin_fail(memory, "rows of x must begin at multiples of 8 bytes"); /* kernels may load pairs */
     else
         twin_linear(memory, &matrix, &b->params);
+}
+
+static void linear_pairs_twin(struct twin_memory *memory, const void *block) {
+    const struct linear_pairs_block *b = block;
+    struct op_matrix matrix;
+    if (matrix_make(&b->matrix, &matrix, &memory->error))
+        memory->failed = -1;
+    else if (b->params.x % 8 || b->params.x_stride % 2)
+        twin_fail(memory, "rows of x must begin at multiples of 8 bytes");
+    else
+        twin_linear_pairs(memory, &matrix, &b->params);
 }
 
 static void linear_bwd_twin(struct twin_memory *memory, const void *block) {
@@ -366,7 +392,7 @@ OPS_WITH_BLOCKS(OP)
 #define ROW(name, params_bytes) \
     {#name, sizeof(struct name##_block), params_bytes, name##_fields, sizeof name##_fields / sizeof name##_fields[0], name##_run, name##_twin}
 #define OP(name, run_arguments, twin_arguments) ROW(name, sizeof(((struct name##_block *)0)->params)),
-const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), ROW(linear_bwd, 0), ROW(head_out, 0), ROW(row_norms, 0), OPS_WITH_BLOCKS(OP)};
+const struct op_call op_calls[] = {ROW(embed, 0), ROW(linear, 0), ROW(linear_pairs, 0), ROW(linear_bwd, 0), ROW(head_out, 0), ROW(row_norms, 0), OPS_WITH_BLOCKS(OP)};
 #undef OP
 const int op_calls_count = sizeof op_calls / sizeof op_calls[0];
 

@@ -18,6 +18,14 @@ static const struct variant broadcast[2][3][5] = {
     {[WEIGHT_F32] = VARIANTS(f32, _texels), [WEIGHT_BF16] = VARIANTS(bf16, _texels), [WEIGHT_F16] = VARIANTS(f16, _texels)},
 };
 
+#define PAIRS(type, suffix) \
+    {{KERNEL_linear_pairs_##type##_1##suffix, 1, 0}, {KERNEL_linear_pairs_##type##_2##suffix, 2, 0}, {KERNEL_linear_pairs_##type##_4##suffix, 4, 0}, \
+     {KERNEL_linear_pairs_##type##_8##suffix, 8, 0}}
+static const struct variant pairs[2][3][4] = {
+    {[WEIGHT_F32] = PAIRS(f32, ), [WEIGHT_BF16] = PAIRS(bf16, ), [WEIGHT_F16] = PAIRS(f16, )},
+    {[WEIGHT_F32] = PAIRS(f32, _texels), [WEIGHT_BF16] = PAIRS(bf16, _texels), [WEIGHT_F16] = PAIRS(f16, _texels)},
+};
+
 static const struct variant tiled[3] = {
     [WEIGHT_F32] = {KERNEL_linear_f32_tiled, 64, 64}, [WEIGHT_BF16] = {KERNEL_linear_bf16_tiled, 64, 64}, [WEIGHT_F16] = {KERNEL_linear_f16_tiled, 64, 64}};
 #define DECODE(type) {{KERNEL_linear_##type##_decode_1, 1, 32}, {KERNEL_linear_##type##_decode_4, 4, 32}, {KERNEL_linear_##type##_decode_8, 8, 32}}
@@ -55,12 +63,15 @@ static const struct variant *variant_choose(const struct ops *ops, uint32_t type
     return &broadcast[ops->linear_family == LINEAR_TEXELS][type][i];
 }
 
+/* Columns of a workgroup whose subgroups take one panel each. */
+static uint32_t panel_columns(const struct ops *ops) {
+    return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
+}
+
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
     if (ops->linear_family == LINEAR_TILED)
         return variant->columns;
-    if (variant->columns)
-        return variant->columns * ops->workgroup;
-    return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
+    return variant->columns ? variant->columns * ops->workgroup : panel_columns(ops);
 }
 
 /* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time. Rows are independent: no bit changes. */
@@ -114,6 +125,32 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
         if (chunk_multiply(ops, matrix, c, args, n_inputs, error))
             return -1;
     return 0;
+}
+
+int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix, uint32_t n_rows) {
+    double flops = 2.0 * n_rows * matrix->n * matrix->k;
+    return op_linear_norms(ops, n_rows) && matrix->n_chunks == 1 && flops <= gpu_stream_flops_bound(ops->stream);
+}
+
+int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_pairs_args *args, struct error *error) {
+    uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = panel_columns(ops), heads = args->n_heads + 2 * args->n_kv_heads;
+    int rotate = args->kind == PAIRS_ROTATE, texels = ops->linear_family == LINEAR_TEXELS;
+    const struct variant *variant = &pairs[texels][matrix->type][n_rows <= 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : 3];
+    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_chunks != 1 || args->x_stride < (matrix->k + 15) / 16 * 16 ||
+        (rotate && (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n || args->dst_stride < args->n_heads * args->d_head)) ||
+        (!rotate && args->dst_stride < n_pairs))
+        return error_set(error, ERROR_VALUE, "%u outputs in %u pieces cannot be finished in pairs: %u heads of %u, rows of %u", matrix->n, matrix->n_chunks, heads,
+                         args->d_head, args->dst_stride);
+    struct linear_pairs_params params = {
+        .x = args->x, .weights = matrix->chunks[0].address, .dst = args->dst, .bias = args->bias, .gain = args->gain, .angles = args->angles,
+        .tokens = args->tokens, .k_cache = args->k_cache, .v_cache = args->v_cache, .n_rows = n_rows, .n_out = n_pairs,
+        .half_ = rotate ? args->d_head / 2 : n_pairs, .k_cells = matrix->k_cells, .panel_cells = matrix->k_cells, .x_stride = args->x_stride,
+        .out_stride = args->dst_stride, .flags = LINEAR_NORM | (args->bias ? LINEAR_BIAS : 0), .width = matrix->k, .eps = args->eps, .kind = args->kind,
+        .act = args->act, .n_heads = args->n_heads, .n_kv_heads = args->n_kv_heads};
+    if (texels && gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, matrix->n, matrix->k), error))
+        return -1;
+    return gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n_rows + variant->rows - 1) / variant->rows,
+                               (n_pairs + columns - 1) / columns, 1, 2.0 * n_rows * matrix->n * matrix->k, error);
 }
 
 int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count, struct op_matrix *rows, struct error *error) {
@@ -214,6 +251,8 @@ int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error) {
         kernels[n++] = variant_choose(ops, type, rows, 0)->kernel;
         kernels[n++] = variant_choose(ops, type, rows, 1)->kernel;
     }
+    for (int i = 0; i < 4 && op_linear_norms(ops, 1); i++)
+        kernels[n++] = pairs[ops->linear_family == LINEAR_TEXELS][type][i].kernel;
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }
 

@@ -83,6 +83,17 @@ struct op_linear_args {
 /* Can a product of this many rows normalise its input with the bits of op_norm? */
 int op_linear_norms(const struct ops *ops, uint32_t n_rows);
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
+
+/* dst = what op_act (PAIRS_GATE) or op_rope (PAIRS_ROTATE: no norm per head) makes of norm(x) W^T + bias, without [M, n] in between: the same bits. */
+struct op_linear_pairs_args {
+    uint64_t x, gain, dst, bias; /* [M, x_stride], [k], [M, dst_stride]: GATE n / 2 columns, ROTATE q; [n] or 0 */
+    uint64_t angles, tokens, k_cache, v_cache; /* ROTATE, as rope_params */
+    uint32_t n_rows, x_stride, dst_stride, kind, act, n_heads, n_kv_heads, d_head;
+    float eps;
+};
+/* Has it those bits, and is it worth it, for this many rows of this matrix? Where op_linear_norms says so, and the matrix is of one piece. */
+int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix, uint32_t n_rows);
+int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_pairs_args *args, struct error *error);
 /* Rows [first, first + count) as a matrix of their own, in the same memory; `first` a multiple of 32. Its first row is row 0. Fails only outside. */
 int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count, struct op_matrix *rows, struct error *error);
 

@@ -33,7 +33,7 @@ void twin_norm(struct twin_memory *memory, const struct norm_params *p, uint32_t
     }
 }
 
-static double activate(uint32_t act, double x) {
+double twin_activate(uint32_t act, double x) {
     switch (act) {
     case ACT_SILU:
         return x / (1 + exp(-x));
@@ -51,7 +51,7 @@ void twin_act(struct twin_memory *memory, const struct act_params *p, uint32_t n
         for (uint32_t i = 0; i < p->width; i++) {
             double gate = *twin_float(memory, p->gate_up, (uint64_t)t * p->in_stride + i);
             double up = *twin_float(memory, p->gate_up, (uint64_t)t * p->in_stride + p->width + i);
-            *twin_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = activate(p->act, gate) * up;
+            *twin_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = twin_activate(p->act, gate) * up;
         }
 }
 

@@ -60,6 +60,54 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, con
     }
 }
 
+/* Outputs (n, n + half) of norm(x) W^T + bias: act(first) * second, or a head's halves rotated, into dst (q) and the cache (k, v). */
+static void finish_pair(struct twin_memory *memory, const struct op_linear_pairs_args *args, uint32_t m, uint32_t pair, double first, double second) {
+    if (args->kind == PAIRS_GATE) {
+        *twin_float(memory, args->dst, (uint64_t)m * args->dst_stride + pair) = twin_activate(args->act, first) * second;
+        return;
+    }
+    uint32_t half = args->d_head / 2, head = pair / half, i = pair % half;
+    struct token_meta token = twin_token(memory, args->tokens, m);
+    if (head < args->n_heads + args->n_kv_heads) {
+        uint64_t angle = 2 * ((uint64_t)token.pos * half + i);
+        double c = *twin_float(memory, args->angles, angle), s = *twin_float(memory, args->angles, angle + 1), a = first;
+        first = a * c - second * s;
+        second = second * c + a * s;
+    }
+    int is_q = head < args->n_heads, is_v = head >= args->n_heads + args->n_kv_heads;
+    uint64_t at = is_q ? (uint64_t)m * args->dst_stride + head * args->d_head
+                       : ((uint64_t)token.slot * args->n_kv_heads + head - args->n_heads - (is_v ? args->n_kv_heads : 0)) * args->d_head;
+    uint64_t to = is_q ? args->dst : is_v ? args->v_cache : args->k_cache;
+    *twin_float(memory, to, at + i) = first;
+    *twin_float(memory, to, at + half + i) = second;
+}
+
+void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_pairs_args *args) {
+    uint32_t half = args->kind == PAIRS_GATE ? matrix->n / 2 : args->d_head / 2, heads = args->n_heads + 2 * args->n_kv_heads;
+    if (half == 0 || matrix->n % (2 * half) || args->kind > PAIRS_ROTATE || (args->kind == PAIRS_GATE && args->act > ACT_GELU) ||
+        (args->kind == PAIRS_ROTATE && (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n)))
+        twin_fail(memory, "%u outputs do not pair: kind %u, %u heads of %u", matrix->n, args->kind, heads, args->d_head);
+    for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
+        double squares = 0;
+        for (uint32_t k = 0; k < matrix->k; k++) {
+            double x = *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k);
+            squares += x * x;
+        }
+        double inverse = 1 / sqrt(squares / matrix->k + args->eps);
+        for (uint32_t pair = 0; pair < matrix->n / 2 && !memory->failed; pair++) {
+            double sums[2];
+            for (uint32_t set = 0; set < 2; set++) {
+                uint32_t n = pair / half * 2 * half + pair % half + set * half;
+                sums[set] = args->bias ? *twin_float(memory, args->bias, n) : 0;
+                for (uint32_t k = 0; k < matrix->k; k++)
+                    sums[set] += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * inverse * *twin_float(memory, args->gain, k) *
+                                 weight(memory, matrix, n, k);
+            }
+            finish_pair(memory, args, m, pair, sums[0], sums[1]);
+        }
+    }
+}
+
 /* dx[m, k] = sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), pad columns of both included. */
 void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_bwd_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : (matrix->k + 15) / 16 * 16, n_sum = args->n_sum ? args->n_sum : matrix->n;

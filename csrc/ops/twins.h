@@ -36,6 +36,7 @@ uint32_t twin_word(struct twin_memory *memory, uint64_t address, uint64_t index)
 struct token_meta twin_token(struct twin_memory *memory, uint64_t tokens, uint64_t index);
 /* Sizes that a kernel divides by or takes for granted; nonzero: senseless. */
 int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads);
+double twin_activate(uint32_t act, double x); /* act: one of ACT_* */
 /* A tile is 1 to 8 tokens of one row with positions that count up, and every key of its last one fits a row of scores. */
 struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles, uint32_t index, uint32_t first_token, uint32_t key_stride);
 /* Keys [start, pos] are what a query sees. */
@@ -51,6 +52,7 @@ static inline uint32_t twin_window_start(uint32_t pos, uint32_t window) {
 
 /* twin_linear.c: matrices lie in panels of words, as on the device. */
 void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_args *args);
+void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_pairs_args *args);
 void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_bwd_args *args);
 void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
                 uint32_t stride);

@@ -71,6 +71,14 @@ static int norm_product(struct run_work *work, int scale_site, int normalized_si
     return product(work, matrix, address(work->norm), work->d_stride, bias, 0, dst, dst_stride, error);
 }
 
+/* Does nobody look at these sites of a layer, nor keep what lies between a norm and what its product becomes? */
+static int unseen(const struct run_work *work, const int *sites, int n, int layer) {
+    for (int i = 0; i < n; i++)
+        if (site_wanted(work, sites[i], layer))
+            return 0;
+    return !work->tape && !work->observer;
+}
+
 static int frozen(const struct run_work *work, int layer) {
     return work->chunk.batch->frozen && work->chunk.batch->frozen[layer];
 }
@@ -85,6 +93,14 @@ static int attention_inputs(struct run_work *work, struct run_cache *cache, int 
                                .v_cache = address(cache->v[l]), .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head,
                                .stride = work->qkv_stride, .eps = f->norm_eps,
                                .flags = (f->qk_norm ? ROPE_QK_NORM : 0) | ROPE_ROTATE | ROPE_STORE};
+    static const int between[] = {SITE_LN1_SCALE, SITE_LN1_NORMALIZED, SITE_Q, SITE_K, SITE_V, SITE_ROT_Q, SITE_ROT_K};
+    if (!f->qk_norm && unseen(work, between, 7, l) && op_linear_pairs_offered(&work->model->ops, &layer->qkv, work->chunk.n_tokens)) {
+        struct op_linear_pairs_args args = {.x = address(work->x), .gain = layer->ln1, .dst = q, .bias = layer->b_qkv, .angles = rope.angles, .tokens = rope.tokens,
+                                            .k_cache = rope.k_cache, .v_cache = rope.v_cache, .n_rows = work->chunk.n_tokens, .x_stride = work->d_stride,
+                                            .dst_stride = work->qkv_stride, .kind = PAIRS_ROTATE, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads,
+                                            .d_head = f->d_head, .eps = f->norm_eps};
+        return op_linear_pairs(&work->model->ops, &layer->qkv, &args, error);
+    }
     RUN(norm_product(work, SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l, layer->ln1, &layer->qkv, layer->b_qkv, q, work->qkv_stride,
                      site_edited(work, SITE_V, l), error));
     RUN(visit_rows(work, SITE_Q, l, q, work->qkv_stride, 0, error));
@@ -223,6 +239,11 @@ static int block_output(struct run_work *work, int l, int out_site, int scale_si
     }
     struct copy_params add = {.x = out, .dst = x, .add = x, .n_rows = work->chunk.n_tokens, .width = work->model->facts.d_model,
                               .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ADD};
+    if (rows && !site_wanted(work, out_site, l) && !work->observer) { /* picked and added in one */
+        add.rows = rows;
+        add.flags |= COPY_ROWS;
+        return op_copy(ops, &add, error);
+    }
     if (rows) {
         struct copy_params pick = {.x = out, .dst = address(post_gain ? work->out : work->norm), .rows = rows, .n_rows = add.n_rows, .width = add.width,
                                    .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
@@ -254,17 +275,31 @@ static int attention_block(struct run_work *work, struct run_cache *cache, int l
     return block_output(work, l, SITE_ATTN_OUT, SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED, layer->ln1_post, 0, error);
 }
 
-static int mlp_block(struct run_work *work, int l, struct error *error) {
+/* work->post = act(gate) * up of the normed stream, with their sites. */
+static int mlp_post(struct run_work *work, int l, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
-    uint64_t x = address(work->x), gate = work->at_gate_up, post = address(work->post);
-    uint64_t rows = frozen(work, l) ? work->chunk.mlp_rows : 0;
+    uint64_t gate = work->at_gate_up, post = address(work->post);
+    static const int between[] = {SITE_LN2_SCALE, SITE_LN2_NORMALIZED, SITE_MLP_PRE, SITE_MLP_PRE_LINEAR};
+    if (unseen(work, between, 4, l) && op_linear_pairs_offered(&work->model->ops, &layer->gate_up, work->chunk.n_tokens)) {
+        struct op_linear_pairs_args args = {.x = address(work->x), .gain = layer->ln2, .dst = post, .bias = layer->b_gate_up, .n_rows = work->chunk.n_tokens,
+                                            .x_stride = work->d_stride, .dst_stride = work->mlp_stride, .kind = PAIRS_GATE, .act = f->act, .eps = f->norm_eps};
+        return op_linear_pairs(&work->model->ops, &layer->gate_up, &args, error);
+    }
     RUN(norm_product(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, layer->ln2, &layer->gate_up, layer->b_gate_up, gate, work->gate_up_stride, 0, error));
     RUN(visit_rows(work, SITE_MLP_PRE, l, gate, work->gate_up_stride, 0, error));
     RUN(visit_rows(work, SITE_MLP_PRE_LINEAR, l, gate + 4 * (uint64_t)f->d_mlp, work->gate_up_stride, 0, error));
     struct act_params act = {.gate_up = gate, .dst = post, .width = f->d_mlp, .in_stride = work->gate_up_stride, .out_stride = work->mlp_stride,
                              .act = f->act};
-    RUN(op_act(&work->model->ops, &act, work->chunk.n_tokens, error));
+    return op_act(&work->model->ops, &act, work->chunk.n_tokens, error);
+}
+
+static int mlp_block(struct run_work *work, int l, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    uint64_t x = address(work->x), post = address(work->post);
+    uint64_t rows = frozen(work, l) ? work->chunk.mlp_rows : 0;
+    RUN(mlp_post(work, l, error));
     RUN(visit_rows(work, SITE_MLP_POST, l, post, work->mlp_stride, 0, error));
     if (!f->post_norms && !rows && !work->observer && !site_wanted(work, SITE_MLP_OUT, l))
         return product(work, &layer->down, post, work->mlp_stride, layer->b_down, x, x, work->d_stride, error);

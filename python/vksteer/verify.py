@@ -27,6 +27,7 @@ TILE = 8
 BOUNDS = {
     "embed": 2e-7,  # 0.4e-7
     "linear": 1.5e-6,  # 2.9e-7, of sum |x w| + |bias| + |add|, K up to 257
+    "linear_pairs": 1.2e-6,  # 2.8e-7, of sum |x gain w| + |bias|
     "norm": 2e-6,  # 4.5e-7, width 1024
     "rope": 1e-6,  # 2.2e-7
     "attn_scores": 1.5e-6,  # 2.6e-7, of sum |q k|
@@ -153,6 +154,35 @@ def linear(rng, rows, n, k, weight_type=0, bias=False, add=False, softcap=0.0, f
         arguments["family_plus_1"] = family + 1
     extras = "".join(f" {name}" for name, there in (("bias", bias), ("add", add), ("softcap", softcap), (f"k from {first_k}", n_k), ("chunks", chunk_rows), (f"family {family}", family), ("decode", decode)) if there)
     return Problem("linear", f"{rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}", arguments, buffers, {"dst": np.pad(unit, ((0, 0), (0, dst_stride - n)))})
+
+
+def linear_pairs(rng, rows, k, kind, weight_type=0, width=0, heads=(0, 0, 0), act=0, bias=False, family=None) -> Problem:
+    """kind: "gate" (width outputs twice) or "rotate" (heads: query heads, key/value heads, head size)."""
+    n_heads, n_kv_heads, d_head = heads
+    n = 2 * width if kind == "gate" else (n_heads + 2 * n_kv_heads) * d_head
+    words, weights = panels(numbers(rng, n, k), weight_type)
+    columns = width if kind == "gate" else n_heads * d_head
+    x_stride, dst_stride = row_stride(k), row_stride(columns)
+    packed = Packed([(3, 1)] * rows)
+    angle = np.arange(packed.n_keys + 1)[:, None] * 10000.0 ** (-np.arange(d_head // 2) / max(d_head / 2, 1))[None]
+    buffers = {"weights": words, "x": padded(numbers(rng, rows, k), x_stride, 0.0), "gain": padded(numbers(rng, 1, k), x_stride, 0.0)[0], "dst": nothing(rows, dst_stride)}
+    if bias:
+        buffers["bias"] = numbers(rng, n)
+    if kind == "rotate":
+        buffers |= {"angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32), "tokens": packed.tokens,
+                    "k_cache": nothing(packed.n_slots, n_kv_heads * d_head), "v_cache": nothing(packed.n_slots, n_kv_heads * d_head)}
+    x = buffers["x"][:, :k].astype(np.float64)
+    terms = np.abs(x / np.sqrt((x**2).mean(1, keepdims=True)) * buffers["gain"][:k]) @ np.abs(weights).T + (np.abs(buffers["bias"]) if bias else 0)
+    units = {name: terms.max() for name in ("dst", "k_cache", "v_cache")}
+    if kind == "gate":  # an error of either is as large as the other makes it
+        units = {"dst": np.pad(terms[:, :width] * terms[:, width:], ((0, 0), (0, dst_stride - width)), constant_values=1)}
+    arguments = {name: name for name in buffers} | {
+        "weight_type": weight_type, "n": n, "k": k, "chunk_rows": 0, "n_rows": rows, "x_stride": x_stride, "dst_stride": dst_stride,
+        "kind": ("gate", "rotate").index(kind), "act": act, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "eps": 1e-5}
+    if family is not None:
+        arguments["family_plus_1"] = family + 1
+    return Problem("linear_pairs", f"{kind} {rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{' bias' if bias else ''}{'' if family is None else f' family {family}'}",
+                   arguments, buffers, units)
 
 
 def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, chunk_rows=0) -> Problem:
@@ -414,6 +444,9 @@ def problems(seed=0) -> Iterator[Problem]:
             yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True)
         yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, chunk_rows=64)
         yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
+        for rows in (1, 2, 3, 8, 9):
+            yield linear_pairs(rng, rows, 53, "gate", weight_type, width=77, act=rows % 3, bias=rows == 3)
+            yield linear_pairs(rng, rows, 80, "rotate", weight_type, heads=(4, 2, 10 if rows == 2 else 64), bias=rows != 8)
     for flags in ((), ("add",), ("rows",), ("write_scale", "write_normalized"), ("read_scale", "write_normalized", "no_out"), ("read_normalized", "add")):
         yield norm(rng, 3, 257, flags)
     for d_head in (2, 6, 64, 80, 128):

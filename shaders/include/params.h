@@ -101,6 +101,37 @@ BLOCK(linear_params) {
     float eps;
 };
 
+#define PAIRS_GATE 0   /* dst[m, i] = act(first) * second */
+#define PAIRS_ROTATE 1 /* [q | k | v] of heads: q rotated into dst, k rotated and v into the cache */
+
+/* A product whose outputs meet in pairs (n, n + half), each input RMS-normalised on the way in: what act.comp or rope.comp would make of it. Few rows,
+ * software drivers: see linear.comp. */
+BLOCK(linear_pairs_params) {
+    ADDRESS(Inputs) x;          /* [M, x_stride] */
+    ADDRESS(Panels) weights;    /* panels of 32 rows */
+    ADDRESS(FloatsOut) dst;     /* GATE: [M, out_stride]; ROTATE: q in [M, out_stride] */
+    ADDRESS(FloatsIn) bias;     /* [N] */
+    ADDRESS(FloatsIn) gain;     /* [K] */
+    ADDRESS(FloatsIn) angles;   /* ROTATE: as rope_params, and what follows */
+    ADDRESS(Tokens) tokens;     /* [M] */
+    ADDRESS(FloatsOut) k_cache;
+    ADDRESS(FloatsOut) v_cache;
+    UINT n_rows;
+    UINT n_out;                 /* pairs: N / 2 */
+    UINT half_;                 /* GATE: N / 2; ROTATE: dh / 2 */
+    UINT k_cells;
+    UINT panel_cells;
+    UINT x_stride;
+    UINT out_stride;
+    UINT flags;                 /* LINEAR_BIAS, LINEAR_NORM */
+    UINT width;
+    float eps;
+    UINT kind;                  /* PAIRS_* */
+    UINT act;                   /* GATE */
+    UINT n_heads;               /* ROTATE */
+    UINT n_kv_heads;
+};
+
 #define ROPE_QK_NORM 1
 #define ROPE_ROTATE 2
 #define ROPE_STORE 4   /* write k and v into the cache */
