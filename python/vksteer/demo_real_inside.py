@@ -10,9 +10,9 @@ from pathlib import Path
 from .vectors import digest
 
 #: Samples that gradients are taken on; prompts a side, new tokens and thresholds of the sparsity curve.
-SAMPLES, SPARSITY_PROMPTS, SPARSITY_TOKENS, TAUS = 12, 32, 32, (0.3, 0.7, 1.2, 2.0)
-#: Training: the prompts of the vector, few epochs, a high rate (method.md section 2 gives .01 to .04).
-EPOCHS, BATCH, LR = 4, 12, 0.04
+SAMPLES, SPARSITY_PROMPTS, SPARSITY_TOKENS, TAUS = 6, 12, 24, (0.7, 1.5)
+#: Training: prompts a side and tokens of their responses, few epochs, a high rate (method.md section 2 gives .01 to .04); test prompts a side.
+TRAINING_PROMPTS, RESPONSE, EPOCHS, BATCH, LR, TEST = 24, 48, 2, 6, 0.04, 24
 LARGEST, TOP = 12, 8
 
 
@@ -78,13 +78,14 @@ def _trained(model, vector, strengths, splits, out, progress, new_tokens, candid
     kept = out / "inside_pairs.jsonl"
     pairs = steering.TrainingData.load(kept) if kept.exists() else None
     if pairs is None or pairs.meta["vector_hash"] != digest(vector.direction):
-        pairs = steering.training_data(model, *splits["train"], vector, strengths, progress=progress)
+        pairs = steering.training_data(model, *(side[:TRAINING_PROMPTS] for side in splits["train"]), vector, strengths, max_new_tokens=RESPONSE, progress=progress)
         pairs.save(kept)
     lap(f"training data: {pairs.line}")
     if len(pairs) < BATCH:
         return {"pairs": pairs.counts}, f"## A learned vector\n\n{pairs.line}: too few to learn from."
     start = time.perf_counter()
-    training = steering.train_ntp(model, pairs, layer=vector.layer, coefficient=1.0, epochs=EPOCHS, batch_size=BATCH, lr=LR, checkpoint=out / "inside_ntp.npz",
+    training = steering.train_ntp(model, pairs, layer=vector.layer, coefficient=1.0, epochs=EPOCHS, batch_size=BATCH, lr=LR, limit=RESPONSE,
+                                  checkpoint=out / "inside_ntp.npz",
                                   progress=progress)
     learned = training.normalized_to(vector)
     learned.save(out / "qwen_ntp.safetensors")
@@ -92,7 +93,7 @@ def _trained(model, vector, strengths, splits, out, progress, new_tokens, candid
     harmful, harmless = splits["validation"]
     sweep = steering.sweep(model, learned, candidates, harmful, harmless, max_new_tokens=SPARSITY_TOKENS, progress=progress)
     pair = sweep.best_pair or strengths
-    compared = steering.compare(model, {"DIM": vector, "NTP": learned}, *splits["test"], {"DIM": strengths, "NTP": pair}, max_new_tokens=new_tokens, n_samples=SAMPLES,
+    compared = steering.compare(model, {"DIM": vector, "NTP": learned}, *(side[:TEST] for side in splits["test"]), {"DIM": strengths, "NTP": pair}, max_new_tokens=new_tokens, n_samples=SAMPLES,
                                 circuits=False, progress=progress)
     lap("NTP beside DIM")
     text = "\n\n".join([f"## A learned vector beside it\n\nNext-token prediction on {pairs.line}; {EPOCHS} epochs of batches of {BATCH}, lr {LR}, the norm of the other one "
