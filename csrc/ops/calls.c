@@ -83,65 +83,38 @@ static int family_end(struct ops *ops, int before, int failed) {
     return failed;
 }
 
-static int linear_run(struct ops *ops, const void *block, struct error *error) {
-    const struct linear_block *b = block;
-    struct op_matrix matrix;
-    int before = family_begin(ops, b->family_plus_1, error);
-    if (before < 0)
-        return -1;
-    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear(ops, &matrix, &b->params, error) ? -1 : 0);
-}
+/* Products: of a matrix, by a family of kernels. */
+#define OP(name) \
+    static int name##_run(struct ops *ops, const void *block, struct error *error) { \
+        const struct name##_block *b = block; \
+        struct op_matrix matrix; \
+        int before = family_begin(ops, b->family_plus_1, error); \
+        if (before < 0) \
+            return -1; \
+        return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_##name(ops, &matrix, &b->params, error) ? -1 : 0); \
+    }
+OP(linear)
+OP(linear_pairs)
+OP(linear_bwd)
+OP(head_out)
+#undef OP
 
-static int linear_pairs_run(struct ops *ops, const void *block, struct error *error) {
-    const struct linear_pairs_block *b = block;
-    struct op_matrix matrix;
-    int before = family_begin(ops, b->family_plus_1, error);
-    if (before < 0)
-        return -1;
-    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear_pairs(ops, &matrix, &b->params, error) ? -1 : 0);
-}
-
-static int linear_bwd_run(struct ops *ops, const void *block, struct error *error) {
-    const struct linear_bwd_block *b = block;
-    struct op_matrix matrix;
-    int before = family_begin(ops, b->family_plus_1, error);
-    if (before < 0)
-        return -1;
-    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_linear_bwd(ops, &matrix, &b->params, error) ? -1 : 0);
-}
-
-static void linear_twin(struct twin_memory *memory, const void *block) {
-    const struct linear_block *b = block;
-    struct op_matrix matrix;
-    if (matrix_make(&b->matrix, &matrix, &memory->error))
-        memory->failed = -1;
-    else if (b->params.x % 8 || b->params.x_stride % 2)
-        twin_fail(memory, "rows of x must begin at multiples of 8 bytes"); /* kernels may load pairs */
-    else
-        twin_linear(memory, &matrix, &b->params);
-}
-
-static void linear_pairs_twin(struct twin_memory *memory, const void *block) {
-    const struct linear_pairs_block *b = block;
-    struct op_matrix matrix;
-    if (matrix_make(&b->matrix, &matrix, &memory->error))
-        memory->failed = -1;
-    else if (b->params.x % 8 || b->params.x_stride % 2)
-        twin_fail(memory, "rows of x must begin at multiples of 8 bytes");
-    else
-        twin_linear_pairs(memory, &matrix, &b->params);
-}
-
-static void linear_bwd_twin(struct twin_memory *memory, const void *block) {
-    const struct linear_bwd_block *b = block;
-    struct op_matrix matrix;
-    if (matrix_make(&b->matrix, &matrix, &memory->error))
-        memory->failed = -1;
-    else if (b->params.dy % 8 || b->params.y_stride % 2)
-        twin_fail(memory, "rows of dy must begin at multiples of 8 bytes");
-    else
-        twin_linear_bwd(memory, &matrix, &b->params);
-}
+/* rows: what comes in, which kernels may load in pairs. */
+#define OP(name, rows, stride) \
+    static void name##_twin(struct twin_memory *memory, const void *block) { \
+        const struct name##_block *b = block; \
+        struct op_matrix matrix; \
+        if (matrix_make(&b->matrix, &matrix, &memory->error)) \
+            memory->failed = -1; \
+        else if (b->params.rows % 8 || b->params.stride % 2) \
+            twin_fail(memory, "rows of " #rows " must begin at multiples of 8 bytes"); \
+        else \
+            twin_##name(memory, &matrix, &b->params); \
+    }
+OP(linear, x, x_stride)
+OP(linear_pairs, x, x_stride)
+OP(linear_bwd, dy, y_stride)
+#undef OP
 
 static int embed_run(struct ops *ops, const void *block, struct error *error) {
     const struct embed_block *b = block;
@@ -158,15 +131,6 @@ static void embed_twin(struct twin_memory *memory, const void *block) {
         memory->failed = -1;
     else
         twin_embed(memory, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride);
-}
-
-static int head_out_run(struct ops *ops, const void *block, struct error *error) {
-    const struct head_out_block *b = block;
-    struct op_matrix matrix;
-    int before = family_begin(ops, b->family_plus_1, error);
-    if (before < 0)
-        return -1;
-    return family_end(ops, before, matrix_make(&b->matrix, &matrix, error) || op_head_out(ops, &matrix, &b->params, error) ? -1 : 0);
 }
 
 static void head_out_twin(struct twin_memory *memory, const void *block) {

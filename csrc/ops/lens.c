@@ -14,7 +14,7 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix, const struct op
     int texels = ops->linear_family == LINEAR_TEXELS;
     /* A software device has few workers, and each reads fastest straight through its panel; a GPU wants every (panel, head) at once. */
     uint32_t each = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? args->n_heads : 1;
-    uint32_t columns = (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
+    uint32_t columns = op_panel_columns(ops);
     if (share_check(matrix, args, error))
         return -1;
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {

@@ -63,15 +63,10 @@ static const struct variant *variant_choose(const struct ops *ops, uint32_t type
     return &broadcast[ops->linear_family == LINEAR_TEXELS][type][i];
 }
 
-/* Columns of a workgroup whose subgroups take one panel each. */
-static uint32_t panel_columns(const struct ops *ops) {
-    return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
-}
-
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
     if (ops->linear_family == LINEAR_TILED)
         return variant->columns;
-    return variant->columns ? variant->columns * ops->workgroup : panel_columns(ops);
+    return variant->columns ? variant->columns * ops->workgroup : op_panel_columns(ops);
 }
 
 /* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time. Rows are independent: no bit changes. */
@@ -133,7 +128,7 @@ int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matri
 }
 
 int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_pairs_args *args, struct error *error) {
-    uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = panel_columns(ops), heads = args->n_heads + 2 * args->n_kv_heads;
+    uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = op_panel_columns(ops), heads = args->n_heads + 2 * args->n_kv_heads;
     int rotate = args->kind == PAIRS_ROTATE, texels = ops->linear_family == LINEAR_TEXELS;
     const struct variant *variant = &pairs[texels][matrix->type][n_rows <= 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : 3];
     if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_chunks != 1 || args->x_stride < (matrix->k + 15) / 16 * 16 ||

@@ -64,6 +64,11 @@ static inline uint64_t op_matrix_bytes(uint32_t type, uint32_t rows, uint32_t k)
     return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_cells(type, k) * 16;
 }
 
+/* Columns of a workgroup whose subgroups take one panel each. */
+static inline uint32_t op_panel_columns(const struct ops *ops) {
+    return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
+}
+
 /* Kernels for the same product. The first two are for drivers whose subgroups are vector registers (software), the second reads weights through
  * texel buffers: one chain over k in every phase. The last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split over a workgroup, in an order of its own. */
 enum op_linear_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from . import demo
 from .vectors import digest
 
 #: Samples that gradients are taken on; prompts a side, new tokens and thresholds of the sparsity curve.
@@ -65,10 +66,7 @@ def _sparsity(model, vector, scores, strengths, test, out, progress):
     harmful, harmless = (side[:SPARSITY_PROMPTS] for side in test)
     table = sparsify.sweep(model, vector, scores, harmful, harmless, strengths, taus=TAUS, max_new_tokens=SPARSITY_TOKENS, out=out / "inside_sparsity.jsonl",
                            progress=progress)
-    try:
-        table.plot(out / "qwen_sparsity.png")
-    except ImportError:
-        pass  # said once by demo_real: the table stands without its picture
+    demo.plot(table, out / "qwen_sparsity.png")
     return table.to_dict(), f"## How sparse it may become\n\n{table.to_markdown()}"
 
 
