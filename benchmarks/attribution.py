@@ -51,7 +51,8 @@ class Peer:
         self.torch, self.model = torch, torch_model
         for p in torch_model.parameters():
             p.requires_grad_(False)
-        self.ids, self.v = torch.tensor([some.tokens]), torch.tensor(np.asarray(vector.direction, np.float32))
+        on = torch_model.device
+        self.ids, self.v = torch.tensor([some.tokens], device=on), torch.tensor(np.asarray(vector.direction, np.float32), device=on)
         self.stream = None
         torch_model.model.layers[LAYER].register_forward_pre_hook(self._steer)
         read = slice(len(some.prompt_tokens) - 1, None)

@@ -1,4 +1,4 @@
-// out = act(gate) * up, one workgroup a token and block of columns.
+// out = act(gate) * up. Grid: x = tokens, y = workgroups that share a token's columns.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -9,6 +9,6 @@ layout(push_constant, scalar) uniform Params { act_params p; };
 void main()
 {
     uint t = gl_WorkGroupID.x;
-    for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG)
+    for (uint i = gl_WorkGroupID.y * WG + gl_LocalInvocationID.x; i < p.width; i += WG * gl_NumWorkGroups.y)
         p.dst.at[t * p.out_stride + i] = activate(p.act, p.gate_up.at[t * p.in_stride + i]) * p.gate_up.at[t * p.in_stride + p.width + i];
 }

@@ -22,9 +22,7 @@ void main()
         for (uint d = 0; d < p.d_head; d += SG) {
             uint n = min(SG, p.d_head - d);
             float q = p.qkv.at[q_at + d + min(gl_SubgroupInvocationID, n - 1)];
-            [[unroll]] for (uint s = 0; s < SG; s++)
-                if (s < n)
-                    acc = fma(subgroupBroadcast(q, s), p.k_cache.at[k_at + d + s], acc);
+            FOR_STEPS(n, acc = fma(subgroupBroadcast(q, s), p.k_cache.at[k_at + d + s], acc);)
         }
         float score = acc * p.scale;
         if (p.softcap != 0.0)
@@ -45,9 +43,7 @@ void main()
         for (uint j = start; j <= token.pos; j += SG) {
             uint n = min(SG, token.pos + 1 - j);
             float w = p.scores.at[row + j + min(gl_SubgroupInvocationID, n - 1)];
-            [[unroll]] for (uint s = 0; s < SG; s++)
-                if (s < n)
-                    acc = fma(subgroupBroadcast(w, s), p.v_cache.at[v_at + (j + s) * kv_stride], acc);
+            FOR_STEPS(n, acc = fma(subgroupBroadcast(w, s), p.v_cache.at[v_at + (j + s) * kv_stride], acc);)
         }
         if (d0 + lane < p.d_head)
             p.z.at[(p.first_token + t) * p.z_stride + h * p.d_head + d0 + lane] = acc;

@@ -34,17 +34,17 @@ void main()
         float w[RQ];
         [[unroll]] for (uint i = 0; i < RQ; i++)
             w[i] = p.pattern.at[p_at[i] + j + min(lane, n - 1)];
-        [[unroll]] for (uint s = 0; s < SG; s++)
-            if (s < n) {
-                float v[RN];
-                [[unroll]] for (uint r = 0; r < RN; r++)
-                    v[r] = p.v_cache.at[v_at[r] + (j + s) * kv_stride];
-                [[unroll]] for (uint i = 0; i < RQ; i++) {
-                    float value = subgroupBroadcast(w[i], s);
-                    [[unroll]] for (uint r = 0; r < RN; r++)
-                        acc[i][r] = fma(value, v[r], acc[i][r]);
-                }
-            }
+#define STEP { \
+    float v[RN]; \
+    [[unroll]] for (uint r = 0; r < RN; r++) \
+        v[r] = p.v_cache.at[v_at[r] + (j + s) * kv_stride]; \
+    [[unroll]] for (uint i = 0; i < RQ; i++) { \
+        float value = subgroupBroadcast(w[i], s); \
+        [[unroll]] for (uint r = 0; r < RN; r++) \
+            acc[i][r] = fma(value, v[r], acc[i][r]); \
+    } \
+}
+        FOR_STEPS(n, STEP)
     }
     [[unroll]] for (uint i = 0; i < RQ; i++)
         if (i < tile.count)

@@ -34,17 +34,17 @@ void main()
         float q[RQ];
         [[unroll]] for (uint i = 0; i < RQ; i++)
             q[i] = p.qkv.at[q_at[i] + d + min(lane, n - 1)];
-        [[unroll]] for (uint s = 0; s < SG; s++)
-            if (s < n) {
-                float k[RN];
-                [[unroll]] for (uint r = 0; r < RN; r++)
-                    k[r] = p.k_cache.at[k_at[r] + d + s];
-                [[unroll]] for (uint i = 0; i < RQ; i++) {
-                    float value = subgroupBroadcast(q[i], s);
-                    [[unroll]] for (uint r = 0; r < RN; r++)
-                        acc[i][r] = fma(value, k[r], acc[i][r]);
-                }
-            }
+#define STEP { \
+    float k[RN]; \
+    [[unroll]] for (uint r = 0; r < RN; r++) \
+        k[r] = p.k_cache.at[k_at[r] + d + s]; \
+    [[unroll]] for (uint i = 0; i < RQ; i++) { \
+        float value = subgroupBroadcast(q[i], s); \
+        [[unroll]] for (uint r = 0; r < RN; r++) \
+            acc[i][r] = fma(value, k[r], acc[i][r]); \
+    } \
+}
+        FOR_STEPS(n, STEP)
     }
     [[unroll]] for (uint i = 0; i < RQ; i++)
         if (i < tile.count)

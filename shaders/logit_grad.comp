@@ -8,7 +8,8 @@ layout(push_constant, scalar) uniform Params { logit_grad_params p; };
 
 float cap(float x, float softcap)
 {
-    return softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x;
+    precise float y = softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x; // the same wherever it is computed, so that
+    return y;                                                                              // two equal rows differ by nothing
 }
 
 // The row's largest logit and the log of the sum of exp above it: apart, so that large logits cost no digits.
@@ -19,7 +20,10 @@ float cap(float x, float softcap)
         top = max(top, cap(array.at[row + i], softcap)); \
     top = workgroup_max(top); \
     for (uint i = lane; i < p.width; i += WG) \
-        sum += exp(cap(array.at[row + i], softcap) - top); \
+    { \
+        precise float below = cap(array.at[row + i], softcap) - top; \
+        sum += exp(below); \
+    } \
     log_sum = log(workgroup_sum(sum)); \
 }
 
@@ -36,17 +40,19 @@ void main()
     const uint target = p.kind == LOGIT_GRAD_LOG_PROB ? p.targets.at[r] : 0;
     for (uint i = lane; i < p.width; i += WG) {
         float raw = p.logits.at[row + i], capped = cap(raw, p.softcap), d;
-        float log_p = capped - top - log_sum;
+        precise float log_p = capped - top - log_sum;
         if (p.kind == LOGIT_GRAD_LOG_PROB) {
             d = (i == target ? 1.0 : 0.0) - exp(log_p);
             value += i == target ? log_p : 0.0;
         } else {
-            float log_reference = cap(p.reference.at[row + i], p.reference_softcap) - reference_top - reference_sum, reference = exp(log_reference);
+            precise float log_reference = cap(p.reference.at[row + i], p.reference_softcap) - reference_top - reference_sum;
+            float reference = exp(log_reference);
             if (p.kind == LOGIT_GRAD_KL) {
                 d = exp(log_p) - reference;
                 value = fma(reference, log_reference - log_p, value);
             } else {
-                float log_other = cap(p.other.at[row + i], p.reference_softcap) - other_top - other_sum, other = exp(log_other);
+                precise float log_other = cap(p.other.at[row + i], p.reference_softcap) - other_top - other_sum;
+                float other = exp(log_other);
                 d = reference - other;
                 value += other * (log_other - log_p) - reference * (log_reference - log_p);
             }

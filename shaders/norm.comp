@@ -22,7 +22,8 @@ void main()
         float scale = sqrt(workgroup_sum(sum) / float(p.width) + p.eps);
         if ((p.flags & NORM_WRITE_SCALE) != 0 && lane == 0)
             p.scale.at[r] = scale;
-        inverse = 1.0 / scale;
+        // 1 / sqrt must stay two steps, as it is where the scale is read back: to the compiler these bits might still change.
+        inverse = 1.0 / uintBitsToFloat(floatBitsToUint(scale) | (p.flags & 0x80000000u));
     }
     for (uint i = lane; i < p.width; i += WG) {
         precise float x = p.x.at[from + i]; // no contraction: the separate steps must give the same bits

@@ -1,4 +1,4 @@
-/* Embedding, activation, edits, copies: one workgroup a row. */
+/* Embedding, activation, edits, copies: one workgroup a row, or (activation on GPUs) several. */
 #include "ops/ops.h"
 
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride,
@@ -14,8 +14,11 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
     return 0;
 }
 
+/* One token has too few columns for a workgroup to be worth its start on a software device, and too many for one alone to fill a GPU. */
 int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_act, params, sizeof *params, n_tokens, 1, 1, 30.0 * n_tokens * params->width, error);
+    uint32_t columns = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? params->width : 4 * ops->workgroup;
+    return gpu_stream_dispatch(ops->stream, KERNEL_act, params, sizeof *params, n_tokens, (params->width + columns - 1) / columns, 1,
+                               30.0 * n_tokens * params->width, error);
 }
 
 int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens, struct error *error) {

@@ -250,7 +250,7 @@ static PyObject *model_finish(PyObject *object, PyObject *unused) {
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = model_load_finish(self->model, &error) || (!self->work && run_work_create(&self->work, self->model, RUN_CHUNK, RUN_READBACK, &error));
+    failed = model_load_finish(self->model, &error) || (!self->work && run_work_create(&self->work, self->model, run_chunk(self->model->ops.device), RUN_READBACK, &error));
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);
@@ -262,8 +262,9 @@ static PyObject *model_plan(PyObject *object, PyObject *unused) {
     if (model_check(self))
         return NULL;
     const struct model_facts *f = &self->model->facts;
-    return Py_BuildValue("{s:K,s:K,s:K}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f, RUN_CHUNK, RUN_READBACK),
-                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1, 0));
+    uint32_t chunk = run_chunk(self->model->ops.device);
+    return Py_BuildValue("{s:K,s:K,s:K,s:I}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f, chunk, RUN_READBACK),
+                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1, 0), "chunk", chunk);
 }
 
 /* --- single weights ------------------------------------------------------------------------------------------------------------------- */
@@ -341,7 +342,7 @@ static PyMethodDef model_methods[] = {
     {"load_matrix", model_load_matrix, METH_VARARGS, "load_matrix(name, layer, sources): stacks the sources' rows into one of the model's matrices."},
     {"load_vector", model_load_vector, METH_VARARGS, "load_vector(name, layer, sources): a gain or a bias."},
     {"finish", model_finish, METH_NOARGS, "finish(): checks that nothing is missing; the model can run from now on."},
-    {"plan", model_plan, METH_NOARGS, "plan() -> dict: bytes of weights, work memory, and of cache per token."},
+    {"plan", model_plan, METH_NOARGS, "plan() -> dict: bytes of weights, work memory, and of cache per token; tokens that one pass takes (chunk)."},
     {"apply", model_apply, METH_VARARGS, "apply(matrix, layer, x float32 [n, columns]) -> float32 [n, rows]."},
     {"vector", model_vector, METH_VARARGS, "vector(name, layer) -> float32: a gain with its offset, or a bias."},
     {"rows", model_rows, METH_VARARGS, "rows(matrix, layer, first, n) -> float32 [n, columns]: weights as the device holds them."},

@@ -155,7 +155,7 @@ static int engine_exec(PyObject *module) {
         type_add(module, &tape_spec, &state->tape_type) || type_add(module, &attribution_spec, &state->attribution_type) ||
         type_add(module, &circuits_spec, &state->circuits_type))
         return -1;
-    if (PyModule_AddIntConstant(module, "CHUNK", RUN_CHUNK) || PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE))
+    if (PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE))
         return -1;
     return 0;
 }

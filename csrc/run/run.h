@@ -57,7 +57,7 @@ struct run_batch {
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */
-/* capacity: tokens that go through the layers at once (RUN_CHUNK; a way back needs a whole batch). readback: bytes through which results come back. */
+/* capacity: tokens that go through the layers at once (run_chunk; a way back needs a whole batch). readback: bytes through which results come back. */
 int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, uint64_t readback, struct error *error);
 void run_work_destroy(struct run_work *work);
 uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity, uint64_t readback);
@@ -72,8 +72,8 @@ int run_rows_read(struct run_work *work, const char *matrix, int layer, uint32_t
 /* Copies a vector (a gain with its offset, a bias) to the host. */
 int run_vector_read(struct run_work *work, const char *name, int layer, float *out, struct error *error);
 
-/* Tokens that one forward pass holds at once; longer batches are cut into chunks. */
-#define RUN_CHUNK 512
+/* Tokens that one forward pass on this device holds at once; longer batches are cut into chunks. */
+uint32_t run_chunk(const struct gpu_device *device);
 #define RUN_READBACK (UINT64_C(64) << 20)
 
 #endif

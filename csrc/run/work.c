@@ -5,6 +5,11 @@
 
 #include "run/work.h"
 
+uint32_t run_chunk(const struct gpu_device *device) {
+    /* 512 rows keep a CPU's caches warm, but fill only part of a GPU in the narrow products. */
+    return gpu_device_get_info(device)->type == GPU_SOFTWARE ? 512 : 2048;
+}
+
 uint64_t work_scratch_bytes(const struct model_facts *f, uint32_t capacity) {
     uint64_t token = 4 * (uint64_t)f->n_heads * op_row_stride(capacity), all = token * (capacity < OP_TILE ? OP_TILE : capacity);
     uint64_t least = token * OP_TILE;

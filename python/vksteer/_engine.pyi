@@ -17,7 +17,6 @@ Rows = tuple[Words, Words, Words, Words, Words, Words, Ints, Ints, Ints]
 #: kind, capped, tokens, a, b, weights, reference [n, D], other [n, D], reference_logits [n, V]
 Metric = tuple[int, bool, Words, Words | None, Words | None, Floats, Floats | None, Floats | None, Floats | None]
 
-CHUNK: int
 ATTRIBUTE_TILE: int
 
 def devices() -> list[dict[str, Any]]: ...

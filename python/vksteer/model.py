@@ -185,7 +185,7 @@ class Model:
         from .device import _engine
 
         longest, total = max(lengths) * double, sum(lengths) * double
-        size = min(total, 2 * _engine().CHUNK + 3 * longest)
+        size = min(total, 2 * self._engine.plan()["chunk"] + 3 * longest)
         cache = self._cache  # other threads may exchange it meanwhile
         if cache is None or cache[1] < size:
             self._cache = cache = None

@@ -10,7 +10,8 @@ void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_s
     top = workgroup_max(top);
     float sum = 0.0;
     for (uint j = start + lane; j <= pos; j += WG) {
-        float e = exp(scores.at[row + j] - top);
+        precise float below = scores.at[row + j] - top; // the same bits in every kernel that this is part of
+        float e = exp(below);
         scores.at[row + j] = e;
         sum += e;
     }

@@ -35,6 +35,18 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Edi
 
 layout(constant_id = 0) const uint SG = 8; // subgroup size
 layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
+
+// STEP for s = 0 .. n - 1, n <= SG, unrolled. A whole block asks no question between its steps: GPUs then have all its loads under way at once.
+#define FOR_STEPS(n, STEP) \
+    if (n == SG) { \
+        [[unroll]] for (uint s = 0; s < SG; s++) \
+            STEP \
+    } else { \
+        [[unroll]] for (uint s = 0; s < SG; s++) \
+            if (s < n) \
+                STEP \
+    }
+
 #ifdef FIXED_WORKGROUP
 layout(local_size_x = FIXED_WORKGROUP) in;
 #else
