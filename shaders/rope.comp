@@ -33,23 +33,26 @@ void main()
     uint t = gl_WorkGroupID.x;
     uint pos = p.tokens.at[t].pos, slot = p.tokens.at[t].slot;
     uint kv_width = p.n_kv_heads * p.d_head;
-    for (uint h = gl_SubgroupID; h < p.n_heads + 2 * p.n_kv_heads; h += WG / SG) {
-        uint base = t * p.stride + h * p.d_head;
-        bool is_q = h < p.n_heads, is_k = !is_q && h < p.n_heads + p.n_kv_heads;
-        if ((p.flags & ROPE_QK_NORM) != 0 && (is_q || is_k)) {
+    const uint n_all = p.n_heads + 2 * p.n_kv_heads;
+    for (uint first = 0; first < n_all; first += WG / SG) {
+        const uint h = first + gl_SubgroupID, base = t * p.stride + h * p.d_head;
+        bool is_q = h < p.n_heads, is_k = !is_q && h < p.n_heads + p.n_kv_heads, is_v = !is_q && !is_k && h < n_all;
+        // Subgroups without anything to do come to the barriers, too: lavapipe makes the whole workgroup wait in them, and loses who does not come.
+        if ((p.flags & ROPE_QK_NORM) != 0) {
             if (is_q)
                 head_norm(base, p.q_gain);
-            else
+            else if (is_k)
                 head_norm(base, p.k_gain);
             subgroupMemoryBarrierBuffer();
             subgroupBarrier();
         }
-        if ((p.flags & ROPE_ROTATE) != 0 && (is_q || is_k)) {
-            head_rotate(base, pos);
+        if ((p.flags & ROPE_ROTATE) != 0) {
+            if (is_q || is_k)
+                head_rotate(base, pos);
             subgroupMemoryBarrierBuffer();
             subgroupBarrier();
         }
-        if ((p.flags & ROPE_STORE) != 0 && !is_q)
+        if ((p.flags & ROPE_STORE) != 0 && (is_k || is_v))
             for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG) {
                 float x = p.qkv.at[base + i];
                 if (is_k)

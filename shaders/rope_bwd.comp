@@ -34,14 +34,16 @@ void head_norm_back(uint base, FloatsIn gain)
 void main()
 {
     uint t = gl_WorkGroupID.x, pos = p.tokens.at[t].pos;
-    for (uint h = gl_SubgroupID; h < p.n_heads + p.n_kv_heads; h += WG / SG) {
-        uint base = t * p.stride + h * p.d_head;
+    for (uint first = 0; first < p.n_heads + p.n_kv_heads; first += WG / SG) {
+        const uint h = first + gl_SubgroupID, base = t * p.stride + h * p.d_head;
+        const bool mine = h < p.n_heads + p.n_kv_heads; // all subgroups come to the barrier: see rope.comp
         if ((p.flags & ROPE_ROTATE) != 0) {
-            head_rotate_back(base, pos);
+            if (mine)
+                head_rotate_back(base, pos);
             subgroupMemoryBarrierBuffer();
             subgroupBarrier();
         }
-        if ((p.flags & ROPE_QK_NORM) != 0) {
+        if ((p.flags & ROPE_QK_NORM) != 0 && mine) {
             if (h < p.n_heads)
                 head_norm_back(base, p.q_gain);
             else
