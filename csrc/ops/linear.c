@@ -49,8 +49,7 @@ int op_linear_family_offered(const struct ops *ops, int family) {
     switch (family) {
     case LINEAR_BROADCAST: return 1;
     case LINEAR_TEXELS:
-        /* Mesa 25.0's lavapipe crashes in 128-bit texel fetches unless its vectors have 512 bits. */
-        return info->has_int64 && info->max_texels > 0 && (info->type != GPU_SOFTWARE || info->subgroup_size >= 16);
+        return info->has_int64 && info->max_texels > 0;
     case LINEAR_TILED: return info->max_invocations >= 256;
     default: return 0;
     }
@@ -59,7 +58,8 @@ int op_linear_family_offered(const struct ops *ops, int family) {
 static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows, int decode) {
     if (ops->linear_family == LINEAR_TILED)
         return decode ? &decoding[type][n_rows == 1 ? 0 : n_rows <= 4 ? 1 : 2] : &tiled[type];
-    int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 ? 3 : 4;
+    /* 16 rows of 4 columns are too many accumulators for AVX2's 16 registers of 8 lanes: 8 rows of a panel are faster for any number of rows. */
+    int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 || ops->subgroup == 8 ? 3 : 4;
     return &broadcast[ops->linear_family == LINEAR_TEXELS][type][i];
 }
 
