@@ -41,7 +41,8 @@ uint column(uint n, uint set) { return n; }
 #include "weights.glsl"
 
 const uint NB = 32; // columns in a panel
-const uint KB = 16; // k a step; K is padded to it
+const uint KB_MAX = 16; // K is padded to it
+const uint KB = SG == 8 ? 8 : KB_MAX; // k a step; 8 lanes: AVX2, whose code for 16 (30 KB at 16 x 4) leaves the core's instruction cache
 
 #ifdef RN
 const uint COLUMNS = RN, COLUMNS_MAX = RN;
@@ -62,7 +63,7 @@ const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 #define X_PART(v, e) v
 #endif
 const uint X_REGS = (RM * KB / XV + SG - 1) / SG;
-const uint X_MAX = RM * KB / XV / 4 + 1; // at the smallest SG, 4
+const uint X_MAX = RM * KB_MAX / XV / 4 + 1; // at the smallest SG, 4
 
 #ifndef RN
 // As norm.comp does it with a workgroup of one subgroup.

@@ -19,7 +19,8 @@ layout(push_constant, scalar) uniform Params { linear_bwd_params p; };
 #include "weights.glsl"
 
 const uint NB = 32; // rows of W in a panel
-const uint KB = 16; // n a step
+const uint KB_MAX = 16; // the sum is padded to it
+const uint KB = SG == 8 ? 4 : KB_MAX; // n a step; 8 lanes: AVX2, whose code for 16 leaves the core's instruction cache
 const uint BLOCK = 16 / CELL; // n a block
 
 #ifdef TEXELS
@@ -34,7 +35,7 @@ const uint BLOCK = 16 / CELL; // n a block
 #define Y_PART(v, e) v
 #endif
 const uint Y_REGS = (RM * KB / YV + SG - 1) / SG;
-const uint Y_MAX = RM * KB / YV / 4 + 1; // at the smallest SG, 4
+const uint Y_MAX = RM * KB_MAX / YV / 4 + 1; // at the smallest SG, 4
 
 void main()
 {

@@ -60,6 +60,26 @@ def test_parity_edits_freezing_and_generation(driver, folders, record_property):
     print(f"{driver}: {len(results)} runs, worst {worst['worst']:.1e} ({worst['folder']}, {worst['kernels']})")
 
 
+def test_vector_widths_do_not_share_compiled_fetches(tmp_path):
+    """Mesa's cache on disk would give one width's texel fetches to another: wrong values, or a crash. Also where the folder is a parent's or the user's."""
+    code = """
+import os
+import numpy as np
+from vksteer import verify
+from vksteer.device import _engine
+problem = verify.linear(np.random.default_rng(0), 1, 33, 16, 1)
+device, twin = _engine().Bench(_engine().Device(0)).run("linear", problem.arguments | {"family_plus_1": 2}, problem.buffers)
+assert np.allclose(device["dst"], twin["dst"], atol=1e-3, equal_nan=True), "another width's fetches"
+print(os.environ["MESA_SHADER_CACHE_DIR"])
+"""
+    given = tmp_path / "users"
+    for driver in ("lavapipe 8", "lavapipe 4", "lavapipe 16"):
+        given = quiet(child(code, preamble="", MESA_SHADER_CACHE_DIR=given, **environment(driver))).strip()
+        assert os.path.dirname(given) == str(tmp_path / "users")
+    own = quiet(child(code, preamble="", MESA_SHADER_CACHE_DIR=None, VKSTEER_CACHE=tmp_path, **environment("lavapipe 4"))).strip()
+    assert os.path.dirname(own) == str(tmp_path / "mesa")
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_every_kernel_compiles(driver):
     out = quiet(child("""

@@ -52,9 +52,15 @@ def _prepare_environment() -> None:
             with open("/proc/cpuinfo") as file:
                 flags = next((line for line in file if line.startswith("flags")), "")
         except OSError:
-            return
+            flags = ""
         if " avx512f " in flags and " avx512bw " in flags and " avx512vl " in flags:
             os.environ["LP_NATIVE_VECTOR_WIDTH"] = "512"
+    # Mesa's cache on disk knows lavapipe's compiled texel fetches by their format, not by the width of vectors (25.0): what a process of another width
+    # left there gives wrong values or crashes. So each width has a folder of its own, and other programs' cache is left alone.
+    inherited = Path(os.environ.get("MESA_SHADER_CACHE_DIR") or cache_folder() / "mesa")
+    width = "".join(c for c in os.environ.get("LP_NATIVE_VECTOR_WIDTH", "") if c.isalnum()) or "default"
+    folder = (inherited.parent if inherited.name.startswith("vectors-") else inherited) / f"vectors-{width}"
+    os.environ["MESA_SHADER_CACHE_DIR"] = str(folder)
 
 
 _prepared = False
