@@ -1,6 +1,6 @@
 """Which matrix kernels a model uses: measured once per device, stored, reused, so that the choice can never flip bits between two runs.
 
-The stored choice is keyed by device UUID, driver, engine version and weight type. VKSTEER_KERNELS pins it by name.
+The stored choice is keyed by device UUID, driver, engine version, the kernels themselves and weight type. VKSTEER_KERNELS pins it by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zlib
+from functools import cache
 from pathlib import Path
 
 from .device import cache_folder
@@ -20,10 +22,21 @@ from .device import cache_folder
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 
 
+@cache
+def _kernels_mark() -> str:
+    """Changes with any kernel: what was measured of others says nothing."""
+    from .device import _engine
+
+    mark = 0
+    for _, spirv, _ in _engine().kernels():
+        mark = zlib.crc32(spirv, mark)
+    return f"{mark:08x}"
+
+
 def _key(device, weight_type) -> str:
     from . import __version__
 
-    return " | ".join([device.uuid, device.driver, device.name, f"vksteer {__version__}", weight_type])
+    return " | ".join([device.uuid, device.driver, device.name, f"vksteer {__version__} {_kernels_mark()}", weight_type])
 
 
 def _stored(path: Path) -> dict:
