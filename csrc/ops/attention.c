@@ -27,8 +27,14 @@ int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_til
                                2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head, error);
 }
 
+/* The kernel that takes so many query heads at once, or four of them. */
+int op_attn_decode_kernel(uint32_t group) {
+    static const int kernels[] = {KERNEL_attn_decode_1, KERNEL_attn_decode_2, KERNEL_attn_decode_3, KERNEL_attn_decode_4};
+    return kernels[group < 4 ? group - 1 : 3];
+}
+
 int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_attn_decode, params, sizeof *params, n_tokens, params->n_heads, 1,
+    return gpu_stream_dispatch(ops->stream, op_attn_decode_kernel(params->n_heads / params->n_kv_heads), params, sizeof *params, n_tokens, params->n_kv_heads, 1,
                                4.0 * n_tokens * n_keys * params->n_heads * params->d_head, error);
 }
 

@@ -239,12 +239,13 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct 
     return 0;
 }
 
-int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error) {
-    static const int always[] = {KERNEL_embed, KERNEL_norm, KERNEL_rope, KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix, KERNEL_attn_decode,
+int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error) {
+    static const int always[] = {KERNEL_embed, KERNEL_norm, KERNEL_rope, KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix,
                                  KERNEL_act, KERNEL_edit, KERNEL_copy};
     int kernels[32], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         kernels[n++] = always[i];
+    kernels[n++] = op_attn_decode_kernel(group);
     for (uint32_t rows = 1; rows <= 16; rows *= 2) {
         kernels[n++] = variant_choose(ops, type, rows, 0)->kernel;
         kernels[n++] = variant_choose(ops, type, rows, 1)->kernel;

@@ -119,8 +119,8 @@ int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, ui
 int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, double *flops, struct error *error);
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
-/* Compiles, in parallel, what a model with weights of this type will dispatch with the family in use. */
-int op_kernels_prepare(struct ops *ops, uint32_t type, struct error *error);
+/* Compiles, in parallel, what a model with weights of this type and `group` query heads a key/value head will dispatch with the family in use. */
+int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error);
 int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error); /* the same for gradients: at their first use */
 
 /* --- lens.c --------------------------------------------------------------------------------------------------------------------------- */
@@ -145,6 +145,7 @@ int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t
 int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
 int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
 
+int op_attn_decode_kernel(uint32_t group);
 int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
 
 int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens, struct error *error);

@@ -454,6 +454,8 @@ def problems(seed=0) -> Iterator[Problem]:
         yield attn_scores(rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0)
         yield attn_mix(rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0)
         yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)
+    for group in (1, 3, 4, 7):  # query heads that share keys and values: a kernel each, the last in two turns
+        yield attn_decode(rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0)
     for window in (0, 1, 5):
         yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
     for kind in range(len(ACTIVATIONS)):
