@@ -36,3 +36,39 @@ def test_rows_without_a_common_head(zoo, rng):
     rows = [(rng.integers(0, model.config.d_vocab, n).tolist(), [vs.Steer(v, 1.0)]) for n in (1, 4, 30)]
     want = model.run([p for p, _ in rows], edits=[e for _, e in rows], logits="last").logits
     assert_same_bits("no head", last_logits(model, rows), want)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mistral"])
+@pytest.mark.parametrize("n_head", [0, 9])
+def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
+    from vksteer.resume import PREFIX, streams
+
+    model = zoo.engine(name)
+    c = model.config
+    head = rng.integers(0, c.d_vocab, n_head).tolist()
+    prompts = [head + [i] + rng.integers(0, c.d_vocab, n).tolist() for i, n in enumerate((4, 7, 12, 3))]
+    sites = [f"blocks.{l}.hook_resid_pre" for l in range(c.n_layers)]
+    want = model.run(prompts, capture=sites, logits=None)
+    for reach, expected in ((1, n_head), (5, min(n_head, 8)), (9, min(n_head, 4)), (12, 0)):  # the shortest prompt has n_head + 4 tokens
+        if reach > n_head + 4:
+            continue
+        shared, rest = streams(model, prompts, range(c.n_layers), reach)
+        assert len(shared[0]) == expected
+        for l, site in enumerate(sites):
+            for i, prompt in enumerate(prompts):
+                whole = np.concatenate([shared[l], rest[l][i, len(rest[l][i]) - (len(prompt) - expected):]])
+                assert_same_bits(f"{name} layer {l} prompt {i}", whole, want[site][i, -len(prompt):])
+
+
+def test_a_cache_may_go_while_its_copies_wait(zoo, rng):
+    """Copies are recorded and not waited for: the memory must outlive them."""
+    from vksteer.device import _engine
+
+    model = zoo.engine("qwen2")
+    prompt = rng.integers(0, model.config.d_vocab, 40).tolist()
+    want = model.run([prompt]).logits
+    for _ in range(20):
+        cache = _engine().Cache(model._engine, 4096)
+        cache.copy(0, np.array([1024, 2048], np.uint32), 1024, 0)
+        del cache
+        assert_same_bits("after", model.run([prompt]).logits, want)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..progress import Progress
 from ..prompts import as_list, as_tokens, chunks, token_text
+from ..resume import streams
 from ..vectors import SteeringVector, digest, provenance
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
 from .scores import Scorer, Scores
@@ -149,13 +150,12 @@ def _positions(model, positions) -> np.ndarray:
 def _means(model, rows, positions, bar) -> np.ndarray:
     """Mean resid_pre over prompts, float64 [P, L, D]: summed prompt by prompt, whatever the batches."""
     config = model.config
-    sites = [f"blocks.{l}.hook_resid_pre" for l in range(config.n_layers)]
     longest = max(map(len, rows))
     most = max(1, CAPTURE_BYTES // (4 * longest * config.n_layers * config.d_model))
     total = np.zeros((len(positions), config.n_layers, config.d_model), dtype=np.float64)
     for part in chunks(rows, tokens=8192, most=most):
-        run = model.run(rows[part], capture=sites, logits=None)
-        captured = np.stack([run[site][:, positions] for site in sites], axis=2)  # left-padded: negative positions are the row's own
+        _, rest = streams(model, rows[part], range(config.n_layers), -int(positions[0]))
+        captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)  # left-padded: negative positions are the row's own
         for one in captured:
             total += one
         bar.step(len(captured))
