@@ -123,7 +123,7 @@ def streams(model, prompts, layers, reach: int) -> tuple[dict, dict]:
     The head is empty where too little is shared; at least the last `reach` tokens of every prompt are in the rest.
     """
     names = {l: f"blocks.{l}.hook_resid_pre" for l in layers}
-    if _shared([tuple(p) for p in prompts], 1, reach) == 0:
+    if not hasattr(model, "_layer_inputs") or _shared([tuple(p) for p in prompts], 1, reach) == 0:  # as in steering.scores: a model that has `run` only
         run = model.run([list(p) for p in prompts], capture=list(names.values()), logits=None)
         return {l: run[name][0, :0] for l, name in names.items()}, {l: run[name] for l, name in names.items()}
     keys = {l: model._sites.find_all([name])[0].key for l, name in names.items()}

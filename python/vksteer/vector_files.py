@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def _npy(path, name, data: bytes) -> np.ndarray:
             raise ValueError(f"version {version} of the npy format")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:  # the last from Python 3.12 on
         raise ModelError(f"{path}: member {name!r} is damaged: {error}") from None
     rest = data[stream.tell():]
     if dtype.kind not in "fU" or len(shape) > 1:
