@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from vksteer import _engine, cli, verify
+from vksteer.device import choose
 from vksteer.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ def on():
 @pytest.fixture
 def fusing():
     """For tests of kernels that normalise their own input: their order of sums is norm.comp's only where a workgroup is one subgroup."""
-    if verify.bench(None)[1].type != "software":
+    if choose(None).type != "software":
         pytest.skip("only software devices fuse")
 
 

@@ -41,7 +41,7 @@ def test_rows_without_a_common_head(zoo, rng):
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mistral"])
 @pytest.mark.parametrize("n_head", [0, 9])
 def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
-    from vksteer.resume import PREFIX, streams
+    from vksteer.resume import streams
 
     model = zoo.engine(name)
     c = model.config
