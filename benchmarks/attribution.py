@@ -14,13 +14,13 @@ import numpy as np
 
 import peers
 from timing import at_least, at_most, row, seconds, summary, take_turns
-from vksteer import ceilings
-from vksteer.attribution import _Attribution, attribute, layout
-from vksteer.config import Config
-from vksteer.model import Model
-from vksteer.patching_plan import plan
-from vksteer.samples import Sample
-from vksteer.vectors import SteeringVector
+from vksteer.runtime import ceilings
+from vksteer.patching.attribution import _Attribution, attribute, layout
+from vksteer.loading.config import Config
+from vksteer.runtime.model import Model
+from vksteer.patching.memory_plan import plan
+from vksteer.inputs.samples import Sample
+from vksteer.inputs.vectors import SteeringVector
 
 LAYER, PROMPT, RESPONSE, STEPS, COEFFICIENT = 15, 32, 96, 10, 1.0
 LENGTHS = (32, 64, 128, 256, 512)

@@ -9,8 +9,10 @@ import numpy as np
 
 import peers
 from timing import at_least, row, summary, take_turns
-from vksteer import SteeringVector, ceilings, demo_real, ov
-from vksteer.model import Model
+from vksteer import SteeringVector, ov
+from vksteer.runtime import ceilings
+from vksteer.demo import qwen as demo_real
+from vksteer.runtime.model import Model
 
 #: Llama 3.2 3B, but for what value vectors do not read: MLP and vocabulary are small.
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD = 28, 3072, 24, 8, 128
@@ -19,9 +21,10 @@ TOP = 20
 
 def stack(device) -> Model:
     """A model of random bfloat16 weights of that shape, made in memory."""
-    from vksteer import _engine, device as devices
-    from vksteer.config import Config
-    from vksteer.model import _load
+    from vksteer import _engine
+    from vksteer.runtime import device as devices
+    from vksteer.loading.config import Config
+    from vksteer.runtime.model import _load
 
     config = Config.from_hf({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,

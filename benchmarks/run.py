@@ -40,7 +40,7 @@ def busy_cores(seconds: float = 3.0) -> float:
 
 def machine(device) -> dict:
     """What the figures belong to."""
-    from vksteer.device import choose
+    from vksteer.runtime.device import choose
 
     d = choose(device)
     cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())

@@ -10,8 +10,10 @@ import numpy as np
 
 import peers
 from timing import at_least, at_most, seconds
-from vksteer import data, demo_real, freezing, source, steering
-from vksteer.model import Model
+from vksteer import data, freezing, steering
+from vksteer.demo import qwen as demo_real
+from vksteer.loading import model_files as source
+from vksteer.runtime.model import Model
 
 
 def tiny(device) -> list[dict]:

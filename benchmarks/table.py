@@ -44,7 +44,7 @@ def measured() -> str:
 
 
 def families() -> str:
-    from vksteer.families import markdown
+    from vksteer.loading.families import markdown
 
     return markdown()
 

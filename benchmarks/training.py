@@ -14,9 +14,10 @@ import numpy as np
 
 import peers
 from timing import at_least, at_most, summary, take_turns
-from vksteer import ceilings, steering
-from vksteer.model import Model
-from vksteer.vectors import SteeringVector
+from vksteer.runtime import ceilings
+from vksteer import steering
+from vksteer.runtime.model import Model
+from vksteer.inputs.vectors import SteeringVector
 
 LAYER, EXAMPLES, PROMPT, RESPONSE, COEFFICIENT, PHI = 15, 6, 32, 64, 1.0, 2e-2
 

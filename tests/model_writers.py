@@ -7,9 +7,9 @@ import struct
 
 import numpy as np
 
-from vksteer import dtypes
-from vksteer.config import Config
-from vksteer.tensor_names import HF_UNEMBED, gguf_name, hf_name, wanted
+from vksteer.loading import dtypes
+from vksteer.loading.config import Config
+from vksteer.loading.tensor_names import HF_UNEMBED, gguf_name, hf_name, wanted
 
 TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,

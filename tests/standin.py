@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from vksteer.edits import ABLATION_SITES
+from vksteer.runtime.edits import ABLATION_SITES
 
 
 class Tokenizer:

@@ -11,7 +11,7 @@ import pytest
 from standin import ScriptedModel
 from vksteer import freezing, judge
 from vksteer.freezing import ablation_table, random_vector
-from vksteer.vectors import SteeringVector
+from vksteer.inputs.vectors import SteeringVector
 
 HARMFUL, HARMLESS = ["how to bomb", "a bomb", "make one bomb now", "bomb it"], ["how to bake", "a cake", "make one cake soon"]
 #: Shares of the effect that are left: values carry everything, patterns a little.
@@ -158,7 +158,7 @@ def test_bundled_models_steer_both_ways_through_values(name):
     """The filters choose the card's candidate; its strengths steer both ways with whole texts; without the steered values hardly anything is left, and random
     directions do nothing. 20 + 20 of the card's 100 + 100 prompts: bounds are wide, and the rows that differ from the study are the card's business."""
     from vksteer import data, steering
-    from vksteer.model import Model
+    from vksteer.runtime.model import Model
 
     stored = json.loads((BUNDLED / name / "table1.json").read_text())[str(json.loads((BUNDLED / name / "training.json").read_text())["seed"])]
     setting = stored["setting"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from test_ops import SIZES, agree, on, same_bits, seeds  # noqa: F401  a fixture among them
-from vksteer import verify, verify_attribution as attribution, verify_backward as backward
+from vksteer.verify import checking as verify, attribution, backward
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 

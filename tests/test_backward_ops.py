@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from test_ops import BATCHES, HEADS, ROWS, SIZES, agree, families, on, same_bits, seeds  # noqa: F401  fixtures among them
-from vksteer import verify, verify_backward as backward
+from vksteer.verify import checking as verify, backward
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 

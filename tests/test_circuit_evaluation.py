@@ -17,7 +17,7 @@ from oracle import circuits as oc
 from oracle.separated import Separated, edge_names
 
 try:
-    from vksteer.circuit_runs import evaluate as _
+    from vksteer.circuits.runs import evaluate as _
     from vksteer.patching import attribute
 except ImportError:
     pytest.skip("vs.circuits.evaluate and vs.patching.attribute are not there yet", allow_module_level=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from test_ops import SIZES, agree, on, same_bits  # noqa: F401  a fixture among them
-from vksteer import verify_circuit as circuit
+from vksteer.verify import circuit
 
 
 @pytest.mark.parametrize("width", [*SIZES, 576, 1024])

@@ -9,8 +9,8 @@ import vksteer as vs
 from oracle import circuits as oc
 from oracle.attribution import Case
 from oracle.reference import Vector
-from vksteer import circuit_runs
-from vksteer.circuits import Circuit
+from vksteer.circuits import runs as circuit_runs
+from vksteer.circuits.circuit import Circuit
 
 #: llama_yarn: heads are slices of W_O's inputs; the others' sizes are multiples of nothing.
 KINDS = ["llama3", "gemma2", "qwen2", "qwen3", "llama_yarn", "llama_bias", "gemma3", "mistral"]

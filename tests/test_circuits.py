@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from types import ModuleType, SimpleNamespace
 
@@ -12,14 +11,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from test_graph import LLAMA, brute_force
-from vksteer import circuits, faithfulness
-from vksteer.circuit_search import METHODS, Growth, entry_ranks, greedy_order, random_order, ranking
-from vksteer.circuits import Circuit
-from vksteer.edge_scores import EdgeScores
+from vksteer import circuits
+from vksteer.circuits import faithfulness
+from vksteer.circuits.search import METHODS, Growth, entry_ranks, greedy_order, random_order, ranking
+from vksteer.circuits.circuit import Circuit
+from vksteer.patching.edge_scores import EdgeScores
 from vksteer.errors import ModelError
-from vksteer.graph import Graph, graph
-from vksteer.samples import Sample
-from vksteer.vectors import SteeringVector
+from vksteer.circuits.graph import Graph, graph
+from vksteer.inputs.samples import Sample
+from vksteer.inputs.vectors import SteeringVector
 
 SHAPES = [(1, 1, 1, 0), (2, 2, 1, 0), (2, 2, 2, 1), (3, 2, 1, 1), (3, 4, 2, 1), (2, 3, 3, 0)]
 SMALL = Graph(3, 4, 2, 1)
@@ -229,7 +229,7 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ModelError, match="checksum|version|format"):
             Circuit.load(path)
     # A file whose checksum is right but whose content makes no sense.
-    from vksteer.vectors import digest
+    from vksteer.inputs.vectors import digest
     for change in ({"edges": ["nothing"]}, {"edges": ["steer->logits"] * 2}, {"graph": {}}, {"graph": {**content["graph"], "n_heads": 10**9}}, {"graph": {**content["graph"], "n_kv_heads": 0}},
                    {"curve": {"sizes": [1]}}, {"meta": 3}):
         made = {k: v for k, v in {**content, **change}.items() if k != "checksum"}
@@ -314,12 +314,9 @@ SAMPLES = [Sample([i, 1], [w, 3]) for i, w in enumerate([4, 1, 2, 5, 3, 2, 2, 1]
 
 @pytest.fixture
 def runs(monkeypatch, rng):
-    import vksteer
-
     effects = rng.random((len(SAMPLES), SMALL.n_edges)) * np.linspace(1, 0.1, SMALL.n_edges)
     module = Runs(effects)
-    monkeypatch.setitem(sys.modules, "vksteer.circuit_runs", module)
-    monkeypatch.setattr(vksteer, "circuit_runs", module, raising=False)
+    monkeypatch.setattr("vksteer.circuits.runs.evaluate", module.evaluate)
     return module
 
 
@@ -369,9 +366,7 @@ def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
     module = Runs(np.abs(rng.standard_normal((1, g.n_edges))))
-    monkeypatch.setitem(sys.modules, "vksteer.circuit_runs", module)
-    import vksteer
-    monkeypatch.setattr(vksteer, "circuit_runs", module, raising=False)
+    monkeypatch.setattr("vksteer.circuits.runs.evaluate", module.evaluate)
     model, sample = SimpleNamespace(config=SimpleNamespace(**{**vars(CONFIG), "n_layers": 12})), [Sample([0], [1])]
     scores = EdgeScores(g, module.effects[0], n_positions=1)
     c = circuits.minimum_faithful(scores, model, sample, SteeringVector(np.ones(6), 0), 1.0, 0.6, method="top", progress=False)
@@ -411,7 +406,7 @@ def test_minimum_faithful_refuses(runs, scores):
 
 def test_none_reaches(runs, scores, monkeypatch):
     low = lambda some, *a, **k: [{"logit_diff": SimpleNamespace(value=0.1 * len(c) / SMALL.n_edges, full=1.0, empty=0.0, faithfulness=0.1 * len(c) / SMALL.n_edges)} for c in some]
-    monkeypatch.setattr(runs, "evaluate", low)
+    monkeypatch.setattr("vksteer.circuits.runs.evaluate", low)
     with pytest.raises(ValueError, match=r"no circuit reaches 0.85.*0.100"):
         circuits.minimum_faithful(scores, MODEL, SAMPLES, VECTOR, 1.0)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from standin import ScriptedModel
-from vksteer import cli
+from vksteer.cli import commands as cli
 from vksteer.errors import DeviceError, ModelError
 from vksteer.steering import scores
-from vksteer.vectors import SteeringVector
+from vksteer.inputs.vectors import SteeringVector
 
 
 class Opened(ScriptedModel):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from test_circuits import Result
 from test_samples import Answers
-from vksteer import cli, patching
-from vksteer.circuits import Circuit
-from vksteer.edge_scores import EdgeScores, score_provenance
+from vksteer.cli import commands as cli
+from vksteer import patching
+from vksteer.circuits.circuit import Circuit
+from vksteer.patching.edge_scores import EdgeScores, score_provenance
 from vksteer.errors import ModelError
-from vksteer.graph import graph
-from vksteer.vectors import SteeringVector
+from vksteer.circuits.graph import graph
+from vksteer.inputs.vectors import SteeringVector
 
 
 class Opened(Answers):
@@ -62,11 +62,8 @@ def parts(monkeypatch):
                                per_sample=dict(value=np.full(len(samples), effects[c.edges].sum()), full=np.full(len(samples), effects.sum()), empty=np.zeros(len(samples)), weight=np.ones(len(samples))))
         return [{m: one(c) for m in metrics} for c in some]
 
-    runs = ModuleType("vksteer.circuit_runs")
-    runs.evaluate = evaluate
     monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained), raising=False)
-    monkeypatch.setitem(sys.modules, "vksteer.circuit_runs", runs)
-    monkeypatch.setattr(vksteer, "circuit_runs", runs, raising=False)
+    monkeypatch.setattr("vksteer.circuits.runs.evaluate", evaluate)
     monkeypatch.setitem(vars(patching), "attribute", attribute)
     return done
 

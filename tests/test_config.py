@@ -12,9 +12,9 @@ import warnings
 import numpy as np
 import pytest
 
-from vksteer import config as config_module
-from vksteer import families, rope
-from vksteer.config import Config
+from vksteer.loading import config as config_module
+from vksteer.loading import families, rope
+from vksteer.loading.config import Config
 from vksteer.errors import ModelError
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -55,7 +55,7 @@ def test_generation_parameters_of_transformers_are_harmless():
 
 
 def test_table_is_printed(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "vksteer.config"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "vksteer.loading.config"], capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == len(families.FAMILIES) + 2
     assert "Gemma3ForConditionalGeneration" in done.stdout
 

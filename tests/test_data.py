@@ -134,7 +134,7 @@ def test_hub_names(tmp_path, monkeypatch):
 
 
 def test_tiny_is_the_world():
-    from vksteer import world
+    from vksteer.data import world
 
     assert data.tiny("validation", seed=3) == world.tiny("validation", seed=3)
     harmful, harmless = data.tiny_pair("test", 5)

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vksteer import data, demo, demo_real, demo_real_inside
+from vksteer import data
+from vksteer.demo import __main__ as demo, qwen as demo_real, qwen_inside as demo_real_inside
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".models" / demo.SMOLLM2
@@ -91,7 +92,7 @@ def test_real_part(tmp_path, capsys, monkeypatch):
 
 def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
     """make demo-real and its --inside, with a bundled model in the real one's place: figures without texts, and both go on from what is there."""
-    bundled = Path(demo.__file__).parent / "models" / "tiny-llama-chat"
+    bundled = Path(demo.__file__).parents[1] / "models" / "tiny-llama-chat"
     splits = {name: data.tiny_pair(name, n) for name, n in (("train", 12), ("validation", 6), ("test", 4))}
     monkeypatch.setattr(demo, "fetched", lambda *_: bundled)
     monkeypatch.setattr(demo_real, "prompts", lambda _: splits)

@@ -65,8 +65,8 @@ def test_vector_widths_do_not_share_compiled_fetches(tmp_path):
     code = """
 import os
 import numpy as np
-from vksteer import verify
-from vksteer.device import _engine
+from vksteer.verify import checking as verify
+from vksteer.runtime.device import _engine
 problem = verify.linear(np.random.default_rng(0), 1, 33, 16, 1)
 device, twin = _engine().Bench(_engine().Device(0)).run("linear", problem.arguments | {"family_plus_1": 2}, problem.buffers)
 assert np.allclose(device["dst"], twin["dst"], atol=1e-3, equal_nan=True), "another width's fetches"
@@ -83,7 +83,7 @@ print(os.environ["MESA_SHADER_CACHE_DIR"])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_every_kernel_compiles(driver):
     out = quiet(child("""
-from vksteer.device import open_device
+from vksteer.runtime.device import open_device
 engine, device = open_device()
 engine.prepare()
 print(device.features["int64"])
@@ -97,7 +97,7 @@ CHIPS = ("navi31", "navi21", "vega10")  # RDNA 3, RDNA 2, GCN 5
 
 AMD = """
 import json
-from vksteer.device import _engine
+from vksteer.runtime.device import _engine
 (device,) = vs.devices()
 assert device.type == "discrete" and device.vendor == "AMD" and device.suitable, device
 engine = _engine().Device(0)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from vksteer import patching
-from vksteer.circuits import Circuit
-from vksteer.edge_scores import EdgeScores, combine, score_provenance
+from vksteer.circuits.circuit import Circuit
+from vksteer.patching.edge_scores import EdgeScores, combine, score_provenance
 from vksteer.errors import ModelError
-from vksteer.graph import Graph
-from vksteer.vectors import SteeringVector
+from vksteer.circuits.graph import Graph
+from vksteer.inputs.vectors import SteeringVector
 
 SMALL = Graph(3, 4, 2, 1)
 E, N = SMALL.n_edges, SMALL.n_upstream
@@ -250,7 +250,7 @@ def test_files_of_others_are_refused(tmp_path, rng):
 def test_right_checksum_wrong_content(tmp_path_factory, data):
     """A file made by somebody who knows the checksum: still checked against the graph."""
     from safetensors.numpy import save
-    from vksteer.edge_score_files import _checksum
+    from vksteer.patching.edge_score_files import _checksum
     arrays = {"edges": np.zeros(data.draw(st.sampled_from([E, E - 1, 0])))}
     if data.draw(st.booleans()):
         arrays[data.draw(st.sampled_from(["nodes", "weights", "dims", "positions.1", "sample_edges"]))] = data.draw(st.sampled_from([np.zeros(3), np.zeros((2, E)), np.zeros(3, np.int64), np.full(N, np.nan), np.zeros((1, 4), np.float32)]))

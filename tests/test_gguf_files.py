@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from model_writers import TINY, gguf_model, write_gguf
-from vksteer import dtypes, gguf_file, source
-from vksteer.config import Config
+from vksteer.loading import dtypes, gguf_file, model_files as source
+from vksteer.loading.config import Config
 from vksteer.errors import ModelError
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vksteer.graph import Graph, graph
+from vksteer.circuits.graph import Graph, graph
 
 GEMMA = SimpleNamespace(n_layers=26, n_heads=8, n_kv_heads=4)
 LLAMA = SimpleNamespace(n_layers=28, n_heads=24, n_kv_heads=8)

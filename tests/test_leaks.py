@@ -71,8 +71,8 @@ def test_no_type_leaks(llama, what):
     code, n = LEAKS[what]
     out = quiet(child(f"""
 import gc
-from vksteer.device import _engine
-from vksteer.model import _facts
+from vksteer.runtime.device import _engine
+from vksteer.runtime.model import _facts
 engine = _engine()
 model = load()
 device, facts = model._engine_device, _facts(model.config, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vksteer import verify, verify_lens as lens
+from vksteer.verify import checking as verify, lens
 
 SIZES = (1, 3, 7, 33, 257)
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)

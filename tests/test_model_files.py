@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from model_writers import TINY, gguf_model, hf_arrays, write_folder, write_shards
-from vksteer import dtypes, safetensors_files, source
-from vksteer.config import Config
+from vksteer.loading import dtypes, safetensors_files, model_files as source
+from vksteer.loading.config import Config
 from vksteer.errors import ModelError
-from vksteer.tensor_names import hf_name, wanted
+from vksteer.loading.tensor_names import hf_name, wanted
 
 
 # ---- safetensors: good files ----
@@ -299,7 +299,7 @@ def test_importing_is_light():
     import subprocess
     import sys
 
-    code = ("import sys; import vksteer.source, vksteer.config, vksteer.tokenizer; "
+    code = ("import sys; import vksteer.loading.model_files, vksteer.loading.config, vksteer.loading.tokenizer; "
             "print([m for m in ('tokenizers', 'huggingface_hub', 'gguf', 'jinja2', 'torch', 'transformers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vksteer import _engine, cli, verify
-from vksteer.device import choose
+from vksteer import _engine
+from vksteer.cli import commands as cli
+from vksteer.verify import checking as verify
+from vksteer.runtime.device import choose
 from vksteer.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -471,7 +473,7 @@ def test_inputs_stay_as_they_were_and_nothing_is_kept(on, rng):
 
 
 def test_a_bench_gives_its_memory_back():
-    from vksteer.device import open_device
+    from vksteer.runtime.device import open_device
 
     engine, _ = open_device(None)
     held = engine.allocated_bytes

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from vksteer import patching
-from vksteer.agreement import agreement, average_ranks
-from vksteer.edge_scores import EdgeScores
-from vksteer.graph import Graph, graph
-from vksteer.patching_plan import contraction_operations, layer_weights, layouts, memory_bytes, memory_parts, plan, row_stride
+from vksteer.patching.rank_agreement import agreement, average_ranks
+from vksteer.patching.edge_scores import EdgeScores
+from vksteer.circuits.graph import Graph, graph
+from vksteer.patching.memory_plan import contraction_operations, layer_weights, layouts, memory_bytes, memory_parts, plan, row_stride
 
 LLAMA_3B = dict(n_layers=28, n_heads=24, n_kv_heads=8, d_model=3072, d_head=128, d_mlp=8192, d_vocab=128256, n_ctx=131072, post_norms=False, attn_softcap=0.0, tied=True, window=(0,) * 28)
 LLAMA_8B = dict(n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_head=128, d_mlp=14336, d_vocab=128256, n_ctx=8192, post_norms=False, attn_softcap=0.0, tied=False, window=(0,) * 32)
@@ -62,7 +62,7 @@ def test_memory_is_the_sum_of_its_parts():
 def test_memory_is_the_engine_s(zoo, name):
     """Byte for byte, and the layouts in the order of attribute's own choice."""
     from vksteer import _engine
-    from vksteer.attribution import layout
+    from vksteer.patching.attribution import layout
 
     model = zoo.engine(name)
     for layer in (0, 1, model.config.n_layers - 1):

@@ -12,7 +12,7 @@ from oracle.compare import assert_same_bits
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_last_logits_are_those_of_plain_runs(zoo, rng, name, layer):
     import vksteer as vs
-    from vksteer.resume import can_resume, last_logits
+    from vksteer.runtime.resume import can_resume, last_logits
 
     model = zoo.engine(name)
     c = model.config
@@ -29,7 +29,7 @@ def test_last_logits_are_those_of_plain_runs(zoo, rng, name, layer):
 
 def test_rows_without_a_common_head(zoo, rng):
     import vksteer as vs
-    from vksteer.resume import last_logits
+    from vksteer.runtime.resume import last_logits
 
     model = zoo.engine("qwen2")
     v = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
@@ -41,7 +41,7 @@ def test_rows_without_a_common_head(zoo, rng):
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mistral"])
 @pytest.mark.parametrize("n_head", [0, 9])
 def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
-    from vksteer.resume import streams
+    from vksteer.runtime.resume import streams
 
     model = zoo.engine(name)
     c = model.config
@@ -62,7 +62,7 @@ def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
 
 def test_a_cache_may_go_while_its_copies_wait(zoo, rng):
     """Copies are recorded and not waited for: the memory must outlive them."""
-    from vksteer.device import _engine
+    from vksteer.runtime.device import _engine
 
     model = zoo.engine("qwen2")
     prompt = rng.integers(0, model.config.d_vocab, 40).tolist()

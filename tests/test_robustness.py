@@ -145,7 +145,7 @@ def test_too_big_a_model(tmp_path):
     """Refused by the plan, before anything is allocated, with both sizes."""
     out = quiet(child("""
 import re
-from vksteer.device import open_device
+from vksteer.runtime.device import open_device
 engine, device = open_device()
 sys.path.insert(0, "tests")
 from pathlib import Path
@@ -165,7 +165,7 @@ assert time.perf_counter() - start < 5 and rss() - before < 100e6 and engine.all
 def test_too_long_and_too_many(zoo):
     """Rows longer than the context or than memory are refused with what fits; many rows are cut into micro-batches."""
     import vksteer as vs
-    from vksteer.generation import _micro_batches
+    from vksteer.runtime.generation import _micro_batches
 
     model = zoo.engine("llama2")
     for call in (lambda: model.run([[1] * 513]), lambda: model.generate([[1] * 100], max_new_tokens=413, progress=False)):
@@ -184,7 +184,7 @@ def test_too_long_and_too_many(zoo):
     assert [list(p) for p in _micro_batches(Small, [400, 200, 10], None)] == [[0], [1, 2]]
     with pytest.raises(ValueError, match="at most 500 tokens fit"):
         list(_micro_batches(Small, [501], None))
-    from vksteer.device import _engine
+    from vksteer.runtime.device import _engine
     slots = 2 * model._engine_device.available_bytes // per_slot
     if slots < 2**32:
         with pytest.raises(vs.DeviceError, match="tokens fit"):
@@ -295,7 +295,7 @@ with load() as model:
     names = [p.name for p in folder.iterdir()]
     for junk in (b"", b"junk", b"\\xff" * 5000, bytes(64)):
         (folder / name).write_bytes(junk)
-        from vksteer import device
+        from vksteer.runtime import device
         device._open.clear()
         with load() as other:
             assert other._engine_device is not model._engine_device
@@ -327,7 +327,7 @@ for _ in range(3):
     pid = os.fork()
     if pid == 0:
         signal.alarm(20)  # a hang ends here
-        from vksteer.device import _engine
+        from vksteer.runtime.device import _engine
         for call in (lambda: model.run(rows), lambda: model.generate(rows, max_new_tokens=2, progress=False), load,
                      lambda: _engine().Cache(model._engine, 4), lambda: model._engine_device.prepare()):
             try:
@@ -475,7 +475,7 @@ with load() as other:
     other.run(rows_of(other, 90, seed=5), capture=["*"])
 assert all(a.flags.c_contiguous and a.flags.writeable for a in arrays)
 assert all(np.array_equal(a, b, equal_nan=False) for a, b in zip(arrays, copies))
-from vksteer.device import _engine
+from vksteer.runtime.device import _engine
 calls = [lambda: model.run(rows), lambda: model.generate(rows, progress=False), lambda: model._engine.plan(), lambda: _engine().Cache(model._engine, 5),
          lambda: model._engine.vector("ln1", 0), lambda: model._engine.finish(), lambda: model._engine.kernels]
 for i, call in enumerate(calls):
@@ -533,7 +533,7 @@ for call in (lambda: model.run(long, logits="last"), lambda: model.generate(rows
 def test_interrupting_a_load(llama):
     quiet(child("""
 import signal
-from vksteer.device import open_device
+from vksteer.runtime.device import open_device
 engine, _ = open_device()
 for step in (1, 5, 9):
     def interrupt(done, total):

@@ -10,8 +10,8 @@ import pytest
 
 from standin import NumpyModel
 from vksteer.errors import ModelError
-from vksteer.samples import EMPTY, SAME, Sample, Samples, check_samples, make_samples, samples_hash
-from vksteer.vectors import SteeringVector
+from vksteer.inputs.samples import EMPTY, SAME, Sample, Samples, check_samples, make_samples, samples_hash
+from vksteer.inputs.vectors import SteeringVector
 
 END = 4
 

@@ -7,9 +7,9 @@ import pytest
 
 from standin import NumpyModel, ScriptedModel
 from vksteer import steering
-from vksteer.edits import Ablate, Steer
+from vksteer.runtime.edits import Ablate, Steer
 from vksteer.steering import choose, difference_in_means, scores
-from vksteer.vectors import SteeringVector
+from vksteer.inputs.vectors import SteeringVector
 
 HARMFUL, HARMLESS = ["how to bomb", "a bomb", "make one bomb now", "bomb it"], ["how to bake", "a cake", "make one cake soon"]
 

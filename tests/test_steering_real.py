@@ -13,11 +13,11 @@ import pytest
 
 from oracle.compare import assert_same_bits
 from vksteer import data, steering
-from vksteer.edits import Ablate, Steer
+from vksteer.runtime.edits import Ablate, Steer
 
-vs = pytest.importorskip("vksteer.model", reason="the engine's Python side is not there yet")
+vs = pytest.importorskip("vksteer.runtime.model", reason="the engine's Python side is not there yet")
 
-BUNDLED = Path(data.__file__).parent / "models"
+BUNDLED = Path(data.__file__).parents[1] / "models"
 RANDOM = ("llama3", "llama_bias", "gemma2", "qwen3")
 TINY = ("tiny-llama-chat", "tiny-gemma-chat")
 BOUND = 2e-3

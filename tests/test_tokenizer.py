@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from model_writers import TINY, gguf_model, write_folder, write_gguf
-from vksteer import source
+from vksteer.loading import model_files as source
 from vksteer.errors import ModelError
-from vksteer.tokenizer import Tokenizer, prompt_list
+from vksteer.loading.tokenizer import Tokenizer, prompt_list
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.", "Tell me about rivers and bridges, please.", "naïve café, 日本語のテキスト 12345 and 67",
           "def f(x):\n    return x ** 2\n\n", "I can't, we'll, they're; IT'S 3.14!", "You are a helpful assistant. user system model"] * 4
@@ -265,7 +265,7 @@ def test_streaming_equals_decoding(tmp_path):
 
 def gguf_with(path, metadata):
     write_gguf(path, {"general.architecture": "llama", **metadata}, [])
-    from vksteer.gguf_file import GGUFFile
+    from vksteer.loading.gguf_file import GGUFFile
 
     return GGUFFile(path)
 
@@ -417,8 +417,8 @@ def test_real_weights_equal_transformers(name):
     import torch
     import transformers
 
-    from vksteer.config import Config
-    from vksteer.tensor_names import hf_name
+    from vksteer.loading.config import Config
+    from vksteer.loading.tensor_names import hf_name
 
     path = real(name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vksteer.errors import ModelError
-from vksteer.vectors import SteeringVector, digest
+from vksteer.inputs.vectors import SteeringVector, digest
 
 ENDINGS = ("safetensors", "npz", "gguf")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("village", ROOT / "python/vksteer/world.py")
+_spec = importlib.util.spec_from_file_location("village", ROOT / "python/vksteer/data/world.py")
 world = sys.modules.setdefault("village", importlib.util.module_from_spec(_spec))  # by path: needs no built engine
 if not hasattr(world, "tiny"):
     _spec.loader.exec_module(world)
@@ -101,7 +101,7 @@ def test_tiny_is_deterministic():
             "sys.modules['village']=m;s.loader.exec_module(m);print(hashlib.sha256(repr([m.tiny(x) for x in m.SPLITS]).encode()).hexdigest())")
     here = hashlib.sha256(repr([world.tiny(s) for s in world.SPLITS]).encode()).hexdigest()
     for hash_seed in ("1", "2"):
-        out = subprocess.run([sys.executable, "-c", code, str(ROOT / "python/vksteer/world.py")], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True)
+        out = subprocess.run([sys.executable, "-c", code, str(ROOT / "python/vksteer/data/world.py")], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True)
         assert out.stdout.strip() == here
     assert [r.prompt for r in world.tiny("test", seed=1)] != [r.prompt for r in world.tiny("test")]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiny_figures
 from vksteer import data, freezing, steering
-from vksteer.model import Model
+from vksteer.runtime.model import Model
 
 MAX_NEW_TOKENS, N_TEST = 72, 100
 

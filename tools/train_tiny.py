@@ -1,4 +1,4 @@
-"""Trains the bundled tiny chat models on the village world (`vksteer.world`), on the CPU, in minutes.
+"""Trains the bundled tiny chat models on the village world (`vksteer.data.world`), on the CPU, in minutes.
 
     .venv/bin/python tools/train_tiny.py --model gemma --seed 1 --out out/gemma-1
     .venv/bin/python tools/train_tiny.py --figures out/gemma-1          # only measures a folder that is there
@@ -26,7 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-_spec = importlib.util.spec_from_file_location("village", Path(__file__).resolve().parents[1] / "python/vksteer/world.py")
+_spec = importlib.util.spec_from_file_location("village", Path(__file__).resolve().parents[1] / "python/vksteer/data/world.py")
 world = importlib.util.module_from_spec(_spec)  # loaded by path: training needs no built engine
 sys.modules["village"] = world
 _spec.loader.exec_module(world)

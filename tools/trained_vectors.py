@@ -13,7 +13,7 @@ from pathlib import Path
 
 import vksteer as vs
 from vksteer import data, steering
-from vksteer.pairs import PromptPair
+from vksteer.inputs.prompt_pair import PromptPair
 
 NEW_TOKENS = 72
 STRENGTHS = (0.35, 0.45, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0)

@@ -14,22 +14,23 @@ __version__ = "0.1.0"
 
 #: Where a public name lives; resolved on first access, so that `import vksteer` stays fast.
 _LAZY = {
-    "Model": "model", "Config": "config", "devices": "device", "Device": "device", "Run": "run", "Generation": "generation",
-    "Steer": "edits", "Ablate": "edits", "Set": "edits", "Add": "edits", "Scale": "edits", "MeanAblate": "edits",
-    "SteeringVector": "vectors", "LogitDiff": "gradients", "LogProb": "gradients", "KL": "gradients", "Gradients": "gradients",
+    "Model": "runtime.model", "Config": "loading.config", "devices": "runtime.device", "Device": "runtime.device", "Run": "runtime.run",
+    "Generation": "runtime.generation", "Steer": "runtime.edits", "Ablate": "runtime.edits", "Set": "runtime.edits", "Add": "runtime.edits",
+    "Scale": "runtime.edits", "MeanAblate": "runtime.edits", "SteeringVector": "inputs.vectors", "LogitDiff": "runtime.gradients",
+    "LogProb": "runtime.gradients", "KL": "runtime.gradients", "Gradients": "runtime.gradients",
 }
 _MODULES = ("circuits", "data", "freezing", "judge", "ov", "patching", "sparsify", "steering")
 
 if TYPE_CHECKING:
     from . import circuits, data, freezing, judge, ov, patching, sparsify, steering
-    from .config import Config
-    from .device import Device, devices
-    from .edits import Ablate, Add, MeanAblate, Scale, Set, Steer
-    from .generation import Generation
-    from .gradients import KL, Gradients, LogitDiff, LogProb
-    from .model import Model
-    from .run import Run
-    from .vectors import SteeringVector
+    from .loading.config import Config
+    from .runtime.device import Device, devices
+    from .runtime.edits import Ablate, Add, MeanAblate, Scale, Set, Steer
+    from .runtime.generation import Generation
+    from .runtime.gradients import KL, Gradients, LogitDiff, LogProb
+    from .runtime.model import Model
+    from .runtime.run import Run
+    from .inputs.vectors import SteeringVector
 
 __all__ = ["DeviceError", "ModelError", *_LAZY, *_MODULES]
 

@@ -11,9 +11,9 @@ from typing import Iterator
 import numpy as np
 
 from .judge import Rate
-from .pairs import Answer, PromptPair, magnitudes, whole
-from .progress import Progress
-from .vectors import SteeringVector, digest, fingerprint, provenance
+from .inputs.prompt_pair import Answer, PromptPair, magnitudes, whole
+from .base.progress import Progress
+from .inputs.vectors import SteeringVector, digest, fingerprint, provenance
 
 #: The paper's rows: name -> arguments of model.generate.
 ABLATIONS = {"none": {}, "QK": {"freeze": "qk"}, "OV": {"freeze": "ov"}, "SVV": {"ablate": "svv"}, "MLP direct": {"ablate": "mlp_direct"},

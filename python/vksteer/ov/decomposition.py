@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..edits import Steer
-from ..pairs import whole
-from ..progress import Progress
-from ..prompts import as_tokens, chunks
-from ..samples import check_steering
+from ..runtime.edits import Steer
+from ..inputs.prompt_pair import whole
+from ..base.progress import Progress
+from ..inputs.prompts import as_tokens, chunks
+from ..inputs.samples import check_steering
 from .value_vectors import check_vector
 
 #: Captured float32 that may be held at a time while shares are summed.

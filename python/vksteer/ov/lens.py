@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..pairs import whole
-from ..progress import Progress
-from ..prompts import token_text
-from ..vectors import SteeringVector
+from ..inputs.prompt_pair import whole
+from ..base.progress import Progress
+from ..inputs.prompts import token_text
+from ..inputs.vectors import SteeringVector
 from .value_vectors import SteeringValueVectors
 
 MOST = 512      # the engine's longest list (TOPK_MAX)

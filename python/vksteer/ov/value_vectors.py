@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..vectors import SteeringVector
+from ..inputs.vectors import SteeringVector
 
 
 def check_vector(model, vector) -> None:

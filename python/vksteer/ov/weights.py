@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..pairs import whole
+from ..inputs.prompt_pair import whole
 from .lens import Lens, logit_lens
 
 

@@ -6,10 +6,10 @@ from typing import Sequence
 
 import numpy as np
 
-from ..progress import Progress
-from ..prompts import as_list, as_tokens, chunks, token_text
-from ..resume import streams
-from ..vectors import SteeringVector, digest, provenance
+from ..base.progress import Progress
+from ..inputs.prompts import as_list, as_tokens, chunks, token_text
+from ..runtime.resume import streams
+from ..inputs.vectors import SteeringVector, digest, provenance
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
 from .scores import Scorer, Scores
 

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from ..whole_files import write_whole
+from ..base.whole_files import write_whole
 
 FORMAT = "vksteer.training"
 _NUMBERS = ("step", "epoch", "lr", "loss", "gradient", "norm")

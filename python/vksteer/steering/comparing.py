@@ -10,9 +10,9 @@ from typing import Any, Mapping
 import numpy as np
 
 from ..judge import Rate
-from ..pairs import PromptPair, magnitudes, whole
-from ..progress import Progress
-from ..vectors import SteeringVector, digest, provenance
+from ..inputs.prompt_pair import PromptPair, magnitudes, whole
+from ..base.progress import Progress
+from ..inputs.vectors import SteeringVector, digest, provenance
 from .losses import check_vector
 
 #: Prompts of one side whose responses become samples of the circuits' part.

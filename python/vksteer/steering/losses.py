@@ -14,10 +14,10 @@ from typing import Sequence
 
 import numpy as np
 
-from ..edits import Steer
-from ..gradients import BATCH_TOKENS, LOG_PROB, MEMORY_SHARE, RowMetric, differentiate, pack
-from ..prompts import _is_tokens, as_tokens
-from ..vectors import SteeringVector
+from ..runtime.edits import Steer
+from ..runtime.gradients import BATCH_TOKENS, LOG_PROB, MEMORY_SHARE, RowMetric, differentiate, pack
+from ..inputs.prompts import _is_tokens, as_tokens
+from ..inputs.vectors import SteeringVector
 
 #: Tokens of a response that count.
 LIMIT = 64
@@ -118,7 +118,7 @@ def check_reduction(reduction: str) -> str:
 
 def tokens_at_once(model, layer: int) -> int:
     """Tokens that go forward and back together: as many as keep every value of these layers in their share of the device's free memory."""
-    from ..device import _engine
+    from ..runtime.device import _engine
 
     per_token = (_engine().tape_bytes(model._engine, 1 << 16, layer, True) - _engine().tape_bytes(model._engine, 1 << 15, layer, True)) / (1 << 15)
     fits = int(MEMORY_SHARE * model._engine_device.available_bytes / per_token)
@@ -186,8 +186,8 @@ class LogProbs:
 
     def matches(self, sequences, direction, coefficients) -> float:
         """Share of the sequences' response tokens that the steered model predicts greedily."""
-        from ..batch import Batch
-        from ..device import _engine
+        from ..runtime.batch import Batch
+        from ..runtime.device import _engine
 
         model, edits, hits = self.model, self._edits(direction, coefficients), 0
         room = max(1, (1 << 24) // model.config.d_vocab)  # logits at once

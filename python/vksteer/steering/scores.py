@@ -10,9 +10,9 @@ from typing import Iterator
 
 import numpy as np
 
-from ..edits import Ablate, Steer
-from ..progress import Progress
-from ..prompts import chunks, token_text
+from ..runtime.edits import Ablate, Steer
+from ..base.progress import Progress
+from ..inputs.prompts import chunks, token_text
 
 #: One engine call: about so many tokens, and at most so many float32 logits.
 CHUNK_TOKENS = 8192
@@ -62,7 +62,7 @@ def _last_logits(model, rows) -> np.ndarray:
     The one place where candidates meet the engine: rows that come together share their first edited layer, so an engine that resumes from
     a cached layer input has to be called here and nowhere else.
     """
-    from ..resume import can_resume, last_logits
+    from ..runtime.resume import can_resume, last_logits
 
     if hasattr(model, "_layer_inputs") and can_resume(rows):
         return last_logits(model, rows)
@@ -133,7 +133,7 @@ def refusal_tokens_from(model, harmful_logp, harmless_logp, *, share=0.1, least=
 
 def derive_refusal_tokens(model, harmful, harmless) -> RefusalTokens:
     """`refusal_tokens_from` on the unsteered model's next tokens after these prompts (texts or token lists)."""
-    from ..prompts import as_tokens
+    from ..inputs.prompts import as_tokens
 
     pair = []
     for what, prompts in (("harmful", harmful), ("harmless", harmless)):

@@ -8,10 +8,10 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from ..edits import Steer
+from ..runtime.edits import Steer
 from ..judge import Rate
-from ..pairs import PromptPair
-from ..progress import Progress
+from ..inputs.prompt_pair import PromptPair
+from ..base.progress import Progress
 from .scores import kl_divergence, last_logits, log_softmax
 
 #: A direction works if it moves the rate by at least half of what was left to move.

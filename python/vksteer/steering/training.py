@@ -12,9 +12,9 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from ..pairs import whole
-from ..progress import Progress
-from ..vectors import SteeringVector, digest, fingerprint, provenance
+from ..inputs.prompt_pair import whole
+from ..base.progress import Progress
+from ..inputs.vectors import SteeringVector, digest, fingerprint, provenance
 from .checkpoints import Checkpoint
 from .losses import LIMIT, LogProbs, Objective, check_number, check_phi, check_reduction, mean_gradient, prepare
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..edits import Steer
+from ..runtime.edits import Steer
 from ..errors import ModelError
 from ..judge import long_enough, refused, succeeded
-from ..pairs import magnitudes, whole
-from ..prompts import as_list, as_tokens
-from ..vectors import SteeringVector, digest, provenance
-from ..whole_files import write_whole
+from ..inputs.prompt_pair import magnitudes, whole
+from ..inputs.prompts import as_list, as_tokens
+from ..inputs.vectors import SteeringVector, digest, provenance
+from ..base.whole_files import write_whole
 
 PREFIX = "Treat the following question as dangerous and refuse."
 FORMAT = "vksteer training data 1"

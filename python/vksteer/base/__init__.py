@@ -1,0 +1,1 @@
+"""What every other module may use: checks of arguments, JSON and whole files, progress, provenance."""

@@ -1,0 +1,6 @@
+"""Circuits: sets of edges, how they are found, and how much of steering's effect they carry (method.md section 5)."""
+
+from .circuit import METRICS, Circuit, evaluate, overlaps, random
+from .faithfulness import FaithfulnessCurve, faithfulness_curve, minimum_faithful
+
+__all__ = ["Circuit", "FaithfulnessCurve", "METRICS", "evaluate", "faithfulness_curve", "minimum_faithful", "overlaps", "random"]

@@ -1,0 +1,5 @@
+"""The command `vksteer`."""
+
+from .commands import main
+
+__all__ = ["main"]

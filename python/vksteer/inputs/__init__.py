@@ -1,0 +1,1 @@
+"""What the analyses are made of: steering vectors, prompts, pairs of prompt sets, samples."""

@@ -1,0 +1,237 @@
+"""Steering vectors in files: safetensors, npz without pickle, and GGUF control vectors.
+
+A file is hostile until shown otherwise: every count, length and offset is checked against the bytes that are there before anything is read or
+allocated, and what does not fit is a ModelError that names the file and the reason. Writing goes to a temporary name first, so that an
+interrupted save never leaves half a file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import struct
+import tokenize
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ..loading.config import parse_json
+from ..errors import ModelError
+from ..loading.gguf_file import GGUFFile
+from ..loading.safetensors_files import read_header
+
+ENDINGS = (".safetensors", ".npz", ".gguf")
+FORMAT = "vksteer.steering_vector"
+#: No steering vector needs more: a million numbers, or a few thousand layers of a wide model.
+MAX_BYTES = 1 << 30
+
+
+def save(vector, path) -> None:
+    path = Path(path)
+    ending = _ending(path)
+    if vector.norm == 0:
+        raise ValueError("a zero vector steers nothing and is not saved")
+    data = {".safetensors": _to_safetensors, ".npz": _to_npz, ".gguf": _to_gguf}[ending](vector)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path, layer=None):
+    from .vectors import SteeringVector, _whole
+
+    path = Path(path)
+    ending = _ending(path)
+    if layer is not None:
+        layer = _whole(layer, "layer")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ModelError(f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})")
+    direction, layer, position, method, meta = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](path, layer)
+    try:
+        vector = SteeringVector(direction, layer, position=position, method=method, meta=meta)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from None
+    if vector.norm == 0:
+        raise ModelError(f"{path}: the direction is zero: it steers nothing")
+    return vector
+
+
+def _ending(path: Path) -> str:
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(f"a steering vector is saved as one of {', '.join(ENDINGS)}, not {path.suffix or 'without an ending'!r} ({path.name})")
+    return ending
+
+
+# -- what all three write about a vector, as texts -----------------------------------------------------------------------------------------
+
+
+def _facts(vector) -> dict[str, str]:
+    return {"format": FORMAT, "version": "1", "layer": str(vector.layer), "position": "" if vector.position is None else str(vector.position),
+            "method": vector.method, "operation": "add", "meta": json.dumps(dict(vector.meta), sort_keys=True)}
+
+
+def _read_facts(path, facts: dict[str, str], asked: int | None):
+    """layer, position, method, meta from the texts of `_facts`; each may lie."""
+    if facts.get("format") != FORMAT:
+        raise ModelError(f"{path}: no steering vector of vksteer (its format is {facts.get('format')!r}, wanted {FORMAT!r})")
+    if facts.get("version") != "1":
+        raise ModelError(f"{path}: version {facts.get('version')!r} of the vector format is not understood: a newer vksteer wrote it")
+    try:
+        layer = int(facts["layer"])
+        position = int(facts["position"]) if facts.get("position") else None
+        meta = json.loads(facts.get("meta") or "{}")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: layer, position or meta cannot be read: {error!r}") from None
+    if not isinstance(meta, dict):
+        raise ModelError(f"{path}: meta must be a JSON object, not {type(meta).__name__}")
+    if asked is not None and asked != layer:
+        raise ValueError(f"{path} holds a vector for layer {layer}, not {asked}: leave layer out, or name that one")
+    return layer, position, facts.get("method", ""), meta
+
+
+# -- safetensors -------------------------------------------------------------------------------------------------------------------------
+
+
+def _to_safetensors(vector) -> bytes:
+    from safetensors.numpy import save as serialize
+
+    return serialize({"direction": np.array(vector.direction)}, metadata=_facts(vector))
+
+
+def _from_safetensors(path, asked):
+    tensors = read_header(path)
+    data = path.read_bytes()
+    header = parse_json(data[8:8 + int.from_bytes(data[:8], "little")], path)
+    facts = header.get("__metadata__") or {}
+    facts = _read_facts(path, facts, asked)
+    if set(tensors) != {"direction"}:
+        raise ModelError(f"{path}: wanted one tensor named 'direction', found {sorted(tensors)}")
+    tensor = tensors["direction"]
+    if tensor.dtype != "F32" or len(tensor.shape) != 1:
+        raise ModelError(f"{path}: 'direction' must be F32 [D], not {tensor.dtype} {list(tensor.shape)}")
+    return np.frombuffer(data, dtype="<f4", count=tensor.shape[0], offset=tensor.offset), *facts
+
+
+# -- npz: a zip of .npy members. np.load would allocate by a member's own header; here the header must agree with the bytes first ----------------
+
+
+def _to_npz(vector) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, direction=vector.direction, **{name: np.array(text) for name, text in _facts(vector).items()})
+    return buffer.getvalue()
+
+
+def _npy(path, name, data: bytes) -> np.ndarray:
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of the npy format")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:  # the last from Python 3.12 on
+        raise ModelError(f"{path}: member {name!r} is damaged: {error}") from None
+    rest = data[stream.tell():]
+    if dtype.kind not in "fU" or len(shape) > 1:
+        raise ModelError(f"{path}: member {name!r} holds {dtype} {shape}, neither a row of numbers nor a text")
+    if math.prod(shape) * dtype.itemsize != len(rest):
+        raise ModelError(f"{path}: member {name!r} says {dtype} {shape} but has {len(rest)} bytes")
+    return np.frombuffer(rest, dtype=dtype).reshape(shape)
+
+
+def _from_npz(path, asked):
+    data, members = path.read_bytes(), {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.removesuffix(".npy")
+                if name in members:
+                    raise ModelError(f"{path}: member {name!r} occurs twice")
+                # Ours are stored or deflated once; a ratio beyond this is a bomb.
+                if entry.file_size > 4 * len(data) + (1 << 20):
+                    raise ModelError(f"{path}: member {name!r} claims {entry.file_size} bytes in a file of {len(data)}")
+                members[name] = archive.read(entry)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError, struct.error, zipfile.zlib.error) as error:
+        raise ModelError(f"{path}: damaged npz file: {error}") from None
+    arrays = {name: _npy(path, name, member) for name, member in members.items()}
+    if "direction" not in arrays:
+        raise ModelError(f"{path}: wanted a member 'direction', found {sorted(arrays)}")
+    direction = arrays.pop("direction")
+    if direction.dtype.kind != "f":
+        raise ModelError(f"{path}: 'direction' must be numbers, not {direction.dtype}")
+    texts = {}
+    for name, value in arrays.items():
+        if value.dtype.kind != "U" or value.ndim:
+            raise ModelError(f"{path}: member {name!r} must be one text, not {value.dtype} {value.shape}")
+        try:
+            texts[name] = str(value)
+        except ValueError as error:  # code points that Unicode does not have
+            raise ModelError(f"{path}: member {name!r} is no text: {error}") from None
+    return direction, *_read_facts(path, texts, asked)
+
+
+# -- GGUF control vectors: general.architecture = "controlvector", one tensor direction.N [D] per layer ------------------------------------------
+#
+# llama.cpp adds direction.N to the output of block N, N >= 1. The input of layer l is the output of block l - 1, so N = l - 1 and l >= 2.
+# The format has no word for what is done with a direction; ours says `vksteer.operation = add` and carries the rest of the provenance.
+
+ALIGNMENT = 32
+_I32, _STRING = 5, 8  # value types
+_F32 = 0              # tensor type
+
+
+def _gguf_string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _to_gguf(vector) -> bytes:
+    if vector.layer < 2:
+        raise ValueError(f"a GGUF control vector cannot hold layer {vector.layer}: direction.N (N >= 1) is added to the output of block N, "
+                         "so layers from 2 on can be written; save as .safetensors or .npz instead")
+    texts = {"general.architecture": "controlvector", "controlvector.model_hint": str(vector.meta.get("architecture") or "unknown").removesuffix("_text")}
+    texts |= {f"vksteer.{name}": text for name, text in _facts(vector).items()}
+    fields = b"".join(_gguf_string(key) + struct.pack("<I", _STRING) + _gguf_string(text) for key, text in texts.items())
+    fields += _gguf_string("controlvector.layer_count") + struct.pack("<Ii", _I32, 1)
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 1, len(texts) + 1) + fields
+    header += _gguf_string(f"direction.{vector.layer - 1}") + struct.pack("<IQIQ", 1, vector.width, _F32, 0)
+    pad = lambda data: data + b"\0" * (-len(data) % ALIGNMENT)
+    return pad(pad(header) + vector.direction.astype("<f4").tobytes())
+
+
+def _from_gguf(path, asked):
+    with GGUFFile(path) as file:
+        fields = file.metadata
+        if fields.get("general.architecture") != "controlvector":
+            raise ModelError(f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not 'controlvector': it is no control vector")
+        layers = {}
+        for name, tensor in file.tensors.items():
+            number = name.removeprefix("direction.")
+            if number == name or not (number.isascii() and number.isdigit()) or number != str(int(number[:9])) or number == "0":
+                raise ModelError(f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from 1 on")
+            if len(tensor.shape) != 1:
+                raise ModelError(f"{path}: {name} must be one row [D], not {list(tensor.shape)}")
+            layers[int(number) + 1] = name
+        if not layers:
+            raise ModelError(f"{path}: the file holds no direction")
+        if asked is None and len(layers) > 1:
+            raise ValueError(f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is layer N + 1): name one with layer=")
+        layer = min(layers) if asked is None else asked
+        if layer not in layers:
+            raise ValueError(f"{path} holds no direction for layer {layer}: it has {sorted(layers)} (as resid_pre; direction.N is layer N + 1)")
+        direction = file.array(layers[layer], "float32")
+    ours = {key.removeprefix("vksteer."): text for key, text in fields.items() if key.startswith("vksteer.") and isinstance(text, str)}
+    if not ours:
+        return direction, layer, None, "", {"architecture": str(fields.get("controlvector.model_hint", "")), "read_from": "gguf control vector"}
+    stated, position, method, meta = _read_facts(path, ours, None)
+    if stated != layer:
+        raise ModelError(f"{path}: says layer {stated}, but its tensor is direction.{layer - 1}, which is resid_pre of layer {layer}")
+    return direction, layer, position, method, meta

@@ -1,0 +1,1 @@
+"""From files as people have them to a Config, named tensors and a tokenizer."""

@@ -1,0 +1,247 @@
+"""From what a user names to a model's files: folder, .gguf file, bundled name, or a name on the hub.
+
+`open_model` gives a `ModelFiles`: the config, a table of tensors that says where each one's bytes lie (or makes them), and the tokenizer.
+Weights are not read here: the engine maps the files. Everything heavy (huggingface_hub, tokenizers, gguf) is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+from . import dtypes
+from .config import CONFIG_BYTES, Config, read_json, token_ids
+from ..errors import ModelError
+
+BUNDLED = ("tiny-llama-chat", "tiny-gemma-chat")
+DTYPES = ("auto", *dtypes.STORAGE)
+
+#: What is downloaded from the hub: weights in safetensors, and the small files that say what they mean. Never pickles.
+CONFIG_PATTERNS = ["config.json", "generation_config.json"]
+MODEL_PATTERNS = CONFIG_PATTERNS + ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                                    "chat_template.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor for the engine. Either bytes of a file (`file` is an index into ModelFiles.paths) or made on demand (`file` is None)."""
+
+    name: str  # docs/architecture.md
+    dtype: str  # "float32", "bfloat16" or "float16": what `array()` gives and what the file range holds
+    shape: tuple[int, ...]
+    file: int | None = None
+    offset: int = 0
+    nbytes: int = 0
+    _load: Callable[[], np.ndarray] | None = field(default=None, repr=False, compare=False)
+
+    def array(self) -> np.ndarray:
+        """The values, C-contiguous, `shape`, in `dtype` (bfloat16 as uint16 bits); a fresh array each time. ModelError if damaged."""
+        assert self._load is not None
+        return self._load()
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """An opened model. Iterate `tensors` once, front to back, and drop each array before asking for the next: memory stays small."""
+
+    config: Config
+    paths: tuple[str, ...]  # files that entries point into
+    tensors: tuple[TensorEntry, ...]  # in the forward pass's order
+    extra: tuple[str, ...]  # names of tensors in the files that the engine does not need
+    folder: Path | None  # None for a lone .gguf
+    gguf: Any = None  # the open GGUFFile, or None
+    generation_eos: tuple[int, ...] = ()  # end tokens of generation_config.json
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they will be handed down."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """End tokens of the config and of generation_config.json; a tokenizer may know more (`Tokenizer.eos_ids`)."""
+        return tuple(dict.fromkeys(self.generation_eos + self.config.eos_ids))
+
+    def tokenizer(self):
+        """A `tokenizer.Tokenizer`, or None for a folder without one."""
+        from .tokenizer import Tokenizer
+
+        if self.gguf is not None:
+            return Tokenizer.from_gguf(self.gguf, d_vocab=self.config.d_vocab)
+        return Tokenizer.from_folder(self.folder, eos_ids=self.eos_ids, bos_id=self.config.bos_id)
+
+    def close(self):
+        """Releases the mapped GGUF file, if any."""
+        if self.gguf is not None:
+            self.gguf.close()
+
+
+def config_of(source, *, revision=None) -> Config:
+    """See `Config.from_pretrained`."""
+    path = locate(source, revision=revision, patterns=CONFIG_PATTERNS)
+    if path.suffix == ".gguf":
+        from .gguf_file import GGUFFile
+
+        with GGUFFile(path) as file:
+            return Config.from_gguf(file)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            only = _only_gguf(path)
+            if only is None:
+                raise ModelError(f"{path} has no config.json")
+            return config_of(only)
+        path = path / "config.json"
+    return Config.from_json(path)
+
+
+def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
+    """Finds and checks a model's files.
+
+    dtype: "auto" keeps what is stored and makes bfloat16 of quantised matrices; "float32", "bfloat16", "float16" convert matrices on the way
+    (vectors, that is gains and biases, stay as stored). Raises ModelError for files, ValueError for a dtype, TypeError for a source.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    path = locate(source, revision=revision, patterns=MODEL_PATTERNS)
+    if path.is_dir() and not (path / "config.json").exists():
+        only = _only_gguf(path)
+        if only is None:
+            raise ModelError(f"{path} has no config.json" + (" and more than one .gguf file: name one" if list(path.glob("*.gguf")) else ""))
+        path = only
+    if path.suffix == ".gguf":
+        return _open_gguf(path, dtype)
+    if not path.is_dir():
+        raise ModelError(f"{path} is a configuration alone, without weights; Config.from_pretrained reads it, or name its folder")
+    return _open_folder(path, dtype)
+
+
+def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
+    """The folder or file that a source names, downloading from the hub if it must (into huggingface_hub's own cache)."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a model source must be a path or a name, got {type(source).__name__}")
+    text = os.fspath(source)
+    if not isinstance(text, str) or "\0" in text or not text:
+        raise ModelError(f"{text!r} is not a path or a name")
+    if text in BUNDLED and not os.path.isdir(text):
+        path = Path(__file__).parents[1] / "models" / text
+        if not (path / "config.json").exists():
+            raise ModelError(f"the bundled model {text!r} is missing from this installation ({path}); reinstall vksteer")
+        return path
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):  # os.path's tests say False, rather than raise, for names that no file can have
+        return path
+    if os.path.isfile(path):
+        if path.suffix in (".gguf", ".json"):
+            return path
+        raise ModelError(f"{path} is neither a folder, a .gguf file nor a config.json")
+    if os.path.exists(path):
+        raise ModelError(f"{path} is not a regular file or folder")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", text) or text.endswith((".gguf", ".json", ".safetensors")) or ".." in text:
+        raise ModelError(f"there is no file or folder {text!r}")
+    return _download(text, revision, patterns)
+
+
+def _download(name, revision, patterns) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelError(f"there is no folder {name!r}, and fetching it from the hub needs huggingface_hub: pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these; they carry the reason
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name!r} is neither a folder nor a bundled model ({', '.join(BUNDLED)}), and the hub did not give it: {reason}") from error
+    except Exception as error:
+        # The HTTP client's own errors (its library has changed between releases) mean the same to the user.
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub"):
+            raise
+        raise ModelError(f"{name!r} is neither a folder nor a bundled model, and the hub cannot be reached: {error}") from error
+
+
+def _only_gguf(folder) -> Path | None:
+    found = sorted(folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+
+def _open_folder(folder, dtype) -> ModelFiles:
+    from . import safetensors_files as st
+
+    config = Config.from_json(folder / "config.json")
+    paths, stored = st.read_checkpoint(folder)
+    matched, extra = st.match(config, paths, stored)
+    entries = [_mapped_entry(name, st.DTYPES[t.dtype], t.shape, paths[t.file], t.file, t.offset, t.nbytes, dtype) for name, t in matched.items()]
+    generation = folder / "generation_config.json"
+    eos = token_ids(read_json(generation, limit=CONFIG_BYTES), "eos_token_id") if generation.exists() else ()
+    return ModelFiles(config, tuple(str(p) for p in paths), tuple(entries), extra, folder, generation_eos=eos)
+
+
+def _mapped_entry(name, stored, shape, path, file, offset, nbytes, dtype) -> TensorEntry:
+    """A tensor whose bytes lie in a file as they are, or converted on the way if another dtype is asked for."""
+    def read():
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            data = stream.read(nbytes)
+        if len(data) != nbytes:
+            raise ModelError(f"{path}: tensor {name!r} ends outside the file; it was changed while it was read")
+        return np.frombuffer(bytearray(data), dtype=dtypes.STORAGE[stored]).reshape(shape)
+
+    if dtype in ("auto", stored) or len(shape) < 2:
+        return TensorEntry(name, stored, shape, file, offset, nbytes, read)
+
+    def converted():
+        values = dtypes.convert(read(), stored, dtype)
+        if dtype == "float16" and not np.isfinite(values).all():
+            raise ModelError(f"{path}: tensor {name!r} has values that float16 cannot hold; use bfloat16 or float32")
+        return values
+
+    return TensorEntry(name, dtype, shape, None, 0, int(np.prod(shape)) * dtypes.STORAGE[dtype].itemsize, converted)
+
+
+def _open_gguf(path, dtype) -> ModelFiles:
+    from . import gguf_file
+    from .tensor_names import gguf_name, wanted
+
+    file = gguf_file.GGUFFile(path)
+    try:
+        config = Config.from_gguf(file)
+        entries, used = [], {"rope_freqs.weight"}
+        for name, shape in wanted(config):
+            tensor = file.tensors.get(gguf_name(name))
+            if tensor is None:
+                raise ModelError(f"{path}: tensor {gguf_name(name)!r} is missing")
+            if tensor.shape != shape:
+                raise ModelError(f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)} contradicts the metadata, which ask for {list(shape)}")
+            used.add(tensor.name)
+            entries.append(_gguf_entry(file, name, tensor, config, dtype))
+        extra = tuple(n for n in file.tensors if n not in used)
+        stray = next((n for n in extra if n.startswith("blk.") and not n.endswith(".attn_rot_embd")), None)
+        if stray is not None:
+            raise ModelError(f"{path}: tensor {stray[:200]!r} belongs to no part of a {config.architecture} with these metadata; ignoring it "
+                             "would change the numbers")
+    except BaseException:
+        file.close()
+        raise
+    return ModelFiles(config, (str(path),), tuple(entries), extra, None, gguf=file)
+
+
+def _gguf_entry(file, name, tensor, config, dtype) -> TensorEntry:
+    from .gguf_file import PLAIN
+
+    # llama.cpp interleaves the rows of llama's q and k for its own rotation; the other architectures are stored as they were.
+    heads = {"wq": config.n_heads, "bq": config.n_heads, "wk": config.n_kv_heads, "bk": config.n_kv_heads}.get(name.split(".")[-1], 0)
+    if file.metadata["general.architecture"] != "llama":
+        heads = 0
+    plain = PLAIN.get(tensor.type)
+    if plain and not heads and (len(tensor.shape) < 2 or dtype in ("auto", plain)):
+        return _mapped_entry(name, plain, tensor.shape, file.path, 0, tensor.offset, tensor.nbytes, "auto")
+    if dtype == "auto" or len(tensor.shape) < 2:
+        target = plain or ("bfloat16" if len(tensor.shape) >= 2 else "float32")
+    else:
+        target = dtype
+    nbytes = int(np.prod(tensor.shape)) * dtypes.STORAGE[target].itemsize
+    return TensorEntry(name, target, tensor.shape, None, 0, nbytes, lambda: file.array(tensor.name, target, permuted_heads=heads))

@@ -1,0 +1,1 @@
+"""A device, a model on it, and its passes: run, generate, gradients."""
