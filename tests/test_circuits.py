@@ -245,7 +245,8 @@ def test_damaged_files_are_refused(tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(scored(), st.floats(0.05, 0.6))
 def test_networkx_has_the_paths_of_the_model(case, share):
-    networkx = pytest.importorskip("networkx")
+    import networkx
+
     g, scores = case
     kept = Circuit(g, np.abs(scores) >= np.quantile(np.abs(scores), 1 - share))
     out = kept.to_networkx()
@@ -266,7 +267,6 @@ def test_networkx_expands_groups():
 
 @pytest.mark.parametrize("shape, n", [((3, 4, 2, 1), 30), ((1, 1, 1, 0), 2), ((28, 24, 8, 12), 700), ((3, 4, 2, 1), 0)])
 def test_picture(tmp_path, rng, shape, n):
-    pytest.importorskip("matplotlib")
     scores = EdgeScores(Graph(*shape), rng.standard_normal(Graph(*shape).n_edges), n_positions=1)
     c = scores.circuit(n)
     figure = c.plot(tmp_path / "c.png", scores=scores)
@@ -315,11 +315,12 @@ SAMPLES = [Sample([i, 1], [w, 3]) for i, w in enumerate([4, 1, 2, 5, 3, 2, 2, 1]
 @pytest.fixture
 def runs(monkeypatch, rng):
     import vksteer
+    import vksteer.circuit_runs  # the one that is replaced below has to be there
 
     effects = rng.random((len(SAMPLES), SMALL.n_edges)) * np.linspace(1, 0.1, SMALL.n_edges)
     module = Runs(effects)
     monkeypatch.setitem(sys.modules, "vksteer.circuit_runs", module)
-    monkeypatch.setattr(vksteer, "circuit_runs", module, raising=False)
+    monkeypatch.setattr(vksteer, "circuit_runs", module)
     return module
 
 
@@ -366,12 +367,13 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
 
 def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
     """Sizes asked for, against a bisection written out here; the grid in one pass, three levels of the bisection a pass."""
+    import vksteer.circuit_runs
+
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
     module = Runs(np.abs(rng.standard_normal((1, g.n_edges))))
     monkeypatch.setitem(sys.modules, "vksteer.circuit_runs", module)
-    import vksteer
-    monkeypatch.setattr(vksteer, "circuit_runs", module, raising=False)
+    monkeypatch.setattr(vksteer, "circuit_runs", module)
     model, sample = SimpleNamespace(config=SimpleNamespace(**{**vars(CONFIG), "n_layers": 12})), [Sample([0], [1])]
     scores = EdgeScores(g, module.effects[0], n_positions=1)
     c = circuits.minimum_faithful(scores, model, sample, SteeringVector(np.ones(6), 0), 1.0, 0.6, method="top", progress=False)
@@ -495,7 +497,6 @@ def test_bootstrap_pools_before_it_divides(rng):
 
 
 def test_curve_picture(runs, scores, tmp_path):
-    pytest.importorskip("matplotlib")
     curve = circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, progress=False)
     curve.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000

@@ -39,6 +39,7 @@ class Opened(Answers):
 def parts(monkeypatch):
     """A model, an attribution and an evaluation that count their calls: an edge's effect is its score."""
     import vksteer
+    import vksteer.circuit_runs  # the one that is replaced below has to be there
 
     model = Opened()
     done = SimpleNamespace(attributed=[], evaluated=[], model=model)
@@ -62,12 +63,12 @@ def parts(monkeypatch):
                                per_sample=dict(value=np.full(len(samples), effects[c.edges].sum()), full=np.full(len(samples), effects.sum()), empty=np.zeros(len(samples)), weight=np.ones(len(samples))))
         return [{m: one(c) for m in metrics} for c in some]
 
+    monkeypatch.setattr(patching, "attribute", attribute)
     runs = ModuleType("vksteer.circuit_runs")
     runs.evaluate = evaluate
-    monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained), raising=False)
+    monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setitem(sys.modules, "vksteer.circuit_runs", runs)
-    monkeypatch.setattr(vksteer, "circuit_runs", runs, raising=False)
-    monkeypatch.setitem(vars(patching), "attribute", attribute)
+    monkeypatch.setattr(vksteer, "circuit_runs", runs)
     return done
 
 
