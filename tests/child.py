@@ -16,6 +16,13 @@ def tools() -> dict:
     return json.loads((ROOT / ".tools/env.json").read_text())
 
 
+def tool(key) -> str:
+    """The path of one of them. `tools/setup.sh test` provides every one, so that one which is missing is a failure and no reason to skip."""
+    path = tools().get(key)
+    assert path and os.path.exists(path), f"{key} of .tools/env.json is {path!r}, which is not there: run tools/setup.sh test"
+    return path
+
+
 #: What a child starts with: fewer imports, a folder of stand-ins, the models on its command line.
 PREAMBLE = """
 import os, sys, time, warnings

@@ -81,6 +81,7 @@ def check(model, expected) -> tuple[int, float]:
     for name in ("plain", "qk"):
         edits, freeze, ablate = treatments(model.config)[name]
         made = model.generate(rows[:2], max_new_tokens=NEW_TOKENS, edits=edits, freeze=freeze, ablate=ablate, ignore_eos=True, progress=False)
+        assert len(made) == 2
         for b, generation in enumerate(made):
             want, margins = expected[f"{name}|{b}|tokens"], expected[f"{name}|{b}|margins"]
             differ = np.flatnonzero(generation.tokens != want)

@@ -97,7 +97,6 @@ def test_output_forms(model, vector, tmp_path):
     d = json.loads(json.dumps(t.to_dict()))
     assert d["rows"]["OV"]["harmless"]["asr"] == 1.0 and d["rows"]["OV"]["average_change"] == 1.0 and "texts" not in d
     assert d["setting"]["coefficient"] == [0.8, 0.8] and d["setting"]["model_hash"] == "numpy-standin" and t.to_dict(texts=True)["texts"] == t.texts
-    pytest.importorskip("matplotlib")
     figure = t.plot(tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 5000
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ROWS
@@ -120,7 +119,7 @@ def test_progress_and_resuming(model, vector, tmp_path):
     assert len(again.generations) == 7  # the three finished rows came from the file
     whole = table(ScriptedModel(EFFECTS), vector)
     assert t.to_dict() == whole.to_dict() and t.texts == whole.texts
-    assert not call(third := ScriptedModel(EFFECTS), progress=False) is None and not third.generations
+    assert call(third := ScriptedModel(EFFECTS), progress=False).to_dict() == t.to_dict() and not third.generations
     assert [p.name for p in tmp_path.iterdir()] == ["answers.json"]
     with pytest.raises(ValueError, match="another model, vector"):
         ablation_table(again, vector, HARMFUL, HARMLESS, 1.1, max_new_tokens=9, out=out, progress=False)

@@ -58,7 +58,7 @@ def test_real_models_run(name):
         i = int(np.argmax(scores.weights))
         alone = real.attribute([i], per_sample=True)
         assert_same_bits(f"{name}: sample {i} alone", alone.sample_edges[0], scores.sample_edges[i])
-        refused, enough = 1, 1 << 30
+        refused, enough, levels = 1, 1 << 30, 0
         while enough - refused > 1 << 26:  # a few layouts down to about the least that is enough
             limit = (refused + enough) // 2
             try:
@@ -67,8 +67,9 @@ def test_real_models_run(name):
                 assert "max_memory" in str(error)
                 refused = limit
             else:
-                enough = limit
+                enough, levels = limit, levels + 1
                 assert_same_bits(f"{name}: sample {i} in {limit} bytes", less.sample_edges[0], scores.sample_edges[i])
+        assert levels >= 2, "no layout but the first was run"
     finally:
         real.model.close()
 

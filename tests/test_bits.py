@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from oracle.compare import assert_close, assert_same_bits, real, same_bits
+from oracle.compare import assert_close, assert_same_bits, real
 
 #: The wide ones hold their weights as stored (bfloat16, float16) as well as in float32: other kernels, the same rules.
 FAMILIES = ["llama3", "llama_bias", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "wide", "wide:auto", "wide_gemma:auto"]
@@ -60,12 +60,9 @@ def test_prefill_of_a_prefix_is_the_prefix_of_the_prefill(zoo, name, rng):
     """Nothing of a token may depend on what comes after it: the rows' lengths choose no order of sums."""
     model = engine(zoo, name)
     (whole,) = prompts_of(zoo, name, rng, (70,))
-    want = model.run([whole])
-    differ = [n for n in (1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 69) if not same_bits(model.run([whole[:n]]).logits[0], want.logits[0, :n])]
-    if differ:  # design.md lets the order of sums depend on the row's own length: then the values must at least be close
-        for n in differ:
-            assert_close(f"{name}, prefix of {n}", model.run([whole[:n]]).logits[0], want.logits[0, :n], CACHED)
-        pytest.skip(f"prefixes of {differ} tokens have other bits (allowed: the order may depend on the row's own length)")
+    want = model.run([whole]).logits[0]
+    for n in (1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 69):
+        assert_same_bits(f"{name}, prefix of {n}", model.run([whole[:n]]).logits[0], want[:n])
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "wide", "wide:auto", "wide_gemma:auto"])
@@ -128,7 +125,7 @@ def test_same_inputs_same_bits(zoo, name, rng):
         assert_same_bits(name, model.run(rows).logits, first.logits)
     with vs.Model.from_pretrained(str(zoo.folder(name)), dtype="float32") as again:
         assert_same_bits("another Model of the same folder", again.run(rows).logits, first.logits)
-        for a, b in zip(again.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False), first_text):
+        for a, b in zip(again.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False), first_text, strict=True):
             assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -144,13 +141,13 @@ def test_captures_change_no_bit(zoo, name, rng):
         assert_same_bits(f"{site} alone and with all others", model.run(rows, capture=[site])[site], everything[site])
     options = dict(max_new_tokens=5, ignore_eos=True, progress=False)
     with_captures = model.generate(rows, capture=["blocks.*.hook_resid_post", "blocks.1.attn.hook_z"], **options)
-    for a, b in zip(with_captures, model.generate(rows, **options)):
+    for a, b in zip(with_captures, model.generate(rows, **options), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_against_uncached(zoo, name, rng):
-    """Decoded with the cache, and the same tokens prefilled at once. Measured on lavapipe 25 (subgroup size 16): 0, the same bits."""
+    """Decoded with the cache, and the same tokens prefilled at once: within CACHED on a GPU, to the last bit on a software driver."""
     model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     sites = ["ln_final.hook_normalized"] + [f"blocks.{l}.hook_resid_post" for l in range(model.config.n_layers)]
     gens = model.generate(rows, max_new_tokens=24, ignore_eos=True, capture=sites, progress=False)
@@ -161,6 +158,8 @@ def test_cached_against_uncached(zoo, name, rng):
         for s in sites:
             assert gen.captured[s].shape == (n, run[s].shape[-1])
             worst = max(worst, assert_close(f"{name} {s}, row {b}: decoded against prefilled", gen.captured[s], run[s][b, -n:], CACHED))
+            if model.device.type == "software":
+                assert_same_bits(f"{name} {s}, row {b}: decoded against prefilled", gen.captured[s], run[s][b, -n:])
     print(f"{name}: cached against uncached, worst share {worst:.2e}")
 
 
@@ -186,4 +185,4 @@ def test_returned_arrays_never_change(zoo, rng):
     held.pop("logits")
     for k in held:
         assert np.array_equal(held[k], copies[k], equal_nan=True), f"{k} changed after close()"
-    assert run["hook_embed"] is run["hook_embed"] or np.array_equal(run["hook_embed"], copies["hook_embed"])
+    assert run["hook_embed"] is held["hook_embed"], "asked for again, a captured site is the same array"

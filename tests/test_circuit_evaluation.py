@@ -15,12 +15,7 @@ import torch
 from oracle import attribution as oracle
 from oracle import circuits as oc
 from oracle.separated import Separated, edge_names
-
-try:
-    from vksteer.circuits.runs import evaluate as _
-    from vksteer.patching import attribute
-except ImportError:
-    pytest.skip("vs.circuits.evaluate and vs.patching.attribute are not there yet", allow_module_level=True)
+from vksteer.patching import attribute
 
 BOUND = 2e-3
 TIE = 1e-3
@@ -76,7 +71,7 @@ class Setting:
         else:
             got = vs.circuits.evaluate(circuits, *arguments, metrics=metrics, progress=False)
         assert len(got) == len(circuits)
-        for circuit, mine, theirs in zip(circuits, got, want):
+        for circuit, mine, theirs in zip(circuits, got, want, strict=True):
             assert set(mine) == set(metrics)
             for metric in metrics:
                 a, b = mine[metric], theirs[metric]
@@ -128,7 +123,7 @@ def test_one_circuit_and_many_are_the_same(setting):
     s.check(some, one_by_one=True)
     arguments = s.model, s.samples, s.vector, s.coefficient
     together = vs.circuits.evaluate(some, *arguments, metrics=oc.METRICS, progress=False)
-    for circuit, both in zip(some, together):
+    for circuit, both in zip(some, together, strict=True):
         alone = circuit.evaluate(*arguments, metrics=oc.METRICS, progress=False)
         for metric in oc.METRICS:
             assert abs(alone[metric].faithfulness - both[metric].faithfulness) < 1e-6
@@ -158,7 +153,7 @@ def test_decoding_under_a_circuit(setting, name):
     options = dict(max_new_tokens=12, edits=[steer], ignore_eos=True, progress=False)
     for circuit in (full, full.complement(), *s.random(*s.sizes(0.15, 0.6))):
         edges = set(circuit.edge_names)
-        for prompt, generation in zip(prompts, s.model.generate(prompts, circuit=circuit, **options)):
+        for prompt, generation in zip(prompts, s.model.generate(prompts, circuit=circuit, **options), strict=True):
             new = generation.tokens.tolist()
             assert len(new) == 12
             net = Separated(s.ref, prompt + new, s.vector, s.layer)
@@ -170,7 +165,7 @@ def test_decoding_under_a_circuit(setting, name):
                 if token != best:
                     warnings.warn(f"{name} {circuit!r}, step {step}: a near tie")
     for circuit, plain in ((full, dict(options)), (full.complement(), {**options, "edits": []})):
-        for with_it, without in zip(s.model.generate(prompts, circuit=circuit, **options), s.model.generate(prompts, **plain)):
+        for with_it, without in zip(s.model.generate(prompts, circuit=circuit, **options), s.model.generate(prompts, **plain), strict=True):
             assert with_it.tokens.tolist() == without.tokens.tolist()
 
 
@@ -211,7 +206,7 @@ def test_random_circuits(setting):
     s = setting("qwen3")
     seen = set()
     for n in s.sizes(0.02, 0.1, 0.5, 0.9):
-        for c, again in zip(s.random(n, n, n), s.random(n, n, n)):
+        for c, again in zip(s.random(n, n, n), s.random(n, n, n), strict=True):
             edges = set(c.edge_names)
             assert edges == set(again.edge_names) and len(c) >= n and oc.prune(s.facts, edges) == edges
             seen.add(frozenset(edges))

@@ -58,7 +58,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_metric_is_the_oracles(setting, name):
     s = setting(name)
-    for circuit, got, want in zip(s.circuits, s.evaluate(), s.oracle()):
+    for circuit, got, want in zip(s.circuits, s.evaluate(), s.oracle(), strict=True):
         for metric in oc.METRICS:
             scale = max(1.0, abs(want[metric].full), abs(want[metric].empty))
             for part in ("value", "full", "empty"):
@@ -72,7 +72,7 @@ def test_every_metric_is_the_oracles(setting, name):
 @pytest.mark.parametrize("options", [dict(capped=False), dict(threshold=0.5)], ids=["uncapped", "threshold"])
 def test_options_are_the_oracles(setting, options):
     s = setting("gemma2", coefficient=-1.5)
-    for got, want in zip(s.evaluate(**options), s.oracle(**options)):
+    for got, want in zip(s.evaluate(**options), s.oracle(**options), strict=True):
         for metric in set(oc.METRICS) - {"match"}:
             assert abs(got[metric].faithfulness - want[metric].faithfulness) <= 2e-3 * max(1.0, abs(want[metric].faithfulness)), metric
 
@@ -80,7 +80,7 @@ def test_options_are_the_oracles(setting, options):
 @pytest.mark.parametrize("layer", [0, 2])
 def test_first_and_last_layer(setting, layer):
     s = setting("qwen3", layer=layer)
-    for got, want in zip(s.evaluate(), s.oracle()):
+    for got, want in zip(s.evaluate(), s.oracle(), strict=True):
         assert abs(got["logit_diff"].faithfulness - want["logit_diff"].faithfulness) <= 2e-3
 
 
@@ -91,10 +91,10 @@ def test_alone_is_batched_and_memory_changes_no_bit(setting, name, monkeypatch):
     for i, circuit in enumerate(s.circuits):
         same(s.evaluate([circuit])[0], want[i])
     monkeypatch.setattr(circuit_runs, "CHUNK_TOKENS", 16)  # rows cut into chunks with caches
-    for got, whole in zip(s.evaluate(), want):
+    for got, whole in zip(s.evaluate(), want, strict=True):
         same(got, whole)
     monkeypatch.setattr(circuit_runs, "CHUNK_TOKENS", 40)
-    for got, whole in zip(s.evaluate([*s.circuits[::-1]]), want[::-1]):
+    for got, whole in zip(s.evaluate([*s.circuits[::-1]]), want[::-1], strict=True):
         same(got, whole)
     alone = [vs.circuits.evaluate([s.circuits[3]], s.model, [x], s.vector, s.coefficient, oc.METRICS, progress=False)[0] for x in s.samples]
     for i, result in enumerate(alone):
@@ -111,7 +111,7 @@ def test_max_memory(setting, monkeypatch):
     alone = []
     fit = circuit_runs.Passes.fit
     monkeypatch.setattr(circuit_runs.Passes, "fit", lambda *args: alone.append(fit(*args)[2]) or fit(*args))
-    for got, whole in zip(s.evaluate(max_memory=needed), want):
+    for got, whole in zip(s.evaluate(max_memory=needed), want, strict=True):
         same(got, whole)
     assert alone.count(1) > 2  # circuits went one by one
 
@@ -120,7 +120,7 @@ def test_the_ends_are_the_runs_themselves(setting):
     """No edge: the base run; all edges: the steered run; an edge that leads nowhere: the base run. To the last bit."""
     s = setting("gemma2")
     nowhere = Circuit(s.graph, s.graph.find([f"m{s.layer}->a{s.layer + 1}.h0<q>"]))
-    for result, end in zip(s.evaluate([Circuit(s.graph), Circuit(s.graph, np.arange(s.graph.n_edges)), nowhere]), ("empty", "full", "empty")):
+    for result, end in zip(s.evaluate([Circuit(s.graph), Circuit(s.graph, np.arange(s.graph.n_edges)), nowhere]), ("empty", "full", "empty"), strict=True):
         for metric in oc.METRICS:
             assert np.array_equal(result[metric].per_sample["value"], result[metric].per_sample[end])
 

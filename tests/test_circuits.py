@@ -245,7 +245,8 @@ def test_damaged_files_are_refused(tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(scored(), st.floats(0.05, 0.6))
 def test_networkx_has_the_paths_of_the_model(case, share):
-    networkx = pytest.importorskip("networkx")
+    import networkx
+
     g, scores = case
     kept = Circuit(g, np.abs(scores) >= np.quantile(np.abs(scores), 1 - share))
     out = kept.to_networkx()
@@ -266,7 +267,6 @@ def test_networkx_expands_groups():
 
 @pytest.mark.parametrize("shape, n", [((3, 4, 2, 1), 30), ((1, 1, 1, 0), 2), ((28, 24, 8, 12), 700), ((3, 4, 2, 1), 0)])
 def test_picture(tmp_path, rng, shape, n):
-    pytest.importorskip("matplotlib")
     scores = EdgeScores(Graph(*shape), rng.standard_normal(Graph(*shape).n_edges), n_positions=1)
     c = scores.circuit(n)
     figure = c.plot(tmp_path / "c.png", scores=scores)
@@ -287,10 +287,10 @@ class Result(SimpleNamespace):
 
 
 class Runs(ModuleType):
-    """`vksteer.circuit_runs` in which an edge carries a known part of the effect on each sample: value = sum over kept edges."""
+    """`vksteer.circuits.runs` in which an edge carries a known part of the effect on each sample: value = sum over kept edges."""
 
     def __init__(self, effects):
-        super().__init__("vksteer.circuit_runs")
+        super().__init__("vksteer.circuits.runs")
         self.effects, self.calls = np.asarray(effects, float), []  # [n_samples, E]
 
     def evaluate(self, some, model, samples, vector, coefficient, *, metrics, progress, **options):
@@ -363,6 +363,8 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
 
 def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
     """Sizes asked for, against a bisection written out here; the grid in one pass, three levels of the bisection a pass."""
+    import vksteer.circuits.runs
+
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
     module = Runs(np.abs(rng.standard_normal((1, g.n_edges))))
@@ -490,7 +492,6 @@ def test_bootstrap_pools_before_it_divides(rng):
 
 
 def test_curve_picture(runs, scores, tmp_path):
-    pytest.importorskip("matplotlib")
     curve = circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, progress=False)
     curve.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000

@@ -62,9 +62,9 @@ def parts(monkeypatch):
                                per_sample=dict(value=np.full(len(samples), effects[c.edges].sum()), full=np.full(len(samples), effects.sum()), empty=np.zeros(len(samples)), weight=np.ones(len(samples))))
         return [{m: one(c) for m in metrics} for c in some]
 
-    monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained), raising=False)
+    monkeypatch.setattr(patching, "attribute", attribute)
+    monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setattr("vksteer.circuits.runs.evaluate", evaluate)
-    monkeypatch.setitem(vars(patching), "attribute", attribute)
     return done
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from standin import ScriptedModel
-from vksteer import SteeringVector, circuits, patching, steering
-from vksteer.steering import comparing
+from vksteer import Model, SteeringVector, circuits, data, patching, steering
 
 HARMFUL, HARMLESS = ["a bomb", "make one bomb", "bomb it now"], ["a cake", "bake one"]
 
@@ -73,8 +72,7 @@ def standins(model, vectors, monkeypatch):
         return [{"logit_diff": SimpleNamespace(faithfulness=len(c) / 10 + shift[which(vector)])} for c in some]
 
     for module, function in ((patching, make_samples), (patching, attribute), (circuits, minimum_faithful), (circuits, evaluate)):
-        monkeypatch.setattr(module, function.__name__, function, raising=False)
-    monkeypatch.setattr(comparing, "_available", lambda module: True)
+        monkeypatch.setattr(module, function.__name__, function)  # a name that is not there is an error
     return asked
 
 
@@ -94,19 +92,17 @@ def test_circuits(model, vectors, standins):
     assert len(some["dim"].circuit) == 5 and standins.samples[-1][:3] == ("chance", 2, 1.0)
 
 
-def test_parts_that_are_not_there(model, vectors, standins, monkeypatch):
-    monkeypatch.setattr(comparing, "_available", lambda module: module == "attribution")
-    c = steering.compare(model, vectors, HARMFUL, HARMLESS, steps=7, progress=False)
-    assert np.isnan(c.cross).all() and not np.isnan(c.overlaps).any() and "faithfulness" in c.notes[0]
-    monkeypatch.setattr(comparing, "_available", lambda module: False)
-    c = steering.compare(model, vectors, HARMFUL, HARMLESS, steps=7, progress=False)
-    assert np.isnan(c.overlaps).all() and "circuits" in c.notes[0]
-    with pytest.raises(ValueError, match="circuits=True"):
-        steering.compare(model, vectors, HARMFUL, HARMLESS, circuits=True, progress=False)
+def test_circuits_by_every_word(model, vectors, standins):
+    """True and "auto" are one: nothing of this package is optional. False asks for no sample."""
+    true, auto = (steering.compare(model, vectors, HARMFUL, HARMLESS, steps=7, circuits=word, progress=False) for word in (True, "auto"))
+    assert true.to_dict() == auto.to_dict() and not np.isnan(true.cross).any() and not np.isnan(true.overlaps).any()
+    asked = len(standins.samples)
+    assert asked == 2 * len(vectors)
+    steering.compare(model, vectors, HARMFUL, HARMLESS, circuits=False, progress=False)
+    assert len(standins.samples) == asked
 
 
 def test_plot(model, vectors, tmp_path):
-    pytest.importorskip("matplotlib")
     c = steering.compare(model, vectors, HARMFUL, HARMLESS, circuits=False, progress=False)
     c.plot(tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 5000
@@ -129,12 +125,9 @@ def test_bad_arguments(model, vectors):
 
 def test_on_the_bundled_model():
     """Real attribution, few prompts: circuits of a given size, overlaps and shares of edges by type."""
-    vs = pytest.importorskip("vksteer")
-    if not comparing._available("attribution"):
-        pytest.skip("no attribution in this build")
-    harmful, harmless = vs.data.tiny_pair("validation", 8)
-    with vs.Model.from_pretrained("tiny-gemma-chat", progress=False) as model:
-        cands = steering.difference_in_means(model, *vs.data.tiny_pair("train", 16), progress=False)
+    harmful, harmless = data.tiny_pair("validation", 8)
+    with Model.from_pretrained("tiny-gemma-chat", progress=False) as model:
+        cands = steering.difference_in_means(model, *data.tiny_pair("train", 16), progress=False)
         v, other = cands.vector(-5, 4), cands.vector(-4, 4)
         c = steering.compare(model, {"-5": v, "-4": other}, harmful, harmless, (0.5, 0.8), size=40, n_samples=3, steps=2, max_new_tokens=40, progress=False)
     kept = [r for r in c if r.circuit is not None]

@@ -27,7 +27,7 @@ def write(folder, ending, rows=ROWS):
     elif ending == ".jsonl":
         path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
     elif ending == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

@@ -259,11 +259,33 @@ def test_right_checksum_wrong_content(tmp_path_factory, data):
     facts["checksum"] = _checksum(facts, arrays)
     path = tmp_path_factory.mktemp("hostile") / "s"
     path.write_bytes(save(arrays, metadata=facts))
-    try:
+    plain = len(arrays["edges"]) == E and "n_heads" in facts["graph"] and '"n_kv_heads": 2' in facts["graph"] and facts["n_positions"] == "3" and facts["settings"] == "{}"
+    if not plain:
+        with pytest.raises(ModelError):
+            EdgeScores.load(path)
+        return
+    if len(arrays) == 1 and facts["has_positions"] == "0":
         s = EdgeScores.load(path)
         assert s.graph == SMALL and s.n_positions == 3
+        return
+    try:  # what the other array is decides
+        s = EdgeScores.load(path)
     except ModelError:
-        pass
+        return
+    assert s.graph == SMALL and s.n_positions == 3 and all(np.isfinite(x).all() for x in (s.edges, s.nodes, s.dims, s.sample_edges) if x is not None)
+
+
+def test_right_checksum_right_content(tmp_path):
+    """The same way of writing, with nothing wrong: it is what is wrong above that is refused."""
+    from safetensors.numpy import save
+    from vksteer.edge_score_files import _checksum
+
+    facts = {"format": "vksteer.edge_scores", "version": "1", "graph": '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}', "n_positions": "3", "has_positions": "0",
+             "settings": "{}", "provenance": "{}"}
+    arrays = {"edges": np.arange(E, dtype=np.float64)}
+    (tmp_path / "s").write_bytes(save(arrays, metadata={**facts, "checksum": _checksum(facts, arrays)}))
+    s = EdgeScores.load(tmp_path / "s")
+    assert s.graph == SMALL and s.n_positions == 3 and np.array_equal(s.edges, arrays["edges"])
 
 
 # -- EAP-IG ------------------------------------------------------------------------------------------------------------------------------------------
@@ -330,7 +352,6 @@ def test_export_refuses(tmp_path, rng):
 
 
 def test_networkx(rng):
-    pytest.importorskip("networkx")
     s = make(rng)
     out = s.to_networkx()
     assert {data["name"]: data["score"] for *_, data in out.edges(data=True)} == dict(zip(s.edge_names, s.edges)) and out.number_of_nodes() == N + 1

@@ -163,7 +163,7 @@ def test_coefficient_zero_changes_nothing(zoo, name, rng):
     for freeze, ablate in MODES:
         options = dict(edits=[vs.Steer(vector, 0.0)], freeze=freeze, ablate=ablate)
         assert_same_bits(f"{name} {freeze} {ablate}", model.run(prompts, **options).logits, plain.logits)
-        for a, b in zip(model.generate(prompts, max_new_tokens=8, ignore_eos=True, progress=False, capture=[last], **options), gens):
+        for a, b in zip(model.generate(prompts, max_new_tokens=8, ignore_eos=True, progress=False, capture=[last], **options), gens, strict=True):
             assert a.tokens.tolist() == b.tokens.tolist()
             assert_same_bits(f"{name} {freeze} {ablate} decoding", a.captured[last], b.captured[last])
 
@@ -226,12 +226,12 @@ def test_sampling_and_micro_batches(zoo, rng):
     options = dict(edits=[vs.Steer(vector, 1.0)], freeze="ov", max_new_tokens=12, ignore_eos=True, progress=False)
     greedy = model.generate(prompts, **options)
     for size in (1, 2, 4):
-        for a, b in zip(model.generate(prompts, batch_size=size, **options), greedy):
+        for a, b in zip(model.generate(prompts, batch_size=size, **options), greedy, strict=True):
             assert a.tokens.tolist() == b.tokens.tolist()
     first, second = (model.generate(prompts, temperature=1.0, seed=5, **options) for _ in range(2))
     assert [g.tokens.tolist() for g in first] == [g.tokens.tolist() for g in second]
     assert [g.tokens.tolist() for g in first] != [g.tokens.tolist() for g in greedy]
-    for a, b in zip(model.generate(prompts, temperature=1.0, top_k=1, seed=5, **options), greedy):
+    for a, b in zip(model.generate(prompts, temperature=1.0, top_k=1, seed=5, **options), greedy, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
 
 

@@ -140,8 +140,8 @@ def test_llama_guard_prompt():
 def test_llama_guard_on_a_random_model_of_that_shape(zoo, tmp_path):
     """A random Llama with a byte-level tokenizer: the whole way through the engine, whatever it answers."""
     from oracle import families
+    from vksteer.runtime import model as vs
 
-    vs = pytest.importorskip("vksteer.runtime.model", reason="the engine's Python side is not there yet")
     folder = families.with_config(zoo.folder("llama2", "chat"), tmp_path / "guard", max_position_embeddings=4096)
     with vs.Model.from_pretrained(str(folder)) as model, pytest.warns(UserWarning, match="of 2"):
         out = judge.LlamaGuard(model)(["a b", "c"], ["d", "e f"])

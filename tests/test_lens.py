@@ -228,7 +228,6 @@ def test_readable():
 
 
 def test_plot(chat, rng, tmp_path):
-    pytest.importorskip("matplotlib")
     import vksteer as vs
 
     lens = vs.ov.logit_lens(chat, rng.standard_normal((3, 5, 40)), 20)

@@ -47,9 +47,9 @@ def tokens_of(name, model, texts):
 
 
 def check_tokens(name, model, answers):
-    for text, got, want in zip(oracle.PROMPTS, tokens_of(name, model, oracle.PROMPTS), answers.meta["tokens"]):
+    for text, got, want in zip(oracle.PROMPTS, tokens_of(name, model, oracle.PROMPTS), answers.meta["tokens"], strict=True):
         assert list(got) == want, f"{name}: {text!r}"
-    for text, got, want in zip(oracle.TEXTS, tokens_of(name, model, oracle.TEXTS), answers.text_tokens()):
+    for text, got, want in zip(oracle.TEXTS, tokens_of(name, model, oracle.TEXTS), answers.text_tokens(), strict=True):
         assert list(got) == want, f"{name}: {text!r}"
 
 
@@ -73,7 +73,7 @@ def check_sites(name, model, answers):
 def check_greedy(name, model, answers, prompts, n_new):
     gens = model.generate([answers.tokens(i) for i in prompts], max_new_tokens=n_new, progress=False)
     ties, wrong = [], []
-    for i, gen in zip(prompts, gens):
+    for i, gen in zip(prompts, gens, strict=True):
         want, margins = answers.greedy(i)
         want, got = want[:n_new], gen.tokens.tolist()
         if got == want:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from child import child, quiet, tools
+from child import child, quiet, tool
 
 HERE = Path(__file__).parent
 
@@ -65,8 +65,7 @@ for source in (sys.argv[1], sys.argv[2], "nowhere/at-all"):
 
 
 def test_choice_of_device(llama):
-    env = tools()
-    both = os.pathsep.join(p for p in (env["lavapipe_icd"], env["swiftshader_icd"]) if p)
+    both = os.pathsep.join(map(tool, ("lavapipe_icd", "swiftshader_icd")))
     out = quiet(child("""
 found = vs.devices()
 assert [d.index for d in found] == list(range(len(found)))
@@ -108,7 +107,7 @@ with warnings.catch_warnings(record=True) as seen:
         vs.Model.from_pretrained(sys.argv[1], progress=False, device=device).close()
 print([str(w.message) for w in seen if "software" in str(w.message)])
 """
-    icd = tools()["lavapipe_icd"]
+    icd = tool("lavapipe_icd")
     assert quiet(child(code, llama, preamble="", VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd)).count("software device") == 1
     assert quiet(child(code, llama, preamble="", VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd, VKSTEER_DEVICE="0")).strip() == "[]"
 
@@ -199,8 +198,7 @@ def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty")
     real = next((line.split("=> ")[1] for line in subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout.splitlines()
                  if "libvulkan.so.1 " in line and "x86-64" in line), None)
-    if real is None:
-        pytest.skip("ldconfig knows no x86-64 libvulkan.so.1")
+    assert real, "ldconfig knows no libvulkan.so.1 of this machine: run tools/setup.sh run, which installs the Vulkan loader"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / "libvulkan.so.1", HERE / "faulty_vulkan.c", "-ldl"], check=True)
     return {"LD_LIBRARY_PATH": folder, "REAL_VULKAN": real}
 
@@ -292,7 +290,7 @@ folder = Path(os.environ["VKSTEER_CACHE"])
 with load() as model:
     want = model.run(rows_of(model, 9)).logits
     name = f"pipelines-{model.device.uuid}.bin"
-    names = [p.name for p in folder.iterdir()]
+    assert name in [p.name for p in folder.iterdir()], "what is damaged below is what is read"
     for junk in (b"", b"junk", b"\\xff" * 5000, bytes(64)):
         (folder / name).write_bytes(junk)
         from vksteer.runtime import device
@@ -577,6 +575,6 @@ signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
 got = model.run(rows, logits="last").logits
 signal.setitimer(signal.ITIMER_REAL, 0)
 assert np.array_equal(got, want)
-assert said and sum("signal handler" in s for s in said) >= len(said) - 3, said  # the last signal may come after the call
+assert said and sum("signal handler" in s for s in said) >= max(3, len(said) - 3), said  # the last signal may come after the call
 model.run([[1, 2]])
 """, llama))

@@ -181,7 +181,8 @@ def cases(n, seed=0):
 
 
 def test_overlap_against_scipy(rng):
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
+
     for i, (total, marked, drawn, shared) in enumerate(cases(1000)):
         got = sparsify.overlap_test(*masks(rng, total, marked, drawn, shared))
         # scipy sums terms of the mass function, itself good to about 1e-10 here.
@@ -288,7 +289,6 @@ def test_sweep_of_several_vectors(setting, tmp_path):
     assert d["rows"][1]["vector"] == "dim" and d["rows"][1]["harmful"]["asr"] == 1.0 and d["setting"]["model_hash"] == "numpy-standin"
     text = sw.to_markdown()
     assert text == repr(sw) and len(text.splitlines()) == 4 + len(sw) and "| dim | gradient | 0 | 0 | 0.0 % | 0.000 [" in text
-    pytest.importorskip("matplotlib")
     figure = sw.plot(tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10000 and len(figure.axes) == 12
 

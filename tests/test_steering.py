@@ -173,15 +173,13 @@ def test_select_is_choose_on_the_whole_table(model, cands, criterion, strict, mo
 
 
 def test_rejected_says_why(model, cands):
-    try:
+    with pytest.raises(ValueError, match="no candidate is left of 10"):
         cands.select(HARMFUL, HARMLESS, refusal_tokens=[6], progress=False)
-    except ValueError:
-        pass
     by_layer = {(r.position, r.layer): r for r in cands.rejected}
     assert by_layer[-1, 4].filter == "layer" and "0.8 * 5" in by_layer[-1, 4].reason
     assert by_layer[-2, 0].filter == "undefined" and "zero" in by_layer[-2, 0].reason
     measured = [r for r in cands.rejected if np.isfinite(r.shortfall)]
-    assert cands.closest is None or cands.closest.shortfall == min(r.shortfall for r in measured)
+    assert len(measured) == 6 and cands.closest in measured and cands.closest.shortfall == min(r.shortfall for r in measured)
 
 
 def test_progress_reaches_its_total(model):

@@ -312,7 +312,8 @@ def test_gguf_sentencepiece_equals_sentencepiece(tmp_path, prefix):
     """Llama 2's kind of vocabulary: merges by score, byte fallback, against sentencepiece itself."""
     import io
 
-    spm = pytest.importorskip("sentencepiece")
+    import sentencepiece as spm
+
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS * 10), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True,
                                    add_dummy_prefix=prefix, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
@@ -364,8 +365,7 @@ REAL = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "qwen": "Qwen2.5-Coder-0.5
 
 def real(name):
     path = MODELS / REAL[name]
-    if not path.exists():
-        pytest.skip(f"{path} is not there: run tools/fetch_model.py {name}")
+    assert path.exists(), f"{path} is not there: run .venv/bin/python tools/fetch_model.py {name} (make test fetches smollm2, make test-all all of them)"
     return path
 
 

@@ -3,7 +3,6 @@ sections 2 and 5)."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict, dataclass, field
 from typing import Any, Mapping
 
@@ -141,10 +140,6 @@ class Comparison:
         return figure
 
 
-def _available(module: str) -> bool:
-    return importlib.util.find_spec(f"vksteer.{module}") is not None
-
-
 def _strengths(coefficient, names) -> dict[str, tuple[float, float]]:
     if not isinstance(coefficient, Mapping):
         return dict.fromkeys(names, magnitudes(coefficient))
@@ -175,8 +170,6 @@ class _Circuits:
         scores = patching.attribute(self.model, samples, vector, a, clean="steered", steps=o["steps"], progress=False)
         if o["size"] is not None:
             return scores.circuit(min(o["size"], scores.graph.n_edges)), samples
-        if not o["faithfulness"]:
-            return scores.circuit(max(1, scores.graph.n_edges // 10)), samples
         try:
             return circuits.minimum_faithful(scores, self.model, samples, vector, a, threshold=o["threshold"], progress=False), samples
         except ValueError as error:  # no size reaches the threshold
@@ -200,7 +193,7 @@ def compare(model, vectors: Mapping[str, SteeringVector], harmful, harmless, coe
     harmful, harmless: prompts (texts or token lists). coefficient: a, (plus, minus), or a dict with one of these for each vector; harmless prompts are
     steered by +plus, harmful ones by -minus. normalize: every vector gets the first one's norm (how the method uses trained vectors).
     judge, min_words: as in `freezing.ablation_table`.
-    circuits: True, False, or "auto": as far as this build has them and the vectors share a layer (`notes` says what was left out). side: whose first
+    circuits: False, or True or "auto": of all vectors, compared where they share a layer (`notes` says what was left out). side: whose first
       `n_samples` prompts are steered for them; flipped ones are kept. size: edges of every circuit; None: the minimum faithful one at `threshold`.
       steps: of the integrated gradients.
     Returns Comparison. Raises ValueError before any work for an empty dict, vectors of another width or layer or zero, empty lists, bad numbers.
@@ -217,20 +210,12 @@ def compare(model, vectors: Mapping[str, SteeringVector], harmful, harmless, coe
     if circuits not in (True, False, "auto"):
         raise ValueError(f"circuits={circuits!r}: True, False or 'auto'")
     options = {"n_samples": whole(n_samples, "n_samples", 1), "size": None if size is None else whole(size, "size", 1), "threshold": threshold,
-               "steps": whole(steps, "steps", 1), "max_new_tokens": max_new_tokens, "judge": judge, "faithfulness": _available("circuit_runs")}
+               "steps": whole(steps, "steps", 1), "max_new_tokens": max_new_tokens, "judge": judge}
     if normalize:
         vectors = {name: v if v is first else v.with_norm(first.norm) for name, v in vectors.items()}
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
     notes, layers = [], {v.layer for v in vectors.values()}
     with_circuits = circuits is not False
-    if with_circuits and not _available("attribution"):
-        if circuits is True:
-            raise ValueError("circuits=True: this build has no vs.patching.attribute")
-        notes.append("circuits, which this build cannot find")
-        with_circuits = False
-    if with_circuits and not options["faithfulness"]:
-        notes.append("faithfulness, which this build cannot measure; circuits hold the strongest tenth of the edges" if size is None else
-                     "faithfulness, which this build cannot measure")
     if with_circuits and len(layers) > 1:
         notes.append(f"overlaps and cross-faithfulness between layers {sorted(layers)}: circuits of different layers are of different graphs")
 
@@ -238,7 +223,7 @@ def compare(model, vectors: Mapping[str, SteeringVector], harmful, harmless, coe
     cosines, overlaps, cross = (np.full((n, n), np.nan) for _ in range(3))
     for i, j in np.ndindex(n, n):
         cosines[i, j] = 1.0 if i == j else vectors[names[i]].cosine(vectors[names[j]])
-    with Progress(progress, len(pair) * (n + 1) + n * (1 + options["faithfulness"]) * with_circuits, "compare") as bar:
+    with Progress(progress, len(pair) * (n + 1) + 2 * n * with_circuits, "compare") as bar:
         base = pair.rates(pair.run(), judge, min_words)
         bar.step(len(pair))
         rates = {}
@@ -255,7 +240,7 @@ def compare(model, vectors: Mapping[str, SteeringVector], harmful, harmless, coe
                 a, b = found[names[i]], found[names[j]]
                 if a is not None and b is not None and a.graph == b.graph and len(a) and len(b):
                     overlaps[i, j] = a.overlap(b)
-            for j, name in enumerate(names if options["faithfulness"] else ()):
+            for j, name in enumerate(names):
                 same = [i for i in range(n) if found[name] is not None and found[names[i]] is not None and found[names[i]].graph == found[name].graph]
                 if same:
                     cross[same, j] = finder.under(name, samples[name], [found[names[i]] for i in same])
