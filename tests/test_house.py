@@ -20,7 +20,7 @@ import kernels  # noqa: E402  the build's own reader of kernels.def
 ROWS = kernels.read(ROOT / "csrc/ops/kernels.def")
 
 # Top to bottom; a room includes only itself and what stands before it.
-ROOMS = ["base", "gpu", "ops", "model", "intervene", "run", "analysis", "python"]
+ROOMS = ["base", "gpu", "ops", "reference", "model", "run", "analysis", "python"]
 
 TOP_LEVEL = {"setup.py", "CMakeLists.txt", "csrc", "shaders", "python", "tests", "notebooks", "README.md"}  # as ordered
 ALSO = {"Makefile", "pyproject.toml", ".ci", ".gitignore", "benchmarks", "docs", "cmake", "tools", "LICENSE"}

@@ -91,7 +91,7 @@ int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t 
 /* Waits for the device and hands every pending piece to its array. */
 int work_readback_drain(struct run_work *work, struct error *error);
 
-/* layers.c: one chunk through all layers, then the logits. */
+/* forward.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
 /* One layer, from the stream in work->x to the stream in work->x, without the sites before and after it. */
 int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
