@@ -1,4 +1,4 @@
-/* Circuits as tables: the plan checked and laid out, memory, and the pass that looks on while the base run goes by. */
+/* Circuits made and destroyed, and the pass that looks on while the base run goes by. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>

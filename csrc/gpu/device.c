@@ -1,4 +1,4 @@
-/* Devices: what is there, whether it offers the baseline, opening and closing. */
+/* Devices: opening and closing, what an open one says of itself. */
 #include <stdlib.h>
 #include <unistd.h>
 

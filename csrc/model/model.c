@@ -1,4 +1,4 @@
-/* Making a model: facts checked, names resolved to weights, rotation tables. */
+/* Making a model and finishing its loading; rotation tables. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-/* Model.forward: one batch in, arrays out. */
+/* A batch as it comes from Python: arrays borrowed and checked, places for what is captured. */
 #include "engine.h"
 
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* Device and MappedFile. */
+/* Device. */
 #include "engine.h"
 
 #include <unistd.h>

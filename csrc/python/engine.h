@@ -72,6 +72,7 @@ struct attribution_object {
 };
 
 extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec, attribution_spec, circuits_spec;
+/* engine.c */
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */

@@ -1,4 +1,4 @@
-/* MappedFile. */
+/* MappedFile: a file mapped into memory. */
 #include "engine.h"
 
 static PyObject *file_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {

@@ -1,4 +1,4 @@
-/* Model, Cache and Edits. */
+/* Model: loading, single weights, the forward pass. */
 #include "engine.h"
 
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* Twins of attention's steps. */
+/* Twins of attention's steps and their backward. */
 #include <math.h>
 
 #include "reference/reference.h"

@@ -1,4 +1,4 @@
-/* Twins of what works row by row: norm, activation, edits, copies, the sum over heads, the largest of a row. */
+/* Twins of what works element by element: the activation and its backward, edits, copies, the sum over heads. */
 #include <math.h>
 
 #include "reference/reference.h"

@@ -1,4 +1,4 @@
-/* Twins of what reads a matrix: the product, its backward, the embedding, the heads' outputs, the norms of rows. */
+/* Twins of what reads a matrix: the product, its backward, the embedding. */
 #include <math.h>
 
 #include "reference/reference.h"

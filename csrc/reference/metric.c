@@ -1,4 +1,4 @@
-/* Twins of the backward kernels, but for the product's (linear.c). */
+/* Twins of the gradients of scalars of the logits. */
 #include <math.h>
 
 #include "reference/reference.h"
