@@ -22,7 +22,7 @@ from child import tool  # noqa: E402
 ROWS = kernels.read(ROOT / "csrc/ops/kernels.def")
 
 # Top to bottom; a room includes only itself and what stands before it.
-ROOMS = ["base", "gpu", "ops", "model", "intervene", "run", "analysis", "python"]
+ROOMS = ["base", "gpu", "ops", "reference", "model", "run", "analysis", "python"]
 
 TOP_LEVEL = {"setup.py", "CMakeLists.txt", "csrc", "shaders", "python", "tests", "notebooks", "README.md"}  # as ordered
 ALSO = {"Makefile", "pyproject.toml", ".ci", ".gitignore", "benchmarks", "docs", "cmake", "tools", "LICENSE"}
@@ -71,6 +71,70 @@ def test_includes_go_downward():
             if there in ROOMS and ROOMS.index(there) > ROOMS.index(room(path)):
                 upward.append(f"{path.relative_to(ROOT)} includes {target}")
     assert not upward
+
+
+# What a C file defines for others: functions and objects at the left margin that are not static.
+DEFINITION = re.compile(r"^(?!static\b|typedef\b|extern\b)[A-Za-z_][\w \t*]*?\b(\w+)(?:\([^;{}]*\)\s*\{|(?:\[[^\]\n]*\])?\s*=)", re.M)
+STATIC = re.compile(r"^static\b[^;={]*?\b(\w+)\s*(?:\(|\[|=)", re.M)
+
+
+def preprocessed(files: dict[str, str], folder: Path) -> dict[str, str]:
+    """The .c files (path under csrc/ -> text) with macros expanded, without what their headers bring and without system headers."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(re.sub(r"^[ \t]*#\s*include\s*(<.*>|\"kernels_spirv.h\").*$", "", text, flags=re.M))
+    out = {}
+    for name in files:
+        if not name.endswith(".c"):
+            continue
+        command = ["cc", "-E", "-std=c11", "-I", folder, "-I", folder / Path(name).parent, "-I", ROOT / "shaders/include", folder / name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        lines, here = [], False
+        for line in done.stdout.splitlines():
+            if marker := re.match(r'# \d+ "([^"]*)"', line):
+                here = marker[1] == str(folder / name)
+            elif here:
+                lines.append(line)
+        out[name] = re.sub(r'"(?:\\.|[^"\\])*"', '""', "\n".join(lines))
+    return out
+
+
+def uses_between_files(sources: dict[str, str]) -> dict[str, dict[str, set[str]]]:
+    """file -> file whose functions or objects it uses -> their names."""
+    home = {name: path for path, text in sources.items() for name in DEFINITION.findall(text)}
+    uses = {path: {} for path in sources}
+    for path, text in sources.items():
+        words = set(re.findall(r"(?<![\w.])(?<!->)[A-Za-z_]\w*", text)) - set(STATIC.findall(text))
+        for word in words & home.keys():
+            if home[word] != path:
+                uses[path].setdefault(home[word], set()).add(word)
+    return uses
+
+
+def levels(uses: dict[str, dict[str, set[str]]]) -> list[list[str]]:
+    """Files that use nothing, then those that use only these, ...; files on a circle, or above one, are in none."""
+    done, out = set(), []
+    while ready := sorted(path for path in uses if path not in done and uses[path].keys() <= done):
+        out.append(ready)
+        done |= set(ready)
+    return out
+
+
+def test_no_circle_between_c_files(tmp_path):
+    files = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in c_files()}
+    uses = uses_between_files(preprocessed(files, tmp_path))
+    assert "ops/attention.c" in uses["reference/calls.c"] and "base/error.c" in uses["gpu/check.c"], "uses through macros are seen"
+    stuck = uses.keys() - {path for level in levels(uses) for path in level}
+    assert not stuck, {path: {to: sorted(names) for to, names in uses[path].items() if to in stuck} for path in sorted(stuck)}
+
+
+def test_a_circle_between_c_files_is_found(tmp_path):
+    files = {"a.h": "#define CALL(x) b_##x()\nint a_one(void);\n", "low.c": "int low(void)\n{\n    return 0;\n}\n",
+             "a.c": '#include "a.h"\nint a_one(void) {\n    return CALL(two) + low();\n}\n',
+             "b.c": '#include "a.h"\nint b_two(void) {\n    return a_one();\n}\n'}
+    uses = uses_between_files(preprocessed(files, tmp_path))
+    assert uses == {"low.c": {}, "a.c": {"b.c": {"b_two"}, "low.c": {"low"}}, "b.c": {"a.c": {"a_one"}}}
+    assert levels(uses) == [["low.c"]]
 
 
 def test_only_gpu_knows_vulkan():

@@ -72,7 +72,7 @@ def test_every_op_can_be_called_and_has_a_twin():
     header = (ROOT / "csrc/ops/ops.h").read_text()
     declared = set(re.findall(r"^int op_(\w+)\(struct ops \*ops, const struct", header, re.M))
     assert {name for name, _, _ in _engine.ops()} == declared
-    assert set(re.findall(r"^void twin_(\w+)\(", (ROOT / "csrc/ops/twins.h").read_text(), re.M)) == declared
+    assert set(re.findall(r"^void twin_(\w+)\(", (ROOT / "csrc/reference/reference.h").read_text(), re.M)) == declared
     assert set(verify.BOUNDS) == declared == {problem.op for problem in verify.problems()}
 
 

@@ -15,6 +15,8 @@
 
 #include "analysis/read_logits.h"
 
+#define CIRCUIT_READBACK (UINT64_C(16) << 20)    /* metrics of a tile of tokens come back through it */
+
 /* Flat arrays; copied by circuit_create, which checks every number. n layers from first_layer on; w = H + 2G + 1 inputs a layer (q, k, v, MLP), and the
  * logits' last. Blocks: 0 what steering adds; then layer by layer the heads' outputs in the order of `outputs` and one for every entry of the MLP; then the
  * masked copies in the order of `masks`. NO_BLOCK stands for the base run's. */
@@ -80,6 +82,12 @@ int circuit_forward(struct circuit_run *run, struct run_cache *cache, const stru
 /* circuit_layer.c: one layer, from the base run's stream before it (run->work->x). */
 int circuit_attention(struct circuit_run *run, int layer, uint64_t base_z, uint64_t base_raw, struct error *error);
 int circuit_mlp(struct circuit_run *run, int layer, uint64_t base_out, struct error *error);
+/* circuit_plan.c */
+int circuit_plan_check(const struct model_facts *f, const struct circuit_plan *plan, struct error *error);
+int circuit_layer_begin(struct circuit_run *run, const struct circuit_plan *plan, uint32_t i, struct error *error);
+int circuit_tables_make(struct circuit_run *run, const struct circuit_plan *plan, struct error *error);
+
+/* circuit_blocks.c */
 /* run->normed = normed inputs of entries [entry, entry + n), of the listed tokens (device address) or all. */
 int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64_t gain, uint64_t tokens, uint32_t n_tokens, struct error *error);
 int circuit_masks(struct circuit_run *run, uint32_t stage, struct error *error);

@@ -1,216 +1,8 @@
-/* Devices: what is there, whether it offers the baseline, opening and closing. */
-#include <stdio.h>
+/* Devices: opening and closing, what an open one says of itself. */
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "gpu/internal.h"
-
-static const char *vendor_name(uint32_t id) {
-    switch (id) {
-    case 0x1002: return "AMD";
-    case 0x8086: return "Intel";
-    case 0x10de: return "NVIDIA";
-    case 0x106b: return "Apple";
-    case 0x13b5: return "ARM";
-    case 0x5143: return "Qualcomm";
-    case 0x1ae0: return "Google";
-    case 0x10005: return "Mesa";
-    default: return "unknown";
-    }
-}
-
-static enum gpu_device_type device_type(VkPhysicalDeviceType type) {
-    switch (type) {
-    case VK_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU: return GPU_DISCRETE;
-    case VK_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU: return GPU_INTEGRATED;
-    case VK_PHYSICAL_DEVICE_TYPE_VIRTUAL_GPU: return GPU_VIRTUAL;
-    default: return GPU_SOFTWARE;
-    }
-}
-
-static int device_extension_offered(VkPhysicalDevice physical, const char *name) {
-    uint32_t count = 0;
-    if (vkEnumerateDeviceExtensionProperties(physical, NULL, &count, NULL) != VK_SUCCESS || count == 0)
-        return 0;
-    VkExtensionProperties *list = calloc(count, sizeof *list);
-    int found = 0;
-    if (list && vkEnumerateDeviceExtensionProperties(physical, NULL, &count, list) >= 0)
-        for (uint32_t i = 0; i < count && !found; i++)
-            found = strcmp(list[i].extensionName, name) == 0;
-    free(list);
-    return found;
-}
-
-/* The first queue family that computes; UINT32_MAX if none. */
-static uint32_t queue_family_find(VkPhysicalDevice physical) {
-    VkQueueFamilyProperties families[32];
-    uint32_t count = 32;
-    vkGetPhysicalDeviceQueueFamilyProperties(physical, &count, families);
-    for (uint32_t i = 0; i < count; i++)
-        if (families[i].queueFlags & VK_QUEUE_COMPUTE_BIT)
-            return i;
-    return UINT32_MAX;
-}
-
-/* The first missing piece of the baseline, or NULL. */
-static const char *baseline_missing(VkPhysicalDevice physical, const VkPhysicalDeviceProperties *properties,
-                                    const VkPhysicalDeviceSubgroupProperties *subgroup) {
-    if (properties->apiVersion < VK_API_VERSION_1_2)
-        return "Vulkan 1.2";
-    VkPhysicalDeviceVulkan12Features v12 = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES};
-    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &v12};
-    vkGetPhysicalDeviceFeatures2(physical, &features);
-    if (!v12.bufferDeviceAddress)
-        return "bufferDeviceAddress";
-    if (!v12.scalarBlockLayout)
-        return "scalarBlockLayout";
-    if (!v12.timelineSemaphore)
-        return "timelineSemaphore";
-    const VkSubgroupFeatureFlags needed = VK_SUBGROUP_FEATURE_BASIC_BIT | VK_SUBGROUP_FEATURE_ARITHMETIC_BIT | VK_SUBGROUP_FEATURE_BALLOT_BIT |
-                                          VK_SUBGROUP_FEATURE_SHUFFLE_BIT;
-    if (!(subgroup->supportedStages & VK_SHADER_STAGE_COMPUTE_BIT) || (subgroup->supportedOperations & needed) != needed)
-        return "subgroup arithmetic, ballot and shuffle in compute shaders";
-    if (subgroup->subgroupSize < 4 || subgroup->subgroupSize > 64)
-        return "a subgroup size of 4 to 64";
-    if (properties->limits.maxPushConstantsSize < GPU_PUSH_BYTES)
-        return "128 bytes of push constants";
-    if (queue_family_find(physical) == UINT32_MAX)
-        return "a compute queue";
-    return NULL;
-}
-
-static void memory_info(VkPhysicalDevice physical, struct gpu_device_info *info) {
-    VkPhysicalDeviceMemoryBudgetPropertiesEXT budget = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT};
-    VkPhysicalDeviceMemoryProperties2 memory = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2,
-                                                .pNext = info->has_budget ? &budget : NULL};
-    vkGetPhysicalDeviceMemoryProperties2(physical, &memory);
-    for (uint32_t i = 0; i < memory.memoryProperties.memoryHeapCount; i++) {
-        const VkMemoryHeap *heap = &memory.memoryProperties.memoryHeaps[i];
-        if (!(heap->flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT) || heap->size <= info->memory_bytes)
-            continue;
-        info->memory_bytes = heap->size;
-        info->available_bytes = heap->size;
-        if (info->has_budget)
-            info->available_bytes = budget.heapBudget[i] > budget.heapUsage[i] ? budget.heapBudget[i] - budget.heapUsage[i] : 0;
-    }
-    if (info->type == GPU_SOFTWARE || info->type == GPU_INTEGRATED) {
-        /* Drivers on shared memory report all of RAM: what can really be had is what the kernel calls available. */
-        FILE *file = fopen("/proc/meminfo", "r");
-        char line[128];
-        unsigned long long kib;
-        while (file && fgets(line, sizeof line, file))
-            if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1 && kib * 1024 < info->available_bytes)
-                info->available_bytes = kib * 1024;
-        if (file)
-            fclose(file);
-    }
-}
-
-/* An extension may be offered and its feature not. */
-static void optional_features(VkPhysicalDevice physical, struct gpu_device_info *info) {
-    int control_offered = device_extension_offered(physical, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
-    int executable_offered = device_extension_offered(physical, VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
-    VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR};
-    VkPhysicalDeviceSubgroupSizeControlFeaturesEXT control = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT,
-                                                              .pNext = executable_offered ? &executable : NULL};
-    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2};
-    features.pNext = control_offered ? (void *)&control : control.pNext;
-    vkGetPhysicalDeviceFeatures2(physical, &features);
-    VkPhysicalDeviceSubgroupSizeControlPropertiesEXT sizes = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES_EXT};
-    VkPhysicalDeviceProperties2 properties = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = control_offered ? &sizes : NULL};
-    vkGetPhysicalDeviceProperties2(physical, &properties);
-    info->has_subgroup_control = control.subgroupSizeControl && control.computeFullSubgroups &&
-                                 (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
-    info->has_executable_info = executable.pipelineExecutableInfo != 0;
-    info->has_int64 = features.features.shaderInt64 != 0;
-}
-
-static void device_describe(VkPhysicalDevice physical, int index, struct gpu_device_info *info) {
-    VkPhysicalDeviceSubgroupProperties subgroup = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES};
-    VkPhysicalDeviceDriverProperties driver = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES, .pNext = &subgroup};
-    VkPhysicalDeviceIDProperties id = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_ID_PROPERTIES, .pNext = &driver};
-    VkPhysicalDeviceProperties2 properties = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = &id};
-    vkGetPhysicalDeviceProperties2(physical, &properties);
-    const VkPhysicalDeviceProperties *base = &properties.properties;
-
-    memset(info, 0, sizeof *info);
-    info->index = index;
-    snprintf(info->name, sizeof info->name, "%s", base->deviceName);
-    snprintf(info->vendor, sizeof info->vendor, "%s", vendor_name(base->vendorID));
-    info->type = device_type(base->deviceType);
-    snprintf(info->driver, sizeof info->driver, "%s %s", driver.driverName, driver.driverInfo);
-    for (int i = 0; i < (int)VK_UUID_SIZE; i++)
-        snprintf(info->uuid + 2 * i, 3, "%02x", id.deviceUUID[i]);
-    info->subgroup_size = subgroup.subgroupSize;
-    info->max_push_bytes = base->limits.maxPushConstantsSize;
-    info->max_shared_bytes = base->limits.maxComputeSharedMemorySize;
-    info->max_invocations = base->limits.maxComputeWorkGroupInvocations;
-    info->has_budget = device_extension_offered(physical, VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
-    optional_features(physical, info);
-    VkFormatProperties texel;
-    vkGetPhysicalDeviceFormatProperties(physical, VK_FORMAT_R32G32B32A32_UINT, &texel);
-    if (texel.bufferFeatures & VK_FORMAT_FEATURE_UNIFORM_TEXEL_BUFFER_BIT)
-        info->max_texels = base->limits.maxTexelBufferElements;
-    const char *missing = baseline_missing(physical, base, &subgroup);
-    info->suitable = missing == NULL;
-    if (missing)
-        snprintf(info->missing, sizeof info->missing, "%s", missing);
-    memory_info(physical, info);
-}
-
-/* Physical devices of this process; *count of them in `list` (capacity 64). */
-static int physical_devices(VkPhysicalDevice *list, uint32_t *count, struct error *error) {
-    VkInstance instance = gpu_instance_get(error);
-    if (instance == VK_NULL_HANDLE)
-        return -1;
-    *count = 64;
-    VkResult result = vkEnumeratePhysicalDevices(instance, count, list);
-    if (result != VK_SUCCESS && result != VK_INCOMPLETE)
-        return error_set(error, ERROR_DEVICE, "the Vulkan driver lists no devices (%d): is it installed for this GPU?", (int)result);
-    return 0;
-}
-
-int gpu_devices_list(struct gpu_device_info *infos, int capacity, int *count, struct error *error) {
-    VkPhysicalDevice list[64];
-    uint32_t n = 0;
-    *count = 0;
-    if (physical_devices(list, &n, error))
-        return -1;
-    *count = (int)n;
-    for (int i = 0; i < (int)n && i < capacity; i++)
-        device_describe(list[i], i, &infos[i]);
-    return 0;
-}
-
-int gpu_result_check(struct gpu_device *device, VkResult result, const char *what, struct error *error) {
-    switch (result) {
-    case VK_SUCCESS:
-        return 0;
-    case VK_ERROR_DEVICE_LOST:
-        /* Nothing is freed while it may still be in use: a lost device answers this in finite time, too. */
-        if (!device->lost && device->used)
-            device->vk.vkDeviceWaitIdle(device->handle);
-        device->lost = 1;
-        return error_set(error, ERROR_DEVICE, "the device was lost during %s (a driver reset or a watchdog): close the model and load it again",
-                         what);
-    case VK_ERROR_OUT_OF_DEVICE_MEMORY:
-    case VK_ERROR_OUT_OF_HOST_MEMORY:
-        return error_set(error, ERROR_DEVICE, "out of %s memory during %s: use a smaller batch, shorter prompts or fewer captured sites",
-                         result == VK_ERROR_OUT_OF_DEVICE_MEMORY ? "device" : "host", what);
-    default:
-        return error_set(error, ERROR_DEVICE, "%s failed with Vulkan error %d on %s", what, (int)result, device->info.name);
-    }
-}
-
-void gpu_name_set(struct gpu_device *device, VkObjectType type, uint64_t handle, const char *name) {
-    if (!device->set_name || !name)
-        return;
-    VkDebugUtilsObjectNameInfoEXT info = {.sType = VK_STRUCTURE_TYPE_DEBUG_UTILS_OBJECT_NAME_INFO_EXT, .objectType = type, .objectHandle = handle,
-                                          .pObjectName = name};
-    device->set_name(device->handle, &info);
-}
 
 static int logical_device_create(struct gpu_device *device, struct error *error) {
     const char *extensions[4];
@@ -238,7 +30,7 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
     VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &v12,
                                           .features = {.shaderInt64 = device->info.has_int64 ? VK_TRUE : VK_FALSE}};
     const float priority = 1.0f;
-    device->queue_family = queue_family_find(device->physical);
+    device->queue_family = gpu_queue_family_find(device->physical);
     VkDeviceQueueCreateInfo queue = {.sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO, .queueFamilyIndex = device->queue_family,
                                      .queueCount = 1, .pQueuePriorities = &priority};
     VkDeviceCreateInfo create = {.sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO, .pNext = &features, .queueCreateInfoCount = 1,
@@ -259,14 +51,14 @@ int gpu_device_open(struct gpu_device **out, int index, const struct gpu_kernel 
     VkPhysicalDevice list[64];
     uint32_t n = 0;
     *out = NULL;
-    if (physical_devices(list, &n, error))
+    if (gpu_physical_devices(list, &n, error))
         return -1;
     if (index < 0 || index >= (int)n)
         return error_set(error, ERROR_DEVICE, "no Vulkan device %d: there are %u", index, n);
     struct gpu_device *device = calloc(1, sizeof *device);
     if (!device)
         return error_set(error, ERROR_MEMORY, "out of memory for a device");
-    device_describe(list[index], index, &device->info);
+    gpu_device_describe(list[index], index, &device->info);
     device->physical = list[index];
     VkPhysicalDeviceProperties properties;
     vkGetPhysicalDeviceProperties(device->physical, &properties);
@@ -317,18 +109,10 @@ uint64_t gpu_device_available(const struct gpu_device *device) {
         return 0;
     struct gpu_device_info now = device->info;
     now.memory_bytes = 0;
-    memory_info(device->physical, &now);
+    gpu_memory_info(device->physical, &now);
     return now.available_bytes;
 }
 
 uint64_t gpu_device_allocated(const struct gpu_device *device) {
     return device->allocated;
-}
-
-int gpu_device_check(const struct gpu_device *device, struct error *error) {
-    if (device->owner != getpid())
-        return error_set(error, ERROR_DEVICE, "this device was opened before fork(): open it in the child, or use multiprocessing's \"spawn\"");
-    if (device->lost)
-        return error_set(error, ERROR_DEVICE, "the device was lost earlier: close the model and load it again");
-    return 0;
 }

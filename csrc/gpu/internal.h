@@ -64,6 +64,13 @@ struct gpu_buffer {
 /* The instance is made once per process and kept. NULL on error. */
 VkInstance gpu_instance_get(struct error *error);
 int gpu_instance_has_debug_names(void);
+/* device_info.c */
+uint32_t gpu_queue_family_find(VkPhysicalDevice physical);
+void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info);
+void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device_info *info);
+int gpu_physical_devices(VkPhysicalDevice *list, uint32_t *count, struct error *error);
+
+/* check.c */
 int gpu_result_check(struct gpu_device *device, VkResult result, const char *what, struct error *error);
 void gpu_name_set(struct gpu_device *device, VkObjectType type, uint64_t handle, const char *name);
 

@@ -1,100 +1,8 @@
 /* Weights on their way to the device: converted, packed into panels, staged. */
 #include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "model/blocks.h"
-
-struct model_block {
-    struct gpu_buffer *buffer;
-    uint64_t used, size;
-    struct model_block *next;
-};
-
-static uint64_t align(uint64_t bytes) {
-    return (bytes + 255) & ~UINT64_C(255);
-}
-
-uint64_t model_weight_bytes(const struct model_facts *f) {
-    uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
-    uint64_t layer = align(op_matrix_bytes(f->weight_type, heads + 2 * kv, f->d_model)) + align(op_matrix_bytes(f->weight_type, f->d_model, heads)) +
-                     align(op_matrix_bytes(f->weight_type, 2 * f->d_mlp, f->d_model)) +
-                     align(op_matrix_bytes(f->weight_type, f->d_model, f->d_mlp)) +
-                     14 * align(4 * (uint64_t)(f->d_model + heads + 2 * kv + 2 * f->d_mlp)) / 4;
-    return f->n_layers * layer + (f->tied ? 1 : 2) * align(op_matrix_bytes(f->weight_type, f->d_vocab, f->d_model)) + (1u << 20);
-}
-
-int model_blocks_reserve(struct model *model, uint64_t bytes, struct error *error) {
-    uint64_t available = gpu_device_available(model->ops.device);
-    if (bytes > available)
-        return error_set(error, ERROR_DEVICE, "the weights take %.2f GB on the device and %.2f GB are free on %s: use a smaller dtype or model",
-                         bytes / 1e9, available / 1e9, gpu_device_get_info(model->ops.device)->name);
-    for (int i = 0; i < 2; i++)
-        if (gpu_buffer_create(&model->staging[i], model->ops.device, STAGING_BYTES, GPU_UPLOAD, "staging", error))
-            return -1;
-    return 0;
-}
-
-void model_blocks_destroy(struct model *model) {
-    for (int i = 0; i < 2; i++)
-        gpu_buffer_destroy(model->staging[i]);
-    while (model->blocks) {
-        struct model_block *next = model->blocks->next;
-        gpu_buffer_destroy(model->blocks->buffer);
-        free(model->blocks);
-        model->blocks = next;
-    }
-}
-
-int model_blocks_finish(struct model *model, struct error *error) {
-    if (gpu_stream_wait(model->ops.stream, error))
-        return -1;
-    for (int i = 0; i < 2; i++) {
-        gpu_buffer_destroy(model->staging[i]);
-        model->staging[i] = NULL;
-    }
-    return 0;
-}
-
-/* `bytes` of device memory out of the current block, or of a new one. */
-static int block_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer, uint64_t *offset, struct error *error) {
-    struct model_block *block = model->blocks;
-    bytes = align(bytes);
-    if (!block || block->used + bytes > block->size) {
-        /* 64 MiB at a time wastes at most that, and a large matrix gets a block of its own. */
-        uint64_t size = bytes > (UINT64_C(64) << 20) ? bytes : UINT64_C(64) << 20;
-        uint64_t total = model_weight_bytes(&model->facts);
-        if (total - (model->weight_bytes < total ? model->weight_bytes : total) < size && bytes <= (UINT64_C(1) << 20))
-            size = UINT64_C(4) << 20;
-        block = calloc(1, sizeof *block);
-        if (!block)
-            return error_set(error, ERROR_MEMORY, "out of memory for a block");
-        if (gpu_buffer_create(&block->buffer, model->ops.device, size, GPU_DEVICE_LOCAL, "weights", error)) {
-            free(block);
-            return -1;
-        }
-        block->size = size;
-        block->next = model->blocks;
-        model->blocks = block;
-    }
-    *buffer = block->buffer;
-    *offset = block->used;
-    block->used += bytes;
-    model->weight_bytes += bytes;
-    return 0;
-}
-
-/* The staging buffer to fill next; its earlier copy has been waited for. */
-static int staging_next(struct model *model, struct gpu_buffer **out, struct error *error) {
-    if (!model->staging[0])
-        return error_set(error, ERROR_MODEL, "weights can only be loaded before the model is finished");
-    *out = model->staging[model->next_staging];
-    model->next_staging ^= 1;
-    if (model->next_staging == 1) /* both may be in flight: wait once for the pair */
-        return gpu_stream_wait(model->ops.stream, error);
-    return 0;
-}
 
 static float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
@@ -270,7 +178,7 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
         uint64_t offset;
         if (made.n_chunks == OP_MATRIX_CHUNKS)
             return error_set(error, ERROR_MODEL, "%s is too large: more than %d chunks", name, OP_MATRIX_CHUNKS);
-        if (block_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
+        if (model_block_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
             return -1;
         made.chunks[made.n_chunks].address = gpu_buffer_address(buffer) + offset;
         made.chunks[made.n_chunks].first = first;
@@ -278,7 +186,7 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
         for (uint32_t row = 0; row < count; row += step_rows) {
             uint32_t rows = count - row < step_rows ? count - row : step_rows;
             struct gpu_buffer *staging = NULL;
-            if (staging_next(model, &staging, error))
+            if (model_staging_next(model, &staging, error))
                 return -1;
             struct pack pack = {.sources = sources, .n_sources = n_sources, .type = made.type, .k = k, .first = first + row, .count = rows,
                                 .out = gpu_buffer_map(staging)};
@@ -303,7 +211,7 @@ int model_vector_load(struct model *model, const char *name, int layer, const st
     /* Rounded up and zero-padded: kernels may read a whole row. */
     uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
     struct gpu_buffer *buffer, *staging = NULL;
-    if (bytes > STAGING_BYTES || block_cut(model, bytes, &buffer, &offset, error) || staging_next(model, &staging, error))
+    if (bytes > STAGING_BYTES || model_block_cut(model, bytes, &buffer, &offset, error) || model_staging_next(model, &staging, error))
         return -1;
     float *out = gpu_buffer_map(staging);
     memset(out, 0, bytes);

@@ -182,4 +182,11 @@ int op_circuit_outputs(struct ops *ops, const struct circuit_outputs_params *par
 int op_pair_logits(struct ops *ops, const struct pair_logits_params *params, uint32_t n_entries, struct error *error);
 int op_logit_metrics(struct ops *ops, const struct logit_metrics_params *params, uint32_t n_rows, struct error *error);
 
+/* self_test.c: may the kernels of `family` (enum op_linear_family) take the place of the baseline's? Runs both on a small awkward problem with
+ * weights of one type (WEIGHT_*; -1: of every type), in both phases and backward: bits must be the baseline's (in decoding, for a family with an order of its own, close to it), and a row's
+ * bits must not depend on how many rows there are. 0: so it is; -1: not (ERROR_VALUE), or the device failed; the error says where.
+ * For optional families, once per device, driver and engine version, before they are chosen. Compiles every kernel of the two families for the
+ * type, at first use seconds on a software driver; after that it takes a few hundredths of a second. */
+int op_linear_self_test(struct ops *ops, int family, int only_type, struct error *error);
+
 #endif

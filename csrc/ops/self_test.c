@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "ops/calls.h"
+#include "ops/ops.h"
 
 /* Awkward on purpose: no size is a multiple of a tile, and the numbers of rows reach every kernel of a family. */
 #define TEST_N 77

@@ -1,4 +1,4 @@
-/* Attribution: the engine's side of vs.patching.attribute; see csrc/analysis/attribute.h. */
+/* Attribution: the engine's side of vs.patching.attribute; see csrc/analysis/attribution.h. */
 #include "engine.h"
 
 #include <stdlib.h>

@@ -12,7 +12,7 @@
 #include <pthread.h>
 
 #include "base/mapped_file.h"
-#include "analysis/attribute.h"
+#include "analysis/attribution.h"
 
 struct device_object {
     PyObject_HEAD
@@ -72,6 +72,7 @@ struct attribution_object {
 };
 
 extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec, attribution_spec, circuits_spec;
+/* engine.c */
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */
@@ -116,8 +117,7 @@ PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args);
 /* circuit_type.c */
 PyObject *engine_measure(PyObject *module, PyObject *args);
-/* forward.c */
-PyObject *model_forward(PyObject *self, PyObject *args, PyObject *keywords);
+/* batch.c */
 /* A batch as it comes from Python: arrays that are borrowed until batch_release. */
 struct batch_arguments {
     struct run_batch batch;
@@ -137,12 +137,16 @@ int batch_captures_read(const struct model *model, const struct batch_arguments 
 int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache, PyObject *edits);
 void batch_release(struct batch_arguments *a);
 
-/* ov.c */
+/* model_facts.c */
+int model_facts_read(PyObject *dict, struct model_facts *f);
+int model_ropes_read(PyObject *dict, struct model_facts *f, double **tables, double *factors);
+
+/* model_ov.c */
 PyObject *model_value_vectors(PyObject *self, PyObject *args);
 PyObject *model_lens(PyObject *self, PyObject *args);
 PyObject *model_rows(PyObject *self, PyObject *args);
 
-/* choice.c */
+/* model_kernels.c */
 PyObject *model_get_family(PyObject *self, void *unused);
 int model_set_family(PyObject *self, PyObject *value, void *unused);
 PyObject *model_get_families(PyObject *self, void *unused);

@@ -1,94 +1,8 @@
-/* Model, Cache and Edits. */
+/* Model: loading, single weights, the forward pass. */
 #include "engine.h"
 
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
-
-/* --- facts out of a dict -------------------------------------------------------------------------------------------------------------- */
-
-static double fact(PyObject *facts, const char *name) {
-    PyObject *value = PyDict_GetItemString(facts, name);
-    if (!value) {
-        PyErr_Format(PyExc_KeyError, "fact %s is missing", name);
-        return -1;
-    }
-    return PyFloat_AsDouble(value);
-}
-
-static int fact_list(PyObject *facts, const char *name, uint32_t *out, uint32_t n) {
-    PyObject *list = PyDict_GetItemString(facts, name);
-    if (!list || !PyList_Check(list) || PyList_Size(list) != (Py_ssize_t)n) {
-        PyErr_Format(PyExc_ValueError, "fact %s must be a list of %u", name, n);
-        return -1;
-    }
-    for (uint32_t i = 0; i < n; i++) {
-        unsigned long value = PyLong_AsUnsignedLong(PyList_GetItem(list, i));
-        if (PyErr_Occurred())
-            return -1;
-        out[i] = (uint32_t)value;
-    }
-    return 0;
-}
-
-static int facts_read(PyObject *dict, struct model_facts *f) {
-    const struct { const char *name; uint32_t *to; } integers[] = {
-        {"n_layers", &f->n_layers}, {"d_model", &f->d_model}, {"n_heads", &f->n_heads}, {"n_kv_heads", &f->n_kv_heads}, {"d_head", &f->d_head},
-        {"d_mlp", &f->d_mlp}, {"d_vocab", &f->d_vocab}, {"n_ctx", &f->n_ctx}, {"act", &f->act}, {"weight_type", &f->weight_type}};
-    const struct { const char *name; float *to; } numbers[] = {
-        {"norm_eps", &f->norm_eps}, {"norm_offset", &f->norm_offset}, {"embed_scale", &f->embed_scale}, {"attn_scale", &f->attn_scale},
-        {"attn_softcap", &f->attn_softcap}, {"final_softcap", &f->final_softcap}};
-    const struct { const char *name; int *to; } flags[] = {
-        {"post_norms", &f->post_norms}, {"qk_norm", &f->qk_norm}, {"qkv_bias", &f->qkv_bias}, {"o_bias", &f->o_bias}, {"mlp_bias", &f->mlp_bias},
-        {"tied", &f->tied}};
-    for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++) {
-        double value = fact(dict, integers[i].name);
-        if (PyErr_Occurred())
-            return -1;
-        *integers[i].to = value >= 0 && value < 4e9 ? (uint32_t)value : UINT32_MAX; /* out of range: refused by the check of facts */
-    }
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
-        *numbers[i].to = (float)fact(dict, numbers[i].name);
-    for (size_t i = 0; i < sizeof flags / sizeof flags[0]; i++)
-        *flags[i].to = fact(dict, flags[i].name) != 0;
-    if (PyErr_Occurred())
-        return -1;
-    if (f->n_layers > MODEL_LAYERS_MAX) {
-        PyErr_Format(PyExc_ValueError, "%u layers are too many", f->n_layers);
-        return -1;
-    }
-    return fact_list(dict, "window", f->window, f->n_layers) || fact_list(dict, "rope_table", f->rope_table, f->n_layers);
-}
-
-/* facts["rope"]: list of (list of d_head / 2 floats, factor). Fills malloc'ed tables. */
-static int ropes_read(PyObject *dict, struct model_facts *f, double **tables, double *factors) {
-    PyObject *list = PyDict_GetItemString(dict, "rope");
-    Py_ssize_t n = list && PyList_Check(list) ? PyList_Size(list) : 0;
-    if (n < 1 || n > MODEL_ROPES_MAX) {
-        PyErr_SetString(PyExc_ValueError, "fact rope must be a list of one or two tables");
-        return -1;
-    }
-    f->n_ropes = (uint32_t)n;
-    for (Py_ssize_t i = 0; i < n; i++) {
-        PyObject *frequencies;
-        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "Od", &frequencies, &factors[i]))
-            return -1;
-        if (!PyList_Check(frequencies) || PyList_Size(frequencies) != (Py_ssize_t)f->d_head / 2) {
-            PyErr_SetString(PyExc_ValueError, "a rotation table must have d_head / 2 frequencies");
-            return -1;
-        }
-        tables[i] = malloc((f->d_head / 2 + 1) * sizeof(double));
-        if (!tables[i]) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        for (uint32_t j = 0; j < f->d_head / 2; j++)
-            tables[i][j] = PyFloat_AsDouble(PyList_GetItem(frequencies, j));
-        if (PyErr_Occurred())
-            return -1;
-    }
-    return 0;
-}
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = {"device", "facts", NULL};
@@ -105,7 +19,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     int failed = 1;
     if ((PyObject *)Py_TYPE(device) != engine_state_of((PyObject *)self)->device_type) {
         PyErr_SetString(PyExc_TypeError, "device must be a Device");
-    } else if (f && facts_read(facts, f) == 0 && ropes_read(facts, f, tables, factors) == 0) {
+    } else if (f && model_facts_read(facts, f) == 0 && model_ropes_read(facts, f, tables, factors) == 0) {
         self->owner = (struct device_object *)Py_NewRef(device);
         engine_lock(self->owner);
         failed = gpu_device_check(self->owner->device, &error) ||
@@ -332,6 +246,58 @@ static PyObject *model_vector(PyObject *object, PyObject *args) {
     return result;
 }
 
+/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
+ *         q_row, v_row, mlp_row, frozen, first_layer, inputs, stop_layer) -> (logits or None, {(site, layer): array}) */
+static PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
+    static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
+                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", "stop_layer", NULL};
+    struct model_object *self = (struct model_object *)object;
+    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
+    unsigned int n_out_rows, n_columns, n_keys;
+    int mode, failed = 1;
+    struct batch_arguments a = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIOI", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
+                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs, &a.batch.stop_layer))
+        return NULL;
+    if (batch_owners_read(&a, self, cache, edits))
+        return NULL;
+    a.batch.n_columns = n_columns;
+    a.batch.n_keys = n_keys;
+    a.batch.logits_mode = (enum run_logits)mode;
+    a.n_out_rows = n_out_rows;
+    struct error error = {0};
+    if (engine_begin(self, 1))
+        return NULL;
+    int begun = 1;
+    captured = PyDict_New();
+    if (!captured || batch_rows_read(&a, self->model, in) || batch_places_check(&a) || batch_captures_read(self->model, &a, list, captured, &a.captures, &a.batch.n_captures))
+        goto done;
+    a.batch.captures = a.captures;
+    if (batch_inputs_read(&a, self->model, inputs))
+        goto done;
+    if (mode == RUN_LOGITS_ALL)
+        logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab}, &a.batch.logits);
+    else if (mode == RUN_LOGITS_LAST)
+        logits = array_zeros(2, (Py_ssize_t[]){n_out_rows, self->model->facts.d_vocab}, &a.batch.logits);
+    else
+        logits = Py_NewRef(Py_None);
+    if (!logits)
+        goto done;
+    ENGINE_WORK(self, failed, run_forward(self->work, a.cache, &a.batch, &error));
+    begun = 0;
+    if (failed)
+        engine_fail(self, &error);
+    else
+        result = Py_BuildValue("(OO)", logits, captured);
+done:
+    if (begun)
+        engine_end(self);
+    batch_release(&a);
+    Py_XDECREF(logits);
+    Py_XDECREF(captured);
+    return result;
+}
+
 static PyObject *model_get_dispatches(PyObject *object, void *unused) {
     (void)unused;
     struct model_object *self = (struct model_object *)object;
@@ -365,190 +331,3 @@ static PyType_Slot model_slots[] = {
     {Py_tp_new, model_new}, {Py_tp_dealloc, model_dealloc}, {Py_tp_methods, model_methods}, {Py_tp_getset, model_getset},
     {Py_tp_doc, "Model(device, facts): weights on a device."}, {0, NULL}};
 PyType_Spec model_spec = {.name = "vksteer._engine.Model", .basicsize = sizeof(struct model_object), .flags = Py_TPFLAGS_DEFAULT, .slots = model_slots};
-
-/* --- Cache ---------------------------------------------------------------------------------------------------------------------------- */
-
-static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model", "n_slots", "first_layer", NULL};
-    PyObject *model;
-    unsigned int n_slots, first_layer = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OI|I", names, &model, &n_slots, &first_layer))
-        return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct cache_object *self = (struct cache_object *)allocate(type, 0);
-    struct error error = {0};
-    if (!self)
-        return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type || n_slots == 0) {
-        PyErr_SetString(PyExc_TypeError, "Cache(model, n_slots) needs a Model and at least one slot");
-        Py_CLEAR(self);
-    } else if (engine_begin((struct model_object *)model, 1)) {
-        Py_CLEAR(self);
-    } else {
-        self->owner = (struct model_object *)Py_NewRef(model);
-        int failed = run_cache_create(&self->cache, self->owner->model, n_slots, first_layer, &error);
-        engine_end(self->owner);
-        if (failed) {
-            engine_raise((PyObject *)self, &error);
-            Py_CLEAR(self);
-        }
-    }
-    return (PyObject *)self;
-}
-
-static void cache_dealloc(PyObject *object) {
-    struct cache_object *self = (struct cache_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
-    if (self->owner && self->owner->model) /* copies may be recorded that nobody has waited for */
-        gpu_stream_wait(self->owner->model->ops.stream, NULL);
-    run_cache_destroy(self->cache);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
-}
-
-static PyObject *cache_copy(PyObject *object, PyObject *args) {
-    struct cache_object *self = (struct cache_object *)object;
-    unsigned int from, n, first_layer = 0;
-    PyObject *array;
-    const void *to;
-    Py_ssize_t n_to;
-    struct error error = {0};
-    if (!PyArg_ParseTuple(args, "IOI|I", &from, &array, &n, &first_layer))
-        return NULL;
-    PyObject *view = array_view(array, 'I', "to", &to, &n_to);
-    if (!view)
-        return NULL;
-    int failed = 1;
-    if (engine_begin(self->owner, 1) == 0) {
-        failed = run_cache_copy(self->owner->work, self->cache, from, to, (uint32_t)n_to, n, first_layer, &error);
-        engine_end(self->owner);
-        if (failed)
-            engine_fail(self->owner, &error);
-    }
-    Py_DECREF(view);
-    return failed ? NULL : Py_NewRef(Py_None);
-}
-
-static PyMethodDef cache_methods[] = {
-    {"copy", cache_copy, METH_VARARGS, "copy(from, to uint32 [places], n, first_layer=0): copies n slots to every place."}, {NULL, NULL, 0, NULL}};
-
-static PyType_Slot cache_slots[] = {{Py_tp_new, cache_new}, {Py_tp_methods, cache_methods}, {Py_tp_dealloc, cache_dealloc}, {Py_tp_doc, "Cache(model, n_slots): keys and values."}, {0, NULL}};
-PyType_Spec cache_spec = {.name = "vksteer._engine.Cache", .basicsize = sizeof(struct cache_object), .flags = Py_TPFLAGS_DEFAULT, .slots = cache_slots};
-
-/* --- Edits ---------------------------------------------------------------------------------------------------------------------------- */
-
-#define EDIT_FIELDS 15 /* site, layer, row, kind, start, stop, step, first_position, n_positions, first_head, n_heads, operand, pos_step, head_step, step */
-
-static void edit_unpack(struct edit *edit, const int64_t *from, float coefficient) {
-    *edit = (struct edit){.site = (int32_t)from[0], .layer = (int32_t)from[1], .row = (int32_t)from[2], .kind = (uint32_t)from[3],
-                          .start = (uint32_t)from[4], .stop = (uint32_t)from[5], .step_pos = (uint32_t)from[6], .first_position = (uint32_t)from[7],
-                          .n_positions = (uint32_t)from[8], .first_head = (uint32_t)from[9], .n_heads = (uint32_t)from[10],
-                          .operand = (uint64_t)from[11], .pos_step = (uint32_t)from[12], .head_step = (uint32_t)from[13], .step = (uint32_t)from[14],
-                          .coefficient = coefficient};
-}
-
-static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssize_t n, const float *coefficients, const uint32_t *positions,
-                      Py_ssize_t n_positions, const uint32_t *heads, Py_ssize_t n_heads, const float *operands, Py_ssize_t n_operands,
-                      uint32_t n_rows, struct error *error) {
-    struct edit_list *list = &self->list;
-    struct model *model = self->owner->model;
-    list->edits = calloc((size_t)n + 1, sizeof *list->edits);
-    self->positions = malloc(4 * (size_t)n_positions + 4);
-    self->heads = malloc(4 * (size_t)n_heads + 4);
-    if (!list->edits || !self->positions || !self->heads)
-        return error_set(error, ERROR_MEMORY, "out of memory for edits");
-    memcpy(self->positions, positions, 4 * (size_t)n_positions);
-    memcpy(self->heads, heads, 4 * (size_t)n_heads);
-    for (Py_ssize_t i = 0; i < n; i++)
-        edit_unpack(&list->edits[i], records + i * EDIT_FIELDS, coefficients[i]);
-    list->n_edits = (uint32_t)n;
-    list->positions = self->positions;
-    list->heads = self->heads;
-    list->n_positions = (uint32_t)n_positions;
-    list->n_heads = (uint32_t)n_heads;
-    list->n_operands = (uint64_t)n_operands;
-    for (Py_ssize_t i = 0; i < n; i++) {
-        const struct edit *edit = &list->edits[i];
-        if (edit->kind > EDIT_ADD_SCALED)
-            return error_set(error, ERROR_VALUE, "edit %zd: no kind %u", i, edit->kind);
-        uint32_t site_heads, width;
-        if (edit->site < 0 || edit->site >= SITE_COUNT)
-            continue; /* refused below */
-        site_shape(edit->site, &model->facts, &site_heads, &width);
-        for (uint32_t h = 0; h < edit->n_heads && (uint64_t)edit->first_head + h < (uint64_t)n_heads; h++)
-            if (heads[edit->first_head + h] >= site_heads)
-                return error_set(error, ERROR_VALUE, "edit %zd: head %u of %s, which has %u", i, heads[edit->first_head + h], site_name(edit->site),
-                                 site_heads);
-    }
-    if (edit_list_index(list, SITE_COUNT, model->facts.n_layers, n_rows, error))
-        return -1;
-    if (gpu_buffer_create(&self->operands, model->ops.device, 4 * (uint64_t)n_operands, GPU_UPLOAD, "edit values", error))
-        return -1;
-    memcpy(gpu_buffer_map(self->operands), operands, 4 * (size_t)n_operands);
-    list->operand_address = gpu_buffer_address(self->operands);
-    return 0;
-}
-
-static PyObject *edits_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model", "records", "coefficients", "positions", "heads", "operands", "n_rows", NULL};
-    PyObject *model, *arrays[5], *views[5] = {NULL};
-    unsigned int n_rows;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOI", names, &model, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &arrays[4], &n_rows))
-        return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct edits_object *self = (struct edits_object *)allocate(type, 0);
-    if (!self)
-        return NULL;
-    const void *data[5];
-    Py_ssize_t n[5];
-    const char types[5] = {'q', 'f', 'I', 'I', 'f'};
-    struct error error = {0};
-    int ok = (PyObject *)Py_TYPE(model) == engine_state_of((PyObject *)self)->model_type;
-    if (!ok)
-        PyErr_SetString(PyExc_TypeError, "Edits needs a Model");
-    for (int i = 0; ok && i < 5; i++)
-        ok = (views[i] = array_view(arrays[i], types[i], names[i + 1], &data[i], &n[i])) != NULL;
-    if (ok && (n[0] != n[1] * EDIT_FIELDS || n[4] == 0 || n[1] > INT32_MAX)) {
-        PyErr_SetString(PyExc_ValueError, "edit records, coefficients and operands do not fit together");
-        ok = 0;
-    }
-    if (ok && engine_begin((struct model_object *)model, 1))
-        ok = 0;
-    else if (ok) {
-        self->owner = (struct model_object *)Py_NewRef(model);
-        ok = edits_fill(self, data[0], n[1], data[1], data[2], n[2], data[3], n[3], data[4], n[4], n_rows, &error) == 0;
-        engine_end(self->owner);
-        if (!ok)
-            engine_raise((PyObject *)self, &error);
-    }
-    for (int i = 0; i < 5; i++)
-        Py_XDECREF(views[i]);
-    if (!ok)
-        Py_CLEAR(self);
-    return (PyObject *)self;
-}
-
-static void edits_dealloc(PyObject *object) {
-    struct edits_object *self = (struct edits_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
-    gpu_buffer_destroy(self->operands);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
-    edit_list_clear(&self->list);
-    free(self->list.edits);
-    free(self->positions);
-    free(self->heads);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
-}
-
-static PyType_Slot edits_slots[] = {{Py_tp_new, edits_new}, {Py_tp_dealloc, edits_dealloc}, {Py_tp_doc, "Edits(...): edits of one batch as plain data."}, {0, NULL}};
-PyType_Spec edits_spec = {.name = "vksteer._engine.Edits", .basicsize = sizeof(struct edits_object), .flags = Py_TPFLAGS_DEFAULT, .slots = edits_slots};

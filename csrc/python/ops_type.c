@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "ops/calls.h"
+#include "reference/calls.h"
 
 #define GUARD 4096           /* bytes before and after every buffer; a kernel that writes there is caught */
 #define GUARD_BYTE 0xff      /* as a float it is NaN, so that a kernel that reads there and uses it shows */

@@ -1,4 +1,4 @@
-/* The way back through one chunk: reads as layers.c read from the end. Every step gives the gradient with respect to what its forward step took,
+/* The way back through one chunk: reads as forward.c read from the end. Every step gives the gradient with respect to what its forward step took,
  * and every site of the forward pass is passed again (captured gradients, edits undone).
  *
  * dx [T, d_stride] is the gradient with respect to the stream. Keys, values and rotated queries are those of the forward pass; patterns are computed

@@ -1,214 +1,405 @@
-/* A batch cut into chunks: token lists, tiles, and what goes up before the layers run. */
+/* The forward pass of one chunk: reads as the model's equations, a dispatch or a site a line.
+ *
+ * Where nobody looks at a value it is not materialised (fused kernels); where somebody does, the separate steps do the same arithmetic in the
+ * same order, so that looking changes no bit. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "run/work.h"
+#include "run/tape.h"
 
-static int batch_check(const struct run_work *work, const struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+#define RUN(call) do { if (call) return -1; } while (0)
+
+#define address(buffer) run_address(buffer)
+
+/* A whole-chunk view of [T, width] rows. */
+struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at, uint32_t stride) {
+    struct site_view view = {.site = site, .layer = layer, .address = at, .n_tokens = work->chunk.n_tokens, .token_stride = stride};
+    site_shape(site, &work->model->facts, &view.n_heads, &view.width);
+    view.head_stride = view.width;
+    return view;
+}
+
+static int visit_rows(struct run_work *work, int site, int layer, uint64_t at, uint32_t stride, uint64_t scale, struct error *error) {
+    struct site_view view = site_view_rows(work, site, layer, at, stride);
+    view.scale = scale;
+    return site_visit(work, &view, error);
+}
+
+/* dst = [add +] gain * x / rms(x), with the sites of the scale and of the normalised value. The scale stays in work->scale. */
+static int norm(struct run_work *work, int scale_site, int normalized_site, int layer, uint64_t x, uint64_t gain, uint64_t add, uint64_t dst,
+                int keep_scale, struct error *error) {
+    struct ops *ops = &work->model->ops;
+    uint32_t n = work->chunk.n_tokens;
+    struct norm_params params = {.x = x, .gain = gain, .dst = dst, .normalized = address(work->normalized), .scale = address(work->scale),
+                                 .add = add, .width = work->model->facts.d_model, .stride = work->d_stride, .eps = work->model->facts.norm_eps};
+    uint32_t flags = add ? NORM_ADD : 0;
+    if (!site_wanted(work, scale_site, layer) && !site_wanted(work, normalized_site, layer)) {
+        params.flags = flags | (keep_scale ? NORM_WRITE_SCALE : 0);
+        return op_norm(ops, &params, n, error);
+    }
+    params.flags = NORM_WRITE_SCALE | NORM_NO_OUT;
+    RUN(op_norm(ops, &params, n, error));
+    RUN(visit_rows(work, scale_site, layer, params.scale, 1, 0, error));
+    params.flags = NORM_READ_SCALE | NORM_WRITE_NORMALIZED | NORM_NO_OUT;
+    RUN(op_norm(ops, &params, n, error));
+    RUN(visit_rows(work, normalized_site, layer, params.normalized, work->d_stride, params.scale, error));
+    params.x = params.normalized;
+    params.flags = flags | NORM_READ_NORMALIZED;
+    return op_norm(ops, &params, n, error);
+}
+
+/* dst = x W^T [+ bias] [+ add] for the whole chunk. */
+static int product(struct run_work *work, const struct op_matrix *matrix, uint64_t x, uint32_t x_stride, uint64_t bias, uint64_t add, uint64_t dst,
+                   uint32_t dst_stride, struct error *error) {
+    struct op_linear_args args = {.x = x, .dst = dst, .bias = bias, .add = add, .n_rows = work->chunk.n_tokens, .x_stride = x_stride,
+                                  .dst_stride = dst_stride, .decode = work->chunk.batch->decode};
+    return op_linear(&work->model->ops, matrix, &args, error);
+}
+
+/* dst = norm(x) W^T [+ bias], in one dispatch where nobody looks between the two; the normed input otherwise stays in work->norm. */
+static int norm_product(struct run_work *work, int scale_site, int normalized_site, int layer, uint64_t gain, const struct op_matrix *matrix,
+                        uint64_t bias, uint64_t dst, uint32_t dst_stride, int keep_scale, struct error *error) {
+    uint64_t x = address(work->x);
+    if (!keep_scale && !site_wanted(work, scale_site, layer) && !site_wanted(work, normalized_site, layer) &&
+        op_linear_norms(&work->model->ops, work->chunk.n_tokens)) {
+        struct op_linear_args args = {.x = x, .dst = dst, .bias = bias, .gain = gain, .eps = work->model->facts.norm_eps,
+                                      .n_rows = work->chunk.n_tokens, .x_stride = work->d_stride, .dst_stride = dst_stride,
+                                      .decode = work->chunk.batch->decode != 0};
+        return op_linear(&work->model->ops, matrix, &args, error);
+    }
+    RUN(norm(work, scale_site, normalized_site, layer, x, gain, 0, address(work->norm), keep_scale, error));
+    return product(work, matrix, address(work->norm), work->d_stride, bias, 0, dst, dst_stride, error);
+}
+
+/* Does nobody look at these sites of a layer, nor keep what lies between a norm and what its product becomes? */
+static int unseen(const struct run_work *work, const int *sites, int n, int layer) {
+    for (int i = 0; i < n; i++)
+        if (site_wanted(work, sites[i], layer))
+            return 0;
+    return !work->tape && !work->observer;
+}
+
+static int frozen(const struct run_work *work, int layer) {
+    return work->chunk.batch->frozen && work->chunk.batch->frozen[layer];
+}
+
+/* q, k, v of the stream: norm, bias, sites, head norms, rotation, into the cache. */
+static int attention_inputs(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
     const struct model_facts *f = &work->model->facts;
-    uint64_t at = 0;
-    if (batch->first_layer >= f->n_layers || (batch->first_layer && !batch->inputs))
-        return error_set(error, ERROR_VALUE, "resuming at layer %u of %u needs the residual stream there", batch->first_layer, f->n_layers);
-    if (batch->first_layer < cache->first_layer)
-        return error_set(error, ERROR_VALUE, "a batch from layer %u with a cache that begins at layer %u", batch->first_layer, cache->first_layer);
-    if (batch->stop_layer && (batch->stop_layer <= batch->first_layer || batch->stop_layer > f->n_layers))
-        return error_set(error, ERROR_VALUE, "a run of layers %u to %u of %u", batch->first_layer, batch->stop_layer, f->n_layers);
-    for (uint32_t r = 0; r < batch->n_rows; r++) {
-        uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
-        if (end > f->n_ctx)
-            return error_set(error, ERROR_VALUE, "row %u has %llu tokens, the model's context holds %u: shorten the prompt or generate fewer tokens", r,
-                             (unsigned long long)end, f->n_ctx);
-        if (batch->slot[r] + end > cache->n_slots)
-            return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r, (unsigned long long)end, cache->n_slots - batch->slot[r]);
-        for (uint32_t i = 0; i < batch->n_tokens[r]; i++, at++)
-            if (batch->tokens[at] >= f->d_vocab)
-                return error_set(error, ERROR_VALUE, "row %u, position %u: token %u is not in the vocabulary of %u", r, batch->start[r] + i,
-                                 batch->tokens[at], f->d_vocab);
-        if (r && batch->group[r] == batch->group[r - 1] &&
-            (batch->n_tokens[r] != batch->n_tokens[r - 1] || batch->start[r] != batch->start[r - 1]))
-            return error_set(error, ERROR_VALUE, "rows %u and %u advance together but differ in length", r - 1, r);
+    const struct model_layer *layer = &work->model->layers[l];
+    uint64_t q = work->at_qkv, k = q + 4 * (uint64_t)f->n_heads * f->d_head, v = k + 4 * (uint64_t)f->n_kv_heads * f->d_head;
+    struct rope_params rope = {.qkv = q, .angles = address(work->model->angles[f->rope_table[l]]), .tokens = work->chunk.tokens,
+                               .q_gain = layer->q_norm, .k_gain = layer->k_norm, .k_cache = address(cache->k[l]),
+                               .v_cache = address(cache->v[l]), .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head,
+                               .stride = work->qkv_stride, .eps = f->norm_eps,
+                               .flags = (f->qk_norm ? ROPE_QK_NORM : 0) | ROPE_ROTATE | ROPE_STORE};
+    static const int between[] = {SITE_LN1_SCALE, SITE_LN1_NORMALIZED, SITE_Q, SITE_K, SITE_V, SITE_ROT_Q, SITE_ROT_K};
+    if (!f->qk_norm && unseen(work, between, 7, l) && op_linear_pairs_offered(&work->model->ops, &layer->qkv, work->chunk.n_tokens)) {
+        struct op_linear_pairs_args args = {.x = address(work->x), .gain = layer->ln1, .dst = q, .bias = layer->b_qkv, .angles = rope.angles, .tokens = rope.tokens,
+                                            .k_cache = rope.k_cache, .v_cache = rope.v_cache, .n_rows = work->chunk.n_tokens, .x_stride = work->d_stride,
+                                            .dst_stride = work->qkv_stride, .kind = PAIRS_ROTATE, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads,
+                                            .d_head = f->d_head, .eps = f->norm_eps};
+        return op_linear_pairs(&work->model->ops, &layer->qkv, &args, error);
     }
-    return 0;
+    RUN(norm_product(work, SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l, layer->ln1, &layer->qkv, layer->b_qkv, q, work->qkv_stride,
+                     site_edited(work, SITE_V, l), error));
+    RUN(visit_rows(work, SITE_Q, l, q, work->qkv_stride, 0, error));
+    RUN(visit_rows(work, SITE_K, l, k, work->qkv_stride, 0, error));
+    RUN(visit_rows(work, SITE_V, l, v, work->qkv_stride, address(work->scale), error));
+    RUN(tape_keep_qkv(work, l, error));
+    if (!site_wanted(work, SITE_ROT_Q, l) && !site_wanted(work, SITE_ROT_K, l))
+        return op_rope(&work->model->ops, &rope, work->chunk.n_tokens, error);
+    rope.flags &= ~(uint32_t)ROPE_STORE;
+    RUN(op_rope(&work->model->ops, &rope, work->chunk.n_tokens, error));
+    RUN(visit_rows(work, SITE_ROT_Q, l, q, work->qkv_stride, 0, error));
+    RUN(visit_rows(work, SITE_ROT_K, l, k, work->qkv_stride, 0, error));
+    rope.flags = ROPE_STORE;
+    return op_rope(&work->model->ops, &rope, work->chunk.n_tokens, error);
 }
 
-/* Appends tokens [from, from + n) of row r (counted from its new tokens) to the chunk. */
-static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uint32_t *tokens, uint32_t r, uint32_t from, uint32_t n) {
-    const struct run_batch *batch = chunk->batch;
-    uint32_t row_end = chunk->n_tokens + n;
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t t = chunk->n_tokens++, pos = batch->start[r] + from + i;
-        meta[t] = (struct token_meta){.id = tokens[from + i], .pos = pos, .slot = batch->slot[r] + pos, .q_token = t, .k_slot = batch->slot[r],
-                                      .v_slot = batch->slot[r], .row = r, .row_end = row_end};
-        chunk->places[t] = (struct token_place){r, pos, (uint32_t)(tokens - batch->tokens) + from + i};
-        if (i % OP_TILE == 0)
-            chunk->tile_list[chunk->n_tiles++] = (struct query_tile){t, 0};
-        chunk->tile_list[chunk->n_tiles - 1].count++;
-        if (pos + 1 > chunk->max_keys)
-            chunk->max_keys = pos + 1;
-        if (from + i + 1 == batch->n_tokens[r])
-            chunk->last_tokens[chunk->n_last++] = t;
+/* z of the tiles [first_tile, last_tile), whose patterns fit the scratch memory. */
+static int attention_tiles(struct run_work *work, struct run_cache *cache, int l, uint32_t first_tile, uint32_t last_tile, uint32_t key_stride,
+                           struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct chunk *chunk = &work->chunk;
+    struct ops *ops = &work->model->ops;
+    uint32_t first = chunk->tile_list[first_tile].first;
+    uint32_t n_tokens = chunk->tile_list[last_tile - 1].first + chunk->tile_list[last_tile - 1].count - first;
+    uint64_t tokens = frozen(work, l) ? chunk->frozen_tokens : chunk->tokens;
+    uint64_t tiles = chunk->tiles + first_tile * sizeof(struct query_tile);
+    struct site_view view = {.layer = l, .address = address(work->scores), .first = first, .n_tokens = n_tokens,
+                             .token_stride = f->n_heads * key_stride, .n_heads = f->n_heads, .head_stride = key_stride, .width = chunk->max_keys};
+    if (chunk->n_tiles == chunk->n_tokens && !site_wanted(work, SITE_SCORES, l) && !site_wanted(work, SITE_PATTERN, l)) { /* decoding */
+        struct decode_params decode = {.qkv = work->at_qkv, .k_cache = address(cache->k[l]), .v_cache = address(cache->v[l]), .tokens = tokens,
+                                       .scores = address(work->scores), .z = address(work->z), .first_token = first, .n_heads = f->n_heads,
+                                       .n_kv_heads = f->n_kv_heads, .d_head = f->d_head, .stride = work->qkv_stride, .z_stride = work->z_stride,
+                                       .key_stride = key_stride, .window = f->window[l], .scale = f->attn_scale, .softcap = f->attn_softcap};
+        return op_attn_decode(ops, &decode, n_tokens, chunk->max_keys, error);
     }
+    struct scores_params scores = {.qkv = work->at_qkv, .k_cache = address(cache->k[l]), .tokens = tokens, .tiles = tiles,
+                                   .scores = address(work->scores), .first_token = first, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads,
+                                   .d_head = f->d_head, .stride = work->qkv_stride, .key_stride = key_stride, .scale = f->attn_scale,
+                                   .softcap = f->attn_softcap};
+    RUN(op_attn_scores(ops, &scores, last_tile - first_tile, chunk->max_keys, error));
+    view.site = SITE_SCORES;
+    RUN(site_visit(work, &view, error));
+    struct softmax_params softmax = {.scores = address(work->scores), .tokens = tokens, .first_token = first, .n_heads = f->n_heads,
+                                     .key_stride = key_stride, .window = f->window[l]};
+    RUN(op_attn_softmax(ops, &softmax, n_tokens, chunk->max_keys, error));
+    view.site = SITE_PATTERN;
+    RUN(site_visit(work, &view, error));
+    struct mix_params mix = {.pattern = address(work->scores), .v_cache = address(cache->v[l]), .tokens = tokens, .tiles = tiles,
+                             .z = address(work->z), .first_token = first, .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head,
+                             .z_stride = work->z_stride, .key_stride = key_stride,
+                             .window = f->window[l]};
+    return op_attn_mix(ops, &mix, last_tile - first_tile, chunk->max_keys, error);
 }
 
-/* Where rows of a group lie in the chunk: the group's first row begins at `first`, each has n tokens. */
-static void freeze(const struct run_batch *batch, struct token_meta *meta, uint32_t *mlp_rows, uint32_t first, uint32_t first_row, uint32_t n_rows,
-                   uint32_t n) {
-    for (uint32_t r = first_row; r < first_row + n_rows; r++)
-        for (uint32_t i = 0; i < n; i++) {
-            struct token_meta *m = &meta[first + (r - first_row) * n + i];
-            m->q_token = first + (batch->q_row[r] - first_row) * n + i;
-            m->k_slot = batch->slot[batch->q_row[r]];
-            m->v_slot = batch->slot[batch->v_row[r]];
-            mlp_rows[first + (r - first_row) * n + i] = first + (batch->mlp_row[r] - first_row) * n + i;
-        }
-}
-
-static int chunk_run(struct run_work *work, struct run_cache *cache, const struct token_meta *meta, const struct token_meta *frozen_meta,
-                     const uint32_t *mlp_rows, int mlp_frozen, struct error *error) {
-    struct chunk *chunk = &work->chunk;
-    if (work_upload(work, meta, chunk->n_tokens * sizeof *meta, &chunk->tokens, error) ||
-        work_upload(work, chunk->tile_list, chunk->n_tiles * sizeof *chunk->tile_list, &chunk->tiles, error) ||
-        (chunk->n_last && work_upload(work, chunk->last_tokens, chunk->n_last * sizeof *chunk->last_tokens, &chunk->last_rows, error)))
-        return -1;
-    chunk->frozen_tokens = chunk->tokens;
-    chunk->mlp_rows = 0;
-    if (chunk->batch->frozen && work_upload(work, frozen_meta, chunk->n_tokens * sizeof *meta, &chunk->frozen_tokens, error))
-        return -1;
-    if (mlp_frozen && work_upload(work, mlp_rows, chunk->n_tokens * sizeof *mlp_rows, &chunk->mlp_rows, error))
-        return -1;
-    if (run_layers(work, cache, error))
-        return -1;
-    /* What was captured refers to this chunk's token list: hand it out before the next one is made. */
-    if (work->n_pending)
-        return work_readback_drain(work, error);
-    return 0;
-}
-
-static uint32_t group_rows(const struct run_batch *batch, uint32_t first) {
-    uint32_t n = 1;
-    while (first + n < batch->n_rows && batch->group[first + n] == batch->group[first])
-        n++;
-    return n;
-}
-
-static int groups_check(const struct run_batch *batch, uint32_t capacity, int *mlp_frozen, struct error *error) {
-    *mlp_frozen = 0;
-    for (uint32_t r = 0, n; r < batch->n_rows; r += n) {
-        n = group_rows(batch, r);
-        if (n > 1 && n > capacity / OP_TILE)
-            return error_set(error, ERROR_VALUE, "%u rows in one group: at most %u", n, capacity / OP_TILE);
-        for (uint32_t i = r; batch->frozen && i < r + n; i++) {
-            if (batch->q_row[i] - r >= n || batch->v_row[i] - r >= n || batch->mlp_row[i] - r >= n)
-                return error_set(error, ERROR_VALUE, "row %u is frozen to a row outside its group", i);
-            *mlp_frozen |= batch->mlp_row[i] != i;
-        }
-    }
-    return 0;
-}
-
-struct lists {
-    struct token_meta *meta, *frozen; /* [capacity] */
-    uint32_t *mlp_rows;
-};
-
-static int lists_make(struct lists *lists, uint32_t capacity, struct error *error) {
-    *lists = (struct lists){malloc(capacity * sizeof *lists->meta), malloc(capacity * sizeof *lists->frozen), malloc(capacity * sizeof *lists->mlp_rows)};
-    return lists->meta && lists->frozen && lists->mlp_rows ? 0 : error_set(error, ERROR_MEMORY, "out of memory for token lists");
-}
-
-static void lists_free(struct lists *lists) {
-    free(lists->meta);
-    free(lists->frozen);
-    free(lists->mlp_rows);
-}
-
-/* Fills chunks group by group; a group's rows always advance by the same number of tokens. */
-static int batch_run(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct lists *lists, int mlp_frozen,
-                     struct error *error) {
-    struct chunk *chunk = &work->chunk;
-    const uint32_t *tokens = batch->tokens;
-    uint32_t row = 0, done = 0; /* done: tokens of the present group's rows that are finished */
-    while (row < batch->n_rows) {
-        if (work_upload_reset(work, error))
-            return -1;
-        chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
-        while (row < batch->n_rows) {
-            uint32_t n_rows = group_rows(batch, row), length = batch->n_tokens[row], room = (work->capacity - chunk->n_tokens) / n_rows;
-            uint32_t n = length - done < room ? length - done : room;
-            if (n == 0 && length > done)
+static int attention(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    uint32_t key_stride = op_row_stride(chunk->max_keys);
+    uint64_t token_bytes = 4 * (uint64_t)work->model->facts.n_heads * key_stride;
+    uint32_t room = (uint32_t)(WORK_SCRATCH / token_bytes), at_once = room < OP_TILE ? OP_TILE : room;
+    if (at_once > chunk->n_tokens)
+        at_once = chunk->n_tokens < OP_TILE ? OP_TILE : chunk->n_tokens;
+    RUN(work_grow(work, &work->scores, at_once * token_bytes, "attention scores", error));
+    for (uint32_t tile = 0, end; tile < chunk->n_tiles; tile = end) {
+        for (end = tile + 1; end < chunk->n_tiles; end++)
+            if (chunk->tile_list[end].first + chunk->tile_list[end].count - chunk->tile_list[tile].first > at_once)
                 break;
-            uint32_t first = chunk->n_tokens;
-            for (uint32_t i = 0; i < n_rows; i++)
-                chunk_append(chunk, lists->meta, tokens + (size_t)i * length, row + i, done, n);
-            memcpy(lists->frozen + first, lists->meta + first, (chunk->n_tokens - first) * sizeof *lists->meta);
-            if (batch->frozen)
-                freeze(batch, lists->frozen, lists->mlp_rows, first, row, n_rows, n);
-            done += n;
-            if (done < length)
-                break;
-            tokens += (size_t)n_rows * length;
-            row += n_rows;
-            done = 0;
+        RUN(attention_tiles(work, cache, l, tile, end, key_stride, error));
+    }
+    return visit_rows(work, SITE_Z, l, address(work->z), work->z_stride, 0, error);
+}
+
+/* result[t, h, :] = z_h W_O^h for tokens [first, first + n), a row for each (token, head). */
+static int head_results(struct run_work *work, int l, uint32_t first, uint32_t n, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct op_matrix *o = &work->model->layers[l].o;
+    struct ops *ops = &work->model->ops;
+    uint64_t z = address(work->z) + 4 * (uint64_t)first * work->z_stride;
+    if (f->d_head % 16 == 0) { /* a head is a slice of the matrix's inputs */
+        for (uint32_t h = 0; h < f->n_heads; h++) {
+            struct op_linear_args args = {.x = z + 4 * (uint64_t)h * f->d_head, .dst = address(work->result) + 4 * (uint64_t)h * work->d_stride,
+                                          .n_rows = n, .x_stride = work->z_stride, .dst_stride = f->n_heads * work->d_stride,
+                                          .first_k = h * f->d_head, .n_k = f->d_head, .decode = work->chunk.batch->decode};
+            RUN(op_linear(ops, o, &args, error));
         }
-        if (chunk->n_tokens && chunk_run(work, cache, lists->meta, lists->frozen, lists->mlp_rows, mlp_frozen, error))
-            return -1;
+        return 0;
     }
-    return gpu_stream_wait(work->model->ops.stream, error);
+    /* Odd head sizes: one row a head, zero but for that head's part. */
+    RUN(work_grow(work, &work->expanded, 4 * (uint64_t)work->capacity * f->n_heads * work->z_stride, "expanded heads", error));
+    for (uint32_t h = 0; h < f->n_heads; h++) {
+        uint64_t at = 4 * (uint64_t)h * f->d_head;
+        struct copy_params copy = {.x = z + at, .dst = address(work->expanded) + 4 * (uint64_t)h * work->z_stride + at, .n_rows = n,
+                                   .width = f->d_head, .x_stride = work->z_stride, .out_stride = f->n_heads * work->z_stride};
+        RUN(op_copy(ops, &copy, error));
+    }
+    struct op_linear_args args = {.x = address(work->expanded), .dst = address(work->result), .n_rows = n * f->n_heads,
+                                  .x_stride = work->z_stride, .dst_stride = work->d_stride, .decode = work->chunk.batch->decode};
+    return op_linear(ops, o, &args, error);
 }
 
-/* Checks, and the rotation tables for the longest row. */
-static int batch_begin(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, int *mlp_frozen, struct error *error) {
-    uint32_t last = 1;
-    if (batch_check(work, cache, batch, error) || groups_check(batch, work->capacity, mlp_frozen, error))
+/* The per-head results' site, in pieces; if they were edited, attention's output is their sum, written to `dst`. */
+static int visit_results(struct run_work *work, int l, uint64_t dst, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    uint64_t token_bytes = 4 * (uint64_t)f->n_heads * work->d_stride;
+    uint32_t at_once = (uint32_t)(WORK_SCRATCH / token_bytes);
+    at_once = at_once < 1 ? 1 : at_once > work->capacity ? work->capacity : at_once;
+    RUN(work_grow(work, &work->result, at_once * token_bytes, "per-head results", error));
+    for (uint32_t first = 0, n; first < work->chunk.n_tokens; first += n) {
+        n = work->chunk.n_tokens - first < at_once ? work->chunk.n_tokens - first : at_once;
+        RUN(head_results(work, l, first, n, error));
+        struct site_view view = {.site = SITE_RESULT, .layer = l, .address = address(work->result), .first = first, .n_tokens = n,
+                                 .token_stride = f->n_heads * work->d_stride, .n_heads = f->n_heads, .head_stride = work->d_stride,
+                                 .width = f->d_model};
+        RUN(site_visit(work, &view, error));
+        if (!dst)
+            continue;
+        struct sum_heads_params sum = {.x = address(work->result), .dst = dst + 4 * (uint64_t)first * work->d_stride,
+                                       .bias = work->model->layers[l].b_o, .n_heads = f->n_heads, .width = f->d_model,
+                                       .head_stride = work->d_stride, .out_stride = work->d_stride, .has_bias = f->o_bias};
+        RUN(op_sum_heads(&work->model->ops, &sum, n, error));
+    }
+    return 0;
+}
+
+/* x += [post-norm of] a block's output, which lies at work->at_out and stays there; `rows` (0: none) freezes it to that of other rows. */
+static int block_output(struct run_work *work, int l, int out_site, int scale_site, int normalized_site, uint64_t post_gain, uint64_t rows,
+                        struct error *error) {
+    struct ops *ops = &work->model->ops;
+    uint64_t x = address(work->x), out = work->at_out;
+    int looked_at = site_wanted(work, out_site, l) || rows || work->observer;
+    if (post_gain) {
+        uint64_t normed = address(work->norm);
+        if (!looked_at)
+            return norm(work, scale_site, normalized_site, l, out, post_gain, x, x, 0, error);
+        RUN(norm(work, scale_site, normalized_site, l, out, post_gain, 0, normed, 0, error));
+        out = normed;
+    }
+    struct copy_params add = {.x = out, .dst = x, .add = x, .n_rows = work->chunk.n_tokens, .width = work->model->facts.d_model,
+                              .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ADD};
+    if (rows && !site_wanted(work, out_site, l) && !work->observer) { /* picked and added in one */
+        add.rows = rows;
+        add.flags |= COPY_ROWS;
+        return op_copy(ops, &add, error);
+    }
+    if (rows) {
+        struct copy_params pick = {.x = out, .dst = address(post_gain ? work->out : work->norm), .rows = rows, .n_rows = add.n_rows, .width = add.width,
+                                   .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
+        RUN(op_copy(ops, &pick, error));
+        add.x = pick.dst;
+    }
+    RUN(visit_rows(work, out_site, l, add.x, work->d_stride, 0, error));
+    if (out_site == SITE_MLP_OUT)
+        RUN(run_see(work, SEEN_MLP_OUT, l, add.x, work->d_stride, error));
+    return op_copy(ops, &add, error);
+}
+
+static int attention_block(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    uint64_t x = address(work->x), out = work->at_out;
+    int results = site_wanted(work, SITE_RESULT, l), summed = site_edited(work, SITE_RESULT, l);
+    RUN(attention_inputs(work, cache, l, error));
+    RUN(attention(work, cache, l, error));
+    if (results)
+        RUN(visit_results(work, l, summed ? out : 0, error));
+    RUN(run_see(work, SEEN_Z, l, address(work->z), work->z_stride, error));
+    if (!summed && !f->post_norms && !site_wanted(work, SITE_ATTN_OUT, l))
+        return product(work, &layer->o, address(work->z), work->z_stride, layer->b_o, x, x, work->d_stride, error);
+    if (!summed)
+        RUN(product(work, &layer->o, address(work->z), work->z_stride, layer->b_o, 0, out, work->d_stride, error));
+    if (f->post_norms)
+        RUN(run_see(work, SEEN_ATTN_RAW, l, out, work->d_stride, error));
+    return block_output(work, l, SITE_ATTN_OUT, SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED, layer->ln1_post, 0, error);
+}
+
+/* work->post = act(gate) * up of the normed stream, with their sites. */
+static int mlp_post(struct run_work *work, int l, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    uint64_t gate = work->at_gate_up, post = address(work->post);
+    static const int between[] = {SITE_LN2_SCALE, SITE_LN2_NORMALIZED, SITE_MLP_PRE, SITE_MLP_PRE_LINEAR};
+    if (unseen(work, between, 4, l) && op_linear_pairs_offered(&work->model->ops, &layer->gate_up, work->chunk.n_tokens)) {
+        struct op_linear_pairs_args args = {.x = address(work->x), .gain = layer->ln2, .dst = post, .bias = layer->b_gate_up, .n_rows = work->chunk.n_tokens,
+                                            .x_stride = work->d_stride, .dst_stride = work->mlp_stride, .kind = PAIRS_GATE, .act = f->act, .eps = f->norm_eps};
+        return op_linear_pairs(&work->model->ops, &layer->gate_up, &args, error);
+    }
+    RUN(norm_product(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, layer->ln2, &layer->gate_up, layer->b_gate_up, gate, work->gate_up_stride, 0, error));
+    RUN(visit_rows(work, SITE_MLP_PRE, l, gate, work->gate_up_stride, 0, error));
+    RUN(visit_rows(work, SITE_MLP_PRE_LINEAR, l, gate + 4 * (uint64_t)f->d_mlp, work->gate_up_stride, 0, error));
+    struct act_params act = {.gate_up = gate, .dst = post, .width = f->d_mlp, .in_stride = work->gate_up_stride, .out_stride = work->mlp_stride,
+                             .act = f->act};
+    return op_act(&work->model->ops, &act, work->chunk.n_tokens, error);
+}
+
+static int mlp_block(struct run_work *work, int l, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    uint64_t x = address(work->x), post = address(work->post);
+    uint64_t rows = frozen(work, l) ? work->chunk.mlp_rows : 0;
+    RUN(mlp_post(work, l, error));
+    RUN(visit_rows(work, SITE_MLP_POST, l, post, work->mlp_stride, 0, error));
+    if (!f->post_norms && !rows && !work->observer && !site_wanted(work, SITE_MLP_OUT, l))
+        return product(work, &layer->down, post, work->mlp_stride, layer->b_down, x, x, work->d_stride, error);
+    RUN(product(work, &layer->down, post, work->mlp_stride, layer->b_down, 0, work->at_out, work->d_stride, error));
+    return block_output(work, l, SITE_MLP_OUT, SITE_LN2_POST_SCALE, SITE_LN2_POST_NORMALIZED, layer->ln2_post, rows, error);
+}
+
+/* Logits of `n` normed rows at `x`, straight into readback memory, in pieces. */
+static int logits_rows(struct run_work *work, uint64_t x, uint32_t n_rows, int by_row, struct error *error) {
+    const struct model *model = work->model;
+    uint32_t stride = op_row_stride(model->facts.d_vocab);
+    for (uint32_t done = 0, n; done < n_rows; done += n) {
+        uint64_t offset;
+        n = n_rows - done;
+        RUN(work_readback_take(work, &n, stride, &offset, error));
+        struct op_linear_args args = {.x = x + 4 * (uint64_t)done * work->d_stride, .dst = address(work->readback) + 4 * offset, .n_rows = n,
+                                      .x_stride = work->d_stride, .dst_stride = stride, .softcap = model->facts.final_softcap,
+                                      .decode = work->chunk.batch->decode};
+        struct readback piece = {.to = work->chunk.batch->logits, .offset = offset, .first = done, .n = n, .token_floats = stride, .n_heads = 1,
+                                 .width = model->facts.d_vocab, .by_row = by_row};
+        RUN(op_linear(&work->model->ops, &model->unembed, &args, error));
+        RUN(work_readback_push(work, &piece, error));
+    }
+    return 0;
+}
+
+int run_final_norm(struct run_work *work, struct error *error) {
+    return norm(work, SITE_FINAL_SCALE, SITE_FINAL_NORMALIZED, 0, address(work->x), work->model->ln_final, 0, address(work->norm), 0, error);
+}
+
+static int logits(struct run_work *work, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    const struct model *model = work->model;
+    int all = chunk->batch->logits_mode == RUN_LOGITS_ALL, looked_at = site_wanted(work, SITE_FINAL_SCALE, 0) || site_wanted(work, SITE_FINAL_NORMALIZED, 0);
+    if (all || looked_at)
+        RUN(run_final_norm(work, error));
+    if (all)
+        return logits_rows(work, address(work->norm), chunk->n_tokens, 0, error);
+    if (chunk->batch->logits_mode != RUN_LOGITS_LAST || chunk->n_last == 0)
+        return 0;
+    if (looked_at) { /* normed already: pick the rows */
+        struct copy_params pick = {.x = address(work->norm), .dst = address(work->out), .rows = chunk->last_rows, .n_rows = chunk->n_last,
+                                   .width = model->facts.d_model, .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
+        RUN(op_copy(&work->model->ops, &pick, error));
+    } else {
+        struct norm_params params = {.x = address(work->x), .gain = model->ln_final, .dst = address(work->out), .rows = chunk->last_rows,
+                                     .width = model->facts.d_model, .stride = work->d_stride, .eps = model->facts.norm_eps, .flags = NORM_ROWS};
+        RUN(op_norm(&work->model->ops, &params, chunk->n_last, error));
+    }
+    return logits_rows(work, address(work->out), chunk->n_last, 1, error);
+}
+
+/* The residual stream that the caller kept, into work->x. */
+static int resume(struct run_work *work, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    size_t width = work->model->facts.d_model;
+    uint64_t rows;
+    float *packed = malloc(chunk->n_tokens * width * sizeof *packed);
+    if (!packed)
+        return error_set(error, ERROR_MEMORY, "out of memory for a resumed run");
+    for (uint32_t t = 0; t < chunk->n_tokens; t++)
+        memcpy(packed + t * width, chunk->batch->inputs + chunk->places[t].packed * width, width * sizeof *packed);
+    int failed = work_upload(work, packed, chunk->n_tokens * width * sizeof *packed, &rows, error);
+    free(packed);
+    if (failed)
         return -1;
-    for (uint32_t r = 0; r < batch->n_rows; r++)
-        if (batch->start[r] + batch->n_tokens[r] > last)
-            last = batch->start[r] + batch->n_tokens[r];
-    work->chunk.batch = batch;
-    work->n_pending = 0;
-    work->readback_used = 0;
-    return model_angles_prepare(work->model, last, error);
+    struct copy_params copy = {.x = rows, .dst = address(work->x), .n_rows = chunk->n_tokens, .width = (uint32_t)width, .x_stride = (uint32_t)width,
+                               .out_stride = work->d_stride};
+    return op_copy(&work->model->ops, &copy, error);
 }
 
-int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
-    int mlp_frozen;
-    struct lists lists;
-    int failed = lists_make(&lists, work->capacity, error) || batch_begin(work, cache, batch, &mlp_frozen, error) ||
-                 batch_run(work, cache, batch, &lists, mlp_frozen, error);
-    if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
-    work->chunk.batch = NULL;
-    lists_free(&lists);
-    return failed ? -1 : 0;
+static int begin(struct run_work *work, struct error *error) {
+    const struct model *model = work->model;
+    uint64_t x = address(work->x);
+    if (work->chunk.batch->inputs)
+        return resume(work, error);
+    RUN(op_embed(&work->model->ops, &model->embed, work->chunk.tokens, work->chunk.n_tokens, model->facts.embed_scale, x, work->d_stride, error));
+    return visit_rows(work, SITE_EMBED, 0, x, work->d_stride, 0, error);
 }
 
-int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
-    struct chunk *chunk = &work->chunk;
-    struct lists lists;
-    uint64_t total = 0;
-    int mlp_frozen;
-    for (uint32_t r = 0; r < batch->n_rows; r++) {
-        total += batch->n_tokens[r];
-        if (batch->start[r])
-            return error_set(error, ERROR_VALUE, "a way back needs whole rows; row %u starts at position %u", r, batch->start[r]);
+int run_layer(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
+    RUN(tape_layer_begin(work, l, error));
+    RUN(attention_block(work, cache, l, error));
+    RUN(visit_rows(work, SITE_RESID_MID, l, address(work->x), work->d_stride, 0, error));
+    RUN(tape_layer_middle(work, l, error));
+    return mlp_block(work, l, error);
+}
+
+int run_layers(struct run_work *work, struct run_cache *cache, struct error *error) {
+    const struct model *model = work->model;
+    uint64_t x = address(work->x);
+    uint32_t stop = work->chunk.batch->stop_layer;
+    RUN(begin(work, error));
+    for (int l = (int)work->chunk.batch->first_layer; l < (int)(stop ? stop : model->facts.n_layers); l++) {
+        RUN(visit_rows(work, SITE_RESID_PRE, l, x, work->d_stride, 0, error));
+        RUN(run_layer(work, cache, l, error));
+        RUN(visit_rows(work, SITE_RESID_POST, l, x, work->d_stride, 0, error));
     }
-    if (total > work->capacity || batch->frozen)
-        return error_set(error, ERROR_VALUE, "a way back through %llu tokens%s, there is room for %u", (unsigned long long)total,
-                         batch->frozen ? " of frozen rows" : "", work->capacity);
-    int failed = lists_make(&lists, work->capacity, error) || work_upload_reset(work, error) || batch_begin(work, cache, batch, &mlp_frozen, error);
-    if (!failed) {
-        const uint32_t *tokens = batch->tokens;
-        chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
-        for (uint32_t r = 0; r < batch->n_rows; tokens += batch->n_tokens[r++])
-            chunk_append(chunk, lists.meta, tokens, r, 0, batch->n_tokens[r]);
-        failed = chunk_run(work, cache, lists.meta, lists.frozen, lists.mlp_rows, 0, error);
-    }
-    lists_free(&lists);
-    return failed ? -1 : 0;
-}
-
-void run_whole_end(struct run_work *work, int failed) {
-    if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
-    work->chunk.batch = NULL;
+    if (stop) /* the stream entering the first layer that is left out is still to be had */
+        return stop < model->facts.n_layers ? visit_rows(work, SITE_RESID_PRE, (int)stop, x, work->d_stride, 0, error) : 0;
+    RUN(run_see(work, SEEN_FINAL, 0, x, work->d_stride, error));
+    return logits(work, error);
 }

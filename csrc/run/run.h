@@ -2,8 +2,8 @@
 #ifndef VKSTEER_RUN_H
 #define VKSTEER_RUN_H
 
-#include "intervene/edits.h"
 #include "model/model.h"
+#include "run/edits.h"
 #include "run/sites.h"
 
 struct run_work;

@@ -31,7 +31,7 @@ void run_tape_destroy(struct run_tape *tape);
 /* Device bytes, from the facts alone. */
 uint64_t run_tape_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer, int keep_inside);
 
-/* For layers.c; nothing without a tape. begin: where the layer's values go; its input is kept. */
+/* For forward.c; nothing without a tape. begin: where the layer's values go; its input is kept. */
 int tape_layer_begin(struct run_work *work, int layer, struct error *error);
 int tape_layer_middle(struct run_work *work, int layer, struct error *error);
 int tape_keep_qkv(struct run_work *work, int layer, struct error *error);

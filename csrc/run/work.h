@@ -91,7 +91,7 @@ int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t 
 /* Waits for the device and hands every pending piece to its array. */
 int work_readback_drain(struct run_work *work, struct error *error);
 
-/* layers.c: one chunk through all layers, then the logits. */
+/* forward.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
 /* One layer, from the stream in work->x to the stream in work->x, without the sites before and after it. */
 int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
@@ -99,7 +99,7 @@ int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct 
 int run_final_norm(struct run_work *work, struct error *error);
 uint64_t run_address(const struct gpu_buffer *buffer); /* 0 for none */
 
-/* forward.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays valid (and the uploads, until the next
+/* chunks.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays valid (and the uploads, until the next
  * work_upload_reset) so that a way back can follow; call run_whole_end after it, whatever happened. */
 int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error);
 void run_whole_end(struct run_work *work, int failed);

@@ -466,7 +466,7 @@ BLOCK(logit_grad_params) {
     float reference_softcap;       /* of `reference` and `other`; 0: none, or already applied */
 };
 
-/* --- attribution (csrc/analysis/attribute.c): slots are tokens of samples; sources are tokens of a batch, NO_SOURCE where there is none --- */
+/* --- attribution (csrc/analysis/attribution.c): slots are tokens of samples; sources are tokens of a batch, NO_SOURCE where there is none --- */
 
 #define NO_SOURCE 0xffffffffu
 

@@ -1,7 +1,7 @@
 """EAP-IG over whole responses (method.md section 5): scores of edges, nodes and dimensions, from the engine's own gradients.
 
 The samples go through in groups. For a group the device holds, token by token, what steering changes in every node's output and the gradients of
-every input averaged over the integration's steps (csrc/analysis/attribute.h); then the scores are contracted a tile of tokens at a time. A sample's
+every input averaged over the integration's steps (csrc/analysis/attribution.h); then the scores are contracted a tile of tokens at a time. A sample's
 scores do not depend on its group, on how steps are packed into batches, or on the memory: sums run in a fixed order.
 """
 

@@ -1,6 +1,6 @@
 """What attribution will cost: memory and work from a configuration alone, before any device is opened (`vs.patching.plan`).
 
-Memory follows the engine's own sums (csrc/analysis/attribute.c: attribution_bytes, csrc/run) and the layouts that `attribute` tries in turn; a test
+Memory follows the engine's own sums (csrc/analysis/attribution.c: attribution_bytes, csrc/run) and the layouts that `attribute` tries in turn; a test
 holds the two together. Work counts a multiplication and an addition as two operations, and is an estimate.
 """
 

@@ -1,37 +1,7 @@
-/* Twins of what works row by row: norm, activation, edits, copies, the sum over heads, the largest of a row. */
-#include <float.h>
+/* Twins of what works element by element: the activation and its backward, edits, copies, the sum over heads. */
 #include <math.h>
 
-#include "ops/twins.h"
-
-void twin_norm(struct twin_memory *memory, const struct norm_params *p, uint32_t n_rows) {
-    for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
-        uint64_t from = (uint64_t)(p->flags & NORM_ROWS ? twin_word(memory, p->rows, r) : r) * p->stride, to = (uint64_t)r * p->stride;
-        double scale;
-        if (p->flags & NORM_READ_NORMALIZED) {
-            scale = 1; /* x is normalised already */
-        } else if (p->flags & NORM_READ_SCALE) {
-            scale = *twin_float(memory, p->scale, r);
-        } else {
-            double sum = 0;
-            for (uint32_t i = 0; i < p->width; i++)
-                sum += *twin_float(memory, p->x, from + i) * *twin_float(memory, p->x, from + i);
-            scale = sqrt(sum / p->width + p->eps);
-            if (p->flags & NORM_WRITE_SCALE)
-                *twin_float(memory, p->scale, r) = scale;
-        }
-        for (uint32_t i = 0; i < p->width; i++) {
-            double x = *twin_float(memory, p->x, from + i) / scale;
-            if (p->flags & NORM_WRITE_NORMALIZED)
-                *twin_float(memory, p->normalized, to + i) = x;
-            x *= *twin_float(memory, p->gain, i);
-            if (p->flags & NORM_ADD)
-                x += *twin_float(memory, p->add, to + i);
-            if (!(p->flags & NORM_NO_OUT))
-                *twin_float(memory, p->dst, to + i) = x;
-        }
-    }
-}
+#include "reference/reference.h"
 
 double twin_activate(uint32_t act, double x) {
     switch (act) {
@@ -112,34 +82,31 @@ void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *p
         }
 }
 
-/* Where a value goes that is to stand behind all that are not smaller; k: it is too small for the list. */
-static uint32_t topk_place(struct twin_memory *memory, const struct topk_params *p, uint64_t list, double value) {
-    uint32_t place = p->k;
-    while (place > 0 && *twin_float(memory, p->values, list + place - 1) < value)
-        place--;
-    return place;
+static void activate(uint32_t act, double x, double *value, double *slope) {
+    const double pi = acos(-1);
+    if (act == ACT_SILU) {
+        double s = 1 / (1 + exp(-x));
+        *value = x * s;
+        *slope = s + x * s * (1 - s);
+    } else if (act == ACT_GELU_TANH) {
+        double c = sqrt(2 / pi), t = tanh(c * (x + 0.044715 * x * x * x)), e = cosh(c * (x + 0.044715 * x * x * x));
+        *value = 0.5 * x * (1 + t);
+        *slope = 0.5 * (1 + t) + (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
+    } else {
+        *value = 0.5 * x * erfc(-x * sqrt(0.5));
+        *slope = 0.5 * erfc(-x * sqrt(0.5)) + x * exp(-x * x / 2) / sqrt(2 * pi);
+    }
 }
 
-void twin_topk(struct twin_memory *memory, const struct topk_params *p) {
-    if (p->k == 0 || p->k > TOPK_MAX || p->x_stride < p->n_columns || (uint64_t)p->first + p->n_columns > 1u << 24)
-        twin_fail(memory, "no list of the %u largest of columns %u to %u", p->k, p->first, p->first + p->n_columns);
-    for (uint32_t r = 0; r < p->n_rows && !memory->failed; r++) {
-        uint64_t list = (uint64_t)r * p->k;
-        for (uint32_t j = 0; j < p->k && p->flags & TOPK_BEGIN; j++) {
-            *twin_float(memory, p->values, list + j) = -FLT_MAX;
-            *twin_float(memory, p->indices, list + j) = 0;
+void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *p, uint32_t n_tokens) {
+    if (p->act > ACT_GELU)
+        twin_fail(memory, "there is no activation %u", p->act);
+    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
+        for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
+            uint64_t gate = (uint64_t)t * p->in_stride + i, up = gate + p->width;
+            double d = *twin_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), value, slope;
+            activate(p->act, *twin_float(memory, p->gate_up, gate), &value, &slope);
+            *twin_float(memory, p->dgate_up, gate) = d * *twin_float(memory, p->gate_up, up) * slope;
+            *twin_float(memory, p->dgate_up, up) = d * value;
         }
-        for (uint32_t c = 0; c < p->n_columns && !memory->failed; c++) {
-            double value = *twin_float(memory, p->x, (uint64_t)r * p->x_stride + c) * (p->flags & TOPK_SCALED ? *twin_float(memory, p->factor, c) : 1);
-            uint32_t place = topk_place(memory, p, list, value);
-            for (uint32_t j = p->k; j-- > place + 1;) {
-                *twin_float(memory, p->values, list + j) = *twin_float(memory, p->values, list + j - 1);
-                *twin_float(memory, p->indices, list + j) = *twin_float(memory, p->indices, list + j - 1);
-            }
-            if (place < p->k) {
-                *twin_float(memory, p->values, list + place) = value;
-                *twin_float(memory, p->indices, list + place) = p->first + c;
-            }
-        }
-    }
 }

@@ -3,7 +3,7 @@
 #ifndef VKSTEER_CALLS_H
 #define VKSTEER_CALLS_H
 
-#include "ops/twins.h"
+#include "reference/reference.h"
 
 enum op_field_kind { FIELD_ADDRESS, FIELD_UINT, FIELD_FLOAT };
 
@@ -26,12 +26,5 @@ struct op_call {
 extern const struct op_call op_calls[];
 extern const int op_calls_count;
 const struct op_call *op_call_find(const char *name); /* NULL if there is none */
-
-/* self_test.c: may the kernels of `family` (enum op_linear_family) take the place of the baseline's? Runs both on a small awkward problem with
- * weights of one type (WEIGHT_*; -1: of every type), in both phases and backward: bits must be the baseline's (in decoding, for a family with an order of its own, close to it), and a row's
- * bits must not depend on how many rows there are. 0: so it is; -1: not (ERROR_VALUE), or the device failed; the error says where.
- * For optional families, once per device, driver and engine version, before they are chosen. Compiles every kernel of the two families for the
- * type, at first use seconds on a software driver; after that it takes a few hundredths of a second. */
-int op_linear_self_test(struct ops *ops, int family, int only_type, struct error *error);
 
 #endif

@@ -1,5 +1,5 @@
 /* The twins' memory: every access checked. */
-#include "ops/twins.h"
+#include "reference/reference.h"
 
 /* The buffer that `address` lies in, and the item there; NULL where there is none. */
 static struct twin_buffer *find(struct twin_memory *memory, uint64_t address, uint64_t index, uint64_t *item) {

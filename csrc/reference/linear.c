@@ -1,7 +1,7 @@
-/* Twins of what reads a matrix: the product, its backward, the embedding, the heads' outputs, the norms of rows. */
+/* Twins of what reads a matrix: the product, its backward, the embedding. */
 #include <math.h>
 
-#include "ops/twins.h"
+#include "reference/reference.h"
 
 static double half_value(uint32_t h) {
     int exponent = (int)(h >> 10 & 31), mantissa = (int)(h & 1023);
@@ -15,7 +15,7 @@ static double float_value(uint32_t bits) {
 }
 
 /* W[n, k], 0 beyond the matrix. Panels of 32 rows; in a panel, each cell of 16 bytes holds the next 4 (float32) or 8 (halves) inputs of one row. */
-static double weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n, uint32_t k) {
+double twin_weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n, uint32_t k) {
     uint32_t c = 0;
     if (n >= matrix->n || k >= matrix->k)
         return 0;
@@ -48,7 +48,7 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, con
             double sum = 0;
             for (uint32_t k = 0; k < n_k; k++)
                 sum += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * inverse *
-                       (args->gain ? *twin_float(memory, args->gain, k) : 1) * weight(memory, matrix, n, args->first_k + k);
+                       (args->gain ? *twin_float(memory, args->gain, k) : 1) * twin_weight(memory, matrix, n, args->first_k + k);
             if (args->bias)
                 sum += *twin_float(memory, args->bias, n);
             if (args->softcap != 0)
@@ -101,7 +101,7 @@ void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matri
                 sums[set] = args->bias ? *twin_float(memory, args->bias, n) : 0;
                 for (uint32_t k = 0; k < matrix->k; k++)
                     sums[set] += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * inverse * *twin_float(memory, args->gain, k) *
-                                 weight(memory, matrix, n, k);
+                                 twin_weight(memory, matrix, n, k);
             }
             finish_pair(memory, args, m, pair, sums[0], sums[1]);
         }
@@ -116,7 +116,7 @@ void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix,
             double *dx = twin_float(memory, args->dx, (uint64_t)m * args->x_stride + k), sum = args->add ? *dx : 0;
             for (uint32_t n = 0; n < (n_sum + 15) / 16 * 16; n++)
                 sum += *twin_float(memory, args->dy, (uint64_t)m * args->y_stride + n) *
-                       (n < n_sum ? weight(memory, matrix, args->first_n + n, args->first_k + k) : 0);
+                       (n < n_sum ? twin_weight(memory, matrix, args->first_n + n, args->first_k + k) : 0);
             *dx = sum;
         }
 }
@@ -129,32 +129,6 @@ void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, u
         if (id >= embedding->n)
             continue; /* no such row: left as it was */
         for (uint32_t k = 0; k < embedding->k; k++)
-            *twin_float(memory, dst, (uint64_t)t * stride + k) = scale * weight(memory, embedding, id, k);
-    }
-}
-
-/* dst[h, n] = gain[n] * sum_i x[h / group, i] W[n, h * d_head + i] */
-void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_head_out_args *args) {
-    if (args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads || (uint64_t)args->n_heads * args->d_head != matrix->k)
-        twin_fail(memory, "%u heads of %u over %u do not make %u inputs", args->n_heads, args->d_head, args->n_kv_heads, matrix->k);
-    for (uint32_t h = 0; h < args->n_heads && !memory->failed; h++)
-        for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
-            uint64_t from = (uint64_t)(h / (args->n_heads / args->n_kv_heads)) * args->d_head;
-            double sum = 0;
-            for (uint32_t i = 0; i < args->d_head; i++)
-                sum += *twin_float(memory, args->x, from + i) * weight(memory, matrix, n, h * args->d_head + i);
-            *twin_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) = args->gain ? sum * *twin_float(memory, args->gain, n) : sum;
-        }
-}
-
-/* dst[n] = 1 / |W[n, :]| */
-void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, uint64_t dst) {
-    for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
-        double sum = 0;
-        for (uint32_t k = 0; k < matrix->k; k++) {
-            double w = weight(memory, matrix, n, k);
-            sum += w * w;
-        }
-        *twin_float(memory, dst, n) = sum > 0 ? 1 / sqrt(sum) : 0;
+            *twin_float(memory, dst, (uint64_t)t * stride + k) = scale * twin_weight(memory, embedding, id, k);
     }
 }

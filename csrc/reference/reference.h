@@ -50,41 +50,50 @@ static inline uint32_t twin_window_start(uint32_t pos, uint32_t window) {
             (memory)->failed = error_set(&(memory)->error, ERROR_VALUE, __VA_ARGS__); \
     } while (0)
 
-/* twin_linear.c: matrices lie in panels of words, as on the device. */
+/* W[n, k], 0 beyond the matrix. */
+double twin_weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n, uint32_t k);
+
+/* linear.c: matrices lie in panels of words, as on the device. */
 void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_args *args);
 void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_pairs_args *args);
 void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_linear_bwd_args *args);
 void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
                 uint32_t stride);
 
+/* lens.c */
 void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_head_out_args *args);
 void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, uint64_t dst);
-
-/* twin_elementwise.c */
 void twin_topk(struct twin_memory *memory, const struct topk_params *params);
+
+/* norm.c */
 void twin_norm(struct twin_memory *memory, const struct norm_params *params, uint32_t n_rows);
+void twin_norm_bwd(struct twin_memory *memory, const struct norm_bwd_params *params, uint32_t n_rows);
+/* Gradient with respect to x of sum_i dn[i] x[i] / scale, scale = sqrt(mean x^2 + eps): dx[i] = dn[i] / scale - n[i] (dn . n) / (width scale). */
+struct norm_slope { double scale, along; /* dn . n */ };
+double twin_norm_slope_at(const struct norm_slope *slope, double dn, double x, uint32_t width);
+
+/* elementwise.c */
 void twin_act(struct twin_memory *memory, const struct act_params *params, uint32_t n_tokens);
+void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *params, uint32_t n_tokens);
 void twin_edit(struct twin_memory *memory, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads);
 void twin_copy(struct twin_memory *memory, const struct copy_params *params);
 void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *params, uint32_t n_tokens);
 
-/* twin_attention.c */
+/* attention.c */
 void twin_rope(struct twin_memory *memory, const struct rope_params *params, uint32_t n_tokens);
 void twin_attn_scores(struct twin_memory *memory, const struct scores_params *params, uint32_t n_tiles);
 void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *params, uint32_t n_tokens);
 void twin_attn_mix(struct twin_memory *memory, const struct mix_params *params, uint32_t n_tiles);
 void twin_attn_decode(struct twin_memory *memory, const struct decode_params *params, uint32_t n_tokens);
-
-/* twin_backward.c */
-void twin_norm_bwd(struct twin_memory *memory, const struct norm_bwd_params *params, uint32_t n_rows);
-void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *params, uint32_t n_tokens);
 void twin_rope_bwd(struct twin_memory *memory, const struct rope_bwd_params *params, uint32_t n_tokens);
 void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *params, uint32_t n_tokens);
 void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *params, uint32_t n_tiles);
+
+/* metric.c */
 void twin_pair_grad(struct twin_memory *memory, const struct pair_grad_params *params, uint32_t n_rows);
 void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params *params, uint32_t n_rows);
 
-/* twin_attribution.c */
+/* attribution.c */
 void twin_difference(struct twin_memory *memory, const struct difference_params *params, uint32_t n_slots);
 void twin_accumulate(struct twin_memory *memory, const struct accumulate_params *params, uint32_t n_slots);
 void twin_head_inputs(struct twin_memory *memory, const struct head_inputs_params *params, uint32_t n_slots);
@@ -92,7 +101,7 @@ void twin_head_gradients(struct twin_memory *memory, const struct head_gradients
 void twin_dots(struct twin_memory *memory, const struct dots_params *params);
 void twin_node_dims(struct twin_memory *memory, const struct node_dims_params *params, uint32_t n_nodes);
 
-/* twin_circuit.c */
+/* circuit.c */
 void twin_circuit_inputs(struct twin_memory *memory, const struct circuit_inputs_params *params, uint32_t n_entries);
 void twin_circuit_place(struct twin_memory *memory, const struct circuit_place_params *params, uint32_t n_entries);
 void twin_circuit_heads(struct twin_memory *memory, const struct circuit_heads_params *params, uint32_t n_entries);

@@ -2,7 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "analysis/attribute.h"
+#include "analysis/attribution.h"
 
 #define RUN(call) do { if (call) return -1; } while (0)
 

@@ -1,7 +1,7 @@
 /* Twins of the ops that circuits are run with. */
 #include <math.h>
 
-#include "ops/twins.h"
+#include "reference/reference.h"
 
 /* 1 / rms of `width` floats. */
 static double inverse_rms(struct twin_memory *memory, uint64_t x, uint64_t at, uint32_t width, double eps) {

@@ -1,7 +1,7 @@
-/* Twins of attention's steps. */
+/* Twins of attention's steps and their backward. */
 #include <math.h>
 
-#include "ops/twins.h"
+#include "reference/reference.h"
 
 int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
     if (n_kv_heads == 0 || n_heads % n_kv_heads)
@@ -156,4 +156,102 @@ void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p,
             query_softmax(memory, &softmax, t, h);
             query_mix(memory, &mix, t, h);
         }
+}
+
+static void head_rotate_back(struct twin_memory *memory, const struct rope_bwd_params *p, uint64_t base, uint32_t pos) {
+    uint32_t half = p->d_head / 2;
+    for (uint32_t i = 0; i < half; i++) {
+        double *a = twin_float(memory, p->dqkv, base + i), *b = twin_float(memory, p->dqkv, base + half + i), old_a = *a, old_b = *b;
+        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2), s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
+        *a = old_a * c + old_b * s;
+        *b = old_b * c - old_a * s;
+    }
+}
+
+static void head_norm_back(struct twin_memory *memory, const struct rope_bwd_params *p, uint64_t base, uint64_t gain) {
+    struct norm_slope slope = {0};
+    double squares = 0;
+    for (uint32_t i = 0; i < p->d_head; i++)
+        squares += *twin_float(memory, p->qkv, base + i) * *twin_float(memory, p->qkv, base + i);
+    slope.scale = sqrt(squares / p->d_head + p->eps);
+    for (uint32_t i = 0; i < p->d_head; i++)
+        slope.along += *twin_float(memory, p->dqkv, base + i) * *twin_float(memory, gain, i) * *twin_float(memory, p->qkv, base + i) / slope.scale;
+    for (uint32_t i = 0; i < p->d_head; i++) {
+        double *d = twin_float(memory, p->dqkv, base + i);
+        *d = twin_norm_slope_at(&slope, *d * *twin_float(memory, gain, i), *twin_float(memory, p->qkv, base + i), p->d_head);
+    }
+}
+
+void twin_rope_bwd(struct twin_memory *memory, const struct rope_bwd_params *p, uint32_t n_tokens) {
+    if (p->d_head == 0 || p->d_head % 2)
+        twin_fail(memory, "a head of %u cannot be rotated", p->d_head);
+    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
+        for (uint32_t h = 0; h < p->n_heads + p->n_kv_heads && !memory->failed; h++) {
+            uint64_t base = (uint64_t)t * p->stride + (uint64_t)h * p->d_head;
+            if (p->flags & ROPE_ROTATE)
+                head_rotate_back(memory, p, base, twin_token(memory, p->tokens, t).pos);
+            if (p->flags & ROPE_QK_NORM)
+                head_norm_back(memory, p, base, h < p->n_heads ? p->q_gain : p->k_gain);
+        }
+}
+
+void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *p, uint32_t n_tokens) {
+    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
+        uint32_t pos = twin_token(memory, p->tokens, (uint64_t)p->first_token + t).pos, start = twin_window_start(pos, p->window);
+        if (pos >= p->key_stride)
+            twin_fail(memory, "token %u has more than %u keys", t, p->key_stride);
+        for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++) {
+            uint64_t row = ((uint64_t)t * p->n_heads + h) * p->key_stride;
+            double mean = 0;
+            for (uint32_t j = start; j <= pos; j++)
+                mean += *twin_float(memory, p->pattern, row + j) * *twin_float(memory, p->dpattern, row + j);
+            for (uint32_t j = 0; j < p->key_stride && j < pos + OP_TILE; j++) {
+                double *d = twin_float(memory, p->dpattern, row + j);
+                if (j < start || j > pos) {
+                    *d = 0;
+                    continue;
+                }
+                *d = *twin_float(memory, p->pattern, row + j) * (*d - mean) * p->scale;
+                if (p->softcap != 0)
+                    *d *= 1 - pow(*twin_float(memory, p->scores, row + j) / p->softcap, 2);
+            }
+        }
+    }
+}
+
+/* The sum of one key's column `d` of group g over the queries of its row that see it. */
+static double key_sum(struct twin_memory *memory, const struct mix_bwd_params *p, uint32_t key, uint32_t g, uint32_t d) {
+    struct token_meta meta = twin_token(memory, p->tokens, key);
+    uint32_t group = p->n_heads / p->n_kv_heads, last = meta.row_end < p->last_token ? meta.row_end : p->last_token;
+    double sum = 0;
+    for (uint32_t t = key > p->first_token ? key : p->first_token; t < last && !memory->failed; t++) {
+        if (p->window && t - key >= p->window)
+            break;
+        for (uint32_t h = g * group; h < (g + 1) * group; h++)
+            sum += *twin_float(memory, p->a, ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride + meta.pos) *
+                   *twin_float(memory, p->y, (uint64_t)t * p->y_stride + (uint64_t)h * p->d_head + d);
+    }
+    return sum;
+}
+
+void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *p, uint32_t n_tiles) {
+    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
+        return;
+    for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
+        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, 0, p->key_stride);
+        struct token_meta first = twin_token(memory, p->tokens, tile.first);
+        if (first.row_end < tile.first + tile.count)
+            twin_fail(memory, "tile %u: its row ends at %u", y, first.row_end);
+        for (uint32_t t = tile.first; t < first.row_end && !memory->failed; t++) {
+            struct token_meta token = twin_token(memory, p->tokens, t);
+            if (token.row != first.row || token.pos != first.pos + (t - tile.first) || token.pos >= p->key_stride)
+                twin_fail(memory, "tile %u: query %u is not of its row, or has more than %u keys", y, t, p->key_stride);
+        }
+        for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
+            for (uint32_t g = 0; g < p->n_kv_heads && !memory->failed; g++)
+                for (uint32_t d = 0; d < p->d_head && !memory->failed; d++) {
+                    double *sum = twin_float(memory, p->sums, ((uint64_t)tile.first + i) * p->out_stride + (uint64_t)g * p->d_head + d);
+                    *sum = (p->add ? *sum : 0) + key_sum(memory, p, tile.first + i, g, d);
+                }
+    }
 }

@@ -1,7 +1,7 @@
 /* Twins of the ops that attribution is made of. */
 #include <math.h>
 
-#include "ops/twins.h"
+#include "reference/reference.h"
 
 /* 1 / rms of a row, as a norm takes it. */
 static double inverse_rms(struct twin_memory *memory, uint64_t x, uint64_t row, uint32_t width, double eps) {

@@ -1,5 +1,5 @@
-/* Attribution: what is collected while batches run, and its memory. The scores themselves: contract.c. */
-#include "analysis/attribute.h"
+/* Attribution: what is collected while batches run, and its memory. The scores themselves: attribution_scores.c. */
+#include "analysis/attribution.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,8 +1,7 @@
-/* Model.forward: one batch in, arrays out. */
+/* A batch as it comes from Python: arrays borrowed and checked, places for what is captured. */
 #include "engine.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 /* A per-row (or per-layer) array of exactly `expected` items; None gives NULL. */
 int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name, Py_ssize_t expected, const void **data) {
@@ -147,56 +146,4 @@ void batch_release(struct batch_arguments *a) {
     for (int i = 0; i < a->n_held; i++)
         Py_DECREF(a->held[i]);
     free(a->captures);
-}
-
-/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
- *         q_row, v_row, mlp_row, frozen, first_layer, inputs, stop_layer) -> (logits or None, {(site, layer): array}) */
-PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
-                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", "stop_layer", NULL};
-    struct model_object *self = (struct model_object *)object;
-    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
-    unsigned int n_out_rows, n_columns, n_keys;
-    int mode, failed = 1;
-    struct batch_arguments a = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIOI", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
-                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs, &a.batch.stop_layer))
-        return NULL;
-    if (batch_owners_read(&a, self, cache, edits))
-        return NULL;
-    a.batch.n_columns = n_columns;
-    a.batch.n_keys = n_keys;
-    a.batch.logits_mode = (enum run_logits)mode;
-    a.n_out_rows = n_out_rows;
-    struct error error = {0};
-    if (engine_begin(self, 1))
-        return NULL;
-    int begun = 1;
-    captured = PyDict_New();
-    if (!captured || batch_rows_read(&a, self->model, in) || batch_places_check(&a) || batch_captures_read(self->model, &a, list, captured, &a.captures, &a.batch.n_captures))
-        goto done;
-    a.batch.captures = a.captures;
-    if (batch_inputs_read(&a, self->model, inputs))
-        goto done;
-    if (mode == RUN_LOGITS_ALL)
-        logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab}, &a.batch.logits);
-    else if (mode == RUN_LOGITS_LAST)
-        logits = array_zeros(2, (Py_ssize_t[]){n_out_rows, self->model->facts.d_vocab}, &a.batch.logits);
-    else
-        logits = Py_NewRef(Py_None);
-    if (!logits)
-        goto done;
-    ENGINE_WORK(self, failed, run_forward(self->work, a.cache, &a.batch, &error));
-    begun = 0;
-    if (failed)
-        engine_fail(self, &error);
-    else
-        result = Py_BuildValue("(OO)", logits, captured);
-done:
-    if (begun)
-        engine_end(self);
-    batch_release(&a);
-    Py_XDECREF(logits);
-    Py_XDECREF(captured);
-    return result;
 }

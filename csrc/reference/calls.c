@@ -2,7 +2,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "ops/calls.h"
+#include "reference/calls.h"
 
 #define ADDRESS_OF(block, path, name) {#name, FIELD_ADDRESS, offsetof(struct block, path name)}
 #define UINT_OF(block, path, name) {#name, FIELD_UINT, offsetof(struct block, path name)}

@@ -1,7 +1,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "intervene/edits.h"
+#include "run/edits.h"
 
 int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers, uint32_t n_rows, struct error *error) {
     size_t n = (size_t)n_sites * n_layers;
