@@ -24,7 +24,7 @@ from run import commit, machine
 from smollm2 import tokens
 from timing import row, summary, take_turns
 from vksteer.runtime import ceilings
-from vksteer.demo.__main__ import decode_step
+from vksteer.demo.smollm2 import decode_step
 
 SHAPES = {
     "smollm2": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),

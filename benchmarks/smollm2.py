@@ -10,7 +10,7 @@ import numpy as np
 import peers
 from timing import at_least, at_most, row, summary, take_turns
 from vksteer.runtime import ceilings
-from vksteer.demo.__main__ import decode_step
+from vksteer.demo.smollm2 import decode_step
 
 PROMPT, NEW, CONTEXT = 128, 64, 256
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from test_ops import SIZES, agree, on, same_bits, seeds  # noqa: F401  a fixture among them
-from vksteer.verify import checking as verify, attribution, backward
+from vksteer.verify import attribution, backward, problems
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
@@ -136,7 +136,7 @@ def test_dots_do_not_depend_on_the_rows_beside(on, rng):
     problem = attribution.dots(rng, 17, 70, 300)
     whole = on.run(problem.op, problem.arguments, problem.buffers)[0]["dst"]
     for i, n, j, m in ((0, 1, 0, 1), (5, 9, 3, 40), (16, 1, 69, 1), (8, 8, 64, 6)):
-        part = problem.buffers | {"a": problem.buffers["a"][i : i + n].copy(), "b": problem.buffers["b"][j : j + m].copy(), "dst": verify.nothing(n, m)}
+        part = problem.buffers | {"a": problem.buffers["a"][i : i + n].copy(), "b": problem.buffers["b"][j : j + m].copy(), "dst": problems.nothing(n, m)}
         assert same_bits(on.run("dots", problem.arguments | {"n_a": n, "n_b": m}, part)[0]["dst"], whole[i : i + n, j : j + m])
 
 
@@ -149,7 +149,7 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
     kept.buffers["sources"] = np.arange(n_slots * n_steps, dtype=np.uint32).reshape(n_slots, n_steps)
     kept.buffers["heads"][:, : n_inputs * d_head] = 0
     kept.arguments["weight"] = 1 / n_steps
-    gain, weights = verify.numbers(rng, width), verify.numbers(rng, n_inputs * d_head, width, scale=width**-0.5)
+    gain, weights = problems.numbers(rng, width), problems.numbers(rng, n_inputs * d_head, width, scale=width**-0.5)
     x, dqkv = kept.buffers["x"], kept.buffers["dqkv"]
     own = (x[:, :width] / np.sqrt((x[:, :width].astype(np.float64) ** 2).mean(-1, keepdims=True) + attribution.EPS) * gain) @ weights.T.astype(np.float64)
     kept.buffers["qkv"][:, : n_inputs * d_head] = own  # the projection of the normed stream: what the statistic is read from
@@ -157,13 +157,13 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
     for v in range(n_inputs):
         rows = slice(v * d_head, (v + 1) * d_head)
         norm = backward.norm_bwd(rng, n_slots * n_steps, width)
-        norm.buffers |= {"x": x, "gain": gain, "dy": verify.padded((dqkv[:, rows].astype(np.float64) @ weights[rows]).astype(np.float32), x.shape[1])}
+        norm.buffers |= {"x": x, "gain": gain, "dy": problems.padded((dqkv[:, rows].astype(np.float64) @ weights[rows]).astype(np.float32), x.shape[1])}
         want[v] = on.run("norm_bwd", norm.arguments | {"eps": attribution.EPS}, norm.buffers)[1]["dx"][:, :width].reshape(n_slots, n_steps, width).mean(1)
     for which, bound in ((1, 2e-6), (0, 5e-6)):  # the twins, the device
         sums = on.run("head_inputs", kept.arguments, kept.buffers)[which]
         g = np.stack([sums["heads"][:, v * d_head : (v + 1) * d_head].astype(np.float64) @ weights[v * d_head : (v + 1) * d_head] for v in range(n_inputs)])
         end = attribution.head_gradients(rng, n_inputs, n_slots, n_steps, width)
-        end.buffers |= {"g": verify.padded(g.reshape(-1, width).astype(np.float32), x.shape[1]), "gain": gain, "steps": sums["steps"].astype(np.float32),
+        end.buffers |= {"g": problems.padded(g.reshape(-1, width).astype(np.float32), x.shape[1]), "gain": gain, "steps": sums["steps"].astype(np.float32),
                         "xs": sums["xs"].astype(np.float32).reshape(end.buffers["xs"].shape)}
         got = on.run("head_gradients", end.arguments, end.buffers)[which]["g"][:, :width].reshape(want.shape)
         assert np.abs(got - want).max() <= bound * np.abs(want).max()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from test_ops import BATCHES, HEADS, ROWS, SIZES, agree, families, on, same_bits, seeds  # noqa: F401  fixtures among them
-from vksteer.verify import checking as verify, backward
+from vksteer.verify import backward, forward as forward_problems, problems
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
@@ -15,7 +15,7 @@ few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 # -- matrices --------------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 7), (33, 33), (31, 16), (77, 53), (257, 129), (65, 257)])
 def test_linear_bwd(on, families, rng, n, k, weight_type):
     for i, rows in enumerate((0, *ROWS, 65)):
@@ -23,7 +23,7 @@ def test_linear_bwd(on, families, rng, n, k, weight_type):
             agree(on, backward.linear_bwd(rng, rows, n, k, weight_type, add=i % 2 == 0, family=family))
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_bwd_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rng, weight_type):
     """For every number of rows, every place among them, every family of kernels."""
     whole = backward.linear_bwd(rng, 33, 77, 100, weight_type, add=True)
@@ -36,7 +36,7 @@ def test_linear_bwd_gives_a_row_the_same_bits_whatever_is_beside_it(on, families
                 assert same_bits(got, want[first : first + rows]), f"{rows} rows from {first}, family {family}"
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("n, k", [(1, 1), (77, 100), (257, 129), (130, 33), (2100, 17)])
 def test_linear_bwd_of_many_rows_keeps_the_bits(on, families, rng, weight_type, n, k):
     """A row's bits are those of the same row alone, chunks, slices and the strips that many rows are taken in included."""
@@ -52,7 +52,7 @@ def test_linear_bwd_of_many_rows_keeps_the_bits(on, families, rng, weight_type, 
                 assert same_bits(got, want[first : first + rows]), f"rows {first} to {first + rows}, family {family}, {more}"
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_bwd_slices_and_chunks(on, families, rng, weight_type):
     for family in families:
         for first_k, n_k in ((0, 16), (16, 48), (64, 16), (80, 16), (32, 64)):
@@ -97,8 +97,8 @@ def test_linear_bwd_of_extreme_weights(on, rng):
             values = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
         values = np.where(np.isfinite(values), values, np.float32(1))
         problem = backward.linear_bwd(rng, 40, 40, 64, weight_type)
-        problem.buffers["weights"], _ = verify.panels(values, weight_type)
-        problem.buffers["dy"] = verify.padded(np.eye(40, dtype=np.float32), problem.arguments["y_stride"], 0.0)
+        problem.buffers["weights"], _ = problems.panels(values, weight_type)
+        problem.buffers["dy"] = problems.padded(np.eye(40, dtype=np.float32), problem.arguments["y_stride"], 0.0)
         for result in on.run(problem.op, problem.arguments, problem.buffers):
             np.testing.assert_array_equal(result["dx"][:, :64], values)
 
@@ -121,14 +121,14 @@ def test_norm_bwd_of_small_and_large_values(on, rng, scale):
     agree(on, backward.norm_bwd(rng, 3, 257, ("write_scale", "write_normalized"), scale=scale))
 
 
-@pytest.mark.parametrize("kind", range(3), ids=verify.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_act_bwd(on, rng, kind):
     for n_tokens in (0, 1, 3, 33):
         for width in SIZES:
             agree(on, backward.act_bwd(rng, n_tokens, width, kind))
 
 
-@pytest.mark.parametrize("kind", range(3), ids=verify.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_act_bwd_everywhere(on, rng, kind):
     gate = np.concatenate([np.linspace(-12, 12, 193), [0.0, -0.0, 1e-30, -1e-30, 88, -88, 104, -104, 1e4, -1e4, 1e10, -1e10]]).astype(np.float32)
     problem = backward.act_bwd(rng, 1, len(gate), kind, gate=gate[None])
@@ -196,7 +196,7 @@ def test_attn_mix_bwd_in_pieces_has_the_whole_bits(on, rng, window):
         assert same_bits(got[later[0, 0] :], want[later[0, 0] :]) and np.isnan(got[: later[0, 0]]).all()
     rows = [slice(0, 17), slice(17, 18), slice(18, 51)]
     for r, tokens in enumerate(rows):  # a row alone
-        packed = verify.Packed([(0, (17, 1, 33)[r])])
+        packed = problems.Packed([(0, (17, 1, 33)[r])])
         alone = buffers | {"a": buffers["a"][tokens].copy(), "y": buffers["y"][tokens].copy(), "sums": buffers["sums"][tokens].copy(), "tokens": packed.tokens, "tiles": packed.tiles}
         got = on.run("attn_mix_bwd", arguments | {"first_token": 0, "last_token": len(packed.tokens), "n_tiles": len(packed.tiles)}, alone)[0]["sums"]
         assert same_bits(got, want[tokens])
@@ -278,12 +278,12 @@ def doubles(problem_or_buffers, **more):
     return {name: np.nan_to_num(array.astype(np.float64)) for name, array in {**problem_or_buffers, **more}.items()}
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_differences_of_linear(on, rng, weight_type):
     back = backward.linear_bwd(rng, 3, 45, 33, weight_type)
     dx = on.run(back.op, back.arguments, back.buffers)[1]["dx"][:, :33]
-    forward = verify.linear(rng, 3, 45, 33, weight_type)
-    buffers = forward.buffers | {"weights": back.buffers["weights"], "x": verify.padded(on_grid(rng, 3, 33), 48, 0.0)}
+    forward = forward_problems.linear(rng, 3, 45, 33, weight_type)
+    buffers = forward.buffers | {"weights": back.buffers["weights"], "x": problems.padded(on_grid(rng, 3, 33), 48, 0.0)}
     dy = np.nan_to_num(back.buffers["dy"][:, : forward.arguments["dst_stride"]]).astype(np.float64)
     matches(on, rng, "linear", forward.arguments, buffers, "x", {"dst": dy}, np.pad(dx, ((0, 0), (0, 15))))
 
@@ -296,7 +296,7 @@ def test_differences_of_norm(on, rng, flags):
         back.buffers["gain"][:] = 1
     twin = on.run(back.op, back.arguments, back.buffers)[1]
     dy = {"dst": np.nan_to_num(back.buffers["dy"]).astype(np.float64)}
-    forward = verify.norm(rng, 3, 33, [f for f in flags if f == "rows"])
+    forward = forward_problems.norm(rng, 3, 33, [f for f in flags if f == "rows"])
     shared = {name: back.buffers[name] for name in ("x", "gain", "rows") if name in back.buffers}
     if "rows" in flags:  # a source may be read twice
         dx = np.zeros(shared["x"].shape)
@@ -307,22 +307,22 @@ def test_differences_of_norm(on, rng, flags):
     if flags:
         return
     scale = (np.round(np.sqrt((shared["x"][:, :33] ** 2).mean(-1) + 1e-5) / STEP) * STEP).astype(np.float32)  # as an input: the gradient is for any scale ...
-    fixed = verify.norm(rng, 3, 33, ("read_scale",))
+    fixed = forward_problems.norm(rng, 3, 33, ("read_scale",))
     x = shared["x"].astype(np.float64)[:, :33]
     dn = np.nan_to_num(back.buffers["dy"])[:, :33].astype(np.float64) * back.buffers["gain"]
     matches(on, rng, "norm", fixed.arguments, fixed.buffers | shared | {"scale": scale}, "scale", dy, -(dn * x).sum(-1) / scale.astype(np.float64) ** 2)
     own = np.sqrt((x**2).mean(-1) + np.float64(np.float32(1e-5)))  # ... and the twin's is at the row's own
     np.testing.assert_allclose(twin["dscale"], -(dn * x).sum(-1) / own**2, rtol=1e-12)
-    normed = verify.norm(rng, 3, 33, ("read_normalized",))
+    normed = forward_problems.norm(rng, 3, 33, ("read_normalized",))
     matches(on, rng, "norm", normed.arguments, normed.buffers | shared, "x", dy, twin["dnormalized"])
 
 
-@pytest.mark.parametrize("kind", range(3), ids=verify.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_differences_of_act(on, rng, kind):
     back = backward.act_bwd(rng, 3, 33, kind)
     back.buffers["gate_up"][:, :66] = on_grid(rng, 3, 66, scale=2.0)
     gradient = on.run(back.op, back.arguments, back.buffers)[1]["dgate_up"]
-    forward = verify.act(rng, 3, 33, kind)
+    forward = forward_problems.act(rng, 3, 33, kind)
     matches(on, rng, "act", forward.arguments, forward.buffers | {"gate_up": back.buffers["gate_up"]}, "gate_up",
             {"dst": np.nan_to_num(back.buffers["dpost"]).astype(np.float64)}, gradient)
 
@@ -333,7 +333,7 @@ def test_differences_of_rope(on, rng, flags):
     back = backward.rope_bwd(rng, rows, *heads, flags)
     back.buffers["qkv"][:, :48] = on_grid(rng, 4, 48)
     gradient = on.run(back.op, back.arguments, back.buffers)[1]["dqkv"]
-    forward = verify.rope(rng, rows, *heads, flags)
+    forward = forward_problems.rope(rng, rows, *heads, flags)
     buffers = forward.buffers | {name: back.buffers[name] for name in ("qkv", "angles", "q_gain", "k_gain")}
     matches(on, rng, "rope", forward.arguments, buffers, "qkv", {"qkv": np.nan_to_num(back.buffers["dqkv"]).astype(np.float64)}, gradient)
 
@@ -342,22 +342,22 @@ def test_differences_of_rope(on, rng, flags):
 def test_differences_of_attention(on, rng, n_heads, n_kv_heads, d_head, window, softcap):
     """The whole of it: gradients of q, k and v by the steps that a backward pass takes, against attention's fused twin."""
     lengths = (11, 1, 9)
-    packed = verify.Packed([(0, n) for n in lengths])
+    packed = problems.Packed([(0, n) for n in lengths])
     n, width = len(packed.tokens), n_heads * d_head
-    stride, z_stride, key_stride, kv_width = verify.row_stride(width), verify.row_stride(width), verify.row_stride(packed.n_keys), n_kv_heads * d_head
+    stride, z_stride, key_stride, kv_width = problems.row_stride(width), problems.row_stride(width), problems.row_stride(packed.n_keys), n_kv_heads * d_head
     q, k, v = on_grid(rng, n, width), on_grid(rng, n, kv_width), on_grid(rng, n, kv_width)
-    dz = verify.padded(on_grid(rng, n, width), z_stride)
+    dz = problems.padded(on_grid(rng, n, width), z_stride)
     cache = lambda rows: _into_slots(packed, rows)  # noqa: E731
     sizes = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "key_stride": key_stride, "n_keys": packed.n_keys}
     tiles = sizes | {"tokens": "tokens", "tiles": "tiles", "n_tiles": len(packed.tiles)}
     index = {"tokens": packed.tokens, "tiles": packed.tiles}
-    blank = verify.nothing(n, n_heads, key_stride)
+    blank = problems.nothing(n, n_heads, key_stride)
 
     def step(op, arguments, **buffers):  # the twin's result, rounded to what the next step takes
         return {name: array.astype(np.float32) for name, array in on.run(op, arguments, index | buffers)[1].items()}
 
     score = tiles | {"qkv": "q", "k_cache": "k", "scores": "scores", "stride": stride}
-    scores = step("attn_scores", score | {"scale": d_head**-0.5, "softcap": softcap}, q=verify.padded(q, stride), k=cache(k), scores=blank)["scores"]
+    scores = step("attn_scores", score | {"scale": d_head**-0.5, "softcap": softcap}, q=problems.padded(q, stride), k=cache(k), scores=blank)["scores"]
     soft = {"scores": "scores", "tokens": "tokens", "n_heads": n_heads, "key_stride": key_stride, "window": window, "n_tokens": n, "n_keys": packed.n_keys}
     pattern = step("attn_softmax", soft, scores=scores)["scores"]
     dpattern = step("attn_scores", score | {"scale": 1.0}, q=dz, k=cache(v), scores=blank)["scores"]
@@ -365,14 +365,14 @@ def test_differences_of_attention(on, rng, n_heads, n_kv_heads, d_head, window, 
                                         "window": window, "scale": d_head**-0.5, "softcap": softcap, "n_tokens": n, "n_keys": packed.n_keys},
                    pattern=pattern, dpattern=dpattern, scores=scores)["dpattern"]
     mix = tiles | {"pattern": "a", "v_cache": "k", "z": "z", "z_stride": z_stride, "window": window}
-    dq = step("attn_mix", mix, a=dscores, k=cache(k), z=verify.nothing(n, z_stride))["z"]
-    sums = tiles | {"a": "a", "y": "y", "sums": "sums", "last_token": n, "y_stride": stride, "out_stride": verify.row_stride(kv_width), "window": window}
-    dk = step("attn_mix_bwd", sums, a=dscores, y=verify.padded(q, stride), sums=verify.nothing(n, verify.row_stride(kv_width)))["sums"]
-    dv = step("attn_mix_bwd", sums, a=pattern, y=dz, sums=verify.nothing(n, verify.row_stride(kv_width)))["sums"]
+    dq = step("attn_mix", mix, a=dscores, k=cache(k), z=problems.nothing(n, z_stride))["z"]
+    sums = tiles | {"a": "a", "y": "y", "sums": "sums", "last_token": n, "y_stride": stride, "out_stride": problems.row_stride(kv_width), "window": window}
+    dk = step("attn_mix_bwd", sums, a=dscores, y=problems.padded(q, stride), sums=problems.nothing(n, problems.row_stride(kv_width)))["sums"]
+    dv = step("attn_mix_bwd", sums, a=pattern, y=dz, sums=problems.nothing(n, problems.row_stride(kv_width)))["sums"]
 
     fused = sizes | {"qkv": "q", "k_cache": "k", "v_cache": "v", "tokens": "tokens", "scores": "scores", "z": "z", "stride": stride, "z_stride": z_stride, "window": window,
                      "scale": d_head**-0.5, "softcap": softcap, "n_tokens": n}
-    buffers = index | {"q": verify.padded(q, stride), "k": cache(k), "v": cache(v), "scores": blank, "z": verify.nothing(n, z_stride)}
+    buffers = index | {"q": problems.padded(q, stride), "k": cache(k), "v": cache(v), "scores": blank, "z": problems.nothing(n, z_stride)}
     weights = {"z": np.nan_to_num(dz).astype(np.float64)}
     for name, gradient in (("q", dq), ("k", cache(dk[:, :kv_width])), ("v", cache(dv[:, :kv_width]))):
         matches(on, rng, "attn_decode", fused, buffers, name, weights, gradient, tolerance=5e-7)

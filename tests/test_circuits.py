@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from test_graph import LLAMA, brute_force
 from vksteer import circuits
-from vksteer.circuits import faithfulness
+from vksteer.circuits import curve as curves, faithfulness
 from vksteer.circuits.search import METHODS, Growth, entry_ranks, greedy_order, random_order, ranking
 from vksteer.circuits.circuit import Circuit
 from vksteer.patching.edge_scores import EdgeScores
@@ -229,7 +229,7 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ModelError, match="checksum|version|format"):
             Circuit.load(path)
     # A file whose checksum is right but whose content makes no sense.
-    from vksteer.inputs.vectors import digest
+    from vksteer.base.provenance import digest
     for change in ({"edges": ["nothing"]}, {"edges": ["steer->logits"] * 2}, {"graph": {}}, {"graph": {**content["graph"], "n_heads": 10**9}}, {"graph": {**content["graph"], "n_kv_heads": 0}},
                    {"curve": {"sizes": [1]}}, {"meta": 3}):
         made = {k: v for k, v in {**content, **change}.items() if k != "checksum"}
@@ -363,7 +363,6 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
 
 def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
     """Sizes asked for, against a bisection written out here; the grid in one pass, three levels of the bisection a pass."""
-    import vksteer.circuits.runs
 
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
@@ -477,18 +476,18 @@ def test_bootstrap_pools_before_it_divides(rng):
     weight, full = rng.integers(1, 9, n), rng.standard_normal(n) + 3
     value = 0.7 * full + 0.1 * rng.standard_normal(n)
     per_sample = dict(value=value, full=full, empty=np.zeros(n), weight=weight)
-    low, high = faithfulness.bootstrap(per_sample, 4000, 0.9, seed=1)
+    low, high = curves.bootstrap(per_sample, 4000, 0.9, seed=1)
     drawn = []
     for _ in range(4000):
         i = rng.integers(0, n, n)
         drawn.append((weight[i] @ value[i]) / (weight[i] @ full[i]))
     assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.05, 0.95])), abs=4e-3)
-    assert (low, high) == faithfulness.bootstrap(per_sample, 4000, 0.9, seed=1)
+    assert (low, high) == curves.bootstrap(per_sample, 4000, 0.9, seed=1)
     # Samples without metric positions say nothing, whatever stands there.
     more = {name: np.append(x, 0 if name == "weight" else np.nan) for name, x in per_sample.items()}
-    assert faithfulness.bootstrap(more, 4000, 0.9, seed=1) == (low, high) and faithfulness.pooled(more) == faithfulness.pooled(per_sample)
-    assert np.isnan(faithfulness.bootstrap({name: x[:1] for name, x in per_sample.items()})).all()
-    assert np.isnan(faithfulness.bootstrap(per_sample | {"full": np.zeros(n)}, 50)).all()
+    assert curves.bootstrap(more, 4000, 0.9, seed=1) == (low, high) and curves.pooled(more) == curves.pooled(per_sample)
+    assert np.isnan(curves.bootstrap({name: x[:1] for name, x in per_sample.items()})).all()
+    assert np.isnan(curves.bootstrap(per_sample | {"full": np.zeros(n)}, 50)).all()
 
 
 def test_curve_picture(runs, scores, tmp_path):

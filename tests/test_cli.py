@@ -38,7 +38,6 @@ class Opened(ScriptedModel):
 
 @pytest.fixture
 def model(monkeypatch):
-    import vksteer
 
     model = Opened({"qk": 0.9, "ov": 0.0, "svv": 0.3, "mlp_direct": 0.55, "mlp": 0.1, "random": 0.0})
 
@@ -47,7 +46,7 @@ def model(monkeypatch):
             raise ModelError("there is no model 'missing'")
         return model
 
-    monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr("vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained))
     return model
 
 
@@ -142,25 +141,23 @@ def test_errors_are_one_line_and_status_2(model, capsys, arguments, says):
 
 
 def test_devices(monkeypatch, capsys):
-    import vksteer
 
     device = SimpleNamespace(index=0, name="llvmpipe", vendor="Mesa", type="software", driver="25.0.7", memory_bytes=8 << 30, features=["x"])
-    monkeypatch.setattr(vksteer, "devices", lambda: [device])
+    monkeypatch.setattr("vksteer.runtime.device.devices", lambda: [device])
     assert cli.main(["devices"]) == 0 and "0: llvmpipe\n   software, 8.0 GiB" in capsys.readouterr().out
     assert cli.main(["devices", "--json"]) == 0 and json.loads(capsys.readouterr().out)[0]["driver"] == "25.0.7"
-    monkeypatch.setattr(vksteer, "devices", list)
+    monkeypatch.setattr("vksteer.runtime.device.devices", list)
     assert cli.main(["devices"]) == 0 and "mesa-vulkan-drivers" in capsys.readouterr().out
 
 
 def test_device_errors_and_interrupts(monkeypatch, capsys):
-    import vksteer
 
     def fail(error):
         def devices():
             raise error
         return devices
 
-    monkeypatch.setattr(vksteer, "devices", fail(DeviceError("lost")))
+    monkeypatch.setattr("vksteer.runtime.device.devices", fail(DeviceError("lost")))
     assert cli.main(["devices"]) == 2 and "lost" in capsys.readouterr().err
-    monkeypatch.setattr(vksteer, "devices", fail(KeyboardInterrupt()))
+    monkeypatch.setattr("vksteer.runtime.device.devices", fail(KeyboardInterrupt()))
     assert cli.main(["devices"]) == 130

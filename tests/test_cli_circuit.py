@@ -38,7 +38,6 @@ class Opened(Answers):
 @pytest.fixture
 def parts(monkeypatch):
     """A model, an attribution and an evaluation that count their calls: an edge's effect is its score."""
-    import vksteer
 
     model = Opened()
     done = SimpleNamespace(attributed=[], evaluated=[], model=model)
@@ -63,7 +62,7 @@ def parts(monkeypatch):
         return [{m: one(c) for m in metrics} for c in some]
 
     monkeypatch.setattr(patching, "attribute", attribute)
-    monkeypatch.setattr(vksteer, "Model", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr("vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setattr("vksteer.circuits.runs.evaluate", evaluate)
     return done
 

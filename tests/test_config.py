@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 
-from vksteer.loading import config as config_module
+from vksteer.loading import hf_config as config_module
 from vksteer.loading import families, rope
 from vksteer.loading.config import Config
 from vksteer.errors import ModelError

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from vksteer import data
-from vksteer.demo import __main__ as demo, qwen as demo_real, qwen_inside as demo_real_inside
+from vksteer.demo import __main__ as demo, qwen as demo_real, qwen_inside as demo_real_inside, report, smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = ROOT / ".models" / demo.SMOLLM2
+SMOLLM2 = ROOT / ".models" / smollm2.SMOLLM2
 README = (ROOT / "README.md").read_text()
 
 
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_written_prompts():
-    w = demo.written()
+    w = report.written()
     acts = [act for pair in w["acts"] for act in pair]
     assert len(w["acts"]) == 128 and len(set(acts)) == 256 and len(set(w["topics"])) == 24
     assert all(act == act.strip() and not act.endswith((".", "?")) for act in acts)
@@ -51,7 +51,7 @@ def test_own_prompts(tmp_path):
 
 
 def test_side_by_side():
-    text = demo.side_by_side(["left", "right"], ["one two three", "a\nb"], width=31)
+    text = report.side_by_side(["left", "right"], ["one two three", "a\nb"], width=31)
     lines = text.splitlines()
     assert lines[0].startswith("left") and "| right" in lines[0] and len(lines) == 4 and lines[3].endswith("| b")
 
@@ -75,17 +75,17 @@ def test_bundled_part(tmp_path, capsys):
 
 def test_real_part(tmp_path, capsys, monkeypatch):
     assert SMOLLM2.exists(), f"{SMOLLM2} is not there: run .venv/bin/python tools/fetch_model.py smollm2 (make test does)"
-    few = demo.written()
-    monkeypatch.setattr(demo, "written", lambda: few | {"topics": few["topics"][:3], "to_steer": few["to_steer"][:1]})
-    monkeypatch.setattr(demo, "speed", lambda model, new_tokens, speed=demo.speed: speed(model, 24, new_tokens))
-    demo.real(SMOLLM2, tmp_path, None, new_tokens=4)
+    few = report.written()
+    monkeypatch.setattr(smollm2, "written", lambda: few | {"topics": few["topics"][:3], "to_steer": few["to_steer"][:1]})
+    monkeypatch.setattr(smollm2, "speed", lambda model, new_tokens, speed=smollm2.speed: speed(model, 24, new_tokens))
+    smollm2.real(SMOLLM2, tmp_path, None, new_tokens=4)
     said = capsys.readouterr().out
     assert "+1 (verse)" in said and "| decoding, 1 row |" in said
     arrays = np.load(tmp_path / "smollm2_activations.npz")
     assert arrays["plus/blocks.20.hook_resid_post"].shape == arrays["unsteered/blocks.20.hook_resid_post"].shape
-    steered, plain = (arrays[f"{k}/blocks.{demo.LAYER}.hook_resid_post"] for k in ("plus", "unsteered"))
+    steered, plain = (arrays[f"{k}/blocks.{smollm2.LAYER}.hook_resid_post"] for k in ("plus", "unsteered"))
     assert not np.array_equal(steered, plain)
-    before = f"blocks.{demo.LAYER - 1}.hook_resid_post"
+    before = f"blocks.{smollm2.LAYER - 1}.hook_resid_post"
     assert np.array_equal(arrays[f"plus/{before}"], arrays[f"unsteered/{before}"])
     speed = json.loads((tmp_path / "smollm2.json").read_text())["speed"]
     assert speed["decode_8"]["tokens_per_s"] > speed["decode_1"]["tokens_per_s"] > 0
@@ -95,7 +95,7 @@ def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
     """make demo-real and its --inside, with a bundled model in the real one's place: figures without texts, and both go on from what is there."""
     bundled = Path(demo.__file__).parents[1] / "models" / "tiny-llama-chat"
     splits = {name: data.tiny_pair(name, n) for name, n in (("train", 12), ("validation", 6), ("test", 4))}
-    monkeypatch.setattr(demo, "fetched", lambda *_: bundled)
+    monkeypatch.setattr(report, "fetched", lambda *_: bundled)
     monkeypatch.setattr(demo_real, "prompts", lambda _: splits)
     monkeypatch.setattr(demo_real, "LAYERS", (6, 7))
     monkeypatch.setattr(demo_real, "STRENGTHS", (0.7, 1.0))
@@ -117,7 +117,7 @@ def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
 
 def test_nothing_to_run(tmp_path, monkeypatch, capsys):
     """Where no model can be had the demo says so and fails; it never passes in silence."""
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     assert demo.main(["--part", "smollm2", "--out", str(tmp_path / "out")]) == 1
     assert "Part 2, the real model, is left out" in capsys.readouterr().out
 

@@ -63,9 +63,9 @@ def test_vector_widths_do_not_share_compiled_fetches(tmp_path):
     code = """
 import os
 import numpy as np
-from vksteer.verify import checking as verify
+from vksteer.verify import forward
 from vksteer.runtime.device import _engine
-problem = verify.linear(np.random.default_rng(0), 1, 33, 16, 1)
+problem = forward.linear(np.random.default_rng(0), 1, 33, 16, 1)
 device, twin = _engine().Bench(_engine().Device(0)).run("linear", problem.arguments | {"family_plus_1": 2}, problem.buffers)
 assert np.allclose(device["dst"], twin["dst"], atol=1e-3, equal_nan=True), "another width's fetches"
 print(os.environ["MESA_SHADER_CACHE_DIR"])

@@ -278,7 +278,7 @@ def test_right_checksum_wrong_content(tmp_path_factory, data):
 def test_right_checksum_right_content(tmp_path):
     """The same way of writing, with nothing wrong: it is what is wrong above that is refused."""
     from safetensors.numpy import save
-    from vksteer.edge_score_files import _checksum
+    from vksteer.patching.edge_score_files import _checksum
 
     facts = {"format": "vksteer.edge_scores", "version": "1", "graph": '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}', "n_positions": "3", "has_positions": "0",
              "settings": "{}", "provenance": "{}"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vksteer.verify import checking as verify, lens
+from vksteer.verify import checking as verify, lens, problems
 
 SIZES = (1, 3, 7, 33, 257)
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -33,7 +33,7 @@ def agree(on, problem):
 # -- heads -----------------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_head_out(on, families, rng, weight_type):
     for n_heads, n_kv_heads in ((1, 1), (4, 1), (6, 2), (5, 5)):
         for d_head in (2, 6, 14, 16, 64, 80):  # heads that begin inside a cell, and heads of whole cells
@@ -50,7 +50,7 @@ def test_head_out_families_agree_to_the_bit(on, families, rng):
     assert all(np.array_equal(got[0].view(np.uint32), other.view(np.uint32)) for other in got[1:])
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_row_norms(on, rng, weight_type):
     for n in SIZES:
         for k in SIZES:
@@ -91,7 +91,7 @@ def test_topk_tile_by_tile_is_topk_of_the_whole(on, rng):
         np.testing.assert_array_equal(want["indices"], order)
         np.testing.assert_array_equal(want["values"], np.take_along_axis(x, order, 1))
         for width in (1, 7, 64, 129, 999):
-            lists = {"values": verify.nothing(5, 30), "indices": verify.nothing(5, 30)}
+            lists = {"values": problems.nothing(5, 30), "indices": problems.nothing(5, 30)}
             for first in range(0, 1000, width):
                 part = np.ascontiguousarray(x[:, first : first + width])
                 n = part.shape[1]

@@ -285,7 +285,7 @@ def test_other_wrong_arguments(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ModelError, match="neither"):
         source.open_model(tmp_path / "notes.txt")
-    assert source.Config.from_pretrained(tmp_path) == Config.from_hf(TINY)
+    assert Config.from_pretrained(tmp_path) == Config.from_hf(TINY)
 
 
 def test_folder_with_one_gguf(tmp_path):

@@ -21,7 +21,7 @@ from hypothesis import given, settings, strategies as st
 from child import tool
 from vksteer import _engine
 from vksteer.cli import commands as cli
-from vksteer.verify import checking as verify
+from vksteer.verify import checking as verify, forward, problems
 from vksteer.runtime.device import choose
 from vksteer.errors import DeviceError
 
@@ -91,39 +91,39 @@ def test_no_field_is_forgotten(op):
 # -- matrices --------------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 7), (33, 33), (31, 16), (77, 53), (257, 129), (65, 257)])
 def test_linear(on, families, rng, n, k, weight_type):
     for i, rows in enumerate(ROWS):
         for family in families:
             for decode in (0, 1):
-                agree(on, verify.linear(rng, rows, n, k, weight_type, bias=i % 2 == 0, add=i % 3 == 0, softcap=3.0 * (i % 4 == 0), family=family, decode=decode))
+                agree(on, forward.linear(rng, rows, n, k, weight_type, bias=i % 2 == 0, add=i % 3 == 0, softcap=3.0 * (i % 4 == 0), family=family, decode=decode))
 
 
 PAIRS = [("gate", {"width": 1}), ("gate", {"width": 77, "act": 1}), ("gate", {"width": 160, "act": 2}), ("rotate", {"heads": (1, 1, 2)}), ("rotate", {"heads": (4, 2, 10)}),
          ("rotate", {"heads": (3, 1, 64)}), ("rotate", {"heads": (6, 2, 80)})]
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("kind, shape", PAIRS, ids=str)
 def test_linear_pairs(on, families, rng, kind, shape, weight_type):
     for rows in (1, 2, 3, 5, 8, 17):
         for family in families:
-            agree(on, verify.linear_pairs(rng, rows, 53, kind, weight_type, bias=rows % 2 == 0, family=family, **shape))
+            agree(on, forward.linear_pairs(rng, rows, 53, kind, weight_type, bias=rows % 2 == 0, family=family, **shape))
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("kind, shape", PAIRS, ids=str)
 def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(on, fusing, families, rng, kind, shape, weight_type):
     """Norm, product, and act or rope, each by its own kernel: what a run does where somebody looks at what lies between. (Only devices whose workgroups are
     one subgroup fuse, which software devices are.)"""
     for rows in (1, 2, 4, 7):
-        problem = verify.linear_pairs(rng, rows, 53, kind, weight_type, bias=True, **shape)
+        problem = forward.linear_pairs(rng, rows, 53, kind, weight_type, bias=True, **shape)
         a, b = problem.arguments, problem.buffers
         x_stride, n = a["x_stride"], a["n"]
         normed = on.run("norm", {"x": "x", "gain": "gain", "dst": "dst", "width": 53, "stride": x_stride, "n_rows": rows, "eps": a["eps"], "flags": 0},
                         {"x": b["x"], "gain": b["gain"], "dst": np.zeros((rows, x_stride), np.float32)})[0]["dst"]
-        stride = verify.row_stride(n)
+        stride = problems.row_stride(n)
         out = on.run("linear", {"x": "x", "dst": "dst", "weights": "weights", "bias": "bias", "weight_type": weight_type, "n": n, "k": 53, "n_rows": rows,
                                 "x_stride": x_stride, "dst_stride": stride},
                      {"x": normed, "weights": b["weights"], "bias": b["bias"], "dst": np.zeros((rows, stride), np.float32)})[0]["dst"]
@@ -144,10 +144,10 @@ def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(on, fusing, f
                 assert same_bits(got[name][:, columns], array[:, columns]), f"{name}, {rows} rows, family {family}"
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rng, weight_type):
     """In each phase: for every number of rows, every place among them, and in prefill for every family of kernels."""
-    whole = verify.linear(rng, 33, 77, 100, weight_type, bias=True, add=True, softcap=4.0)
+    whole = forward.linear(rng, 33, 77, 100, weight_type, bias=True, add=True, softcap=4.0)
     prefill = on.run(whole.op, whole.arguments, whole.buffers)[0]["dst"]
     for family in families:
         for decode in (0, 1):
@@ -160,19 +160,19 @@ def test_linear_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rn
                     assert same_bits(got, want[first : first + rows]), f"{rows} rows from {first}, family {family}, decode {decode}"
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_slices_and_chunks(on, families, rng, weight_type):
     for family in families:
         for first_k, n_k in ((0, 16), (16, 48), (64, 16), (32, 64)):
-            agree(on, verify.linear(rng, 9, 45, 96, weight_type, first_k=first_k, n_k=n_k, family=family))
-        agree(on, verify.linear(rng, 3, 45, 90, weight_type, first_k=80, n_k=16, family=family))  # reaches into the pad
+            agree(on, forward.linear(rng, 9, 45, 96, weight_type, first_k=first_k, n_k=n_k, family=family))
+        agree(on, forward.linear(rng, 3, 45, 90, weight_type, first_k=80, n_k=16, family=family))  # reaches into the pad
         for rows in (1, 5, 33):
             for chunk_rows in (32, 64, 96):
-                agree(on, verify.linear(rng, rows, 130, 33, weight_type, bias=True, add=True, chunk_rows=chunk_rows, family=family))
+                agree(on, forward.linear(rng, rows, 130, 33, weight_type, bias=True, add=True, chunk_rows=chunk_rows, family=family))
 
 
 def test_linear_chunks_change_no_bit(on, rng):
-    problem = verify.linear(rng, 5, 130, 33)
+    problem = forward.linear(rng, 5, 130, 33)
     dst = [on.run("linear", problem.arguments | {"chunk_rows": rows}, problem.buffers)[0]["dst"] for rows in (0, 32, 64, 128, 160)]
     assert all(same_bits(dst[0], other) for other in dst[1:])
 
@@ -185,24 +185,24 @@ def test_linear_of_extreme_weights(on, rng):
         if weight_type == 1:  # a float32 subnormal may be flushed to zero by a device
             values = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
         values = np.where(np.isfinite(values), values, np.float32(1))
-        problem = verify.linear(rng, 64, 40, 64, weight_type)
-        problem.buffers["weights"], _ = verify.panels(values, weight_type)
-        problem.buffers["x"] = verify.padded(np.eye(64, dtype=np.float32), verify.row_stride(64), 0.0)
+        problem = forward.linear(rng, 64, 40, 64, weight_type)
+        problem.buffers["weights"], _ = problems.panels(values, weight_type)
+        problem.buffers["x"] = problems.padded(np.eye(64, dtype=np.float32), problems.row_stride(64), 0.0)
         device, twin = on.run(problem.op, problem.arguments, problem.buffers)
         np.testing.assert_array_equal(device["dst"][:, :40], values.T)
         np.testing.assert_array_equal(twin["dst"][:, :40], values.T)
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_embed(on, rng, weight_type):
     for n_tokens in (0, *SIZES):
-        agree(on, verify.embed(rng, n_tokens, 77, 33, weight_type, scale=5.5))
+        agree(on, forward.embed(rng, n_tokens, 77, 33, weight_type, scale=5.5))
     for width in SIZES:
-        agree(on, verify.embed(rng, 3, 257, width, weight_type, chunk_rows=96))
+        agree(on, forward.embed(rng, 3, 257, width, weight_type, chunk_rows=96))
 
 
 def test_embed_of_an_unknown_token_writes_nothing(on, rng):
-    problem = verify.embed(rng, 3, 33, 7)
+    problem = forward.embed(rng, 3, 33, 7)
     problem.buffers["tokens"][1, 0] = 33
     outcome = agree(on, problem)
     assert np.isnan(outcome.device["dst"][1]).all() and not np.isnan(outcome.device["dst"][2, :7]).any()
@@ -217,55 +217,55 @@ def test_embed_of_an_unknown_token_writes_nothing(on, rng):
 def test_norm(on, rng, flags):
     for rows in (0, 1, 3, 33):
         for width in (*SIZES, 576, 1024):
-            agree(on, verify.norm(rng, rows, width, flags))
+            agree(on, forward.norm(rng, rows, width, flags))
     if "rows" not in flags:
-        agree(on, verify.norm(rng, 7, 33, flags, in_place=True))
+        agree(on, forward.norm(rng, 7, 33, flags, in_place=True))
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-3, 1e6, 1e15])
 def test_norm_of_small_and_large_values(on, rng, scale):
-    agree(on, verify.norm(rng, 3, 257, ("write_scale", "write_normalized"), scale=scale))
+    agree(on, forward.norm(rng, 3, 257, ("write_scale", "write_normalized"), scale=scale))
 
 
 def test_norm_in_steps_has_the_fused_bits(on, rng):
     """Scale, then normalised value, then gain: what an edited or captured norm runs."""
     for width in (7, 33, 257, 576):
-        problem = verify.norm(rng, 5, width, ("add",))
+        problem = forward.norm(rng, 5, width, ("add",))
         fused = on.run("norm", problem.arguments, problem.buffers)[0]
-        flag, buffers, arguments = verify.NORM_FLAGS, dict(problem.buffers), dict(problem.arguments)
+        flag, buffers, arguments = problems.NORM_FLAGS, dict(problem.buffers), dict(problem.arguments)
         for flags, source in (("write_scale no_out", "x"), ("read_scale write_normalized no_out", "x"), ("read_normalized add", "normalized")):
             buffers |= on.run("norm", arguments | {"flags": sum(flag[f] for f in flags.split()), "x": source}, buffers)[0]
         assert same_bits(buffers["dst"], fused["dst"])
 
 
-@pytest.mark.parametrize("kind", range(3), ids=verify.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_act(on, rng, kind):
     for n_tokens in (0, 1, 3, 33):
         for width in SIZES:
-            agree(on, verify.act(rng, n_tokens, width, kind))
+            agree(on, forward.act(rng, n_tokens, width, kind))
 
 
-@pytest.mark.parametrize("kind", range(3), ids=verify.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_act_everywhere(on, rng, kind):
     """Over the whole line, beside |gate up|: nothing overflows, and an act near zero is as good as near ten."""
     gate = np.concatenate([np.linspace(-12, 12, 193), [0.0, -0.0, 1e-30, -1e-30, 88, -88, 104, -104, 1e4, -1e4, 1e10, -1e10]]).astype(np.float32)
-    problem = verify.act(rng, 1, len(gate), kind, gate=gate[None])
+    problem = forward.act(rng, 1, len(gate), kind, gate=gate[None])
     assert np.isfinite(agree(on, problem).device["dst"][0, : len(gate)]).all()
 
 
-@pytest.mark.parametrize("kind", range(5), ids=verify.EDITS)
+@pytest.mark.parametrize("kind", range(5), ids=problems.EDITS)
 def test_edit(on, rng, kind):
     for n_tokens, n_heads, width in ((1, 1, 1), (3, 1, 257), (7, 3, 33), (33, 5, 7), (4, 2, 576)):
         for n_edited in {0, 1, n_tokens // 2, n_tokens}:
             for step in (0, 1):
-                agree(on, verify.edit(rng, kind, n_tokens, n_heads, width, n_edited, step))
+                agree(on, forward.edit(rng, kind, n_tokens, n_heads, width, n_edited, step))
 
 
-@pytest.mark.parametrize("kind", range(4), ids=verify.EDITS[:4])
+@pytest.mark.parametrize("kind", range(4), ids=problems.EDITS[:4])
 @pytest.mark.parametrize("window", [0, 1, 5, 100])
 def test_edit_over_keys(on, rng, kind, window):
     for n_tokens in (1, 9, 33):
-        outcome = agree(on, verify.edit(rng, kind, n_tokens, 3, 0, keys=True, window=window))
+        outcome = agree(on, forward.edit(rng, kind, n_tokens, 3, 0, keys=True, window=window))
         before, after, problem = outcome.problem.buffers["x"], outcome.device["x"], outcome.problem
         for t in range(n_tokens):  # neither the future nor what lies before the window is opened
             start = max(0, t + 3 - window) if window else 0
@@ -278,19 +278,19 @@ def test_copy(on, rng):
         for width in SIZES:
             for pick in (False, True):
                 for add in (False, True):
-                    agree(on, verify.copy(rng, rows, width, pick, add))
+                    agree(on, forward.copy(rng, rows, width, pick, add))
 
 
 def test_copy_of_more_rows_than_a_grid_holds(on, rng):
     for rows in (32768, 32769, 70000):
-        agree(on, verify.copy(rng, rows, 2, pick=True))
+        agree(on, forward.copy(rng, rows, 2, pick=True))
 
 
 def test_sum_heads(on, rng):
     for n_tokens in (0, 1, 3, 33):
         for n_heads in (1, 3, 9):
             for width in SIZES:
-                agree(on, verify.sum_heads(rng, n_tokens, n_heads, width, bias=width % 2 == 1))
+                agree(on, forward.sum_heads(rng, n_tokens, n_heads, width, bias=width % 2 == 1))
 
 
 # -- attention -------------------------------------------------------------------------------------------------------------------------------------
@@ -301,11 +301,11 @@ def test_rope(on, rng, d_head):
     for rows in BATCHES:
         for n_heads, n_kv_heads in HEADS[1:3]:
             for flags in ((), ("rotate",), ("store",), ("qk_norm", "rotate"), ("rotate", "store"), ("qk_norm", "rotate", "store")):
-                agree(on, verify.rope(rng, rows, n_heads, n_kv_heads, d_head, flags))
+                agree(on, forward.rope(rng, rows, n_heads, n_kv_heads, d_head, flags))
 
 
 def test_rope_in_steps_has_the_fused_bits(on, rng):
-    problem = verify.rope(rng, [(0, 17), (5, 1)], 6, 2, 80)
+    problem = forward.rope(rng, [(0, 17), (5, 1)], 6, 2, 80)
     fused = on.run("rope", problem.arguments, problem.buffers)[0]
     buffers = dict(problem.buffers)
     for flags in (3, 4):
@@ -316,9 +316,9 @@ def test_rope_in_steps_has_the_fused_bits(on, rng):
 @pytest.mark.parametrize("d_head", D_HEADS)
 def test_attention_over_head_sizes(on, rng, d_head):
     for rows in BATCHES:
-        agree(on, verify.attn_scores(rng, rows, 4, 2, d_head))
-        agree(on, verify.attn_mix(rng, rows, 4, 2, d_head))
-    agree(on, verify.attn_decode(rng, [0, 7, 36, 129], 4, 2, d_head))
+        agree(on, forward.attn_scores(rng, rows, 4, 2, d_head))
+        agree(on, forward.attn_mix(rng, rows, 4, 2, d_head))
+    agree(on, forward.attn_decode(rng, [0, 7, 36, 129], 4, 2, d_head))
 
 
 @pytest.mark.parametrize("n_heads, n_kv_heads", HEADS)
@@ -327,32 +327,32 @@ def test_attention_over_head_groups(on, rng, n_heads, n_kv_heads):
         for frozen in (False, True):
             if frozen:
                 rows = [row for row in rows for _ in range(2)]
-            agree(on, verify.attn_scores(rng, rows, n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen))
-            agree(on, verify.attn_mix(rng, rows, n_heads, n_kv_heads, 16, frozen=frozen))
-            agree(on, verify.attn_decode(rng, [9, 9, 31, 31], n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen))
+            agree(on, forward.attn_scores(rng, rows, n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen))
+            agree(on, forward.attn_mix(rng, rows, n_heads, n_kv_heads, 16, frozen=frozen))
+            agree(on, forward.attn_decode(rng, [9, 9, 31, 31], n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen))
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 8, 1000])
 def test_attention_windows(on, rng, window):
     for rows in BATCHES + [[(0, 257)]]:
-        agree(on, verify.attn_softmax(rng, rows, 3, window))
-        agree(on, verify.attn_mix(rng, rows, 2, 1, 6, window))
-    agree(on, verify.attn_decode(rng, [0, 3, 4, 5, 36, 256], 2, 1, 6, window))
+        agree(on, forward.attn_softmax(rng, rows, 3, window))
+        agree(on, forward.attn_mix(rng, rows, 2, 1, 6, window))
+    agree(on, forward.attn_decode(rng, [0, 3, 4, 5, 36, 256], 2, 1, 6, window))
 
 
 def test_attention_on_a_part_of_the_chunk(on, rng):
     """Later tiles alone: what runs when the scores of all tokens would not fit."""
     rows = [(0, 17), (5, 1), (30, 9)]
     for tile in (1, 3, 5):
-        agree(on, verify.attn_scores(rng, rows, 4, 2, 16, tile=tile))
-        agree(on, verify.attn_softmax(rng, rows, 4, tile=tile))
-        agree(on, verify.attn_mix(rng, rows, 4, 2, 16, window=5, tile=tile))
-    agree(on, verify.attn_decode(rng, [5, 1, 30], 4, 2, 16, first=1))
+        agree(on, forward.attn_scores(rng, rows, 4, 2, 16, tile=tile))
+        agree(on, forward.attn_softmax(rng, rows, 4, tile=tile))
+        agree(on, forward.attn_mix(rng, rows, 4, 2, 16, window=5, tile=tile))
+    agree(on, forward.attn_decode(rng, [5, 1, 30], 4, 2, 16, first=1))
 
 
 def test_softmax_of_large_scores(on, rng):
     for spread in (0.0, 30.0, 1e4):
-        outcome = agree(on, verify.attn_softmax(rng, [(0, 33), (250, 1)], 2, spread=spread))
+        outcome = agree(on, forward.attn_softmax(rng, [(0, 33), (250, 1)], 2, spread=spread))
         pattern = np.nan_to_num(outcome.device["scores"].astype(np.float64))
         np.testing.assert_allclose(pattern.sum(-1), 1.0, rtol=2e-6)
 
@@ -360,7 +360,7 @@ def test_softmax_of_large_scores(on, rng):
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (5, 0.0), (0, 3.0)])
 @pytest.mark.parametrize("d_head", [6, 64, 80])
 def test_decode_in_one_step_has_the_bits_of_three(on, rng, d_head, window, softcap):
-    one = verify.attn_decode(rng, [0, 9, 36, 129], 4, 2, d_head, window, softcap)
+    one = forward.attn_decode(rng, [0, 9, 36, 129], 4, 2, d_head, window, softcap)
     fused = on.run(one.op, one.arguments, one.buffers)[0]
     names = lambda *fields: {f: one.arguments[f] for f in fields}  # noqa: E731
     tiles = np.array([(t, 1) for t in range(4)], np.uint32)
@@ -383,7 +383,7 @@ seeds = st.integers(0, 2**32 - 1)
 @given(seed=seeds, rows=st.integers(0, 40), n=st.integers(1, 140), k=st.integers(1, 140), weight_type=st.integers(0, 2), bias=st.booleans(), add=st.booleans(),
        softcap=st.sampled_from([0.0, 2.0]), chunk_rows=st.sampled_from([0, 32, 64]))
 def test_any_linear(on, seed, rows, n, k, weight_type, bias, add, softcap, chunk_rows):
-    agree(on, verify.linear(np.random.default_rng(seed), rows, n, k, weight_type, bias, add, softcap, chunk_rows=chunk_rows))
+    agree(on, forward.linear(np.random.default_rng(seed), rows, n, k, weight_type, bias, add, softcap, chunk_rows=chunk_rows))
 
 
 @few
@@ -391,22 +391,22 @@ def test_any_linear(on, seed, rows, n, k, weight_type, bias, add, softcap, chunk
        window=st.sampled_from([0, 1, 3, 9]))
 def test_any_attention(on, seed, rows, kv, group, half, window):
     rng = np.random.default_rng(seed)
-    agree(on, verify.rope(rng, rows, kv * group, kv, 2 * half))
-    agree(on, verify.attn_scores(rng, rows, kv * group, kv, 2 * half))
-    agree(on, verify.attn_softmax(rng, rows, kv * group, window))
-    agree(on, verify.attn_mix(rng, rows, kv * group, kv, 2 * half, window))
-    agree(on, verify.attn_decode(rng, [cached for cached, _ in rows], kv * group, kv, 2 * half, window))
+    agree(on, forward.rope(rng, rows, kv * group, kv, 2 * half))
+    agree(on, forward.attn_scores(rng, rows, kv * group, kv, 2 * half))
+    agree(on, forward.attn_softmax(rng, rows, kv * group, window))
+    agree(on, forward.attn_mix(rng, rows, kv * group, kv, 2 * half, window))
+    agree(on, forward.attn_decode(rng, [cached for cached, _ in rows], kv * group, kv, 2 * half, window))
 
 
 @few
 @given(seed=seeds, n_tokens=st.integers(1, 20), n_heads=st.integers(1, 5), width=st.integers(1, 300), kind=st.integers(0, 4), step=st.integers(0, 1))
 def test_any_row_op(on, seed, n_tokens, n_heads, width, kind, step):
     rng = np.random.default_rng(seed)
-    agree(on, verify.edit(rng, kind, n_tokens, n_heads, width, step=step))
-    agree(on, verify.norm(rng, n_tokens, width, [f for f in ("add", "rows", "write_scale", "write_normalized") if rng.integers(2)]))
-    agree(on, verify.act(rng, n_tokens, width, kind % 3))
-    agree(on, verify.copy(rng, n_tokens, width, bool(rng.integers(2)), bool(rng.integers(2))))
-    agree(on, verify.sum_heads(rng, n_tokens, n_heads, width, bool(rng.integers(2))))
+    agree(on, forward.edit(rng, kind, n_tokens, n_heads, width, step=step))
+    agree(on, forward.norm(rng, n_tokens, width, [f for f in ("add", "rows", "write_scale", "write_normalized") if rng.integers(2)]))
+    agree(on, forward.act(rng, n_tokens, width, kind % 3))
+    agree(on, forward.copy(rng, n_tokens, width, bool(rng.integers(2)), bool(rng.integers(2))))
+    agree(on, forward.sum_heads(rng, n_tokens, n_heads, width, bool(rng.integers(2))))
 
 
 # -- the bench itself ------------------------------------------------------------------------------------------------------------------------------
@@ -417,22 +417,22 @@ def test_any_row_op(on, seed, n_tokens, n_heads, width, kind, step):
     ({"stride": float("nan")}, ValueError), ({"width": "x"}, TypeError), ({"x": "nowhere"}, ValueError), ({"x": ("x", 10**9)}, ValueError), ({"x": ("x", 40)}, ValueError),
     ({"x": None}, ValueError), ({"x": 5}, ValueError), ({"flags": 32, "rows": "x"}, ValueError), ({"flags": 32}, ValueError), ({"no_such_field": 1}, KeyError)])
 def test_wrong_arguments_never_reach_the_device(on, rng, change, error):
-    problem = verify.norm(rng, 3, 33)
+    problem = forward.norm(rng, 3, 33)
     with pytest.raises(error):
         on.run("norm", problem.arguments | change, problem.buffers)
     agree(on, problem)
 
 
 @pytest.mark.parametrize("build, change", [
-    (lambda rng: verify.linear(rng, 3, 7, 33), {"k": 1 << 20}), (lambda rng: verify.linear(rng, 3, 7, 33), {"n": 0}), (lambda rng: verify.linear(rng, 3, 7, 33), {"weight_type": 3}),
-    (lambda rng: verify.linear(rng, 3, 7, 33), {"first_k": 8, "n_k": 16}), (lambda rng: verify.linear(rng, 3, 7, 33), {"x_stride": 32}),
-    (lambda rng: verify.linear(rng, 3, 7, 33), {"weights": ("weights", 1)}), (lambda rng: verify.linear(rng, 3, 7, 33), {"chunk_rows": 5}),
-    (lambda rng: verify.linear(rng, 3, 7, 33), {"family_plus_1": 99}), (lambda rng: verify.linear(rng, 3, 7, 33), {"x": ("x", 1)}),
-    (lambda rng: verify.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 0}), (lambda rng: verify.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 3}),
-    (lambda rng: verify.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_tiles": 9}), (lambda rng: verify.attn_scores(rng, [(0, 9)], 4, 2, 6), {"key_stride": 8}),
-    (lambda rng: verify.attn_mix(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}), (lambda rng: verify.attn_softmax(rng, [(0, 9)], 4), {"key_stride": 4}),
-    (lambda rng: verify.rope(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}), (lambda rng: verify.act(rng, 3, 7), {"act": 3}), (lambda rng: verify.edit(rng, 0, 3, 2, 7), {"kind": 5}),
-    (lambda rng: verify.edit(rng, 0, 3, 2, 7), {"n_entries": 1000})])
+    (lambda rng: forward.linear(rng, 3, 7, 33), {"k": 1 << 20}), (lambda rng: forward.linear(rng, 3, 7, 33), {"n": 0}), (lambda rng: forward.linear(rng, 3, 7, 33), {"weight_type": 3}),
+    (lambda rng: forward.linear(rng, 3, 7, 33), {"first_k": 8, "n_k": 16}), (lambda rng: forward.linear(rng, 3, 7, 33), {"x_stride": 32}),
+    (lambda rng: forward.linear(rng, 3, 7, 33), {"weights": ("weights", 1)}), (lambda rng: forward.linear(rng, 3, 7, 33), {"chunk_rows": 5}),
+    (lambda rng: forward.linear(rng, 3, 7, 33), {"family_plus_1": 99}), (lambda rng: forward.linear(rng, 3, 7, 33), {"x": ("x", 1)}),
+    (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 0}), (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 3}),
+    (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_tiles": 9}), (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"key_stride": 8}),
+    (lambda rng: forward.attn_mix(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}), (lambda rng: forward.attn_softmax(rng, [(0, 9)], 4), {"key_stride": 4}),
+    (lambda rng: forward.rope(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}), (lambda rng: forward.act(rng, 3, 7), {"act": 3}), (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"kind": 5}),
+    (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"n_entries": 1000})])
 def test_senseless_sizes_are_refused(on, rng, build, change):
     problem = build(rng)
     with pytest.raises(ValueError):
@@ -441,7 +441,7 @@ def test_senseless_sizes_are_refused(on, rng, build, change):
 
 
 def test_wrong_buffers(on, rng):
-    problem = verify.norm(rng, 3, 33)
+    problem = forward.norm(rng, 3, 33)
     with pytest.raises(KeyError):
         on.run("no_such_op", {}, {})
     for array in (np.zeros(3), np.zeros((4, 4), np.float32).T[:, :2], [1.0], None):
@@ -456,14 +456,14 @@ def test_wrong_buffers(on, rng):
 
 
 def test_a_tile_that_mixes_rows_is_refused(on, rng):
-    problem = verify.attn_scores(rng, [(0, 3), (0, 3)], 2, 1, 6)
+    problem = forward.attn_scores(rng, [(0, 3), (0, 3)], 2, 1, 6)
     problem.buffers["tiles"] = np.array([(0, 4), (4, 2)], np.uint32)
     with pytest.raises(ValueError, match="not of the tile's row"):
         on.run(problem.op, problem.arguments, problem.buffers)
 
 
 def test_inputs_stay_as_they_were_and_nothing_is_kept(on, rng):
-    problem = verify.rope(rng, [(0, 9)], 4, 2, 6)
+    problem = forward.rope(rng, [(0, 9)], 4, 2, 6)
     before = {name: array.copy() for name, array in problem.buffers.items()}
     counts = {name: sys.getrefcount(array) for name, array in problem.buffers.items()}
     for _ in range(3):
@@ -487,7 +487,7 @@ def test_a_bench_gives_its_memory_back():
 
 
 def test_threads_take_turns(on):
-    problems = [verify.linear(np.random.default_rng(i), 9, 77, 53) for i in range(4)]
+    problems = [forward.linear(np.random.default_rng(i), 9, 77, 53) for i in range(4)]
     want = [on.run(p.op, p.arguments, p.buffers)[0]["dst"] for p in problems]
     failures, done = [], []
 
@@ -572,14 +572,14 @@ def test_families_pass_their_self_test(on):
         on.self_test(99)
 
 
-@pytest.mark.parametrize("weight_type", range(3), ids=verify.WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("n, k", [(33, 16), (77, 53), (130, 257)])
 def test_a_norm_inside_the_product_is_the_norm_before_it(on, fusing, families, rng, n, k, weight_type):
     """The same bits, for every number of rows that may be fused; more rows, and devices with larger workgroups, are refused."""
     for rows in (1, 2, 3, 7, 8):
-        problem = verify.linear(rng, rows, n, k, weight_type, bias=True)
-        gain = verify.padded(rng.standard_normal((1, k)).astype(np.float32), verify.row_stride(k), 0.0)
-        stride = verify.row_stride(k)
+        problem = forward.linear(rng, rows, n, k, weight_type, bias=True)
+        gain = problems.padded(rng.standard_normal((1, k)).astype(np.float32), problems.row_stride(k), 0.0)
+        stride = problems.row_stride(k)
         normed = {"x": problem.buffers["x"], "gain": gain, "dst": np.zeros((rows, stride), np.float32)}
         before = on.run("norm", {"x": "x", "gain": "gain", "dst": "dst", "width": k, "stride": stride, "n_rows": rows, "eps": 1e-5}, normed)[0]["dst"]
         for family in [f for f in families if f < 2]:
@@ -587,6 +587,6 @@ def test_a_norm_inside_the_product_is_the_norm_before_it(on, fusing, families, r
             device, twin = on.run("linear", problem.arguments | {"family_plus_1": family + 1, "gain": "gain", "eps": 1e-5}, problem.buffers | {"gain": gain})
             assert same_bits(device["dst"], apart), f"{rows} rows, family {family}"
             np.testing.assert_allclose(device["dst"][:, :n], twin["dst"][:, :n], atol=2e-5 * np.abs(twin["dst"][:, :n]).max())
-    problem = verify.linear(rng, 9, n, k, weight_type)
+    problem = forward.linear(rng, 9, n, k, weight_type)
     with pytest.raises(ValueError, match="9 rows"):
         on.run("linear", problem.arguments | {"gain": "gain", "eps": 1e-5, "family_plus_1": 1}, problem.buffers | {"gain": gain})

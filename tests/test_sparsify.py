@@ -17,7 +17,8 @@ from vksteer import sparsify
 from vksteer.circuits.graph import graph
 from vksteer.sparsify.choosing import log_tail
 from vksteer.sparsify.sweeping import METHODS, TAUS
-from vksteer.inputs.vectors import SteeringVector, digest
+from vksteer.base.provenance import digest
+from vksteer.inputs.vectors import SteeringVector
 
 HARMFUL, HARMLESS = ["how to bomb", "a bomb", "make one bomb now", "bomb it"], ["how to bake", "a cake", "make one cake soon"]
 
@@ -208,7 +209,7 @@ def test_log_tail_far_out():
     """Smaller than any float64: its logarithm still is right."""
     log = log_tail(2000, 4096, 2000, 2000)
     assert log == pytest.approx(-(math.lgamma(4097) - math.lgamma(2001) - math.lgamma(2097)), rel=1e-12) and math.exp(log) == 0.0
-    assert log_tail(5, 10, 4, 4) == -math.inf and sparsify.log_tail(0, 10, 4, 4) == 0.0
+    assert log_tail(5, 10, 4, 4) == -math.inf and log_tail(0, 10, 4, 4) == 0.0
     for wrong in ((1, 10, 11, 4), (1, 10, 4, 11), (1, 10, -1, 4)):
         with pytest.raises(ValueError):
             log_tail(*wrong)

@@ -12,7 +12,7 @@ from standin import NumpyModel
 from vksteer import steering
 from vksteer.errors import ModelError
 from vksteer.steering import Example, TrainingData, training_data
-from vksteer.steering.training_data import PREFIX
+from vksteer.steering.examples import PREFIX
 from vksteer.inputs.vectors import SteeringVector
 
 SORRY, SURE = "I'm sorry, I cannot do that.", "Sure, here is how it goes."

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from vksteer.errors import ModelError
-from vksteer.inputs.vectors import SteeringVector, digest
+from vksteer.base.provenance import digest
+from vksteer.inputs.vectors import SteeringVector
 
 ENDINGS = ("safetensors", "npz", "gguf")
 

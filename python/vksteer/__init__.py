@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ._version import __version__
 from .errors import DeviceError, ModelError
 
-__version__ = "0.1.0"
 
 #: Where a public name lives; resolved on first access, so that `import vksteer` stays fast.
 _LAZY = {

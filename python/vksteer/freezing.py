@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 
+from .base.figures import new_figure
+from .base.whole_files import write_whole
 from .judge import Rate
-from .inputs.prompt_pair import Answer, PromptPair, magnitudes, whole
+from .base.checks import require_int
+from .inputs.prompt_pair import Answer, PromptPair, magnitudes
 from .base.progress import Progress
-from .inputs.vectors import SteeringVector, digest, fingerprint, provenance
+from .base.provenance import digest, fingerprint, provenance
+from .inputs.vectors import SteeringVector
 
 #: The paper's rows: name -> arguments of model.generate.
 ABLATIONS = {"none": {}, "QK": {"freeze": "qk"}, "OV": {"freeze": "ov"}, "SVV": {"ablate": "svv"}, "MLP direct": {"ablate": "mlp_direct"},
@@ -80,11 +83,7 @@ class AblationTable:
 
     def plot(self, path=None):
         """Both rates of every row as bars with their intervals: a matplotlib Figure, saved to `path` if one is given (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
-        figure = Figure(figsize=(max(6.0, 0.8 * len(self.rows)), 3.6), layout="constrained")
+        figure = new_figure(max(6.0, 0.8 * len(self.rows)), 3.6)
         axes = figure.add_subplot()
         at = np.arange(len(self.rows))
         for shift, side, colour in ((-0.2, "harmless", "#4878a8"), (0.2, "harmful", "#c8643c")):
@@ -171,12 +170,7 @@ class _Store:
         if self.path is None:
             return
         content = {"key": self.key, "rows": {n: {side: [asdict(a) for a in some] for side, some in sides.items()} for n, sides in self.rows.items()}}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(self.path, json.dumps(content, ensure_ascii=False).encode())
 
 
 def ablation_table(model, vector: SteeringVector, harmful, harmless, coefficient, *, max_new_tokens: int = 128, judge=None, min_words="auto",
@@ -199,11 +193,11 @@ def ablation_table(model, vector: SteeringVector, harmful, harmless, coefficient
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing, and there is nothing to ablate")
     plus, minus = magnitudes(coefficient)
-    n_random, seed = whole(random_control, "random_control", 0), whole(seed, "seed", 0)
+    n_random, seed = require_int(random_control, "random_control", 0), require_int(seed, "seed", 0)
     layers = _layers(layers, vector, model.config.n_layers)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
     if min_words != "auto" and min_words is not None:
-        whole(min_words, "min_words", 0)
+        require_int(min_words, "min_words", 0)
     plans = _plans(vector, layers, n_random, seed)
     key = digest("ablation table 1", fingerprint(model), vector.direction, vector.layer, plus, minus, pair.harmful_rows, pair.harmless_rows, pair.max_new_tokens, seed)
     store = _Store(out, key)

@@ -14,12 +14,12 @@ import numpy as np
 
 from . import search as circuit_search
 from ..errors import ModelError
-from .faithfulness import FaithfulnessCurve, faithfulness_curve, minimum_faithful
+from . import runs as circuit_runs
+from .curve import FaithfulnessCurve
+from .decoding import CircuitBatch, check_rows
+from ..inputs.samples import check_samples
 from .graph import INPUT_KINDS, Graph, graph as graph_of
-from ..inputs.vectors import digest
-from ..base.whole_files import write_whole
-
-__all__ = ["Circuit", "FaithfulnessCurve", "METRICS", "evaluate", "faithfulness_curve", "minimum_faithful", "overlaps", "random"]
+from ..base.json_files import load_json, save_json
 
 #: What `evaluate` can measure (method.md section 5).
 METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match", "logprob")
@@ -154,10 +154,9 @@ class Circuit:
     def save(self, path) -> None:
         """JSON with the graph's identity, the edges by name, meta, the curve if there is one, and a checksum; an existing file is replaced whole."""
         g = self.graph
-        content = {"format": FORMAT, "version": 1, "graph": dict(zip(_SIZES, g._key())), "n_edges": g.n_edges, "meta": dict(self.meta),
+        content = {"graph": dict(zip(_SIZES, g._key())), "n_edges": g.n_edges, "meta": dict(self.meta),
                    "curve": None if self.curve is None else self.curve.to_dict(), "edges": list(self)}
-        content = json.loads(json.dumps(content))
-        write_whole(path, (json.dumps({**content, "checksum": digest(content)}, indent=1, ensure_ascii=False) + "\n").encode())
+        save_json(path, content, format=FORMAT, indent=1)
 
     @classmethod
     def load(cls, path, graph: Graph | None = None) -> "Circuit":
@@ -165,7 +164,7 @@ class Circuit:
 
         Raises ModelError for a file that cannot be read, was cut short or edited, or is no circuit; ValueError for one of another graph.
         """
-        content = _read(path)
+        content = load_json(path, format=FORMAT, what="circuit", limit=MAX_BYTES)
         try:
             sizes = [content["graph"][name] for name in _SIZES]
             if not all(type(n) is int and 0 <= n <= 1 << 12 for n in sizes):
@@ -204,6 +203,14 @@ class Circuit:
         if self.graph != wanted:
             raise ValueError(f"the circuit belongs to another graph: {self.graph!r}; this model steered at layer {layer} has {wanted!r}")
 
+    def check_rows(self, model, rows_edits, freeze, ablate, sites) -> None:
+        """ValueError, before any work, where rows with these edits cannot be decoded under this circuit."""
+        check_rows(self, model, rows_edits, freeze, ablate, sites)
+
+    def decoding_batch(self, model, prompt_lengths, edits) -> CircuitBatch:
+        """What takes a Batch's place while rows are decoded under this circuit."""
+        return CircuitBatch(self, model, prompt_lengths, edits)
+
     def evaluate(self, model, samples, vector, coefficient, metrics=("logit_diff",), *, progress=True, **options) -> dict[str, Any]:
         """metric -> result with .faithfulness .value .full .empty; see `vs.circuits.evaluate`, which takes many circuits at once."""
         return evaluate([self], model, samples, vector, coefficient, metrics, progress=progress, **options)[0]
@@ -236,21 +243,6 @@ def _numbers(graph: Graph, edges) -> np.ndarray:
     return np.unique(array.astype(np.int64))
 
 
-def _read(path) -> dict:
-    """The content of a circuit's file, its checksum verified."""
-    from ..loading.config import read_json
-
-    content = read_json(path, limit=MAX_BYTES)
-    if content.get("format") != FORMAT:
-        raise ModelError(f"{path}: no circuit of vksteer (its format is {content.get('format')!r}, wanted {FORMAT!r})")
-    if content.get("version") != 1:
-        raise ModelError(f"{path}: version {content.get('version')!r} of the circuit format is not understood: a newer vksteer wrote it")
-    stated = content.pop("checksum", None)
-    if stated != digest(content):
-        raise ModelError(f"{path}: the content does not match its checksum: the file was edited or damaged")
-    return content
-
-
 # -- functions ---------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -275,8 +267,6 @@ def evaluate(circuits, model, samples, vector, coefficient, metrics=("logit_diff
     .per_sample {"value", "full", "empty", "weight"}, float64 [n_samples] each.
     Raises ValueError before any work for circuits of another graph, samples that do not fit, unknown metrics, a vector of another width or layer.
     """
-    from ..inputs.samples import check_samples
-
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     vector.check(model)
     for i, circuit in enumerate(circuits):
@@ -290,8 +280,6 @@ def evaluate(circuits, model, samples, vector, coefficient, metrics=("logit_diff
     samples = check_samples(model, samples)
     if not circuits:
         return []
-    from . import runs as circuit_runs
-
     return circuit_runs.evaluate(circuits, model, samples, vector, coefficient, metrics=metrics, progress=progress, **options)
 
 

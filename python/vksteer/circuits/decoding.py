@@ -12,12 +12,8 @@ from ..runtime.edits import Ablate, Steer
 from .final_rows import request
 
 
-def check_circuit(model, circuit, rows_edits, freeze, ablate, sites) -> None:
+def check_rows(circuit, model, rows_edits, freeze, ablate, sites) -> None:
     """Raises ValueError before any work: a circuit of another graph, rows without exactly one Steer, what has no meaning under a circuit."""
-    from .circuit import Circuit
-
-    if not isinstance(circuit, Circuit):
-        raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
     if freeze is not None or ablate is not None:
         raise ValueError("a circuit says which contributions of the base run are kept: freeze and ablate do not combine with it")
     if sites:
@@ -44,18 +40,12 @@ def _check_below(model, edit, row, layer):
                 raise ValueError(f"row {row}: under a circuit edits must lie below the steering layer {layer}, {type(edit).__name__} at {site.name} does not")
 
 
-def steering(edits) -> tuple:
-    """What rows that are decoded together have in common."""
-    steer = next(e for e in edits if isinstance(e, Steer))
-    return steer.vector.direction.tobytes(), float(steer.coefficient)
-
-
 class CircuitBatch:
     """Takes the place of a Batch while decoding. All rows have the same Steer."""
 
     paired = False
 
-    def __init__(self, model, prompt_lengths, edits, circuit):
+    def __init__(self, circuit, model, prompt_lengths, edits):
         rows_edits, shared = edits
         steer = next(e for e in rows_edits[0] if isinstance(e, Steer))
         self.model, self.n = model, len(prompt_lengths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..base.figures import new_figure
 from .graph import INPUT_KINDS
 
 #: By the input that an edge ends in.
@@ -51,15 +52,12 @@ def _strength(circuit, scores) -> np.ndarray | None:
 
 def draw(circuit, path=None, *, scores=None, title: str | None = None):
     """See `Circuit.plot`. Raises ImportError without matplotlib, ValueError for scores of another graph."""
-    try:
-        from matplotlib.collections import LineCollection
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
     graph, edges = circuit.graph, circuit.edges
     H, L = graph.n_heads, graph.depth
     strength = _strength(circuit, scores)
-    figure = Figure(figsize=(min(14.0, max(5.0, 0.36 * (H + 3))), min(16.0, max(3.2, 0.5 * (L + 2.5)))), layout="constrained")
+    figure = new_figure(min(14.0, max(5.0, 0.36 * (H + 3))), min(16.0, max(3.2, 0.5 * (L + 2.5))))
+    from matplotlib.collections import LineCollection  # the figure above has explained its absence
+
     axes = figure.add_subplot()
     nodes, inputs = _places(graph)
     upstream, downstream = graph.upstream[edges], graph.downstream[edges]

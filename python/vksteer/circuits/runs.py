@@ -12,12 +12,11 @@ Whatever `clean` says, a circuit is run by steering and keeping the base run's c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from .plan import Rows, compile_plan, kept_matrix
-from .faithfulness import pooled
+from .curve import pooled
 from .final_rows import FinalRows, final_rows, request
 from ..base.progress import Progress
 from ..inputs.samples import check_samples, check_steering

@@ -12,14 +12,14 @@ import heapq
 import numpy as np
 
 from .graph import Graph
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 
 METHODS = ("pruned", "top", "greedy_backward", "greedy_forward")
 
 
 def check_size(graph: Graph, n, what: str = "n") -> int:
     """n as an int from 0 to the number of edges; ValueError naming `what` otherwise."""
-    n = whole(n, what, 0)
+    n = require_int(n, what, 0)
     if n > graph.n_edges:
         raise ValueError(f"{what}: {n} edges are more than the graph's {graph.n_edges}")
     return n

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from .arguments import freeze_prompts, open_model
+
 DESCRIPTION = """\
 Which heads and MLPs carry a steering vector's effect, over whole answers? (arXiv 2604.08524, section 5)
 
@@ -122,16 +124,15 @@ def _picture(draw, path: Path) -> None:
 
 def _prompts(arguments):
     """(training pair, validation pair) or None twice with --vector, and the prompts of the side."""
-    from . import commands as cli
-
-    train, validation, (harmful, harmless) = cli._freeze_prompts(arguments)
+    train, validation, (harmful, harmless) = freeze_prompts(arguments)
     return train, validation, harmful if arguments.side == "harmful" else harmless
 
 
 def _find(model, train, validation, arguments, folder: _Folder, show: bool):
     """The difference in means chosen by the rule, from the folder where it is there."""
     from .. import steering
-    from ..inputs.vectors import SteeringVector, digest, fingerprint
+    from ..base.provenance import digest, fingerprint
+    from ..inputs.vectors import SteeringVector
 
     key = digest("vector", fingerprint(model), train, validation, arguments.criterion)
     if folder.made("vector.safetensors", key, costly=True):
@@ -160,7 +161,7 @@ class _Work:
     """One vector's part: samples, scores, curve, circuit, each taken from the folder where it is there."""
 
     def __init__(self, model, vector, coefficient, prompts, arguments, folder: _Folder, judge, show: bool):
-        from ..inputs.vectors import digest, fingerprint
+        from ..base.provenance import digest, fingerprint
 
         self.model, self.vector, self.coefficient, self.prompts, self.arguments, self.folder, self.judge, self.show = \
             model, vector, coefficient, prompts, arguments, folder, judge, show
@@ -186,7 +187,7 @@ class _Work:
     def scores(self, samples):
         from .. import patching
         from ..patching.edge_scores import EdgeScores
-        from ..inputs.vectors import digest
+        from ..base.provenance import digest
 
         a, name = self.arguments, "scores.safetensors"
         settings = dict(steps=a.steps, rule=a.rule, metric=a.metric, threshold=a.kl_threshold, clean=a.clean, at=a.at, per_sample=True)
@@ -210,7 +211,7 @@ class _Work:
     def curve(self, scores, samples):
         from .. import circuits
         from ..circuits.faithfulness import FaithfulnessCurve
-        from ..inputs.vectors import digest
+        from ..base.provenance import digest
 
         a, name = self.arguments, "curve.json"
         options = dict(method=a.method, random=a.random, halves=a.halves, seed=a.seed)
@@ -227,7 +228,7 @@ class _Work:
 
     def smallest(self, scores, samples):
         from .. import circuits
-        from ..inputs.vectors import digest
+        from ..base.provenance import digest
 
         a, name = self.arguments, "circuit.json"
         key = digest(self.key, a.method, a.threshold)
@@ -246,7 +247,6 @@ class _Work:
 
 def circuit(arguments) -> int:
     """Runs the command; the exit status."""
-    from . import commands as cli
     from ..patching.memory_plan import memory_bytes
 
     show, sign = sys.stderr.isatty(), -1.0 if arguments.side == "harmful" else 1.0
@@ -265,7 +265,7 @@ def circuit(arguments) -> int:
     train, validation, prompts = _prompts(arguments)
     out = Path(arguments.out)
     with contextlib.ExitStack() as opened:
-        model = opened.enter_context(cli._open(arguments))
+        model = opened.enter_context(open_model(arguments))
         if not vectors:
             vectors = {"dim": _find(model, train, validation, arguments, _Folder(out), show)}
         for vector in vectors.values():
@@ -274,7 +274,7 @@ def circuit(arguments) -> int:
         if arguments.judge and arguments.side == "harmful":  # answers to harmless prompts are safe either way
             from ..judge import LlamaGuard
 
-            judge = LlamaGuard(opened.enter_context(cli._open(arguments, arguments.judge)))
+            judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
         found, parts = {}, {}
         for (name, vector), strength in zip(vectors.items(), strengths):
             folder = _Folder(out / name if len(vectors) > 1 else out)

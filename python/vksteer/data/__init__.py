@@ -1,5 +1,5 @@
 """Prompts: the bundled toy world, files, and data sets of the hub."""
 
-from .prompt_files import ENDINGS, PROMPT_COLUMNS, STUDY, load, tiny, tiny_pair
+from .prompt_files import STUDY, load, tiny, tiny_pair
 
-__all__ = ["ENDINGS", "PROMPT_COLUMNS", "STUDY", "load", "tiny", "tiny_pair"]
+__all__ = ["STUDY", "load", "tiny", "tiny_pair"]

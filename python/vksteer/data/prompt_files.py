@@ -206,3 +206,19 @@ def _asked(name: str, call):
             raise
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(f"{name!r} is no file here, and the hub did not give it: {type(error).__name__}: {reason}") from error
+
+
+def prompts_of(text: str) -> list[str]:
+    """FILE or FILE:COLUMN; a colon that belongs to an existing file's or a hub data set's name is left alone."""
+    name, colon, column = text.rpartition(":")
+    if colon and not Path(text).exists() and Path(name).exists():
+        return load(name, column)
+    return load(text)
+
+
+def split(prompts: list[str], name: str) -> tuple[list[str], list[str], list[str]]:
+    """First half, next quarter, last quarter."""
+    if len(prompts) < 8:
+        raise ValueError(f"--{name}: {len(prompts)} prompts are too few to train (half), choose (a quarter) and test (a quarter); give at least 8, or --vector")
+    a, b = len(prompts) // 2, 3 * len(prompts) // 4
+    return prompts[:a], prompts[a:b], prompts[b:]

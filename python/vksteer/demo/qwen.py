@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-from . import __main__ as demo
+from . import report as demo
 
 QWEN = "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
 LAYERS, POSITIONS = (12, 14, 16), (-4, -2, -1)  # where this model can be steered both ways
@@ -28,9 +27,9 @@ def prompts(arguments) -> dict[str, tuple[list[str], list[str]]]:
     if (arguments.harmful is None) != (arguments.harmless is None):
         raise ValueError("--harmful and --harmless belong together: give both")
     if arguments.harmful:
-        from ..cli.commands import _prompts, _split
+        from ..data.prompt_files import prompts_of, split
 
-        sides = [_split(_prompts(file), name) for name, file in (("harmful", arguments.harmful), ("harmless", arguments.harmless))]
+        sides = [split(prompts_of(file), name) for name, file in (("harmful", arguments.harmful), ("harmless", arguments.harmless))]
         return dict(zip(("train", "validation", "test"), zip(*sides)))
     w = demo.written()
     pairs = [tuple(w["forms"][i // 2 % len(w["forms"])].format(act) for act in pair) for i, pair in enumerate(w["acts"])]

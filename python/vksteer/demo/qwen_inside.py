@@ -7,8 +7,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from . import __main__ as demo
-from ..inputs.vectors import digest
+from . import report as demo
+from ..base.provenance import digest
 
 #: Samples that gradients are taken on; prompts a side, new tokens and thresholds of the sparsity curve.
 SAMPLES, SPARSITY_PROMPTS, SPARSITY_TOKENS, TAUS = 6, 12, 24, (0.7, 1.5)

@@ -8,6 +8,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from ..base.checks import require_int
 from ..runtime.edits import Steer
 from ..judge import Rate, ended, succeeded
 from .prompts import as_list, as_tokens
@@ -29,13 +30,6 @@ def magnitudes(coefficient) -> tuple[float, float]:
     if len(pair) != 2:
         raise ValueError(f"coefficient must be one magnitude or (plus, minus), not {len(pair)} numbers")
     return float(pair[0]), float(pair[1])
-
-
-def whole(value, what: str, least: int) -> int:
-    """A whole number from `least` on; ValueError naming `what` otherwise."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{what} must be a whole number from {least} on, not {value!r}")
-    return int(value)
 
 
 @dataclass
@@ -61,7 +55,7 @@ class PromptPair:
 
     @classmethod
     def of(cls, model, harmful, harmless, max_new_tokens: int, batch_size: int | None = None) -> "PromptPair":
-        new = whole(max_new_tokens, "max_new_tokens", 1)
+        new = require_int(max_new_tokens, "max_new_tokens", 1)
         harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
         return cls(model, harmful, harmless, as_tokens(model, harmful, "harmful", room=new), as_tokens(model, harmless, "harmless", room=new), new, batch_size)
 

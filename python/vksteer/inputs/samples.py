@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..runtime.edits import Steer
 from ..errors import ModelError
 from ..judge import succeeded
-from .prompt_pair import whole
+from ..base.checks import require_int
 from .prompts import as_list, as_tokens
-from .vectors import digest, fingerprint
-from ..base.whole_files import write_whole
+from ..base.provenance import digest, fingerprint
+from ..base.json_files import load_json, save_json
 
 
 @dataclass(frozen=True)
@@ -113,22 +111,14 @@ class Samples(list):
 
     def save(self, path) -> None:
         """JSON with a checksum; an existing file is replaced whole."""
-        content = {"format": "vksteer.samples", "version": 1, "asked": self.asked, "dropped": self.dropped, "index": self.index, "texts": self.texts,
+        content = {"asked": self.asked, "dropped": self.dropped, "index": self.index, "texts": self.texts,
                    "setting": self.setting, "samples": [[list(s.prompt_tokens), list(s.response_tokens)] for s in self]}
-        content = json.loads(json.dumps(content))
-        write_whole(path, (json.dumps({**content, "checksum": digest(content)}, ensure_ascii=False) + "\n").encode())
+        save_json(path, content, format="vksteer.samples")
 
     @classmethod
     def load(cls, path) -> "Samples":
         """Read what `save` wrote. ModelError for a file that was cut short or edited or is something else."""
-        from ..loading.config import read_json
-
-        content = read_json(Path(path), limit=1 << 30)
-        if content.get("format") != "vksteer.samples" or content.get("version") != 1:
-            raise ModelError(f"{path}: no samples of vksteer (format {content.get('format')!r}, version {content.get('version')!r})")
-        stated = content.pop("checksum", None)
-        if stated != digest(content):
-            raise ModelError(f"{path}: the content does not match its checksum: the file was edited or damaged")
+        content = load_json(path, format="vksteer.samples", what="samples", limit=1 << 30)
         try:
             return cls([Sample(*pair) for pair in content["samples"]], dropped=content["dropped"], asked=content["asked"], index=content["index"],
                        texts=content["texts"], setting=content["setting"])
@@ -158,8 +148,8 @@ def make_samples(model, prompts, vector, coefficient, *, responses: str = "steer
     if keep not in ("flipped", "all"):
         raise ValueError(f"keep must be 'flipped' or 'all', not {keep!r}")
     if min_words != "auto" and min_words is not None:
-        whole(min_words, "min_words", 0)
-    new = whole(max_new_tokens, "max_new_tokens", 1)
+        require_int(min_words, "min_words", 0)
+    new = require_int(max_new_tokens, "max_new_tokens", 1)
     prompts = as_list(prompts, "prompts")
     rows = as_tokens(model, prompts, "prompts", room=new)
     if keep == "flipped" and getattr(model, "tokenizer", None) is None:

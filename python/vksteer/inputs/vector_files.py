@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import struct
 import tokenize
 import zipfile
@@ -18,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..loading.config import parse_json
+from ..base.checks import require_int
+from ..base.json_files import parse_json
+from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..loading.gguf_file import GGUFFile
 from ..loading.safetensors_files import read_header
@@ -35,32 +36,19 @@ def save(vector, path) -> None:
     if vector.norm == 0:
         raise ValueError("a zero vector steers nothing and is not saved")
     data = {".safetensors": _to_safetensors, ".npz": _to_npz, ".gguf": _to_gguf}[ending](vector)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
-def load(path, layer=None):
-    from .vectors import SteeringVector, _whole
-
+def load(path, layer=None) -> tuple:
+    """(direction, layer, position, method, meta) of a file, as `SteeringVector` takes them."""
     path = Path(path)
     ending = _ending(path)
     if layer is not None:
-        layer = _whole(layer, "layer")
+        layer = require_int(layer, "layer")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ModelError(f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})")
-    direction, layer, position, method, meta = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](path, layer)
-    try:
-        vector = SteeringVector(direction, layer, position=position, method=method, meta=meta)
-    except ValueError as error:
-        raise ModelError(f"{path}: {error}") from None
-    if vector.norm == 0:
-        raise ModelError(f"{path}: the direction is zero: it steers nothing")
-    return vector
+    return {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](path, layer)
 
 
 def _ending(path: Path) -> str:

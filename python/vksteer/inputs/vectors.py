@@ -5,7 +5,6 @@ This file owns the type, its algebra and its checks; `vector_files.py` owns the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -16,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
-
-def _whole(value, what: str) -> int:
-    """`value` as an int; numbers with a fraction, booleans and texts are refused."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{what} must be a whole number, not {value!r}")
-    return int(value)
+from ..base.checks import require_int
+from ..base.provenance import fingerprint
+from ..errors import ModelError
+from . import vector_files
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,7 @@ class SteeringVector:
         bad = np.flatnonzero(~np.isfinite(direction))
         if bad.size:
             raise ValueError(f"a steering vector must be finite in float32: entry {bad[0]} is {direction[bad[0]]} ({bad.size} of {direction.size} are not finite)")
-        layer = _whole(self.layer, "layer")
+        layer = require_int(self.layer, "layer")
         if layer < 0:
             raise ValueError(f"layer must be 0 or more (0 steers the input of the first block), not {layer}")
         direction.flags.writeable = False
@@ -59,7 +56,7 @@ class SteeringVector:
             raise ValueError(f"meta must be a mapping that JSON can hold: {error}") from None
         object.__setattr__(self, "direction", direction)
         object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "position", None if self.position is None else _whole(self.position, "position"))
+        object.__setattr__(self, "position", None if self.position is None else require_int(self.position, "position"))
         object.__setattr__(self, "method", str(self.method))
         object.__setattr__(self, "meta", MappingProxyType(meta))
 
@@ -139,8 +136,6 @@ class SteeringVector:
         GGUF's `direction.N` is added to the output of block N, so resid_pre of layer l is written as `direction.{l-1}`.
         Raises ValueError for another ending, a zero vector, and for GGUF below layer 2 (`direction.0` does not exist).
         """
-        from . import vector_files
-
         vector_files.save(self, path)
 
     @classmethod
@@ -151,9 +146,13 @@ class SteeringVector:
         Raises ValueError where several layers are in the file and none is named, or the named one is not there (both list them);
         vs.ModelError where the file is damaged or not a steering vector; OSError where it cannot be read.
         """
-        from . import vector_files
-
-        vector = vector_files.load(path, layer)
+        direction, at, position, method, meta = vector_files.load(path, layer)
+        try:
+            vector = cls(direction, at, position=position, method=method, meta=meta)
+        except ValueError as error:
+            raise ModelError(f"{path}: {error}") from None
+        if vector.norm == 0:
+            raise ModelError(f"{path}: the direction is zero: it steers nothing")
         if model is not None:
             vector.check(model)
         return vector
@@ -175,34 +174,3 @@ class SteeringVector:
 
 def _rebuild(direction, layer, position, method, meta):
     return SteeringVector(direction, layer, position=position, method=method, meta=meta)
-
-
-# -- provenance ------------------------------------------------------------------------------------------------------------------------
-
-
-def digest(*parts) -> str:
-    """SHA-256 (hex) of texts, numbers, lists and arrays, as JSON: the same on every machine."""
-    plain = lambda x: x.tolist() if isinstance(x, (np.ndarray, np.generic)) else str(x)
-    return hashlib.sha256(json.dumps(parts, default=plain, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(model) -> str | None:
-    """What tells one model from another: its own `fingerprint` (a hash that the engine takes of weights and config). None for a bare Config."""
-    return getattr(model, "fingerprint", None)
-
-
-def provenance(model, **more) -> dict[str, Any]:
-    """What goes into a vector's meta: model and tokenizer hash, architecture, versions, and whatever else is named."""
-    import platform
-
-    import vksteer
-
-    tokenizer = getattr(model, "tokenizer", None)
-    return {
-        "model": str(getattr(model, "name", "") or ""),
-        "model_hash": fingerprint(model),
-        "tokenizer_hash": getattr(tokenizer, "fingerprint", None),
-        "architecture": getattr(model.config, "model_type", None),
-        "versions": {"vksteer": getattr(vksteer, "__version__", None), "numpy": np.__version__, "python": platform.python_version()},
-        **more,
-    }

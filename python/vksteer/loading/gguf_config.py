@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from . import rope as rotation
-from .config import Config
 from ..errors import ModelError
 from .families import FAMILIES
-from .gguf_file import GGUFFile
+from .gguf_file import GGUFFile, end_tokens
+from .hf_config import facts_from_hf
 
 #: Keys below "{architecture}." that are read here.
 _READ = {
@@ -27,17 +27,17 @@ _HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "name", "descriptio
 _SCALE_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # the 27B ones
 
 
-def config_from_gguf(file: GGUFFile) -> Config:
-    """The facts of an opened GGUF file. Gemma's norm gains are stored as 1 + w, so norm_offset is 0."""
+def facts_from_gguf(file: GGUFFile) -> dict[str, Any]:
+    """The facts of an opened GGUF file, as `Config` takes them. Gemma's norm gains are stored as 1 + w, so norm_offset is 0."""
     try:
-        return _config(file)
+        return _facts(file)
     except ModelError as error:
         if str(file.path) in str(error):
             raise
         raise ModelError(f"{file.path}: {error}") from error
 
 
-def _config(file):
+def _facts(file):
     md = file.metadata
     arch = md.get("general.architecture")
     family = next((f for f in FAMILIES if arch in f.gguf), None) if isinstance(arch, str) else None
@@ -98,20 +98,14 @@ def _config(file):
         raise ModelError(f"{file.path}: metadata 'gemma3.attention.sliding_window' is missing")
     hf.update(_pattern(get, family, n_layers))
 
-    config = Config.from_hf(hf)
+    facts = facts_from_hf(hf)
     changes: dict[str, Any] = {"norm_offset": 0.0, "o_bias": "blk.0.attn_output.bias" in file.tensors}
     if get.raw("attention.scale"):
         changes["attn_scale"] = get.number("attention.scale")
     if "rope_freqs.weight" in file.tensors:
         factors = file.array("rope_freqs.weight", "float32")
-        changes["rope"] = (rotation.divided(config.rope[0], factors),) + config.rope[1:]
-    return config.replace(**changes)
-
-
-def end_tokens(md) -> list[int]:
-    """All end-of-text and end-of-turn ids that the file names."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    return [md[k] for k in keys if isinstance(md.get(k), int)]
+        changes["rope"] = (rotation.divided(facts["rope"][0], factors),) + facts["rope"][1:]
+    return facts | changes
 
 
 def _scaling(get):

@@ -311,3 +311,9 @@ def _dequantizer(file, tensor):
             raise ModelError(f"{file.path}: tensor {tensor.name!r}: the installed gguf package cannot dequantise {tensor.type}") from error
 
     return dequantize
+
+
+def end_tokens(md) -> list[int]:
+    """All end-of-text and end-of-turn ids that the file names."""
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    return [md[k] for k in keys if isinstance(md.get(k), int)]

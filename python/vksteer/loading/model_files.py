@@ -6,8 +6,6 @@ Weights are not read here: the engine maps the files. Everything heavy (huggingf
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
@@ -15,17 +13,13 @@ from typing import Any, Callable
 import numpy as np
 
 from . import dtypes
-from .config import CONFIG_BYTES, Config, read_json, token_ids
+from ..base.json_files import read_json
+from .config import CONFIG_BYTES, Config
+from .hf_config import token_ids
+from .locate import MODEL_PATTERNS, locate, only_gguf
 from ..errors import ModelError
 
-BUNDLED = ("tiny-llama-chat", "tiny-gemma-chat")
 DTYPES = ("auto", *dtypes.STORAGE)
-
-#: What is downloaded from the hub: weights in safetensors, and the small files that say what they mean. Never pickles.
-CONFIG_PATTERNS = ["config.json", "generation_config.json"]
-MODEL_PATTERNS = CONFIG_PATTERNS + ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                                    "chat_template.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -81,24 +75,6 @@ class ModelFiles:
             self.gguf.close()
 
 
-def config_of(source, *, revision=None) -> Config:
-    """See `Config.from_pretrained`."""
-    path = locate(source, revision=revision, patterns=CONFIG_PATTERNS)
-    if path.suffix == ".gguf":
-        from .gguf_file import GGUFFile
-
-        with GGUFFile(path) as file:
-            return Config.from_gguf(file)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            only = _only_gguf(path)
-            if only is None:
-                raise ModelError(f"{path} has no config.json")
-            return config_of(only)
-        path = path / "config.json"
-    return Config.from_json(path)
-
-
 def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
     """Finds and checks a model's files.
 
@@ -109,7 +85,7 @@ def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     path = locate(source, revision=revision, patterns=MODEL_PATTERNS)
     if path.is_dir() and not (path / "config.json").exists():
-        only = _only_gguf(path)
+        only = only_gguf(path)
         if only is None:
             raise ModelError(f"{path} has no config.json" + (" and more than one .gguf file: name one" if list(path.glob("*.gguf")) else ""))
         path = only
@@ -118,54 +94,6 @@ def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
     if not path.is_dir():
         raise ModelError(f"{path} is a configuration alone, without weights; Config.from_pretrained reads it, or name its folder")
     return _open_folder(path, dtype)
-
-
-def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
-    """The folder or file that a source names, downloading from the hub if it must (into huggingface_hub's own cache)."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"a model source must be a path or a name, got {type(source).__name__}")
-    text = os.fspath(source)
-    if not isinstance(text, str) or "\0" in text or not text:
-        raise ModelError(f"{text!r} is not a path or a name")
-    if text in BUNDLED and not os.path.isdir(text):
-        path = Path(__file__).parents[1] / "models" / text
-        if not (path / "config.json").exists():
-            raise ModelError(f"the bundled model {text!r} is missing from this installation ({path}); reinstall vksteer")
-        return path
-    path = Path(os.path.expanduser(text))
-    if os.path.isdir(path):  # os.path's tests say False, rather than raise, for names that no file can have
-        return path
-    if os.path.isfile(path):
-        if path.suffix in (".gguf", ".json"):
-            return path
-        raise ModelError(f"{path} is neither a folder, a .gguf file nor a config.json")
-    if os.path.exists(path):
-        raise ModelError(f"{path} is not a regular file or folder")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", text) or text.endswith((".gguf", ".json", ".safetensors")) or ".." in text:
-        raise ModelError(f"there is no file or folder {text!r}")
-    return _download(text, revision, patterns)
-
-
-def _download(name, revision, patterns) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ModelError(f"there is no folder {name!r}, and fetching it from the hub needs huggingface_hub: pip install huggingface_hub") from error
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these; they carry the reason
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name!r} is neither a folder nor a bundled model ({', '.join(BUNDLED)}), and the hub did not give it: {reason}") from error
-    except Exception as error:
-        # The HTTP client's own errors (its library has changed between releases) mean the same to the user.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub"):
-            raise
-        raise ModelError(f"{name!r} is neither a folder nor a bundled model, and the hub cannot be reached: {error}") from error
-
-
-def _only_gguf(folder) -> Path | None:
-    found = sorted(folder.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
 
 
 def _open_folder(folder, dtype) -> ModelFiles:

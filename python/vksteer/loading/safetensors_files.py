@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import Config, parse_json, read_json
+from ..base.json_files import parse_json, read_json
+from .config import Config
 from ..errors import ModelError
 from .tensor_names import HARMLESS_LAYER_TENSOR, HF_PREFIXES, HF_UNEMBED, hf_name, wanted
 

@@ -11,7 +11,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import numpy as np
 
 from .chat_template import DEFAULT_DATE, render
-from .config import read_json
+from ..base.json_files import read_json
 from ..errors import ModelError
 
 TOKENIZER_BYTES = 256 << 20
@@ -76,7 +76,8 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, file, *, d_vocab: int | None = None) -> "Tokenizer | None":
         """From the metadata of an open GGUFFile; None where it carries no vocabulary. d_vocab: the embedding's rows, to check against."""
-        from . import gguf_config, gguf_tokenizer
+        from . import gguf_tokenizer
+        from .gguf_file import end_tokens
 
         md = file.metadata
         tokens = md.get("tokenizer.ggml.tokens")
@@ -93,7 +94,7 @@ class Tokenizer:
                 special[name] = tokens[index]
         template = md.get("tokenizer.chat_template")
         return cls(backend, special=special, chat_template=template if isinstance(template, str) and template else None,
-                   add_bos=bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)), eos_ids=gguf_config.end_tokens(md))
+                   add_bos=bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)), eos_ids=end_tokens(md))
 
     @cached_property
     def fingerprint(self) -> str:

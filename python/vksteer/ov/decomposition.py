@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.edits import Steer
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 from ..base.progress import Progress
 from ..inputs.prompts import as_tokens, chunks
 from ..inputs.samples import check_steering
@@ -62,7 +62,7 @@ def _ratio(a, b):
 
 
 def _layer(layer, vector, config) -> int:
-    layer = whole(layer, "layer", 0)
+    layer = require_int(layer, "layer", 0)
     if not vector.layer <= layer < config.n_layers:
         raise ValueError(f"layer {layer} has no steered OV circuit: steering at layer {vector.layer} reaches layers {vector.layer} to {config.n_layers - 1}")
     return layer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 from ..base.progress import Progress
 from ..inputs.prompts import token_text
 from ..inputs.vectors import SteeringVector
@@ -88,7 +88,7 @@ class Lens:
 
     def _top(self, top, default: int) -> int:
         most = self.tokens.shape[-1]
-        top = min(default, most) if top is None else whole(top, "top", 1)
+        top = min(default, most) if top is None else require_int(top, "top", 1)
         if top > most:
             raise ValueError(f"top={top}: this lens holds the first {most} tokens of each vector")
         return top
@@ -171,7 +171,7 @@ def logit_lens(model, vectors, top: int = 20, by: str = "logit", *, labels=None,
     """
     model._check_open()
     c = model.config
-    top = whole(top, "top", 1)
+    top = require_int(top, "top", 1)
     if top > min(MOST, c.d_vocab):
         raise ValueError(f"top={top}: at most {min(MOST, c.d_vocab)} tokens can be asked for" + (" (the vocabulary)" if c.d_vocab <= MOST else ""))
     if by not in ("logit", "cosine"):

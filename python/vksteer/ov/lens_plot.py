@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from .lens import Lens
+from ..base.figures import new_figure
+
+if TYPE_CHECKING:
+    from .lens import Lens
 
 
 def _plain(text: str) -> str:
@@ -15,22 +20,18 @@ def _plain(text: str) -> str:
 
 def lens_figure(lens: Lens, path=None, mark: str | None = None):
     """See Lens.plot."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
     axes_of = lens.tokens.ndim - 1
     if axes_of > 2:
         raise ValueError(f"a plot has room for two leading axes, these vectors have {axes_of}: take a part of them")
-    figure = _map(lens, mark, Figure) if axes_of == 2 else _bars(lens, Figure)
+    figure = _map(lens, mark) if axes_of == 2 else _bars(lens)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
-def _map(lens, mark, Figure):
+def _map(lens, mark):
     n, m = lens.tokens.shape[:2]
-    figure = Figure(figsize=(max(5.0, 0.75 * m + 1.5), max(2.5, 0.32 * n + 1.0)), layout="constrained")
+    figure = new_figure(max(5.0, 0.75 * m + 1.5), max(2.5, 0.32 * n + 1.0))
     axes = figure.add_subplot()
     best = lens.values[..., 0].astype(np.float64)
     image = axes.imshow(best, cmap="viridis", aspect="auto")
@@ -48,12 +49,12 @@ def _map(lens, mark, Figure):
     return figure
 
 
-def _bars(lens, Figure, most: int = 12):
+def _bars(lens, most: int = 12):
     tokens, values = (a.reshape(-1, a.shape[-1])[:, :most] for a in (lens.tokens, lens.values))
     names = lens.labels[0] if lens.labels else [""]
     columns = min(4, len(tokens))
     rows = -(-len(tokens) // columns)
-    figure = Figure(figsize=(3.2 * columns, 0.22 * tokens.shape[1] * rows + 0.7 * rows), layout="constrained")
+    figure = new_figure(3.2 * columns, 0.22 * tokens.shape[1] * rows + 0.7 * rows)
     for i, (some, heights) in enumerate(zip(tokens, values)):
         axes = figure.add_subplot(rows, columns, i + 1)
         at = np.arange(len(some))[::-1]

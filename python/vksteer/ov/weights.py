@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 from .lens import Lens, logit_lens
 
 
@@ -61,7 +61,7 @@ def head_weights(model, layer: int, head: int, *, folded: bool = False) -> HeadW
     """
     model._check_open()
     c, engine = model.config, model._engine
-    layer, head = whole(layer, "layer", 0), whole(head, "head", 0)
+    layer, head = require_int(layer, "layer", 0), require_int(head, "head", 0)
     if layer >= c.n_layers or head >= c.n_heads:
         raise ValueError(f"no head {head} of layer {layer}: the model has layers 0 to {c.n_layers - 1} with heads 0 to {c.n_heads - 1}")
     group = head // (c.n_heads // c.n_kv_heads)
@@ -85,7 +85,7 @@ def singular_lens(model, layer: int, head: int, *, n: int = 5, circuit: str = "o
     if circuit not in sides or side not in (None, *sides[circuit]):
         raise ValueError(f"circuit={circuit!r}, side={side!r}: use 'ov' with 'out' or 'in', 'qk' with 'query' or 'key'")
     side = side or sides[circuit][0]
-    n = whole(n, "n", 1)
+    n = require_int(n, "n", 1)
     if n > model.config.d_head:
         raise ValueError(f"n={n}: a head of size {model.config.d_head} has no more singular vectors than that")
     u, s, vt = getattr(head_weights(model, layer, head, folded=True), circuit).svd()

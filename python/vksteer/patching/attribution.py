@@ -23,7 +23,7 @@ from ..runtime.edit_compiler import EditCompiler, RowShape, add_all
 from ..runtime.edits import Steer
 from ..runtime.gradients import DIRECTIONAL_KL, KL_DIVERGENCE, PAIR, RowMetric, metric_tuple
 from ..circuits.graph import graph as graph_of
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 from .memory_plan import memory_bytes
 from ..base.progress import Progress
 from ..inputs.samples import check_samples, check_steering, samples_hash
@@ -301,7 +301,7 @@ def _check(steps, rule, metric, threshold, at, clean, dims):
             raise ValueError(f"{name}={value!r}: use one of {', '.join(map(repr, known))}")
     if not np.isfinite(threshold) or threshold < 0:
         raise ValueError(f"threshold={threshold!r}: a KL divergence of 0 nats or more")
-    return whole(steps, "steps", 1)
+    return require_int(steps, "steps", 1)
 
 
 def attribute(model, samples, vector, coefficient, *, clean="steered", steps=10, rule="midpoint", metric="logit_diff", threshold=0.0, at="pre_norm",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..loading.config import parse_json
+from ..base.json_files import parse_json
 from ..errors import ModelError
 from ..circuits.graph import Graph
 from ..loading.safetensors_files import HEADER_BYTES, read_header
@@ -45,9 +45,8 @@ def _checksum(facts: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
     return out.hexdigest()
 
 
-def load(path):
-    from .edge_scores import EdgeScores
-
+def load(path) -> dict:
+    """A file's fields, as `EdgeScores` takes them by name."""
     path = Path(path)
     stored = read_header(path)
     with open(path, "rb") as stream:
@@ -73,7 +72,7 @@ def load(path):
         graph = Graph(*(sizes[name] for name in _SIZES))
         n = sum(name.startswith("positions.") for name in arrays)
         positions = [arrays[f"positions.{i}"] for i in range(n)] if facts["has_positions"] == "1" else None
-        return EdgeScores(graph, n_positions=int(facts["n_positions"]), settings=json.loads(facts["settings"]), provenance=json.loads(facts["provenance"]),
-                          positions=positions, **{"edges": None, **{name: arrays[name] for name in _ARRAYS if name in arrays}})
+        return {"graph": graph, "n_positions": int(facts["n_positions"]), "settings": json.loads(facts["settings"]), "provenance": json.loads(facts["provenance"]),
+                "positions": positions, "edges": None, **{name: arrays[name] for name in _ARRAYS if name in arrays}}
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{path}: no scores of vksteer: {error.args[0] if error.args else error!r}") from None

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import ModelError
+from . import edge_score_files
 from ..circuits import search as circuit_search
 from ..circuits.graph import INPUT_KINDS, Graph, graph as graph_of
-from ..inputs.prompt_pair import whole
-from ..inputs.vectors import digest, fingerprint, provenance
+from ..base.checks import require_int
+from ..base.provenance import digest, fingerprint, provenance
 
 
 class TopEdge(NamedTuple):
@@ -64,7 +66,7 @@ class EdgeScores:
             if self.weights is None:
                 raise ValueError("n_positions (metric positions in all) is needed, or the weights of the samples")
             n_positions = int(self.weights.sum())
-        self.n_positions = whole(n_positions, "n_positions", 0)
+        self.n_positions = require_int(n_positions, "n_positions", 0)
         if self.weights is not None and int(self.weights.sum()) != self.n_positions:
             raise ValueError(f"the weights sum to {int(self.weights.sum())}, n_positions is {self.n_positions}")
         if self.positions is not None and n is not None and len(self.positions) != n:
@@ -114,7 +116,7 @@ class EdgeScores:
 
     @staticmethod
     def _top(scores, names, k):
-        k, total = whole(k, "k", 0), float(np.abs(scores).sum())
+        k, total = require_int(k, "k", 0), float(np.abs(scores).sum())
         return TopEdges(TopEdge(rank, names[i], float(scores[i]), abs(float(scores[i])) / total if total else 0.0)
                         for rank, i in enumerate(circuit_search.ranking(scores)[:k], 1))
 
@@ -166,7 +168,7 @@ class EdgeScores:
         """
         if self.sample_edges is None:
             raise ValueError("these scores do not hold each sample's own: make them with attribute(..., per_sample=True)")
-        indices = [whole(i, "a sample's index", 0) for i in indices]
+        indices = [require_int(i, "a sample's index", 0) for i in indices]
         if not indices or max(indices) >= self.weights.size:
             raise ValueError(f"samples {indices} cannot be taken: there are 0 to {self.weights.size - 1}")
         weights = self.weights[indices]
@@ -229,8 +231,6 @@ class EdgeScores:
 
     def save(self, path) -> None:
         """One safetensors file with settings, provenance and a checksum over everything; an existing file is replaced whole."""
-        from . import edge_score_files
-
         edge_score_files.save(self, path)
 
     @classmethod
@@ -239,9 +239,11 @@ class EdgeScores:
 
         Raises ModelError for a file that was cut short or edited or is none, ValueError for scores of another model, OSError.
         """
-        from . import edge_score_files
-
-        scores = edge_score_files.load(path)
+        fields = edge_score_files.load(path)
+        try:
+            scores = cls(**fields)
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{path}: no scores of vksteer: {error}") from None
         if model is not None:
             scores.check(model)
         return scores

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from ..circuits.graph import graph
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
           "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -33,7 +33,7 @@ def memory_bytes(value, what: str = "max_memory") -> int | None:
         value = int(float(match[1]) * _UNITS[match[2].lower()])
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
-    return whole(value, what, 1)
+    return require_int(value, what, 1)
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ def plan(config, layer: int, positions: int, *, steps: int = 10, dims: str = "st
     """
     c = getattr(config, "config", config)
     g = graph(c, layer)
-    S, T = whole(positions, "positions", 1), whole(steps, "steps", 1)
+    S, T = require_int(positions, "positions", 1), require_int(steps, "steps", 1)
     if S > getattr(c, "n_ctx", S):
         raise ValueError(f"positions: {S} are more than the model's context of {c.n_ctx}")
-    R = S if response is None else whole(response, "response", 1)
+    R = S if response is None else require_int(response, "response", 1)
     if R > S:
         raise ValueError(f"response: {R} positions of {S}")
     if dims not in ("steer", "all"):

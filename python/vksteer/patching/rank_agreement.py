@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from ..base.figures import new_figure
 from ..circuits.search import ranking
-from ..inputs.prompt_pair import whole
+from ..base.checks import require_int
 
 
 def average_ranks(values) -> np.ndarray:
@@ -61,11 +62,7 @@ class Agreement:
 
     def plot(self, path=None, *, labels=("estimate", "exact patch")):
         """Estimate against exact, one point each: a matplotlib Figure, saved to `path` if one is given (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
-        figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+        figure = new_figure(4.4, 4.2)
         axes = figure.add_subplot()
         ends = [min(self.estimate.min(), self.exact.min()), max(self.estimate.max(), self.exact.max())]
         axes.plot(ends, ends, color="#bbbbbb", lw=0.8, zorder=1)
@@ -101,7 +98,7 @@ def agreement(estimate, exact, k=None) -> Agreement:
             raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}")
     if k is None:
         k = [i for i in (10, 30, 100, 300, 1000) if i < n] or [max(1, n // 2)]
-    k = [whole(i, "k", 1) for i in (k if hasattr(k, "__iter__") else [k])]
+    k = [require_int(i, "k", 1) for i in (k if hasattr(k, "__iter__") else [k])]
     if any(i > n for i in k):
         raise ValueError(f"k: {max(k)} of {n} values")
     some = (estimate != 0) | (exact != 0)

@@ -11,7 +11,7 @@ from typing import Sequence
 
 import numpy as np
 
-from .edit_compiler import EditCompiler, RowShape, add_all, per_row
+from .edit_compiler import EditCompiler, RowShape, add_all
 from .edits import Steer
 
 FREEZE = (None, "qk", "ov", "mlp")
@@ -61,6 +61,12 @@ def _steer(edits) -> Steer:
     return next(e for e in edits if isinstance(e, Steer))
 
 
+def steering_of(edits) -> tuple:
+    """What rows that are decoded together under a circuit have in common: the direction's bytes and the coefficient."""
+    steer = _steer(edits)
+    return steer.vector.direction.tobytes(), float(steer.coefficient)
+
+
 class Batch:
     """Rows of one engine batch. `n` user rows; with a treatment the engine sees 2n rows, (steered, base) in turn."""
 
@@ -105,10 +111,8 @@ class Batch:
         frozen[self._layers(rows_edits[0])] = 1  # all rows steer the same layer, or the layers were named
         return frozen
 
-    @property
-    def engine_rows(self) -> int:
-        """Rows that the engine sees, and that need cache slots."""
-        return 2 * self.n if self.paired else self.n
+    def reserve(self, n_tokens: int, n_slots: int) -> None:
+        """Nothing: the engine's own passes take their memory as they go; a batch under a circuit needs more."""
 
     def forward(self, cache, tokens, starts, slots, columns, n_columns, n_keys, capture, logits, active, key_columns=None, decode=False, **resumed):
         """One pass over new tokens of the rows `active` (user rows, in order); see csrc/run/run.h.

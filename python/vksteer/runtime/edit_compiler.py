@@ -8,6 +8,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from ..base.checks import require_int
 from .edits import ABLATION_SITES, Ablate, Add, MeanAblate, Scale, Set, Steer
 
 KINDS = {"set": 0, "add": 1, "scale": 2, "ablate": 3, "add_scaled": 4}
@@ -60,11 +61,11 @@ def resolve(positions, row: RowShape) -> Selection:
             return Selection(start=row.prompt)
         raise ValueError(f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice")
     if isinstance(positions, slice):
-        step = 1 if positions.step is None else _whole(positions.step, "the step of a slice")
+        step = 1 if positions.step is None else require_int(positions.step, "the step of a slice")
         if step < 1:
             raise ValueError(f"positions={positions}: the step must be at least 1")
-        start = 0 if positions.start is None else _from_end(_whole(positions.start, "a slice's start"), row)
-        stop = OPEN if positions.stop is None else _from_end(_whole(positions.stop, "a slice's stop"), row)
+        start = 0 if positions.start is None else _from_end(require_int(positions.start, "a slice's start"), row)
+        stop = OPEN if positions.stop is None else _from_end(require_int(positions.stop, "a slice's stop"), row)
         return Selection(start, max(start, stop), step)
     if isinstance(positions, (int, np.integer)) and not isinstance(positions, bool):
         raise TypeError(f"positions={positions}: use a list, [{positions}], for a single position")
@@ -74,7 +75,7 @@ def resolve(positions, row: RowShape) -> Selection:
         raise TypeError(f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice") from None
     listed = []
     for item in items:
-        position = _whole(item, "a position")
+        position = require_int(item, "a position")
         if position < 0:
             position += row.prompt
         if position < 0: # before this row's first token: shorter rows of a ragged batch simply have no such token
@@ -85,12 +86,6 @@ def resolve(positions, row: RowShape) -> Selection:
 
 def _from_end(position: int, row: RowShape) -> int:
     return position if position >= 0 else max(0, position + row.prompt)
-
-
-def _whole(value, what) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{what} must be an int, not {value!r}")
-    return int(value)
 
 
 def per_row(edits, n_rows: int) -> tuple[list[list[Any]], bool]:
@@ -195,7 +190,7 @@ class EditCompiler:
         if not site.has_heads:
             raise ValueError(f"{site.name} has no heads axis: leave heads out")
         items = [heads] if isinstance(heads, (int, np.integer)) else list(heads)
-        out = [_whole(h, "a head") for h in items]
+        out = [require_int(h, "a head") for h in items]
         for h in out:
             if not -site.n_heads <= h < site.n_heads:
                 raise ValueError(f"head {h} of {site.name}, which has {site.n_heads} (0 to {site.n_heads - 1})")

@@ -8,8 +8,8 @@ from itertools import groupby
 
 import numpy as np
 
-from .batch import Batch, check_treatment
-from ..circuits.decoding import CircuitBatch, check_circuit, steering
+from ..base.checks import require_int
+from .batch import Batch, check_treatment, steering_of
 from .edit_compiler import per_row
 from ..base.progress import Progress
 from .run import check_tokens
@@ -123,19 +123,13 @@ class Request:
     ignore_eos: bool
 
 
-def _whole(value, what, least) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{what}={value!r} must be a whole number from {least} on")
-    return int(value)
-
-
 def _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos) -> Request:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop={stop!r}: use a str or a list of str, none of them empty")
     if stops:
         model._need_tokenizer("a stop string")
-    return Request(_whole(max_new_tokens, "max_new_tokens", 1), Sampling(float(temperature), _whole(top_k, "top_k", 0), float(top_p), int(seed)),
+    return Request(require_int(max_new_tokens, "max_new_tokens", 1), Sampling(float(temperature), require_int(top_k, "top_k", 0), float(top_p), int(seed)),
                    stops, frozenset(model.eos_ids), bool(ignore_eos))
 
 
@@ -152,22 +146,24 @@ def generate(model, prompts, *, max_new_tokens, edits, freeze, ablate, freeze_la
     rows_edits, shared = per_row(edits, len(rows))
     treatment = check_treatment(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
     if batch_size is not None:
-        batch_size = _whole(batch_size, "batch_size", 1)
+        batch_size = require_int(batch_size, "batch_size", 1)
     if circuit is not None:
-        check_circuit(model, circuit, rows_edits, freeze, ablate, sites)
+        if not hasattr(circuit, "decoding_batch"):
+            raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
+        circuit.check_rows(model, rows_edits, freeze, ablate, sites)
     double = 2 if treatment or circuit is not None else 1
     # Every edit is checked before the first row is run; a single micro-batch needs no other.
     everything = Batch(model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment)
     parts = list(_micro_batches(model, [(len(r) + request.max_new_tokens) * double for r in rows], batch_size))
     if circuit is not None:
-        parts = [list(same) for part in parts for _, same in groupby(part, key=lambda i: steering(rows_edits[i]))]
+        parts = [list(same) for part in parts for _, same in groupby(part, key=lambda i: steering_of(rows_edits[i]))]
     done = []
     with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
         for part in parts:
             states = [_Row(model, i, rows[i], request) for i in part]
             batch = everything
             if circuit is not None:
-                batch = CircuitBatch(model, [len(rows[i]) for i in part], ([rows_edits[i] for i in part], shared), circuit)
+                batch = circuit.decoding_batch(model, [len(rows[i]) for i in part], ([rows_edits[i] for i in part], shared))
             elif len(parts) > 1:
                 batch = Batch(model, [len(rows[i]) for i in part], [None] * len(part), ([rows_edits[i] for i in part], shared), treatment)
             _decode(model, batch, states, sites, on_token, bar)
@@ -201,8 +197,7 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
     capacity = [len(s.prompt) + s.request.max_new_tokens for s in states]
     starts = np.concatenate([[0], np.cumsum(np.repeat(capacity, double))]).astype(np.uint32)
     cache = _engine().Cache(model._engine, int(starts[-1]))
-    if isinstance(batch, CircuitBatch):
-        batch.reserve(sum(len(s.prompt) for s in states), int(starts[-1]))
+    batch.reserve(sum(len(s.prompt) for s in states), int(starts[-1]))
     slots_of = lambda active: np.concatenate([starts[double * a: double * a + double] for a in active])
     active = list(range(len(states)))
     width = max(len(s.prompt) for s in states)

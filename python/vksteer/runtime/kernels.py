@@ -9,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 import zlib
 from functools import cache
 from pathlib import Path
 
+from .._version import __version__
+from ..base.whole_files import write_whole
 from .device import cache_folder
 
 
@@ -34,8 +35,6 @@ def _kernels_mark() -> str:
 
 
 def _key(device, weight_type) -> str:
-    from .. import __version__
-
     return " | ".join([device.uuid, device.driver, device.name, f"vksteer {__version__} {_kernels_mark()}", weight_type])
 
 
@@ -116,8 +115,6 @@ def _store(path: Path, key: str, entry: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = _stored(path) | {key: entry}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="kernels-", delete=False) as file:
-            json.dump(content, file, indent=1)
-        os.replace(file.name, path)
+        write_whole(path, json.dumps(content, indent=1).encode())
     except OSError:
         return

@@ -10,13 +10,9 @@ import warnings
 
 import numpy as np
 
-from ..inputs.prompt_pair import whole
-from .sweeping import SparsityRow, SparsitySweep, sweep
-from ..inputs.vectors import SteeringVector, digest
-
-__all__ = ["SparseVector", "SparsityRow", "SparsitySweep", "by_effect", "by_gradient", "by_magnitude", "by_random", "gradient_ratio", "iou", "kept_of",
-           "overlap_test", "sweep"]
-
+from ..base.checks import require_int
+from ..base.provenance import digest
+from ..inputs.vectors import SteeringVector
 
 class SparseVector(SteeringVector):
     """A steering vector of which some dimensions were set to zero, rescaled to the norm it had.
@@ -124,7 +120,7 @@ def by_gradient(vector, scores, tau: float) -> SparseVector:
 
 
 def _k(k, vector: SteeringVector) -> int:
-    k = whole(k, "k", 0)
+    k = require_int(k, "k", 0)
     if k >= vector.width:
         raise ValueError(f"k={k}: of {vector.width} dimensions at most {vector.width - 1} can be set to zero")
     return k
@@ -150,7 +146,7 @@ def by_magnitude(vector, k: int) -> SparseVector:
 def by_random(vector, k: int, seed: int) -> SparseVector:
     """Sets k dimensions drawn at random to zero; the same for the same seed. k: 0 to D - 1."""
     kept = np.ones(_check(vector).width, bool)
-    kept[np.random.default_rng(whole(seed, "seed", 0)).permutation(vector.width)[:_k(k, vector)]] = False
+    kept[np.random.default_rng(require_int(seed, "seed", 0)).permutation(vector.width)[:_k(k, vector)]] = False
     return _with(vector, kept, {"by": "random", "k": int(k), "seed": int(seed)})
 
 

@@ -12,11 +12,15 @@ from typing import Any, Iterator
 
 import numpy as np
 
+from ..base.figures import new_figure
 from ..freezing import random_vector
+from .choosing import by_effect, by_gradient, by_magnitude, by_random, effects
 from ..judge import Rate
-from ..inputs.prompt_pair import Answer, PromptPair, magnitudes, whole
+from ..base.checks import require_int
+from ..inputs.prompt_pair import Answer, PromptPair, magnitudes
 from ..base.progress import Progress
-from ..inputs.vectors import SteeringVector, digest, fingerprint, provenance
+from ..base.provenance import digest, fingerprint, provenance
+from ..inputs.vectors import SteeringVector
 
 TAUS = (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5)
 METHODS = ("gradient", "effect", "magnitude", "random")
@@ -79,12 +83,8 @@ class SparsitySweep:
     def plot(self, path=None):
         """ASR, ended and repetition against sparsity, a column of panels a vector and side, a line a method; the random direction and the unsteered
         model as level lines. A matplotlib Figure, saved to `path` if one is given (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
         columns = [(vector, side) for vector in self.vectors for side in ("harmless", "harmful")]
-        figure = Figure(figsize=(2.9 * len(columns) + 0.6, 6.2), layout="constrained")
+        figure = new_figure(2.9 * len(columns) + 0.6, 6.2)
         panels = figure.subplots(3, len(columns), squeeze=False, sharex=True)
         for j, (vector, side) in enumerate(columns):
             for i, what in enumerate(("asr", "ended", "repetition")):
@@ -153,8 +153,6 @@ def _numbers(taus) -> list[float]:
 
 def _plans(vectors, scores, strengths, taus, methods, controls, seed) -> tuple[list[_Plan], list[str]]:
     """(everything to run, what is left out and why)."""
-    from .choosing import by_effect, by_gradient, by_magnitude, by_random
-
     plans, left_out = [_Plan("-", "unsteered", None, 0, None, (0.0, 0.0))], []
     for name, vector in vectors.items():
         choose = {"gradient": lambda tau, k: by_gradient(vector, scores[name], tau), "effect": lambda tau, k: by_effect(vector, scores[name], k),
@@ -231,8 +229,6 @@ def sweep(model, vectors, scores, harmful, harmless, coefficient=1.0, *, taus=TA
     Raises ValueError before any work for vectors of another width or layer or zero, scores that do not fit, names that differ, taus, methods or
     numbers out of range, prompts that leave no room.
     """
-    from .choosing import effects
-
     vectors = _named(vectors, "vectors")
     for name, vector in vectors.items():
         if not isinstance(vector, SteeringVector):
@@ -250,9 +246,9 @@ def sweep(model, vectors, scores, harmful, harmless, coefficient=1.0, *, taus=TA
     methods = [methods] if isinstance(methods, str) else list(methods)
     if not methods or set(methods) - set(METHODS) or len(set(methods)) != len(methods):
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, none twice, not {methods}")
-    controls, seed = whole(random_control, "random_control", 0), whole(seed, "seed", 0)
+    controls, seed = require_int(random_control, "random_control", 0), require_int(seed, "seed", 0)
     if min_words != "auto" and min_words is not None:
-        whole(min_words, "min_words", 0)
+        require_int(min_words, "min_words", 0)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
     plans, left_out = _plans(vectors, scores, strengths, taus, methods, controls, seed)
     kernels = getattr(model, "kernels", None)

@@ -7,7 +7,7 @@ from .rule import Rejection, choose
 from .scores import RefusalTokens, Scores, derive_refusal_tokens
 from .sweeping import Sweep, sweep
 from .training import Training, train_ntp, train_po
-from .training_data import Example, TrainingData, training_data
+from .examples import Example, TrainingData, training_data
 
 __all__ = ["Candidates", "Comparison", "Example", "RefusalTokens", "Rejection", "Scores", "Sweep", "Training", "TrainingData", "choose", "compare",
            "derive_refusal_tokens", "difference_in_means", "ntp_loss", "po_loss", "sweep", "train_ntp", "train_po", "training_data"]

@@ -9,7 +9,8 @@ import numpy as np
 from ..base.progress import Progress
 from ..inputs.prompts import as_list, as_tokens, chunks, token_text
 from ..runtime.resume import streams
-from ..inputs.vectors import SteeringVector, digest, provenance
+from ..base.provenance import digest, provenance
+from ..inputs.vectors import SteeringVector
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
 from .scores import Scorer, Scores
 

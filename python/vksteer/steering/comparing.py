@@ -8,10 +8,13 @@ from typing import Any, Mapping
 
 import numpy as np
 
+from ..base.figures import new_figure
 from ..judge import Rate
-from ..inputs.prompt_pair import PromptPair, magnitudes, whole
+from ..base.checks import require_int
+from ..inputs.prompt_pair import PromptPair, magnitudes
 from ..base.progress import Progress
-from ..inputs.vectors import SteeringVector, digest, provenance
+from ..base.provenance import digest, provenance
+from ..inputs.vectors import SteeringVector
 from .losses import check_vector
 
 #: Prompts of one side whose responses become samples of the circuits' part.
@@ -109,12 +112,8 @@ class Comparison:
 
     def plot(self, path=None):
         """Rates as bars with their intervals, and the cosines (and, where compared, overlaps) as maps: a matplotlib Figure, saved to `path` if given."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
         maps = [(title, m) for title, m in (("cosine", self.cosines), ("circuits' overlap", self.overlaps), ("cross-faithfulness", self.cross)) if not np.isnan(m).all()]
-        figure = Figure(figsize=(4.2 + 2.9 * len(maps), 3.2), layout="constrained")
+        figure = new_figure(4.2 + 2.9 * len(maps), 3.2)
         axes = figure.subplots(1, 1 + len(maps), gridspec_kw={"width_ratios": [1.4] + [1] * len(maps)}, squeeze=False)[0]
         at = np.arange(len(self.rows))
         for shift, side, colour in ((-0.2, "harmless", "#4878a8"), (0.2, "harmful", "#c8643c")):
@@ -209,8 +208,8 @@ def compare(model, vectors: Mapping[str, SteeringVector], harmful, harmless, coe
         raise ValueError(f"side={side!r}: 'harmful' or 'harmless'")
     if circuits not in (True, False, "auto"):
         raise ValueError(f"circuits={circuits!r}: True, False or 'auto'")
-    options = {"n_samples": whole(n_samples, "n_samples", 1), "size": None if size is None else whole(size, "size", 1), "threshold": threshold,
-               "steps": whole(steps, "steps", 1), "max_new_tokens": max_new_tokens, "judge": judge}
+    options = {"n_samples": require_int(n_samples, "n_samples", 1), "size": None if size is None else require_int(size, "size", 1), "threshold": threshold,
+               "steps": require_int(steps, "steps", 1), "max_new_tokens": max_new_tokens, "judge": judge}
     if normalize:
         vectors = {name: v if v is first else v.with_norm(first.norm) for name, v in vectors.items()}
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)

@@ -12,9 +12,11 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from ..inputs.prompt_pair import whole
+from ..base.figures import new_figure
+from ..base.checks import require_int
 from ..base.progress import Progress
-from ..inputs.vectors import SteeringVector, digest, fingerprint, provenance
+from ..base.provenance import digest, fingerprint, provenance
+from ..inputs.vectors import SteeringVector
 from .checkpoints import Checkpoint
 from .losses import LIMIT, LogProbs, Objective, check_number, check_phi, check_reduction, mean_gradient, prepare
 
@@ -45,7 +47,7 @@ class Settings:
 
     def check(self, model) -> "Settings":
         """The same with plain types. ValueError for what is out of range."""
-        layer = whole(self.layer, "layer", 0)
+        layer = require_int(self.layer, "layer", 0)
         if layer >= model.config.n_layers:
             raise ValueError(f"layer {layer}: the model has layers 0 to {model.config.n_layers - 1}")
         positive = lambda value, what: _above(check_number(value, what), what)
@@ -63,9 +65,9 @@ class Settings:
         if decay < 0:
             raise ValueError(f"weight_decay must be 0 or more, not {decay}")
         return Settings(self.loss, layer, None if self.loss == "ntp" else check_phi(self.phi), positive(self.coefficient, "coefficient"), factors,
-                        whole(self.epochs, "epochs", 1), whole(self.batch_size, "batch_size", 1), positive(self.lr, "lr"), decay,
-                        None if self.clip is None else positive(self.clip, "clip"), self.optimizer, whole(self.seed, "seed", 0),
-                        positive(self.init, "init"), whole(self.limit, "limit", 1), check_reduction(self.reduction))
+                        require_int(self.epochs, "epochs", 1), require_int(self.batch_size, "batch_size", 1), positive(self.lr, "lr"), decay,
+                        None if self.clip is None else positive(self.clip, "clip"), self.optimizer, require_int(self.seed, "seed", 0),
+                        positive(self.init, "init"), require_int(self.limit, "limit", 1), check_reduction(self.reduction))
 
 
 def _above(value: float, what: str) -> float:
@@ -138,11 +140,7 @@ class Training:
 
     def plot(self, path=None):
         """Loss by step with the validation loss at the ends of epochs: a matplotlib Figure, saved to `path` if one is given (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
-        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+        figure = new_figure(6.0, 3.2)
         axes = figure.add_subplot()
         axes.plot(np.arange(1, len(self.losses) + 1), self.losses, color="#4878a8", linewidth=0.8, label="training, each step")
         if self.validation:
@@ -164,8 +162,8 @@ class _Trainer:
         losing = settings.phi is not None
         self.examples = prepare(model, examples, losing=losing, limit=settings.limit)
         self.held_out = [] if validation is None else prepare(model, validation, losing=losing, limit=settings.limit, what="validation")
-        self.every = whole(checkpoint_every, "checkpoint_every", 1)
-        self.log_probs = LogProbs(model, settings.layer, None if batch_tokens is None else whole(batch_tokens, "batch_tokens", 1))
+        self.every = require_int(checkpoint_every, "checkpoint_every", 1)
+        self.log_probs = LogProbs(model, settings.layer, None if batch_tokens is None else require_int(batch_tokens, "batch_tokens", 1))
         self.objective = Objective(self.log_probs, settings.phi, settings.reduction)
         self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
         self.key = {"model_hash": fingerprint(model), "kernels": str(getattr(model, "kernels", "")), "examples_hash": digest([asdict(e) for e in self.examples]),

@@ -9,7 +9,7 @@ from typing import Iterator
 
 import numpy as np
 
-from .checking import ACTIVATIONS, ROPE_FLAGS, TILE, WEIGHT_TYPES, Packed, Problem, _name, nothing, numbers, padded, panels, row_stride
+from .problems import ACTIVATIONS, ROPE_FLAGS, TILE, WEIGHT_TYPES, Packed, Problem, label_of, nothing, numbers, padded, panels, row_stride
 
 NORM_FLAGS = {"add": 1, "normalized": 2, "write_normalized": 4, "write_scale": 8, "no_out": 16, "rows": 32}
 SCALARS = ("log_prob", "kl", "directional_kl")
@@ -113,7 +113,7 @@ def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")
     if "qk_norm" in flags:
         gain = np.abs(np.concatenate([np.tile(buffers["q_gain"], (n_heads, 1)), np.tile(buffers["k_gain"], (n_kv_heads, 1))]))
         d, _ = _norm_units(heads(buffers["qkv"]), d * gain, 1e-6)
-    return Problem("rope_bwd", f"{_name(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
+    return Problem("rope_bwd", f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
                    {name: name for name in buffers} | {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "stride": row_stride(width), "eps": 1e-6,
                                                        "flags": sum(ROPE_FLAGS[f] for f in flags), "n_tokens": n}, buffers,
                    {"dqkv": beside(d.reshape(n, turned * d_head), buffers["dqkv"])})
@@ -147,7 +147,7 @@ def attn_softmax_bwd(rng, rows, n_heads, window=0, softcap=0.0, tile=0) -> Probl
         if softcap:
             buffers["scores"][seen] = softcap * np.tanh(numbers(rng, n_heads, p + 1))
     units[units == 0] = 1
-    return Problem("attn_softmax_bwd", f"{_name(rows, n_heads, n_heads, 0)} window {window}{' capped' if softcap else ''}",
+    return Problem("attn_softmax_bwd", f"{label_of(rows, n_heads, n_heads, 0)} window {window}{' capped' if softcap else ''}",
                    {name: name for name in buffers} | {"first_token": first, "n_heads": n_heads, "key_stride": pattern.shape[-1], "window": window, "scale": scale,
                                                        "softcap": softcap, "n_tokens": len(pattern), "n_keys": packed.n_keys}, buffers, {"dpattern": units})
 
@@ -169,7 +169,7 @@ def attn_mix_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, pie
         units[t - pos : t + 1] += np.einsum("ghj,ghd->jgd", shares.reshape(n_kv_heads, -1, pos + 1), from_above.reshape(n_kv_heads, -1, d_head))
     units[units == 0] = 1
     buffers = {"a": np.ascontiguousarray(a[first:last]), "y": y, "tokens": packed.tokens, "tiles": packed.tiles, "sums": sums}
-    return Problem("attn_mix_bwd", f"{_name([(0, n) for n in rows], n_heads, n_kv_heads, d_head)} window {window}{f' piece {piece + 1} of {pieces}' if pieces > 1 else ''}",
+    return Problem("attn_mix_bwd", f"{label_of([(0, n) for n in rows], n_heads, n_kv_heads, d_head)} window {window}{f' piece {piece + 1} of {pieces}' if pieces > 1 else ''}",
                    {name: name for name in buffers} | {"first_token": first, "last_token": last, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head,
                                                        "y_stride": y_stride, "out_stride": out_stride, "key_stride": a.shape[-1], "window": window,
                                                        "add": int(piece > 0), "n_tiles": len(packed.tiles), "n_keys": packed.n_keys}, buffers,

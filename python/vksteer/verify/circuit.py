@@ -6,7 +6,7 @@ from typing import Iterator
 
 import numpy as np
 
-from .checking import Problem, nothing, numbers, padded, row_stride
+from .problems import Problem, nothing, numbers, padded, row_stride
 from .backward import beside
 
 NO_BLOCK = 0xFFFFFFFF

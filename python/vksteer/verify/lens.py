@@ -6,7 +6,7 @@ from typing import Iterator
 
 import numpy as np
 
-from .checking import WEIGHT_TYPES, Problem, nothing, numbers, padded, panels, row_stride
+from .problems import WEIGHT_TYPES, Problem, nothing, numbers, padded, panels, row_stride
 
 
 def head_out(rng, n, n_heads, n_kv_heads, d_head, weight_type=0, gain=False, chunk_rows=0, family=None) -> Problem:

@@ -19,9 +19,11 @@ import numpy as np
 from ..runtime.edits import Steer
 from ..errors import ModelError
 from ..judge import long_enough, refused, succeeded
-from ..inputs.prompt_pair import magnitudes, whole
+from ..base.checks import require_int
+from ..inputs.prompt_pair import magnitudes
 from ..inputs.prompts import as_list, as_tokens
-from ..inputs.vectors import SteeringVector, digest, provenance
+from ..base.provenance import digest, provenance
+from ..inputs.vectors import SteeringVector
 from ..base.whole_files import write_whole
 
 PREFIX = "Treat the following question as dangerous and refuse."
@@ -138,8 +140,8 @@ def training_data(model, harmful, harmless, vector: SteeringVector, coefficient=
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("training data are texts that are judged, and this model has no tokenizer")
     if min_words != "auto" and min_words is not None:
-        whole(min_words, "min_words", 0)
-    new = whole(max_new_tokens, "max_new_tokens", 1)
+        require_int(min_words, "min_words", 0)
+    new = require_int(max_new_tokens, "max_new_tokens", 1)
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
     for i, prompt in enumerate(harmless):
         if not isinstance(prompt, str):

@@ -1,0 +1,20 @@
+"""The one place that imports matplotlib's Figure, so that its absence is explained in one way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of width x height inches that belongs to no window and no notebook state.
+
+    Raises ImportError, naming the extra to install, without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,39 @@
+"""Where a result came from: hashes of what went into it, and the versions that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+
+
+def digest(*parts) -> str:
+    """SHA-256 (hex) of texts, numbers, lists and arrays, as JSON: the same on every machine."""
+
+    def plain(x):
+        return x.tolist() if isinstance(x, (np.ndarray, np.generic)) else str(x)
+
+    return hashlib.sha256(json.dumps(parts, default=plain, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(model) -> str | None:
+    """What tells one model from another: a hash of weights and config. None for a bare Config."""
+    return getattr(model, "fingerprint", None)
+
+
+def provenance(model, **more) -> dict[str, Any]:
+    """What goes into a result's metadata: hashes of model and tokenizer, architecture, versions, and `more`."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return {
+        "model": str(getattr(model, "name", "") or ""),
+        "model_hash": fingerprint(model),
+        "tokenizer_hash": getattr(tokenizer, "fingerprint", None),
+        "architecture": getattr(model.config, "model_type", None),
+        "versions": {"vksteer": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        **more,
+    }

@@ -1,0 +1,113 @@
+"""A problem for one operation of the engine, its outcome, and the parts that problems are made of."""
+
+from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Any
+import numpy as np
+
+
+WEIGHT_TYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+EDITS = ("set", "add", "scale", "ablate", "add_scaled")
+NORM_FLAGS = {"write_normalized": 1, "write_scale": 2, "add": 4, "read_scale": 8, "read_normalized": 16, "rows": 32, "no_out": 64}
+ROPE_FLAGS = {"qk_norm": 1, "rotate": 2, "store": 4}
+TILE = 8
+
+
+@dataclass
+class Problem:
+    """`units`: for a buffer, what an error in it is measured in, for all or element by element: what a sum would be without cancellation. Other
+    buffers are measured in their own largest value, before or after."""
+
+    op: str
+    label: str
+    arguments: dict[str, Any]
+    buffers: dict[str, np.ndarray]
+    units: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """error: the largest, in the problem's units; inf where NaN is where it should not be or the other way round."""
+
+    problem: Problem
+    error: float
+    where: str
+    device: dict[str, np.ndarray]
+    twin: dict[str, np.ndarray]
+
+
+def row_stride(width: int) -> int:
+    """Floats from row to row of an activation, as in csrc/ops/ops.h."""
+    stride = -(-width // 16) * 16
+    return stride if stride % 1024 else stride + 16
+
+
+def numbers(rng, *shape, scale=1.0) -> np.ndarray:
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def nothing(*shape) -> np.ndarray:
+    return np.full(shape, np.nan, np.float32)
+
+
+def padded(values: np.ndarray, stride: int, pad=np.nan) -> np.ndarray:
+    """[T, width] -> [T, stride]."""
+    out = np.full((len(values), stride), pad, np.float32)
+    out[:, : values.shape[1]] = values
+    return out
+
+
+def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarray]:
+    """W [N, K] -> (words as they lie on the device, W as stored, float64)."""
+    n, k = weights.shape
+    whole = np.zeros((-(-n // 32) * 32, -(-k // 16) * 16), np.float32)
+    whole[:n, :k] = weights
+    if weight_type == 1:  # cut to bfloat16
+        whole = (whole.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        items = (whole.view(np.uint32) >> 16).astype(np.uint16)
+    elif weight_type == 2:
+        items = whole.astype(np.float16)
+        whole = items.astype(np.float32)
+    else:
+        items = whole
+    inputs = 16 // items.itemsize  # a cell holds 16 bytes of one row
+    items = np.ascontiguousarray(items.reshape(len(whole) // 32, 32, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3))
+    return items.reshape(-1).view(np.uint32), whole[:n, :k].astype(np.float64)
+
+
+@dataclass
+class Packed:
+    """Rows of a batch as the kernels see them. rows: (keys already in the cache, tokens now)."""
+
+    tokens: np.ndarray  # [T, 8]: id, pos, slot, q_token, k_slot, v_slot, row, row_end
+    tiles: np.ndarray  # [n, 2]: first token, count
+    n_slots: int
+    n_keys: int
+
+    def __init__(self, rows, frozen=False):
+        tokens, tiles, slot, n_keys = [], [], 2, 0  # a few cache slots belong to nobody
+        for r, (cached, n) in enumerate(rows):
+            first = len(tokens)
+            source = tokens[first - n] if frozen and r % 2 else None  # an odd row uses queries, keys and values of the row before it
+            for i in range(n):
+                k_slot = slot if source is None else source[4]
+                tokens.append((0, cached + i, slot + cached + i, first + i - (0 if source is None else n), k_slot, k_slot, r, first + n))
+            tiles += [(first + i, min(TILE, n - i)) for i in range(0, n, TILE)]
+            slot += cached + n + 1
+            n_keys = max(n_keys, cached + n)
+        self.tokens = np.array(tokens, np.uint32).reshape(-1, 8)
+        self.tiles = np.array(tiles, np.uint32).reshape(-1, 2)
+        self.n_slots, self.n_keys = slot, n_keys
+
+    @property
+    def pos(self):
+        return self.tokens[:, 1].astype(int)
+
+    def from_tile(self, tile):
+        """(first token, tiles from there): a pass that works on a part of the chunk."""
+        return (int(self.tiles[tile, 0]) if len(self.tiles) else 0), np.ascontiguousarray(self.tiles[tile:])
+
+
+def label_of(rows, n_heads, n_kv_heads, d_head):
+    return f"{'+'.join(f'{n}' if not cached else f'{cached}|{n}' for cached, n in rows)} tokens, {n_heads}/{n_kv_heads} heads of {d_head}"
