@@ -67,7 +67,7 @@ def measured() -> str:
         said = ", ".join(f"{name} {r[key]:.0f} tokens/s" for name, key in rates if key in r)
         met = "" if r["met"] is None else "yes" if r["met"] else "**no**"
         what = f"{r['what']}{f' ({said})' if said else ''}"
-        lines.append(f"| {what} | {number(r['value'], r['unit'])} | {r['wanted']} | {met} |")
+        lines.append(f"| {what} | {number(r['value'], r['unit'])} | {r['target']} | {met} |")
     return "\n".join(lines)
 
 
