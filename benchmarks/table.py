@@ -135,7 +135,6 @@ GPU_LINES = (
 )
 
 
-
 def speed() -> str:
     lines = [
         "| machine | work | ours | peer | peer's time | ratio | ratio to PyTorch bfloat16 |",
@@ -174,7 +173,9 @@ def filled(text: str, page: str) -> str:
     """The page's text with its tables made anew."""
     for name in PAGES[page]:
         pattern = rf"(<!-- {name}:[^>]*-->\n).*?(<!-- /{name} -->)"
-        text, n = re.subn(pattern, lambda m: f"{m[1]}{BLOCKS[name]()}\n{m[2]}", text, flags=re.S)
+        made = BLOCKS[name]()
+        new = lambda m, made=made: f"{m[1]}{made}\n{m[2]}"  # a function: no escapes in it
+        text, n = re.subn(pattern, new, text, flags=re.DOTALL)
         if n != 1:
             raise SystemExit(f"{page} has {n} blocks named {name}, not one")
     return text

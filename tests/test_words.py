@@ -197,14 +197,16 @@ def slug(heading: str) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    return {slug(m[1]) for m in re.finditer(r"^#+ +(.+)$", path.read_text(), re.M)}
+    return {slug(m[1]) for m in re.finditer(r"^#+ +(.+)$", path.read_text(), re.MULTILINE)}
 
 
 def test_links_lead_somewhere():
     broken = []
     for path in documents():
         name = path.relative_to(ROOT)
-        text = re.sub(r"```.*?```", lambda m: "\n" * m[0].count("\n"), path.read_text(), flags=re.S)
+        text = re.sub(
+            r"```.*?```", lambda m: "\n" * m[0].count("\n"), path.read_text(), flags=re.DOTALL
+        )
         for match in re.finditer(r"\]\(([^)\s]+)\)", text):
             target, _, anchor = match[1].partition("#")
             if "://" in target:

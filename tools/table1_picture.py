@@ -56,10 +56,14 @@ def bar(left: float, y: float, side: dict, kind: str) -> list[str]:
     at = {name: left + BAR * side[name] for name in ("asr", "low", "high")}
     middle = y + (ROW - 10) / 2
     return [
-        f'<rect x="{left:g}" y="{y:g}" width="{at["asr"] - left:.1f}" height="{ROW - 10}" '
-        f'class="{kind}"/>',
-        f'<line x1="{at["low"]:.1f}" x2="{at["high"]:.1f}" y1="{middle:g}" y2="{middle:g}" '
-        'class="whisker"/>',
+        (
+            f'<rect x="{left:g}" y="{y:g}" width="{at["asr"] - left:.1f}" height="{ROW - 10}" '
+            f'class="{kind}"/>'
+        ),
+        (
+            f'<line x1="{at["low"]:.1f}" x2="{at["high"]:.1f}" y1="{middle:g}" y2="{middle:g}" '
+            'class="whisker"/>'
+        ),
         text(max(at["asr"], at["high"]) + 6, middle + 5, f"{side['asr']:.2f}"),
     ]
 
@@ -70,8 +74,10 @@ def picture(table: dict) -> str:
     plus, minus = setting["coefficient"]
     lefts = {name: LABEL + i * (BAR + GAP) for i, (name, *_) in enumerate(SIDES)}
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" role="img">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+            f'width="{WIDTH}" height="{height}" role="img">'
+        ),
         "<title>Which part of tiny-llama-chat steering acts through</title>",
         STYLE,
         f'<rect class="page" width="{WIDTH}" height="{height}" rx="6"/>',
