@@ -85,7 +85,7 @@ def main() -> int:
         for r in measure(group, arguments):
             rows.append(r)
             verdict = "" if r["met"] is None else "  met" if r["met"] else "  NOT met"
-            print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['wanted']}{verdict}", flush=True)
+            print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['target']}{verdict}", flush=True)
         seconds[group] = round(time.perf_counter() - start, 1)
     if not arguments.no_write:
         slug = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower()).strip("-")

@@ -28,14 +28,14 @@ def summary(times: list[float]) -> dict:
     return {"median_s": statistics.median(times), "fastest_s": min(times), "slowest_s": max(times), "n": len(times)}
 
 
-def row(what: str, value: float, unit: str, *, wanted: str = "", met: bool | None = None, **details) -> dict:
-    """One line of the table: a figure, what was asked of it, and what it is made of. A ratio is the peer's time divided by ours."""
-    return {"what": what, "value": value, "unit": unit, "wanted": wanted, "met": met, **details}
+def row(what: str, value: float, unit: str, *, target: str = "", met: bool | None = None, **details) -> dict:
+    """One line of the table: a figure, its target, and what it is made of. A ratio is the peer's time divided by ours."""
+    return {"what": what, "value": value, "unit": unit, "target": target, "met": met, **details}
 
 
 def at_least(what, value, least, unit="x", **details) -> dict:
-    return row(what, value, unit, wanted=f">= {least:g}", met=value >= least, **details)
+    return row(what, value, unit, target=f">= {least:g}", met=value >= least, **details)
 
 
 def at_most(what, value, most, unit, **details) -> dict:
-    return row(what, value, unit, wanted=f"<= {most:g}", met=value <= most, **details)
+    return row(what, value, unit, target=f"<= {most:g}", met=value <= most, **details)

@@ -2,7 +2,7 @@
 # Tries the set-up on a bare Debian: a chroot with nothing but make and git, a fresh clone of HEAD in /root/vksteer, and a command there.
 # Needs root, debootstrap, and room for 6 GB in FOLDER.
 #
-#   tools/bare_machine.sh FOLDER COMMAND...              e.g.  tools/bare_machine.sh /work/chroot make demo
+#   tools/bare_machine.sh FOLDER COMMAND...              e.g.  tools/bare_machine.sh /tmp/machine make demo
 #   KEEP=1 tools/bare_machine.sh FOLDER COMMAND...       go on in the machine of the last call (the clone is brought to HEAD)
 #   FIRST='apt-get -y install mesa-vulkan-drivers' ...   something to do in it before the clone
 set -euo pipefail
