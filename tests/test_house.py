@@ -24,6 +24,7 @@ ROOMS = ["base", "gpu", "ops", "model", "intervene", "run", "analysis", "python"
 
 TOP_LEVEL = {"setup.py", "CMakeLists.txt", "csrc", "shaders", "python", "tests", "notebooks", "README.md"}  # as ordered
 ALSO = {"Makefile", "pyproject.toml", ".ci", ".gitignore", "benchmarks", "docs", "cmake", "tools", "LICENSE"}
+ALSO |= {".clang-format", ".editorconfig", ".pre-commit-config.yaml"}
 
 
 def tracked(*patterns: str) -> list[Path]:
