@@ -10,7 +10,7 @@ CMAKE_FLAGS ?=
 # `make demo-real HARMFUL=file HARMLESS=file`: prompt files, one a line or JSON.
 DEMO_ARGS := $(if $(HARMFUL),--harmful "$(HARMFUL)") $(if $(HARMLESS),--harmless "$(HARMLESS)") $(ARGS)
 
-.PHONY: help demo demo-real test test-all bench build engine wheel models clean distclean
+.PHONY: help demo demo-real test test-all lint bench build engine wheel models clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,16 @@ test-all: setup-test engine  ## also the long tests: every subgroup size, real m
 	$(PYTHON) tools/fetch_model.py smollm2 qwen gemma3
 	@mkdir -p benchmarks/logs
 	set -o pipefail; $(PYTEST) --long --timeout=1800 --durations=30 $(ARGS) 2>&1 | tee benchmarks/logs/test-all-$$(date +%F).log
+
+# git ls-files: new files that are not ignored count, deleted ones do not.
+FORMATTED_C = git ls-files -z --cached --others --exclude-standard 'csrc/*.[ch]' 'shaders/*.h' \
+    'shaders/*.comp' 'shaders/*.glsl' 'tests/*.c'
+
+lint: setup-test  ## ruff, clang-format, and the limits of lines, functions and files (tools/lint.py)
+	.venv/bin/ruff check python tests tools benchmarks cmake setup.py
+	.venv/bin/ruff format --check python tests tools benchmarks cmake setup.py
+	$(FORMATTED_C) | xargs -0 .venv/bin/clang-format --dry-run -Werror
+	$(PYTHON) tools/lint.py
 
 bench: setup-test engine  ## side by side with the peers; JSON into benchmarks/
 	$(PYTHON) tools/fetch_model.py smollm2

@@ -27,6 +27,7 @@ ROOMS = ["base", "gpu", "ops", "reference", "model", "run", "analysis", "python"
 TOP_LEVEL = {"setup.py", "CMakeLists.txt", "csrc", "shaders", "python", "tests", "notebooks", "README.md"}  # as ordered
 ALSO = {"Makefile", "pyproject.toml", ".ci", ".gitignore", "benchmarks", "docs", "cmake", "tools", "LICENSE",
         "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"}
+ALSO |= {".clang-format", ".editorconfig", ".pre-commit-config.yaml"}
 
 
 def tracked(*patterns: str) -> list[Path]:
