@@ -1,10 +1,12 @@
-"""The engine beside PyTorch on one real GPU, both on that card: random weights in the shapes of real models, so that nothing is downloaded.
+"""The engine beside PyTorch on one real GPU, both on that card: random weights in the shapes of
+real models, so that nothing is downloaded.
 
     gpu.py [--shapes smollm2 qwen-0.5b llama-3b] [--device D] [--rounds N] [--out FILE.json]
 
-Needs PyTorch with CUDA or ROCm, transformers and vksteer in one Python; both sides hold the same bfloat16 weights, and the engine computes in float32.
-So the neighbours are two: PyTorch in float32 on the same weights (TF32 off: the same arithmetic), and in bfloat16 (less exact, on the matrix units).
-A ratio is the peer's time divided by ours. What both compute is compared first, in float32.
+Needs PyTorch with CUDA or ROCm, transformers and vksteer in one Python; both sides hold the same
+bfloat16 weights, and the engine computes in float32. So the neighbours are two: PyTorch in float32
+on the same weights (TF32 off: the same arithmetic), and in bfloat16 (less exact, on the matrix
+units). A ratio is the peer's time divided by ours. What both compute is compared first, in float32.
 """
 
 from __future__ import annotations
@@ -19,18 +21,51 @@ import time
 from pathlib import Path
 
 import numpy as np
-
 from run import commit, machine
 from smollm2 import tokens
 from timing import row, summary, take_turns
-from vksteer.runtime import ceilings
+
 from vksteer.demo.smollm2 import decode_step
+from vksteer.runtime import ceilings
 
 SHAPES = {
-    "smollm2": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-    "qwen-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    "llama-3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-    "llama-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)}
+    "smollm2": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "qwen-0.5b": dict(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "llama-3b": dict(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "llama-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+}
 PROMPT, NEW, CONTEXT = 128, 32, 256
 
 
@@ -39,7 +74,14 @@ def made(shape: str, folder: Path):
     import torch
     import transformers
 
-    config = transformers.LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = transformers.LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -69,51 +111,109 @@ def passes(ours, peers: dict, rounds: int) -> list[dict]:
         ids = torch.tensor(batch, device="cuda")
         logits = ours.run(batch, logits="last").logits
         with torch.inference_mode():
-            want = peers["float32"](input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].cpu().numpy()
+            want = (
+                peers["float32"](input_ids=ids, use_cache=False, logits_to_keep=1)
+                .logits[:, -1]
+                .cpu()
+                .numpy()
+            )
         error = float(np.abs(logits - want).max() / np.abs(want).max())
         if not error < 2e-3:
-            raise RuntimeError(f"the two sides do not compute the same: logits differ by {error:.2g} of the largest")
+            raise RuntimeError(
+                f"the two sides do not compute the same: logits differ by {error:.2g} of the"
+                " largest"
+            )
         calls = {"ours": lambda: ours.run(batch, logits="last")}
-        calls |= {name: timed(lambda peer=peer: peer(input_ids=ids, use_cache=False, logits_to_keep=1)) for name, peer in peers.items()}
+        calls |= {
+            name: timed(lambda peer=peer: peer(input_ids=ids, use_cache=False, logits_to_keep=1))
+            for name, peer in peers.items()
+        }
         s = {name: summary(t) for name, t in take_turns(calls, rounds, warm_up=2).items()}
         operations = n_rows * ceilings.prefill_operations(ours, n)
-        rows.append(row(f"pass over {n_rows} x {n} tokens against PyTorch float32", s["float32"]["median_s"] / s["ours"]["median_s"], "x", steps=s, largest_difference=error,
-                        against_bfloat16=s["bfloat16"]["median_s"] / s["ours"]["median_s"], tflops=operations / s["ours"]["median_s"] / 1e12))
+        rows.append(
+            row(
+                f"pass over {n_rows} x {n} tokens against PyTorch float32",
+                s["float32"]["median_s"] / s["ours"]["median_s"],
+                "x",
+                steps=s,
+                largest_difference=error,
+                against_bfloat16=s["bfloat16"]["median_s"] / s["ours"]["median_s"],
+                tflops=operations / s["ours"]["median_s"] / 1e12,
+            )
+        )
     return rows
 
 
 def decoding(ours, peers: dict, rounds: int) -> list[dict]:
-    """32 tokens after 16, prefill included, 1, 8 and 32 rows, against transformers.generate in bfloat16, the faster."""
+    """32 tokens after 16, prefill included, 1, 8 and 32 rows, against transformers.generate in
+    bfloat16, the faster.
+    """
     import torch
 
     rows, read = [], ceilings.measure(ours, 3).read
     for n_rows in (1, 8, 32):
         batch = [tokens(16, seed) for seed in range(n_rows)]
         ids = torch.tensor(batch, device="cuda")
-        calls = {"ours": lambda: ours.generate(batch, max_new_tokens=NEW, ignore_eos=True, progress=False)}
-        calls["bfloat16"] = timed(lambda: peers["bfloat16"].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0))
+        calls = {
+            "ours": lambda: ours.generate(
+                batch, max_new_tokens=NEW, ignore_eos=True, progress=False
+            )
+        }
+        calls["bfloat16"] = timed(
+            lambda: peers["bfloat16"].generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        )
         s = {name: summary(t) for name, t in take_turns(calls, rounds).items()}
         step = decode_step(ours, batch, NEW)
         share = ceilings.decode_bytes(ours, 16 + NEW / 2, n_rows) / step / read
-        rows.append(row(f"decoding, {n_rows} rows, against transformers.generate in bfloat16", s["bfloat16"]["median_s"] / s["ours"]["median_s"], "x", steps=s, step_s=step,
-                        ours_tokens_per_s=n_rows * NEW / s["ours"]["median_s"],
-                        share_of_read_percent=100 * share, read_gbytes_per_s=read / 1e9))
+        rows.append(
+            row(
+                f"decoding, {n_rows} rows, against transformers.generate in bfloat16",
+                s["bfloat16"]["median_s"] / s["ours"]["median_s"],
+                "x",
+                steps=s,
+                step_s=step,
+                ours_tokens_per_s=n_rows * NEW / s["ours"]["median_s"],
+                share_of_read_percent=100 * share,
+                read_gbytes_per_s=read / 1e9,
+            )
+        )
     return rows
 
 
 def frozen(ours, peers: dict, rounds: int, new: int = 24) -> list[dict]:
-    """A frozen pair after 256 tokens: against own plain decoding of two rows, and two whole runs a token in PyTorch."""
+    """A frozen pair after 256 tokens: against own plain decoding of two rows, and two whole
+    runs a token in PyTorch.
+    """
     import torch
+
     import vksteer as vs
 
     prompt = tokens(CONTEXT)
-    vector = vs.SteeringVector(np.random.default_rng(1).standard_normal(ours.config.d_model) * 2, ours.config.n_layers // 2)
+    vector = vs.SteeringVector(
+        np.random.default_rng(1).standard_normal(ours.config.d_model) * 2, ours.config.n_layers // 2
+    )
     ids = torch.tensor([prompt], device="cuda")
 
     def step(n_rows, **options):
         times = []
-        ours.generate([prompt] * n_rows, edits=[vs.Steer(vector)], max_new_tokens=new, ignore_eos=True, progress=False,
-                      on_token=lambda r, token, piece: times.append(time.perf_counter()) if r == n_rows - 1 else None, **options)
+        ours.generate(
+            [prompt] * n_rows,
+            edits=[vs.Steer(vector)],
+            max_new_tokens=new,
+            ignore_eos=True,
+            progress=False,
+            on_token=lambda r, token, piece: (
+                times.append(time.perf_counter()) if r == n_rows - 1 else None
+            ),
+            **options,
+        )
         return statistics.median(np.diff(times).tolist())
 
     def again(peer):
@@ -121,7 +221,9 @@ def frozen(ours, peers: dict, rounds: int, new: int = 24) -> list[dict]:
         timed(lambda: [peer(input_ids=ids, use_cache=False, logits_to_keep=1) for _ in range(2)])()
         return time.perf_counter() - start
 
-    calls = {"plain 2": lambda: step(2)} | {name: lambda name=name: step(1, freeze=name) for name in ("qk", "ov", "mlp")}
+    calls = {"plain 2": lambda: step(2)} | {
+        name: lambda name=name: step(1, freeze=name) for name in ("qk", "ov", "mlp")
+    }
     calls |= {name: lambda peer=peer: again(peer) for name, peer in peers.items()}
     times = {name: [] for name in calls}
     for turn in range(rounds + 1):
@@ -131,17 +233,31 @@ def frozen(ours, peers: dict, rounds: int, new: int = 24) -> list[dict]:
                 times[name].append(seconds)
     s = {name: summary(t) for name, t in times.items()}
     slowest = max(s[name]["median_s"] for name in ("qk", "ov", "mlp"))
-    return [row(f"frozen decoding at {CONTEXT} tokens against two PyTorch float32 re-runs a token (slowest of qk, ov, mlp)", s["float32"]["median_s"] / slowest, "x", steps=s,
-                against_bfloat16=s["bfloat16"]["median_s"] / slowest, over_own_plain=slowest / s["plain 2"]["median_s"])]
+    return [
+        row(
+            f"frozen decoding at {CONTEXT} tokens against two PyTorch float32 re-runs a token"
+            " (slowest of qk, ov, mlp)",
+            s["float32"]["median_s"] / slowest,
+            "x",
+            steps=s,
+            against_bfloat16=s["bfloat16"]["median_s"] / slowest,
+            over_own_plain=slowest / s["plain 2"]["median_s"],
+        )
+    ]
 
 
 def attribution(ours, fp32, rounds: int) -> list[dict]:
-    """All edges of one sample of 32 + 96 tokens, 10 steps, from the middle layer: against PyTorch's passes alone (attribution.py says what they are)."""
+    """All edges of one sample of 32 + 96 tokens, 10 steps, from the middle layer: against PyTorch's
+    passes alone (attribution.py says what they are).
+    """
     import attribution as bench
+
     import vksteer as vs
 
     bench.LAYER = ours.config.n_layers // 2
-    vector = vs.SteeringVector(np.random.default_rng(1).standard_normal(ours.config.d_model) / 2, bench.LAYER)
+    vector = vs.SteeringVector(
+        np.random.default_rng(1).standard_normal(ours.config.d_model) / 2, bench.LAYER
+    )
     return bench.against_pytorch(ours, fp32, vector, rounds)[:1]
 
 
@@ -153,27 +269,44 @@ def products(ours) -> list[dict]:
     torch.backends.cuda.matmul.allow_tf32 = False
     for m in (1, 8, 128, 512, 2048):
         n, k = 2 * c.d_mlp, c.d_model
-        rate, read = ours._engine.measure_linear(m, n, k)  # best of 9, each a submission and its wait: as PyTorch's
+        # best of 9, each a submission and its wait: as PyTorch's
+        rate, read = ours._engine.measure_linear(m, n, k)
         x, w = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
         call = timed(lambda: x @ w.T)
         theirs = 2.0 * m * n * k / min(take_turns({"torch": call}, 9)["torch"])
-        rows.append(row(f"product of {m} x {k} by {n} x {k}, against PyTorch float32", rate / theirs, "x", tflops=rate / 1e12, peer_tflops=theirs / 1e12, gbytes_per_s=read / 1e9))
+        rows.append(
+            row(
+                f"product of {m} x {k} by {n} x {k}, against PyTorch float32",
+                rate / theirs,
+                "x",
+                tflops=rate / 1e12,
+                peer_tflops=theirs / 1e12,
+                gbytes_per_s=read / 1e9,
+            )
+        )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2", "llama-3b"])
     parser.add_argument("--device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     import torch
+
     import vksteer as vs
 
     where, content = machine(arguments.device), []
     where["peer_device"] = torch.cuda.get_device_name()
-    print(f"{where['device']['name']} ({where['device']['driver']}); PyTorch {torch.__version__} on {where['peer_device']}", flush=True)
+    print(
+        f"{where['device']['name']} ({where['device']['driver']}); PyTorch {torch.__version__} on"
+        f" {where['peer_device']}",
+        flush=True,
+    )
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory() as folder:
             bf16 = made(shape, Path(folder))
@@ -182,17 +315,37 @@ def main() -> int:
             first = time.perf_counter() - start
         with ours:
             peers = {"float32": copy.deepcopy(bf16).float(), "bfloat16": bf16}
-            groups = [lambda: [row("load", first, "s", kernels=ours._engine.kernels)], lambda: products(ours), lambda: passes(ours, peers, arguments.rounds),
-                      lambda: decoding(ours, peers, min(2, arguments.rounds)), lambda: frozen(ours, peers, arguments.rounds),
-                      lambda: attribution(ours, peers["float32"], min(2, arguments.rounds))]
+            groups = [
+                lambda: [row("load", first, "s", kernels=ours._engine.kernels)],
+                lambda: products(ours),
+                lambda: passes(ours, peers, arguments.rounds),
+                lambda: decoding(ours, peers, min(2, arguments.rounds)),
+                lambda: frozen(ours, peers, arguments.rounds),
+                lambda: attribution(ours, peers["float32"], min(2, arguments.rounds)),
+            ]
             for group in groups:
                 for r in group():
                     r["what"] = f"{shape}: {r['what']}"
                     content.append(r)
-                    extra = ", ".join(f"{k} {v:.3g}" for k, v in r.items() if isinstance(v, float) and k != "value")
+                    extra = ", ".join(
+                        f"{k} {v:.3g}"
+                        for k, v in r.items()
+                        if isinstance(v, float) and k != "value"
+                    )
                     print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  ({extra})", flush=True)
                     if arguments.out:
-                        arguments.out.write_text(json.dumps({"machine": where, "commit": commit(), "rounds": arguments.rounds, "rows": content}, indent=1) + "\n")
+                        arguments.out.write_text(
+                            json.dumps(
+                                {
+                                    "machine": where,
+                                    "commit": commit(),
+                                    "rounds": arguments.rounds,
+                                    "rows": content,
+                                },
+                                indent=1,
+                            )
+                            + "\n"
+                        )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""The OV circuit: value vectors of a 3B-shaped stack (bounded by reading the weights once), and the lens of all heads of Qwen 0.5B (a matrix product)."""
+"""The OV circuit: value vectors of a 3B-shaped stack (bounded by reading the weights once), and the
+lens of all heads of Qwen 0.5B (a matrix product).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,12 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-
 import peers
 from timing import at_least, row, summary, take_turns
+
 from vksteer import SteeringVector, ov
-from vksteer.runtime import ceilings
 from vksteer.demo import qwen as demo_real
+from vksteer.runtime import ceilings
 from vksteer.runtime.model import Model
 
 #: Llama 3.2 3B, but for what value vectors do not read: MLP and vocabulary are small.
@@ -22,28 +24,67 @@ TOP = 20
 def stack(device) -> Model:
     """A model of random bfloat16 weights of that shape, made in memory."""
     from vksteer import _engine
-    from vksteer.runtime import device as devices
     from vksteer.loading.config import Config
+    from vksteer.runtime import device as devices
     from vksteer.runtime.model import _load
 
-    config = Config.from_hf({
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD, "intermediate_size": 16, "vocab_size": 64, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "tie_word_embeddings": True, "hidden_act": "silu"})
+    config = Config.from_hf(
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD,
+            "intermediate_size": 16,
+            "vocab_size": 64,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        }
+    )
     rng = np.random.default_rng(0)
-    noise = (rng.standard_normal((HEADS * HEAD + 2 * KV_HEADS * HEAD, WIDTH)) / np.sqrt(WIDTH)).astype(np.float32).view(np.uint32) >> 16
+    noise = (
+        rng.standard_normal((HEADS * HEAD + 2 * KV_HEADS * HEAD, WIDTH)) / np.sqrt(WIDTH)
+    ).astype(np.float32).view(np.uint32) >> 16
 
     def tensor(name, *shape):
-        weights = noise.astype(np.uint16).reshape(-1)[: int(np.prod(shape))].reshape(shape) if len(shape) == 2 else np.full(shape, 0x3F80, np.uint16)
-        return SimpleNamespace(name=name, dtype="bfloat16", shape=shape, file=None, array=lambda: weights)
+        weights = (
+            noise.astype(np.uint16).reshape(-1)[: int(np.prod(shape))].reshape(shape)
+            if len(shape) == 2
+            else np.full(shape, 0x3F80, np.uint16)
+        )
+        return SimpleNamespace(
+            name=name, dtype="bfloat16", shape=shape, file=None, array=lambda: weights
+        )
 
     tensors = [tensor("embed", 64, WIDTH), tensor("ln_final", WIDTH)]
     for l in range(LAYERS):
-        tensors += [tensor(f"l.{l}.{name}", *shape) for name, shape in (
-            ("ln1", (WIDTH,)), ("ln2", (WIDTH,)), ("wq", (HEADS * HEAD, WIDTH)), ("wk", (KV_HEADS * HEAD, WIDTH)), ("wv", (KV_HEADS * HEAD, WIDTH)),
-            ("wo", (WIDTH, HEADS * HEAD)), ("wgate", (16, WIDTH)), ("wup", (16, WIDTH)), ("wdown", (WIDTH, 16)))]
+        tensors += [
+            tensor(f"l.{l}.{name}", *shape)
+            for name, shape in (
+                ("ln1", (WIDTH,)),
+                ("ln2", (WIDTH,)),
+                ("wq", (HEADS * HEAD, WIDTH)),
+                ("wk", (KV_HEADS * HEAD, WIDTH)),
+                ("wv", (KV_HEADS * HEAD, WIDTH)),
+                ("wo", (WIDTH, HEADS * HEAD)),
+                ("wgate", (16, WIDTH)),
+                ("wup", (16, WIDTH)),
+                ("wdown", (WIDTH, 16)),
+            )
+        ]
     engine_device, chosen = devices.open_device(device)
-    engine, fingerprint = _load(engine_device, chosen, SimpleNamespace(config=config, tensors=tensors, paths=[]), "3B-shaped stack", False)
+    engine, fingerprint = _load(
+        engine_device,
+        chosen,
+        SimpleNamespace(config=config, tensors=tensors, paths=[]),
+        "3B-shaped stack",
+        False,
+    )
     return Model(engine, engine_device, chosen, config, None, "3B-shaped stack", (), fingerprint)
 
 
@@ -64,44 +105,102 @@ def weight_bytes(config) -> int:
 
 
 def value_vectors(device, rounds: int) -> list[dict]:
-    """All value vectors of the stack: GB/s of its weights, beside what a kernel that only reads gets here."""
+    """All value vectors of the stack: GB/s of its weights, beside what a kernel that
+    only reads gets here.
+    """
     with stack(device) as model:
         vector = SteeringVector(np.random.default_rng(1).standard_normal(WIDTH), 0)
         ov.steering_value_vectors(model, vector)
         before = model._engine.dispatches
         ov.steering_value_vectors(model, vector)
         dispatches = model._engine.dispatches - before
-        times = summary(take_turns({"ours": lambda: ov.steering_value_vectors(model, vector)}, 3 * rounds)["ours"])
+        times = summary(
+            take_turns({"ours": lambda: ov.steering_value_vectors(model, vector)}, 3 * rounds)[
+                "ours"
+            ]
+        )
         read = ceilings.measure(model, rounds).read
         rate = weight_bytes(model.config) / times["median_s"]
-    return [row(f"value vectors of a 3B-shaped stack ({LAYERS} layers x {HEADS} heads, width {WIDTH})", 1e3 * times["median_s"], "ms", ours=times, dispatches=dispatches),
-            row("the same, weights read once, share of the plain read bandwidth", 100 * rate / read, "%", gbytes_per_s=rate / 1e9, read_gbytes_per_s=read / 1e9)]
+    return [
+        row(
+            f"value vectors of a 3B-shaped stack ({LAYERS} layers x {HEADS} heads, width {WIDTH})",
+            1e3 * times["median_s"],
+            "ms",
+            ours=times,
+            dispatches=dispatches,
+        ),
+        row(
+            "the same, weights read once, share of the plain read bandwidth",
+            100 * rate / read,
+            "%",
+            gbytes_per_s=rate / 1e9,
+            read_gbytes_per_s=read / 1e9,
+        ),
+    ]
 
 
 def lens(device, rounds: int) -> list[dict]:
-    """All heads of Qwen 0.5B through the lens, beside NumPy's bare product (no norm, no ranking) and our matrix kernel's peak."""
-    with Model.from_pretrained(peers.MODELS / demo_real.QWEN, device=device, progress=False) as model:
+    """All heads of Qwen 0.5B through the lens, beside NumPy's bare product (no norm, no ranking)
+    and our matrix kernel's peak.
+    """
+    with Model.from_pretrained(
+        peers.MODELS / demo_real.QWEN, device=device, progress=False
+    ) as model:
         c = model.config
-        values = ov.steering_value_vectors(model, SteeringVector(np.random.default_rng(1).standard_normal(c.d_model), 0)).values
+        values = ov.steering_value_vectors(
+            model, SteeringVector(np.random.default_rng(1).standard_normal(c.d_model), 0)
+        ).values
         n = values.shape[0] * values.shape[1]
         unembed = np.ascontiguousarray(model._engine.rows("unembed", -1, 0, c.d_vocab).T)
         flat = values.reshape(n, -1)
         # Peak, lens and peer take turns, so that a busy machine hurts all alike.
         peaks = []
-        times = take_turns({"ours": lambda: ov.logit_lens(model, values, TOP), "cosine": lambda: ov.logit_lens(model, values, TOP, "cosine"),
-                            "numpy": lambda: flat @ unembed, "peak": lambda: peaks.append(ceilings.measure(model, 1).matrix)}, rounds)
+        times = take_turns(
+            {
+                "ours": lambda: ov.logit_lens(model, values, TOP),
+                "cosine": lambda: ov.logit_lens(model, values, TOP, "cosine"),
+                "numpy": lambda: flat @ unembed,
+                "peak": lambda: peaks.append(ceilings.measure(model, 1).matrix),
+            },
+            rounds,
+        )
         s = {name: summary(t) for name, t in times.items()}
         work, peak = 2.0 * n * c.d_vocab * c.d_model, max(peaks)
-        # The same share by processor time, which other work on the machine disturbs least (a software device computes in this process).
+        # The same share by processor time, which other work on the machine disturbs least (a
+        # software device computes in this process).
         shape = 512, 2 * c.d_mlp, c.d_model
-        matrix = min(processor_seconds(lambda: model._engine.measure_linear(*shape)) for _ in range(rounds)) / (PRODUCTS * 2.0 * np.prod(shape))
-        ours = min(processor_seconds(lambda: ov.logit_lens(model, values, TOP)) for _ in range(rounds)) / work
+        matrix = min(
+            processor_seconds(lambda: model._engine.measure_linear(*shape)) for _ in range(rounds)
+        ) / (PRODUCTS * 2.0 * np.prod(shape))
+        ours = (
+            min(processor_seconds(lambda: ov.logit_lens(model, values, TOP)) for _ in range(rounds))
+            / work
+        )
         by_processor = float(100 * matrix / ours) if model.device.type == "software" else None
     share = lambda name: 100 * work / s[name]["median_s"] / peak
-    return [at_least(f"lens of all heads of Qwen 0.5B ({n} vectors x {c.d_vocab:,} tokens, top {TOP}), share of the matrix kernel's peak", share("ours"), 60, "%", ours=s["ours"],
-                     gflops=work / s["ours"]["median_s"] / 1e9, matrix_peak_gflops=peak / 1e9, cosine_share=share("cosine"), cosine=s["cosine"],
-                     share_by_processor_time=by_processor),
-            row("the same, NumPy's bare product", s["numpy"]["median_s"], "s", numpy=s["numpy"], ours_s=s["ours"]["median_s"], numpy_gflops=work / s["numpy"]["median_s"] / 1e9)]
+    return [
+        at_least(
+            f"lens of all heads of Qwen 0.5B ({n} vectors x {c.d_vocab:,} tokens, top {TOP}), share"
+            " of the matrix kernel's peak",
+            share("ours"),
+            60,
+            "%",
+            ours=s["ours"],
+            gflops=work / s["ours"]["median_s"] / 1e9,
+            matrix_peak_gflops=peak / 1e9,
+            cosine_share=share("cosine"),
+            cosine=s["cosine"],
+            share_by_processor_time=by_processor,
+        ),
+        row(
+            "the same, NumPy's bare product",
+            s["numpy"]["median_s"],
+            "s",
+            numpy=s["numpy"],
+            ours_s=s["ours"]["median_s"],
+            numpy_gflops=work / s["numpy"]["median_s"] / 1e9,
+        ),
+    ]
 
 
 def run(rounds: int, device):

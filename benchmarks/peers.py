@@ -1,8 +1,11 @@
-"""The neighbours: PyTorch with transformers on the same weights, and llama.cpp's CPU backend where llama-cpp-python could be built.
+"""The neighbours: PyTorch with transformers on the same weights, and llama.cpp's CPU backend where
+llama-cpp-python could be built.
 
-    python benchmarks/peers.py           builds llama-cpp-python from its source package into .models/peers (minutes)
+    python benchmarks/peers.py           builds llama-cpp-python from its source package into
+                                         .models/peers (minutes)
 
-Caches outside git, all in .models/: SmolLM2 as a safetensors folder, and as an F16 file for llama.cpp.
+Caches outside git, all in .models/: SmolLM2 as a safetensors folder, and as an
+F16 file for llama.cpp.
 """
 
 from __future__ import annotations
@@ -21,8 +24,13 @@ GGUF = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = MODELS / "smollm2-bf16"
 F16 = MODELS / "smollm2-f16.gguf"
 LLAMA_CPP = MODELS / "peers" / "llama_cpp"
-#: llama-bench on a machine of this kind (2 cores, 2 threads), from the project's order: not measured here.
-QUOTED_LLAMA_CPP = {"decode_tokens_per_s": 67.0, "prefill_tokens_per_s": 802.0, "how": "quoted, not measured here (llama-bench, F16, 2 threads)"}
+#: llama-bench on a machine of this kind (2 cores, 2 threads), from the project's
+#: order: not measured here.
+QUOTED_LLAMA_CPP = {
+    "decode_tokens_per_s": 67.0,
+    "prefill_tokens_per_s": 802.0,
+    "how": "quoted, not measured here (llama-bench, F16, 2 threads)",
+}
 
 
 def quiet():
@@ -35,18 +43,28 @@ def quiet():
 
 
 def safetensors_folder() -> Path:
-    """SmolLM2 as transformers writes it, bfloat16, with its tokenizer; made once from the GGUF file."""
+    """SmolLM2 as transformers writes it, bfloat16, with its tokenizer; made
+    once from the GGUF file.
+    """
     if not (FOLDER / "model.safetensors").exists():
         import torch
 
         transformers = quiet()
-        model = transformers.AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
+        )
         config = model.config.to_dict()
-        config.pop("quantization_config", None)  # transformers refuses to save what was read from a GGUF file, though it is plain numbers by now
-        plain = transformers.AutoModelForCausalLM.from_config(type(model.config)(**config), dtype=torch.bfloat16)
+        # transformers refuses to save what was read from a GGUF file, though it is
+        # plain numbers by now
+        config.pop("quantization_config", None)
+        plain = transformers.AutoModelForCausalLM.from_config(
+            type(model.config)(**config), dtype=torch.bfloat16
+        )
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(FOLDER)
-        transformers.AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name).save_pretrained(FOLDER)
+        transformers.AutoTokenizer.from_pretrained(
+            GGUF.parent, gguf_file=GGUF.name
+        ).save_pretrained(FOLDER)
     return FOLDER
 
 
@@ -78,26 +96,64 @@ def greedy(model, tokens, n: int):
 
     def call():
         with torch.inference_mode():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+            return model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+            )
 
     return call
 
 
-# -- llama.cpp ----------------------------------------------------------------------------------------------------------------------------------------
+# -- llama.cpp -------------------------------------------------------------------------------------
 
 
 def build_llama_cpp() -> bool:
     """llama-cpp-python from its source package into .models/peers; True where that worked."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(LLAMA_CPP), "llama-cpp-python", "diskcache"]
-    return subprocess.run(command, env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"}).returncode == 0
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        str(LLAMA_CPP),
+        "llama-cpp-python",
+        "diskcache",
+    ]
+    return (
+        subprocess.run(
+            command,
+            env=os.environ
+            | {
+                "CMAKE_ARGS": (
+                    "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF"
+                    " -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"
+                )
+            },
+        ).returncode
+        == 0
+    )
 
 
 def llama_cpp(rounds: int = 5, prompt: int = 128, new: int = 64) -> dict:
-    """Tokens/s of prefill and decoding, F16, as many threads as cores, in a process of its own; the quoted figures where it is not built."""
+    """Tokens/s of prefill and decoding, F16, as many threads as cores, in a process of its own; the
+    quoted figures where it is not built.
+    """
     if not (LLAMA_CPP / "llama_cpp" / "__init__.py").exists():
         return dict(QUOTED_LLAMA_CPP)
-    done = subprocess.run([sys.executable, __file__, "llama-cpp", str(rounds), str(prompt), str(new)], env=os.environ | {"PYTHONPATH": str(LLAMA_CPP)},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "llama-cpp", str(rounds), str(prompt), str(new)],
+        env=os.environ | {"PYTHONPATH": str(LLAMA_CPP)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         return dict(QUOTED_LLAMA_CPP, error=done.stderr.strip().splitlines()[-1:])
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -111,11 +167,17 @@ def _llama_cpp_here(rounds: int, prompt: int, new: int) -> dict:
 
     if not F16.exists():
         options = low.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize, options.nthread = low.LLAMA_FTYPE_MOSTLY_F16, True, os.cpu_count()
+        options.ftype, options.allow_requantize, options.nthread = (
+            low.LLAMA_FTYPE_MOSTLY_F16,
+            True,
+            os.cpu_count(),
+        )
         if low.llama_model_quantize(str(GGUF).encode(), str(F16).encode(), ctypes.byref(options)):
             raise RuntimeError("llama.cpp could not write the F16 file")
     threads = len(os.sched_getaffinity(0))
-    model = llama_cpp.Llama(str(F16), n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = llama_cpp.Llama(
+        str(F16), n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
     tokens = list(range(1000, 1000 + prompt))
     prefill, decode = [], []
     for i in range(rounds + 1):
@@ -129,8 +191,12 @@ def _llama_cpp_here(rounds: int, prompt: int, new: int) -> dict:
         if i:
             prefill.append(prompt / (middle - start))
             decode.append(new / (end - middle))
-    return {"decode_tokens_per_s": statistics.median(decode), "prefill_tokens_per_s": statistics.median(prefill),
-            "how": f"measured: llama-cpp-python {llama_cpp.__version__}, F16, {threads} threads", "n": rounds}
+    return {
+        "decode_tokens_per_s": statistics.median(decode),
+        "prefill_tokens_per_s": statistics.median(prefill),
+        "how": f"measured: llama-cpp-python {llama_cpp.__version__}, F16, {threads} threads",
+        "n": rounds,
+    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""`make bench`: the engine beside its neighbours, as JSON in benchmarks/results/<machine>-<date>.json.
+"""`make bench`: the engine beside its neighbours, as JSON in
+benchmarks/results/<machine>-<date>.json.
 
-    run.py [--rounds N] [--only smollm2|processes|training|attribution|ov|tiny|qwen ...] [--device D] [--name NAME] [--no-write]
+    run.py [--rounds N] [--only smollm2|processes|training|attribution|ov|tiny|qwen ...] [--device
+    D] [--name NAME] [--no-write]
 
-A ratio is the peer's time divided by ours; both sides take turns in one process. Figures are medians. See table.py for the README's table.
+A ratio is the peer's time divided by ours; both sides take turns in one process. Figures are
+medians. See table.py for the README's table.
 """
 
 from __future__ import annotations
@@ -10,8 +13,13 @@ from __future__ import annotations
 import os
 import sys
 
-# On some processors these are set because older OpenBLAS builds fail there; they slow a current NumPy, which is measured against here.
-REMOVED = {name: value for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE") if (value := os.environ.pop(name, None)) is not None}
+# On some processors these are set because older OpenBLAS builds fail there; they slow a current
+# NumPy, which is measured against here.
+REMOVED = {
+    name: value
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+    if (value := os.environ.pop(name, None)) is not None
+}
 
 import argparse
 import importlib.metadata
@@ -24,11 +32,13 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BUSY = 0.4  # cores
-GROUPS = ("processes", "smollm2", "training", "attribution", "ov", "tiny")  # and "qwen", which takes long, on request
+# and "qwen", which takes long, on request
+GROUPS = ("processes", "smollm2", "training", "attribution", "ov", "tiny")
 
 
 def busy_cores(seconds: float = 3.0) -> float:
     """How many cores other work keeps busy just now."""
+
     def idle() -> float:
         fields = [int(x) for x in open("/proc/stat").readline().split()[1:]]
         return (fields[3] + fields[4]) / os.sysconf("SC_CLK_TCK")
@@ -43,7 +53,14 @@ def machine(device) -> dict:
     from vksteer.runtime.device import choose
 
     d = choose(device)
-    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     versions = {}
     for package in ("vksteer", "numpy", "torch", "transformers", "gguf"):
         try:
@@ -51,22 +68,45 @@ def machine(device) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"date": time.strftime("%F %H:%M"), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory / 1e9, 1), "system": platform.platform(),
-            "python": platform.python_version(), "versions": versions, "device": {"name": d.name, "type": d.type, "driver": d.driver, "uuid": d.uuid},
-            "busy_cores_before": round(busy_cores(), 2), "removed_from_environment": REMOVED,
-            "environment": {k: v for k, v in os.environ.items() if k.startswith(("VKSTEER_", "VK_", "LP_", "OMP_", "MKL_"))}}
+    return {
+        "date": time.strftime("%F %H:%M"),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory / 1e9, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": {"name": d.name, "type": d.type, "driver": d.driver, "uuid": d.uuid},
+        "busy_cores_before": round(busy_cores(), 2),
+        "removed_from_environment": REMOVED,
+        "environment": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("VKSTEER_", "VK_", "LP_", "OMP_", "MKL_"))
+        },
+    }
 
 
 def commit() -> str:
     import subprocess
 
-    run = lambda *words: subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
-    return run("rev-parse", "--short", "HEAD") + ("+changes" if run("status", "--porcelain", "--", "../csrc", "../shaders", "../python") else "")
+    run = lambda *words: subprocess.run(
+        ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True
+    ).stdout.strip()
+    return run("rev-parse", "--short", "HEAD") + (
+        "+changes"
+        if run("status", "--porcelain", "--", "../csrc", "../shaders", "../python")
+        else ""
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each comparison (default: 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each comparison (default: 5)"
+    )
     parser.add_argument("--only", nargs="+", choices=(*GROUPS, "qwen"), default=GROUPS)
     parser.add_argument("--device")
     parser.add_argument("--name", help="file name instead of <machine>-<date>")
@@ -74,30 +114,62 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="no GPU found")
     where = machine(arguments.device)
-    print(f"{where['device']['name']} ({where['device']['driver']}), {where['cpu']}, {where['cores']} cores; kept busy by others: {where['busy_cores_before']:.1f}", flush=True)
+    print(
+        f"{where['device']['name']} ({where['device']['driver']}), {where['cpu']}, {where['cores']}"
+        f" cores; kept busy by others: {where['busy_cores_before']:.1f}",
+        flush=True,
+    )
     where["busy"] = where["busy_cores_before"] > BUSY
     if where["busy"]:
-        print("This machine is busy: neither figures nor ratios mean much (PyTorch's threads wait for each other and suffer most). "
-              "They are written under a name with -busy, which the README does not take.", flush=True)
+        print(
+            "This machine is busy: neither figures nor ratios mean much (PyTorch's threads wait for"
+            " each other and suffer most). They are written under a name with -busy, which the"
+            " README does not take.",
+            flush=True,
+        )
     rows, seconds = [], {}
     for group in arguments.only:
         start = time.perf_counter()
         for r in measure(group, arguments):
             rows.append(r)
             verdict = "" if r["met"] is None else "  met" if r["met"] else "  NOT met"
-            print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['target']}{verdict}", flush=True)
+            print(
+                f"  {r['what']}: {r['value']:.3g} {r['unit']}  {r['target']}{verdict}", flush=True
+            )
         seconds[group] = round(time.perf_counter() - start, 1)
     if not arguments.no_write:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower()).strip("-")
-        path = RESULTS / f"{arguments.name or slug + '-' + where['date'][:10]}{'-busy' if where['busy'] else ''}.json"
+        slug = re.sub(
+            r"[^a-z0-9]+",
+            "-",
+            f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower(),
+        ).strip("-")
+        path = (
+            RESULTS
+            / f"{arguments.name or slug + '-' + where['date'][:10]}{'-busy' if where['busy'] else ''}.json"
+        )
         RESULTS.mkdir(exist_ok=True)
-        if path.exists() and set(arguments.only) != set(GROUPS):  # a part measured again replaces its rows
+        # a part measured again replaces its rows
+        if path.exists() and set(arguments.only) != set(GROUPS):
             old = json.loads(path.read_text())
             names = {r["what"] for r in rows}
             rows = [r for r in old["rows"] if r["what"] not in names] + rows
             seconds = old["seconds"] | seconds
-        path.write_text(json.dumps({"machine": where, "commit": commit(), "rounds": arguments.rounds, "seconds": seconds, "rows": rows}, indent=1) + "\n")
-        print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+        path.write_text(
+            json.dumps(
+                {
+                    "machine": where,
+                    "commit": commit(),
+                    "rounds": arguments.rounds,
+                    "seconds": seconds,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+        print(
+            f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+        )
     return 0
 
 
@@ -128,7 +200,9 @@ def measure(group: str, arguments):
     else:
         import steering
 
-        yield from steering.tiny(arguments.device) if group == "tiny" else steering.qwen(arguments.device)
+        yield from (
+            steering.tiny(arguments.device) if group == "tiny" else steering.qwen(arguments.device)
+        )
 
 
 if __name__ == "__main__":

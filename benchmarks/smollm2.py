@@ -1,4 +1,6 @@
-"""SmolLM2-135M on the engine and on its neighbours: prefill, decoding, frozen decoding. Both sides hold the same weights and take turns."""
+"""SmolLM2-135M on the engine and on its neighbours: prefill, decoding, frozen decoding. Both sides
+hold the same weights and take turns.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,11 @@ import statistics
 import time
 
 import numpy as np
-
 import peers
 from timing import at_least, at_most, row, summary, take_turns
-from vksteer.runtime import ceilings
+
 from vksteer.demo.smollm2 import decode_step
+from vksteer.runtime import ceilings
 
 PROMPT, NEW, CONTEXT = 128, 64, 256
 
@@ -20,7 +22,9 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 
 
 def host_read(megabytes: int = 256) -> float:
-    """Bytes a second that all cores read from the machine's memory (PyTorch's sum): what a software device shares."""
+    """Bytes a second that all cores read from the machine's memory (PyTorch's sum): what a
+    software device shares.
+    """
     import torch
 
     x = torch.ones((megabytes << 20) // 4)
@@ -29,59 +33,152 @@ def host_read(megabytes: int = 256) -> float:
 
 def prefill(model, fp32, rounds: int) -> list[dict]:
     prompt = tokens(PROMPT)
-    ours_logits, theirs_logits = model.run([prompt], logits="last").logits[0], peers.last_logits(fp32, prompt)().numpy().reshape(-1)
+    ours_logits, theirs_logits = (
+        model.run([prompt], logits="last").logits[0],
+        peers.last_logits(fp32, prompt)().numpy().reshape(-1),
+    )
     error = float(np.abs(ours_logits - theirs_logits).max() / np.abs(theirs_logits).max())
     if error > 2e-3:
-        raise RuntimeError(f"the two sides do not compute the same: logits differ by {error:.2g} of the largest")
-    times = take_turns({"ours": lambda: model.run([prompt], logits="last"), "torch": peers.last_logits(fp32, prompt)}, rounds)
+        raise RuntimeError(
+            f"the two sides do not compute the same: logits differ by {error:.2g} of the largest"
+        )
+    times = take_turns(
+        {
+            "ours": lambda: model.run([prompt], logits="last"),
+            "torch": peers.last_logits(fp32, prompt),
+        },
+        rounds,
+    )
     ours, theirs = summary(times["ours"]), summary(times["torch"])
     read = ceilings.measure(model, 5)
     rate = ceilings.prefill_operations(model, PROMPT) / ours["median_s"]
-    return [at_least(f"prefill {PROMPT} tokens, last logits, against PyTorch float32", theirs["median_s"] / ours["median_s"], 0.4, ours=ours, peer=theirs,
-                     ours_tokens_per_s=PROMPT / ours["median_s"], peer_tokens_per_s=PROMPT / theirs["median_s"], largest_difference=error),
-            row("prefill's share of the matrix kernel's own peak", 100 * rate / read.matrix, "%", gflops=rate / 1e9, matrix_peak_gflops=read.matrix / 1e9)]
+    return [
+        at_least(
+            f"prefill {PROMPT} tokens, last logits, against PyTorch float32",
+            theirs["median_s"] / ours["median_s"],
+            0.4,
+            ours=ours,
+            peer=theirs,
+            ours_tokens_per_s=PROMPT / ours["median_s"],
+            peer_tokens_per_s=PROMPT / theirs["median_s"],
+            largest_difference=error,
+        ),
+        row(
+            "prefill's share of the matrix kernel's own peak",
+            100 * rate / read.matrix,
+            "%",
+            gflops=rate / 1e9,
+            matrix_peak_gflops=read.matrix / 1e9,
+        ),
+    ]
 
 
 def decode(model, fp32, bf16, rounds: int) -> tuple[list[dict], float]:
-    """Rows, and our tokens/s at batch 1. Total time of 64 tokens after 16, prefill included, on both sides."""
+    """Rows, and our tokens/s at batch 1. Total time of 64 tokens after 16, prefill
+    included, on both sides.
+    """
     prompt = tokens(16)
-    generate = lambda rows: lambda: model.generate([prompt] * rows, max_new_tokens=NEW, ignore_eos=True, progress=False)
-    times = take_turns({"ours": generate(1), "float32": peers.greedy(fp32, prompt, NEW), "bfloat16": peers.greedy(bf16, prompt, NEW), "ours 8": generate(8)}, rounds)
+    generate = lambda rows: (
+        lambda: model.generate([prompt] * rows, max_new_tokens=NEW, ignore_eos=True, progress=False)
+    )
+    times = take_turns(
+        {
+            "ours": generate(1),
+            "float32": peers.greedy(fp32, prompt, NEW),
+            "bfloat16": peers.greedy(bf16, prompt, NEW),
+            "ours 8": generate(8),
+        },
+        rounds,
+    )
     s = {name: summary(t) for name, t in times.items()}
     faster = min(("float32", "bfloat16"), key=lambda name: s[name]["median_s"])
     rate = NEW / s["ours"]["median_s"]
     read, host = ceilings.measure(model, 5).read, host_read()
-    # The goal is set by what a kernel that only reads reaches here; what the host's own code reads is quoted beside it.
+    # The goal is set by what a kernel that only reads reaches here; what the host's own code reads
+    # is quoted beside it.
     step = decode_step(model, [prompt], NEW)
     bytes_a_second = ceilings.decode_bytes(model, 16 + NEW / 2) / step
     share = bytes_a_second / read
-    return [at_least(f"decoding, batch 1, against transformers.generate ({faster}, the faster)", s[faster]["median_s"] / s["ours"]["median_s"], 2, ours=s["ours"],
-                     peer=s[faster], float32=s["float32"], bfloat16=s["bfloat16"], ours_tokens_per_s=rate, peer_tokens_per_s=NEW / s[faster]["median_s"]),
-            at_least("decoding, batch 1, share of the plain read bandwidth", 100 * share, 60, "%", gbytes_per_s=bytes_a_second / 1e9,
-                     read_gbytes_per_s=read / 1e9, host_read_gbytes_per_s=host / 1e9),
-            at_least("decoding, batch 8 over batch 1, tokens/s", 8 * s["ours"]["median_s"] / s["ours 8"]["median_s"], 2.5, tokens_per_s=8 * NEW / s["ours 8"]["median_s"], ours=s["ours 8"])], rate
+    return [
+        at_least(
+            f"decoding, batch 1, against transformers.generate ({faster}, the faster)",
+            s[faster]["median_s"] / s["ours"]["median_s"],
+            2,
+            ours=s["ours"],
+            peer=s[faster],
+            float32=s["float32"],
+            bfloat16=s["bfloat16"],
+            ours_tokens_per_s=rate,
+            peer_tokens_per_s=NEW / s[faster]["median_s"],
+        ),
+        at_least(
+            "decoding, batch 1, share of the plain read bandwidth",
+            100 * share,
+            60,
+            "%",
+            gbytes_per_s=bytes_a_second / 1e9,
+            read_gbytes_per_s=read / 1e9,
+            host_read_gbytes_per_s=host / 1e9,
+        ),
+        at_least(
+            "decoding, batch 8 over batch 1, tokens/s",
+            8 * s["ours"]["median_s"] / s["ours 8"]["median_s"],
+            2.5,
+            tokens_per_s=8 * NEW / s["ours 8"]["median_s"],
+            ours=s["ours 8"],
+        ),
+    ], rate
 
 
 def llama_cpp(decode_rate: float, prefill_rate: float, rounds: int) -> list[dict]:
     peer = peers.llama_cpp(rounds)
     note = "" if peer["how"].startswith("measured") else " (quoted figure)"
-    return [at_least(f"decoding, batch 1, against llama.cpp CPU F16{note}", decode_rate / peer["decode_tokens_per_s"], 0.5, ours_tokens_per_s=decode_rate, peer=peer),
-            at_least(f"prefill {PROMPT} tokens, against llama.cpp CPU F16{note}", prefill_rate / peer["prefill_tokens_per_s"], 0.25, ours_tokens_per_s=prefill_rate, peer=peer)]
+    return [
+        at_least(
+            f"decoding, batch 1, against llama.cpp CPU F16{note}",
+            decode_rate / peer["decode_tokens_per_s"],
+            0.5,
+            ours_tokens_per_s=decode_rate,
+            peer=peer,
+        ),
+        at_least(
+            f"prefill {PROMPT} tokens, against llama.cpp CPU F16{note}",
+            prefill_rate / peer["prefill_tokens_per_s"],
+            0.25,
+            ours_tokens_per_s=prefill_rate,
+            peer=peer,
+        ),
+    ]
 
 
 def frozen(model, fp32, rounds: int, new: int = 24) -> list[dict]:
-    """A frozen pair after 256 tokens against our own batch of two, and against two full re-runs a token in PyTorch."""
+    """A frozen pair after 256 tokens against our own batch of two, and against two full
+    re-runs a token in PyTorch.
+    """
     import torch
+
     import vksteer as vs
 
     prompt = tokens(CONTEXT)
-    vector = vs.SteeringVector(np.random.default_rng(1).standard_normal(model.config.d_model) * 2, model.config.n_layers // 2)
+    vector = vs.SteeringVector(
+        np.random.default_rng(1).standard_normal(model.config.d_model) * 2,
+        model.config.n_layers // 2,
+    )
     steps = {name: [] for name in ("plain 2", "qk", "ov", "mlp", "authors")}
 
     def step(rows, **options):
         times, last = [], rows - 1
-        model.generate([prompt] * rows, edits=[vs.Steer(vector)], max_new_tokens=new, ignore_eos=True, progress=False,
-                       on_token=lambda row, token, piece: times.append(time.perf_counter()) if row == last else None, **options)
+        model.generate(
+            [prompt] * rows,
+            edits=[vs.Steer(vector)],
+            max_new_tokens=new,
+            ignore_eos=True,
+            progress=False,
+            on_token=lambda row, token, piece: (
+                times.append(time.perf_counter()) if row == last else None
+            ),
+            **options,
+        )
         return statistics.median(np.diff(times).tolist())
 
     ids = torch.tensor([prompt])
@@ -101,8 +198,22 @@ def frozen(model, fp32, rounds: int, new: int = 24) -> list[dict]:
         steps["authors"].append(authors())
     s = {name: summary(t) for name, t in steps.items()}
     slowest = max(s[name]["median_s"] for name in ("qk", "ov", "mlp"))
-    return [at_least(f"frozen decoding at {CONTEXT} tokens against two full PyTorch re-runs a token (slowest of qk, ov, mlp)", s["authors"]["median_s"] / slowest, 20, steps=s),
-            at_most("frozen decoding over own plain decoding at batch 2 (slowest of qk, ov, mlp)", slowest / s["plain 2"]["median_s"], 1.5, "times", steps=s)]
+    return [
+        at_least(
+            f"frozen decoding at {CONTEXT} tokens against two full PyTorch re-runs a token (slowest"
+            " of qk, ov, mlp)",
+            s["authors"]["median_s"] / slowest,
+            20,
+            steps=s,
+        ),
+        at_most(
+            "frozen decoding over own plain decoding at batch 2 (slowest of qk, ov, mlp)",
+            slowest / s["plain 2"]["median_s"],
+            1.5,
+            "times",
+            steps=s,
+        ),
+    ]
 
 
 def run(rounds: int, device):

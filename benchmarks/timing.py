@@ -1,4 +1,6 @@
-"""Side by side: calls that take turns, their medians, and one row of the result for each comparison."""
+"""Side by side: calls that take turns, their medians, and one row of the result
+for each comparison.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,20 @@ def take_turns(calls: dict, rounds: int, warm_up: int = 1) -> dict[str, list[flo
 
 
 def summary(times: list[float]) -> dict:
-    return {"median_s": statistics.median(times), "fastest_s": min(times), "slowest_s": max(times), "n": len(times)}
+    return {
+        "median_s": statistics.median(times),
+        "fastest_s": min(times),
+        "slowest_s": max(times),
+        "n": len(times),
+    }
 
 
-def row(what: str, value: float, unit: str, *, target: str = "", met: bool | None = None, **details) -> dict:
-    """One line of the table: a figure, its target, and what it is made of. A ratio is the peer's time divided by ours."""
+def row(
+    what: str, value: float, unit: str, *, target: str = "", met: bool | None = None, **details
+) -> dict:
+    """One line of the table: a figure, its target, and what it is made of. A ratio is the peer's
+    time divided by ours.
+    """
     return {"what": what, "value": value, "unit": unit, "target": target, "met": met, **details}
 
 

@@ -1,12 +1,12 @@
-// dst[s, :] += weight * the rows of its sources, in their order; a workgroup a slot. See accumulate_params.
+// dst[s, :] += weight * the rows of its sources, in their order; a workgroup a slot.
+// See accumulate_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { accumulate_params p; };
 
-void main()
-{
+void main() {
     uint s = gl_WorkGroupID.x;
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
         float sum = p.dst.at[s * p.stride + i];

@@ -6,9 +6,10 @@
 
 layout(push_constant, scalar) uniform Params { act_params p; };
 
-void main()
-{
+void main() {
     uint t = gl_WorkGroupID.x;
-    for (uint i = gl_WorkGroupID.y * WG + gl_LocalInvocationID.x; i < p.width; i += WG * gl_NumWorkGroups.y)
-        p.dst.at[t * p.out_stride + i] = activate(p.act, p.gate_up.at[t * p.in_stride + i]) * p.gate_up.at[t * p.in_stride + p.width + i];
+    for (uint i = gl_WorkGroupID.y * WG + gl_LocalInvocationID.x; i < p.width;
+         i += WG * gl_NumWorkGroups.y)
+        p.dst.at[t * p.out_stride + i] = activate(p.act, p.gate_up.at[t * p.in_stride + i]) *
+                                         p.gate_up.at[t * p.in_stride + p.width + i];
 }

@@ -1,4 +1,5 @@
-// Backward of act.comp, one workgroup a token: dgate = dpost * up * act'(gate), dup = dpost * act(gate).
+// Backward of act.comp, one workgroup a token: dgate = dpost * up * act'(gate), dup
+// = dpost * act(gate).
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,11 +7,12 @@
 
 layout(push_constant, scalar) uniform Params { act_bwd_params p; };
 
-void main()
-{
+void main() {
     uint t = gl_WorkGroupID.x;
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
-        float gate = p.gate_up.at[t * p.in_stride + i], up = p.gate_up.at[t * p.in_stride + p.width + i], d = p.dpost.at[t * p.out_stride + i];
+        float gate = p.gate_up.at[t * p.in_stride + i],
+              up = p.gate_up.at[t * p.in_stride + p.width + i],
+              d = p.dpost.at[t * p.out_stride + i];
         p.dgate_up.at[t * p.in_stride + i] = d * up * activate_slope(p.act, gate);
         p.dgate_up.at[t * p.in_stride + p.width + i] = d * activate(p.act, gate);
     }

@@ -1,5 +1,7 @@
-// z[t, h, :] = sum_j pattern[t, h, j] v_j: a subgroup takes one tile of up to 8 queries of a row and RN * SG columns of the head.
-// Order: one fma chain over ascending j for every output (zeros of the pattern change nothing). Grid: x = column blocks, y = tiles, z = heads.
+// z[t, h, :] = sum_j pattern[t, h, j] v_j: a subgroup takes one tile of up to 8 queries of a row
+// and RN * SG columns of the head.
+// Order: one fma chain over ascending j for every output (zeros of the pattern change nothing).
+// Grid: x = column blocks, y = tiles, z = heads.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -8,8 +10,7 @@ layout(push_constant, scalar) uniform Params { mix_params p; };
 
 const uint RQ = 8, RN = 2;
 
-void main()
-{
+void main() {
     query_tile tile = p.tiles.at[gl_WorkGroupID.y];
     const uint h = gl_WorkGroupID.z, lane = gl_SubgroupInvocationID;
     const uint d0 = (gl_WorkGroupID.x * (WG / SG) + gl_SubgroupID) * SG * RN;
@@ -20,37 +21,42 @@ void main()
     const uint kv_stride = p.n_kv_heads * p.d_head;
     uint v_at[RN];
     [[unroll]] for (uint r = 0; r < RN; r++)
-        v_at[r] = p.tokens.at[tile.first].v_slot * kv_stride + h / (p.n_heads / p.n_kv_heads) * p.d_head + min(d0 + r * SG + lane, p.d_head - 1);
+        v_at[r] = p.tokens.at[tile.first].v_slot * kv_stride +
+                  h / (p.n_heads / p.n_kv_heads) * p.d_head + min(d0 + r * SG + lane, p.d_head - 1);
     uint p_at[RQ];
     [[unroll]] for (uint i = 0; i < RQ; i++)
-        p_at[i] = ((tile.first + min(i, tile.count - 1) - p.first_token) * p.n_heads + h) * p.key_stride;
+        p_at[i] = ((tile.first + min(i, tile.count - 1) - p.first_token) * p.n_heads + h) *
+                  p.key_stride;
 
     float acc[RQ][RN];
-    [[unroll]] for (uint i = 0; i < RQ; i++)
+    [[unroll]] for (uint i = 0; i < RQ; i++) {
         [[unroll]] for (uint r = 0; r < RN; r++)
             acc[i][r] = 0;
+    }
     for (uint j = start; j <= last_pos; j += SG) {
         uint n = min(SG, last_pos + 1 - j);
         float w[RQ];
         [[unroll]] for (uint i = 0; i < RQ; i++)
             w[i] = p.pattern.at[p_at[i] + j + min(lane, n - 1)];
-#define STEP { \
-    float v[RN]; \
-    [[unroll]] for (uint r = 0; r < RN; r++) \
-        v[r] = p.v_cache.at[v_at[r] + (j + s) * kv_stride]; \
-    [[unroll]] for (uint i = 0; i < RQ; i++) { \
-        float value = subgroupBroadcast(w[i], s); \
+#define STEP \
+    { \
+        float v[RN]; \
         [[unroll]] for (uint r = 0; r < RN; r++) \
-            acc[i][r] = fma(value, v[r], acc[i][r]); \
-    } \
-}
+            v[r] = p.v_cache.at[v_at[r] + (j + s) * kv_stride]; \
+        [[unroll]] for (uint i = 0; i < RQ; i++) { \
+            float value = subgroupBroadcast(w[i], s); \
+            [[unroll]] for (uint r = 0; r < RN; r++) \
+                acc[i][r] = fma(value, v[r], acc[i][r]); \
+        } \
+    }
         FOR_STEPS(n, STEP)
     }
     [[unroll]] for (uint i = 0; i < RQ; i++)
-        if (i < tile.count)
+        if (i < tile.count) {
             [[unroll]] for (uint r = 0; r < RN; r++) {
                 uint d = d0 + r * SG + lane;
                 if (d < p.d_head)
                     p.z.at[(tile.first + i) * p.z_stride + h * p.d_head + d] = acc[i][r];
             }
+        }
 }

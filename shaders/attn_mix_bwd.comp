@@ -1,9 +1,12 @@
-// sums[j, g, :] (+)= sum over queries t of j's row and heads h of group g of a[t, h, j] y[t, h, :]: a subgroup takes up to 16 keys of a row and RN * SG
-// columns of the head; lanes lie along columns. Order: one fma chain over ascending (t, h) for every output; cutting the queries into pieces
+// sums[j, g, :] (+)= sum over queries t of j's row and heads h of group g of a[t, h, j] y[t, h, :]:
+// a subgroup takes up to 16 keys of a row and RN * SG columns of the head; lanes lie along columns.
+// Order: one fma chain over ascending (t, h) for every output; cutting the queries into pieces
 // (`add`) goes on with the same chain. Grid: x = column blocks, y = tiles, z = key/value heads.
 //
-// Tiles have at most 8 keys; a full one with an even number takes on the next, if that goes on with the row. Loads cost per element on software drivers,
-// so y is used for 16 keys, and the accumulators meet STEPS pairs (t, h) at once (see linear_bwd.comp): 3 times as fast as 8 keys and one pair.
+// Tiles have at most 8 keys; a full one with an even number takes on the next, if that goes
+// on with the row. Loads cost per element on software drivers, so y is used for 16 keys, and
+// the accumulators meet STEPS pairs (t, h) at once (see linear_bwd.comp): 3 times as fast as
+// 8 keys and one pair.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -15,15 +18,15 @@ const uint RN_MAX = 4, RN = SG <= 16 ? RN_MAX : SG == 32 ? 2 : 1;
 const uint A_REGS = (RK + SG - 1) / SG, A_MAX = RK / 4; // at the smallest SG, 4
 
 // Does tile y + 1 go on where tile y, a full one, ends?
-bool goes_on(uint y)
-{
+bool goes_on(uint y) {
     query_tile tile = p.tiles.at[y], next = p.tiles.at[y + 1];
-    return tile.count == TILE && next.first == tile.first + TILE && next.first < p.tokens.at[tile.first].row_end;
+    return tile.count == TILE && next.first == tile.first + TILE &&
+           next.first < p.tokens.at[tile.first].row_end;
 }
 
-void main()
-{
-    const uint y_tile = gl_WorkGroupID.y, g = gl_WorkGroupID.z, lane = gl_SubgroupInvocationID, group = p.n_heads / p.n_kv_heads;
+void main() {
+    const uint y_tile = gl_WorkGroupID.y, g = gl_WorkGroupID.z, lane = gl_SubgroupInvocationID,
+               group = p.n_heads / p.n_kv_heads;
     const uint d0 = (gl_WorkGroupID.x * (WG / SG) + gl_SubgroupID) * SG * RN;
     if (d0 >= p.d_head || (y_tile % 2 == 1 && goes_on(y_tile - 1)))
         return;
@@ -40,14 +43,18 @@ void main()
         column[r] = min(d0 + r * SG + lane, p.d_head - 1);
 
     float acc[RK][RN_MAX];
-    [[unroll]] for (uint i = 0; i < RK; i++)
+    [[unroll]] for (uint i = 0; i < RK; i++) {
         [[unroll]] for (uint r = 0; r < RN; r++)
-            acc[i][r] = p.add != 0 && i < count ? p.sums.at[(j0 + i) * p.out_stride + g * p.d_head + column[r]] : 0.0;
+            acc[i][r] = p.add != 0 && i < count
+                            ? p.sums.at[(j0 + i) * p.out_stride + g * p.d_head + column[r]]
+                            : 0.0;
+    }
     uint h = g * group;
     while (t < last) {
         float y[STEPS][RN_MAX], a[STEPS][A_MAX];
         [[unroll]] for (uint s = 0; s < STEPS; s++) {
-            const uint at = min(t, last - 1), keys = at - j0; // past the end: the last query again, with zeros
+            // past the end: the last query again, with zeros
+            const uint at = min(t, last - 1), keys = at - j0;
             const uint a_at = ((at - p.first_token) * p.n_heads + h) * p.key_stride + pos;
             [[unroll]] for (uint r = 0; r < RN; r++)
                 y[s][r] = p.y.at[at * p.y_stride + h * p.d_head + column[r]];
@@ -59,16 +66,19 @@ void main()
             h = next ? g * group : h;
             t += next ? 1 : 0;
         }
-        [[unroll]] for (uint i = 0; i < RK; i++)
+        [[unroll]] for (uint i = 0; i < RK; i++) {
             [[unroll]] for (uint s = 0; s < STEPS; s++) {
                 float value = subgroupBroadcast(a[s][i / SG], i % SG);
                 [[unroll]] for (uint r = 0; r < RN; r++)
                     acc[i][r] = fma(value, y[s][r], acc[i][r]);
             }
+        }
     }
     [[unroll]] for (uint i = 0; i < RK; i++)
-        if (i < count)
+        if (i < count) {
             [[unroll]] for (uint r = 0; r < RN; r++)
                 if (d0 + r * SG + lane < p.d_head)
-                    p.sums.at[(j0 + i) * p.out_stride + g * p.d_head + d0 + r * SG + lane] = acc[i][r];
+                    p.sums.at[(j0 + i) * p.out_stride + g * p.d_head + d0 + r * SG + lane] =
+                        acc[i][r];
+        }
 }

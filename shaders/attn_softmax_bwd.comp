@@ -1,4 +1,5 @@
-// In place: dpattern[t, h, :] -> dscores, a workgroup a (token, head); see softmax_bwd_params. Zeros as attn_softmax.comp writes them.
+// In place: dpattern[t, h, :] -> dscores, a workgroup a (token, head); see softmax_bwd_params.
+// Zeros as attn_softmax.comp writes them.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,8 +7,7 @@
 
 layout(push_constant, scalar) uniform Params { softmax_bwd_params p; };
 
-void main()
-{
+void main() {
     const uint t = gl_WorkGroupID.x, h = gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
     const uint pos = p.tokens.at[p.first_token + t].pos, row = (t * p.n_heads + h) * p.key_stride;
     const uint start = p.window != 0 && pos + 1 > p.window ? pos + 1 - p.window : 0;

@@ -1,15 +1,17 @@
-// Heads' mixes of states, their difference from the base run, gathered into rows; a workgroup a (token, entry). See circuit_heads_params.
+// Heads' mixes of states, their difference from the base run, gathered into rows; a workgroup a
+// (token, entry). See circuit_heads_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { circuit_heads_params p; };
 
-void main()
-{
+void main() {
     const uint t = gl_WorkGroupID.x, e = 4 * gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
-    const uint state = p.entries.at[e], head = p.entries.at[e + 1], row = (p.entries.at[e + 2] * p.n_tokens + t) * p.out_stride;
-    const uint from = (state * p.n_tokens + t) * p.z_stride, base = t * p.base_stride + head * p.d_head;
+    const uint state = p.entries.at[e], head = p.entries.at[e + 1],
+               row = (p.entries.at[e + 2] * p.n_tokens + t) * p.out_stride;
+    const uint from = (state * p.n_tokens + t) * p.z_stride,
+               base = t * p.base_stride + head * p.d_head;
     const uint column = (p.flags & HEADS_COLUMN) != 0 ? head * p.d_head : 0;
     float factor = 1.0, base_factor = 1.0;
     if ((p.flags & HEADS_SCALED) != 0) {
@@ -21,7 +23,8 @@ void main()
             if (i < column || i >= column + p.d_head)
                 p.dst.at[row + i] = 0.0;
     for (uint i = lane; i < p.d_head; i += WG) {
-        precise float there = p.base.at[base + i], here = there; // no contraction: equal states cancel
+        // no contraction: equal states cancel
+        precise float there = p.base.at[base + i], here = there;
         if (state != NO_BLOCK)
             here = p.z.at[from + i];
         here *= factor;

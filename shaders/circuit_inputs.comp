@@ -1,4 +1,5 @@
-// The stream as one input of a circuit reads it, normed; a workgroup a (token, entry). See circuit_inputs_params. The order of the sum is that of the list.
+// The stream as one input of a circuit reads it, normed; a workgroup a (token, entry). See
+// circuit_inputs_params. The order of the sum is that of the list.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,13 +7,13 @@
 
 layout(push_constant, scalar) uniform Params { circuit_inputs_params p; };
 
-void main()
-{
+void main() {
     const uint j = gl_WorkGroupID.x, e = gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
     uint t = j;
     if (p.all_tokens == 0)
         t = p.tokens.at[j];
-    const uint begin = p.first.at[e], end = p.first.at[e + 1], from = t * p.stride, to = (e * p.n_tokens + j) * p.stride;
+    const uint begin = p.first.at[e], end = p.first.at[e + 1], from = t * p.stride,
+               to = (e * p.n_tokens + j) * p.stride;
     float sum = 0.0;
     for (uint i = lane; i < p.width; i += WG) {
         float v = p.x.at[from + i];

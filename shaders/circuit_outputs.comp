@@ -1,4 +1,5 @@
-// What MLPs add (after a post-norm where there is one) minus what they add in the base run; a workgroup a row. See circuit_outputs_params.
+// What MLPs add (after a post-norm where there is one) minus what they add in the base run; a
+// workgroup a row. See circuit_outputs_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,9 +7,9 @@
 
 layout(push_constant, scalar) uniform Params { circuit_outputs_params p; };
 
-void main()
-{
-    const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, at = r * p.stride, base = (p.first + r) % p.n_tokens * p.stride;
+void main() {
+    const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, at = r * p.stride,
+               base = (p.first + r) % p.n_tokens * p.stride;
     float inverse = 1.0;
     if ((p.flags & OUTPUTS_NORM) != 0) {
         float sum = 0.0;

@@ -1,4 +1,5 @@
-// Single heads' queries, keys and values to where attention finds them; a workgroup a (token, entry). See circuit_place_params.
+// Single heads' queries, keys and values to where attention finds them; a workgroup a (token,
+// entry). See circuit_place_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,19 +7,23 @@
 
 layout(push_constant, scalar) uniform Params { circuit_place_params p; };
 
-float source(uint entry, uint from, uint i)
-{
+float source(uint entry, uint from, uint i) {
     return (entry & PLACE_BASE) != 0 ? p.base.at[from + i] : p.x.at[from + i];
 }
 
-void main()
-{
-    const uint t = gl_WorkGroupID.x, e = 4 * gl_WorkGroupID.y, lane = gl_LocalInvocationID.x, half_ = p.d_head / 2;
-    const uint entry = p.entries.at[e], kind = entry & 3, pos = p.tokens.at[t].pos, to_block = p.entries.at[e + 3];
+void main() {
+    const uint t = gl_WorkGroupID.x, e = 4 * gl_WorkGroupID.y, lane = gl_LocalInvocationID.x,
+               half_ = p.d_head / 2;
+    const uint entry = p.entries.at[e], kind = entry & 3, pos = p.tokens.at[t].pos,
+               to_block = p.entries.at[e + 3];
     const bool is_base = (entry & PLACE_BASE) != 0;
-    const uint from = (is_base ? t * p.base_stride : (p.entries.at[e + 1] * p.n_tokens + t) * p.x_stride) + p.entries.at[e + 2];
-    const uint to = kind == PLACE_Q ? (to_block * p.n_tokens + t) * p.q_stride : (to_block * p.n_slots + p.tokens.at[t].slot) * p.d_head;
-    const bool turned = !is_base && kind != PLACE_V, normed = turned && (p.flags & PLACE_QK_NORM) != 0;
+    const uint from = (is_base ? t * p.base_stride
+                               : (p.entries.at[e + 1] * p.n_tokens + t) * p.x_stride) +
+                      p.entries.at[e + 2];
+    const uint to = kind == PLACE_Q ? (to_block * p.n_tokens + t) * p.q_stride
+                                    : (to_block * p.n_slots + p.tokens.at[t].slot) * p.d_head;
+    const bool turned = !is_base && kind != PLACE_V,
+               normed = turned && (p.flags & PLACE_QK_NORM) != 0;
     float inverse = 1.0;
     if (normed) {
         float sum = 0.0;
@@ -35,7 +40,8 @@ void main()
             b *= inverse * (kind == PLACE_Q ? p.q_gain.at[half_ + i] : p.k_gain.at[half_ + i]);
         }
         if (turned) {
-            float c = p.angles.at[(pos * half_ + i) * 2], s = p.angles.at[(pos * half_ + i) * 2 + 1], old = a;
+            float c = p.angles.at[(pos * half_ + i) * 2],
+                  s = p.angles.at[(pos * half_ + i) * 2 + 1], old = a;
             a = old * c - b * s;
             b = b * c + old * s;
         }

@@ -5,8 +5,7 @@
 
 layout(push_constant, scalar) uniform Params { copy_params p; };
 
-void main()
-{
+void main() {
     // Rows beyond what one grid dimension holds go on in y.
     uint r = gl_WorkGroupID.y * gl_NumWorkGroups.x + gl_WorkGroupID.x;
     if (r >= p.n_rows)

@@ -1,4 +1,5 @@
-// The difference of a value between two runs, slot by slot, a workgroup a slot; see difference_params. Equal runs give exact zeros.
+// The difference of a value between two runs, slot by slot, a workgroup a slot; see
+// difference_params. Equal runs give exact zeros.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,8 +7,7 @@
 
 layout(push_constant, scalar) uniform Params { difference_params p; };
 
-float factor(uint token)
-{
+float factor(uint token) {
     float sum = 0.0;
     for (uint i = gl_LocalInvocationID.x; i < p.raw_width; i += WG) {
         float x = p.raw.at[token * p.raw_stride + i];
@@ -16,12 +16,12 @@ float factor(uint token)
     return p.raw_width == 0 ? 1.0 : 1.0 / sqrt(workgroup_sum(sum) / float(p.raw_width) + p.eps);
 }
 
-void main()
-{
+void main() {
     uint s = gl_WorkGroupID.x, a = p.pairs.at[2 * s], b = p.pairs.at[2 * s + 1];
     float fa = factor(a), fb = factor(b);
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
-        precise float xa = fa * p.x.at[a * p.stride + i], xb = fb * p.x.at[b * p.stride + i]; // no contraction: equal runs cancel
+        // no contraction: equal runs cancel
+        precise float xa = fa * p.x.at[a * p.stride + i], xb = fb * p.x.at[b * p.stride + i];
         p.dst.at[s * p.stride + i] = xa - xb;
     }
 }

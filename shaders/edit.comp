@@ -6,14 +6,14 @@
 
 layout(push_constant, scalar) uniform Params { edit_params p; };
 
-void main()
-{
+void main() {
     edit_entry entry = p.entries.at[gl_WorkGroupID.x];
     uint token = entry.token, ordinal = gl_WorkGroupID.y;
     uint base = token * p.token_stride + p.heads.at[ordinal] * p.head_stride;
     uint operand = entry.operand + ordinal * p.head_step;
     uint start = 0, width = p.width;
-    if ((p.flags & EDIT_KEYS) != 0) { // neither the future nor what lies before the window can be opened
+    // neither the future nor what lies before the window can be opened
+    if ((p.flags & EDIT_KEYS) != 0) {
         width = min(p.width, p.tokens.at[token].pos + 1);
         start = p.window != 0 && width > p.window ? width - p.window : 0;
     }

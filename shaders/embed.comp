@@ -1,12 +1,12 @@
-// x[t, :] = scale * embedding of the token. One workgroup a token; reads the panel layout of the (often tied) unembedding.
+// x[t, :] = scale * embedding of the token. One workgroup a token; reads the panel layout of the
+// (often tied) unembedding.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { embed_params p; };
 
-float weight(uint n, uint k)
-{
+float weight(uint n, uint k) {
     uint per_cell = p.weight_type == WEIGHT_F32 ? 4 : 8;
     uint word_at = (((n >> 5) * p.k_cells + k / per_cell) * 32 + (n & 31)) * 4;
     if (p.weight_type == WEIGHT_F32)
@@ -18,8 +18,7 @@ float weight(uint n, uint k)
     return (k & 1) == 0 ? pair.x : pair.y;
 }
 
-void main()
-{
+void main() {
     uint t = gl_WorkGroupID.x;
     uint id = p.tokens.at[t].id;
     if (id < p.first_id || id - p.first_id >= p.n_ids)

@@ -1,5 +1,6 @@
-// Gradients of a layer's query, key and value inputs before the norm, in place; a workgroup a slot and 8 inputs, so that what the steps kept of the
-// stream is read once for all of them. See head_gradients_params. Order: gain * g, then the steps in ascending order, one fma each.
+// Gradients of a layer's query, key and value inputs before the norm, in place; a workgroup a slot
+// and 8 inputs, so that what the steps kept of the stream is read once for all of them. See
+// head_gradients_params. Order: gain * g, then the steps in ascending order, one fma each.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -8,8 +9,7 @@ layout(push_constant, scalar) uniform Params { head_gradients_params p; };
 
 const uint R = 8;
 
-void main()
-{
+void main() {
     const uint t = gl_WorkGroupID.x, v0 = gl_WorkGroupID.y * R;
     uint at[R], step_at[R]; // inputs past the end repeat the last one and are not written
     [[unroll]] for (uint r = 0; r < R; r++) {

@@ -1,5 +1,5 @@
-// Gradients of a layer's query, key and value inputs, kept small: in the heads' own space, with what the norm's statistic needs beside them; a workgroup a
-// slot. See head_inputs_params.
+// Gradients of a layer's query, key and value inputs, kept small: in the heads' own space, with
+// what the norm's statistic needs beside them; a workgroup a slot. See head_inputs_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -7,8 +7,7 @@
 
 layout(push_constant, scalar) uniform Params { head_inputs_params p; };
 
-void main()
-{
+void main() {
     const uint s = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, n = p.n_inputs * p.d_head;
     const bool normed = (p.flags & HEAD_INPUTS_NORMED) != 0;
     for (uint k = 0; k < p.n_sources; k++) {
@@ -41,6 +40,7 @@ void main()
             }
         }
         for (uint i = lane; i < n; i += WG)
-            p.heads.at[s * p.stride + i] = fma(p.weight * inverse, p.dqkv.at[t * p.stride + i], p.heads.at[s * p.stride + i]);
+            p.heads.at[s * p.stride + i] = fma(p.weight * inverse, p.dqkv.at[t * p.stride + i],
+                                               p.heads.at[s * p.stride + i]);
     }
 }

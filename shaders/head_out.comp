@@ -1,8 +1,10 @@
-// dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector a key/value head, sent through the part of W_O that belongs to each
-// query head. A product of one row that keeps the heads apart: W_O is read once, where H slices of a product would be H dispatches.
+// dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector a key/value head,
+// sent through the part of W_O that belongs to each query head. A product of one row that keeps the
+// heads apart: W_O is read once, where H slices of a product would be H dispatches.
 //
-// Grid: x = ceil(H / heads_each), y = ceil(N / panels of a workgroup). A subgroup runs through its panel head after head, so it reads in order; lanes
-// along n, one chain over ascending i, as in linear.comp. A head may begin inside a cell: x counts as zero outside the head.
+// Grid: x = ceil(H / heads_each), y = ceil(N / panels of a workgroup). A subgroup runs through its
+// panel head after head, so it reads in order; lanes along n, one chain over ascending i, as in
+// linear.comp. A head may begin inside a cell: x counts as zero outside the head.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -15,8 +17,7 @@ const uint NB = 32, KB = 16; // columns in a panel; inputs a step
 const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 const uint X_REGS = (KB + SG - 1) / SG, X_MAX = KB / 4;
 
-void main()
-{
+void main() {
     const uint lane = gl_SubgroupInvocationID;
     const uint n0 = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS + lane;
     uint panel[COLUMNS_MAX]; // columns past the end read the last one and are not written
@@ -26,7 +27,8 @@ void main()
     }
     const uint head_end = min((gl_WorkGroupID.x + 1) * p.heads_each, p.n_heads);
     for (uint head = gl_WorkGroupID.x * p.heads_each; head < head_end; head++) {
-        const uint first = head * p.d_head, last = first + p.d_head, from = head / p.group * p.d_head;
+        const uint first = head * p.d_head, last = first + p.d_head,
+                   from = head / p.group * p.d_head;
         float acc[COLUMNS_MAX];
         [[unroll]] for (uint j = 0; j < COLUMNS; j++)
             acc[j] = 0;
@@ -41,19 +43,21 @@ void main()
                 uvec4 cells[COLUMNS_MAX];
                 [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                     cells[j] = LOAD_CELL(panel[j] + at);
-                [[unroll]] for (uint quad = 0; quad < CELL / 4; quad++)
+                [[unroll]] for (uint quad = 0; quad < CELL / 4; quad++) {
                     [[unroll]] for (uint c = 0; c < 4; c++) {
                         uint e = s * CELL + quad * 4 + c;
                         float value = subgroupBroadcast(x[e / SG], e % SG);
                         [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                             acc[j] = fma(value, cell_values(cells[j], quad)[c], acc[j]);
                     }
+                }
             }
         }
         [[unroll]] for (uint j = 0; j < COLUMNS; j++) {
             uint n = n0 + j * SG;
             if (n < p.n_out)
-                p.dst.at[head * p.out_stride + n] = p.has_gain != 0 ? acc[j] * p.gain.at[n] : acc[j];
+                p.dst.at[head * p.out_stride + n] = p.has_gain != 0 ? acc[j] * p.gain.at[n]
+                                                                    : acc[j];
         }
     }
 }

@@ -1,25 +1,32 @@
-// dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): the matrix kernel for drivers whose subgroups are vector registers (software).
+// dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): the matrix kernel for drivers whose subgroups
+// are vector registers (software).
 //
 // Defines   WEIGHT 0 float32, 1 bfloat16, 2 float16
 //           RM    rows of x a subgroup
-//           RN    columns a lane (a subgroup covers SG * RN columns); without it a subgroup covers one panel: for few rows, where a part of a
-//                 panel would be read at 2-4 times the cost
-//                 These variants understand LINEAR_NORM: the same arithmetic in the same order as norm.comp where a workgroup is one subgroup.
-//                 Every panel repeats it, which costs less than the dispatch (some 40 us on lavapipe) that it saves
-//           PAIRS (optional, without RN) a subgroup also covers the columns that meet its own, and finishes them together: gate with up, a head's two
-//                 halves for rotation. The same chains, and after them the arithmetic of act.comp and rope.comp
-//           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs shaderInt64); the bits do not change
-// Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel stays in cache meanwhile
+//           RN    columns a lane (a subgroup covers SG * RN columns); without it a
+//                 subgroup covers one panel: for few rows, where a part of a panel would
+//                 be read at 2-4 times the cost
+//                 These variants understand LINEAR_NORM: the same arithmetic in the same order as
+//                 norm.comp where a workgroup is one subgroup. Every panel repeats it, which costs
+//                 less than the dispatch (some 40 us on lavapipe) that it saves
+//           PAIRS (optional, without RN) a subgroup also covers the columns that meet its own, and
+//                 finishes them together: gate with up, a head's two halves for rotation. The same
+//                 chains, and after them the arithmetic of act.comp and rope.comp
+//           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs
+//           shaderInt64); the bits do not change
+// Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel
+//           stays in cache meanwhile
 //
-// Panels: cell e of 16 bytes = 4 or 8 consecutive k of one n, at e(n, k) = ((n / 32) * panel_cells + k / CELL) * 32 + n % 32, N padded to 32 and K to
-// 16 with zeros.
+// Panels: cell e of 16 bytes = 4 or 8 consecutive k of one n, at e(n, k) = ((n / 32) * panel_cells
+// + k / CELL) * 32 + n % 32, N padded to 32 and K to 16 with zeros.
 //
-// Order: every output is one chain acc = fma(x, w, acc) over ascending k from zero. Tiles only choose which lane holds which chain, so all
-// variants and all M give the same bits.
+// Order: every output is one chain acc = fma(x, w, acc) over ascending k from zero. Tiles only
+// choose which lane holds which chain, so all variants and all M give the same bits.
 //
-// Why this shape: on lavapipe a load from a buffer in a loop is a gather and costs per element, not per byte, while a broadcast from a constant
-// lane is one or two shuffles and a texel is one load. So lanes lie along n, the tile of x is loaded once by lanes along k and broadcast, and
-// tiles are large. Shared memory and uniform buffers are several times slower there (docs/decisions.md).
+// Why this shape: on lavapipe a load from a buffer in a loop is a gather and costs per element, not
+// per byte, while a broadcast from a constant lane is one or two shuffles and a texel is one load.
+// So lanes lie along n, the tile of x is loaded once by lanes along k and broadcast, and tiles are
+// large. Shared memory and uniform buffers are several times slower there (docs/decisions.md).
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -40,9 +47,10 @@ uint column(uint n, uint set) { return n; }
 
 #include "weights.glsl"
 
-const uint NB = 32; // columns in a panel
+const uint NB = 32;     // columns in a panel
 const uint KB_MAX = 16; // K is padded to it
-const uint KB = SG == 8 ? 8 : KB_MAX; // k a step; 8 lanes: AVX2, whose code for 16 (30 KB at 16 x 4) leaves the core's instruction cache
+// k a step; 8 lanes: AVX2, whose code for 16 (30 KB at 16 x 4) leaves the core's instruction cache
+const uint KB = SG == 8 ? 8 : KB_MAX;
 
 #ifdef RN
 const uint COLUMNS = RN, COLUMNS_MAX = RN;
@@ -50,7 +58,8 @@ const uint COLUMNS = RN, COLUMNS_MAX = RN;
 const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 #endif
 
-// XV floats of x a load. Element e = row * KB + k of the tile of x lives in register e / XV / SG of lane e / XV % SG.
+// XV floats of x a load. Element e = row * KB + k of the tile of x lives in register e / XV / SG
+// of lane e / XV % SG.
 #ifdef TEXELS
 #define XV 2
 #define X_TYPE vec2
@@ -67,8 +76,7 @@ const uint X_MAX = RM * KB_MAX / XV / 4 + 1; // at the smallest SG, 4
 
 #ifndef RN
 // As norm.comp does it with a workgroup of one subgroup.
-float row_inverse(uint row, uint lane)
-{
+float row_inverse(uint row, uint lane) {
     float sum = 0.0;
     for (uint i = lane; i < p.width; i += SG) {
         float x = X_PART(LOAD_X((row + i) / XV), i);
@@ -80,8 +88,7 @@ float row_inverse(uint row, uint lane)
 #endif
 
 #ifdef PAIRS
-void finish_pair(uint m, uint n, float first, float second)
-{
+void finish_pair(uint m, uint n, float first, float second) {
     const uint head = n / p.half_, i = n % p.half_;
     if ((p.flags & LINEAR_BIAS) != 0) {
         first += p.bias.at[column(n, 0)];
@@ -94,7 +101,8 @@ void finish_pair(uint m, uint n, float first, float second)
     const token_meta token = p.tokens.at[m];
     const uint kv_width = p.n_kv_heads * 2 * p.half_;
     if (head < p.n_heads + p.n_kv_heads) {
-        float c = p.angles.at[(token.pos * p.half_ + i) * 2], s = p.angles.at[(token.pos * p.half_ + i) * 2 + 1], a = first, b = second;
+        float c = p.angles.at[(token.pos * p.half_ + i) * 2],
+              s = p.angles.at[(token.pos * p.half_ + i) * 2 + 1], a = first, b = second;
         first = a * c - b * s;
         second = b * c + a * s;
     }
@@ -114,8 +122,7 @@ void finish_pair(uint m, uint n, float first, float second)
 }
 #endif
 
-void main()
-{
+void main() {
     const uint lane = gl_SubgroupInvocationID;
     const uint m0 = gl_WorkGroupID.x * RM;
     const uint n0 = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS + lane;
@@ -133,33 +140,37 @@ void main()
 #ifndef RN
     // 1 / rms of the row that each element of x belongs to.
     float inverse[X_MAX];
-    if ((p.flags & LINEAR_NORM) != 0)
+    if ((p.flags & LINEAR_NORM) != 0) {
         [[unroll]] for (int i = 0; i < RM; i++) {
             float of_row = row_inverse(min(m0 + i, p.n_rows - 1) * p.x_stride, lane);
             [[unroll]] for (uint r = 0; r < X_REGS; r++)
                 if ((r * SG + lane) * XV / KB == i)
                     inverse[r] = of_row;
         }
+    }
 #endif
     float acc[RM][SETS * COLUMNS_MAX];
-    [[unroll]] for (int i = 0; i < RM; i++)
+    [[unroll]] for (int i = 0; i < RM; i++) {
         [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
             acc[i][j] = 0;
+    }
 
     for (uint cell = 0; cell < p.k_cells; cell += KB / CELL) {
         X_TYPE x[X_MAX];
         [[unroll]] for (uint r = 0; r < X_REGS; r++)
             x[r] = LOAD_X(x_at[r] + cell * (CELL / XV));
 #ifndef RN
-        if ((p.flags & LINEAR_NORM) != 0)
+        if ((p.flags & LINEAR_NORM) != 0) {
             [[unroll]] for (uint r = 0; r < X_REGS; r++) {
                 uint k = cell * CELL + (r * SG + lane) * XV % KB;
                 [[unroll]] for (uint v = 0; v < XV; v++) {
-                    precise float normed = X_PART(x[r], v) * inverse[r]; // as norm.comp: two roundings
+                    // as norm.comp: two roundings
+                    precise float normed = X_PART(x[r], v) * inverse[r];
                     normed *= p.gain.at[k + v];
                     X_PART(x[r], v) = normed;
                 }
             }
+        }
 #endif
         [[unroll]] for (uint s = 0; s < KB / CELL; s++) {
             uvec4 cells[SETS * COLUMNS_MAX];
@@ -169,28 +180,32 @@ void main()
                 vec4 w[SETS * COLUMNS_MAX];
                 [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
                     w[j] = cell_values(cells[j], quad);
-                [[unroll]] for (int i = 0; i < RM; i++)
+                [[unroll]] for (int i = 0; i < RM; i++) {
                     [[unroll]] for (int c = 0; c < 4; c++) {
                         uint e = i * KB + s * CELL + quad * 4 + c;
                         float value = subgroupBroadcast(X_PART(x[e / XV / SG], e), e / XV % SG);
                         [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
                             acc[i][j] = fma(value, w[j][c], acc[i][j]);
                     }
+                }
             }
         }
     }
 
 #ifdef PAIRS
     [[unroll]] for (int i = 0; i < RM; i++)
-        if (m0 + i < p.n_rows)
+        if (m0 + i < p.n_rows) {
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                 if (n0 + j * SG < p.n_out)
                     finish_pair(m0 + i, n0 + j * SG, acc[i][j], acc[i][COLUMNS + j]);
+        }
 #else
     [[unroll]] for (int i = 0; i < RM; i++)
-        if (m0 + i < p.n_rows)
+        if (m0 + i < p.n_rows) {
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                 if (n0 + j * SG < p.n_out)
-                    p.dst.at[(m0 + i) * p.out_stride + n0 + j * SG] = linear_epilogue(p, acc[i][j], m0 + i, n0 + j * SG);
+                    p.dst.at[(m0 + i) * p.out_stride + n0 + j * SG] =
+                        linear_epilogue(p, acc[i][j], m0 + i, n0 + j * SG);
+        }
 #endif
 }

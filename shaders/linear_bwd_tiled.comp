@@ -1,5 +1,6 @@
-// The backward product of real GPUs: a workgroup of 128 computes 64 rows x 64 columns of dx from tiles in shared memory, 8 x 4 results an
-// invocation. Same panels and order (one fma chain over ascending n) as linear_bwd.comp, hence the same bits. Grid: x = ceil(M / 64), y = ceil(K / 64).
+// The backward product of real GPUs: a workgroup of 128 computes 64 rows x 64 columns of dx from
+// tiles in shared memory, 8 x 4 results an invocation. Same panels and order (one fma chain over
+// ascending n) as linear_bwd.comp, hence the same bits. Grid: x = ceil(M / 64), y = ceil(K / 64).
 // The next tiles are on their way to registers while these are multiplied.
 #version 450
 #extension GL_GOOGLE_include_directive : require
@@ -16,29 +17,32 @@ shared float w_tile[BN][BK + 4];
 float y_next[BM * BN / 128];
 uvec4 w_next[BK * BN / CELL / 128];
 
-void fetch(uint id, uint m0, uint k0, uint n0)
-{
+void fetch(uint id, uint m0, uint k0, uint n0) {
     [[unroll]] for (uint r = 0; r < BM * BN / 128; r++) { // 16 neighbours read 16 n of one row
         uint e = r * 128 + id, m = min(m0 + e / BN, p.n_rows - 1);
         y_next[r] = p.dy.at[m * p.y_stride + n0 + e % BN];
     }
-    [[unroll]] for (uint r = 0; r < BK * BN / CELL / 128; r++) { // 16 neighbours read one cell of 16 rows of W
-        uint e = r * 128 + id, n = p.first_n + n0 + e % BN, cell = min(k0 / CELL + e / BN, p.n_cells - 1);
+    // 16 neighbours read one cell of 16 rows of W
+    [[unroll]] for (uint r = 0; r < BK * BN / CELL / 128; r++) {
+        uint e = r * 128 + id, n = p.first_n + n0 + e % BN,
+             cell = min(k0 / CELL + e / BN, p.n_cells - 1);
         w_next[r] = LOAD_CELL((n / 32 * p.panel_cells + p.first_cell + cell) * 32 + n % 32);
     }
 }
 
-void main()
-{
+void main() {
     const uint id = gl_LocalInvocationID.x, m0 = gl_WorkGroupID.x * BM, k0 = gl_WorkGroupID.y * BK;
     const uint tx = id % 16, ty = id / 16; // 16 x 4 columns, 8 x 8 rows
     const uint n_k = p.n_cells * CELL;
     float acc[8][4];
-    [[unroll]] for (int i = 0; i < 8; i++)
+    [[unroll]] for (int i = 0; i < 8; i++) {
         [[unroll]] for (int j = 0; j < 4; j++) {
             uint m = m0 + ty * 8 + i, k = k0 + tx + j * 16;
-            acc[i][j] = (p.flags & LINEAR_ADD) != 0 && m < p.n_rows && k < n_k ? p.dx.at[m * p.x_stride + k] : 0.0;
+            acc[i][j] = (p.flags & LINEAR_ADD) != 0 && m < p.n_rows && k < n_k
+                            ? p.dx.at[m * p.x_stride + k]
+                            : 0.0;
         }
+    }
     fetch(id, m0, k0, 0);
     for (uint n0 = 0; n0 < p.n_sum; n0 += BN) {
         [[unroll]] for (uint r = 0; r < BM * BN / 128; r++) {
@@ -56,7 +60,8 @@ void main()
         barrier();
         if (n0 + BN < p.n_sum)
             fetch(id, m0, k0, n0 + BN);
-        for (uint four = 0; four < BN; four += 4) // not unrolled as a whole: software drivers would compile it for 10 s
+        // not unrolled as a whole: software drivers would compile it for 10 s
+        for (uint four = 0; four < BN; four += 4) {
             [[unroll]] for (uint s = 0; s < 4; s++) {
                 const uint n = four + s;
                 float y[8], w[4];
@@ -64,16 +69,19 @@ void main()
                     y[i] = y_tile[n][ty * 8 + i];
                 [[unroll]] for (int j = 0; j < 4; j++)
                     w[j] = w_tile[n][tx + j * 16];
-                [[unroll]] for (int i = 0; i < 8; i++)
+                [[unroll]] for (int i = 0; i < 8; i++) {
                     [[unroll]] for (int j = 0; j < 4; j++)
                         acc[i][j] = fma(y[i], w[j], acc[i][j]);
+                }
             }
+        }
         barrier();
     }
-    [[unroll]] for (int i = 0; i < 8; i++)
+    [[unroll]] for (int i = 0; i < 8; i++) {
         [[unroll]] for (int j = 0; j < 4; j++) {
             uint m = m0 + ty * 8 + i, k = k0 + tx + j * 16;
             if (m < p.n_rows && k < n_k)
                 p.dx.at[m * p.x_stride + k] = acc[i][j];
         }
+    }
 }

@@ -1,6 +1,7 @@
-// The matrix kernel of real GPUs for decoding: few rows, bound by reading the weights once. A workgroup of 256 takes a panel of 32 columns; eight
-// groups of 32 lanes sum every eighth cell of k, so that narrow matrices still fill a GPU, and the eight parts are added in order.
-// The order of a sum depends on K alone, never on M. RM rows at a time. Grid: x = ceil(M / RM), y = panels.
+// The matrix kernel of real GPUs for decoding: few rows, bound by reading the weights once. A
+// workgroup of 256 takes a panel of 32 columns; eight groups of 32 lanes sum every eighth cell of
+// k, so that narrow matrices still fill a GPU, and the eight parts are added in order. The order of
+// a sum depends on K alone, never on M. RM rows at a time. Grid: x = ceil(M / RM), y = panels.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 256
@@ -13,9 +14,9 @@ layout(push_constant, scalar) uniform Params { linear_params p; };
 const uint SPLITS = 8;
 shared float parts[SPLITS][RM][32];
 
-void main()
-{
-    const uint id = gl_LocalInvocationID.x, column = id % 32, split = id / 32, m0 = gl_WorkGroupID.x * RM;
+void main() {
+    const uint id = gl_LocalInvocationID.x, column = id % 32, split = id / 32,
+               m0 = gl_WorkGroupID.x * RM;
     const uint n = gl_WorkGroupID.y * 32 + column;
     const uint panel = (gl_WorkGroupID.y * p.panel_cells + p.first_cell) * 32 + column;
     float acc[RM];

@@ -1,6 +1,8 @@
-// The matrix kernel of real GPUs for many rows: a workgroup of 128 computes 64 rows x 64 columns from tiles in shared memory, 8 x 4 results an
-// invocation. Same panels, same order (one fma chain over ascending k) and same epilogue as linear.comp, hence the same bits.
-// Grid: x = ceil(M / 64), y = ceil(N / 64). Shared memory: 8.5 KiB. The next tiles are on their way to registers while these are multiplied.
+// The matrix kernel of real GPUs for many rows: a workgroup of 128 computes 64 rows x 64 columns
+// from tiles in shared memory, 8 x 4 results an invocation. Same panels, same order (one fma chain
+// over ascending k) and same epilogue as linear.comp, hence the same bits.
+// Grid: x = ceil(M / 64), y = ceil(N / 64). Shared memory: 8.5 KiB. The next tiles are on their way
+// to registers while these are multiplied.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 128
@@ -17,26 +19,27 @@ shared float w_tile[BK][BN + 4];
 float x_next[BM * BK / 128];
 uvec4 w_next[BN * BK / CELL / 128];
 
-void fetch(uint id, uint m0, uint n0, uint cell)
-{
+void fetch(uint id, uint m0, uint n0, uint cell) {
     [[unroll]] for (uint r = 0; r < BM * BK / 128; r++) { // 16 neighbours read 16 k of one row
         uint e = r * 128 + id, m = min(m0 + e / BK, p.n_rows - 1);
         x_next[r] = p.x.at[m * p.x_stride + cell * CELL + e % BK];
     }
-    [[unroll]] for (uint r = 0; r < BN * BK / CELL / 128; r++) { // 32 neighbours read one cell of 32 columns
+    // 32 neighbours read one cell of 32 columns
+    [[unroll]] for (uint r = 0; r < BN * BK / CELL / 128; r++) {
         uint e = r * 128 + id, n = min(n0 + e % BN, p.n_out - 1);
-        w_next[r] = LOAD_CELL((n / 32 * p.panel_cells + p.first_cell + cell + e / BN) * 32 + n % 32);
+        w_next[r] =
+            LOAD_CELL((n / 32 * p.panel_cells + p.first_cell + cell + e / BN) * 32 + n % 32);
     }
 }
 
-void main()
-{
+void main() {
     const uint id = gl_LocalInvocationID.x, m0 = gl_WorkGroupID.x * BM, n0 = gl_WorkGroupID.y * BN;
     const uint tx = id % 16, ty = id / 16; // 16 x 4 columns, 8 x 8 rows
     float acc[8][4];
-    [[unroll]] for (int i = 0; i < 8; i++)
+    [[unroll]] for (int i = 0; i < 8; i++) {
         [[unroll]] for (int j = 0; j < 4; j++)
             acc[i][j] = 0;
+    }
     fetch(id, m0, n0, 0);
     for (uint cell = 0; cell < p.k_cells; cell += BK / CELL) {
         [[unroll]] for (uint r = 0; r < BM * BK / 128; r++) {
@@ -54,7 +57,8 @@ void main()
         barrier();
         if (cell + BK / CELL < p.k_cells)
             fetch(id, m0, n0, cell + BK / CELL);
-        for (uint four = 0; four < BK; four += 4) // not unrolled as a whole: software drivers would compile it for 10 s
+        // not unrolled as a whole: software drivers would compile it for 10 s
+        for (uint four = 0; four < BK; four += 4) {
             [[unroll]] for (uint s = 0; s < 4; s++) {
                 const uint k = four + s;
                 float x[8], w[4];
@@ -62,16 +66,19 @@ void main()
                     x[i] = x_tile[k][ty * 8 + i];
                 [[unroll]] for (int j = 0; j < 4; j++)
                     w[j] = w_tile[k][tx + j * 16];
-                [[unroll]] for (int i = 0; i < 8; i++)
+                [[unroll]] for (int i = 0; i < 8; i++) {
                     [[unroll]] for (int j = 0; j < 4; j++)
                         acc[i][j] = fma(x[i], w[j], acc[i][j]);
+                }
             }
+        }
         barrier();
     }
-    [[unroll]] for (int i = 0; i < 8; i++)
+    [[unroll]] for (int i = 0; i < 8; i++) {
         [[unroll]] for (int j = 0; j < 4; j++) {
             uint m = m0 + ty * 8 + i, n = n0 + tx + j * 16;
             if (m < p.n_rows && n < p.n_out)
                 p.dst.at[m * p.out_stride + n] = linear_epilogue(p, acc[i][j], m, n);
         }
+    }
 }

@@ -1,4 +1,5 @@
-// Logits of a row -> the gradient of a scalar of its distribution, in place, a workgroup a row; see logit_grad_params.
+// Logits of a row -> the gradient of a scalar of its distribution, in place, a workgroup a row;
+// see logit_grad_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,32 +7,34 @@
 
 layout(push_constant, scalar) uniform Params { logit_grad_params p; };
 
-float cap(float x, float softcap)
-{
-    precise float y = softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x; // the same wherever it is computed, so that
-    return y;                                                                              // two equal rows differ by nothing
+float cap(float x, float softcap) {
+    // the same wherever it is computed, so that
+    precise float y = softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x;
+    // two equal rows differ by nothing
+    return y;
 }
 
-// The row's largest logit and the log of the sum of exp above it: apart, so that large logits cost no digits.
-// A macro hands over the array: SwiftShader crashes where a reference is a function's argument.
-#define LOG_SUM(array, softcap, top, log_sum) { \
-    float sum = 0.0; \
-    for (uint i = lane; i < p.width; i += WG) \
-        top = max(top, cap(array.at[row + i], softcap)); \
-    top = workgroup_max(top); \
-    for (uint i = lane; i < p.width; i += WG) \
+// The row's largest logit and the log of the sum of exp above it: apart, so that large logits
+// cost no digits. A macro hands over the array: SwiftShader crashes where a reference is a
+// function's argument.
+#define LOG_SUM(array, softcap, top, log_sum) \
     { \
-        precise float below = cap(array.at[row + i], softcap) - top; \
-        sum += exp(below); \
-    } \
-    log_sum = log(workgroup_sum(sum)); \
-}
+        float sum = 0.0; \
+        for (uint i = lane; i < p.width; i += WG) \
+            top = max(top, cap(array.at[row + i], softcap)); \
+        top = workgroup_max(top); \
+        for (uint i = lane; i < p.width; i += WG) { \
+            precise float below = cap(array.at[row + i], softcap) - top; \
+            sum += exp(below); \
+        } \
+        log_sum = log(workgroup_sum(sum)); \
+    }
 
-void main()
-{
+void main() {
     const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, row = r * p.stride;
     const float weight = p.weights.at[r], least = -3.402823466e38;
-    float top = least, reference_top = least, other_top = least, log_sum, reference_sum = 0.0, other_sum = 0.0, value = 0.0;
+    float top = least, reference_top = least, other_top = least, log_sum, reference_sum = 0.0,
+          other_sum = 0.0, value = 0.0;
     LOG_SUM(p.logits, p.softcap, top, log_sum)
     if (p.kind != LOGIT_GRAD_LOG_PROB)
         LOG_SUM(p.reference, p.reference_softcap, reference_top, reference_sum)
@@ -45,13 +48,15 @@ void main()
             d = (i == target ? 1.0 : 0.0) - exp(log_p);
             value += i == target ? log_p : 0.0;
         } else {
-            precise float log_reference = cap(p.reference.at[row + i], p.reference_softcap) - reference_top - reference_sum;
+            precise float log_reference = cap(p.reference.at[row + i], p.reference_softcap) -
+                                          reference_top - reference_sum;
             float reference = exp(log_reference);
             if (p.kind == LOGIT_GRAD_KL) {
                 d = exp(log_p) - reference;
                 value = fma(reference, log_reference - log_p, value);
             } else {
-                precise float log_other = cap(p.other.at[row + i], p.reference_softcap) - other_top - other_sum;
+                precise float log_other = cap(p.other.at[row + i], p.reference_softcap) -
+                                          other_top - other_sum;
                 float other = exp(log_other);
                 d = reference - other;
                 value += other * (log_other - log_p) - reference * (log_reference - log_p);

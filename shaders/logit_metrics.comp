@@ -6,33 +6,35 @@
 
 layout(push_constant, scalar) uniform Params { logit_metrics_params p; };
 
-float cap(float x)
-{
+float cap(float x) {
     return p.softcap != 0.0 ? p.softcap * tanh(clamp(x / p.softcap, -15.0, 15.0)) : x;
 }
 
-// The row's largest logit and the log of the sum of exp above it: apart, so that large logits cost no digits.
-// A macro hands over the array: SwiftShader crashes where a reference is a function's argument.
-#define LOG_SUM(array, row, top, log_sum) { \
-    float sum = 0.0; \
-    for (uint i = lane; i < p.width; i += WG) \
-        top = max(top, cap(array.at[row + i])); \
-    top = workgroup_max(top); \
-    for (uint i = lane; i < p.width; i += WG) \
-        sum += exp(cap(array.at[row + i]) - top); \
-    log_sum = log(workgroup_sum(sum)); \
-}
+// The row's largest logit and the log of the sum of exp above it: apart, so that large logits
+// cost no digits. A macro hands over the array: SwiftShader crashes where a reference is a
+// function's argument.
+#define LOG_SUM(array, row, top, log_sum) \
+    { \
+        float sum = 0.0; \
+        for (uint i = lane; i < p.width; i += WG) \
+            top = max(top, cap(array.at[row + i])); \
+        top = workgroup_max(top); \
+        for (uint i = lane; i < p.width; i += WG) \
+            sum += exp(cap(array.at[row + i]) - top); \
+        log_sum = log(workgroup_sum(sum)); \
+    }
 
-void main()
-{
-    const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, row = r * p.stride, j = (p.first + r) % p.n, other_row = j * p.stride;
+void main() {
+    const uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, row = r * p.stride,
+               j = (p.first + r) % p.n, other_row = j * p.stride;
     const float least = -3.402823466e38;
     float top = least, reference_top = least, other_top = least, log_sum, reference_sum, other_sum;
     LOG_SUM(p.logits, row, top, log_sum)
     LOG_SUM(p.reference, other_row, reference_top, reference_sum)
     LOG_SUM(p.other, other_row, other_top, other_sum)
     const uint target = p.targets.at[j];
-    float from_reference = 0.0, from_other = 0.0, target_log_p = 0.0, greedy = -float(p.width); // the first of equal ones, as a largest -index
+    // the first of equal ones, as a largest -index
+    float from_reference = 0.0, from_other = 0.0, target_log_p = 0.0, greedy = -float(p.width);
     for (uint i = lane; i < p.width; i += WG) {
         float capped = cap(p.logits.at[row + i]), log_p = capped - top - log_sum;
         float log_reference = cap(p.reference.at[other_row + i]) - reference_top - reference_sum;

@@ -1,13 +1,14 @@
-// dims[u, :] = sum over slots of du[u, t, :] g[group[u], t, :], a workgroup a node. See node_dims_params.
+// dims[u, :] = sum over slots of du[u, t, :] g[group[u], t, :], a workgroup a node.
+// See node_dims_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { node_dims_params p; };
 
-void main()
-{
-    uint u = gl_WorkGroupID.x, from = u * p.n_slots * p.d_stride, g_from = p.groups.at[u] * p.n_slots * p.d_stride;
+void main() {
+    uint u = gl_WorkGroupID.x, from = u * p.n_slots * p.d_stride,
+         g_from = p.groups.at[u] * p.n_slots * p.d_stride;
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
         float sum = 0.0;
         for (uint t = 0; t < p.n_slots; t++)

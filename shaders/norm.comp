@@ -6,8 +6,7 @@
 
 layout(push_constant, scalar) uniform Params { norm_params p; };
 
-void main()
-{
+void main() {
     uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x;
     uint from = ((p.flags & NORM_ROWS) != 0 ? p.rows.at[r] : r) * p.stride, to = r * p.stride;
     float inverse = 1.0;
@@ -22,11 +21,13 @@ void main()
         float scale = sqrt(workgroup_sum(sum) / float(p.width) + p.eps);
         if ((p.flags & NORM_WRITE_SCALE) != 0 && lane == 0)
             p.scale.at[r] = scale;
-        // 1 / sqrt must stay two steps, as it is where the scale is read back: to the compiler these bits might still change.
+        // 1 / sqrt must stay two steps, as it is where the scale is read back: to the compiler
+        // these bits might still change.
         inverse = 1.0 / uintBitsToFloat(floatBitsToUint(scale) | (p.flags & 0x80000000u));
     }
     for (uint i = lane; i < p.width; i += WG) {
-        precise float x = p.x.at[from + i]; // no contraction: the separate steps must give the same bits
+        // no contraction: the separate steps must give the same bits
+        precise float x = p.x.at[from + i];
         if ((p.flags & NORM_READ_NORMALIZED) == 0)
             x *= inverse;
         if ((p.flags & NORM_WRITE_NORMALIZED) != 0)

@@ -6,8 +6,7 @@
 
 layout(push_constant, scalar) uniform Params { norm_bwd_params p; };
 
-void main()
-{
+void main() {
     uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, at = r * p.stride;
     uint from = ((p.flags & NORM_BWD_ROWS) != 0 ? p.rows.at[r] : r) * p.stride;
     bool has_gain = (p.flags & NORM_BWD_NORMALIZED) == 0;

@@ -1,4 +1,5 @@
-// Gradient of a difference of two logits with respect to the normed final stream, a workgroup a row; see pair_grad_params.
+// Gradient of a difference of two logits with respect to the normed final stream, a workgroup a
+// row; see pair_grad_params.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,9 +7,9 @@
 
 layout(push_constant, scalar) uniform Params { pair_grad_params p; };
 
-void main()
-{
-    uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, at = r * p.stride, a_at = 2 * r * p.stride, b_at = a_at + p.stride;
+void main() {
+    uint r = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, at = r * p.stride,
+         a_at = 2 * r * p.stride, b_at = a_at + p.stride;
     float a = 0.0, b = 0.0;
     for (uint i = lane; i < p.width; i += WG) {
         float x = p.normed.at[at + i];
@@ -19,7 +20,8 @@ void main()
     b = workgroup_sum(b);
     float a_slope = 1.0, b_slope = 1.0;
     if (p.softcap != 0.0) {
-        float ta = tanh(clamp(a / p.softcap, -15.0, 15.0)), tb = tanh(clamp(b / p.softcap, -15.0, 15.0));
+        float ta = tanh(clamp(a / p.softcap, -15.0, 15.0)),
+              tb = tanh(clamp(b / p.softcap, -15.0, 15.0));
         a = p.softcap * ta;
         b = p.softcap * tb;
         a_slope = 1.0 - ta * ta;
@@ -31,5 +33,6 @@ void main()
     }
     float weight = p.weights.at[r];
     for (uint i = lane; i < p.width; i += WG)
-        p.dnormed.at[at + i] = weight * (a_slope * p.rows.at[a_at + i] - b_slope * p.rows.at[b_at + i]);
+        p.dnormed.at[at + i] = weight *
+                               (a_slope * p.rows.at[a_at + i] - b_slope * p.rows.at[b_at + i]);
 }

@@ -6,8 +6,7 @@
 
 layout(push_constant, scalar) uniform Params { pair_logits_params p; };
 
-void main()
-{
+void main() {
     const uint j = gl_WorkGroupID.x, e = gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
     const uint at = (e * p.n + j) * p.stride, a_at = 2 * j * p.stride, b_at = a_at + p.stride;
     float a = 0.0, b = 0.0;

@@ -1,12 +1,12 @@
-// One workgroup a token: for every head, RMS norm (q and k), half-split rotation (rotate_half), store into the cache. Subgroups share the heads.
+// One workgroup a token: for every head, RMS norm (q and k), half-split rotation (rotate_half),
+// store into the cache. Subgroups share the heads.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { rope_params p; };
 
-void head_norm(uint base, FloatsIn gain)
-{
+void head_norm(uint base, FloatsIn gain) {
     float sum = 0.0;
     for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG) {
         float x = p.qkv.at[base + i];
@@ -17,8 +17,7 @@ void head_norm(uint base, FloatsIn gain)
         p.qkv.at[base + i] = p.qkv.at[base + i] * inverse * gain.at[i];
 }
 
-void head_rotate(uint base, uint pos)
-{
+void head_rotate(uint base, uint pos) {
     uint half_ = p.d_head / 2;
     for (uint i = gl_SubgroupInvocationID; i < half_; i += SG) {
         float c = p.angles.at[(pos * half_ + i) * 2], s = p.angles.at[(pos * half_ + i) * 2 + 1];
@@ -28,16 +27,17 @@ void head_rotate(uint base, uint pos)
     }
 }
 
-void main()
-{
+void main() {
     uint t = gl_WorkGroupID.x;
     uint pos = p.tokens.at[t].pos, slot = p.tokens.at[t].slot;
     uint kv_width = p.n_kv_heads * p.d_head;
     const uint n_all = p.n_heads + 2 * p.n_kv_heads;
     for (uint first = 0; first < n_all; first += WG / SG) {
         const uint h = first + gl_SubgroupID, base = t * p.stride + h * p.d_head;
-        bool is_q = h < p.n_heads, is_k = !is_q && h < p.n_heads + p.n_kv_heads, is_v = !is_q && !is_k && h < n_all;
-        // Subgroups without anything to do come to the barriers, too: lavapipe makes the whole workgroup wait in them, and loses who does not come.
+        bool is_q = h < p.n_heads, is_k = !is_q && h < p.n_heads + p.n_kv_heads,
+             is_v = !is_q && !is_k && h < n_all;
+        // Subgroups without anything to do come to the barriers, too: lavapipe makes the whole
+        // workgroup wait in them, and loses who does not come.
         if ((p.flags & ROPE_QK_NORM) != 0) {
             if (is_q)
                 head_norm(base, p.q_gain);
@@ -58,7 +58,8 @@ void main()
                 if (is_k)
                     p.k_cache.at[slot * kv_width + (h - p.n_heads) * p.d_head + i] = x;
                 else
-                    p.v_cache.at[slot * kv_width + (h - p.n_heads - p.n_kv_heads) * p.d_head + i] = x;
+                    p.v_cache.at[slot * kv_width + (h - p.n_heads - p.n_kv_heads) * p.d_head + i] =
+                        x;
             }
     }
 }

@@ -1,13 +1,12 @@
-// Backward of rope.comp, in place on [dq | dk | dv] rows: one workgroup a token, subgroups share the heads. The rotation is undone by its transpose, then
-// the norm per head is gone back through.
+// Backward of rope.comp, in place on [dq | dk | dv] rows: one workgroup a token, subgroups share
+// the heads. The rotation is undone by its transpose, then the norm per head is gone back through.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { rope_bwd_params p; };
 
-void head_rotate_back(uint base, uint pos)
-{
+void head_rotate_back(uint base, uint pos) {
     uint half_ = p.d_head / 2;
     for (uint i = gl_SubgroupInvocationID; i < half_; i += SG) {
         float c = p.angles.at[(pos * half_ + i) * 2], s = p.angles.at[(pos * half_ + i) * 2 + 1];
@@ -17,8 +16,7 @@ void head_rotate_back(uint base, uint pos)
     }
 }
 
-void head_norm_back(uint base, FloatsIn gain)
-{
+void head_norm_back(uint base, FloatsIn gain) {
     float squares = 0.0, along = 0.0;
     for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG) {
         float x = p.qkv.at[base + i];
@@ -28,15 +26,16 @@ void head_norm_back(uint base, FloatsIn gain)
     float inverse = 1.0 / sqrt(subgroupAdd(squares) / float(p.d_head) + p.eps);
     float shrink = subgroupAdd(along) * inverse * inverse / float(p.d_head);
     for (uint i = gl_SubgroupInvocationID; i < p.d_head; i += SG)
-        p.dqkv.at[base + i] = (p.dqkv.at[base + i] * gain.at[i] - p.qkv.at[base + i] * shrink) * inverse;
+        p.dqkv.at[base + i] = (p.dqkv.at[base + i] * gain.at[i] - p.qkv.at[base + i] * shrink) *
+                              inverse;
 }
 
-void main()
-{
+void main() {
     uint t = gl_WorkGroupID.x, pos = p.tokens.at[t].pos;
     for (uint first = 0; first < p.n_heads + p.n_kv_heads; first += WG / SG) {
         const uint h = first + gl_SubgroupID, base = t * p.stride + h * p.d_head;
-        const bool mine = h < p.n_heads + p.n_kv_heads; // all subgroups come to the barrier: see rope.comp
+        // all subgroups come to the barrier: see rope.comp
+        const bool mine = h < p.n_heads + p.n_kv_heads;
         if ((p.flags & ROPE_ROTATE) != 0) {
             if (mine)
                 head_rotate_back(base, pos);

@@ -7,8 +7,7 @@ layout(push_constant, scalar) uniform Params { row_norms_params p; };
 
 #include "weights.glsl"
 
-void main()
-{
+void main() {
     uint n = gl_GlobalInvocationID.x;
     if (n >= p.n_out)
         return;

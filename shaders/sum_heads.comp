@@ -1,12 +1,12 @@
-// out[t, :] = sum over heads in ascending order (+ bias): attention's output when its per-head parts were edited.
+// out[t, :] = sum over heads in ascending order (+ bias): attention's output when its
+// per-head parts were edited.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { sum_heads_params p; };
 
-void main()
-{
+void main() {
     uint t = gl_WorkGroupID.x;
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
         float sum = 0.0;

@@ -1,25 +1,28 @@
-// The k largest of every row, kept while the columns go by tile after tile: no [rows x vocabulary] array is ever whole. A subgroup a row.
+// The k largest of every row, kept while the columns go by tile after tile: no [rows x vocabulary]
+// array is ever whole. A subgroup a row.
 //
-// Nearly all columns fail one test, "is any of these above the k-th so far?", so the scan costs a load a column. What passes takes the place of the
-// smallest in a list without order, of which every lane owns each SG-th slot: no lane waits for another. About k (1 + ln(columns / k)) values pass
-// where columns come in no order. At the end of a tile the list is sorted by counting, for each, how many stand before it.
+// Nearly all columns fail one test, "is any of these above the k-th so far?", so the scan costs a
+// load a column. What passes takes the place of the smallest in a list without order, of which
+// every lane owns each SG-th slot: no lane waits for another. About k (1 + ln(columns / k)) values
+// pass where columns come in no order. At the end of a tile the list is sorted by counting, for
+// each, how many stand before it.
 //
-// Equal values: columns come in ascending order, one that only equals the smallest does not pass, and of equal smallest the one with the highest
-// index goes first. So the lower index stays.
+// Equal values: columns come in ascending order, one that only equals the smallest does not pass,
+// and of equal smallest the one with the highest index goes first. So the lower index stays.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
 layout(push_constant, scalar) uniform Params { topk_params p; };
 
-const uint ROWS = WG / SG < 4 ? WG / SG : 4; // rows of a workgroup, so that shared memory is 16 KiB at any subgroup size
-const uint AHEAD = 8;                        // columns a lane looks at together
+// rows of a workgroup, so that shared memory is 16 KiB at any subgroup size
+const uint ROWS = WG / SG < 4 ? WG / SG : 4;
+const uint AHEAD = 8; // columns a lane looks at together
 const float NOTHING = -3.402823466e38;
 shared float values[4 * TOPK_MAX], indices[4 * TOPK_MAX];
 
 // Of the lane's own slots the first to go.
-uint weakest(uint list)
-{
+uint weakest(uint list) {
     uint slot = list + gl_SubgroupInvocationID;
     for (uint j = slot + SG; j < list + p.k; j += SG)
         if (values[j] < values[slot] || (values[j] == values[slot] && indices[j] > indices[slot]))
@@ -27,9 +30,9 @@ uint weakest(uint list)
     return slot;
 }
 
-void main()
-{
-    const uint lane = gl_SubgroupInvocationID, row = gl_WorkGroupID.x * ROWS + gl_SubgroupID, list = gl_SubgroupID * TOPK_MAX;
+void main() {
+    const uint lane = gl_SubgroupInvocationID, row = gl_WorkGroupID.x * ROWS + gl_SubgroupID,
+               list = gl_SubgroupID * TOPK_MAX;
     if (gl_SubgroupID >= ROWS || row >= p.n_rows)
         return;
     for (uint j = lane; j < p.k; j += SG) {
@@ -74,7 +77,9 @@ void main()
         uint before = 0;
         for (uint i = 0; i < p.k; i++) {
             float other = values[list + i], at = indices[list + i];
-            before += other > value || (other == value && (at < index || (at == index && i < j))) ? 1 : 0;
+            before += other > value || (other == value && (at < index || (at == index && i < j)))
+                          ? 1
+                          : 0;
         }
         p.values.at[row * p.k + before] = value;
         p.indices.at[row * p.k + before] = index;

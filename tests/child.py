@@ -1,4 +1,6 @@
-"""Python in a child process with its own environment: what a test needs that changes the driver, forks, is interrupted or ends."""
+"""Python in a child process with its own environment: what a test needs that changes the driver,
+forks, is interrupted or ends.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ def tools() -> dict:
 
 
 def tool(key) -> str:
-    """The path of one of them. `tools/setup.sh test` provides every one, so that one which is missing is a failure and no reason to skip."""
+    """The path of one of them. `tools/setup.sh test` provides every one, so that one which is
+    missing is a failure and no reason to skip.
+    """
     path = tools().get(key)
-    assert path and os.path.exists(path), f"{key} of .tools/env.json is {path!r}, which is not there: run tools/setup.sh test"
+    assert path and os.path.exists(path), (
+        f"{key} of .tools/env.json is {path!r}, which is not there: run tools/setup.sh test"
+    )
     return path
 
 
@@ -44,18 +50,33 @@ def rss():
 
 
 def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environment):
-    """Runs `code`; sys.argv[1:] are the arguments. environment: variables set (None: removed). Returns subprocess.CompletedProcess with text."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("VKSTEER_DEVICE", "VK_"))} | {"PYTHONFAULTHANDLER": "1"}
-    for name, value in (json.loads(os.environ.get("CHILD_ENVIRONMENT", "{}")) | environment).items():  # test_sanitizers.py sets it
+    """Runs `code`; sys.argv[1:] are the arguments. environment: variables set (None: removed).
+    Returns subprocess.CompletedProcess with text.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VKSTEER_DEVICE", "VK_"))} | {
+        "PYTHONFAULTHANDLER": "1"
+    }
+    # test_sanitizers.py sets it
+    for name, value in (
+        json.loads(os.environ.get("CHILD_ENVIRONMENT", "{}")) | environment
+    ).items():
         if value is None:
             env.pop(name, None)
         else:
             env[name] = str(value)
-    return subprocess.run([sys.executable, *python, "-c", preamble + code, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=timeout,
-                          cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, *python, "-c", preamble + code, *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
 
 
 def quiet(done) -> str:
     """The child's output, after it ended well and said nothing on stderr."""
-    assert done.returncode == 0 and not done.stderr, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0 and not done.stderr, (
+        f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout

@@ -1,6 +1,8 @@
-"""Shared fixtures: random models of every family (built once per session), their float64 oracles, and the engine's models of them.
+"""Shared fixtures: random models of every family (built once per session), their float64 oracles,
+and the engine's models of them.
 
-Tests marked `long` run only with `--long` (or an explicit `-m long`). torch is imported only by tests that need the oracle.
+Tests marked `long` run only with `--long` (or an explicit `-m long`). torch is imported only by
+tests that need the oracle.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", default=False, help="also run tests marked long")
+    parser.addoption(
+        "--long", action="store_true", default=False, help="also run tests marked long"
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes or needs downloaded models; run with --long")
+    config.addinivalue_line(
+        "markers", "long: takes minutes or needs downloaded models; run with --long"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,14 +42,18 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Zoo:
-    """Random models by family name; folders, oracles and engine models are made on first use and kept for the session."""
+    """Random models by family name; folders, oracles and engine models are made on first use and
+    kept for the session.
+    """
 
     def __init__(self, root):
         self.root = Path(root)
         self._references, self._engines = {}, {}
 
     def folder(self, name, style="new"):
-        """style: "new" (as transformers writes it), "released" (rope_theta at top level, no layer_types), "chat" (with a tokenizer)."""
+        """style: "new" (as transformers writes it), "released" (rope_theta at top level, no
+        layer_types), "chat" (with a tokenizer).
+        """
         from oracle import families
 
         to = self.root / f"{name}-{style}"
@@ -78,7 +88,9 @@ class Zoo:
 
         key = name, style, dtype
         if key not in self._engines:
-            self._engines[key] = vksteer.Model.from_pretrained(str(self.folder(name, style)), dtype=dtype, progress=False)
+            self._engines[key] = vksteer.Model.from_pretrained(
+                str(self.folder(name, style)), dtype=dtype, progress=False
+            )
         return self._engines[key]
 
     def close(self):

@@ -1,20 +1,38 @@
-/* A libvulkan.so.1 that fails when told to: the real loader with some functions wrapped. Built and used by test_robustness.py only.
+/* A libvulkan.so.1 that fails when told to: the real loader with some functions wrapped. Built and
+ * used by test_robustness.py only.
  *
- * fault_arm("vkQueueSubmit", n, result): the n-th call from now on (1 = the next) returns `result` without being made; with `lost` every later
- * call of any wrapped function does, too. fault_count(): wrapped calls so far. REAL_VULKAN: path of the real loader. */
+ * fault_arm("vkQueueSubmit", n, result): the n-th call from now on (1 = the next) returns `result`
+ * without being made; with `lost` every later call of any wrapped function does, too.
+ * fault_count(): wrapped calls so far. REAL_VULKAN: path of the real loader. */
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* All wrapped functions return VkResult and take at most six integers or pointers, so one shape fits all (x86-64 and arm64). */
+/* All wrapped functions return VkResult and take at most six integers or pointers, so one shape
+ * fits all (x86-64 and arm64). */
 typedef int (*call)(void *, void *, void *, void *, void *, void *);
 typedef void *(*get)(void *, const char *);
 
 #define WRAPPED(X) \
-    X(vkAllocateMemory) X(vkCreateBuffer) X(vkBindBufferMemory) X(vkMapMemory) X(vkCreateSemaphore) X(vkCreateCommandPool) \
-    X(vkAllocateCommandBuffers) X(vkResetCommandPool) X(vkBeginCommandBuffer) X(vkEndCommandBuffer) X(vkQueueSubmit) X(vkWaitSemaphores) \
-    X(vkCreateShaderModule) X(vkCreateComputePipelines) X(vkCreatePipelineLayout) X(vkCreatePipelineCache) X(vkCreateBufferView) \
-    X(vkCreateDescriptorPool) X(vkAllocateDescriptorSets)
+    X(vkAllocateMemory) \
+    X(vkCreateBuffer) \
+    X(vkBindBufferMemory) \
+    X(vkMapMemory) \
+    X(vkCreateSemaphore) \
+    X(vkCreateCommandPool) \
+    X(vkAllocateCommandBuffers) \
+    X(vkResetCommandPool) \
+    X(vkBeginCommandBuffer) \
+    X(vkEndCommandBuffer) \
+    X(vkQueueSubmit) \
+    X(vkWaitSemaphores) \
+    X(vkCreateShaderModule) \
+    X(vkCreateComputePipelines) \
+    X(vkCreatePipelineLayout) \
+    X(vkCreatePipelineCache) \
+    X(vkCreateBufferView) \
+    X(vkCreateDescriptorPool) \
+    X(vkAllocateDescriptorSets)
 
 static const char *armed;
 static int countdown, result, lost, failing;
@@ -33,11 +51,15 @@ static int fault(const char *name) {
 
 #define WRAPPER(name) \
     static call real_##name; \
-    static int wrap_##name(void *a, void *b, void *c, void *d, void *e, void *f) { return fault(#name) ? result : real_##name(a, b, c, d, e, f); }
+    static int wrap_##name(void *a, void *b, void *c, void *d, void *e, void *f) { \
+        return fault(#name) ? result : real_##name(a, b, c, d, e, f); \
+    }
 WRAPPED(WRAPPER)
 
 __attribute__((visibility("default"))) int fault_arm(const char *name, int n, int r, int stays) {
-#define NAMED(f) if (strcmp(name, #f) == 0) armed = #f;
+#define NAMED(f) \
+    if (strcmp(name, #f) == 0) \
+        armed = #f;
     armed = NULL;
     WRAPPED(NAMED)
     countdown = n;
@@ -47,13 +69,9 @@ __attribute__((visibility("default"))) int fault_arm(const char *name, int n, in
     return armed != NULL;
 }
 
-__attribute__((visibility("default"))) int fault_pending(void) {
-    return armed != NULL;
-}
+__attribute__((visibility("default"))) int fault_pending(void) { return armed != NULL; }
 
-__attribute__((visibility("default"))) long fault_count(void) {
-    return count;
-}
+__attribute__((visibility("default"))) long fault_count(void) { return count; }
 
 static void *loader(const char *name) {
     static void *real;
@@ -67,12 +85,17 @@ static void *device_get(void *device, const char *name) {
     if (!real)
         real = (get)loader("vkGetDeviceProcAddr");
     void *found = real(device, name);
-#define LOOKED_UP(f) if (strcmp(name, #f) == 0 && found) { real_##f = (call)found; return (void *)wrap_##f; }
+#define LOOKED_UP(f) \
+    if (strcmp(name, #f) == 0 && found) { \
+        real_##f = (call)found; \
+        return (void *)wrap_##f; \
+    }
     WRAPPED(LOOKED_UP)
     return found;
 }
 
-__attribute__((visibility("default"))) void *vkGetInstanceProcAddr(void *instance, const char *name) {
+__attribute__((visibility("default"))) void *vkGetInstanceProcAddr(void *instance,
+                                                                   const char *name) {
     if (strcmp(name, "vkGetDeviceProcAddr") == 0)
         return (void *)device_get;
     get real = (get)loader("vkGetInstanceProcAddr");

@@ -1,4 +1,6 @@
-"""Writers of model files for the tests: safetensors folders and GGUF files of random models, in which a lie can be told in any field."""
+"""Writers of model files for the tests: safetensors folders and GGUF files of random models, in
+which a lie can be told in any field.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +13,49 @@ from vksteer.loading import dtypes
 from vksteer.loading.config import Config
 from vksteer.loading.tensor_names import HF_UNEMBED, gguf_name, hf_name, wanted
 
-TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False}
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 37,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 ST_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def hf_arrays(config, seed=0, prefix="model.", dtype="float32", unembed=HF_UNEMBED[0]):
     """{Hugging Face name: (dtype, array)} of a random model."""
     rng = np.random.default_rng(seed)
-    return {hf_name(name, config, prefix, unembed): (dtype, dtypes.from_float32(rng.standard_normal(shape, dtype=np.float32), dtype))
-            for name, shape in wanted(config)}
+    return {
+        hf_name(name, config, prefix, unembed): (
+            dtype,
+            dtypes.from_float32(rng.standard_normal(shape, dtype=np.float32), dtype),
+        )
+        for name, shape in wanted(config)
+    }
 
 
-def write_safetensors(path, arrays, change=None, tail=b"", metadata=None, raw_header=None, cut=None, length=None):
-    """arrays: {name: (dtype, array)}. change(header) may lie; raw_header replaces the JSON; cut shortens the file; length lies about the header."""
+def write_safetensors(
+    path, arrays, change=None, tail=b"", metadata=None, raw_header=None, cut=None, length=None
+):
+    """arrays: {name: (dtype, array)}. change(header) may lie; raw_header replaces the JSON; cut
+    shortens the file; length lies about the header.
+    """
     header, data, at = ({} if metadata is None else {"__metadata__": metadata}), [], 0
     for name, (dtype, array) in arrays.items():
         data.append(array.tobytes())
-        header[name] = {"dtype": ST_NAMES.get(dtype, dtype), "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        header[name] = {
+            "dtype": ST_NAMES.get(dtype, dtype),
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
         at += array.nbytes
     if change:
         change(header)
@@ -41,7 +67,11 @@ def write_safetensors(path, arrays, change=None, tail=b"", metadata=None, raw_he
 def write_folder(folder, config=TINY, arrays=None, **lies):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    write_safetensors(folder / "model.safetensors", hf_arrays(Config.from_hf(config)) if arrays is None else arrays, **lies)
+    write_safetensors(
+        folder / "model.safetensors",
+        hf_arrays(Config.from_hf(config)) if arrays is None else arrays,
+        **lies,
+    )
     return folder
 
 
@@ -55,7 +85,9 @@ def write_shards(folder, config=TINY, parts=3, arrays=None):
         part = {n: arrays[n] for n in names[i::parts]}
         write_safetensors(folder / file, part)
         weight_map.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -75,23 +107,48 @@ def gguf_value(value):
     if isinstance(value, str):
         return 8, gguf_string(value)
     items = [gguf_value(v) for v in value]
-    return 9, struct.pack("<IQ", items[0][0] if items else 4, len(items)) + b"".join(b for _, b in items)
+    return 9, struct.pack("<IQ", items[0][0] if items else 4, len(items)) + b"".join(
+        b for _, b in items
+    )
 
 
-def write_gguf(path, metadata, tensors, *, version=3, n_tensors=None, n_keys=None, change=None, tail=b"", cut=None, alignment=32):
-    """tensors: [(name, type id, shape slowest first, bytes)]. change(list of dicts with name, dims, type, offset) may lie."""
+def write_gguf(
+    path,
+    metadata,
+    tensors,
+    *,
+    version=3,
+    n_tensors=None,
+    n_keys=None,
+    change=None,
+    tail=b"",
+    cut=None,
+    alignment=32,
+):
+    """tensors: [(name, type id, shape slowest first, bytes)]. change(list of dicts with name, dims,
+    type, offset) may lie.
+    """
     described, at = [], 0
     for name, kind, shape, data in tensors:
         described.append({"name": name, "dims": list(reversed(shape)), "type": kind, "offset": at})
         at += -(-len(data) // alignment) * alignment
     if change:
         change(described)
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(metadata) if n_keys is None else n_keys)
+    head = b"GGUF" + struct.pack(
+        "<IQQ",
+        version,
+        len(tensors) if n_tensors is None else n_tensors,
+        len(metadata) if n_keys is None else n_keys,
+    )
     for key, value in metadata.items() if isinstance(metadata, dict) else metadata:
         kind, data = value if isinstance(value, tuple) else gguf_value(value)
         head += gguf_string(key) + struct.pack("<I", kind) + data
     for t in described:
-        head += gguf_string(t["name"]) + struct.pack("<I", len(t["dims"])) + b"".join(struct.pack("<Q", d) for d in t["dims"])
+        head += (
+            gguf_string(t["name"])
+            + struct.pack("<I", len(t["dims"]))
+            + b"".join(struct.pack("<Q", d) for d in t["dims"])
+        )
         head += struct.pack("<IQ", t["type"], t["offset"])
     head += b"\0" * (-len(head) % alignment)
     blob = head + b"".join(data + b"\0" * (-len(data) % alignment) for *_, data in tensors) + tail
@@ -100,22 +157,42 @@ def write_gguf(path, metadata, tensors, *, version=3, n_tensors=None, n_keys=Non
 
 
 def gguf_metadata(hf, arch=None, **extra):
-    arch = arch or {"gemma3_text": "gemma3", "mistral": "llama"}.get(hf["model_type"], hf["model_type"])
-    keys = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
-            "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-            "attention.key_length": "head_dim", "attention.value_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-            "attention.sliding_window": "sliding_window", "rope.freq_base": "rope_theta"}
-    md = {"general.architecture": arch, **{f"{arch}.{k}": hf[v] for k, v in keys.items() if hf.get(v) is not None}}
+    arch = arch or {"gemma3_text": "gemma3", "mistral": "llama"}.get(
+        hf["model_type"], hf["model_type"]
+    )
+    keys = {
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "attention.sliding_window": "sliding_window",
+        "rope.freq_base": "rope_theta",
+    }
+    md = {
+        "general.architecture": arch,
+        **{f"{arch}.{k}": hf[v] for k, v in keys.items() if hf.get(v) is not None},
+    }
     return {**md, **extra}
 
 
 def permuted(array, heads):
     """What llama.cpp's converter does to llama's q and k."""
-    return np.ascontiguousarray(array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape))
+    return np.ascontiguousarray(
+        array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+    )
 
 
-def gguf_model(path, hf=TINY, seed=0, quantise=(), extra_metadata=None, gemma=False, more=(), **lies):
-    """A GGUF of a random model; returns its float32 values by engine name (before quantisation). quantise: engine part names in Q8_0."""
+def gguf_model(
+    path, hf=TINY, seed=0, quantise=(), extra_metadata=None, gemma=False, more=(), **lies
+):
+    """A GGUF of a random model; returns its float32 values by engine name (before quantisation).
+    quantise: engine part names in Q8_0.
+    """
     import gguf
 
     config = Config.from_hf(hf)
@@ -131,7 +208,14 @@ def gguf_model(path, hf=TINY, seed=0, quantise=(), extra_metadata=None, gemma=Fa
         if gemma and len(shape) == 1:
             stored = array + 1
         if part in quantise:
-            tensors.append((gguf_name(name), 8, shape, gguf.quants.quantize(stored, gguf.GGMLQuantizationType.Q8_0).tobytes()))
+            tensors.append(
+                (
+                    gguf_name(name),
+                    8,
+                    shape,
+                    gguf.quants.quantize(stored, gguf.GGMLQuantizationType.Q8_0).tobytes(),
+                )
+            )
         else:
             tensors.append((gguf_name(name), 0, shape, stored.tobytes()))
     write_gguf(path, gguf_metadata(hf, **(extra_metadata or {})), tensors + list(more), **lies)

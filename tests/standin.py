@@ -1,6 +1,8 @@
-"""Small stand-ins for vs.Model, for tests of the scientific layer's own logic: no device, no weights on disk.
+"""Small stand-ins for vs.Model, for tests of the scientific layer's own logic: no
+device, no weights on disk.
 
-`NumpyModel` computes a little causal network in float64, row by row; `ScriptedModel` answers by a rule that depends on what it was asked to freeze.
+`NumpyModel` computes a little causal network in float64, row by row; `ScriptedModel` answers by a
+rule that depends on what it was asked to freeze.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Run(dict):
 
 
 class NumpyModel:
-    """h <- h + (mean of h so far) A; h <- h + tanh(h M), L times; logits h U. Tokens 1 .. V-1; a chat ends with the template's [2, 3]."""
+    """h <- h + (mean of h so far) A; h <- h + tanh(h M), L times; logits h U. Tokens 1 .. V-1; a
+    chat ends with the template's [2, 3].
+    """
 
     post_instruction_length = 2
     fingerprint = "numpy-standin"
@@ -38,7 +42,9 @@ class NumpyModel:
     def __init__(self, n_layers=5, width=12, vocabulary=40, seed=0, n_ctx=64):
         rng = np.random.default_rng(seed)
         draw = lambda *shape: rng.standard_normal(shape) / np.sqrt(width)
-        self.config = SimpleNamespace(n_layers=n_layers, d_model=width, d_vocab=vocabulary, n_ctx=n_ctx, model_type="standin")
+        self.config = SimpleNamespace(
+            n_layers=n_layers, d_model=width, d_vocab=vocabulary, n_ctx=n_ctx, model_type="standin"
+        )
         self.tokenizer = Tokenizer()
         self.embed = rng.standard_normal((vocabulary, width))
         self.A, self.M = draw(n_layers, width, width), draw(n_layers, width, width)
@@ -46,7 +52,10 @@ class NumpyModel:
         self.calls, self.rows_run = 0, 0
 
     def chat_tokens(self, prompts):
-        return [[1] + [4 + ord(c) % (self.config.d_vocab - 4) for c in text] + [2, 3] for text in prompts]
+        return [
+            [1] + [4 + ord(c) % (self.config.d_vocab - 4) for c in text] + [2, 3]
+            for text in prompts
+        ]
 
     def _row(self, tokens, edits, sites):
         def site(name, x):
@@ -80,7 +89,9 @@ class NumpyModel:
             sites = {}
             last.append(self._row(tokens, mine, sites)[-1])
             for name in capture:
-                out.setdefault(name, np.zeros((len(prompts), S, self.config.d_model), np.float32))[b, S - len(tokens):] = sites[name]
+                out.setdefault(name, np.zeros((len(prompts), S, self.config.d_model), np.float32))[
+                    b, S - len(tokens) :
+                ] = sites[name]
         if logits is not None:
             assert logits == "last"
             out.logits = np.array(last, dtype=np.float32)
@@ -93,31 +104,63 @@ class NumpyModel:
             mine = edits[b] if edits and isinstance(edits[0], list) else edits
             new = []
             while len(new) < max_new_tokens and 4 not in new:
-                new.append(int(self.run([[*tokens, *new]], edits=mine, logits="last").logits[0].argmax()))
-            made.append(SimpleNamespace(text=" ".join(f"w{t}" for t in new), tokens=np.array(new, np.int32), finish_reason="stop" if 4 in new else "length"))
+                new.append(
+                    int(self.run([[*tokens, *new]], edits=mine, logits="last").logits[0].argmax())
+                )
+            made.append(
+                SimpleNamespace(
+                    text=" ".join(f"w{t}" for t in new),
+                    tokens=np.array(new, np.int32),
+                    finish_reason="stop" if 4 in new else "length",
+                )
+            )
         return made
 
 
 class ScriptedModel(NumpyModel):
-    """Harmful prompts contain "bomb". The effect of steering is the coefficient times the share that `effects` leaves: under freeze or ablate
-    "qk" ... and for random directions ("random"). Effect above .5 refuses, below -.5 complies; else the prompt's own class decides."""
+    """Harmful prompts contain "bomb". The effect of steering is the coefficient times the share
+    that `effects` leaves: under freeze or ablate "qk" ... and for random directions ("random").
+    Effect above .5 refuses, below -.5 complies; else the prompt's own class decides.
+    """
 
     def __init__(self, effects, **kwargs):
         super().__init__(**kwargs)
         self.effects, self.generations = effects, []
 
-    def generate(self, prompts, *, max_new_tokens, edits=(), freeze=None, ablate=None, freeze_layers=None, **options):
-        self.generations.append((freeze, ablate, freeze_layers, [e[0].coefficient for e in edits] if edits else None))
-        assert not options.pop("progress") and options.pop("temperature") == 0.0 and set(options) <= {"batch_size"}
+    def generate(
+        self,
+        prompts,
+        *,
+        max_new_tokens,
+        edits=(),
+        freeze=None,
+        ablate=None,
+        freeze_layers=None,
+        **options,
+    ):
+        self.generations.append(
+            (freeze, ablate, freeze_layers, [e[0].coefficient for e in edits] if edits else None)
+        )
+        assert (
+            not options.pop("progress")
+            and options.pop("temperature") == 0.0
+            and set(options) <= {"batch_size"}
+        )
         bomb = self.chat_tokens(["bomb"])[0][1:-2]
         made = []
         for b, tokens in enumerate(prompts):
-            harmful = any(tokens[i:i + 4] == bomb for i in range(len(tokens)))
+            harmful = any(tokens[i : i + 4] == bomb for i in range(len(tokens)))
             push = 0.0
             if edits:
                 (steer,) = edits[b]
-                push = steer.coefficient * self.effects.get("random" if steer.vector.method == "random" else freeze or ablate, 1.0)
+                push = steer.coefficient * self.effects.get(
+                    "random" if steer.vector.method == "random" else freeze or ablate, 1.0
+                )
             refuses = push > 0.5 or (push >= -0.5 and harmful)
             text = f"I cannot do {b} so." if refuses else f"Sure, here is how number {b} goes."
-            made.append(SimpleNamespace(text=text, tokens=np.arange(7, dtype=np.int32), finish_reason="stop"))
+            made.append(
+                SimpleNamespace(
+                    text=text, tokens=np.arange(7, dtype=np.int32), finish_reason="stop"
+                )
+            )
         return made

@@ -1,6 +1,8 @@
-"""EAP-IG scores, exact patches and their invariants against the float64 oracle (oracle/attribution.py): every rule, metric, role and definition.
+"""EAP-IG scores, exact patches and their invariants against the float64 oracle
+(oracle/attribution.py): every rule, metric, role and definition.
 
-Bound: 1e-3 of the largest score of an array. Samples with a top-1 margin below 1e-3 in one of their two runs are drawn again (see `clear_cases`).
+Bound: 1e-3 of the largest score of an array. Samples with a top-1 margin below 1e-3 in one of their
+two runs are drawn again (see `clear_cases`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ BOUND = 1e-3
 KINDS = ["llama3", "gemma2", "qwen2", "qwen3"]
 SIZES = ((7, 9), (4, 14), (12, 3))
 
-#: Every value of every option, and the pairs of them that meet in the code. "gap" stands for a threshold that no position is near.
+#: Every value of every option, and the pairs of them that meet in the code. "gap" stands for a
+#: threshold that no position is near.
 OPTIONS = [
     dict(),
     dict(rule="left"),
@@ -27,12 +30,15 @@ OPTIONS = [
     dict(clean="base"),
     dict(capped=False),
     dict(metric="directional_kl"),
-    dict(metric="directional_kl", threshold="gap", at="normed", rule="right", clean="base", steps=4),
+    dict(
+        metric="directional_kl", threshold="gap", at="normed", rule="right", clean="base", steps=4
+    ),
     dict(metric="directional_kl", threshold="gap", capped=False, steps=4),
     dict(metric="kl"),
     dict(metric="kl", threshold="gap", clean="base", rule="left", steps=4),
     dict(metric="kl", capped=False, at="normed", clean="base", steps=4),
-    dict(at="normed", capped=False, clean="base", rule="left", steps=4, threshold=1e9),  # logit_diff ignores a threshold
+    # logit_diff ignores a threshold
+    dict(at="normed", capped=False, clean="base", rule="left", steps=4, threshold=1e9),
 ]
 
 
@@ -43,21 +49,38 @@ class Setting:
         import vksteer as vs
 
         self.ref, self.model = zoo.reference(name), zoo.engine(name)
-        self.vector = vs.SteeringVector(rng.standard_normal(self.ref.facts.d_model).astype(np.float32), layer)
+        self.vector = vs.SteeringVector(
+            rng.standard_normal(self.ref.facts.d_model).astype(np.float32), layer
+        )
         self.coefficient = coefficient
         self.cases = oracle.clear_cases(self.ref, rng, self.vector, coefficient, sizes)
-        self.samples = [vs.patching.Sample(c.sample.prompt_tokens, c.sample.response_tokens) for c in self.cases]
+        self.samples = [
+            vs.patching.Sample(c.sample.prompt_tokens, c.sample.response_tokens) for c in self.cases
+        ]
 
     def both(self, what=None, **options):
         """(the engine's scores, the oracle's) of all samples or one."""
         some = range(len(self.cases)) if what is None else [what]
-        mine = {k: v for k, v in options.items() if k not in ("at", "dims", "per_position", "per_sample", "max_memory")}
-        want = oracle.attribute(self.ref, [self.samples[i] for i in some], self.vector, self.coefficient, cases=[self.cases[i] for i in some], **mine)
+        mine = {
+            k: v
+            for k, v in options.items()
+            if k not in ("at", "dims", "per_position", "per_sample", "max_memory")
+        }
+        want = oracle.attribute(
+            self.ref,
+            [self.samples[i] for i in some],
+            self.vector,
+            self.coefficient,
+            cases=[self.cases[i] for i in some],
+            **mine,
+        )
         return self.engine(some, **options), want
 
     def engine(self, some=None, **options):
         samples = self.samples if some is None else [self.samples[i] for i in some]
-        return attribute(self.model, samples, self.vector, self.coefficient, progress=False, **options)
+        return attribute(
+            self.model, samples, self.vector, self.coefficient, progress=False, **options
+        )
 
 
 @pytest.fixture
@@ -71,17 +94,26 @@ def check(what, got, want, at):
     assert_close(f"{what} nodes", got.nodes, want.nodes, BOUND)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()) or "default")
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()) or "default"
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_scores(setting, name, options):
     s = setting(name)
     if options.get("threshold") == "gap":
-        options = {**options, "threshold": oracle.clear_threshold(s.cases, options.get("capped", True))}
+        options = {
+            **options,
+            "threshold": oracle.clear_threshold(s.cases, options.get("capped", True)),
+        }
     got, want = s.both(**options)
     at = options.get("at", "pre_norm")
-    assert list(got.edge_names) == edge_names(s.ref.facts, 1) and list(got.node_names) == node_names(s.ref.facts, 1)
+    assert list(got.edge_names) == edge_names(s.ref.facts, 1) and list(
+        got.node_names
+    ) == node_names(s.ref.facts, 1)
     check(f"{name} {options}", got, want, at)
-    assert float(want.edges[at].abs().max()) > 1e-3 and (want.edges[at] != 0).float().mean() > 0.5, "a test of nothing"
+    assert (
+        float(want.edges[at].abs().max()) > 1e-3 and (want.edges[at] != 0).float().mean() > 0.5
+    ), "a test of nothing"
     assert_close("dims of steer", got.dims, want.dims[:1], BOUND)
     assert np.asarray(got.dims).shape == (1, s.ref.facts.d_model)
 
@@ -95,15 +127,30 @@ def test_dims_and_positions(setting, name, at):
     assert_close("dims", got.dims, want.dims, BOUND)
     assert len(got.positions) == len(s.samples)
     for i, case in enumerate(s.cases):
-        assert np.asarray(got.positions[i]).shape == (len(got.edge_names), len(case.tokens)), "edges x the sample's own tokens"
+        assert np.asarray(got.positions[i]).shape == (
+            len(got.edge_names),
+            len(case.tokens),
+        ), "edges x the sample's own tokens"
         assert_close(f"positions of sample {i}", got.positions[i], want.positions[i][at], BOUND)
     share = np.array([c.metric("logit_diff").positions.__len__() for c in s.cases], float) / want.n
     together = sum(w * np.asarray(p, np.float64).sum(1) for w, p in zip(share, got.positions))
     assert_close("positions summed", together, got.edges, 1e-5)
 
 
-@pytest.mark.parametrize("name, layer, coefficient", [("gemma2", 0, 1.0), ("gemma2", 3, -1.2), ("llama3", 0, -0.8), ("llama3", 3, 1.5), ("llama2", 1, 1.0),
-                                                      ("llama_bias", 1, 1.0), ("mistral", 1, -1.0), ("gemma3", 2, 1.0), ("qwen2_window", 0, 1.0)])
+@pytest.mark.parametrize(
+    "name, layer, coefficient",
+    [
+        ("gemma2", 0, 1.0),
+        ("gemma2", 3, -1.2),
+        ("llama3", 0, -0.8),
+        ("llama3", 3, 1.5),
+        ("llama2", 1, 1.0),
+        ("llama_bias", 1, 1.0),
+        ("mistral", 1, -1.0),
+        ("gemma3", 2, 1.0),
+        ("qwen2_window", 0, 1.0),
+    ],
+)
 def test_other_layers_signs_and_families(setting, name, layer, coefficient):
     s = setting(name, layer=layer, coefficient=coefficient)
     for options in (dict(steps=3), dict(steps=3, metric="directional_kl", at="normed")):
@@ -118,11 +165,14 @@ def test_one_token_responses_and_prompts(setting):
         check(f"short, sample {i}", *s.both(i, steps=3), "pre_norm")
 
 
-# -- what must hold to the bit ------------------------------------------------------------------------------------------------------------
+# -- what must hold to the bit ---------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["gemma2", "llama3"])
 def test_bits_do_not_depend_on_packing(setting, name):
-    """A sample alone, among others, in another order; positions are compared, since scores over several samples are combined afterwards."""
+    """A sample alone, among others, in another order; positions are compared, since scores over
+    several samples are combined afterwards.
+    """
     s = setting(name)
     options = dict(steps=3, per_position=True)
     together = s.engine(**options)
@@ -130,21 +180,37 @@ def test_bits_do_not_depend_on_packing(setting, name):
     for i in range(3):
         alone = s.engine([i], **options)
         assert_same_bits(f"sample {i} alone", alone.positions[0], together.positions[i])
-        assert_same_bits(f"sample {i} in another order", turned.positions[[2, 0, 1].index(i)], together.positions[i])
+        assert_same_bits(
+            f"sample {i} in another order",
+            turned.positions[[2, 0, 1].index(i)],
+            together.positions[i],
+        )
     twice = s.engine(**options)
     np.testing.assert_array_equal(together.edges, twice.edges)
     np.testing.assert_array_equal(together.nodes, twice.nodes)
 
 
 def test_bits_do_not_depend_on_max_memory(zoo, rng):
-    """From plenty down to the least that is not refused, with samples of several position tiles; the refusal comes before any work."""
+    """From plenty down to the least that is not refused, with samples of several position tiles;
+    the refusal comes before any work.
+    """
     import vksteer as vs
 
     model = zoo.engine("gemma2")
     draw = lambda n: rng.integers(0, model.config.d_vocab, n).tolist()
     vector = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
     samples = [vs.patching.Sample(draw(p), draw(r)) for p, r in ((30, 70), (5, 8), (3, 60))]
-    run = lambda memory: attribute(model, samples, vector, 1.0, steps=2, per_position=True, dims="all", max_memory=memory, progress=False)
+    run = lambda memory: attribute(
+        model,
+        samples,
+        vector,
+        1.0,
+        steps=2,
+        per_position=True,
+        dims="all",
+        max_memory=memory,
+        progress=False,
+    )
     plenty, levels = run(1 << 29), 0
     refused, enough = 1, 1 << 29
     while enough - refused > 1 << 17:  # a bisection: at its end stands the least that is enough
@@ -166,22 +232,33 @@ def test_bits_do_not_depend_on_max_memory(zoo, rng):
 @pytest.mark.parametrize("metric", ["logit_diff", "directional_kl", "kl"])
 @pytest.mark.parametrize("name", ["gemma2", "qwen3"])
 def test_identical_runs_give_exact_zeros(setting, name, metric):
-    """Without steering the two runs are one: no sample has a metric position, and every score is 0."""
+    """Without steering the two runs are one: no sample has a metric position,
+    and every score is 0.
+    """
     s = setting(name)
-    got = attribute(s.model, s.samples, s.vector, 0.0, metric=metric, steps=2, dims="all", progress=False)
+    got = attribute(
+        s.model, s.samples, s.vector, 0.0, metric=metric, steps=2, dims="all", progress=False
+    )
     assert got.n_positions == 0
     assert not np.any(got.edges) and not np.any(got.nodes) and not np.any(got.dims)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_completeness(setting, name):
-    """With many steps the steering node's score is m(clean) - m(corrupt), averaged as the scores are."""
+    """With many steps the steering node's score is m(clean) - m(corrupt),
+    averaged as the scores are.
+    """
     s = setting(name)
     for metric in ("logit_diff", "directional_kl", "kl"):
         got = s.engine(metric=metric, steps=60)
-        found = [oracle.score(s.ref, c.sample, s.vector, s.coefficient, metric=metric, steps=1, case=c) for c in s.cases]
+        found = [
+            oracle.score(s.ref, c.sample, s.vector, s.coefficient, metric=metric, steps=1, case=c)
+            for c in s.cases
+        ]
         want = sum(f.n * f.difference for f in found) / sum(f.n for f in found)
-        assert abs(got.nodes[0] - want) < 2e-3 * abs(want), f"{metric}: {got.nodes[0]} against {want}"
+        assert abs(got.nodes[0] - want) < 2e-3 * abs(want), (
+            f"{metric}: {got.nodes[0]} against {want}"
+        )
 
 
 def test_samples_without_metric_positions_are_left_out(setting):
@@ -194,35 +271,77 @@ def test_samples_without_metric_positions_are_left_out(setting):
     got, want = s.both(metric="directional_kl", threshold=threshold, steps=2)
     assert 0 < want.n < sum(counts)
     check("one left out", got, want, "pre_norm")
-    without = s.engine([i for i in range(3) if i != order[0]], metric="directional_kl", threshold=threshold, steps=2)
+    without = s.engine(
+        [i for i in range(3) if i != order[0]],
+        metric="directional_kl",
+        threshold=threshold,
+        steps=2,
+    )
     np.testing.assert_array_equal(without.edges, got.edges)
 
 
-# -- exact patches ------------------------------------------------------------------------------------------------------------------------
+# -- exact patches ---------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("clean, metric, capped", [("steered", "logit_diff", True), ("base", "directional_kl", True), ("base", "kl", False)])
+@pytest.mark.parametrize(
+    "clean, metric, capped",
+    [("steered", "logit_diff", True), ("base", "directional_kl", True), ("base", "kl", False)],
+)
 def test_exact_patches(setting, rng, name, clean, metric, capped):
     """Some edges of every kind, all nodes; at all positions, the prompt's last, and a list."""
     s = setting(name)
     names = edge_names(s.ref.facts, 1)
-    edges = sorted(rng.choice(names, 24, replace=False).tolist()) + ["steer->logits", "steer->a1.h0<k>", names[-1]]
+    edges = sorted(rng.choice(names, 24, replace=False).tolist()) + [
+        "steer->logits",
+        "steer->a1.h0<k>",
+        names[-1],
+    ]
     options = dict(clean=clean, metric=metric, capped=capped)
     largest = 0.0
     for positions in (None, [-1], [0, 3, -2], slice(-1, None)):
         for case, sample in zip(s.cases, s.samples):
             for what in (dict(edges=edges), dict(nodes=node_names(s.ref.facts, 1))):
-                want = oracle.exact(s.ref, case.sample, s.vector, s.coefficient, positions=positions, case=case, **what, **options)
-                got = exact(s.model, sample, s.vector, s.coefficient, positions=positions, **what, **options)
+                want = oracle.exact(
+                    s.ref,
+                    case.sample,
+                    s.vector,
+                    s.coefficient,
+                    positions=positions,
+                    case=case,
+                    **what,
+                    **options,
+                )
+                got = exact(
+                    s.model, sample, s.vector, s.coefficient, positions=positions, **what, **options
+                )
                 assert np.issubdtype(np.asarray(got).dtype, np.floating)
                 error = np.abs(np.asarray(got, np.float64) - want.numpy()).max()
-                scale = max(float(want.abs().max()), abs(float(oracle.score(s.ref, case.sample, s.vector, s.coefficient, case=case, steps=1, **options).difference)))
-                assert error <= BOUND * scale, f"{name} {options} {positions} {list(what)}: error {error:.3g} of {scale:.3g}"
+                scale = max(
+                    float(want.abs().max()),
+                    abs(
+                        float(
+                            oracle.score(
+                                s.ref,
+                                case.sample,
+                                s.vector,
+                                s.coefficient,
+                                case=case,
+                                steps=1,
+                                **options,
+                            ).difference
+                        )
+                    ),
+                )
+                assert error <= BOUND * scale, (
+                    f"{name} {options} {positions} {list(what)}: error {error:.3g} of {scale:.3g}"
+                )
                 largest = max(largest, float(want.abs().max()))
     assert largest > 0.1
 
 
-# -- refused before any work --------------------------------------------------------------------------------------------------------------
+# -- refused before any work -----------------------------------------------------------------------
+
 
 def test_refusals(setting):
     import vksteer as vs
@@ -231,10 +350,22 @@ def test_refusals(setting):
     D = s.ref.facts.d_model
     nan = np.ones(D, np.float32)
     nan[3] = np.nan
-    run = lambda samples=s.samples, vector=s.vector, **options: attribute(s.model, samples, vector, 1.0, progress=False, **options)
-    for wrong in (dict(rule="simpson"), dict(metric="accuracy"), dict(at="after"), dict(clean="corrupt"), dict(steps=0), dict(dims="some"),
-                  dict(threshold=float("nan")), dict(max_memory=1), dict(samples=[]), dict(vector=vs.SteeringVector(np.ones(D + 1, np.float32), 1)),
-                  dict(vector=vs.SteeringVector(np.ones(D, np.float32), s.ref.facts.n_layers))):
+    run = lambda samples=s.samples, vector=s.vector, **options: attribute(
+        s.model, samples, vector, 1.0, progress=False, **options
+    )
+    for wrong in (
+        dict(rule="simpson"),
+        dict(metric="accuracy"),
+        dict(at="after"),
+        dict(clean="corrupt"),
+        dict(steps=0),
+        dict(dims="some"),
+        dict(threshold=float("nan")),
+        dict(max_memory=1),
+        dict(samples=[]),
+        dict(vector=vs.SteeringVector(np.ones(D + 1, np.float32), 1)),
+        dict(vector=vs.SteeringVector(np.ones(D, np.float32), s.ref.facts.n_layers)),
+    ):
         with pytest.raises(ValueError):
             run(**wrong)
     with pytest.raises(ValueError):

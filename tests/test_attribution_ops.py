@@ -1,11 +1,14 @@
-"""The ops of attribution against their float64 twins, as test_ops.py does it; and that they are what the scores rest on: exact zeros of equal runs, bits
-that do not depend on how tokens are cut into calls, and the gradient of a norm kept small."""
+"""The ops of attribution against their float64 twins, as test_ops.py does it; and that they are
+what the scores rest on: exact zeros of equal runs, bits that do not depend on how tokens are cut
+into calls, and the gradient of a norm kept small.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from test_ops import SIZES, agree, on, same_bits, seeds  # noqa: F401  a fixture among them
 from vksteer.verify import attribution, backward, problems
@@ -55,10 +58,46 @@ def test_head_inputs_over_head_sizes(on, rng, d_head):
 @pytest.mark.parametrize("n_inputs", [3, 8, 15, 48])
 def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
     for n_slots in (0, 1, 33):
-        for n_sources, first, n_steps in ((1, 0, 1), (3, 0, 10), (3, 7, 10), (10, 0, 10), (0, 4, 5)):
+        for n_sources, first, n_steps in (
+            (1, 0, 1),
+            (3, 0, 10),
+            (3, 7, 10),
+            (10, 0, 10),
+            (0, 4, 5),
+        ):
             for gaps in (False, True):
-                agree(on, attribution.head_inputs(rng, n_slots, 9, n_inputs, 16, 33, n_sources, first, n_steps, gaps=gaps, bias=gaps))
-                agree(on, attribution.head_inputs(rng, n_slots, 9, n_inputs, 16, 33, n_sources, first, n_steps, gaps=gaps, normed=True))
+                agree(
+                    on,
+                    attribution.head_inputs(
+                        rng,
+                        n_slots,
+                        9,
+                        n_inputs,
+                        16,
+                        33,
+                        n_sources,
+                        first,
+                        n_steps,
+                        gaps=gaps,
+                        bias=gaps,
+                    ),
+                )
+                agree(
+                    on,
+                    attribution.head_inputs(
+                        rng,
+                        n_slots,
+                        9,
+                        n_inputs,
+                        16,
+                        33,
+                        n_sources,
+                        first,
+                        n_steps,
+                        gaps=gaps,
+                        normed=True,
+                    ),
+                )
 
 
 @pytest.mark.parametrize("n_inputs", [1, 3, 8, 9, 15, 48])
@@ -85,7 +124,7 @@ def test_node_dims(on, rng, n_slots):
             agree(on, attribution.node_dims(rng, n_nodes, 3, n_slots, width))
 
 
-# -- what scores rest on ------------------------------------------------------------------------------------------------------------------------------
+# -- what scores rest on ---------------------------------------------------------------------------
 
 
 def test_steps_in_several_calls_have_the_bits_of_one(on, rng):
@@ -102,20 +141,38 @@ def test_steps_in_several_calls_have_the_bits_of_one(on, rng):
             for first, end in zip((0, *cuts), (*cuts, 10)):
                 more = {"first_step": first} if problem is whole else {}
                 part = buffers | {"sources": problem.buffers["sources"][:, first:end].copy()}
-                result = on.run(problem.op, problem.arguments | more | {"n_sources": end - first}, part)[0]
+                result = on.run(
+                    problem.op, problem.arguments | more | {"n_sources": end - first}, part
+                )[0]
                 buffers |= {name: result[name] for name in outputs[problem.op]}
             for name in outputs[problem.op]:
-                assert same_bits(buffers[name], want[problem.op][name]), f"{problem.op}, {name}, cut at {list(cuts)}"
+                assert same_bits(buffers[name], want[problem.op][name]), (
+                    f"{problem.op}, {name}, cut at {list(cuts)}"
+                )
 
 
-@pytest.mark.parametrize("build", [lambda rng: attribution.difference(rng, 33, 9, 257, 33), lambda rng: attribution.accumulate(rng, 33, 9, 257, 3),
-                                   lambda rng: attribution.head_inputs(rng, 33, 9, 5, 16, 33, 3)], ids=["difference", "accumulate", "head_inputs"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rng: attribution.difference(rng, 33, 9, 257, 33),
+        lambda rng: attribution.accumulate(rng, 33, 9, 257, 3),
+        lambda rng: attribution.head_inputs(rng, 33, 9, 5, 16, 33, 3),
+    ],
+    ids=["difference", "accumulate", "head_inputs"],
+)
 def test_a_slot_alone_has_the_bits_of_a_slot_in_company(on, rng, build):
     problem = build(rng)
-    per_slot = [name for name in ("pairs", "sources", "dst", "heads", "steps", "xs") if name in problem.buffers]
+    per_slot = [
+        name
+        for name in ("pairs", "sources", "dst", "heads", "steps", "xs")
+        if name in problem.buffers
+    ]
     whole = on.run(problem.op, problem.arguments, problem.buffers)[0]
     for s in (0, 7, 32):
-        cut = {name: array[s : s + 1].copy() if name in per_slot else array for name, array in problem.buffers.items()}
+        cut = {
+            name: array[s : s + 1].copy() if name in per_slot else array
+            for name, array in problem.buffers.items()
+        }
         alone = on.run(problem.op, problem.arguments | {"n_slots": 1}, cut)[0]
         for name in per_slot:
             if name in alone:
@@ -127,7 +184,10 @@ def test_head_gradients_do_not_depend_on_the_inputs_beside(on, rng):
     problem = attribution.head_gradients(rng, 19, 3, 4, 33)
     whole = on.run(problem.op, problem.arguments, problem.buffers)[0]["g"]
     for v, n in ((0, 8), (8, 8), (16, 3), (5, 1), (7, 9)):
-        part = problem.buffers | {"g": problem.buffers["g"][3 * v : 3 * (v + n)].copy(), "steps": problem.buffers["steps"][:, :, v : v + n].copy()}
+        part = problem.buffers | {
+            "g": problem.buffers["g"][3 * v : 3 * (v + n)].copy(),
+            "steps": problem.buffers["steps"][:, :, v : v + n].copy(),
+        }
         got = on.run(problem.op, problem.arguments | {"n_inputs": n}, part)[0]["g"]
         assert same_bits(got, whole[3 * v : 3 * (v + n)]), f"inputs {v} to {v + n}"
 
@@ -136,44 +196,96 @@ def test_dots_do_not_depend_on_the_rows_beside(on, rng):
     problem = attribution.dots(rng, 17, 70, 300)
     whole = on.run(problem.op, problem.arguments, problem.buffers)[0]["dst"]
     for i, n, j, m in ((0, 1, 0, 1), (5, 9, 3, 40), (16, 1, 69, 1), (8, 8, 64, 6)):
-        part = problem.buffers | {"a": problem.buffers["a"][i : i + n].copy(), "b": problem.buffers["b"][j : j + m].copy(), "dst": problems.nothing(n, m)}
-        assert same_bits(on.run("dots", problem.arguments | {"n_a": n, "n_b": m}, part)[0]["dst"], whole[i : i + n, j : j + m])
+        part = problem.buffers | {
+            "a": problem.buffers["a"][i : i + n].copy(),
+            "b": problem.buffers["b"][j : j + m].copy(),
+            "dst": problems.nothing(n, m),
+        }
+        assert same_bits(
+            on.run("dots", problem.arguments | {"n_a": n, "n_b": m}, part)[0]["dst"],
+            whole[i : i + n, j : j + m],
+        )
 
 
 @pytest.mark.parametrize("n_steps", [1, 4])
 def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
-    """head_inputs, the product with W^T and head_gradients, on their twins and on the device, against the norm's own backward twin, step by step, for
-    every input alone."""
+    """head_inputs, the product with W^T and head_gradients, on their twins and on the device,
+    against the norm's own backward twin, step by step, for every input alone.
+    """
     n_slots, n_inputs, d_head, width = 3, 5, 16, 33
-    kept = attribution.head_inputs(rng, n_slots, n_slots * n_steps, n_inputs, d_head, width, n_steps)
-    kept.buffers["sources"] = np.arange(n_slots * n_steps, dtype=np.uint32).reshape(n_slots, n_steps)
+    kept = attribution.head_inputs(
+        rng, n_slots, n_slots * n_steps, n_inputs, d_head, width, n_steps
+    )
+    kept.buffers["sources"] = np.arange(n_slots * n_steps, dtype=np.uint32).reshape(
+        n_slots, n_steps
+    )
     kept.buffers["heads"][:, : n_inputs * d_head] = 0
     kept.arguments["weight"] = 1 / n_steps
-    gain, weights = problems.numbers(rng, width), problems.numbers(rng, n_inputs * d_head, width, scale=width**-0.5)
+    gain, weights = (
+        problems.numbers(rng, width),
+        problems.numbers(rng, n_inputs * d_head, width, scale=width**-0.5),
+    )
     x, dqkv = kept.buffers["x"], kept.buffers["dqkv"]
-    own = (x[:, :width] / np.sqrt((x[:, :width].astype(np.float64) ** 2).mean(-1, keepdims=True) + attribution.EPS) * gain) @ weights.T.astype(np.float64)
-    kept.buffers["qkv"][:, : n_inputs * d_head] = own  # the projection of the normed stream: what the statistic is read from
+    own = (
+        x[:, :width]
+        / np.sqrt((x[:, :width].astype(np.float64) ** 2).mean(-1, keepdims=True) + attribution.EPS)
+        * gain
+    ) @ weights.T.astype(np.float64)
+    # the projection of the normed stream: what the statistic is read from
+    kept.buffers["qkv"][:, : n_inputs * d_head] = own
     want = np.zeros((n_inputs, n_slots, width))
     for v in range(n_inputs):
         rows = slice(v * d_head, (v + 1) * d_head)
         norm = backward.norm_bwd(rng, n_slots * n_steps, width)
-        norm.buffers |= {"x": x, "gain": gain, "dy": problems.padded((dqkv[:, rows].astype(np.float64) @ weights[rows]).astype(np.float32), x.shape[1])}
-        want[v] = on.run("norm_bwd", norm.arguments | {"eps": attribution.EPS}, norm.buffers)[1]["dx"][:, :width].reshape(n_slots, n_steps, width).mean(1)
+        norm.buffers |= {
+            "x": x,
+            "gain": gain,
+            "dy": problems.padded(
+                (dqkv[:, rows].astype(np.float64) @ weights[rows]).astype(np.float32), x.shape[1]
+            ),
+        }
+        want[v] = (
+            on.run("norm_bwd", norm.arguments | {"eps": attribution.EPS}, norm.buffers)[1]["dx"][
+                :, :width
+            ]
+            .reshape(n_slots, n_steps, width)
+            .mean(1)
+        )
     for which, bound in ((1, 2e-6), (0, 5e-6)):  # the twins, the device
         sums = on.run("head_inputs", kept.arguments, kept.buffers)[which]
-        g = np.stack([sums["heads"][:, v * d_head : (v + 1) * d_head].astype(np.float64) @ weights[v * d_head : (v + 1) * d_head] for v in range(n_inputs)])
+        g = np.stack(
+            [
+                sums["heads"][:, v * d_head : (v + 1) * d_head].astype(np.float64)
+                @ weights[v * d_head : (v + 1) * d_head]
+                for v in range(n_inputs)
+            ]
+        )
         end = attribution.head_gradients(rng, n_inputs, n_slots, n_steps, width)
-        end.buffers |= {"g": problems.padded(g.reshape(-1, width).astype(np.float32), x.shape[1]), "gain": gain, "steps": sums["steps"].astype(np.float32),
-                        "xs": sums["xs"].astype(np.float32).reshape(end.buffers["xs"].shape)}
-        got = on.run("head_gradients", end.arguments, end.buffers)[which]["g"][:, :width].reshape(want.shape)
+        end.buffers |= {
+            "g": problems.padded(g.reshape(-1, width).astype(np.float32), x.shape[1]),
+            "gain": gain,
+            "steps": sums["steps"].astype(np.float32),
+            "xs": sums["xs"].astype(np.float32).reshape(end.buffers["xs"].shape),
+        }
+        got = on.run("head_gradients", end.arguments, end.buffers)[which]["g"][:, :width].reshape(
+            want.shape
+        )
         assert np.abs(got - want).max() <= bound * np.abs(want).max()
 
 
-# -- any shape -----------------------------------------------------------------------------------------------------------------------------------------
+# -- any shape -------------------------------------------------------------------------------------
 
 
 @few
-@given(seed=seeds, n_slots=st.integers(0, 40), n_tokens=st.integers(1, 20), width=st.integers(1, 300), raw_width=st.integers(0, 300), n_sources=st.integers(0, 12), gaps=st.booleans())
+@given(
+    seed=seeds,
+    n_slots=st.integers(0, 40),
+    n_tokens=st.integers(1, 20),
+    width=st.integers(1, 300),
+    raw_width=st.integers(0, 300),
+    n_sources=st.integers(0, 12),
+    gaps=st.booleans(),
+)
 def test_any_sums(on, seed, n_slots, n_tokens, width, raw_width, n_sources, gaps):
     rng = np.random.default_rng(seed)
     agree(on, attribution.difference(rng, n_slots, n_tokens, width, raw_width))
@@ -181,32 +293,78 @@ def test_any_sums(on, seed, n_slots, n_tokens, width, raw_width, n_sources, gaps
 
 
 @few
-@given(seed=seeds, n_slots=st.integers(1, 20), n_inputs=st.integers(1, 20), half=st.integers(1, 40), width=st.integers(1, 300), first=st.integers(0, 3), n_sources=st.integers(1, 5),
-       rest=st.integers(0, 3), normed=st.booleans(), bias=st.booleans(), gaps=st.booleans())
-def test_any_head_inputs(on, seed, n_slots, n_inputs, half, width, first, n_sources, rest, normed, bias, gaps):
+@given(
+    seed=seeds,
+    n_slots=st.integers(1, 20),
+    n_inputs=st.integers(1, 20),
+    half=st.integers(1, 40),
+    width=st.integers(1, 300),
+    first=st.integers(0, 3),
+    n_sources=st.integers(1, 5),
+    rest=st.integers(0, 3),
+    normed=st.booleans(),
+    bias=st.booleans(),
+    gaps=st.booleans(),
+)
+def test_any_head_inputs(
+    on, seed, n_slots, n_inputs, half, width, first, n_sources, rest, normed, bias, gaps
+):
     rng = np.random.default_rng(seed)
-    agree(on, attribution.head_inputs(rng, n_slots, 9, n_inputs, 2 * half, width, n_sources, first, first + n_sources + rest, normed, bias and not normed, gaps))
+    agree(
+        on,
+        attribution.head_inputs(
+            rng,
+            n_slots,
+            9,
+            n_inputs,
+            2 * half,
+            width,
+            n_sources,
+            first,
+            first + n_sources + rest,
+            normed,
+            bias and not normed,
+            gaps,
+        ),
+    )
     agree(on, attribution.head_gradients(rng, n_inputs, n_slots, n_sources, width))
 
 
 @few
-@given(seed=seeds, n_a=st.integers(1, 40), n_b=st.integers(1, 100), n_k=st.integers(1, 600), n_slots=st.integers(1, 32), width=st.integers(1, 200))
+@given(
+    seed=seeds,
+    n_a=st.integers(1, 40),
+    n_b=st.integers(1, 100),
+    n_k=st.integers(1, 600),
+    n_slots=st.integers(1, 32),
+    width=st.integers(1, 200),
+)
 def test_any_contraction(on, seed, n_a, n_b, n_k, n_slots, width):
     rng = np.random.default_rng(seed)
     agree(on, attribution.dots(rng, n_a, n_b, n_k))
     agree(on, attribution.node_dims(rng, n_b, 1 + n_a, n_slots, width))
 
 
-# -- the bench -----------------------------------------------------------------------------------------------------------------------------------------
+# -- the bench -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build, change", [
-    (lambda rng: attribution.difference(rng, 3, 5, 33), {"n_slots": 4}), (lambda rng: attribution.difference(rng, 3, 5, 33), {"raw_width": 5}),
-    (lambda rng: attribution.accumulate(rng, 3, 5, 33, 2), {"n_sources": 3}), (lambda rng: attribution.accumulate(rng, 3, 5, 33, 2), {"stride": 4800}),
-    (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2), {"first_step": 1}), (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2), {"n_inputs": 9}),
-    (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2), {"has_bias": 1}), (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2, normed=True), {"flags": 0}),
-    (lambda rng: attribution.head_gradients(rng, 4, 3, 2, 33), {"n_steps": 3}), (lambda rng: attribution.dots(rng, 3, 4, 5), {"n_k": 6}),
-    (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_nodes": 4}), (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_slots": 6})])
+@pytest.mark.parametrize(
+    "build, change",
+    [
+        (lambda rng: attribution.difference(rng, 3, 5, 33), {"n_slots": 4}),
+        (lambda rng: attribution.difference(rng, 3, 5, 33), {"raw_width": 5}),
+        (lambda rng: attribution.accumulate(rng, 3, 5, 33, 2), {"n_sources": 3}),
+        (lambda rng: attribution.accumulate(rng, 3, 5, 33, 2), {"stride": 4800}),
+        (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2), {"first_step": 1}),
+        (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2), {"n_inputs": 9}),
+        (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2), {"has_bias": 1}),
+        (lambda rng: attribution.head_inputs(rng, 3, 5, 4, 6, 33, 2, normed=True), {"flags": 0}),
+        (lambda rng: attribution.head_gradients(rng, 4, 3, 2, 33), {"n_steps": 3}),
+        (lambda rng: attribution.dots(rng, 3, 4, 5), {"n_k": 6}),
+        (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_nodes": 4}),
+        (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_slots": 6}),
+    ],
+)
 def test_senseless_sizes_are_refused(on, rng, build, change):
     problem = build(rng)
     with pytest.raises(ValueError):

@@ -1,7 +1,9 @@
-"""Attribution on the three real models: verse against prose, teacher forced on what the steered model itself writes.
+"""Attribution on the three real models: verse against prose, teacher forced on what the steered
+model itself writes.
 
-On Qwen2.5-Coder-0.5B-Instruct sixteen samples, two of them beside the float64 oracle on transformers' own reading of the same file. Bound: 1e-3 of the
-largest score, for samples without near ties.
+On Qwen2.5-Coder-0.5B-Instruct sixteen samples, two of them beside the float64 oracle on
+transformers' own reading of the same file. Bound: 1e-3 of the largest score, for
+samples without near ties.
 """
 
 from __future__ import annotations
@@ -22,26 +24,56 @@ pytestmark = pytest.mark.long
 
 
 class Real:
-    """A real model in float32 with its vector and samples; token lists where it has no chat template."""
+    """A real model in float32 with its vector and samples; token lists where it
+    has no chat template.
+    """
 
     def __init__(self, name, n):
         import vksteer as vs
 
         path = files.gguf(name)
         if path is None:
-            pytest.fail(f"no file like {files.REAL[name][0]} under {files.MODELS}: fetch the model first (tools/fetch_model.py) or set VKSTEER_MODELS")
+            pytest.fail(
+                f"no file like {files.REAL[name][0]} under {files.MODELS}: fetch the model first"
+                " (tools/fetch_model.py) or set VKSTEER_MODELS"
+            )
         self.path, (layer, self.coefficient) = path, STEERED[name]
         self.model = vs.Model.from_pretrained(str(path), dtype="float32", progress=False)
-        encode = (lambda texts: texts) if files.REAL[name][1] else lambda texts: [list(self.model.tokenizer.encode(t)) for t in texts]
-        verse, prose = ([text.format(t) for t in TOPICS] for text in ("Write a short poem about {}.", "Explain what {} is."))
-        self.vector = vs.steering.difference_in_means(self.model, encode(verse), encode(prose), positions=[-1], progress=False).vector(-1, layer)
-        self.samples = vs.patching.make_samples(self.model, encode(files.PROMPTS[:n]), self.vector, self.coefficient, max_new_tokens=8, keep="all", progress=False)
+        encode = (
+            (lambda texts: texts)
+            if files.REAL[name][1]
+            else lambda texts: [list(self.model.tokenizer.encode(t)) for t in texts]
+        )
+        verse, prose = (
+            [text.format(t) for t in TOPICS]
+            for text in ("Write a short poem about {}.", "Explain what {} is.")
+        )
+        self.vector = vs.steering.difference_in_means(
+            self.model, encode(verse), encode(prose), positions=[-1], progress=False
+        ).vector(-1, layer)
+        self.samples = vs.patching.make_samples(
+            self.model,
+            encode(files.PROMPTS[:n]),
+            self.vector,
+            self.coefficient,
+            max_new_tokens=8,
+            keep="all",
+            progress=False,
+        )
 
     def attribute(self, some=None, **options):
         from vksteer.patching import attribute
 
         samples = self.samples if some is None else [self.samples[i] for i in some]
-        return attribute(self.model, samples, self.vector, self.coefficient, steps=STEPS, progress=False, **options)
+        return attribute(
+            self.model,
+            samples,
+            self.vector,
+            self.coefficient,
+            steps=STEPS,
+            progress=False,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("name", list(files.REAL))
@@ -52,9 +84,21 @@ def test_real_models_run(name):
         scores = real.attribute(per_sample=True, dims="all")
         E, N = len(scores.edge_names), len(scores.node_names)
         assert len(real.samples) == 4 and scores.n_positions > 0, "steering changes no greedy token"
-        assert scores.edges.shape == (E,) and scores.nodes.shape == (N,) and scores.dims.shape == (N, real.model.config.d_model)
-        assert np.isfinite(scores.edges).all() and np.isfinite(scores.dims).all() and (scores.edges != 0).mean() > 0.9
-        np.testing.assert_allclose(scores.dims.sum(1, dtype=np.float64), scores.nodes, atol=1e-4 * np.abs(scores.nodes).max())
+        assert (
+            scores.edges.shape == (E,)
+            and scores.nodes.shape == (N,)
+            and scores.dims.shape == (N, real.model.config.d_model)
+        )
+        assert (
+            np.isfinite(scores.edges).all()
+            and np.isfinite(scores.dims).all()
+            and (scores.edges != 0).mean() > 0.9
+        )
+        np.testing.assert_allclose(
+            scores.dims.sum(1, dtype=np.float64),
+            scores.nodes,
+            atol=1e-4 * np.abs(scores.nodes).max(),
+        )
         i = int(np.argmax(scores.weights))
         alone = real.attribute([i], per_sample=True)
         assert_same_bits(f"{name}: sample {i} alone", alone.sample_edges[0], scores.sample_edges[i])
@@ -68,7 +112,11 @@ def test_real_models_run(name):
                 refused = limit
             else:
                 enough, levels = limit, levels + 1
-                assert_same_bits(f"{name}: sample {i} in {limit} bytes", less.sample_edges[0], scores.sample_edges[i])
+                assert_same_bits(
+                    f"{name}: sample {i} in {limit} bytes",
+                    less.sample_edges[0],
+                    scores.sample_edges[i],
+                )
         assert levels >= 2, "no layout but the first was run"
     finally:
         real.model.close()
@@ -93,11 +141,21 @@ def test_qwen_against_the_oracle(tmp_path):
         case = oracle.Case(ref, real.samples[i], real.vector, real.coefficient)
         if case.margin() < 1e-3:
             continue  # greedy tokens may differ in single precision
-        want = oracle.score(ref, real.samples[i], real.vector, real.coefficient, steps=STEPS, case=case)
+        want = oracle.score(
+            ref, real.samples[i], real.vector, real.coefficient, steps=STEPS, case=case
+        )
         assert want.n == weights[i]
         assert names == edge_names(ref.facts, real.vector.layer)
-        worst = assert_close(f"edges of sample {i}", scores.sample_edges[i], want.edges["pre_norm"], BOUND), assert_close(f"nodes of sample {i}", scores.sample_nodes[i], want.nodes, BOUND)
-        print(f"sample {i}, {len(real.samples[i])} tokens, {want.n} metric positions: worst share of edges {worst[0]:.2e}, of nodes {worst[1]:.2e}")
+        worst = (
+            assert_close(
+                f"edges of sample {i}", scores.sample_edges[i], want.edges["pre_norm"], BOUND
+            ),
+            assert_close(f"nodes of sample {i}", scores.sample_nodes[i], want.nodes, BOUND),
+        )
+        print(
+            f"sample {i}, {len(real.samples[i])} tokens, {want.n} metric positions: worst share of"
+            f" edges {worst[0]:.2e}, of nodes {worst[1]:.2e}"
+        )
         checked.append(i)
         if len(checked) == 2:
             break
@@ -105,15 +163,22 @@ def test_qwen_against_the_oracle(tmp_path):
 
 
 def _folder(path, to):
-    """The file as transformers reads it, float32, for the oracle: config.json and model.safetensors."""
+    """The file as transformers reads it, float32, for the oracle: config.json
+    and model.safetensors.
+    """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     config = model.config.to_dict()
-    config.pop("quantization_config", None)  # transformers refuses to save what was read from a GGUF file, though it is plain numbers by now
-    plain = transformers.AutoModelForCausalLM.from_config(type(model.config)(**config), dtype=torch.float32)
+    # transformers refuses to save what was read from a GGUF file, though it is plain numbers by now
+    config.pop("quantization_config", None)
+    plain = transformers.AutoModelForCausalLM.from_config(
+        type(model.config)(**config), dtype=torch.float32
+    )
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(to, max_shard_size="20GB")
     return to

@@ -1,8 +1,10 @@
-"""To the last bit: a row alone is the same row in any batch, in any order, padded to any length, in prefill and in decoding; same inputs give the
-same bits in every run; captures and returned arrays change nothing and are not changed.
+"""To the last bit: a row alone is the same row in any batch, in any order, padded to any length, in
+prefill and in decoding; same inputs give the same bits in every run; captures and returned arrays
+change nothing and are not changed.
 
-Cached against uncached is the one comparison with a bound: decoding sums in another order than prefilling. CACHED is that bound, as a share of
-the largest value; see the test for what was measured.
+Cached against uncached is the one comparison with a bound: decoding sums in another
+order than prefilling. CACHED is that bound, as a share of the largest value; see the
+test for what was measured.
 """
 
 from __future__ import annotations
@@ -12,8 +14,20 @@ import pytest
 
 from oracle.compare import assert_close, assert_same_bits, real
 
-#: The wide ones hold their weights as stored (bfloat16, float16) as well as in float32: other kernels, the same rules.
-FAMILIES = ["llama3", "llama_bias", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "wide", "wide:auto", "wide_gemma:auto"]
+#: The wide ones hold their weights as stored (bfloat16, float16) as well as in float32: other
+#: kernels, the same rules.
+FAMILIES = [
+    "llama3",
+    "llama_bias",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "qwen2",
+    "qwen3",
+    "wide",
+    "wide:auto",
+    "wide_gemma:auto",
+]
 LENGTHS = (17, 1, 64, 5, 29, 2, 33, 8)
 CACHED = 2e-5
 
@@ -29,7 +43,9 @@ def prompts_of(zoo, name, rng, lengths=LENGTHS):
 
 def sites_to_compare(model):
     last = model.config.n_layers - 1
-    return [s for s in model.sites if s.startswith((f"blocks.{last}.", "ln_final", "blocks.0.attn"))]
+    return [
+        s for s in model.sites if s.startswith((f"blocks.{last}.", "ln_final", "blocks.0.attn"))
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,9 +59,15 @@ def test_prefill_alone_padded_and_in_any_batch(zoo, name, rng):
 
     def compare(what, run, at, row):
         n = len(rows[row])
-        assert_same_bits(f"{name}, {what}, {n} tokens: logits", run.logits[at, -n:], together.logits[row, -n:])
+        assert_same_bits(
+            f"{name}, {what}, {n} tokens: logits", run.logits[at, -n:], together.logits[row, -n:]
+        )
         for s in sites:
-            assert_same_bits(f"{name}, {what}, {n} tokens: {s}", real(s, run[s], at, n), real(s, together[s], row, n))
+            assert_same_bits(
+                f"{name}, {what}, {n} tokens: {s}",
+                real(s, run[s], at, n),
+                real(s, together[s], row, n),
+            )
 
     for at, row in enumerate(order):
         compare("another order", shuffled, at, row)
@@ -57,7 +79,9 @@ def test_prefill_alone_padded_and_in_any_batch(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_of_a_prefix_is_the_prefix_of_the_prefill(zoo, name, rng):
-    """Nothing of a token may depend on what comes after it: the rows' lengths choose no order of sums."""
+    """Nothing of a token may depend on what comes after it: the rows' lengths
+    choose no order of sums.
+    """
     model = engine(zoo, name)
     (whole,) = prompts_of(zoo, name, rng, (70,))
     want = model.run([whole]).logits[0]
@@ -73,31 +97,46 @@ def test_large_batches(zoo, name, rng):
     logits = model.run(rows, logits="last").logits
     for size in (1, 7, 19):
         for start in range(0, len(rows), size if size > 1 else 9):
-            some = model.run(rows[start:start + size], logits="last").logits
-            assert_same_bits(f"rows {start}..{start + size}", some, logits[start:start + size])
+            some = model.run(rows[start : start + size], logits="last").logits
+            assert_same_bits(f"rows {start}..{start + size}", some, logits[start : start + size])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_alone_and_in_any_batch(zoo, name, rng):
     model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     last = model.config.n_layers - 1
-    sites = ["ln_final.hook_normalized", f"blocks.{last}.hook_resid_post", f"blocks.{last}.attn.hook_z"]
+    sites = [
+        "ln_final.hook_normalized",
+        f"blocks.{last}.hook_resid_post",
+        f"blocks.{last}.attn.hook_z",
+    ]
     options = dict(max_new_tokens=9, ignore_eos=True, capture=sites, progress=False)
     together = model.generate(rows, **options)
     order = rng.permutation(len(rows))
-    others = [("another order", dict(zip(order, model.generate([rows[i] for i in order], **options)))),
-              ("alone", {i: model.generate([rows[i]], **options)[0] for i in range(len(rows))})]
+    others = [
+        ("another order", dict(zip(order, model.generate([rows[i] for i in order], **options)))),
+        ("alone", {i: model.generate([rows[i]], **options)[0] for i in range(len(rows))}),
+    ]
     for size in (1, 3):
-        others.append((f"batch_size={size}", dict(enumerate(model.generate(rows, batch_size=size, **options)))))
+        others.append(
+            (
+                f"batch_size={size}",
+                dict(enumerate(model.generate(rows, batch_size=size, **options))),
+            )
+        )
     for what, gens in others:
         for i, gen in gens.items():
             assert gen.tokens.tolist() == together[i].tokens.tolist(), f"{name}, {what}, row {i}"
             for s in sites:
-                assert_same_bits(f"{name}, {what}, row {i}: {s}", gen.captured[s], together[i].captured[s])
+                assert_same_bits(
+                    f"{name}, {what}, row {i}: {s}", gen.captured[s], together[i].captured[s]
+                )
 
 
 def test_rows_that_end_early_leave_the_others_alone(zoo, rng):
-    """Different numbers of new tokens in a batch: a row's bits do not depend on who is still decoding beside it."""
+    """Different numbers of new tokens in a batch: a row's bits do not depend on who is
+    still decoding beside it.
+    """
     import vksteer as vs
 
     name = "gemma3"
@@ -105,13 +144,20 @@ def test_rows_that_end_early_leave_the_others_alone(zoo, rng):
     free = engine(zoo, name).generate(rows, max_new_tokens=12, ignore_eos=True, progress=False)
     ends = sorted({int(g.tokens[3 + i % 5]) for i, g in enumerate(free)})
     site = "blocks.4.hook_resid_post"
-    with vs.Model.from_pretrained(str(zoo.variant(name, "ends", eos_token_id=ends)), dtype="float32") as model:
+    with vs.Model.from_pretrained(
+        str(zoo.variant(name, "ends", eos_token_id=ends)), dtype="float32"
+    ) as model:
         options = dict(max_new_tokens=12, capture=[site], progress=False)
         together = model.generate(rows, **options)
-        assert len({len(g.tokens) for g in together}) > 2, "the case is to have rows that end at different steps"
+        assert len({len(g.tokens) for g in together}) > 2, (
+            "the case is to have rows that end at different steps"
+        )
         for row, gen in zip(rows, together):
             alone = model.generate([row], **options)[0]
-            assert alone.tokens.tolist() == gen.tokens.tolist() and alone.finish_reason == gen.finish_reason
+            assert (
+                alone.tokens.tolist() == gen.tokens.tolist()
+                and alone.finish_reason == gen.finish_reason
+            )
             assert_same_bits(site, alone.captured[site], gen.captured[site])
 
 
@@ -120,12 +166,19 @@ def test_same_inputs_same_bits(zoo, name, rng):
     import vksteer as vs
 
     model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
-    first, first_text = model.run(rows), model.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False)
+    first, first_text = (
+        model.run(rows),
+        model.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False),
+    )
     for _ in range(5):
         assert_same_bits(name, model.run(rows).logits, first.logits)
     with vs.Model.from_pretrained(str(zoo.folder(name)), dtype="float32") as again:
         assert_same_bits("another Model of the same folder", again.run(rows).logits, first.logits)
-        for a, b in zip(again.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False), first_text, strict=True):
+        for a, b in zip(
+            again.generate(rows, max_new_tokens=6, ignore_eos=True, progress=False),
+            first_text,
+            strict=True,
+        ):
             assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -134,22 +187,38 @@ def test_captures_change_no_bit(zoo, name, rng):
     model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     plain = model.run(rows)
     assert_same_bits("everything captured", model.run(rows, capture=["*"]).logits, plain.logits)
-    for site in ("blocks.1.attn.hook_pattern", "blocks.0.attn.hook_attn_scores", "blocks.1.attn.hook_result", "blocks.0.mlp.hook_post", "ln_final.hook_scale"):
+    for site in (
+        "blocks.1.attn.hook_pattern",
+        "blocks.0.attn.hook_attn_scores",
+        "blocks.1.attn.hook_result",
+        "blocks.0.mlp.hook_post",
+        "ln_final.hook_scale",
+    ):
         assert_same_bits(site, model.run(rows, capture=[site]).logits, plain.logits)
     everything = model.run(rows, capture=["*"])
     for site in sites_to_compare(model):
-        assert_same_bits(f"{site} alone and with all others", model.run(rows, capture=[site])[site], everything[site])
+        assert_same_bits(
+            f"{site} alone and with all others",
+            model.run(rows, capture=[site])[site],
+            everything[site],
+        )
     options = dict(max_new_tokens=5, ignore_eos=True, progress=False)
-    with_captures = model.generate(rows, capture=["blocks.*.hook_resid_post", "blocks.1.attn.hook_z"], **options)
+    with_captures = model.generate(
+        rows, capture=["blocks.*.hook_resid_post", "blocks.1.attn.hook_z"], **options
+    )
     for a, b in zip(with_captures, model.generate(rows, **options), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_against_uncached(zoo, name, rng):
-    """Decoded with the cache, and the same tokens prefilled at once: within CACHED on a GPU, to the last bit on a software driver."""
+    """Decoded with the cache, and the same tokens prefilled at once: within CACHED on a GPU, to the
+    last bit on a software driver.
+    """
     model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
-    sites = ["ln_final.hook_normalized"] + [f"blocks.{l}.hook_resid_post" for l in range(model.config.n_layers)]
+    sites = ["ln_final.hook_normalized"] + [
+        f"blocks.{l}.hook_resid_post" for l in range(model.config.n_layers)
+    ]
     gens = model.generate(rows, max_new_tokens=24, ignore_eos=True, capture=sites, progress=False)
     run = model.run(rows, [g.tokens for g in gens], capture=sites)
     worst = 0.0
@@ -157,9 +226,21 @@ def test_cached_against_uncached(zoo, name, rng):
         n = len(gen.tokens)
         for s in sites:
             assert gen.captured[s].shape == (n, run[s].shape[-1])
-            worst = max(worst, assert_close(f"{name} {s}, row {b}: decoded against prefilled", gen.captured[s], run[s][b, -n:], CACHED))
+            worst = max(
+                worst,
+                assert_close(
+                    f"{name} {s}, row {b}: decoded against prefilled",
+                    gen.captured[s],
+                    run[s][b, -n:],
+                    CACHED,
+                ),
+            )
             if model.device.type == "software":
-                assert_same_bits(f"{name} {s}, row {b}: decoded against prefilled", gen.captured[s], run[s][b, -n:])
+                assert_same_bits(
+                    f"{name} {s}, row {b}: decoded against prefilled",
+                    gen.captured[s],
+                    run[s][b, -n:],
+                )
     print(f"{name}: cached against uncached, worst share {worst:.2e}")
 
 
@@ -169,20 +250,36 @@ def test_returned_arrays_never_change(zoo, rng):
     rows = prompts_of(zoo, "qwen3", rng)
     model = vs.Model.from_pretrained(str(zoo.folder("qwen3")), dtype="float32")
     run = model.run(rows, capture=["*"])
-    gen = model.generate(rows[:2], max_new_tokens=4, ignore_eos=True, capture=["blocks.1.hook_resid_post"], progress=False)
-    held = {s: run[s] for s in model.sites} | {"logits": run.logits, "tokens": run.tokens, "mask": run.mask, "touched": run.touched}
-    held |= {f"gen {i}": g.captured["blocks.1.hook_resid_post"] for i, g in enumerate(gen)} | {f"tokens {i}": g.tokens for i, g in enumerate(gen)}
+    gen = model.generate(
+        rows[:2],
+        max_new_tokens=4,
+        ignore_eos=True,
+        capture=["blocks.1.hook_resid_post"],
+        progress=False,
+    )
+    held = {s: run[s] for s in model.sites} | {
+        "logits": run.logits,
+        "tokens": run.tokens,
+        "mask": run.mask,
+        "touched": run.touched,
+    }
+    held |= {f"gen {i}": g.captured["blocks.1.hook_resid_post"] for i, g in enumerate(gen)} | {
+        f"tokens {i}": g.tokens for i, g in enumerate(gen)
+    }
     copies = {k: v.copy() for k, v in held.items()}
     v = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
     model.run(rows[::-1], capture=["*"], edits=[vs.Steer(v, 2.0)])
     model.generate(rows[::-1], max_new_tokens=4, ignore_eos=True, progress=False)
     for k in held:
         assert np.array_equal(held[k], copies[k], equal_nan=True), f"{k} changed after a later run"
-    held["logits"][:] = 7.0  # what belongs to the user may be written to, without effect on the model
+    # what belongs to the user may be written to, without effect on the model
+    held["logits"][:] = 7.0
     again = model.run(rows)
     assert_same_bits("a later run", again.logits, copies["logits"])
     model.close()
     held.pop("logits")
     for k in held:
         assert np.array_equal(held[k], copies[k], equal_nan=True), f"{k} changed after close()"
-    assert run["hook_embed"] is held["hook_embed"], "asked for again, a captured site is the same array"
+    assert run["hook_embed"] is held["hook_embed"], (
+        "asked for again, a captured site is the same array"
+    )

@@ -1,4 +1,6 @@
-"""The rule that chooses a candidate, on tables written by hand: filters at their edges, strict against code, NaN, ties, none left."""
+"""The rule that chooses a candidate, on tables written by hand: filters at their edges, strict
+against code, NaN, ties, none left.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ def tables(P=2, L=10):
 
 def test_paper_minimises_sigmoid_bypass_minus_sigmoid_induce():
     bypass, induce, kl = tables()
-    bypass[0, 3], induce[0, 3] = -1.0, 0.5    # sigmoid: .269 - .622 = -.353
-    bypass[1, 4], induce[1, 4] = 0.0, 9.0     # .5 - 1 = -.5
-    bypass[1, 5], induce[1, 5] = -2.0, 0.1    # .119 - .525 = -.406
+    bypass[0, 3], induce[0, 3] = -1.0, 0.5  # sigmoid: .269 - .622 = -.353
+    bypass[1, 4], induce[1, 4] = 0.0, 9.0  # .5 - 1 = -.5
+    bypass[1, 5], induce[1, 5] = -2.0, 0.1  # .119 - .525 = -.406
     assert choose(bypass, induce, kl) == (1, 4)
     assert choose(bypass, induce, kl, criterion="arditi") == (1, 5)  # the smallest bypass alone
     assert all(type(i) is int for i in choose(bypass, induce, kl))
@@ -29,7 +31,11 @@ def test_paper_minimises_sigmoid_bypass_minus_sigmoid_induce():
 def test_against_an_exhaustive_search(rng):
     for _ in range(200):
         P, L = int(rng.integers(1, 6)), int(rng.integers(1, 12))
-        bypass, induce, kl = rng.normal(0, 3, (P, L)), rng.normal(1, 2, (P, L)), rng.uniform(0, 0.2, (P, L))
+        bypass, induce, kl = (
+            rng.normal(0, 3, (P, L)),
+            rng.normal(1, 2, (P, L)),
+            rng.uniform(0, 0.2, (P, L)),
+        )
         bypass[rng.random((P, L)) < 0.2] = NAN
         for criterion in ("paper", "arditi"):
             best, want = np.inf, None
@@ -38,7 +44,9 @@ def test_against_an_exhaustive_search(rng):
                     b, i, k = bypass[p, l], induce[p, l], kl[p, l]
                     if np.isnan(b) or i < 0 or k > 0.1 or l >= int(0.8 * L):
                         continue
-                    value = b if criterion == "arditi" else 1 / (1 + np.exp(-b)) - 1 / (1 + np.exp(-i))
+                    value = (
+                        b if criterion == "arditi" else 1 / (1 + np.exp(-b)) - 1 / (1 + np.exp(-i))
+                    )
                     if value < best:
                         best, want = value, (p, l)
             if want is None:
@@ -55,7 +63,7 @@ def test_layer_filter_is_the_codes_or_the_papers(L):
     paper = [l for l in range(L) if layer_allowed(l, L, strict=True)]
     assert code == list(range(int(0.8 * L)))
     assert paper == [l for l in range(L) if 10 * l < 8 * L]
-    assert paper[len(code):] == ([] if L % 5 == 0 else [int(0.8 * L)])
+    assert paper[len(code) :] == ([] if L % 5 == 0 else [int(0.8 * L)])
 
 
 def test_the_one_layer_where_strict_and_code_differ():
@@ -121,7 +129,13 @@ def test_none_left_names_filters_and_the_closest():
     with pytest.raises(ValueError) as error:
         choose(bypass, induce, kl)
     text = str(error.value)
-    assert "of 10" in text and "layer: 2" in text and "undefined: 1" in text and "induce: 6" in text and "kl: 1" in text
+    assert (
+        "of 10" in text
+        and "layer: 2" in text
+        and "undefined: 1" in text
+        and "induce: 6" in text
+        and "kl: 1" in text
+    )
     assert "position index 1, layer 2" in text and "-0.25" in text
     with pytest.raises(ValueError, match="every cell is NaN"):
         choose(np.full((1, 5), NAN), np.zeros((1, 5)), np.zeros((1, 5)))
@@ -134,13 +148,29 @@ def test_rejections_carry_filter_value_and_position():
     induce[0, 1], kl[1, 0] = -2.0, 0.3
     eligible, rejected = examine(bypass, induce, kl, positions=[-2, -1])
     assert eligible == [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
-    assert [(r.position, r.layer, r.filter) for r in rejected] == [(-2, 1, "induce"), (-2, 4, "layer"), (-1, 0, "kl"), (-1, 4, "layer")]
-    assert str(rejected[0]) == "position -2, layer 1: induce -2, wanted >= 0 (KL 0.01)" and rejected[2].shortfall == pytest.approx(2)
+    assert [(r.position, r.layer, r.filter) for r in rejected] == [
+        (-2, 1, "induce"),
+        (-2, 4, "layer"),
+        (-1, 0, "kl"),
+        (-1, 4, "layer"),
+    ]
+    assert str(
+        rejected[0]
+    ) == "position -2, layer 1: induce -2, wanted >= 0 (KL 0.01)" and rejected[
+        2
+    ].shortfall == pytest.approx(2)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: choose([1.0], [1.0], [1.0]), lambda: choose([[1.0]], [[1.0, 2.0]], [[1.0]]), lambda: choose(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3))),
-    lambda: choose(*tables(), criterion="mine"), lambda: choose(*tables()[:2], "x")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: choose([1.0], [1.0], [1.0]),
+        lambda: choose([[1.0]], [[1.0, 2.0]], [[1.0]]),
+        lambda: choose(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3))),
+        lambda: choose(*tables(), criterion="mine"),
+        lambda: choose(*tables()[:2], "x"),
+    ],
+)
 def test_bad_arguments(call):
     with pytest.raises(ValueError):
         call()

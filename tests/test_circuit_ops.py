@@ -1,5 +1,6 @@
-"""The ops of circuits against their float64 twins, as test_ops.py does it; and what circuits rest on: exact zeros of equal states, rows whose bits do not
-depend on what is beside them."""
+"""The ops of circuits against their float64 twins, as test_ops.py does it; and what circuits rest
+on: exact zeros of equal states, rows whose bits do not depend on what is beside them.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +23,20 @@ def test_an_entry_has_the_same_bits_alone_and_at_a_picked_token(on, rng):
     whole = on.run(problem.op, problem.arguments, problem.buffers)[0]["dst"].reshape(9, 8, -1)
     first, refs = problem.buffers["first"], problem.buffers["refs"]
     for e in (0, 4, 8):
-        mine = refs[first[e]:first[e + 1]]
+        mine = refs[first[e] : first[e + 1]]
         for t in (0, 7):
-            alone = problem.buffers | {"first": np.array([0, len(mine)], np.uint32), "refs": np.append(mine, np.uint32(0)), "tokens": np.array([t], np.uint32),
-                                       "dst": problem.buffers["dst"][:1].copy()}
-            arguments = problem.arguments | {"all_tokens": 0, "n_tokens": 1, "n_entries": 1, "n_refs": len(mine)}
+            alone = problem.buffers | {
+                "first": np.array([0, len(mine)], np.uint32),
+                "refs": np.append(mine, np.uint32(0)),
+                "tokens": np.array([t], np.uint32),
+                "dst": problem.buffers["dst"][:1].copy(),
+            }
+            arguments = problem.arguments | {
+                "all_tokens": 0,
+                "n_tokens": 1,
+                "n_entries": 1,
+                "n_refs": len(mine),
+            }
             assert same_bits(on.run(problem.op, arguments, alone)[0]["dst"][0], whole[e, t])
 
 
@@ -37,8 +47,18 @@ def test_heads(on, rng, d_head):
             agree(on, circuit.circuit_place(rng, n_tokens, d_head, norm))
             for difference in (False, True):
                 agree(on, circuit.circuit_heads(rng, n_tokens, d_head, difference, scaled=norm))
-                agree(on, circuit.circuit_heads(rng, n_tokens, d_head, difference, scaled=norm, column=True))
-                agree(on, circuit.circuit_heads(rng, n_tokens, d_head, difference, scaled=norm, column=True, zero=True))
+                agree(
+                    on,
+                    circuit.circuit_heads(
+                        rng, n_tokens, d_head, difference, scaled=norm, column=True
+                    ),
+                )
+                agree(
+                    on,
+                    circuit.circuit_heads(
+                        rng, n_tokens, d_head, difference, scaled=norm, column=True, zero=True
+                    ),
+                )
 
 
 def test_equal_states_differ_by_exactly_nothing(on, rng):
@@ -58,7 +78,10 @@ def test_circuit_outputs_and_pair_logits(on, rng, width):
     for n_rows, n_tokens, first in ((1, 1, 0), (7, 3, 2), (33, 33, 5)):
         for normed in (False, True):
             for in_place in (False, True):
-                agree(on, circuit.circuit_outputs(rng, n_rows, n_tokens, width, normed, first, in_place))
+                agree(
+                    on,
+                    circuit.circuit_outputs(rng, n_rows, n_tokens, width, normed, first, in_place),
+                )
     for n_entries, n in ((1, 1), (3, 7), (9, 33)):
         for softcap in (0.0, 3.0):
             agree(on, circuit.pair_logits(rng, n_entries, n, width, softcap))
@@ -69,7 +92,8 @@ def test_logit_metrics(on, rng, width):
     for n_rows, n, first in ((1, 1, 0), (7, 3, 2), (33, 33, 5)):
         for softcap in (0.0, 8.0):
             agree(on, circuit.logit_metrics(rng, n_rows, n, width, softcap, first))
-    agree(on, circuit.logit_metrics(rng, 3, 3, width, spread=0.1, shift=1000.0))  # large logits cost no digits but those of their own size
+    # large logits cost no digits but those of their own size
+    agree(on, circuit.logit_metrics(rng, 3, 3, width, spread=0.1, shift=1000.0))
     agree(on, circuit.logit_metrics(rng, 3, 3, width, spread=60.0))
 
 

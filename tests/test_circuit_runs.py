@@ -1,4 +1,6 @@
-"""The model under circuits against the float64 oracle (tests/oracle/circuits.py): every metric, ragged samples, bits that do not depend on packing."""
+"""The model under circuits against the float64 oracle (tests/oracle/circuits.py): every metric,
+ragged samples, bits that do not depend on packing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SHARES = (0, 0.02, 0.2, 0.5, 0.8, 0.95, 1)
 
 
 class Setting:
-    """A family's engine and oracle, a vector, ragged samples whose greedy choices are clear, circuits of many sizes."""
+    """A family's engine and oracle, a vector, ragged samples whose greedy choices are clear,
+    circuits of many sizes.
+    """
 
     def __init__(self, zoo, name, rng, layer=1, coefficient=1.0, sizes=((7, 9), (4, 1), (12, 21))):
         self.model, self.ref = zoo.engine(name), zoo.reference(name)
@@ -29,18 +33,39 @@ class Setting:
         draw = lambda n: rng.integers(0, c.d_vocab, n).tolist()
         self.samples = []
         while len(self.samples) < len(sizes):
-            sample = vs.patching.Sample(draw(sizes[len(self.samples)][0]), draw(sizes[len(self.samples)][1]))
+            sample = vs.patching.Sample(
+                draw(sizes[len(self.samples)][0]), draw(sizes[len(self.samples)][1])
+            )
             if Case(self.ref, sample, self.exact, coefficient).margin() > 1e-3:
                 self.samples.append(sample)
         self.graph = vs.patching.graph(self.model, layer)
-        self.circuits = [Circuit(self.graph, np.flatnonzero(rng.random(self.graph.n_edges) < share)) for share in SHARES]
+        self.circuits = [
+            Circuit(self.graph, np.flatnonzero(rng.random(self.graph.n_edges) < share))
+            for share in SHARES
+        ]
 
     def evaluate(self, circuits=None, metrics=oc.METRICS, **options):
-        return vs.circuits.evaluate(self.circuits if circuits is None else circuits, self.model, self.samples, self.vector, self.coefficient, metrics,
-                                    progress=False, **options)
+        return vs.circuits.evaluate(
+            self.circuits if circuits is None else circuits,
+            self.model,
+            self.samples,
+            self.vector,
+            self.coefficient,
+            metrics,
+            progress=False,
+            **options,
+        )
 
     def oracle(self, **options):
-        return oc.evaluate(self.ref, [set(c) for c in self.circuits], self.samples, self.exact, self.coefficient, oc.METRICS, **options)
+        return oc.evaluate(
+            self.ref,
+            [set(c) for c in self.circuits],
+            self.samples,
+            self.exact,
+            self.coefficient,
+            oc.METRICS,
+            **options,
+        )
 
 
 @pytest.fixture
@@ -52,7 +77,9 @@ def same(a, b):
     assert a.keys() == b.keys()
     for metric in a:
         for name in a[metric].per_sample:
-            assert np.array_equal(a[metric].per_sample[name], b[metric].per_sample[name]), f"{metric} {name}"
+            assert np.array_equal(a[metric].per_sample[name], b[metric].per_sample[name]), (
+                f"{metric} {name}"
+            )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -64,17 +91,25 @@ def test_every_metric_is_the_oracles(setting, name):
             for part in ("value", "full", "empty"):
                 a, b = getattr(got[metric], part), getattr(want[metric], part)
                 if metric != "match":  # a circuit's own greedy choices may be close
-                    assert abs(a - b) <= 1e-4 * scale, f"{name} {len(circuit)} edges, {metric} {part}: {a} against {b}"
+                    assert abs(a - b) <= 1e-4 * scale, (
+                        f"{name} {len(circuit)} edges, {metric} {part}: {a} against {b}"
+                    )
             a, b = got[metric].faithfulness, want[metric].faithfulness
-            assert abs(a - b) <= (0.06 if metric == "match" else 2e-3 * max(1.0, abs(b))), f"{name} {len(circuit)} {metric}: {a} against {b}"
+            assert abs(a - b) <= (0.06 if metric == "match" else 2e-3 * max(1.0, abs(b))), (
+                f"{name} {len(circuit)} {metric}: {a} against {b}"
+            )
 
 
-@pytest.mark.parametrize("options", [dict(capped=False), dict(threshold=0.5)], ids=["uncapped", "threshold"])
+@pytest.mark.parametrize(
+    "options", [dict(capped=False), dict(threshold=0.5)], ids=["uncapped", "threshold"]
+)
 def test_options_are_the_oracles(setting, options):
     s = setting("gemma2", coefficient=-1.5)
     for got, want in zip(s.evaluate(**options), s.oracle(**options), strict=True):
         for metric in set(oc.METRICS) - {"match"}:
-            assert abs(got[metric].faithfulness - want[metric].faithfulness) <= 2e-3 * max(1.0, abs(want[metric].faithfulness)), metric
+            assert abs(got[metric].faithfulness - want[metric].faithfulness) <= 2e-3 * max(
+                1.0, abs(want[metric].faithfulness)
+            ), metric
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -96,7 +131,12 @@ def test_alone_is_batched_and_memory_changes_no_bit(setting, name, monkeypatch):
     monkeypatch.setattr(circuit_runs, "CHUNK_TOKENS", 40)
     for got, whole in zip(s.evaluate([*s.circuits[::-1]]), want[::-1], strict=True):
         same(got, whole)
-    alone = [vs.circuits.evaluate([s.circuits[3]], s.model, [x], s.vector, s.coefficient, oc.METRICS, progress=False)[0] for x in s.samples]
+    alone = [
+        vs.circuits.evaluate(
+            [s.circuits[3]], s.model, [x], s.vector, s.coefficient, oc.METRICS, progress=False
+        )[0]
+        for x in s.samples
+    ]
     for i, result in enumerate(alone):
         for metric in oc.METRICS:
             assert result[metric].per_sample["value"][0] == want[3][metric].per_sample["value"][i]
@@ -110,19 +150,29 @@ def test_max_memory(setting, monkeypatch):
     needed = int(str(caught.value).split("needs ")[1].split(" bytes")[0])
     alone = []
     fit = circuit_runs.Passes.fit
-    monkeypatch.setattr(circuit_runs.Passes, "fit", lambda *args: alone.append(fit(*args)[2]) or fit(*args))
+    monkeypatch.setattr(
+        circuit_runs.Passes, "fit", lambda *args: alone.append(fit(*args)[2]) or fit(*args)
+    )
     for got, whole in zip(s.evaluate(max_memory=needed), want, strict=True):
         same(got, whole)
     assert alone.count(1) > 2  # circuits went one by one
 
 
 def test_the_ends_are_the_runs_themselves(setting):
-    """No edge: the base run; all edges: the steered run; an edge that leads nowhere: the base run. To the last bit."""
+    """No edge: the base run; all edges: the steered run; an edge that leads nowhere: the base
+    run. To the last bit.
+    """
     s = setting("gemma2")
     nowhere = Circuit(s.graph, s.graph.find([f"m{s.layer}->a{s.layer + 1}.h0<q>"]))
-    for result, end in zip(s.evaluate([Circuit(s.graph), Circuit(s.graph, np.arange(s.graph.n_edges)), nowhere]), ("empty", "full", "empty"), strict=True):
+    for result, end in zip(
+        s.evaluate([Circuit(s.graph), Circuit(s.graph, np.arange(s.graph.n_edges)), nowhere]),
+        ("empty", "full", "empty"),
+        strict=True,
+    ):
         for metric in oc.METRICS:
-            assert np.array_equal(result[metric].per_sample["value"], result[metric].per_sample[end])
+            assert np.array_equal(
+                result[metric].per_sample["value"], result[metric].per_sample[end]
+            )
 
 
 def test_roles(setting):
@@ -131,16 +181,25 @@ def test_roles(setting):
     for x, y in zip(a, b):
         for metric in ("logit_diff", "directional_kl", "logprob"):
             assert x[metric].faithfulness == pytest.approx(y[metric].faithfulness, abs=1e-9)
-        assert y["kl"].empty == pytest.approx(0, abs=1e-6) and x["kl"].full == pytest.approx(0, abs=1e-6)
+        assert y["kl"].empty == pytest.approx(0, abs=1e-6) and x["kl"].full == pytest.approx(
+            0, abs=1e-6
+        )
 
 
 def test_a_single_edge_counts(setting):
-    """The straight edge alone moves the logits, and all others without it do not give the steered run."""
+    """The straight edge alone moves the logits, and all others without it do not
+    give the steered run.
+    """
     s = setting("qwen2")
     edges = np.delete(np.arange(s.graph.n_edges), s.graph.find(["steer->logits"]))
-    whole, without = s.evaluate([Circuit(s.graph, np.arange(s.graph.n_edges)), Circuit(s.graph, edges)])
+    whole, without = s.evaluate(
+        [Circuit(s.graph, np.arange(s.graph.n_edges)), Circuit(s.graph, edges)]
+    )
     straight = Circuit(s.graph, ["steer->logits"])
-    assert without["logit_diff"].value != whole["logit_diff"].value and s.evaluate([straight])[0]["logit_diff"].value != whole["logit_diff"].empty
+    assert (
+        without["logit_diff"].value != whole["logit_diff"].value
+        and s.evaluate([straight])[0]["logit_diff"].value != whole["logit_diff"].empty
+    )
 
 
 def test_wrong_arguments_before_any_work(setting):
@@ -148,13 +207,21 @@ def test_wrong_arguments_before_any_work(setting):
     other = Circuit(vs.patching.graph(s.model, 2), [0])
     args = s.model, s.samples, s.vector, 1.0
     for call, message in [
-        (lambda: vs.circuits.evaluate([other], *args), "another graph"), (lambda: vs.circuits.evaluate(s.circuits, *args, ("nonsense",)), "metric 'nonsense'"),
+        (lambda: vs.circuits.evaluate([other], *args), "another graph"),
+        (lambda: vs.circuits.evaluate(s.circuits, *args, ("nonsense",)), "metric 'nonsense'"),
         (lambda: vs.circuits.evaluate(s.circuits, s.model, [], s.vector, 1.0), "samples is empty"),
         (lambda: vs.circuits.evaluate(s.circuits, *args[:3], float("nan")), "coefficient"),
-        (lambda: vs.circuits.evaluate(s.circuits, *args, clean="both"), "clean"), (lambda: vs.circuits.evaluate(s.circuits, *args, threshold=-1), "threshold"),
-        (lambda: vs.circuits.evaluate(s.circuits, s.model, [vs.patching.Sample([1] * 500, [2] * 20)], s.vector, 1.0), "context"),
+        (lambda: vs.circuits.evaluate(s.circuits, *args, clean="both"), "clean"),
+        (lambda: vs.circuits.evaluate(s.circuits, *args, threshold=-1), "threshold"),
+        (
+            lambda: vs.circuits.evaluate(
+                s.circuits, s.model, [vs.patching.Sample([1] * 500, [2] * 20)], s.vector, 1.0
+            ),
+            "context",
+        ),
         (lambda: vs.SteeringVector(np.full(s.model.config.d_model, np.nan), 1), "finite"),
-        (lambda: vs.patching.Sample([1], []), "empty")]:
+        (lambda: vs.patching.Sample([1], []), "empty"),
+    ]:
         with pytest.raises(ValueError, match=message):
             call()
 
@@ -163,7 +230,11 @@ def test_interrupt_and_progress(setting):
     s = setting()
     seen = []
     s_all = s.circuits[1:-1]
-    vs.circuits.evaluate(s_all, *(s.model, s.samples, s.vector, 1.0), progress=lambda done, total: seen.append((done, total)))
+    vs.circuits.evaluate(
+        s_all,
+        *(s.model, s.samples, s.vector, 1.0),
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen[-1][0] == seen[-1][1] == len(s.samples) * (1 + len(s_all)) and seen == sorted(seen)
 
     def stop(done, total):
@@ -174,33 +245,67 @@ def test_interrupt_and_progress(setting):
     same(s.evaluate()[2], s.evaluate()[2])
 
 
-# -- decoding -----------------------------------------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------
 
 
 def test_decoding_alone_batched_and_at_the_ends(setting):
-    """Rows alone and together give the same tokens; all edges are plain steering, none the base run; an edit below the layer acts in both."""
+    """Rows alone and together give the same tokens; all edges are plain steering, none the base
+    run; an edit below the layer acts in both.
+    """
     s = setting("gemma2")
     prompts = [list(x.prompt_tokens) for x in s.samples]
-    make = lambda rows, circuit=None, edits=(vs.Steer(s.vector, 1.0),): [g.tokens.tolist() for g in s.model.generate(
-        rows, max_new_tokens=12, edits=list(edits), circuit=circuit, ignore_eos=True, progress=False)]
+    make = lambda rows, circuit=None, edits=(vs.Steer(s.vector, 1.0),): [
+        g.tokens.tolist()
+        for g in s.model.generate(
+            rows,
+            max_new_tokens=12,
+            edits=list(edits),
+            circuit=circuit,
+            ignore_eos=True,
+            progress=False,
+        )
+    ]
     circuit = s.circuits[3]
     together = make(prompts, circuit)
     assert together == [make([p], circuit)[0] for p in prompts]
-    assert make(prompts, Circuit(s.graph, np.arange(s.graph.n_edges))) == make(prompts) and make(prompts, Circuit(s.graph)) == make(prompts, edits=())
-    mixed = s.model.generate(prompts, max_new_tokens=12, circuit=circuit, ignore_eos=True, progress=False,
-                             edits=[[vs.Steer(s.vector, c)] for c in (1.0, -1.0, 1.0)])
+    assert make(prompts, Circuit(s.graph, np.arange(s.graph.n_edges))) == make(prompts) and make(
+        prompts, Circuit(s.graph)
+    ) == make(prompts, edits=())
+    mixed = s.model.generate(
+        prompts,
+        max_new_tokens=12,
+        circuit=circuit,
+        ignore_eos=True,
+        progress=False,
+        edits=[[vs.Steer(s.vector, c)] for c in (1.0, -1.0, 1.0)],
+    )
     assert [g.tokens.tolist() for g in mixed][::2] == together[::2]
     below = vs.Add("blocks.0.hook_resid_post", 0.3)
-    assert make(prompts, Circuit(s.graph), (below, vs.Steer(s.vector, 1.0))) == make(prompts, edits=(below,))
+    assert make(prompts, Circuit(s.graph), (below, vs.Steer(s.vector, 1.0))) == make(
+        prompts, edits=(below,)
+    )
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(edits=[]), "exactly one"), (dict(freeze="qk"), "freeze"), (dict(capture=["hook_embed"]), "captures"), (dict(circuit=[1]), "must be a Circuit"),
-    (dict(edits="twice"), "exactly one"), (dict(edits="positions"), "every position"), (dict(edits="above"), "below the steering layer")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(edits=[]), "exactly one"),
+        (dict(freeze="qk"), "freeze"),
+        (dict(capture=["hook_embed"]), "captures"),
+        (dict(circuit=[1]), "must be a Circuit"),
+        (dict(edits="twice"), "exactly one"),
+        (dict(edits="positions"), "every position"),
+        (dict(edits="above"), "below the steering layer"),
+    ],
+)
 def test_decoding_refuses(setting, wrong, message):
     s = setting()
     steer = vs.Steer(s.vector, 1.0)
-    lists = {"twice": [steer, steer], "positions": [vs.Steer(s.vector, 1.0, positions=[0])], "above": [steer, vs.Scale("blocks.2.hook_mlp_out", 0.0)]}
+    lists = {
+        "twice": [steer, steer],
+        "positions": [vs.Steer(s.vector, 1.0, positions=[0])],
+        "above": [steer, vs.Scale("blocks.2.hook_mlp_out", 0.0)],
+    }
     arguments = dict(edits=[steer], circuit=s.circuits[2]) | wrong
     if isinstance(arguments["edits"], str):
         arguments["edits"] = lists[arguments["edits"]]
@@ -208,7 +313,7 @@ def test_decoding_refuses(setting, wrong, message):
         s.model.generate([[1, 2, 3]], max_new_tokens=2, progress=False, **arguments)
 
 
-# -- exact patches ------------------------------------------------------------------------------------------------------------------------------
+# -- exact patches ---------------------------------------------------------------------------------
 
 
 def test_exact_patches_do_not_depend_on_packing(setting):
@@ -217,10 +322,20 @@ def test_exact_patches_do_not_depend_on_packing(setting):
     edges = list(s.graph.edge_names[:40:3])
     for positions in (None, "response"):
         want = vs.patching.exact(*args, edges=edges, positions=positions)
-        assert np.array_equal(want, np.concatenate([vs.patching.exact(*args, edges=[e], positions=positions) for e in edges]))
-        assert np.array_equal(want, vs.patching.exact(*args, edges=s.graph.find(edges), positions=positions))
-    everything = vs.patching.exact(*args, nodes=["steer"])  # all of steering's own contribution, passed on everywhere: the steered run
-    full = vs.circuits.evaluate([Circuit(s.graph)], s.model, [s.samples[2]], s.vector, 1.0, progress=False)[0]["logit_diff"]
+        assert np.array_equal(
+            want,
+            np.concatenate(
+                [vs.patching.exact(*args, edges=[e], positions=positions) for e in edges]
+            ),
+        )
+        assert np.array_equal(
+            want, vs.patching.exact(*args, edges=s.graph.find(edges), positions=positions)
+        )
+    # all of steering's own contribution, passed on everywhere: the steered run
+    everything = vs.patching.exact(*args, nodes=["steer"])
+    full = vs.circuits.evaluate(
+        [Circuit(s.graph)], s.model, [s.samples[2]], s.vector, 1.0, progress=False
+    )[0]["logit_diff"]
     assert everything[0] == pytest.approx(full.full - full.empty, rel=1e-4)
     with pytest.raises(KeyError, match="no node 'm0'"):
         vs.patching.exact(*args, nodes=["m0"])

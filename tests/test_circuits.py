@@ -1,4 +1,6 @@
-"""Circuits: how they are found (against searches that follow the definition word by word), algebra, files, pictures, and curves on a scripted evaluation."""
+"""Circuits: how they are found (against searches that follow the definition word by word), algebra,
+files, pictures, and curves on a scripted evaluation.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,27 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from test_graph import LLAMA, brute_force
 from vksteer import circuits
-from vksteer.circuits import curve as curves, faithfulness
-from vksteer.circuits.search import METHODS, Growth, entry_ranks, greedy_order, random_order, ranking
+from vksteer.circuits import curve as curves
+from vksteer.circuits import faithfulness
 from vksteer.circuits.circuit import Circuit
-from vksteer.patching.edge_scores import EdgeScores
-from vksteer.errors import ModelError
 from vksteer.circuits.graph import Graph, graph
+from vksteer.circuits.search import (
+    METHODS,
+    Growth,
+    entry_ranks,
+    greedy_order,
+    random_order,
+    ranking,
+)
+from vksteer.errors import ModelError
 from vksteer.inputs.samples import Sample
 from vksteer.inputs.vectors import SteeringVector
+from vksteer.patching.edge_scores import EdgeScores
 
 SHAPES = [(1, 1, 1, 0), (2, 2, 1, 0), (2, 2, 2, 1), (3, 2, 1, 1), (3, 4, 2, 1), (2, 3, 3, 0)]
 SMALL = Graph(3, 4, 2, 1)
@@ -35,7 +46,9 @@ def scored(draw, shapes=SHAPES):
 
 
 def by_definition(g, order, n):
-    """The shortest prefix of `order` whose pruned rest has at least n edges; pruning by a path search over names."""
+    """The shortest prefix of `order` whose pruned rest has at least n edges; pruning by a
+    path search over names.
+    """
     kept = np.zeros(g.n_edges, bool)
     for edge in [None, *order]:
         if edge is not None:
@@ -46,7 +59,10 @@ def by_definition(g, order, n):
 
 
 def greedy_by_definition(g, scores, backward):
-    """Every edge in turn: of all that touch the circuit the one of largest |score|, ties by graph order; by names, one at a time."""
+    """Every edge in turn: of all that touch the circuit the one of largest |score|, ties by graph
+    order; by names, one at a time.
+    """
+
     def feeds(name):
         if "<" not in name:
             return {name}
@@ -57,7 +73,9 @@ def greedy_by_definition(g, scores, backward):
     ends = [name.split("->") for name in g.edge_names]
     nodes, left, order = {"logits" if backward else "steer"}, set(range(g.n_edges)), []
     while left:
-        touching = [i for i in left if (feeds(ends[i][1]) & nodes if backward else ends[i][0] in nodes)]
+        touching = [
+            i for i in left if (feeds(ends[i][1]) & nodes if backward else ends[i][0] in nodes)
+        ]
         best = min(touching, key=lambda i: (-abs(scores[i]), i))
         left.remove(best)
         order.append(best)
@@ -65,7 +83,7 @@ def greedy_by_definition(g, scores, backward):
     return order
 
 
-# -- search -----------------------------------------------------------------------------------------------------------------------------------
+# -- search ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +104,9 @@ def test_pruned_circuit_is_the_shortest_prefix(case, share):
     g, scores = case
     n = round(share * g.n_edges)
     found = EdgeScores(g, scores, n_positions=1).circuit(n)
-    assert found.edge_names == by_definition(g, sorted(range(g.n_edges), key=lambda i: (-abs(scores[i]), i)), n)
+    assert found.edge_names == by_definition(
+        g, sorted(range(g.n_edges), key=lambda i: (-abs(scores[i]), i)), n
+    )
     assert len(found) >= n and found.pruned() == found
 
 
@@ -97,7 +117,9 @@ def test_greedy_circuits_follow_the_definition(case, backward, share):
     order = greedy_by_definition(g, scores, backward)
     np.testing.assert_array_equal(greedy_order(g, ranking(scores), backward), order)
     n = round(share * g.n_edges)
-    found = EdgeScores(g, scores, n_positions=1).circuit(n, "greedy_backward" if backward else "greedy_forward")
+    found = EdgeScores(g, scores, n_positions=1).circuit(
+        n, "greedy_backward" if backward else "greedy_forward"
+    )
     kept = np.zeros(g.n_edges, bool)
     for k in range(g.n_edges + 1):
         kept[order[:k]] = True
@@ -110,7 +132,9 @@ def test_ties_go_by_graph_order():
     scores = EdgeScores(SMALL, np.ones(SMALL.n_edges), n_positions=1)
     assert scores.circuit(7, "top").edges.tolist() == list(range(7))
     signs = EdgeScores(SMALL, np.tile([1.0, -1.0], SMALL.n_edges // 2), n_positions=1)
-    assert signs.circuit(7, "top").edges.tolist() == list(range(7)) and signs.circuit(9) == scores.circuit(9)
+    assert signs.circuit(7, "top").edges.tolist() == list(range(7)) and signs.circuit(
+        9
+    ) == scores.circuit(9)
     # The first path in graph order: all of steer's edges before its last, steer->logits.
     last = int(SMALL.find(["steer->logits"])[0])
     assert scores.circuit(1).edges.tolist() == [last]
@@ -119,7 +143,10 @@ def test_ties_go_by_graph_order():
 @pytest.mark.parametrize("method", METHODS)
 def test_sizes_at_the_ends(method):
     scores = EdgeScores(SMALL, np.arange(SMALL.n_edges), n_positions=1)
-    assert len(scores.circuit(0, method)) == 0 and len(scores.circuit(SMALL.n_edges, method)) == SMALL.n_edges
+    assert (
+        len(scores.circuit(0, method)) == 0
+        and len(scores.circuit(SMALL.n_edges, method)) == SMALL.n_edges
+    )
     for n, says in ((SMALL.n_edges + 1, "more than"), (-1, "-1"), (2.5, "2.5"), (True, "True")):
         with pytest.raises(ValueError, match=says):
             scores.circuit(n, method)
@@ -141,15 +168,19 @@ def test_random_circuits(n):
 
 
 def test_large_graphs_are_fast():
-    """All sizes of Llama 3.2 3B's graph in seconds: measured 0.05 s for the first pruned circuit, 0.2 s for a greedy one."""
+    """All sizes of Llama 3.2 3B's graph in seconds: measured 0.05 s for the first pruned circuit,
+    0.2 s for a greedy one.
+    """
     g = graph(LLAMA, 12)
     scores = EdgeScores(g, np.random.default_rng(0).standard_normal(g.n_edges), n_positions=1)
     start = time.perf_counter()
     sizes = [len(scores.circuit(n, method)) for method in METHODS for n in (1000, 13500, 60000)]
-    assert time.perf_counter() - start < 10 and all(size >= n for size, n in zip(sizes, [1000, 13500, 60000] * 4))
+    assert time.perf_counter() - start < 10 and all(
+        size >= n for size, n in zip(sizes, [1000, 13500, 60000] * 4)
+    )
 
 
-# -- a set --------------------------------------------------------------------------------------------------------------------------------------
+# -- a set -----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
@@ -157,11 +188,29 @@ def test_large_graphs_are_fast():
 def test_algebra_is_that_of_sets(a, b):
     x, y = Circuit(SMALL, a), Circuit(SMALL, b)
     names = lambda some: {SMALL.edge_names[i] for i in some}
-    assert x.edge_names == names(a) and len(x) == len(a) and list(x) == [SMALL.edge_names[i] for i in sorted(a)]
-    for mine, theirs in ((x & y, a & b), (x | y, a | b), (x - y, a - b), (x ^ y, a ^ b), (x.complement(), set(range(SMALL.n_edges)) - a)):
+    assert (
+        x.edge_names == names(a)
+        and len(x) == len(a)
+        and list(x) == [SMALL.edge_names[i] for i in sorted(a)]
+    )
+    for mine, theirs in (
+        (x & y, a & b),
+        (x | y, a | b),
+        (x - y, a - b),
+        (x ^ y, a ^ b),
+        (x.complement(), set(range(SMALL.n_edges)) - a),
+    ):
         assert mine.edge_names == names(theirs) and mine.mask.sum() == len(theirs)
-    assert (x == y) == (a == b) and (x <= y) == (a <= b) and (x >= y) == (a >= b) and (hash(x) == hash(y) or a != b)
-    assert all((i in x) == (i in a) and x.contains(SMALL.edge_names[i]) == (i in a) for i in range(SMALL.n_edges)) and x.contains(x & y)
+    assert (
+        (x == y) == (a == b)
+        and (x <= y) == (a <= b)
+        and (x >= y) == (a >= b)
+        and (hash(x) == hash(y) or a != b)
+    )
+    assert all(
+        (i in x) == (i in a) and x.contains(SMALL.edge_names[i]) == (i in a)
+        for i in range(SMALL.n_edges)
+    ) and x.contains(x & y)
     if a and b:
         assert x.overlap(y) == y.overlap(x) == len(a & b) / min(len(a), len(b))
 
@@ -169,19 +218,41 @@ def test_algebra_is_that_of_sets(a, b):
 def test_made_from_names_numbers_or_a_mask():
     names = {"steer->a1.h3<q>", "a1.h3->m2", "m2->logits"}
     c = Circuit(SMALL, names)
-    assert c == Circuit(SMALL, c.edges[::-1]) == Circuit(SMALL, c.mask) == Circuit(SMALL, [*names, *names]) and c.edge_names == names
-    assert c.node_names == ("steer", "a1.h3", "m2") and Circuit(SMALL).edges.dtype == np.int64 and "3 of" in repr(c)
+    assert (
+        c
+        == Circuit(SMALL, c.edges[::-1])
+        == Circuit(SMALL, c.mask)
+        == Circuit(SMALL, [*names, *names])
+        and c.edge_names == names
+    )
+    assert (
+        c.node_names == ("steer", "a1.h3", "m2")
+        and Circuit(SMALL).edges.dtype == np.int64
+        and "3 of" in repr(c)
+    )
     with pytest.raises(ValueError):
         c.edges[0] = 5
-    assert c.counts() == dict(q=1, k=0, v=0, mlp=1, logits=1) and sum(c.distribution().values()) == pytest.approx(1)
+    assert c.counts() == dict(q=1, k=0, v=0, mlp=1, logits=1) and sum(
+        c.distribution().values()
+    ) == pytest.approx(1)
     assert not any(Circuit(SMALL).distribution().values())
     whole = Circuit(SMALL, np.ones(SMALL.n_edges, bool))
     assert whole.counts() == SMALL.incoming and len(whole.complement()) == 0
 
 
-@pytest.mark.parametrize("edges, error, says", [
-    (["a9.h0->logits"], KeyError, "a9.h0"), ([SMALL.n_edges], ValueError, str(SMALL.n_edges)), ([-1], ValueError, "-1"), ([0.5], ValueError, "float64"),
-    (np.ones(3, bool), ValueError, "mask"), ("steer->logits", ValueError, "steer->logits"), (7, ValueError, "7"), (Circuit(SMALL), ValueError, "circuit")])
+@pytest.mark.parametrize(
+    "edges, error, says",
+    [
+        (["a9.h0->logits"], KeyError, "a9.h0"),
+        ([SMALL.n_edges], ValueError, str(SMALL.n_edges)),
+        ([-1], ValueError, "-1"),
+        ([0.5], ValueError, "float64"),
+        (np.ones(3, bool), ValueError, "mask"),
+        ("steer->logits", ValueError, "steer->logits"),
+        (7, ValueError, "7"),
+        (Circuit(SMALL), ValueError, "circuit"),
+    ],
+)
 def test_bad_edges_are_refused(edges, error, says):
     with pytest.raises(error, match=says):
         Circuit(SMALL, edges)
@@ -189,7 +260,14 @@ def test_bad_edges_are_refused(edges, error, says):
 
 def test_another_graph_is_refused():
     a, b = Circuit(SMALL, [0]), Circuit(Graph(3, 4, 2, 0), [0])
-    for operation in (lambda: a & b, lambda: a | b, lambda: a - b, lambda: a ^ b, lambda: a <= b, lambda: a.overlap(b)):
+    for operation in (
+        lambda: a & b,
+        lambda: a | b,
+        lambda: a - b,
+        lambda: a ^ b,
+        lambda: a <= b,
+        lambda: a.overlap(b),
+    ):
         with pytest.raises(ValueError, match="different graphs"):
             operation()
     assert a != b
@@ -200,11 +278,13 @@ def test_another_graph_is_refused():
     assert "| a | 1 | 1.00 | - |" in circuits.overlaps({"a": a, "b": b})
 
 
-# -- files, pictures, other tools -----------------------------------------------------------------------------------------------------------------
+# -- files, pictures, other tools ------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path):
-    c = Circuit(SMALL, range(0, SMALL.n_edges, 3), meta={"method": "pruned", "n": 12, "note": "Größe"})
+    c = Circuit(
+        SMALL, range(0, SMALL.n_edges, 3), meta={"method": "pruned", "n": 12, "note": "Größe"}
+    )
     for again in (c, Circuit(SMALL)):
         again.save(tmp_path / "c.json")
         d = Circuit.load(tmp_path / "c.json", SMALL)
@@ -223,15 +303,30 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ModelError):
             Circuit.load(path)
     content = json.loads(whole)
-    for change in ({"edges": content["edges"][:-1]}, {"edges": content["edges"] * 2}, {"graph": {**content["graph"], "n_heads": 2}}, {"meta": {}},
-                   {"version": 2}, {"format": "x"}, {"checksum": "0" * 64}):
+    for change in (
+        {"edges": content["edges"][:-1]},
+        {"edges": content["edges"] * 2},
+        {"graph": {**content["graph"], "n_heads": 2}},
+        {"meta": {}},
+        {"version": 2},
+        {"format": "x"},
+        {"checksum": "0" * 64},
+    ):
         path.write_text(json.dumps({**content, **change}))
         with pytest.raises(ModelError, match="checksum|version|format"):
             Circuit.load(path)
     # A file whose checksum is right but whose content makes no sense.
     from vksteer.base.provenance import digest
-    for change in ({"edges": ["nothing"]}, {"edges": ["steer->logits"] * 2}, {"graph": {}}, {"graph": {**content["graph"], "n_heads": 10**9}}, {"graph": {**content["graph"], "n_kv_heads": 0}},
-                   {"curve": {"sizes": [1]}}, {"meta": 3}):
+
+    for change in (
+        {"edges": ["nothing"]},
+        {"edges": ["steer->logits"] * 2},
+        {"graph": {}},
+        {"graph": {**content["graph"], "n_heads": 10**9}},
+        {"graph": {**content["graph"], "n_kv_heads": 0}},
+        {"curve": {"sizes": [1]}},
+        {"meta": 3},
+    ):
         made = {k: v for k, v in {**content, **change}.items() if k != "checksum"}
         path.write_text(json.dumps({**made, "checksum": digest(made)}))
         with pytest.raises(ModelError):
@@ -251,33 +346,53 @@ def test_networkx_has_the_paths_of_the_model(case, share):
     kept = Circuit(g, np.abs(scores) >= np.quantile(np.abs(scores), 1 - share))
     out = kept.to_networkx()
     assert {data["name"] for *_, data in out.edges(data=True)} == kept.edge_names
-    after, before = {"steer", *networkx.descendants(out, "steer")}, {"logits", *networkx.ancestors(out, "logits")}
+    after, before = (
+        {"steer", *networkx.descendants(out, "steer")},
+        {"logits", *networkx.ancestors(out, "logits")},
+    )
     on = {data["name"] for a, b, data in out.edges(data=True) if a in after and b in before}
     assert on == kept.pruned().edge_names
     if g.n_heads == g.n_kv_heads:
         assert out.number_of_edges() == len(kept)
-    assert out.nodes["logits"]["kind"] == "logits" and all(d["kind"] in ("steer", "head", "mlp", "logits") for _, d in out.nodes(data=True))
+    assert out.nodes["logits"]["kind"] == "logits" and all(
+        d["kind"] in ("steer", "head", "mlp", "logits") for _, d in out.nodes(data=True)
+    )
 
 
 def test_networkx_expands_groups():
     out = Circuit(SMALL, ["m1->a2.h1<k>", "m1->a2.h1<q>", "a1.h0->m1"]).to_networkx()
-    assert {(a, b, k) for a, b, k in out.edges(keys=True)} == {("m1", "a2.h2", "k"), ("m1", "a2.h3", "k"), ("m1", "a2.h1", "q"), ("a1.h0", "m1", "mlp")}
-    assert out.nodes["a2.h3"] == {"kind": "head", "layer": 2} and out.nodes["m1"]["layer"] == 1 and out.graph["n_kv_heads"] == 2
+    assert {(a, b, k) for a, b, k in out.edges(keys=True)} == {
+        ("m1", "a2.h2", "k"),
+        ("m1", "a2.h3", "k"),
+        ("m1", "a2.h1", "q"),
+        ("a1.h0", "m1", "mlp"),
+    }
+    assert (
+        out.nodes["a2.h3"] == {"kind": "head", "layer": 2}
+        and out.nodes["m1"]["layer"] == 1
+        and out.graph["n_kv_heads"] == 2
+    )
 
 
-@pytest.mark.parametrize("shape, n", [((3, 4, 2, 1), 30), ((1, 1, 1, 0), 2), ((28, 24, 8, 12), 700), ((3, 4, 2, 1), 0)])
+@pytest.mark.parametrize(
+    "shape, n", [((3, 4, 2, 1), 30), ((1, 1, 1, 0), 2), ((28, 24, 8, 12), 700), ((3, 4, 2, 1), 0)]
+)
 def test_picture(tmp_path, rng, shape, n):
     scores = EdgeScores(Graph(*shape), rng.standard_normal(Graph(*shape).n_edges), n_positions=1)
     c = scores.circuit(n)
     figure = c.plot(tmp_path / "c.png", scores=scores)
     assert (tmp_path / "c.png").stat().st_size > 2000 and str(len(c)) in figure.axes[0].get_title()
-    assert sum(len(x.get_segments()) for x in figure.axes[0].collections if x.get_zorder() == 1) == len(c)
+    assert sum(
+        len(x.get_segments()) for x in figure.axes[0].collections if x.get_zorder() == 1
+    ) == len(c)
     c.plot(scores=np.zeros(scores.graph.n_edges))
     with pytest.raises(ValueError, match="graph"):
-        c.plot(scores=EdgeScores(Graph(2, 2, 2, 0), np.zeros(Graph(2, 2, 2, 0).n_edges), n_positions=1))
+        c.plot(
+            scores=EdgeScores(Graph(2, 2, 2, 0), np.zeros(Graph(2, 2, 2, 0).n_edges), n_positions=1)
+        )
 
 
-# -- under the model: a scripted evaluation ---------------------------------------------------------------------------------------------------------
+# -- under the model: a scripted evaluation --------------------------------------------------------
 
 
 class Result(SimpleNamespace):
@@ -287,29 +402,46 @@ class Result(SimpleNamespace):
 
 
 class Runs(ModuleType):
-    """`vksteer.circuits.runs` in which an edge carries a known part of the effect on each sample: value = sum over kept edges."""
+    """`vksteer.circuits.runs` in which an edge carries a known part of the effect on each sample:
+    value = sum over kept edges.
+    """
 
     def __init__(self, effects):
         super().__init__("vksteer.circuits.runs")
         self.effects, self.calls = np.asarray(effects, float), []  # [n_samples, E]
 
     def evaluate(self, some, model, samples, vector, coefficient, *, metrics, progress, **options):
-        self.calls.append(SimpleNamespace(n=len(some), samples=list(samples), options=options, metrics=metrics))
-        effects, weight = self.effects[[s.prompt_tokens[0] for s in samples]], np.array([float(s.response_tokens[0]) for s in samples])
+        self.calls.append(
+            SimpleNamespace(n=len(some), samples=list(samples), options=options, metrics=metrics)
+        )
+        effects, weight = (
+            self.effects[[s.prompt_tokens[0] for s in samples]],
+            np.array([float(s.response_tokens[0]) for s in samples]),
+        )
         out = []
         for c in some:
             value, full = effects[:, c.edges].sum(1) - 2.0, effects.sum(1) - 2.0
             pool = lambda x: float(weight @ x / weight.sum())
             empty = np.full(len(samples), -2.0)
-            out.append({m: Result(value=pool(value), full=pool(full), empty=pool(empty), per_sample=dict(value=value, full=full, empty=empty, weight=weight))
-                        for m in metrics})
+            out.append(
+                {
+                    m: Result(
+                        value=pool(value),
+                        full=pool(full),
+                        empty=pool(empty),
+                        per_sample=dict(value=value, full=full, empty=empty, weight=weight),
+                    )
+                    for m in metrics
+                }
+            )
         return out
 
 
 CONFIG = SimpleNamespace(n_layers=3, n_heads=4, n_kv_heads=2, d_model=6, d_vocab=50, n_ctx=20)
 VECTOR = SteeringVector(np.ones(6), 1)
 MODEL = SimpleNamespace(config=CONFIG, fingerprint="model")
-SAMPLES = [Sample([i, 1], [w, 3]) for i, w in enumerate([4, 1, 2, 5, 3, 2, 2, 1])]  # first prompt token: which sample; first of the response: its weight
+# first prompt token: which sample; first of the response: its weight
+SAMPLES = [Sample([i, 1], [w, 3]) for i, w in enumerate([4, 1, 2, 5, 3, 2, 2, 1])]
 
 
 @pytest.fixture
@@ -323,24 +455,63 @@ def runs(monkeypatch, rng):
 @pytest.fixture
 def scores(runs):
     weights = np.array([s.response_tokens[0] for s in SAMPLES])
-    return EdgeScores(SMALL, weights @ runs.effects / weights.sum(), weights=weights, sample_edges=runs.effects, provenance={"model_hash": "model"})
+    return EdgeScores(
+        SMALL,
+        weights @ runs.effects / weights.sum(),
+        weights=weights,
+        sample_edges=runs.effects,
+        provenance={"model_hash": "model"},
+    )
 
 
 def test_evaluate_hands_on(runs):
     full, some = Circuit(SMALL, np.ones(SMALL.n_edges, bool)), circuits.random(SMALL, 20, 0)
-    out = circuits.evaluate([full, some, Circuit(SMALL)], MODEL, SAMPLES, VECTOR, 1.0, ("logit_diff", "kl"), progress=False, max_memory=5)
-    assert [round(r["kl"].faithfulness, 9) for r in out][::2] == [1, 0] and 0 < out[1]["logit_diff"].faithfulness < 1
+    out = circuits.evaluate(
+        [full, some, Circuit(SMALL)],
+        MODEL,
+        SAMPLES,
+        VECTOR,
+        1.0,
+        ("logit_diff", "kl"),
+        progress=False,
+        max_memory=5,
+    )
+    assert [round(r["kl"].faithfulness, 9) for r in out][::2] == [1, 0] and 0 < out[1][
+        "logit_diff"
+    ].faithfulness < 1
     assert runs.calls[0].options == {"max_memory": 5}
-    assert some.evaluate(MODEL, SAMPLES, VECTOR, 1.0)["logit_diff"].faithfulness == out[1]["logit_diff"].faithfulness
+    assert (
+        some.evaluate(MODEL, SAMPLES, VECTOR, 1.0)["logit_diff"].faithfulness
+        == out[1]["logit_diff"].faithfulness
+    )
     assert circuits.evaluate([], MODEL, SAMPLES, VECTOR, 1.0) == []
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(circuits=[Circuit(Graph(3, 4, 2, 0), [0])]), "another graph"), (dict(vector=SteeringVector(np.ones(6), 2)), "another graph"),
-    (dict(circuits=[{1}]), r"circuits\[0\]"), (dict(samples=[]), "empty"), (dict(samples=[Sample([1], [60])]), "vocabulary"), (dict(samples=[([1], [2])]), "not a Sample"),
-    (dict(samples=[Sample([1] * 15, [1] * 6)]), "context"), (dict(metrics=("accuracy",)), "accuracy"), (dict(vector=SteeringVector(np.ones(5), 1)), "width")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(circuits=[Circuit(Graph(3, 4, 2, 0), [0])]), "another graph"),
+        (dict(vector=SteeringVector(np.ones(6), 2)), "another graph"),
+        (dict(circuits=[{1}]), r"circuits\[0\]"),
+        (dict(samples=[]), "empty"),
+        (dict(samples=[Sample([1], [60])]), "vocabulary"),
+        (dict(samples=[([1], [2])]), "not a Sample"),
+        (dict(samples=[Sample([1] * 15, [1] * 6)]), "context"),
+        (dict(metrics=("accuracy",)), "accuracy"),
+        (dict(vector=SteeringVector(np.ones(5), 1)), "width"),
+    ],
+)
 def test_evaluate_refuses_before_any_work(runs, change, says):
-    arguments = dict(circuits=[Circuit(SMALL, [0])], model=MODEL, samples=SAMPLES, vector=VECTOR, coefficient=1.0) | change
+    arguments = (
+        dict(
+            circuits=[Circuit(SMALL, [0])],
+            model=MODEL,
+            samples=SAMPLES,
+            vector=VECTOR,
+            coefficient=1.0,
+        )
+        | change
+    )
     with pytest.raises(ValueError, match=says):
         circuits.evaluate(**arguments)
     assert not runs.calls
@@ -349,28 +520,53 @@ def test_evaluate_refuses_before_any_work(runs, change, says):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.85, 0.99, 1.0])
 def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
-    c = circuits.minimum_faithful(scores, MODEL, SAMPLES, VECTOR, -1.0, threshold, method=method, progress=False)
-    share = lambda circuit: circuits.evaluate([circuit], MODEL, SAMPLES, VECTOR, -1.0)[0]["logit_diff"].faithfulness
+    c = circuits.minimum_faithful(
+        scores, MODEL, SAMPLES, VECTOR, -1.0, threshold, method=method, progress=False
+    )
+    share = lambda circuit: (
+        circuits.evaluate([circuit], MODEL, SAMPLES, VECTOR, -1.0)[0]["logit_diff"].faithfulness
+    )
     first = runs.calls[0].n
     # The stand-in's faithfulness rises with every edge, so a scan over all sizes must agree.
-    n = next(n for n in range(1, SMALL.n_edges + 1) if share(scores.circuit(n, method)) >= threshold or len(scores.circuit(n, method)) == SMALL.n_edges)
-    assert c == scores.circuit(n, method) and c.meta["n"] == n and c.meta["faithfulness"] == pytest.approx(share(c))
+    n = next(
+        n
+        for n in range(1, SMALL.n_edges + 1)
+        if share(scores.circuit(n, method)) >= threshold
+        or len(scores.circuit(n, method)) == SMALL.n_edges
+    )
+    assert (
+        c == scores.circuit(n, method)
+        and c.meta["n"] == n
+        and c.meta["faithfulness"] == pytest.approx(share(c))
+    )
     assert first <= 100 and c.meta["threshold"] == threshold
     curve = c.curve
-    assert {*faithfulness.grid(SMALL.n_edges)} <= {*curve.sizes.tolist()} and n in curve.sizes and (np.diff(curve.sizes) > 0).all()
-    assert curve.smallest(min(threshold, 1 - 1e-9)) == n and curve.faithfulness[-1] == pytest.approx(1)
+    assert (
+        {*faithfulness.grid(SMALL.n_edges)} <= {*curve.sizes.tolist()}
+        and n in curve.sizes
+        and (np.diff(curve.sizes) > 0).all()
+    )
+    assert curve.smallest(min(threshold, 1 - 1e-9)) == n and curve.faithfulness[
+        -1
+    ] == pytest.approx(1)
 
 
 def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
-    """Sizes asked for, against a bisection written out here; the grid in one pass, three levels of the bisection a pass."""
-
+    """Sizes asked for, against a bisection written out here; the grid in one pass, three levels of
+    the bisection a pass.
+    """
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
     module = Runs(np.abs(rng.standard_normal((1, g.n_edges))))
     monkeypatch.setattr("vksteer.circuits.runs.evaluate", module.evaluate)
-    model, sample = SimpleNamespace(config=SimpleNamespace(**{**vars(CONFIG), "n_layers": 12})), [Sample([0], [1])]
+    model, sample = (
+        SimpleNamespace(config=SimpleNamespace(**{**vars(CONFIG), "n_layers": 12})),
+        [Sample([0], [1])],
+    )
     scores = EdgeScores(g, module.effects[0], n_positions=1)
-    c = circuits.minimum_faithful(scores, model, sample, SteeringVector(np.ones(6), 0), 1.0, 0.6, method="top", progress=False)
+    c = circuits.minimum_faithful(
+        scores, model, sample, SteeringVector(np.ones(6), 0), 1.0, 0.6, method="top", progress=False
+    )
     n_calls = [call.n for call in module.calls]
     carried = lambda n: scores.circuit(n, "top").mask @ module.effects[0] / module.effects[0].sum()
     grid = faithfulness.grid(g.n_edges)
@@ -379,13 +575,31 @@ def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if carried(middle) >= 0.6 else (middle, high)
-    assert len(c) == high and n_calls[0] == 100 and all(n <= 7 for n in n_calls[1:]) and len(n_calls) <= 4
+    assert (
+        len(c) == high
+        and n_calls[0] == 100
+        and all(n <= 7 for n in n_calls[1:])
+        and len(n_calls) <= 4
+    )
 
 
-@pytest.mark.parametrize("n_edges, step, want", [(100, 0.01, list(range(1, 101))), (8790, 0.01, None), (7, 0.01, list(range(1, 8))), (10, 0.3, [3, 6, 9, 10]), (5, 1, [5])])
+@pytest.mark.parametrize(
+    "n_edges, step, want",
+    [
+        (100, 0.01, list(range(1, 101))),
+        (8790, 0.01, None),
+        (7, 0.01, list(range(1, 8))),
+        (10, 0.3, [3, 6, 9, 10]),
+        (5, 1, [5]),
+    ],
+)
 def test_grid(n_edges, step, want):
     got = faithfulness.grid(n_edges, step)
-    assert got == want if want else (got[0] == 88 and got[9] == 879 and got[-1] == 8790 and len(got) == 100)
+    assert (
+        got == want
+        if want
+        else (got[0] == 88 and got[9] == 879 and got[-1] == 8790 and len(got) == 100)
+    )
     with pytest.raises(ValueError, match="step"):
         faithfulness.grid(10, 0)
 
@@ -394,7 +608,9 @@ def test_minimum_faithful_refuses(runs, scores):
     for threshold in (0, 1.1, "x", True, np.nan):
         with pytest.raises(ValueError, match="threshold"):
             circuits.minimum_faithful(scores, MODEL, SAMPLES, VECTOR, 1.0, threshold)
-    other = EdgeScores(SMALL, scores.edges, n_positions=1, provenance={"model_hash": "other", "model": "m"})
+    other = EdgeScores(
+        SMALL, scores.edges, n_positions=1, provenance={"model_hash": "other", "model": "m"}
+    )
     with pytest.raises(ValueError, match="another model"):
         circuits.minimum_faithful(other, MODEL, SAMPLES, VECTOR, 1.0)
     with pytest.raises(ValueError, match="another graph"):
@@ -406,36 +622,79 @@ def test_minimum_faithful_refuses(runs, scores):
 
 
 def test_none_reaches(runs, scores, monkeypatch):
-    low = lambda some, *a, **k: [{"logit_diff": SimpleNamespace(value=0.1 * len(c) / SMALL.n_edges, full=1.0, empty=0.0, faithfulness=0.1 * len(c) / SMALL.n_edges)} for c in some]
+    low = lambda some, *a, **k: [
+        {
+            "logit_diff": SimpleNamespace(
+                value=0.1 * len(c) / SMALL.n_edges,
+                full=1.0,
+                empty=0.0,
+                faithfulness=0.1 * len(c) / SMALL.n_edges,
+            )
+        }
+        for c in some
+    ]
     monkeypatch.setattr("vksteer.circuits.runs.evaluate", low)
     with pytest.raises(ValueError, match=r"no circuit reaches 0.85.*0.100"):
         circuits.minimum_faithful(scores, MODEL, SAMPLES, VECTOR, 1.0)
 
 
-# -- the curve ----------------------------------------------------------------------------------------------------------------------------------------
+# -- the curve -------------------------------------------------------------------------------------
 
 
 def test_curve(runs, scores, tmp_path):
-    curve = circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, metrics=("logit_diff", "kl"), random=2, bootstrap=400, progress=False)
-    assert len(runs.calls) == 1 and (np.diff(curve.sizes) > 0).all() and curve.sizes[-1] == SMALL.n_edges == curve.n_edges
+    curve = circuits.faithfulness_curve(
+        scores,
+        MODEL,
+        SAMPLES,
+        VECTOR,
+        1.0,
+        metrics=("logit_diff", "kl"),
+        random=2,
+        bootstrap=400,
+        progress=False,
+    )
+    assert (
+        len(runs.calls) == 1
+        and (np.diff(curve.sizes) > 0).all()
+        and curve.sizes[-1] == SMALL.n_edges == curve.n_edges
+    )
     weight = np.array([s.response_tokens[0] for s in SAMPLES])
-    for n, edges, share, low, high in zip(curve.sizes, curve.edges, curve.faithfulness, curve.low, curve.high):
+    for n, edges, share, low, high in zip(
+        curve.sizes, curve.edges, curve.faithfulness, curve.low, curve.high
+    ):
         c = scores.circuit(int(n))
-        assert edges == len(c) and share == pytest.approx((weight @ runs.effects[:, c.edges].sum(1)) / (weight @ runs.effects.sum(1)))
+        assert edges == len(c) and share == pytest.approx(
+            (weight @ runs.effects[:, c.edges].sum(1)) / (weight @ runs.effects.sum(1))
+        )
         assert low <= share <= high and (high - low < 0.3)
     fits = 2 * curve.sizes <= SMALL.n_edges
-    assert np.isfinite(curve.random[fits]).all() and np.isnan(curve.random[~fits]).all() and (curve.random_edges[fits] >= 2 * curve.sizes[fits, None]).all()
+    assert (
+        np.isfinite(curve.random[fits]).all()
+        and np.isnan(curve.random[~fits]).all()
+        and (curve.random_edges[fits] >= 2 * curve.sizes[fits, None]).all()
+    )
     np.testing.assert_array_equal(curve.values["kl"]["faithfulness"], curve.faithfulness)
-    assert curve.setting["n_samples"] == 8 and curve.setting["samples_hash"] and [len(c) for c in curve.circuits] == curve.edges.tolist()
+    assert (
+        curve.setting["n_samples"] == 8
+        and curve.setting["samples_hash"]
+        and [len(c) for c in curve.circuits] == curve.edges.tolist()
+    )
     text = curve.to_markdown()
-    assert "random, twice the size" in text and "95 % bootstrap" in text and text.count("\n") == len(curve) + 3 and repr(curve) == text
+    assert (
+        "random, twice the size" in text
+        and "95 % bootstrap" in text
+        and text.count("\n") == len(curve) + 3
+        and repr(curve) == text
+    )
     json.dumps(curve.to_dict(), allow_nan=False)
     curve.save(tmp_path / "curve.json")
     again = circuits.FaithfulnessCurve.load(tmp_path / "curve.json")
     for name in ("sizes", "edges", "faithfulness", "low", "high", "random", "random_edges"):
         np.testing.assert_array_equal(getattr(again, name), getattr(curve, name))
     assert again.to_markdown() == text and again.to_dict() == curve.to_dict()
-    (tmp_path / "curve.json").write_text((tmp_path / "curve.json").read_text().replace('"n_edges": ', '"n_edges": 1'))
+    (tmp_path / "curve.json").write_text(
+        (tmp_path / "curve.json").read_text().replace('"n_edges": ', '"n_edges": 1')
+    )
     with pytest.raises(ModelError, match="checksum"):
         circuits.FaithfulnessCurve.load(tmp_path / "curve.json")
 
@@ -448,23 +707,67 @@ def test_curve_is_kept_with_a_circuit(runs, scores, tmp_path):
 
 
 def test_curve_on_halves(runs, scores):
-    curve = circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, sizes=[5, 20], random=1, halves=True, seed=3, progress=False)
+    curve = circuits.faithfulness_curve(
+        scores,
+        MODEL,
+        SAMPLES,
+        VECTOR,
+        1.0,
+        sizes=[5, 20],
+        random=1,
+        halves=True,
+        seed=3,
+        progress=False,
+    )
     first, second = curve.setting["found_on"], curve.setting["judged_on"]
-    assert sorted(first + second) == list(range(8)) and len(first) == 4 and [s.prompt_tokens[0] for s in runs.calls[0].samples] == second
+    assert (
+        sorted(first + second) == list(range(8))
+        and len(first) == 4
+        and [s.prompt_tokens[0] for s in runs.calls[0].samples] == second
+    )
     weight = np.array([SAMPLES[i].response_tokens[0] for i in first])
-    np.testing.assert_allclose(scores.of_samples(first).edges, weight @ runs.effects[first] / weight.sum())
-    assert curve.circuits[0] == scores.of_samples(first).circuit(5) and "found on 4, judged on 4" in curve.to_markdown()
-    assert circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, sizes=[5], halves=True, seed=4, progress=False).setting["found_on"] != first
-    for bad, says in ((EdgeScores(SMALL, scores.edges, n_positions=1), "per_sample"), (scores.of_samples(range(5)), "hold 5, given are 8")):
+    np.testing.assert_allclose(
+        scores.of_samples(first).edges, weight @ runs.effects[first] / weight.sum()
+    )
+    assert (
+        curve.circuits[0] == scores.of_samples(first).circuit(5)
+        and "found on 4, judged on 4" in curve.to_markdown()
+    )
+    assert (
+        circuits.faithfulness_curve(
+            scores, MODEL, SAMPLES, VECTOR, 1.0, sizes=[5], halves=True, seed=4, progress=False
+        ).setting["found_on"]
+        != first
+    )
+    for bad, says in (
+        (EdgeScores(SMALL, scores.edges, n_positions=1), "per_sample"),
+        (scores.of_samples(range(5)), "hold 5, given are 8"),
+    ):
         with pytest.raises(ValueError, match=says):
             circuits.faithfulness_curve(bad, MODEL, SAMPLES, VECTOR, 1.0, halves=True)
-    stated = EdgeScores(SMALL, scores.edges, weights=scores.weights, sample_edges=scores.sample_edges, settings={"samples_hash": "x"})
+    stated = EdgeScores(
+        SMALL,
+        scores.edges,
+        weights=scores.weights,
+        sample_edges=scores.sample_edges,
+        settings={"samples_hash": "x"},
+    )
     with pytest.raises(ValueError, match="others"):
         circuits.faithfulness_curve(stated, MODEL, SAMPLES, VECTOR, 1.0, halves=True)
 
 
-@pytest.mark.parametrize("options, says", [(dict(sizes=[0]), "from 1 on"), (dict(sizes=[]), "at least one"), (dict(sizes=[10**6]), "more than"), (dict(random=-1), "random"),
-                                           (dict(metrics=()), "metrics"), (dict(method="best"), "method"), (dict(bootstrap=1.5), "bootstrap")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(sizes=[0]), "from 1 on"),
+        (dict(sizes=[]), "at least one"),
+        (dict(sizes=[10**6]), "more than"),
+        (dict(random=-1), "random"),
+        (dict(metrics=()), "metrics"),
+        (dict(method="best"), "method"),
+        (dict(bootstrap=1.5), "bootstrap"),
+    ],
+)
 def test_curve_refuses(runs, scores, options, says):
     with pytest.raises(ValueError, match=says):
         circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, progress=False, **options)
@@ -485,7 +788,9 @@ def test_bootstrap_pools_before_it_divides(rng):
     assert (low, high) == curves.bootstrap(per_sample, 4000, 0.9, seed=1)
     # Samples without metric positions say nothing, whatever stands there.
     more = {name: np.append(x, 0 if name == "weight" else np.nan) for name, x in per_sample.items()}
-    assert curves.bootstrap(more, 4000, 0.9, seed=1) == (low, high) and curves.pooled(more) == curves.pooled(per_sample)
+    assert curves.bootstrap(more, 4000, 0.9, seed=1) == (low, high) and curves.pooled(
+        more
+    ) == curves.pooled(per_sample)
     assert np.isnan(curves.bootstrap({name: x[:1] for name, x in per_sample.items()})).all()
     assert np.isnan(curves.bootstrap(per_sample | {"full": np.zeros(n)}, 50)).all()
 
@@ -494,4 +799,6 @@ def test_curve_picture(runs, scores, tmp_path):
     curve = circuits.faithfulness_curve(scores, MODEL, SAMPLES, VECTOR, 1.0, progress=False)
     curve.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
-    circuits.minimum_faithful(scores, MODEL, SAMPLES, VECTOR, 1.0, progress=False).curve.plot(threshold=None)
+    circuits.minimum_faithful(scores, MODEL, SAMPLES, VECTOR, 1.0, progress=False).curve.plot(
+        threshold=None
+    )

@@ -1,4 +1,6 @@
-"""The command line's own logic on a scripted model: help, arguments, prompts, files written, exit codes. The engine's part is tested elsewhere."""
+"""The command line's own logic on a scripted model: help, arguments, prompts, files written, exit
+codes. The engine's part is tested elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import pytest
 from standin import ScriptedModel
 from vksteer.cli import commands as cli
 from vksteer.errors import DeviceError, ModelError
-from vksteer.steering import scores
 from vksteer.inputs.vectors import SteeringVector
+from vksteer.steering import scores
 
 
 class Opened(ScriptedModel):
@@ -32,34 +34,50 @@ class Opened(ScriptedModel):
     def generate(self, prompts, **options):
         if isinstance(prompts[0], str):
             self.last = dict(options, prompts=prompts)
-            return [SimpleNamespace(text=f"answer to {p}", finish_reason="stop", tokens=np.arange(3)) for p in prompts]
+            return [
+                SimpleNamespace(text=f"answer to {p}", finish_reason="stop", tokens=np.arange(3))
+                for p in prompts
+            ]
         return super().generate(prompts, **options)
 
 
 @pytest.fixture
 def model(monkeypatch):
 
-    model = Opened({"qk": 0.9, "ov": 0.0, "svv": 0.3, "mlp_direct": 0.55, "mlp": 0.1, "random": 0.0})
+    model = Opened(
+        {"qk": 0.9, "ov": 0.0, "svv": 0.3, "mlp_direct": 0.55, "mlp": 0.1, "random": 0.0}
+    )
 
     def from_pretrained(source, *, device, dtype):
         if source == "missing":
             raise ModelError("there is no model 'missing'")
         return model
 
-    monkeypatch.setattr("vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(
+        "vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained)
+    )
     return model
 
 
 @pytest.fixture
 def files(tmp_path):
     SteeringVector(np.ones(12), 2, method="dim").save(tmp_path / "v.npz")
-    (tmp_path / "harmful.csv").write_text("id,goal\n" + "".join(f"{i},bomb number {i}\n" for i in range(12)))
+    (tmp_path / "harmful.csv").write_text(
+        "id,goal\n" + "".join(f"{i},bomb number {i}\n" for i in range(12))
+    )
     (tmp_path / "harmless.txt").write_text("".join(f"cake number {i}\n" for i in range(12)))
     return tmp_path
 
 
-@pytest.mark.parametrize("command, words", [([], ["devices", "generate", "freeze", "examples:"]), (["generate"], ["--vector", "--freeze", "chat template"]),
-                                            (["freeze"], ["Table 1", "--layers", "--random", "difference in means"]), (["devices"], ["--device"])])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ([], ["devices", "generate", "freeze", "examples:"]),
+        (["generate"], ["--vector", "--freeze", "chat template"]),
+        (["freeze"], ["Table 1", "--layers", "--random", "difference in means"]),
+        (["devices"], ["--device"]),
+    ],
+)
 def test_help_explains(capsys, command, words):
     with pytest.raises(SystemExit) as exit:
         cli.main([*command, "--help"])
@@ -72,45 +90,111 @@ def test_without_a_command(capsys):
 
 
 def test_help_imports_nothing_heavy():
-    """numpy included: help is shown before anything is loaded."""
-    code = ("import sys\nfrom vksteer import cli\ntry: cli.main(['freeze', '--help'])\nexcept SystemExit as e: assert e.code == 0\nelse: assert False\n"
-            "heavy = {'numpy', 'torch', 'transformers', 'matplotlib', 'huggingface_hub', 'tokenizers', 'jinja2', 'pyarrow', 'gguf', 'scipy'} & set(sys.modules)\n"
-            "assert not heavy, heavy")
+    """Numpy included: help is shown before anything is loaded."""
+    code = (
+        "import sys\nfrom vksteer import cli\ntry: cli.main(['freeze', '--help'])\nexcept"
+        " SystemExit as e: assert e.code == 0\nelse: assert False\nheavy = {'numpy', 'torch',"
+        " 'transformers', 'matplotlib', 'huggingface_hub', 'tokenizers', 'jinja2', 'pyarrow',"
+        " 'gguf', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_generate(model, files, capsys):
     assert cli.main(["generate", "--model", "m", "--prompt", "one"]) == 0
-    assert capsys.readouterr().out == "answer to one\n" and model.last["edits"] == [] and model.last["temperature"] == 0.0
-    assert cli.main(["generate", "--model", "m", "--prompts", f"{files / 'harmful.csv'}:goal", "--vector", str(files / "v.npz"), "--coefficient", "-1.5",
-                     "--freeze", "ov", "--json", "--max-new-tokens", "5", "--stop", "x"]) == 0
+    assert (
+        capsys.readouterr().out == "answer to one\n"
+        and model.last["edits"] == []
+        and model.last["temperature"] == 0.0
+    )
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--model",
+                "m",
+                "--prompts",
+                f"{files / 'harmful.csv'}:goal",
+                "--vector",
+                str(files / "v.npz"),
+                "--coefficient",
+                "-1.5",
+                "--freeze",
+                "ov",
+                "--json",
+                "--max-new-tokens",
+                "5",
+                "--stop",
+                "x",
+            ]
+        )
+        == 0
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 12 and lines[3] == {"prompt": "bomb number 3", "text": "answer to bomb number 3", "finish_reason": "stop", "n_tokens": 3}
+    assert len(lines) == 12 and lines[3] == {
+        "prompt": "bomb number 3",
+        "text": "answer to bomb number 3",
+        "finish_reason": "stop",
+        "n_tokens": 3,
+    }
     (steer,) = model.last["edits"]
-    assert steer.coefficient == -1.5 and steer.vector.layer == 2 and model.last["freeze"] == "ov" and model.last["stop"] == ["x"] and Opened.open == 0
+    assert (
+        steer.coefficient == -1.5
+        and steer.vector.layer == 2
+        and model.last["freeze"] == "ov"
+        and model.last["stop"] == ["x"]
+        and Opened.open == 0
+    )
 
 
 def test_generate_from_standard_input(model, monkeypatch, capsys):
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("a question\n"))
-    assert cli.main(["generate", "--model", "m"]) == 0 and capsys.readouterr().out == "answer to a question\n"
+    assert (
+        cli.main(["generate", "--model", "m"]) == 0
+        and capsys.readouterr().out == "answer to a question\n"
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("  \n"))
     assert cli.main(["generate", "--model", "m"]) == 2 and "no prompt" in capsys.readouterr().err
 
 
 def test_freeze_with_a_vector(model, files, capsys):
     out = files / "out"
-    call = ["freeze", "--model", "m", "--vector", str(files / "v.npz"), "--harmful", f"{files / 'harmful.csv'}:goal", "--harmless", str(files / "harmless.txt"),
-            "--max-new-tokens", "9", "--limit", "5", "--random", "1", "--out", str(out)]
+    call = [
+        "freeze",
+        "--model",
+        "m",
+        "--vector",
+        str(files / "v.npz"),
+        "--harmful",
+        f"{files / 'harmful.csv'}:goal",
+        "--harmless",
+        str(files / "harmless.txt"),
+        "--max-new-tokens",
+        "9",
+        "--limit",
+        "5",
+        "--random",
+        "1",
+        "--out",
+        str(out),
+    ]
     assert cli.main(call) == 0
     text = capsys.readouterr().out
     assert "| MLP direct |" in text and "(5)" in text and "| random 0 |" in text
     names = {p.name for p in out.iterdir()}
-    assert {"table.md", "table.json", "answers.json", "vector.safetensors", "vector.gguf"} <= names and "candidates.md" not in names
+    assert {
+        "table.md",
+        "table.json",
+        "answers.json",
+        "vector.safetensors",
+        "vector.gguf",
+    } <= names and "candidates.md" not in names
     assert json.loads((out / "table.json").read_text())["rows"]["OV"]["harmful"]["n"] == 5
     n = len(model.generations)
-    assert cli.main(call) == 0 and len(model.generations) == n  # resumed: nothing was generated again
+    # resumed: nothing was generated again
+    assert cli.main(call) == 0 and len(model.generations) == n
     assert cli.main([*call[:-2], "--layers", "3,4", "--coefficient", "1", "0.8"]) == 0
     assert "| OV 4 |" in capsys.readouterr().out
 
@@ -118,34 +202,82 @@ def test_freeze_with_a_vector(model, files, capsys):
 def test_freeze_finds_a_vector(model, files, capsys, monkeypatch):
     monkeypatch.setattr("vksteer.steering.rule.MAX_KL", 100.0)  # the stand-in is coarse
     monkeypatch.setattr("vksteer.steering.rule.layer_allowed", lambda l, L, strict: l < 4)
-    monkeypatch.setattr("vksteer.steering.scores.refusal_tokens_from",
-                        lambda model, harmful, harmless: scores.given_refusal_tokens(model, range(3, 30)))
+    monkeypatch.setattr(
+        "vksteer.steering.scores.refusal_tokens_from",
+        lambda model, harmful, harmless: scores.given_refusal_tokens(model, range(3, 30)),
+    )
     out = files / "found"
-    assert cli.main(["freeze", "--model", "m", "--harmful", f"{files / 'harmful.csv'}:goal", "--harmless", str(files / "harmless.txt"), "--max-new-tokens", "9",
-                     "--random", "0", "--out", str(out)]) == 0
+    assert (
+        cli.main(
+            [
+                "freeze",
+                "--model",
+                "m",
+                "--harmful",
+                f"{files / 'harmful.csv'}:goal",
+                "--harmless",
+                str(files / "harmless.txt"),
+                "--max-new-tokens",
+                "9",
+                "--random",
+                "0",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    assert "Candidates: 2 positions (-2 '<2>', -1 '<3>') x 5 layers" in text and "Chosen: layer" in text and "(3)" in text
+    assert (
+        "Candidates: 2 positions (-2 '<2>', -1 '<3>') x 5 layers" in text
+        and "Chosen: layer" in text
+        and "(3)" in text
+    )
     assert "Removed by a filter" in (out / "candidates.md").read_text()
     assert SteeringVector.load(out / "vector.safetensors").meta["n_prompts"] == [6, 6]
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["generate", "--model", "missing", "--prompt", "x"], "no model 'missing'"), (["generate", "--model", "m", "--prompt", "x", "--freeze", "qk"], "--vector"),
-    (["generate", "--model", "m", "--prompt", "x", "--vector", "none.npz"], "none.npz"), (["generate", "--model", "m", "--prompts", "none.csv"], "none.csv"),
-    (["freeze", "--model", "m"], "--harmful FILE"), (["freeze", "--model", "m", "--harmful", "a.csv"], "belong together"),
-    (["freeze", "--model", "m", "--coefficient", "1", "2", "3"], "one or two"), (["freeze", "--model", "m", "--layers", "x"], "'each'")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["generate", "--model", "missing", "--prompt", "x"], "no model 'missing'"),
+        (["generate", "--model", "m", "--prompt", "x", "--freeze", "qk"], "--vector"),
+        (["generate", "--model", "m", "--prompt", "x", "--vector", "none.npz"], "none.npz"),
+        (["generate", "--model", "m", "--prompts", "none.csv"], "none.csv"),
+        (["freeze", "--model", "m"], "--harmful FILE"),
+        (["freeze", "--model", "m", "--harmful", "a.csv"], "belong together"),
+        (["freeze", "--model", "m", "--coefficient", "1", "2", "3"], "one or two"),
+        (["freeze", "--model", "m", "--layers", "x"], "'each'"),
+    ],
+)
 def test_errors_are_one_line_and_status_2(model, capsys, arguments, says):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert says in error and error.startswith(f"vksteer {arguments[0]}: ") and error.count("\n") == 1
+    assert (
+        says in error and error.startswith(f"vksteer {arguments[0]}: ") and error.count("\n") == 1
+    )
 
 
 def test_devices(monkeypatch, capsys):
 
-    device = SimpleNamespace(index=0, name="llvmpipe", vendor="Mesa", type="software", driver="25.0.7", memory_bytes=8 << 30, features=["x"])
+    device = SimpleNamespace(
+        index=0,
+        name="llvmpipe",
+        vendor="Mesa",
+        type="software",
+        driver="25.0.7",
+        memory_bytes=8 << 30,
+        features=["x"],
+    )
     monkeypatch.setattr("vksteer.runtime.device.devices", lambda: [device])
-    assert cli.main(["devices"]) == 0 and "0: llvmpipe\n   software, 8.0 GiB" in capsys.readouterr().out
-    assert cli.main(["devices", "--json"]) == 0 and json.loads(capsys.readouterr().out)[0]["driver"] == "25.0.7"
+    assert (
+        cli.main(["devices"]) == 0
+        and "0: llvmpipe\n   software, 8.0 GiB" in capsys.readouterr().out
+    )
+    assert (
+        cli.main(["devices", "--json"]) == 0
+        and json.loads(capsys.readouterr().out)[0]["driver"] == "25.0.7"
+    )
     monkeypatch.setattr("vksteer.runtime.device.devices", list)
     assert cli.main(["devices"]) == 0 and "mesa-vulkan-drivers" in capsys.readouterr().out
 
@@ -155,6 +287,7 @@ def test_device_errors_and_interrupts(monkeypatch, capsys):
     def fail(error):
         def devices():
             raise error
+
         return devices
 
     monkeypatch.setattr("vksteer.runtime.device.devices", fail(DeviceError("lost")))

@@ -1,4 +1,6 @@
-"""`vksteer circuit` on scripted parts: what is written, what a second run takes from the folder, several vectors, and what is refused."""
+"""`vksteer circuit` on scripted parts: what is written, what a second run takes from the folder,
+several vectors, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import pytest
 
 from test_circuits import Result
 from test_samples import Answers
-from vksteer.cli import commands as cli
 from vksteer import patching
 from vksteer.circuits.circuit import Circuit
-from vksteer.patching.edge_scores import EdgeScores, score_provenance
-from vksteer.errors import ModelError
 from vksteer.circuits.graph import graph
+from vksteer.cli import commands as cli
+from vksteer.errors import ModelError
 from vksteer.inputs.vectors import SteeringVector
+from vksteer.patching.edge_scores import EdgeScores, score_provenance
 
 
 class Opened(Answers):
@@ -37,8 +39,9 @@ class Opened(Answers):
 
 @pytest.fixture
 def parts(monkeypatch):
-    """A model, an attribution and an evaluation that count their calls: an edge's effect is its score."""
-
+    """A model, an attribution and an evaluation that count their calls: an edge's
+    effect is its score.
+    """
     model = Opened()
     done = SimpleNamespace(attributed=[], evaluated=[], model=model)
     g = graph(model, 2)
@@ -49,20 +52,60 @@ def parts(monkeypatch):
             raise ModelError("there is no model 'missing'")
         return model
 
-    def attribute(model, samples, vector, coefficient, *, steps, rule, metric, threshold, clean, at, per_sample, max_memory, progress):
-        done.attributed.append(SimpleNamespace(n=len(samples), coefficient=coefficient, steps=steps, metric=metric, max_memory=max_memory))
+    def attribute(
+        model,
+        samples,
+        vector,
+        coefficient,
+        *,
+        steps,
+        rule,
+        metric,
+        threshold,
+        clean,
+        at,
+        per_sample,
+        max_memory,
+        progress,
+    ):
+        done.attributed.append(
+            SimpleNamespace(
+                n=len(samples),
+                coefficient=coefficient,
+                steps=steps,
+                metric=metric,
+                max_memory=max_memory,
+            )
+        )
         n, order = len(samples), np.roll(effects, int(10 * vector.norm) % 7)
-        return EdgeScores(graph(model, vector.layer), order, weights=[2] * n, sample_edges=np.tile(order, (n, 1)), settings={"metric": metric, "steps": steps},
-                          provenance=score_provenance(model, vector, coefficient))
+        return EdgeScores(
+            graph(model, vector.layer),
+            order,
+            weights=[2] * n,
+            sample_edges=np.tile(order, (n, 1)),
+            settings={"metric": metric, "steps": steps},
+            provenance=score_provenance(model, vector, coefficient),
+        )
 
     def evaluate(some, model, samples, vector, coefficient, *, metrics, progress):
         done.evaluated.append(len(some))
-        one = lambda c: Result(value=effects[c.edges].sum(), full=effects.sum(), empty=0.0,
-                               per_sample=dict(value=np.full(len(samples), effects[c.edges].sum()), full=np.full(len(samples), effects.sum()), empty=np.zeros(len(samples)), weight=np.ones(len(samples))))
+        one = lambda c: Result(
+            value=effects[c.edges].sum(),
+            full=effects.sum(),
+            empty=0.0,
+            per_sample=dict(
+                value=np.full(len(samples), effects[c.edges].sum()),
+                full=np.full(len(samples), effects.sum()),
+                empty=np.zeros(len(samples)),
+                weight=np.ones(len(samples)),
+            ),
+        )
         return [{m: one(c) for m in metrics} for c in some]
 
     monkeypatch.setattr(patching, "attribute", attribute)
-    monkeypatch.setattr("vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(
+        "vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained)
+    )
     monkeypatch.setattr("vksteer.circuits.runs.evaluate", evaluate)
     return done
 
@@ -71,41 +114,98 @@ def parts(monkeypatch):
 def files(tmp_path):
     SteeringVector(np.ones(12), 2, method="dim").save(tmp_path / "v.npz")
     SteeringVector(np.r_[np.ones(11), 3.0], 2, method="ntp").save(tmp_path / "w.npz")
-    (tmp_path / "harmful.csv").write_text("id,goal\n" + "".join(f"{i},bomb {i}\n" for i in range(6)))
+    (tmp_path / "harmful.csv").write_text(
+        "id,goal\n" + "".join(f"{i},bomb {i}\n" for i in range(6))
+    )
     (tmp_path / "harmless.txt").write_text("".join(f"cake {i}\n" for i in range(6)))
     return tmp_path
 
 
 def call(files, *more, vectors=("v.npz",)):
     chosen = [x for v in vectors for x in ("--vector", str(files / v))]
-    return ["circuit", "--model", "m", *chosen, "--harmful", f"{files / 'harmful.csv'}:goal", "--harmless", str(files / "harmless.txt"), "--max-new-tokens", "8",
-            "--out", str(files / "out"), *more]
+    return [
+        "circuit",
+        "--model",
+        "m",
+        *chosen,
+        "--harmful",
+        f"{files / 'harmful.csv'}:goal",
+        "--harmless",
+        str(files / "harmless.txt"),
+        "--max-new-tokens",
+        "8",
+        "--out",
+        str(files / "out"),
+        *more,
+    ]
 
 
 def test_help_explains(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["circuit", "--help"])
     text = capsys.readouterr().out
-    assert exit.value.code == 0 and all(word in text for word in ("integrated gradients", "--side", "--halves", "smallest circuit", "overlaps"))
+    assert exit.value.code == 0 and all(
+        word in text
+        for word in ("integrated gradients", "--side", "--halves", "smallest circuit", "overlaps")
+    )
 
 
 def test_everything_is_written_and_found_again(parts, files, capsys):
     out = files / "out"
-    assert cli.main(call(files, "--limit", "4", "--steps", "5", "--max-memory", "1GiB", "--sizes", "5,20,60", "--eap-ig")) == 0
+    assert (
+        cli.main(
+            call(
+                files,
+                "--limit",
+                "4",
+                "--steps",
+                "5",
+                "--max-memory",
+                "1GiB",
+                "--sizes",
+                "5,20,60",
+                "--eap-ig",
+            )
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    assert "Samples: 4 samples of 4 prompts" in text and "harmful prompts steered by -1" in text and "Smallest circuit that carries 85% of the effect" in text
+    assert (
+        "Samples: 4 samples of 4 prompts" in text
+        and "harmful prompts steered by -1" in text
+        and "Smallest circuit that carries 85% of the effect" in text
+    )
     names = {p.name for p in out.iterdir()}
-    assert {"samples.json", "scores.safetensors", "curve.json", "curve.md", "circuit.json", "top_edges.md", "eap_ig.json", "keys.json"} <= names and "vector.safetensors" not in names
-    assert vars(parts.attributed[0]) == dict(n=4, coefficient=-1.0, steps=5, metric="logit_diff", max_memory="1GiB")
+    assert {
+        "samples.json",
+        "scores.safetensors",
+        "curve.json",
+        "curve.md",
+        "circuit.json",
+        "top_edges.md",
+        "eap_ig.json",
+        "keys.json",
+    } <= names and "vector.safetensors" not in names
+    assert vars(parts.attributed[0]) == dict(
+        n=4, coefficient=-1.0, steps=5, metric="logit_diff", max_memory="1GiB"
+    )
     c = Circuit.load(out / "circuit.json", graph(parts.model, 2))
     assert c.meta["faithfulness"] >= 0.85 and c.curve is not None and str(len(c)) in text
     assert json.loads((out / "curve.json").read_text())["sizes"] == [5, 20, 60] and Opened.open == 0
     calls = len(parts.model.calls), len(parts.attributed), len(parts.evaluated)
     assert cli.main(call(files, "--limit", "4", "--steps", "5", "--sizes", "5,20,60")) == 0
-    assert (len(parts.model.calls), len(parts.attributed), len(parts.evaluated)) == calls  # nothing was run again
+    # nothing was run again
+    assert (len(parts.model.calls), len(parts.attributed), len(parts.evaluated)) == calls
     assert "taken from the folder" in capsys.readouterr().out
-    assert cli.main(call(files, "--limit", "4", "--steps", "5", "--threshold", "0.5", "--halves")) == 0  # the same scores, another circuit and curve
-    assert len(parts.attributed) == 1 and len(parts.evaluated) > calls[2] and "found on 2, judged on 2" in capsys.readouterr().out
+    # the same scores, another circuit and curve
+    assert (
+        cli.main(call(files, "--limit", "4", "--steps", "5", "--threshold", "0.5", "--halves")) == 0
+    )
+    assert (
+        len(parts.attributed) == 1
+        and len(parts.evaluated) > calls[2]
+        and "found on 2, judged on 2" in capsys.readouterr().out
+    )
     assert len(Circuit.load(out / "circuit.json")) < len(c)
 
 
@@ -122,12 +222,21 @@ def test_interrupted_runs_go_on(parts, files, monkeypatch):
 
     monkeypatch.setattr(circuits, "faithfulness_curve", stop_once)
     assert cli.main(call(files)) == 130 and not (files / "out" / "curve.json").exists()
-    assert cli.main(call(files)) == 0 and len(parts.attributed) == 1 and (files / "out" / "circuit.json").exists()
+    assert (
+        cli.main(call(files)) == 0
+        and len(parts.attributed) == 1
+        and (files / "out" / "circuit.json").exists()
+    )
 
 
 def test_results_of_something_else_are_not_overwritten(parts, files, capsys):
     assert cli.main(call(files)) == 0
-    for more in (["--steps", "3"], ["--side", "harmless"], ["--coefficient", "2"], ["--responses", "base"]):
+    for more in (
+        ["--steps", "3"],
+        ["--side", "harmless"],
+        ["--coefficient", "2"],
+        ["--responses", "base"],
+    ):
         assert cli.main(call(files, *more)) == 2
         assert "made with another model" in capsys.readouterr().err
     assert len(parts.attributed) == 1
@@ -139,10 +248,24 @@ def test_results_of_something_else_are_not_overwritten(parts, files, capsys):
 
 
 def test_several_vectors(parts, files, capsys):
-    assert cli.main(call(files, "--coefficient", "1", "0.9", "--side", "harmless", vectors=("v.npz", "w.npz"))) == 0
+    assert (
+        cli.main(
+            call(
+                files, "--coefficient", "1", "0.9", "--side", "harmless", vectors=("v.npz", "w.npz")
+            )
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    assert [a.coefficient for a in parts.attributed] == [1.0, 0.9] and "Overlaps" in text and "v and w 0.90" in text and "| under v |" in text
-    assert {"v", "w", "overlaps.md"} == {p.name for p in (files / "out").iterdir()} and (files / "out" / "w" / "circuit.json").exists()
+    assert (
+        [a.coefficient for a in parts.attributed] == [1.0, 0.9]
+        and "Overlaps" in text
+        and "v and w 0.90" in text
+        and "| under v |" in text
+    )
+    assert {"v", "w", "overlaps.md"} == {p.name for p in (files / "out").iterdir()} and (
+        files / "out" / "w" / "circuit.json"
+    ).exists()
 
 
 def test_finds_a_vector(parts, files, capsys, monkeypatch):
@@ -153,16 +276,37 @@ def test_finds_a_vector(parts, files, capsys, monkeypatch):
             found.append((len(harmful), criterion))
             return SteeringVector(np.ones(12), 2, method="dim")
 
-    monkeypatch.setattr("vksteer.steering.difference_in_means", lambda model, harmful, harmless, progress: Candidates())
+    monkeypatch.setattr(
+        "vksteer.steering.difference_in_means",
+        lambda model, harmful, harmless, progress: Candidates(),
+    )
     for name, word in (("harmful.csv", "bomb"), ("harmless.txt", "cake")):
-        (files / name).write_text("goal\n" * (name == "harmful.csv") + "".join(f"{word} {i}\n" for i in range(16)))
-    assert cli.main(call(files, vectors=())) == 0 and found == [(4, "paper")] and parts.attributed[0].n == 4
-    assert cli.main(call(files, vectors=())) == 0 and len(found) == 1  # the vector is taken from the folder, too
+        (files / name).write_text(
+            "goal\n" * (name == "harmful.csv") + "".join(f"{word} {i}\n" for i in range(16))
+        )
+    assert (
+        cli.main(call(files, vectors=())) == 0
+        and found == [(4, "paper")]
+        and parts.attributed[0].n == 4
+    )
+    # the vector is taken from the folder, too
+    assert cli.main(call(files, vectors=())) == 0 and len(found) == 1
     assert "dim: layer 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more, says", [(["--coefficient", "-1"], "sign comes from --side"), (["--coefficient", "1", "2"], "2 numbers for 1"), (["--sizes", "a"], "--sizes"), (["--threshold", "2"], "threshold"),
-                                        (["--model", "missing"], "no model"), (["--vector", "none.npz"], "none.npz"), (["--random", "-1"], "random"), (["--max-memory", "much"], "much")])
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--coefficient", "-1"], "sign comes from --side"),
+        (["--coefficient", "1", "2"], "2 numbers for 1"),
+        (["--sizes", "a"], "--sizes"),
+        (["--threshold", "2"], "threshold"),
+        (["--model", "missing"], "no model"),
+        (["--vector", "none.npz"], "none.npz"),
+        (["--random", "-1"], "random"),
+        (["--max-memory", "much"], "much"),
+    ],
+)
 def test_refuses_before_any_work(parts, files, capsys, more, says):
     assert cli.main(call(files, *more)) == 2
     assert says in capsys.readouterr().err and not parts.model.calls and not parts.attributed

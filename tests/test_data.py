@@ -1,4 +1,6 @@
-"""Prompts from files of every format, what is refused and what the message lists, hub names without a network, and the toy world."""
+"""Prompts from files of every format, what is refused and what the message lists, hub names without
+a network, and the toy world.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ import pytest
 
 from vksteer import data
 
-ROWS = [{"id": 1, "prompt": "How do I oil a lock?", "kind": "a"}, {"id": 2, "prompt": "Say \"hi\",\nplease – ’now’", "kind": "b"}, {"id": 3, "prompt": "x", "kind": "b"}]
+ROWS = [
+    {"id": 1, "prompt": "How do I oil a lock?", "kind": "a"},
+    {"id": 2, "prompt": 'Say "hi",\nplease – ’now’', "kind": "b"},
+    {"id": 3, "prompt": "x", "kind": "b"},
+]
 PROMPTS = [row["prompt"] for row in ROWS]
 
 
@@ -18,14 +24,19 @@ def write(folder, ending, rows=ROWS):
     if ending in (".csv", ".tsv"):
         import csv
 
-        with open(path, "w", newline="", encoding="utf-8-sig" if ending == ".csv" else "utf-8") as stream:
+        with open(
+            path, "w", newline="", encoding="utf-8-sig" if ending == ".csv" else "utf-8"
+        ) as stream:
             writer = csv.DictWriter(stream, rows[0], delimiter="," if ending == ".csv" else "\t")
             writer.writeheader()
             writer.writerows(rows)
     elif ending == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     elif ending == ".jsonl":
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+        path.write_text(
+            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n",
+            encoding="utf-8",
+        )
     elif ending == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -55,12 +66,29 @@ def test_texts_alone(tmp_path):
         assert data.load(tmp_path / name) == ["one", "two"]
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("a.csv", "a,b\nx,y\n", "which column.*'a', 'b'"), ("a.csv", "prompt\nx,y\n", "another number of fields"), ("a.csv", "a,b\nx\n", "row 0"),
-    ("a.csv", "prompt\n\"x", "line"), ("a.csv", "", "no rows"), ("a.csv", "prompt\n", "no rows"), ("a.json", "[", "JSON"), ("a.json", "3", "int"),
-    ("a.json", "[3]", "entry 0"), ("a.json", '{"a": [1], "b": [1, 2]}', "one length"), ("a.json", '{"a": 1}', "one length"), ("a.json", "[" * 100_000, "JSON"),
-    ("a.jsonl", '{"prompt": "x"}\n{', "line 2"), ("a.jsonl", '{"prompt": "x"}\n{"prompt": null}', "which column"), ("a.xlsx", "x", "xlsx"),
-    ("a", "x", "without an ending"), ("a.parquet", "PAR1nonsense", "parquet"), ("a.txt", "\n\n", "no rows")])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.csv", "a,b\nx,y\n", "which column.*'a', 'b'"),
+        ("a.csv", "prompt\nx,y\n", "another number of fields"),
+        ("a.csv", "a,b\nx\n", "row 0"),
+        ("a.csv", 'prompt\n"x', "line"),
+        ("a.csv", "", "no rows"),
+        ("a.csv", "prompt\n", "no rows"),
+        ("a.json", "[", "JSON"),
+        ("a.json", "3", "int"),
+        ("a.json", "[3]", "entry 0"),
+        ("a.json", '{"a": [1], "b": [1, 2]}', "one length"),
+        ("a.json", '{"a": 1}', "one length"),
+        ("a.json", "[" * 100_000, "JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n{', "line 2"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": null}', "which column"),
+        ("a.xlsx", "x", "xlsx"),
+        ("a", "x", "without an ending"),
+        ("a.parquet", "PAR1nonsense", "parquet"),
+        ("a.txt", "\n\n", "no rows"),
+    ],
+)
 def test_what_cannot_be_read(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=says):
@@ -121,9 +149,15 @@ def test_hub_names(tmp_path, monkeypatch):
     hub = Hub(tmp_path)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
-    assert data.load("owner/set:data/bad.csv") == data.load("owner/set:data/b*.csv", "prompt") == PROMPTS
+    assert (
+        data.load("owner/set:data/bad.csv")
+        == data.load("owner/set:data/b*.csv", "prompt")
+        == PROMPTS
+    )
     assert hub.asked == [("owner/set", "data/bad.csv")] * 2
-    with pytest.raises(ValueError, match="more than one.*owner/set:PATH.*data/good.csv, data/bad.csv"):
+    with pytest.raises(
+        ValueError, match="more than one.*owner/set:PATH.*data/good.csv, data/bad.csv"
+    ):
         data.load("owner/set")
     with pytest.raises(ValueError, match="no file matches"):
         data.load("owner/set:data/other.csv")
@@ -138,20 +172,28 @@ def test_tiny_is_the_world():
 
     assert data.tiny("validation", seed=3) == world.tiny("validation", seed=3)
     harmful, harmless = data.tiny_pair("test", 5)
-    assert len(harmful) == len(harmless) == 5 and all(isinstance(p, str) for p in harmful + harmless)
+    assert len(harmful) == len(harmless) == 5 and all(
+        isinstance(p, str) for p in harmful + harmless
+    )
     with pytest.raises(ValueError, match="train"):
         data.tiny("exam")
 
 
 def test_the_hub_out_of_reach(monkeypatch):
-    """The HTTP client's own errors are no OSErrors, and which client it is has changed between releases."""
+    """The HTTP client's own errors are no OSErrors, and which client it is has
+    changed between releases.
+    """
     import huggingface_hub
 
     def refuse(*args, **kwargs):
-        raise type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})("[Errno 111] Connection refused")
+        raise type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})(
+            "[Errno 111] Connection refused"
+        )
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
-    with pytest.raises(ValueError, match="the hub did not give it: ConnectError: .Errno 111. Connection refused"):
+    with pytest.raises(
+        ValueError, match="the hub did not give it: ConnectError: .Errno 111. Connection refused"
+    ):
         data.load("owner/set:a.csv")
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug is not dressed up as a network problem

@@ -1,7 +1,9 @@
-"""The engine on several drivers: lavapipe with subgroups of 4, 8 and 16, SwiftShader, and Mesa's null AMD devices, which only compile.
+"""The engine on several drivers: lavapipe with subgroups of 4, 8 and 16, SwiftShader, and Mesa's
+null AMD devices, which only compile.
 
-Each driver runs in a child process of its own. The default suite runs a small part (driver_cases.py); with --long the engine's tests as a whole run
-on each subgroup size. Bits may differ between drivers; within one they may not.
+Each driver runs in a child process of its own. The default suite runs a small part
+(driver_cases.py); with --long the engine's tests as a whole run on each subgroup size. Bits may
+differ between drivers; within one they may not.
 """
 
 from __future__ import annotations
@@ -47,19 +49,42 @@ def folders(zoo):
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_parity_edits_freezing_and_generation(driver, folders, record_property):
     """All kernels' families against the oracle; and a row alone equals the row in a batch."""
-    code = "import sys; sys.path.insert(0, 'tests'); import driver_cases; driver_cases.main(sys.argv[1:])"
-    out = quiet(child(code, *folders, preamble="", timeout=280, **environment(driver) | {"VKSTEER_KERNELS": "broadcast"}))  # it tries them all itself
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import driver_cases;"
+        " driver_cases.main(sys.argv[1:])"
+    )
+    # it tries them all itself
+    out = quiet(
+        child(
+            code,
+            *folders,
+            preamble="",
+            timeout=280,
+            **environment(driver) | {"VKSTEER_KERNELS": "broadcast"},
+        )
+    )
     results = [json.loads(line) for line in out.splitlines()]
-    assert {r["folder"] for r in results} == {f.name for f in folders} and len(results) >= len(folders)
+    assert {r["folder"] for r in results} == {f.name for f in folders} and len(results) >= len(
+        folders
+    )
     for r in results:
-        assert r["subgroup"] == DRIVERS[driver][2] and r["comparisons"] > 100 and r["worst"] < r["bound"]
+        assert (
+            r["subgroup"] == DRIVERS[driver][2]
+            and r["comparisons"] > 100
+            and r["worst"] < r["bound"]
+        )
     worst = max(results, key=lambda r: r["worst"])
     record_property("worst", f"{driver}: {worst}")
-    print(f"{driver}: {len(results)} runs, worst {worst['worst']:.1e} ({worst['folder']}, {worst['kernels']})")
+    print(
+        f"{driver}: {len(results)} runs, worst {worst['worst']:.1e} ({worst['folder']},"
+        f" {worst['kernels']})"
+    )
 
 
 def test_vector_widths_do_not_share_compiled_fetches(tmp_path):
-    """Mesa's cache on disk would give one width's texel fetches to another: wrong values, or a crash. Also where the folder is a parent's or the user's."""
+    """Mesa's cache on disk would give one width's texel fetches to another: wrong values, or a
+    crash. Also where the folder is a parent's or the user's.
+    """
     code = """
 import os
 import numpy as np
@@ -72,24 +97,39 @@ print(os.environ["MESA_SHADER_CACHE_DIR"])
 """
     given = tmp_path / "users"
     for driver in ("lavapipe 8", "lavapipe 4", "lavapipe 16"):
-        given = quiet(child(code, preamble="", MESA_SHADER_CACHE_DIR=given, **environment(driver))).strip()
+        given = quiet(
+            child(code, preamble="", MESA_SHADER_CACHE_DIR=given, **environment(driver))
+        ).strip()
         assert os.path.dirname(given) == str(tmp_path / "users")
-    own = quiet(child(code, preamble="", MESA_SHADER_CACHE_DIR=None, VKSTEER_CACHE=tmp_path, **environment("lavapipe 4"))).strip()
+    own = quiet(
+        child(
+            code,
+            preamble="",
+            MESA_SHADER_CACHE_DIR=None,
+            VKSTEER_CACHE=tmp_path,
+            **environment("lavapipe 4"),
+        )
+    ).strip()
     assert os.path.dirname(own) == str(tmp_path / "mesa")
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_every_kernel_compiles(driver):
-    out = quiet(child("""
+    out = quiet(
+        child(
+            """
 from vksteer.runtime.device import open_device
 engine, device = open_device()
 engine.prepare()
 print(device.features["int64"])
-""", **environment(driver)))
+""",
+            **environment(driver),
+        )
+    )
     assert out.strip() in ("True", "False")
 
 
-# -- AMD: compiled by the real compiler for real chips that are not there ----------------------------------------------------------------------------
+# -- AMD: compiled by the real compiler for real chips that are not there --------------------------
 
 CHIPS = ("navi31", "navi21", "vega10")  # RDNA 3, RDNA 2, GCN 5
 
@@ -110,26 +150,55 @@ for name, spirv, _ in _engine().kernels():
 @pytest.mark.parametrize("chip", CHIPS)
 def test_no_kernel_spills_on_amd(chip):
     icd = tool("radeon_icd")
-    done = child(AMD, RADV_FORCE_FAMILY=chip, VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd, MESA_SHADER_CACHE_DISABLE="true", timeout=280)
+    done = child(
+        AMD,
+        RADV_FORCE_FAMILY=chip,
+        VK_DRIVER_FILES=icd,
+        VK_ICD_FILENAMES=icd,
+        MESA_SHADER_CACHE_DISABLE="true",
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     report = dict(map(json.loads, done.stdout.splitlines()))
     assert len(report) > 20
-    shown = ("SGPRs", "VGPRs", "Spilled SGPRs", "Spilled VGPRs", "Scratch size", "LDS size", "Code size", "Subgroups per SIMD")
+    shown = (
+        "SGPRs",
+        "VGPRs",
+        "Spilled SGPRs",
+        "Spilled VGPRs",
+        "Scratch size",
+        "LDS size",
+        "Code size",
+        "Subgroups per SIMD",
+    )
     table = [f"{'kernel':<24}" + "".join(f"{s:>20}" for s in shown)] + [
-        f"{name:<24}" + "".join(f"{r.get(s, '?'):>20}" for s in shown) for name, r in report.items()]
+        f"{name:<24}" + "".join(f"{r.get(s, '?'):>20}" for s in shown) for name, r in report.items()
+    ]
     folder = ROOT / "build/reports"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"amd-{chip}.txt").write_text("\n".join(table) + "\n")
     print("\n".join(table))
     for name, r in report.items():
         assert r["VGPRs"] > 0 and r["Code size"] > 0, f"{name}: no statistics"
-    spilled = {name: r for name, r in report.items() if r["Spilled VGPRs"] or r["Spilled SGPRs"] or r["Scratch size"]}
+    spilled = {
+        name: r
+        for name, r in report.items()
+        if r["Spilled VGPRs"] or r["Spilled SGPRs"] or r["Scratch size"]
+    }
     assert not spilled
 
 
-# -- the whole suite, per driver ----------------------------------------------------------------------------------------------------------------------
+# -- the whole suite, per driver -------------------------------------------------------------------
 
-SUITE = ["test_forward_parity.py", "test_edits.py", "test_bits.py", "test_generate.py", "test_freezing.py", "test_ops.py", "test_resume.py"]
+SUITE = [
+    "test_forward_parity.py",
+    "test_edits.py",
+    "test_bits.py",
+    "test_generate.py",
+    "test_freezing.py",
+    "test_ops.py",
+    "test_resume.py",
+]
 
 
 @pytest.mark.long
@@ -138,10 +207,31 @@ SUITE = ["test_forward_parity.py", "test_edits.py", "test_bits.py", "test_genera
 def test_the_suite(driver, tmp_path):
     """The engine's tests; on SwiftShader, which is very slow, those of four families."""
     files = [str(ROOT / "tests" / f) for f in SUITE]  # pytest refuses one that is not there
-    narrow = ["-k", "(gemma3 or qwen2 or llama3) and not window and not linear"] if driver == "swiftshader" else []
+    narrow = (
+        ["-k", "(gemma3 or qwen2 or llama3) and not window and not linear"]
+        if driver == "swiftshader"
+        else []
+    )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VK_", "VKSTEER_"))}
     env |= {k: str(v) for k, v in environment(driver).items() if v is not None}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout=1200", f"--basetemp={tmp_path / 'base'}", *narrow, *files],
-                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=3500)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            "--timeout=1200",
+            f"--basetemp={tmp_path / 'base'}",
+            *narrow,
+            *files,
+        ],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3500,
+    )
     assert done.returncode == 0, f"{driver}\n" + done.stdout[-8000:]
     print(f"{driver}: {done.stdout.splitlines()[-1]}")

@@ -1,6 +1,8 @@
-"""Logits and every site of `model.run` against the float64 oracle, on random models of every family.
+"""Logits and every site of `model.run` against the float64 oracle, on random
+models of every family.
 
-One ragged, left-padded batch with rows of 1, 5, 17, 29 and 257 tokens, weights as float32. Bound: 2e-4 of the largest value.
+One ragged, left-padded batch with rows of 1, 5, 17, 29 and 257 tokens, weights as float32. Bound:
+2e-4 of the largest value.
 """
 
 from __future__ import annotations
@@ -30,10 +32,19 @@ def expected_shape(ref, site, B, S):
     f = ref.facts
     last = site.rsplit(".", 1)[-1]
     return {
-        "hook_q": (B, S, f.n_heads, f.d_head), "hook_rot_q": (B, S, f.n_heads, f.d_head), "hook_z": (B, S, f.n_heads, f.d_head),
-        "hook_k": (B, S, f.n_kv_heads, f.d_head), "hook_rot_k": (B, S, f.n_kv_heads, f.d_head), "hook_v": (B, S, f.n_kv_heads, f.d_head),
-        "hook_attn_scores": (B, f.n_heads, S, S), "hook_pattern": (B, f.n_heads, S, S), "hook_result": (B, S, f.n_heads, f.d_model),
-        "hook_scale": (B, S, 1), "hook_pre": (B, S, f.d_mlp), "hook_pre_linear": (B, S, f.d_mlp), "hook_post": (B, S, f.d_mlp),
+        "hook_q": (B, S, f.n_heads, f.d_head),
+        "hook_rot_q": (B, S, f.n_heads, f.d_head),
+        "hook_z": (B, S, f.n_heads, f.d_head),
+        "hook_k": (B, S, f.n_kv_heads, f.d_head),
+        "hook_rot_k": (B, S, f.n_kv_heads, f.d_head),
+        "hook_v": (B, S, f.n_kv_heads, f.d_head),
+        "hook_attn_scores": (B, f.n_heads, S, S),
+        "hook_pattern": (B, f.n_heads, S, S),
+        "hook_result": (B, S, f.n_heads, f.d_model),
+        "hook_scale": (B, S, 1),
+        "hook_pre": (B, S, f.d_mlp),
+        "hook_pre_linear": (B, S, f.d_mlp),
+        "hook_post": (B, S, f.d_mlp),
     }.get(last, (B, S, f.d_model))
 
 
@@ -44,11 +55,22 @@ def test_logits_and_every_site(zoo, name, rng):
     run = model.run(rows, capture=["*"])
     B, S = len(rows), max(LENGTHS)
 
-    assert run.tokens.shape == run.mask.shape == (B, S) and run.tokens.dtype == np.int32 and run.mask.dtype == bool
+    assert (
+        run.tokens.shape == run.mask.shape == (B, S)
+        and run.tokens.dtype == np.int32
+        and run.mask.dtype == bool
+    )
     for b, tokens in enumerate(rows):
         assert run.mask[b].tolist() == [False] * (S - len(tokens)) + [True] * len(tokens)
-        assert run.tokens[b, -len(tokens):].tolist() == tokens and not run.tokens[b, :-len(tokens) or None][:S - len(tokens)].any()
-    assert run.logits.shape == (B, S, ref.facts.d_vocab) and run.logits.dtype == np.float32 and run.logits.flags.c_contiguous
+        assert (
+            run.tokens[b, -len(tokens) :].tolist() == tokens
+            and not run.tokens[b, : -len(tokens) or None][: S - len(tokens)].any()
+        )
+    assert (
+        run.logits.shape == (B, S, ref.facts.d_vocab)
+        and run.logits.dtype == np.float32
+        and run.logits.flags.c_contiguous
+    )
 
     assert set(model.sites) == set(ref.site_names())
     for site in model.sites:
@@ -58,19 +80,36 @@ def test_logits_and_every_site(zoo, name, rng):
     failures, worst = [], (0.0, "")
     for b, (tokens, want) in enumerate(zip(rows, oracle_rows(ref, rows))):
         n = len(tokens)
-        for site, got, value in [("logits", run.logits, want.logits)] + [(s, run[s], want.sites[s]) for s in ref.site_names()]:
+        for site, got, value in [("logits", run.logits, want.logits)] + [
+            (s, run[s], want.sites[s]) for s in ref.site_names()
+        ]:
             try:
-                worst = max(worst, (assert_close(f"{name} {site}, row of {n} tokens", real(site, got, b, n), value), site))
-                assert not padding(site, got, b, n).any(), f"{name} {site}, row of {n} tokens: padded entries are not 0"
+                worst = max(
+                    worst,
+                    (
+                        assert_close(
+                            f"{name} {site}, row of {n} tokens", real(site, got, b, n), value
+                        ),
+                        site,
+                    ),
+                )
+                assert not padding(site, got, b, n).any(), (
+                    f"{name} {site}, row of {n} tokens: padded entries are not 0"
+                )
             except AssertionError as e:
                 failures.append(str(e).splitlines()[0])
     print(f"{name}: worst share {worst[0]:.2e} at {worst[1]}")
-    assert not failures, f"{len(failures)} comparisons failed, first in the order of the forward pass:\n" + "\n".join(failures[:12])
+    assert not failures, (
+        f"{len(failures)} comparisons failed, first in the order of the forward pass:\n"
+        + "\n".join(failures[:12])
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
 def test_arrays_are_the_callers_own(zoo, name, rng):
-    """Each is writable, shares no byte with another of its run or of another run, and stays as it is after further runs, the Run's end and the model's."""
+    """Each is writable, shares no byte with another of its run or of another run, and stays as it
+    is after further runs, the Run's end and the model's.
+    """
     import gc
 
     import vksteer as vs
@@ -78,19 +117,34 @@ def test_arrays_are_the_callers_own(zoo, name, rng):
     rows = prompts_of(zoo.reference(name), (7, 1, 12), rng)
     model = vs.Model.from_pretrained(str(zoo.folder(name)), dtype="float32", progress=False)
     first, second = (model.run(rows, capture=["*"]) for _ in range(2))
-    arrays = lambda run: {"logits": run.logits, "tokens": run.tokens, "mask": run.mask, **dict(run.items())}
+    arrays = lambda run: {
+        "logits": run.logits,
+        "tokens": run.tokens,
+        "mask": run.mask,
+        **dict(run.items()),
+    }
     mine, others = arrays(first), arrays(second)
     assert set(mine) == {"logits", "tokens", "mask", *model.sites}
-    # One address range after the other: neighbours in this order are all that can overlap, since every array is contiguous.
-    spans = sorted((a.__array_interface__["data"][0], a.nbytes, f"{name} of run {i}") for i, some in enumerate((mine, others)) for name, a in some.items())
+    # One address range after the other: neighbours in this order are all that can overlap, since
+    # every array is contiguous.
+    spans = sorted(
+        (a.__array_interface__["data"][0], a.nbytes, f"{name} of run {i}")
+        for i, some in enumerate((mine, others))
+        for name, a in some.items()
+    )
     for (start, n, what), (after, _, beside) in zip(spans, spans[1:]):
         assert start + n <= after, f"{what} and {beside} share memory"
-    assert not np.shares_memory(first.logits, second.logits) and not np.shares_memory(first["hook_embed"], first["blocks.0.hook_resid_pre"])
+    assert not np.shares_memory(first.logits, second.logits) and not np.shares_memory(
+        first["hook_embed"], first["blocks.0.hook_resid_pre"]
+    )
     copies = {name: a.copy() for name, a in mine.items()}
-    for name, a in others.items():  # what is written into one array reaches no other and not the model
+    # what is written into one array reaches no other and not the model
+    for name, a in others.items():
         assert a.flags.writeable and a.flags.c_contiguous, name
         a[...] = 1 if a.dtype == bool else 7
-    assert_same_bits("a run after the writing", model.run(rows[::-1]).logits[::-1], copies["logits"])
+    assert_same_bits(
+        "a run after the writing", model.run(rows[::-1]).logits[::-1], copies["logits"]
+    )
     model.close()
     del model, first, second, others
     gc.collect()
@@ -107,9 +161,13 @@ def test_released_config_style_gives_the_same_bits(zoo, name, rng):
     released.close()
 
 
-@pytest.mark.parametrize("name", [n for n, (_, stored, _) in (FAMILIES | WIDE).items() if stored != "float32"])
+@pytest.mark.parametrize(
+    "name", [n for n, (_, stored, _) in (FAMILIES | WIDE).items() if stored != "float32"]
+)
 def test_weights_held_as_stored(zoo, name, rng):
-    """bfloat16 and float16 weights are exact in float32, so holding them as stored changes rounding only."""
+    """bfloat16 and float16 weights are exact in float32, so holding them as stored
+    changes rounding only.
+    """
     ref, model = zoo.reference(name), zoo.engine(name, dtype="auto")
     rows = prompts_of(ref, (33, 6), rng)
     run = model.run(rows, capture=["blocks.*.hook_resid_post"])
@@ -128,15 +186,24 @@ def test_weights_rounded_on_request(zoo, dtype, rng):
 
     ref = Reference(zoo.folder("qwen3"))
     narrow = getattr(torch, dtype)
-    small = {k: v.to(narrow).double() if "norm" not in k and not k.endswith("bias") else v for k, v in ref.w.items()}
+    small = {
+        k: v.to(narrow).double() if "norm" not in k and not k.endswith("bias") else v
+        for k, v in ref.w.items()
+    }
     rows = prompts_of(ref, (12,), rng)
     run = zoo.engine("qwen3", dtype=dtype).run(rows, logits="last")
     everything = {k: v.to(narrow).double() for k, v in ref.w.items()}
     errors = []
     for weights in (everything, small):  # whether gains are rounded, too, is the engine's choice
-        ref.w, ref.embed, ref.unembed = weights, weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+        ref.w, ref.embed, ref.unembed = (
+            weights,
+            weights["model.embed_tokens.weight"],
+            weights["lm_head.weight"],
+        )
         want = oracle_rows(ref, rows)[0].logits[-1]
-        errors.append(float((torch.from_numpy(run.logits[0]).double() - want).abs().max() / want.abs().max()))
+        errors.append(
+            float((torch.from_numpy(run.logits[0]).double() - want).abs().max() / want.abs().max())
+        )
     assert min(errors) < 2e-4, errors
 
 
@@ -154,7 +221,12 @@ def test_one_prompt_and_arrays(zoo, rng):
     ref, model = zoo.reference("llama3"), zoo.engine("llama3")
     tokens = prompts_of(ref, (6,), rng)[0]
     want = model.run([tokens]).logits
-    for prompt in (tokens, np.array(tokens), [np.array(tokens, dtype=np.int64)], np.array([tokens], dtype=np.int32)):
+    for prompt in (
+        tokens,
+        np.array(tokens),
+        [np.array(tokens, dtype=np.int64)],
+        np.array([tokens], dtype=np.int32),
+    ):
         assert_same_bits(type(prompt).__name__, model.run(prompt).logits, want)
 
 
@@ -174,7 +246,13 @@ def test_captures_by_name_and_pattern(zoo, rng):
     ref, model = zoo.reference("qwen2"), zoo.engine("qwen2")
     rows = prompts_of(ref, (5, 8), rng)
     everything = model.run(rows, capture=["*"])
-    for patterns in (["blocks.1.attn.hook_z"], ["blocks.*.hook_resid_post", "hook_embed"], "blocks.*.mlp.*", ["ln_final.*"], ("*hook_pattern",)):
+    for patterns in (
+        ["blocks.1.attn.hook_z"],
+        ["blocks.*.hook_resid_post", "hook_embed"],
+        "blocks.*.mlp.*",
+        ["ln_final.*"],
+        ("*hook_pattern",),
+    ):
         run = model.run(rows, capture=patterns)
         wanted = [patterns] if isinstance(patterns, str) else patterns
         for site in model.sites:
@@ -196,21 +274,45 @@ def test_config_is_read_without_weights(zoo):
 
     for name in FAMILIES:
         f = zoo.reference(name).facts
-        for source in (zoo.folder(name), zoo.folder(name, "released"), zoo.folder(name) / "config.json"):
+        for source in (
+            zoo.folder(name),
+            zoo.folder(name, "released"),
+            zoo.folder(name) / "config.json",
+        ):
             c = vs.Config.from_pretrained(str(source))
-            assert (c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_mlp, c.d_vocab) == (
-                f.n_layers, f.d_model, f.n_heads, f.n_kv_heads, f.d_head, f.d_mlp, f.d_vocab), (name, source)
+            assert (
+                c.n_layers,
+                c.d_model,
+                c.n_heads,
+                c.n_kv_heads,
+                c.d_head,
+                c.d_mlp,
+                c.d_vocab,
+            ) == (f.n_layers, f.d_model, f.n_heads, f.n_kv_heads, f.d_head, f.d_mlp, f.d_vocab), (
+                name,
+                source,
+            )
 
 
-@pytest.mark.parametrize("key, value", [
-    ("rope_parameters", {"rope_type": "novel", "rope_theta": 1e4, "factor": 2.0}), ("partial_rotary_factor", 0.5), ("hidden_act", "relu"),
-    ("logit_scale", 0.0625), ("residual_multiplier", 0.22), ("model_type", "mamba")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rope_parameters", {"rope_type": "novel", "rope_theta": 1e4, "factor": 2.0}),
+        ("partial_rotary_factor", 0.5),
+        ("hidden_act", "relu"),
+        ("logit_scale", 0.0625),
+        ("residual_multiplier", 0.22),
+        ("model_type", "mamba"),
+    ],
+)
 def test_a_key_that_changes_the_numbers_is_refused_by_name(zoo, key, value):
     import vksteer as vs
 
     folder = zoo.variant("llama2", f"refuse-{key}", **{key: value})
     if key == "model_type":
-        folder = zoo.variant("llama2", "refuse-model-type", model_type="mamba", architectures=["MambaForCausalLM"])
+        folder = zoo.variant(
+            "llama2", "refuse-model-type", model_type="mamba", architectures=["MambaForCausalLM"]
+        )
     with pytest.raises(vs.ModelError) as e:
         vs.Model.from_pretrained(str(folder))
     assert str(value) in str(e.value) or key in str(e.value) or "novel" in str(e.value)

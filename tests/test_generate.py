@@ -1,4 +1,6 @@
-"""Generation on random models: greedy against the float64 oracle, what ends a row, sampling, edits while decoding, captures, callbacks."""
+"""Generation on random models: greedy against the float64 oracle, what ends a row, sampling, edits
+while decoding, captures, callbacks.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def setting(zoo, name, rng, lengths=LENGTHS):
     return ref, model, [rng.integers(0, ref.facts.d_vocab, n).tolist() for n in lengths]
 
 
-# -- greedy -----------------------------------------------------------------------------------------------------------------------------------
+# -- greedy ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_the_oracles(zoo, name, rng):
@@ -26,71 +29,122 @@ def test_greedy_is_the_oracles(zoo, name, rng):
     gens = model.generate(prompts, max_new_tokens=32, ignore_eos=True, progress=False)
     assert len(gens) == len(prompts)
     for b, (prompt, gen) in enumerate(zip(prompts, gens, strict=True)):
-        assert gen.tokens.dtype == np.int32 and gen.tokens.shape == (32,) and gen.finish_reason == "length"
+        assert (
+            gen.tokens.dtype == np.int32
+            and gen.tokens.shape == (32,)
+            and gen.finish_reason == "length"
+        )
         assert gen.prompt_tokens.dtype == np.int32 and gen.prompt_tokens.tolist() == prompt
         greedy_check(ref, prompt, gen.tokens.tolist(), f"{name}, row {b}")
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_greedy_token_for_token(zoo, name, rng):
-    """The same against the re-run from the first token at every token, past the sliding window and over 60 tokens."""
+    """The same against the re-run from the first token at every token, past the sliding
+    window and over 60 tokens.
+    """
     ref, model, prompts = setting(zoo, name, rng, (9, 2))
-    for prompt, gen in zip(prompts, model.generate(prompts, max_new_tokens=60, ignore_eos=True, progress=False), strict=True):
+    for prompt, gen in zip(
+        prompts,
+        model.generate(prompts, max_new_tokens=60, ignore_eos=True, progress=False),
+        strict=True,
+    ):
         want, margins = ref.generate(prompt, 60)
         got = gen.tokens.tolist()
         if got != want:
             step = next(i for i in range(60) if got[i] != want[i])
-            assert margins[step] < TIE, f"step {step}: {got[step]} instead of {want[step]}, margin {margins[step]:.4g}"
+            assert margins[step] < TIE, (
+                f"step {step}: {got[step]} instead of {want[step]}, margin {margins[step]:.4g}"
+            )
 
 
 def test_one_prompt_comes_back_as_a_list(zoo, rng):
     ref, model, prompts = setting(zoo, "llama3", rng)
     one = model.generate(prompts[0], max_new_tokens=3, ignore_eos=True, progress=False)
     assert isinstance(one, list) and len(one) == 1
-    assert one[0].tokens.tolist() == model.generate([np.array(prompts[0])], max_new_tokens=3, ignore_eos=True, progress=False)[0].tokens.tolist()
+    assert (
+        one[0].tokens.tolist()
+        == model.generate(
+            [np.array(prompts[0])], max_new_tokens=3, ignore_eos=True, progress=False
+        )[0].tokens.tolist()
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
 def test_batch_size_changes_nothing(zoo, size, rng):
     ref, model, prompts = setting(zoo, "gemma2", rng, (9, 4, 21, 1, 3, 3, 12))
-    want = model.generate(prompts, max_new_tokens=7, ignore_eos=True, progress=False, temperature=0.9, seed=11)
+    want = model.generate(
+        prompts, max_new_tokens=7, ignore_eos=True, progress=False, temperature=0.9, seed=11
+    )
     greedy = model.generate(prompts, max_new_tokens=7, ignore_eos=True, progress=False)
-    for a, b in zip(model.generate(prompts, max_new_tokens=7, ignore_eos=True, progress=False, batch_size=size), greedy, strict=True):
+    for a, b in zip(
+        model.generate(prompts, max_new_tokens=7, ignore_eos=True, progress=False, batch_size=size),
+        greedy,
+        strict=True,
+    ):
         assert a.tokens.tolist() == b.tokens.tolist()
-    for a, b in zip(model.generate(prompts, max_new_tokens=7, ignore_eos=True, progress=False, batch_size=size, temperature=0.9, seed=11), want, strict=True):
-        assert a.tokens.tolist() == b.tokens.tolist(), "sampling must not depend on the micro-batches"
+    for a, b in zip(
+        model.generate(
+            prompts,
+            max_new_tokens=7,
+            ignore_eos=True,
+            progress=False,
+            batch_size=size,
+            temperature=0.9,
+            seed=11,
+        ),
+        want,
+        strict=True,
+    ):
+        assert a.tokens.tolist() == b.tokens.tolist(), (
+            "sampling must not depend on the micro-batches"
+        )
 
 
-# -- what ends a row --------------------------------------------------------------------------------------------------------------------------
+# -- what ends a row -------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("several", [False, True])
 def test_end_tokens(zoo, several, rng):
     import vksteer as vs
 
     ref, model, prompts = setting(zoo, "llama3", rng)
-    free = [g.tokens.tolist() for g in model.generate(prompts, max_new_tokens=20, ignore_eos=True, progress=False)]
+    free = [
+        g.tokens.tolist()
+        for g in model.generate(prompts, max_new_tokens=20, ignore_eos=True, progress=False)
+    ]
     ends = [free[0][6], free[1][3]] if several else [free[0][6]]
     folder = zoo.variant("llama3", f"eos-{several}", eos_token_id=ends if several else ends[0])
     with vs.Model.from_pretrained(str(folder), dtype="float32") as other:
         gens = other.generate(prompts, max_new_tokens=20, progress=False)
         for gen, tokens in zip(gens, free, strict=True):
             at = min((tokens.index(e) for e in ends if e in tokens), default=None)
-            assert gen.tokens.tolist() == (tokens if at is None else tokens[:at + 1]), "the end token is kept in .tokens"
+            assert gen.tokens.tolist() == (tokens if at is None else tokens[: at + 1]), (
+                "the end token is kept in .tokens"
+            )
             assert gen.finish_reason == ("length" if at is None else "stop")
-        assert [g.tokens.tolist() for g in other.generate(prompts, max_new_tokens=20, ignore_eos=True, progress=False)] == free
+        assert [
+            g.tokens.tolist()
+            for g in other.generate(prompts, max_new_tokens=20, ignore_eos=True, progress=False)
+        ] == free
         assert gens[0].finish_reason == "stop"
 
 
 @pytest.fixture
 def chat(zoo, rng):
-    """A model with a tokenizer whose every text is plain ASCII: (engine model, tokenizers' own Tokenizer, prompts, their greedy tokens)."""
+    """A model with a tokenizer whose every text is plain ASCII: (engine model, tokenizers' own
+    Tokenizer, prompts, their greedy tokens).
+    """
     from tokenizers import Tokenizer
 
     model = zoo.engine("llama2", "chat")
     tokenizer = Tokenizer.from_file(str(zoo.folder("llama2", "chat") / "tokenizer.json"))
     specials = set(tokenizer.get_added_tokens_decoder())
     prompts = [rng.integers(0, 97, n).tolist() for n in (6, 11, 3, 8, 9, 4, 5, 7)]
-    free = [g.tokens.tolist() for g in model.generate(prompts, max_new_tokens=24, ignore_eos=True, progress=False)]
+    free = [
+        g.tokens.tolist()
+        for g in model.generate(prompts, max_new_tokens=24, ignore_eos=True, progress=False)
+    ]
     keep = [i for i, t in enumerate(free) if not specials & set(t)]
     assert len(keep) >= 2, "random texts without special tokens are needed"
     return model, tokenizer, [prompts[i] for i in keep], [free[i] for i in keep]
@@ -98,25 +152,39 @@ def chat(zoo, rng):
 
 def test_text_is_the_tokenizers(chat):
     model, tokenizer, prompts, free = chat
-    for gen, tokens in zip(model.generate(prompts, max_new_tokens=24, ignore_eos=True, progress=False), free, strict=True):
+    for gen, tokens in zip(
+        model.generate(prompts, max_new_tokens=24, ignore_eos=True, progress=False),
+        free,
+        strict=True,
+    ):
         assert gen.text == tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_stop_strings(chat, width):
-    """A stop string may span tokens; it is cut from .text and kept in .tokens; rows without it go on."""
+    """A stop string may span tokens; it is cut from .text and kept in .tokens;
+    rows without it go on.
+    """
     model, tokenizer, prompts, free = chat
     text = tokenizer.decode(free[0])
-    stop = text[7:7 + width]
+    stop = text[7 : 7 + width]
     for stops in (stop, [stop], ["never said", stop]):
-        for gen, tokens in zip(model.generate(prompts, max_new_tokens=24, ignore_eos=True, stop=stops, progress=False), free, strict=True):
+        for gen, tokens in zip(
+            model.generate(prompts, max_new_tokens=24, ignore_eos=True, stop=stops, progress=False),
+            free,
+            strict=True,
+        ):
             whole = tokenizer.decode(tokens)
             if stop not in whole:
-                assert gen.tokens.tolist() == tokens and gen.text == whole and gen.finish_reason == "length"
+                assert (
+                    gen.tokens.tolist() == tokens
+                    and gen.text == whole
+                    and gen.finish_reason == "length"
+                )
                 continue
             n = next(n for n in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
             assert gen.tokens.tolist() == tokens[:n]
-            assert gen.text == whole[:whole.index(stop)] and gen.finish_reason == "stop"
+            assert gen.text == whole[: whole.index(stop)] and gen.finish_reason == "stop"
 
 
 def test_chat_tokens(chat):
@@ -127,9 +195,16 @@ def test_chat_tokens(chat):
     assert model.chat_tokens("Plant a tree.") == [want]
     assert model.chat_tokens(["Plant a tree.", "Plant a tree."]) == [want, want]
     assert model.post_instruction_length == 2
-    system = [id_of("<|system|>"), *tokenizer.encode("Be kind.", add_special_tokens=False).ids, id_of("<|end|>")]
+    system = [
+        id_of("<|system|>"),
+        *tokenizer.encode("Be kind.", add_special_tokens=False).ids,
+        id_of("<|end|>"),
+    ]
     assert model.chat_tokens("Plant a tree.", system="Be kind.") == [system + want]
-    assert model.chat_tokens("Plant a tree.", response="Yes.")[0][:len(want) + 1] == want + tokenizer.encode("Yes.", add_special_tokens=False).ids[:1]
+    assert (
+        model.chat_tokens("Plant a tree.", response="Yes.")[0][: len(want) + 1]
+        == want + tokenizer.encode("Yes.", add_special_tokens=False).ids[:1]
+    )
     run = model.run("Plant a tree.")
     assert run.tokens.tolist() == [want]
     assert_same_bits("instruction and its tokens", run.logits, model.run([want]).logits)
@@ -139,13 +214,16 @@ def test_chat_tokens(chat):
         model.chat_tokens([])
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
+
 
 def chi_square_p(counts, probabilities):
     from scipy.stats import chi2
 
     expected = probabilities * counts.sum()
-    assert not counts[probabilities == 0].any(), f"tokens of probability 0 were drawn: {np.flatnonzero((probabilities == 0) & (counts > 0))}"
+    assert not counts[probabilities == 0].any(), (
+        f"tokens of probability 0 were drawn: {np.flatnonzero((probabilities == 0) & (counts > 0))}"
+    )
     order = np.argsort(-expected)
     expected, counts = expected[order], counts[order]
     large = expected >= 5
@@ -157,7 +235,9 @@ def chi_square_p(counts, probabilities):
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Temperature, then the k most likely, then the fewest most likely that together reach p; renormalised."""
+    """Temperature, then the k most likely, then the fewest most likely that together
+    reach p; renormalised.
+    """
     p = torch.softmax(logits / temperature, -1).numpy()
     order = np.argsort(-p, kind="stable")
     if top_k:
@@ -173,14 +253,26 @@ def draw(model, prompt, n, seeds, **options):
     """First new tokens of n rows of the same prompt for each seed."""
     first = []
     for seed in seeds:
-        gens = model.generate([prompt] * n, max_new_tokens=1, ignore_eos=True, seed=seed, progress=False, **options)
+        gens = model.generate(
+            [prompt] * n, max_new_tokens=1, ignore_eos=True, seed=seed, progress=False, **options
+        )
         first += [int(g.tokens[0]) for g in gens]
     return np.array(first)
 
 
-@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=2.5), dict(temperature=0.6), dict(temperature=2.0, top_k=7),
-                                     dict(temperature=2.0, top_p=0.7), dict(temperature=3.0, top_k=20, top_p=0.5), dict(temperature=2.0, top_k=1000)],
-                         ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=1.0),
+        dict(temperature=2.5),
+        dict(temperature=0.6),
+        dict(temperature=2.0, top_k=7),
+        dict(temperature=2.0, top_p=0.7),
+        dict(temperature=3.0, top_k=20, top_p=0.5),
+        dict(temperature=2.0, top_k=1000),
+    ],
+    ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()),
+)
 def test_sampling_is_distributed_right(zoo, options):
     rng = np.random.default_rng(3)
     ref, model, (prompt,) = setting(zoo, "llama2", rng, (3,))
@@ -197,7 +289,18 @@ def test_rows_and_steps_are_independent(zoo):
     """Equal prompts in one call draw for themselves, and so does every step."""
     rng = np.random.default_rng(4)
     ref, model, (prompt,) = setting(zoo, "llama2", rng, (3,))
-    gens = [g for seed in range(3) for g in model.generate([prompt] * 256, max_new_tokens=2, ignore_eos=True, temperature=2.0, seed=seed, progress=False)]
+    gens = [
+        g
+        for seed in range(3)
+        for g in model.generate(
+            [prompt] * 256,
+            max_new_tokens=2,
+            ignore_eos=True,
+            temperature=2.0,
+            seed=seed,
+            progress=False,
+        )
+    ]
     pairs = np.array([g.tokens.tolist() for g in gens])
     common = np.bincount(pairs[:, 0]).argmax()
     second = pairs[pairs[:, 0] == common, 1]
@@ -208,25 +311,49 @@ def test_rows_and_steps_are_independent(zoo):
 
 def test_seeds(zoo, rng):
     ref, model, prompts = setting(zoo, "qwen3", rng)
-    texts = lambda **o: [g.tokens.tolist() for g in model.generate(prompts, max_new_tokens=16, ignore_eos=True, progress=False, **o)]
+    texts = lambda **o: [
+        g.tokens.tolist()
+        for g in model.generate(prompts, max_new_tokens=16, ignore_eos=True, progress=False, **o)
+    ]
     a = texts(temperature=1.5, seed=1)
     assert a == texts(temperature=1.5, seed=1) and a != texts(temperature=1.5, seed=2)
     greedy = texts()
-    assert greedy == texts(seed=9) == texts(temperature=0.0, seed=3), "at temperature 0 the seed means nothing"
-    assert greedy == texts(temperature=1.5, top_k=1, seed=4) == texts(temperature=1.5, top_p=1e-6, seed=4)
+    assert greedy == texts(seed=9) == texts(temperature=0.0, seed=3), (
+        "at temperature 0 the seed means nothing"
+    )
+    assert (
+        greedy
+        == texts(temperature=1.5, top_k=1, seed=4)
+        == texts(temperature=1.5, top_p=1e-6, seed=4)
+    )
 
 
-@pytest.mark.parametrize("options", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0, temperature=1.0), dict(top_p=1.5, temperature=1.0),
-                                     dict(top_k=-2, temperature=1.0), dict(max_new_tokens=-1), dict(batch_size=0), dict(max_new_tokens=100_000)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(top_p=0.0, temperature=1.0),
+        dict(top_p=1.5, temperature=1.0),
+        dict(top_k=-2, temperature=1.0),
+        dict(max_new_tokens=-1),
+        dict(batch_size=0),
+        dict(max_new_tokens=100_000),
+    ],
+    ids=str,
+)
 def test_bad_options_are_refused(zoo, options):
     with pytest.raises(ValueError) as error:
         zoo.engine("llama2").generate([[1, 2, 3]], progress=False, **options)
     assert len(str(error.value)) > 15
 
 
-# -- edits and captures while decoding --------------------------------------------------------------------------------------------------------
+# -- edits and captures while decoding -------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["llama3", "llama_bias", "mistral", "gemma2", "gemma3", "qwen2", "qwen3"])
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama_bias", "mistral", "gemma2", "gemma3", "qwen2", "qwen3"]
+)
 def test_edits_act_on_decoded_tokens_as_their_positions_say(zoo, name, rng):
     import vksteer as vs
 
@@ -234,17 +361,49 @@ def test_edits_act_on_decoded_tokens_as_their_positions_say(zoo, name, rng):
     f = ref.facts
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     v = vs.SteeringVector(draw(f.d_model), 1)
-    cases = [[vs.Steer(v, 1.0, positions)] for positions in (None, "prompt", "response", slice(-1, None), slice(None, -1), [0, -1, 6], slice(3, 8))] + [
+    cases = [
+        [vs.Steer(v, 1.0, positions)]
+        for positions in (
+            None,
+            "prompt",
+            "response",
+            slice(-1, None),
+            slice(None, -1),
+            [0, -1, 6],
+            slice(3, 8),
+        )
+    ] + [
         [vs.Ablate(v)],
-        [vs.Scale("blocks.1.attn.hook_pattern", 0.5, positions="response"), vs.Add("blocks.0.attn.hook_attn_scores", 1.0, heads=[0])],
-        [vs.Set("blocks.1.attn.hook_z", draw(f.n_heads, f.d_head), positions=slice(-2, None)), vs.Steer(v, -0.5)],
-        [vs.Add("blocks.1.attn.hook_k", draw(f.d_head)), vs.Scale("blocks.0.attn.hook_v", 0.5, positions="prompt")],
-        [vs.MeanAblate("blocks.1.mlp.hook_post", draw(f.d_mlp), positions="response"), vs.Scale("ln_final.hook_scale", 1.2)],
-        [vs.Add("hook_embed", draw(f.d_model), positions="response"), vs.Scale("blocks.1.attn.hook_result", 0.7, heads=[0])]]
-    plain = [g.tokens.tolist() for g in model.generate(prompts, max_new_tokens=12, ignore_eos=True, progress=False)]
+        [
+            vs.Scale("blocks.1.attn.hook_pattern", 0.5, positions="response"),
+            vs.Add("blocks.0.attn.hook_attn_scores", 1.0, heads=[0]),
+        ],
+        [
+            vs.Set("blocks.1.attn.hook_z", draw(f.n_heads, f.d_head), positions=slice(-2, None)),
+            vs.Steer(v, -0.5),
+        ],
+        [
+            vs.Add("blocks.1.attn.hook_k", draw(f.d_head)),
+            vs.Scale("blocks.0.attn.hook_v", 0.5, positions="prompt"),
+        ],
+        [
+            vs.MeanAblate("blocks.1.mlp.hook_post", draw(f.d_mlp), positions="response"),
+            vs.Scale("ln_final.hook_scale", 1.2),
+        ],
+        [
+            vs.Add("hook_embed", draw(f.d_model), positions="response"),
+            vs.Scale("blocks.1.attn.hook_result", 0.7, heads=[0]),
+        ],
+    ]
+    plain = [
+        g.tokens.tolist()
+        for g in model.generate(prompts, max_new_tokens=12, ignore_eos=True, progress=False)
+    ]
     changed = 0
     for edits in cases:
-        gens = model.generate(prompts, max_new_tokens=12, ignore_eos=True, edits=edits, progress=False)
+        gens = model.generate(
+            prompts, max_new_tokens=12, ignore_eos=True, edits=edits, progress=False
+        )
         for b, (prompt, gen) in enumerate(zip(prompts, gens, strict=True)):
             greedy_check(ref, prompt, gen.tokens.tolist(), f"{name} {edits}, row {b}", edits=edits)
         changed += [g.tokens.tolist() for g in gens] != plain
@@ -256,32 +415,59 @@ def test_every_row_has_its_own_edits(zoo, rng):
 
     ref, model, prompts = setting(zoo, "gemma3", rng)
     v = vs.SteeringVector(rng.standard_normal(ref.facts.d_model).astype(np.float32), 2)
-    edits = [[vs.Steer(v, 1.0)], [], [vs.Steer(v, -1.0, positions="response"), vs.Scale("blocks.1.attn.hook_z", 0.5)], [vs.Ablate(v)]]
+    edits = [
+        [vs.Steer(v, 1.0)],
+        [],
+        [vs.Steer(v, -1.0, positions="response"), vs.Scale("blocks.1.attn.hook_z", 0.5)],
+        [vs.Ablate(v)],
+    ]
     gens = model.generate(prompts, max_new_tokens=12, ignore_eos=True, edits=edits, progress=False)
     for b, (prompt, gen) in enumerate(zip(prompts, gens, strict=True)):
         greedy_check(ref, prompt, gen.tokens.tolist(), f"row {b}", edits=edits[b])
-        alone = model.generate([prompt], max_new_tokens=12, ignore_eos=True, edits=edits[b], progress=False)[0]
+        alone = model.generate(
+            [prompt], max_new_tokens=12, ignore_eos=True, edits=edits[b], progress=False
+        )[0]
         assert alone.tokens.tolist() == gen.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2"])
 def test_captures_of_decoded_tokens(zoo, name, rng):
-    """captured[site][i] is the site at new token i (not at the token before it): what `run` gives for the new tokens as a response."""
+    """captured[site][i] is the site at new token i (not at the token before it): what `run` gives
+    for the new tokens as a response.
+    """
     import vksteer as vs
 
     ref, model, prompts = setting(zoo, name, rng)
     f = ref.facts
     v = vs.SteeringVector(rng.standard_normal(f.d_model).astype(np.float32), 1)
-    sites = ["blocks.1.hook_resid_pre", f"blocks.{f.n_layers - 1}.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.attn.hook_k", "blocks.1.mlp.hook_post",
-             "blocks.1.ln2.hook_scale", "ln_final.hook_normalized", "blocks.1.attn.hook_result", "hook_embed"]
-    gens = model.generate(prompts, max_new_tokens=9, ignore_eos=True, edits=[vs.Steer(v, 1.0)], capture=sites, progress=False)
+    sites = [
+        "blocks.1.hook_resid_pre",
+        f"blocks.{f.n_layers - 1}.hook_resid_post",
+        "blocks.1.attn.hook_z",
+        "blocks.0.attn.hook_k",
+        "blocks.1.mlp.hook_post",
+        "blocks.1.ln2.hook_scale",
+        "ln_final.hook_normalized",
+        "blocks.1.attn.hook_result",
+        "hook_embed",
+    ]
+    gens = model.generate(
+        prompts,
+        max_new_tokens=9,
+        ignore_eos=True,
+        edits=[vs.Steer(v, 1.0)],
+        capture=sites,
+        progress=False,
+    )
     for b, (prompt, gen) in enumerate(zip(prompts, gens, strict=True)):
         assert set(gen.captured) == set(sites)
         with torch.no_grad():
-            want = ref.forward(prompt + gen.tokens.tolist(), prompt_length=len(prompt), edits=[vs.Steer(v, 1.0)])
+            want = ref.forward(
+                prompt + gen.tokens.tolist(), prompt_length=len(prompt), edits=[vs.Steer(v, 1.0)]
+            )
         for s in sites:
             assert gen.captured[s].dtype == np.float32 and gen.captured[s].flags.c_contiguous
-            assert_close(f"{name} {s}, row {b}", gen.captured[s], want.sites[s][len(prompt):])
+            assert_close(f"{name} {s}, row {b}", gen.captured[s], want.sites[s][len(prompt) :])
 
 
 def test_captures_by_pattern_and_per_row_lengths(zoo, rng):
@@ -290,21 +476,34 @@ def test_captures_by_pattern_and_per_row_lengths(zoo, rng):
     ref, model, prompts = setting(zoo, "llama3", rng)
     free = model.generate(prompts, max_new_tokens=10, ignore_eos=True, progress=False)
     end = int(free[0].tokens[4])
-    with vs.Model.from_pretrained(str(zoo.variant("llama3", "captured-end", eos_token_id=end)), dtype="float32") as other:
-        gens = other.generate(prompts, max_new_tokens=10, capture=["blocks.*.hook_resid_post"], progress=False)
-        assert len(gens) == len(prompts) and len(gens[0].tokens) <= 5, "the case is to have a row that ends early"
+    with vs.Model.from_pretrained(
+        str(zoo.variant("llama3", "captured-end", eos_token_id=end)), dtype="float32"
+    ) as other:
+        gens = other.generate(
+            prompts, max_new_tokens=10, capture=["blocks.*.hook_resid_post"], progress=False
+        )
+        assert len(gens) == len(prompts) and len(gens[0].tokens) <= 5, (
+            "the case is to have a row that ends early"
+        )
         for gen in gens:
             assert set(gen.captured) == {f"blocks.{l}.hook_resid_post" for l in range(4)}
             for value in gen.captured.values():
                 assert value.shape == (len(gen.tokens), 36)
 
 
-# -- callbacks and interruption ---------------------------------------------------------------------------------------------------------------
+# -- callbacks and interruption --------------------------------------------------------------------
+
 
 def test_on_token_sees_every_token(zoo, rng):
     ref, model, prompts = setting(zoo, "llama2", rng)
     calls = []
-    gens = model.generate(prompts, max_new_tokens=6, ignore_eos=True, on_token=lambda *a: calls.append(a), progress=False)
+    gens = model.generate(
+        prompts,
+        max_new_tokens=6,
+        ignore_eos=True,
+        on_token=lambda *a: calls.append(a),
+        progress=False,
+    )
     assert len(calls) == 6 * len(prompts)
     for row, gen in enumerate(gens):  # a row's own tokens, in order, each once
         assert [token for at, token, _ in calls if at == row] == gen.tokens.tolist()
@@ -313,7 +512,9 @@ def test_on_token_sees_every_token(zoo, rng):
 
 
 @pytest.mark.parametrize("which", ["on_token", "progress"])
-@pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("stop here"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
 def test_an_exception_in_a_callback_comes_out_and_leaves_the_model_usable(zoo, which, error, rng):
     ref, model, prompts = setting(zoo, "llama2", rng)
     calls = []
@@ -323,18 +524,32 @@ def test_an_exception_in_a_callback_comes_out_and_leaves_the_model_usable(zoo, w
         if len(calls) == 3:
             raise error
 
-    options = dict(on_token=callback, progress=False) if which == "on_token" else dict(progress=callback, batch_size=1)
+    options = (
+        dict(on_token=callback, progress=False)
+        if which == "on_token"
+        else dict(progress=callback, batch_size=1)
+    )
     with pytest.raises(type(error)) as caught:
         model.generate(prompts, max_new_tokens=20, ignore_eos=True, **options)
     assert caught.value is error and len(calls) == 3, "raised at once, and not called again"
-    for prompt, gen in zip(prompts, model.generate(prompts, max_new_tokens=5, ignore_eos=True, progress=False), strict=True):
+    for prompt, gen in zip(
+        prompts,
+        model.generate(prompts, max_new_tokens=5, ignore_eos=True, progress=False),
+        strict=True,
+    ):
         greedy_check(ref, prompt, gen.tokens.tolist(), "after the exception")
 
 
 def test_progress_ends_at_its_total(zoo, rng):
     ref, model, prompts = setting(zoo, "llama2", rng)
     calls = []
-    model.generate(prompts, max_new_tokens=5, ignore_eos=True, batch_size=2, progress=lambda done, total: calls.append((done, total)))
+    model.generate(
+        prompts,
+        max_new_tokens=5,
+        ignore_eos=True,
+        batch_size=2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     done, totals = [c[0] for c in calls], {c[1] for c in calls}
     assert len(totals) == 1 and done == sorted(done) and done[-1] == totals.pop()
 
@@ -362,11 +577,20 @@ def test_interrupt_within_a_second(zoo):
     finally:
         timer.cancel()
     assert time.monotonic() - sent[0] < 1.0
-    greedy_check(ref, [4, 5, 6], model.generate([[4, 5, 6]], max_new_tokens=5, ignore_eos=True, progress=False)[0].tokens.tolist(), "after the interrupt")
+    greedy_check(
+        ref,
+        [4, 5, 6],
+        model.generate([[4, 5, 6]], max_new_tokens=5, ignore_eos=True, progress=False)[
+            0
+        ].tokens.tolist(),
+        "after the interrupt",
+    )
 
 
 def test_long_generation_to_the_end_of_the_context(zoo, rng):
-    """509 positions: beyond many windows, in and out of every tile; the last tokens are still the oracle's."""
+    """509 positions: beyond many windows, in and out of every tile; the last tokens
+    are still the oracle's.
+    """
     ref, model, prompts = setting(zoo, "gemma3", rng, (3,))
     (gen,) = model.generate(prompts, max_new_tokens=506, ignore_eos=True, progress=False)
     assert len(gen.tokens) == 506

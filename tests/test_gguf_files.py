@@ -1,4 +1,6 @@
-"""GGUF files: values, facts and names of good ones against the gguf package and config.json; damaged and fuzzed ones."""
+"""GGUF files: values, facts and names of good ones against the gguf package and config.json;
+damaged and fuzzed ones.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,13 @@ import numpy as np
 import pytest
 
 from model_writers import TINY, gguf_model, write_gguf
-from vksteer.loading import dtypes, gguf_file, model_files as source
-from vksteer.loading.config import Config
 from vksteer.errors import ModelError
-
+from vksteer.loading import dtypes, gguf_file
+from vksteer.loading import model_files as source
+from vksteer.loading.config import Config
 
 # ---- good files ----
+
 
 def test_types_are_the_gguf_package_s():
     import gguf
@@ -45,7 +48,9 @@ def test_gguf_llama_values(tmp_path, dtype):
         assert array.nbytes == t.nbytes and array.flags.c_contiguous
         np.testing.assert_array_equal(array, dtypes.from_float32(expected, target), err_msg=t.name)
         if t.file is not None:
-            assert (tmp_path / "m.gguf").read_bytes()[t.offset:t.offset + t.nbytes] == array.tobytes()
+            assert (tmp_path / "m.gguf").read_bytes()[
+                t.offset : t.offset + t.nbytes
+            ] == array.tobytes()
     files.close()
 
 
@@ -59,13 +64,44 @@ def test_gguf_threads_and_chunks_do_not_matter(tmp_path, monkeypatch):
 
 HF_OF_GGUF = {
     "llama": {**TINY, "rope_theta": 500000.0, "tie_word_embeddings": True},
-    "mistral": {**TINY, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 9, "rope_theta": 10000.0},
-    "gemma2": {**TINY, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 9, "query_pre_attn_scalar": 16, "rope_theta": 10000.0,
-               "tie_word_embeddings": True},
-    "gemma3_text": {**TINY, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 9, "query_pre_attn_scalar": 16,
-                    "num_hidden_layers": 7, "rope_theta": 1e6, "tie_word_embeddings": True},
-    "qwen2": {**TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6},
-    "qwen3": {**TINY, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 1e6},
+    "mistral": {
+        **TINY,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 9,
+        "rope_theta": 10000.0,
+    },
+    "gemma2": {
+        **TINY,
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 16,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        **TINY,
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 16,
+        "num_hidden_layers": 7,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {
+        **TINY,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_theta": 1e6,
+    },
+    "qwen3": {
+        **TINY,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "rope_theta": 1e6,
+    },
 }
 
 
@@ -76,7 +112,10 @@ def test_gguf_facts_equal_the_config_json(tmp_path, family):
     values = gguf_model(tmp_path / "m.gguf", hf, gemma=gemma)
     expected = Config.from_hf(hf)
     files = source.open_model(tmp_path / "m.gguf")
-    assert files.config == expected.replace(norm_offset=0.0) and Config.from_pretrained(tmp_path / "m.gguf") == files.config
+    assert (
+        files.config == expected.replace(norm_offset=0.0)
+        and Config.from_pretrained(tmp_path / "m.gguf") == files.config
+    )
     for t in files.tensors:
         stored = values[t.name] + 1 if gemma and len(t.shape) == 1 else values[t.name]
         np.testing.assert_array_equal(t.array(), stored, err_msg=t.name)
@@ -84,42 +123,89 @@ def test_gguf_facts_equal_the_config_json(tmp_path, family):
 
 def test_gguf_rope(tmp_path):
     factors = np.linspace(1, 8, 8, dtype=np.float32)
-    gguf_model(tmp_path / "a.gguf", {**TINY, "rope_theta": 500000.0}, more=[("rope_freqs.weight", 0, (8,), factors.tobytes())])
+    gguf_model(
+        tmp_path / "a.gguf",
+        {**TINY, "rope_theta": 500000.0},
+        more=[("rope_freqs.weight", 0, (8,), factors.tobytes())],
+    )
     c = Config.from_pretrained(tmp_path / "a.gguf")
-    np.testing.assert_allclose(c.rope[0].inv_freq, 500000.0 ** -(np.arange(8) / 8) / factors.astype(np.float64), rtol=1e-15)
-    gguf_model(tmp_path / "b.gguf", extra_metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
-    assert Config.from_pretrained(tmp_path / "b.gguf") == Config.from_hf({**TINY, "rope_scaling": {"rope_type": "linear", "factor": 4.0}})
-    gguf_model(tmp_path / "c.gguf", extra_metadata={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
-                                                    "llama.rope.scaling.original_context_length": 16})
+    np.testing.assert_allclose(
+        c.rope[0].inv_freq, 500000.0 ** -(np.arange(8) / 8) / factors.astype(np.float64), rtol=1e-15
+    )
+    gguf_model(
+        tmp_path / "b.gguf",
+        extra_metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    )
+    assert Config.from_pretrained(tmp_path / "b.gguf") == Config.from_hf(
+        {**TINY, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    )
+    gguf_model(
+        tmp_path / "c.gguf",
+        extra_metadata={
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 16,
+        },
+    )
     assert Config.from_pretrained(tmp_path / "c.gguf") == Config.from_hf(
-        {**TINY, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}})
+        {
+            **TINY,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        }
+    )
     for bad in (np.zeros(8), np.ones(7), np.full(8, np.nan)):
-        gguf_model(tmp_path / "d.gguf", more=[("rope_freqs.weight", 0, bad.shape, bad.astype(np.float32).tobytes())])
+        gguf_model(
+            tmp_path / "d.gguf",
+            more=[("rope_freqs.weight", 0, bad.shape, bad.astype(np.float32).tobytes())],
+        )
         with pytest.raises(ModelError, match="rope_freqs.weight"):
             source.open_model(tmp_path / "d.gguf")
 
 
 # ---- GGUF: damaged files ----
 
+
 def tensor_lie(name, **fields):
     def change(described):
         next(t for t in described if t["name"] == name).update(fields)
+
     return change
 
 
 GGUF_LIES = {
-    "cut in the data": (dict(cut=-40), "truncated"), "trailing bytes": (dict(tail=b"\0" * 64), "after the last tensor"), "empty": (dict(cut=0), "too short"),
-    "cut in the header": (dict(cut=300), "truncated"), "version 1": (dict(version=1), "version 1"), "version 9": (dict(version=9), "version 9"),
-    "big-endian": (dict(version=3 << 24), "big-endian"), "tensors: 2**60": (dict(n_tensors=1 << 60), "claims"), "keys: 2**63": (dict(n_keys=1 << 63), "claims"),
-    "one tensor too many": (dict(n_tensors=22), "tensor"), "one key too many": (dict(n_keys=11), "."), "one key too few": (dict(n_keys=9), "."),
+    "cut in the data": (dict(cut=-40), "truncated"),
+    "trailing bytes": (dict(tail=b"\0" * 64), "after the last tensor"),
+    "empty": (dict(cut=0), "too short"),
+    "cut in the header": (dict(cut=300), "truncated"),
+    "version 1": (dict(version=1), "version 1"),
+    "version 9": (dict(version=9), "version 9"),
+    "big-endian": (dict(version=3 << 24), "big-endian"),
+    "tensors: 2**60": (dict(n_tensors=1 << 60), "claims"),
+    "keys: 2**63": (dict(n_keys=1 << 63), "claims"),
+    "one tensor too many": (dict(n_tensors=22), "tensor"),
+    "one key too many": (dict(n_keys=11), "."),
+    "one key too few": (dict(n_keys=9), "."),
     "no dimensions": (dict(change=tensor_lie("output_norm.weight", dims=[])), "dimensions"),
     "five dimensions": (dict(change=tensor_lie("output_norm.weight", dims=[1] * 5)), "dimensions"),
     "zero size": (dict(change=tensor_lie("output_norm.weight", dims=[0])), "output_norm.weight"),
-    "size 2**63": (dict(change=tensor_lie("output_norm.weight", dims=[1 << 63])), "output_norm.weight"),
-    "product overflows": (dict(change=tensor_lie("output.weight", dims=[1 << 39, 1 << 39])), "output.weight"),
+    "size 2**63": (
+        dict(change=tensor_lie("output_norm.weight", dims=[1 << 63])),
+        "output_norm.weight",
+    ),
+    "product overflows": (
+        dict(change=tensor_lie("output.weight", dims=[1 << 39, 1 << 39])),
+        "output.weight",
+    ),
     "unknown type": (dict(change=tensor_lie("output.weight", type=4)), "unknown tensor type 4"),
     "type in blocks": (dict(change=tensor_lie("output_norm.weight", dims=[33], type=8)), "blocks"),
-    "wrong shape": (dict(change=tensor_lie("output.weight", dims=[37, 32])), "contradicts the metadata"),
+    "wrong shape": (
+        dict(change=tensor_lie("output.weight", dims=[37, 32])),
+        "contradicts the metadata",
+    ),
     "offset outside": (dict(change=tensor_lie("output.weight", offset=1 << 40)), "outside"),
     "offset huge": (dict(change=tensor_lie("output.weight", offset=(1 << 64) - 32)), "outside"),
     "overlap": (dict(change=tensor_lie("output.weight", offset=0)), "overlap|gap"),
@@ -130,20 +216,42 @@ GGUF_LIES = {
     "alignment 0": (dict(extra_metadata={"general.alignment": 0}), "general.alignment"),
     "alignment 2**30": (dict(extra_metadata={"general.alignment": 1 << 30}), "general.alignment"),
     "unknown value type": (dict(extra_metadata={"x": (77, b"")}), "value type 77"),
-    "string longer than the file": (dict(extra_metadata={"x": (8, struct.pack("<Q", 1 << 62))}), "x"),
+    "string longer than the file": (
+        dict(extra_metadata={"x": (8, struct.pack("<Q", 1 << 62))}),
+        "x",
+    ),
     "array of 2**62": (dict(extra_metadata={"x": (9, struct.pack("<IQ", 4, 1 << 62))}), "array of"),
-    "array of arrays": (dict(extra_metadata={"x": (9, struct.pack("<IQ", 9, 1))}), "array of value type 9"),
-    "strings that end outside": (dict(extra_metadata={"x": (9, struct.pack("<IQ", 8, 1 << 20))}), "truncated"),
-    "unknown key of the architecture": (dict(extra_metadata={"llama.new_idea": 3}), "llama.new_idea.*not understood"),
+    "array of arrays": (
+        dict(extra_metadata={"x": (9, struct.pack("<IQ", 9, 1))}),
+        "array of value type 9",
+    ),
+    "strings that end outside": (
+        dict(extra_metadata={"x": (9, struct.pack("<IQ", 8, 1 << 20))}),
+        "truncated",
+    ),
+    "unknown key of the architecture": (
+        dict(extra_metadata={"llama.new_idea": 3}),
+        "llama.new_idea.*not understood",
+    ),
     "experts": (dict(extra_metadata={"llama.expert_count": 8}), "llama.expert_count"),
     "other architecture": (dict(extra_metadata={"general.architecture": "mamba"}), "mamba"),
-    "architecture is a number": (dict(extra_metadata={"general.architecture": 3}), "architecture 3"),
-    "adapter": (dict(extra_metadata={"general.type": "adapter"}), "adapter"), "part of a split": (dict(extra_metadata={"split.count": 3}), "parts"),
-    "heads differ by layer": (dict(extra_metadata={"llama.attention.head_count": [4, 2]}), "same for all layers"),
+    "architecture is a number": (
+        dict(extra_metadata={"general.architecture": 3}),
+        "architecture 3",
+    ),
+    "adapter": (dict(extra_metadata={"general.type": "adapter"}), "adapter"),
+    "part of a split": (dict(extra_metadata={"split.count": 3}), "parts"),
+    "heads differ by layer": (
+        dict(extra_metadata={"llama.attention.head_count": [4, 2]}),
+        "same for all layers",
+    ),
     "no heads": (dict(extra_metadata={"llama.attention.head_count": 0}), "num_attention_heads"),
     "partial rotation": (dict(extra_metadata={"llama.rope.dimension_count": 8}), "dimension_count"),
     "longrope": (dict(extra_metadata={"llama.rope.scaling.type": "longrope"}), "longrope"),
-    "stray tensor": (dict(more=[("blk.0.attn_q.scale", 0, (1,), b"\0\0\0\0")]), "attn_q.scale.*would change"),
+    "stray tensor": (
+        dict(more=[("blk.0.attn_q.scale", 0, (1,), b"\0\0\0\0")]),
+        "attn_q.scale.*would change",
+    ),
 }
 
 
@@ -167,17 +275,25 @@ def test_gguf_block_that_is_not_finite(tmp_path):
     tensor = files.gguf.tensors["blk.1.attn_v.weight"]
     files.close()
     blob = bytearray((tmp_path / "m.gguf").read_bytes())
-    blob[tensor.offset:tensor.offset + 2] = b"\xff\x7f"  # a NaN scale
+    blob[tensor.offset : tensor.offset + 2] = b"\xff\x7f"  # a NaN scale
     (tmp_path / "m.gguf").write_bytes(blob)
     for dtype in ("auto", "float32", "float16"):
-        entry = next(t for t in source.open_model(tmp_path / "m.gguf", dtype=dtype).tensors if t.name == "l.1.wv")
+        entry = next(
+            t
+            for t in source.open_model(tmp_path / "m.gguf", dtype=dtype).tensors
+            if t.name == "l.1.wv"
+        )
         with pytest.raises(ModelError, match="blk.1.attn_v.weight.*not finite"):
             entry.array()
 
 
 def test_fuzzed_gguf_headers(tmp_path):
     path = tmp_path / "m.gguf"
-    gguf_model(path, quantise=("wq", "wk"), extra_metadata={"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [1.0, 2.0]})
+    gguf_model(
+        path,
+        quantise=("wq", "wk"),
+        extra_metadata={"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [1.0, 2.0]},
+    )
     good = path.read_bytes()
     with gguf_file.GGUFFile(path) as file:
         header = min(t.offset for t in file.tensors.values())
@@ -191,9 +307,9 @@ def test_fuzzed_gguf_headers(tmp_path):
             if rng.random() < 0.5:
                 blob[at] = rng.randrange(256)
             else:
-                blob[at:at + 8] = struct.pack("<Q", rng.choice(special))
+                blob[at : at + 8] = struct.pack("<Q", rng.choice(special))
         if rng.random() < 0.2:
-            blob = blob[:rng.randrange(len(blob))]
+            blob = blob[: rng.randrange(len(blob))]
         path.write_bytes(blob)
         try:
             with_files = source.open_model(path)

@@ -1,7 +1,9 @@
-"""`model.gradients`: d(scalar)/d(site) at every site of every family, against autograd through the float64 oracle.
+"""`model.gradients`: d(scalar)/d(site) at every site of every family, against autograd
+through the float64 oracle.
 
-The scalar of a row is logit(a) - logit(b) at a position, or the sum over positions of log p(token) or of KL(P_reference||P). The gradient is with
-respect to the captured value, the one after edits; where a pattern or a score is masked it is 0, since no edit opens it.
+The scalar of a row is logit(a) - logit(b) at a position, or the sum over positions of log p(token)
+or of KL(P_reference||P). The gradient is with respect to the captured value, the one after edits;
+where a pattern or a score is masked it is 0, since no edit opens it.
 Bound: 1e-4 of the largest value of a site over the batch.
 """
 
@@ -21,7 +23,9 @@ PROMPTS, RESPONSES = (5, 17, 9), (4, 0, 7)
 
 
 def place(position, prompt_length):
-    """A position as everywhere: from the row's own first token, a negative one from the prompt's end."""
+    """A position as everywhere: from the row's own first token, a negative one
+    from the prompt's end.
+    """
     return position if position >= 0 else prompt_length + position
 
 
@@ -41,8 +45,15 @@ def scalar(of, logits, prompt_length):
 
 def want(ref, tokens, prompt_length, of, sites, edits):
     """{site: gradient}, float64, by autograd through one row."""
-    row = ref.forward(tokens, edits=edits, prompt_length=prompt_length, hooks={"hook_embed": lambda x: x.detach().requires_grad_()})
-    found = torch.autograd.grad(scalar(of, row.logits, prompt_length), [row.sites[s] for s in sites], allow_unused=True)
+    row = ref.forward(
+        tokens,
+        edits=edits,
+        prompt_length=prompt_length,
+        hooks={"hook_embed": lambda x: x.detach().requires_grad_()},
+    )
+    found = torch.autograd.grad(
+        scalar(of, row.logits, prompt_length), [row.sites[s] for s in sites], allow_unused=True
+    )
     out = {}
     for site, g in zip(sites, found):
         g = torch.zeros_like(row.sites[site]) if g is None else g
@@ -50,14 +61,19 @@ def want(ref, tokens, prompt_length, of, sites, edits):
             layer = int(site.split(".")[1])
             i = torch.arange(len(tokens))
             ahead = i[:, None] - i[None, :]
-            g = torch.where((ahead >= 0) & (ahead < (ref.facts.window[layer] or len(tokens))), g, 0.0)
+            g = torch.where(
+                (ahead >= 0) & (ahead < (ref.facts.window[layer] or len(tokens))), g, 0.0
+            )
         out[site] = g
     return out
 
 
 @pytest.fixture
 def case(zoo, rng):
-    """A family's oracle, engine, ragged prompts and responses, and one scalar of each kind for every row."""
+    """A family's oracle, engine, ragged prompts and responses, and one scalar of
+    each kind for every row.
+    """
+
     def make(name):
         ref, model = zoo.reference(name), zoo.engine(name)
         draw = lambda n: rng.integers(0, ref.facts.d_vocab, n).tolist()
@@ -66,16 +82,24 @@ def case(zoo, rng):
         a, b = rng.choice(ref.facts.d_vocab, 2, replace=False).tolist()
         kinds = {
             "logit difference": [LogitDiff(-1, a, b), LogitDiff(16, b, a), LogitDiff(12, a, b)],
-            "log probability": [LogProb(list(range(n - 1, n - 1 + len(r))) or [-2, -1], r or draw(2)) for n, r in zip(PROMPTS, responses)],
-            "KL": [KL(other(2), [-1, 2]), KL(other(3), [0, 5, 16]), KL(other(1), [15])]}
+            "log probability": [
+                LogProb(list(range(n - 1, n - 1 + len(r))) or [-2, -1], r or draw(2))
+                for n, r in zip(PROMPTS, responses)
+            ],
+            "KL": [KL(other(2), [-1, 2]), KL(other(3), [0, 5, 16]), KL(other(1), [15])],
+        }
         return ref, model, prompts, responses, kinds
+
     return make
 
 
 def check(ref, model, prompts, responses, of, sites, edits, what):
     """of: one object, or one per row. Compares every site; returns the gradients."""
     found = model.gradients(prompts, responses, of=of, at=sites, edits=edits)
-    rows = [want(ref, p + r, len(p), of[b] if isinstance(of, list) else of, sites, edits) for b, (p, r) in enumerate(zip(prompts, responses))]
+    rows = [
+        want(ref, p + r, len(p), of[b] if isinstance(of, list) else of, sites, edits)
+        for b, (p, r) in enumerate(zip(prompts, responses))
+    ]
     failures = []
     for site in sites:
         got = found[site]
@@ -89,8 +113,13 @@ def check(ref, model, prompts, responses, of, sites, edits, what):
             error = np.abs(mine - theirs)
             if not error.max() <= BOUND * largest:
                 at = np.unravel_index(np.nan_to_num(error, nan=np.inf).argmax(), error.shape)
-                failures.append(f"{site}, row {b}, {tuple(map(int, at))}: got {mine[at]!r}, expected {theirs[at]!r}; largest {largest:.3g}")
-    assert not failures, f"{what}: {len(failures)} of {len(sites) * len(prompts)}:\n" + "\n".join(failures[:20])
+                failures.append(
+                    f"{site}, row {b}, {tuple(map(int, at))}: got {mine[at]!r}, expected"
+                    f" {theirs[at]!r}; largest {largest:.3g}"
+                )
+    assert not failures, f"{what}: {len(failures)} of {len(sites) * len(prompts)}:\n" + "\n".join(
+        failures[:20]
+    )
     return found
 
 
@@ -102,7 +131,16 @@ def test_every_site_of_every_family(case, rng, name):
     assert set(model.sites) == set(ref.site_names())
     vector = vs.SteeringVector(rng.standard_normal(ref.facts.d_model).astype(np.float32), 1)
     for kind, of in kinds.items():
-        check(ref, model, prompts, responses, of, list(model.sites), [vs.Steer(vector, -0.8)], f"{name}, {kind}")
+        check(
+            ref,
+            model,
+            prompts,
+            responses,
+            of,
+            list(model.sites),
+            [vs.Steer(vector, -0.8)],
+            f"{name}, {kind}",
+        )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama_bias", "qwen3"])
@@ -111,9 +149,24 @@ def test_without_edits_and_steered_at_some_positions(case, rng, name):
 
     ref, model, prompts, responses, kinds = case(name)
     vector = vs.SteeringVector(rng.standard_normal(ref.facts.d_model).astype(np.float32), 0)
-    sites = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.attn.hook_v", "blocks.1.ln2.hook_scale", "ln_final.hook_normalized"]
+    sites = [
+        "hook_embed",
+        "blocks.0.hook_resid_pre",
+        "blocks.1.attn.hook_v",
+        "blocks.1.ln2.hook_scale",
+        "ln_final.hook_normalized",
+    ]
     for edits in ([], [vs.Steer(vector, 1.0, positions=slice(-2, None))]):
-        check(ref, model, prompts, responses, kinds["log probability"], sites, edits, f"{name}, {edits}")
+        check(
+            ref,
+            model,
+            prompts,
+            responses,
+            kinds["log probability"],
+            sites,
+            edits,
+            f"{name}, {edits}",
+        )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama3"])
@@ -124,11 +177,26 @@ def test_other_edits(case, rng, name):
     ref, model, prompts, responses, kinds = case(name)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     f = ref.facts
-    sites = ["hook_embed", "blocks.0.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", "blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern",
-             "blocks.1.mlp.hook_post", "blocks.2.ln1.hook_normalized"]
-    for edits in ([vs.Scale("blocks.1.attn.hook_v", -0.5, heads=[0])], [vs.Set("blocks.1.attn.hook_z", draw(f.d_head), heads=[1], positions=[-1, 2])],
-                  [vs.Ablate(draw(f.d_model))], [vs.Set("blocks.1.hook_resid_mid", draw(f.d_model), positions=[1]), vs.Scale("blocks.1.mlp.hook_post", -1.0)],
-                  [vs.Scale("blocks.0.hook_resid_post", 2.0), vs.Add("blocks.2.ln1.hook_normalized", 0.3)]):
+    sites = [
+        "hook_embed",
+        "blocks.0.hook_resid_post",
+        "blocks.1.hook_resid_mid",
+        "blocks.1.attn.hook_z",
+        "blocks.1.attn.hook_q",
+        "blocks.1.attn.hook_pattern",
+        "blocks.1.mlp.hook_post",
+        "blocks.2.ln1.hook_normalized",
+    ]
+    for edits in (
+        [vs.Scale("blocks.1.attn.hook_v", -0.5, heads=[0])],
+        [vs.Set("blocks.1.attn.hook_z", draw(f.d_head), heads=[1], positions=[-1, 2])],
+        [vs.Ablate(draw(f.d_model))],
+        [
+            vs.Set("blocks.1.hook_resid_mid", draw(f.d_model), positions=[1]),
+            vs.Scale("blocks.1.mlp.hook_post", -1.0),
+        ],
+        [vs.Scale("blocks.0.hook_resid_post", 2.0), vs.Add("blocks.2.ln1.hook_normalized", 0.3)],
+    ):
         check(ref, model, prompts, responses, kinds["KL"], sites, edits, f"{name}, {edits}")
 
 
@@ -143,7 +211,9 @@ def test_one_object_for_all_rows(case):
 
 
 def test_rows_do_not_touch_each_other(case):
-    """A row's gradient is the same alone, and 0 at positions after the last that its scalar reads."""
+    """A row's gradient is the same alone, and 0 at positions after the last
+    that its scalar reads.
+    """
     ref, model, prompts, responses, _ = case("gemma2")
     of = [LogitDiff(2, 3, 7), LogitDiff(9, 1, 2), LogitDiff(-1, 5, 6)]
     sites = ["blocks.1.hook_resid_pre", "blocks.2.attn.hook_k"]
@@ -154,22 +224,35 @@ def test_rows_do_not_touch_each_other(case):
         for site in sites:
             assert_same_bits(f"{site}, row {b}", together[site][b, -n:], alone[site][0])
             last = place(of[b].position, PROMPTS[b])
-            assert not np.any(alone[site][0, last + 1:]) and np.any(alone[site][0, last])
+            assert not np.any(alone[site][0, last + 1 :]) and np.any(alone[site][0, last])
 
 
 def test_a_difference_of_runs(case, rng):
-    """The engine alone: a small step along the gradient changes the scalar by what the gradient says (single precision, hence 2 %)."""
+    """The engine alone: a small step along the gradient changes the scalar by what the gradient
+    says (single precision, hence 2 %).
+    """
     import vksteer as vs
 
     ref, model, prompts, _, _ = case("qwen3")
     of = LogitDiff(-1, 3, 7)
     site = "blocks.1.hook_resid_mid"
     grad = model.gradients(prompts, of=of, at=[site])[site]
-    logits = [model.run(prompts, edits=[[vs.Add(site, sign * 1e-2 * grad[b, -n:] / np.linalg.norm(grad[b]))] for b, n in enumerate(PROMPTS)],
-                        logits="last").logits for sign in (1, -1)]
+    logits = [
+        model.run(
+            prompts,
+            edits=[
+                [vs.Add(site, sign * 1e-2 * grad[b, -n:] / np.linalg.norm(grad[b]))]
+                for b, n in enumerate(PROMPTS)
+            ],
+            logits="last",
+        ).logits
+        for sign in (1, -1)
+    ]
     for b in range(3):
         up, down = (float(x[b, 3]) - float(x[b, 7]) for x in logits)
-        assert_close(f"row {b}", np.array([(up - down) / 2e-2]), np.array([np.linalg.norm(grad[b])]), 2e-2)
+        assert_close(
+            f"row {b}", np.array([(up - down) / 2e-2]), np.array([np.linalg.norm(grad[b])]), 2e-2
+        )
 
 
 def test_refusals(case):
@@ -178,22 +261,38 @@ def test_refusals(case):
     run = lambda of, at=("hook_embed",): model.gradients(prompts, responses, of=of, at=list(at))
     with pytest.raises(KeyError, match="hook_resid_pre"):
         run(LogitDiff(-1, 1, 2), ["blocks.0.hook_resid_prr"])
-    for of in (LogitDiff(-1, 1, V), LogitDiff(40, 1, 2), LogitDiff(-6, 1, 2), [LogitDiff(-1, 1, 2)] * 2):
+    for of in (
+        LogitDiff(-1, 1, V),
+        LogitDiff(40, 1, 2),
+        LogitDiff(-6, 1, 2),
+        [LogitDiff(-1, 1, 2)] * 2,
+    ):
         with pytest.raises(ValueError):
             run(of)
-    for make in (lambda: LogProb([0, 1], [5]), lambda: KL(np.zeros((2, V), np.float32), [0]),
-                 lambda: KL(np.zeros((1, V + 1), np.float32), [0]), lambda: KL(np.full((1, V), np.nan, np.float32), [0])):
+    for make in (
+        lambda: LogProb([0, 1], [5]),
+        lambda: KL(np.zeros((2, V), np.float32), [0]),
+        lambda: KL(np.zeros((1, V + 1), np.float32), [0]),
+        lambda: KL(np.full((1, V), np.nan, np.float32), [0]),
+    ):
         with pytest.raises(ValueError):
             run(make())
     with pytest.raises((TypeError, ValueError)):
         run("logit_diff")
 
 
-@pytest.mark.parametrize("site", ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "blocks.1.ln1.hook_scale"])
+@pytest.mark.parametrize(
+    "site",
+    ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "blocks.1.ln1.hook_scale"],
+)
 def test_edits_without_a_way_back_are_refused(case, site):
-    """The gradient at these sites exists; that through an edit of them is not offered, and said so before any work."""
+    """The gradient at these sites exists; that through an edit of them is not offered, and
+    said so before any work.
+    """
     import vksteer as vs
 
     _, model, prompts, _, _ = case("llama2")
     with pytest.raises(ValueError, match="no gradient through"):
-        model.gradients(prompts, of=LogitDiff(-1, 1, 2), at=["hook_embed"], edits=[vs.Scale(site, 0.5)])
+        model.gradients(
+            prompts, of=LogitDiff(-1, 1, 2), at=["hook_embed"], edits=[vs.Scale(site, 0.5)]
+        )

@@ -1,4 +1,6 @@
-"""The circuit graph: exact counts of the paper, names, order, and pruning against a brute-force path search."""
+"""The circuit graph: exact counts of the paper, names, order, and pruning against a
+brute-force path search.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,25 @@ GEMMA = SimpleNamespace(n_layers=26, n_heads=8, n_kv_heads=4)
 LLAMA = SimpleNamespace(n_layers=28, n_heads=24, n_kv_heads=8)
 
 
-@pytest.mark.parametrize("config, layer, total, counts, incoming", [
-    (GEMMA, 15, 8790, dict(steer=188, mlp=946, head=7656), dict(q=4048, k=2024, v=2024, mlp=594, logits=100)),
-    (LLAMA, 12, 124441, dict(steer=657, mlp=4936, head=118848), dict(q=72384, k=24128, v=24128, mlp=3400, logits=401))])
+@pytest.mark.parametrize(
+    "config, layer, total, counts, incoming",
+    [
+        (
+            GEMMA,
+            15,
+            8790,
+            dict(steer=188, mlp=946, head=7656),
+            dict(q=4048, k=2024, v=2024, mlp=594, logits=100),
+        ),
+        (
+            LLAMA,
+            12,
+            124441,
+            dict(steer=657, mlp=4936, head=118848),
+            dict(q=72384, k=24128, v=24128, mlp=3400, logits=401),
+        ),
+    ],
+)
 def test_exact_counts(config, layer, total, counts, incoming):
     g = graph(config, layer)
     assert len(g) == total == sum(counts.values()) == sum(incoming.values())
@@ -27,8 +45,19 @@ def test_names_and_order():
     names = g.edge_names
     assert len(names) == len(set(names)) == g.n_edges
     assert names[:4] == ("steer->a1.h0<q>", "steer->a1.h1<q>", "steer->a1.h2<q>", "steer->a1.h3<q>")
-    assert names[4:9] == ("steer->a1.h0<k>", "steer->a1.h1<k>", "steer->a1.h0<v>", "steer->a1.h1<v>", "steer->m1")
-    assert names[-1] == "m2->logits" and "a1.h0->m1" in names and "a1.h0->a1.h1<q>" not in names and "m1->m1" not in names
+    assert names[4:9] == (
+        "steer->a1.h0<k>",
+        "steer->a1.h1<k>",
+        "steer->a1.h0<v>",
+        "steer->a1.h1<v>",
+        "steer->m1",
+    )
+    assert (
+        names[-1] == "m2->logits"
+        and "a1.h0->m1" in names
+        and "a1.h0->a1.h1<q>" not in names
+        and "m1->m1" not in names
+    )
     assert "m1->a2.h0<q>" in names and "a2.h3->m2" in names
     for i in (0, 7, 30, g.n_edges - 1):
         assert names[i] == f"{g.node_names[g.upstream[i]]}->{g.input_names[g.downstream[i]]}"
@@ -55,7 +84,10 @@ def brute_force(g, kept):
         layer, rest = name[1:].split(".h")
         head, kind = int(rest.split("<")[0]), rest.split("<")[1][0]
         size = g.n_heads // g.n_kv_heads
-        return [f"a{layer}.h{h}" for h in ([head] if kind == "q" else range(head * size, (head + 1) * size))]
+        return [
+            f"a{layer}.h{h}"
+            for h in ([head] if kind == "q" else range(head * size, (head + 1) * size))
+        ]
 
     def reach(start, step):
         seen, stack = set(), [start]
@@ -73,7 +105,9 @@ def brute_force(g, kept):
         new = {a for a, b in edges if any(x in backward for x in leads_to(b))} - backward
         grown = bool(new)
         backward |= new
-    return {f"{a}->{b}" for a, b in edges if a in forward and any(x in backward for x in leads_to(b))}
+    return {
+        f"{a}->{b}" for a, b in edges if a in forward and any(x in backward for x in leads_to(b))
+    }
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1, 0), (3, 4, 2, 1), (4, 3, 3, 0), (5, 6, 2, 2)])

@@ -1,6 +1,8 @@
-"""The Python package's modules: imports go downward only, and no two modules import each other, directly or in a circle.
+"""The Python package's modules: imports go downward only, and no two modules import each other,
+directly or in a circle.
 
-Imports inside functions count; those under `if TYPE_CHECKING:` do not. Nothing here imports the package.
+Imports inside functions count; those under `if TYPE_CHECKING:` do not. Nothing here
+imports the package.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "vksteer"
 
-#: The order of the modules, bottom first: a file imports only from its own module and from what stands before it.
+#: The order of the modules, bottom first: a file imports only from its own module and from
+#: what stands before it.
 ORDER = (
     "_version",
     "base",
@@ -61,20 +64,28 @@ def imports(tree: ast.AST):
 
 
 def targets(path: Path, source: str, modules: set[str]) -> set[str]:
-    """Modules of the package that a file imports from; `from . import x` names x where x is a module."""
+    """Modules of the package that a file imports from; `from . import x` names x
+    where x is a module.
+    """
     name = module_of(path)
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part != "__init__"]
     found = set()
     for node in imports(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("vksteer.") for a in node.names if a.name.startswith("vksteer.")}
+            found |= {
+                a.name.removeprefix("vksteer.") for a in node.names if a.name.startswith("vksteer.")
+            }
             found |= {"__init__" for a in node.names if a.name == "vksteer"}
             continue
         if node.level == 0 and (node.module or "").split(".")[0] != "vksteer":
             continue
         base = package[: len(package) - node.level + 1] if node.level else []
-        base = [*base, *(node.module or "").split(".")] if node.level else (node.module or "").split(".")[1:]
+        base = (
+            [*base, *(node.module or "").split(".")]
+            if node.level
+            else (node.module or "").split(".")[1:]
+        )
         base = [part for part in base if part]
         for alias in node.names:
             whole = ".".join([*base, alias.name])
@@ -118,7 +129,7 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 
 def top(module: str) -> str:
-    return module.split(".")[0]
+    return module.split(".", maxsplit=1)[0]
 
 
 def test_every_module_has_a_place_in_the_order():
@@ -154,18 +165,30 @@ def test_no_module_bears_the_name_of_a_public_function():
         listed = {
             element.value
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("__all__", "_LAZY")
+            if isinstance(node, ast.Assign)
+            and getattr(node.targets[0], "id", "") in ("__all__", "_LAZY")
             for element in ast.walk(node.value)
             if isinstance(element, ast.Constant) and isinstance(element.value, str)
         }
-        inside = {p.stem for p in path.parent.glob("*.py")} | {p.parent.name for p in path.parent.glob("*/__init__.py")}
+        inside = {p.stem for p in path.parent.glob("*.py")} | {
+            p.parent.name for p in path.parent.glob("*/__init__.py")
+        }
         if path.parent == PACKAGE:  # the public namespaces are meant to be modules
-            inside -= {"circuits", "data", "freezing", "judge", "ov", "patching", "sparsify", "steering"}
+            inside -= {
+                "circuits",
+                "data",
+                "freezing",
+                "judge",
+                "ov",
+                "patching",
+                "sparsify",
+                "steering",
+            }
         shadowed += [f"{path.parent.name}/{name}.py" for name in sorted(listed & inside)]
     assert not shadowed
 
 
-# --- the reader itself can fail ---------------------------------------------------------------------
+# --- the reader itself can fail -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

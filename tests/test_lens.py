@@ -1,5 +1,6 @@
-"""The logit lens against float64: values within 1e-3 of the largest (worst met on lavapipe: 1.0e-6), indices equal but for named ties, on random
-models of every family."""
+"""The logit lens against float64: values within 1e-3 of the largest (worst met on lavapipe:
+1.0e-6), indices equal but for named ties, on random models of every family.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ TIE = 1e-5  # of the largest value: two tokens that float64 sets apart by less m
 def reference(zoo, name):
     """(final gain [D], W_U [V, D], eps) in float64."""
     ref = zoo.reference(name)
-    return (ref.w["model.norm.weight"] + ref.facts.norm_offset).numpy(), ref.unembed.numpy(), ref.facts.eps
+    return (
+        (ref.w["model.norm.weight"] + ref.facts.norm_offset).numpy(),
+        ref.unembed.numpy(),
+        ref.facts.eps,
+    )
 
 
 def scores(vectors, gain, unembed, eps, by):
@@ -26,21 +31,35 @@ def scores(vectors, gain, unembed, eps, by):
     x = vectors.astype(np.float64)
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain
     logits = normed @ unembed.T
-    return logits if by == "logit" else logits / np.linalg.norm(normed, axis=-1, keepdims=True) / np.linalg.norm(unembed, axis=-1)
+    return (
+        logits
+        if by == "logit"
+        else logits
+        / np.linalg.norm(normed, axis=-1, keepdims=True)
+        / np.linalg.norm(unembed, axis=-1)
+    )
 
 
 def agree(what, lens, want):
     """Values, order and indices; near ties are named, not hidden."""
-    tokens, values = lens.tokens.reshape(-1, lens.tokens.shape[-1]), lens.values.reshape(-1, lens.tokens.shape[-1])
+    tokens, values = (
+        lens.tokens.reshape(-1, lens.tokens.shape[-1]),
+        lens.values.reshape(-1, lens.tokens.shape[-1]),
+    )
     top, largest = tokens.shape[1], np.abs(want).max()
     order = np.argsort(-want, axis=1, kind="stable")[:, :top]
-    assert (np.diff(values, axis=1) <= 0).all() and all(len(set(row)) == top for row in tokens.tolist())
+    assert (np.diff(values, axis=1) <= 0).all() and all(
+        len(set(row)) == top for row in tokens.tolist()
+    )
     error = np.abs(values - np.take_along_axis(want, order, 1)).max() / largest
     assert error <= BOUND, f"{what}: values differ by {error:.2g} of the largest"
     ties = []
     for i, rank in np.argwhere(tokens != order):
         apart = abs(want[i, tokens[i, rank]] - want[i, order[i, rank]]) / largest
-        assert apart < TIE, f"{what}: vector {i}, rank {rank}: token {tokens[i, rank]} where {order[i, rank]} is due, {apart:.3g} apart"
+        assert apart < TIE, (
+            f"{what}: vector {i}, rank {rank}: token {tokens[i, rank]} where {order[i, rank]} is"
+            f" due, {apart:.3g} apart"
+        )
         ties.append((int(i), int(rank), int(tokens[i, rank]), int(order[i, rank]), float(apart)))
     if ties:
         warnings.warn(f"{what}: near ties (vector, rank, engine, oracle, apart): {ties}")
@@ -56,9 +75,15 @@ def test_every_family(zoo, rng, name, by):
     model = zoo.engine(name)
     V, D = unembed.shape
     for n, top in ((1, 1), (3, 20), (17, V), (2, 40)):
-        vectors = (rng.standard_normal((n, D)) * 10.0 ** rng.uniform(-2, 3, (n, 1))).astype(np.float32)
+        vectors = (rng.standard_normal((n, D)) * 10.0 ** rng.uniform(-2, 3, (n, 1))).astype(
+            np.float32
+        )
         lens = vs.ov.logit_lens(model, vectors, top, by)
-        assert lens.tokens.shape == lens.values.shape == (n, top) and lens.tokens.dtype == np.int32 and lens.values.dtype == np.float32
+        assert (
+            lens.tokens.shape == lens.values.shape == (n, top)
+            and lens.tokens.dtype == np.int32
+            and lens.values.dtype == np.float32
+        )
         agree(f"{name}, {n} vectors, {by}", lens, scores(vectors, gain, unembed, eps, by))
 
 
@@ -74,7 +99,17 @@ def test_wide_vocabulary_and_stored_weights(zoo, rng, dtype, by):
     vectors = rng.standard_normal((4, 5, c.d_model)).astype(np.float32)
     lens = vs.ov.logit_lens(model, vectors, 20, by)
     assert lens.tokens.shape == (4, 5, 20)
-    agree(f"{dtype}, {by}", lens, scores(vectors.reshape(20, -1), model._engine.vector("ln_final", -1).astype(np.float64), unembed, c.norm_eps, by))
+    agree(
+        f"{dtype}, {by}",
+        lens,
+        scores(
+            vectors.reshape(20, -1),
+            model._engine.vector("ln_final", -1).astype(np.float64),
+            unembed,
+            c.norm_eps,
+            by,
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +122,19 @@ def tiles(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiles")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, vocab_size=20011, num_hidden_layers=1, initializer_range=0.5,
-        bos_token_id=None, eos_token_id=None)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            vocab_size=20011,
+            num_hidden_layers=1,
+            initializer_range=0.5,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).save_pretrained(folder)
     with vs.Model.from_pretrained(str(folder), progress=False) as model:
         yield model
 
@@ -104,17 +149,28 @@ def test_many_vectors_over_several_tiles(tiles, rng):
     unembed = tiles._engine.rows("unembed", -1, 0, 20011).astype(np.float64)
     gain = tiles._engine.vector("ln_final", -1).astype(np.float64)
     some = np.r_[0:60, 1000:1060, 2440:2500]
-    agree("180 of 2500 vectors", vs.ov.Lens(tiles, lens.tokens[some], lens.values[some], "logit", [list(map(str, some))]),
-          scores(vectors[some], gain, unembed, tiles.config.norm_eps, "logit"))
+    agree(
+        "180 of 2500 vectors",
+        vs.ov.Lens(tiles, lens.tokens[some], lens.values[some], "logit", [list(map(str, some))]),
+        scores(vectors[some], gain, unembed, tiles.config.norm_eps, "logit"),
+    )
     for at in (slice(0, 1), slice(1023, 1025), slice(2000, 2007)):
         alone = vs.ov.logit_lens(tiles, vectors[at], 30)
         np.testing.assert_array_equal(alone.tokens, lens.tokens[at])
         assert_same_bits("values", alone.values, lens.values[at])
-    assert_same_bits("again", vs.ov.logit_lens(tiles, vectors, 30, progress=False).values, lens.values)
+    assert_same_bits(
+        "again", vs.ov.logit_lens(tiles, vectors, 30, progress=False).values, lens.values
+    )
     for by in ("logit", "cosine"):
         long = vs.ov.logit_lens(tiles, vectors[:5], 512, by)
-        agree(f"512 tokens by {by}", long, scores(vectors[:5], gain, unembed, tiles.config.norm_eps, by))
-        np.testing.assert_array_equal(vs.ov.logit_lens(tiles, vectors[:5], 20, by).tokens, long.tokens[:, :20])
+        agree(
+            f"512 tokens by {by}",
+            long,
+            scores(vectors[:5], gain, unembed, tiles.config.norm_eps, by),
+        )
+        np.testing.assert_array_equal(
+            vs.ov.logit_lens(tiles, vectors[:5], 20, by).tokens, long.tokens[:, :20]
+        )
 
 
 def test_memory_of_a_lens_is_given_back_and_nothing_is_whole(tiles, rng):
@@ -138,16 +194,21 @@ def test_an_interrupt_ends_a_long_lens(tiles, rng):
 
     vectors, pressed = rng.standard_normal((4000, 32)).astype(np.float32), []
     want = vs.ov.logit_lens(tiles, vectors[:3])
-    timer = threading.Timer(0.3, lambda: (pressed.append(time.process_time()), os.kill(os.getpid(), signal.SIGINT)))
+    timer = threading.Timer(
+        0.3, lambda: (pressed.append(time.process_time()), os.kill(os.getpid(), signal.SIGINT))
+    )
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         vs.ov.logit_lens(tiles, vectors, 512, progress=False)
-    assert time.process_time() - pressed[0] < 2.5  # seconds of processor time: about one second on two cores, however busy the machine
+    # seconds of processor time: about one second on two cores, however busy the machine
+    assert time.process_time() - pressed[0] < 2.5
     assert_same_bits("afterwards", vs.ov.logit_lens(tiles, vectors[:3]).values, want.values)
 
 
 def test_what_may_be_read(zoo, rng):
-    """Arrays of any leading shape, vectors, lists of them, value vectors with their names, float64, lists of lists."""
+    """Arrays of any leading shape, vectors, lists of them, value vectors with their names,
+    float64, lists of lists.
+    """
     import vksteer as vs
 
     model = zoo.engine("gemma2")
@@ -169,10 +230,13 @@ def test_what_may_be_read(zoo, rng):
     assert lens.label((1, 2)) == "L2 H2"
     np.testing.assert_array_equal(lens.tokens, vs.ov.logit_lens(model, svv.values, 5).tokens)
     # A negated head promotes what the head puts last.
-    np.testing.assert_array_equal(vs.ov.logit_lens(model, svv.negated, 257).tokens[0, 0], vs.ov.logit_lens(model, svv, 257).tokens[0, 0][::-1])
+    np.testing.assert_array_equal(
+        vs.ov.logit_lens(model, svv.negated, 257).tokens[0, 0],
+        vs.ov.logit_lens(model, svv, 257).tokens[0, 0][::-1],
+    )
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +247,29 @@ def chat(zoo):
 def test_texts_and_search(chat, rng):
     import vksteer as vs
 
-    lens = vs.ov.logit_lens(chat, rng.standard_normal((3, 5, 40)), 20, labels=[["a", "b", "c"], list("vwxyz")])
+    lens = vs.ov.logit_lens(
+        chat, rng.standard_normal((3, 5, 40)), 20, labels=[["a", "b", "c"], list("vwxyz")]
+    )
     texts = lens.text()
-    assert np.shape(texts) == (3, 5, 20) and texts[1][2][3] == chat.tokenizer.token(int(lens.tokens[1, 2, 3]))
+    assert np.shape(texts) == (3, 5, 20) and texts[1][2][3] == chat.tokenizer.token(
+        int(lens.tokens[1, 2, 3])
+    )
     wanted = texts[1][2][3]
     hits = lens.find(wanted.upper())
-    assert hits and all(wanted.lower() in hit.text.lower() for hit in hits) and hits == sorted(hits, key=lambda hit: (hit.index, hit.rank))
+    assert (
+        hits
+        and all(wanted.lower() in hit.text.lower() for hit in hits)
+        and hits == sorted(hits, key=lambda hit: (hit.index, hit.rank))
+    )
     mine = [hit for hit in hits if hit.index == (1, 2)]
-    assert any((hit.rank, hit.token, hit.label) == (4, lens.tokens[1, 2, 3], "b x") and hit.value == lens.values[1, 2, 3] for hit in mine)
-    brute = [(n, h, r) for n, h, r in np.ndindex(3, 5, 20) if wanted.lower() in texts[n][h][r].lower()]
+    assert any(
+        (hit.rank, hit.token, hit.label) == (4, lens.tokens[1, 2, 3], "b x")
+        and hit.value == lens.values[1, 2, 3]
+        for hit in mine
+    )
+    brute = [
+        (n, h, r) for n, h, r in np.ndindex(3, 5, 20) if wanted.lower() in texts[n][h][r].lower()
+    ]
     assert [(*hit.index, hit.rank - 1) for hit in hits] == brute
     assert lens.find("no such token") == []
     for wrong in ("", 5, None):
@@ -202,29 +280,56 @@ def test_texts_and_search(chat, rng):
 def test_markdown(chat, zoo, rng):
     import vksteer as vs
 
-    lens = vs.ov.logit_lens(chat, rng.standard_normal((3, 5, 40)), 20, labels=[["L1", "L2", "L3"], [f"H{i}" for i in range(5)]])
+    lens = vs.ov.logit_lens(
+        chat,
+        rng.standard_normal((3, 5, 40)),
+        20,
+        labels=[["L1", "L2", "L3"], [f"H{i}" for i in range(5)]],
+    )
     lines = lens.to_markdown().splitlines()
-    assert lines[0] == "| | H0 | H1 | H2 | H3 | H4 |" and len(lines) == 5 and lines[3].startswith("| L2 | ")
+    assert (
+        lines[0] == "| | H0 | H1 | H2 | H3 | H4 |"
+        and len(lines) == 5
+        and lines[3].startswith("| L2 | ")
+    )
     assert all(line.replace("\\|", "").count("|") == 7 for line in lines)
     first = lens.text()[0][0][0]
-    assert "**" in lens.to_markdown(mark=first) and "**" not in lens.to_markdown(mark="no such token")
+    assert "**" in lens.to_markdown(mark=first) and "**" not in lens.to_markdown(
+        mark="no such token"
+    )
     assert lens.to_markdown(3).count(", ") == 3 * 5 * 2
     one = vs.ov.logit_lens(chat, rng.standard_normal(40)).to_markdown(2)
     assert len(one.splitlines()) == 3 and "| vector |" in one
-    assert len(vs.ov.logit_lens(zoo.engine("llama2"), rng.standard_normal((4, 40))).to_markdown().splitlines()) == 6  # numbers without a tokenizer
+    # numbers without a tokenizer
+    assert (
+        len(
+            vs.ov.logit_lens(zoo.engine("llama2"), rng.standard_normal((4, 40)))
+            .to_markdown()
+            .splitlines()
+        )
+        == 6
+    )
     for wrong in (0, 21, 1.5):
         with pytest.raises(ValueError):
             lens.to_markdown(wrong)
     import json
 
     d = json.loads(json.dumps(lens.to_dict()))
-    assert d["texts"] == lens.text() and d["tokens"] == lens.tokens.tolist() and np.shape(d["values"]) == (3, 5, 20)
+    assert (
+        d["texts"] == lens.text()
+        and d["tokens"] == lens.tokens.tolist()
+        and np.shape(d["values"]) == (3, 5, 20)
+    )
 
 
 def test_readable():
     from vksteer.ov.lens import readable
 
-    assert readable(" a|b\n") == "\u2423a\\|b\\n" and readable("") == "(nothing)" and readable("\x00*") == "\\u0000\\*"
+    assert (
+        readable(" a|b\n") == "\u2423a\\|b\\n"
+        and readable("") == "(nothing)"
+        and readable("\x00*") == "\\u0000\\*"
+    )
 
 
 def test_plot(chat, rng, tmp_path):
@@ -232,7 +337,11 @@ def test_plot(chat, rng, tmp_path):
 
     lens = vs.ov.logit_lens(chat, rng.standard_normal((3, 5, 40)), 20)
     figure = lens.plot(tmp_path / "map.png", mark=lens.text()[0][0][0])
-    assert (tmp_path / "map.png").stat().st_size > 5000 and figure.axes[0].patches and len(figure.axes[0].texts) == 15
+    assert (
+        (tmp_path / "map.png").stat().st_size > 5000
+        and figure.axes[0].patches
+        and len(figure.axes[0].texts) == 15
+    )
     for vectors in (rng.standard_normal(40), rng.standard_normal((6, 40))):
         vs.ov.logit_lens(chat, vectors).plot(tmp_path / "bars.png")
         assert (tmp_path / "bars.png").stat().st_size > 5000
@@ -240,17 +349,36 @@ def test_plot(chat, rng, tmp_path):
         vs.ov.logit_lens(chat, rng.standard_normal((2, 2, 2, 40))).plot()
 
 
-# -- refused, before any work ------------------------------------------------------------------------------------------------------------------------
+# -- refused, before any work ----------------------------------------------------------------------
 
 ONES = np.ones(40, np.float32)
 
 
-@pytest.mark.parametrize("vectors, options, says", [
-    (np.ones(41), {}, "width 40"), (np.ones((2, 39)), {}, "width 40"), (5.0, {}, "width 40"), ([np.ones(40), np.ones(41)], {}, "different widths"),
-    ([np.ones(40), 3.0], {}, "different widths"), (np.zeros(40), {}, "zero"), (np.stack([ONES, 0 * ONES]), {}, r"\[1\] is zero"),
-    (np.stack([ONES, np.nan * ONES]), {}, r"\[1\] is not finite"), (np.full(40, 1e39), {}, "not finite"), (np.ones((0, 40)), {}, "no vectors"), ([], {}, "width 40"),
-    ("sorry", {}, "numbers"), (None, {}, "width 40"), (ONES, dict(top=0), "top"), (ONES, dict(top=102), "at most 101"), (ONES, dict(top=2.0), "top"),
-    (ONES, dict(by="dot"), "by='dot'"), (ONES[None], dict(labels=[["a", "b"]]), "labels"), (ONES[None], dict(labels=[]), "labels"), (ONES, dict(progress="yes"), "progress")])
+@pytest.mark.parametrize(
+    "vectors, options, says",
+    [
+        (np.ones(41), {}, "width 40"),
+        (np.ones((2, 39)), {}, "width 40"),
+        (5.0, {}, "width 40"),
+        ([np.ones(40), np.ones(41)], {}, "different widths"),
+        ([np.ones(40), 3.0], {}, "different widths"),
+        (np.zeros(40), {}, "zero"),
+        (np.stack([ONES, 0 * ONES]), {}, r"\[1\] is zero"),
+        (np.stack([ONES, np.nan * ONES]), {}, r"\[1\] is not finite"),
+        (np.full(40, 1e39), {}, "not finite"),
+        (np.ones((0, 40)), {}, "no vectors"),
+        ([], {}, "width 40"),
+        ("sorry", {}, "numbers"),
+        (None, {}, "width 40"),
+        (ONES, dict(top=0), "top"),
+        (ONES, dict(top=102), "at most 101"),
+        (ONES, dict(top=2.0), "top"),
+        (ONES, dict(by="dot"), "by='dot'"),
+        (ONES[None], dict(labels=[["a", "b"]]), "labels"),
+        (ONES[None], dict(labels=[]), "labels"),
+        (ONES, dict(progress="yes"), "progress"),
+    ],
+)
 def test_refused(zoo, vectors, options, says):
     import vksteer as vs
 
@@ -266,10 +394,20 @@ def test_the_engines_own_limits(zoo):
     for k in (0, 513):
         with pytest.raises(ValueError):
             engine.lens(ONES, k)
-    for call in (lambda: engine.lens(ONES[:39], 5), lambda: engine.lens(ONES, 102), lambda: engine.value_vectors(ONES[:39].copy(), 0), lambda: engine.value_vectors(ONES, 3),
-                 lambda: engine.rows("qkv", 0, 0, 91), lambda: engine.rows("o", 0, 40, 1), lambda: engine.rows("o", 0, 2**32 - 1, 2)):
+    for call in (
+        lambda: engine.lens(ONES[:39], 5),
+        lambda: engine.lens(ONES, 102),
+        lambda: engine.value_vectors(ONES[:39].copy(), 0),
+        lambda: engine.value_vectors(ONES, 3),
+        lambda: engine.rows("qkv", 0, 0, 91),
+        lambda: engine.rows("o", 0, 40, 1),
+        lambda: engine.rows("o", 0, 2**32 - 1, 2),
+    ):
         with pytest.raises(ValueError):
             call()
     with pytest.raises(KeyError):
         engine.rows("nothing", 0, 0, 1)
-    assert engine.rows("o", 0, 40, 0).shape == (0, 30) and engine.lens(ONES[:0], 5)[0].shape == (0, 5)
+    assert engine.rows("o", 0, 40, 0).shape == (0, 30) and engine.lens(ONES[:0], 5)[0].shape == (
+        0,
+        5,
+    )

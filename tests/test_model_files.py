@@ -1,4 +1,6 @@
-"""Safetensors folders and sources: what good ones give, bit for bit, and that no damaged one loads or crashes."""
+"""Safetensors folders and sources: what good ones give, bit for bit, and that no damaged
+one loads or crashes.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 
 from model_writers import TINY, gguf_model, hf_arrays, write_folder, write_shards
-from vksteer.loading import dtypes, safetensors_files, model_files as source
-from vksteer.loading.config import Config
 from vksteer.errors import ModelError
+from vksteer.loading import dtypes, safetensors_files
+from vksteer.loading import model_files as source
+from vksteer.loading.config import Config
 from vksteer.loading.tensor_names import hf_name, wanted
 
-
 # ---- safetensors: good files ----
+
 
 @pytest.mark.parametrize("dtype", dtypes.STORAGE)
 @pytest.mark.parametrize("shards", [0, 1, 3])
@@ -29,7 +32,11 @@ def test_every_tensor_is_found(tmp_path, dtype, shards):
     else:
         write_folder(tmp_path, arrays=arrays, metadata={"format": "pt"})
     files = source.open_model(tmp_path)
-    assert files.config == config and [t.name for t in files.tensors] == [w.name for w in wanted(config)] and files.extra == ()
+    assert (
+        files.config == config
+        and [t.name for t in files.tensors] == [w.name for w in wanted(config)]
+        and files.extra == ()
+    )
     for t in files.tensors:
         expected = arrays[hf_name(t.name, config, "model.", "lm_head.weight")][1]
         assert t.dtype == dtype and t.shape == expected.shape and t.nbytes == expected.nbytes
@@ -40,8 +47,15 @@ def test_every_tensor_is_found(tmp_path, dtype, shards):
     assert files.nbytes == sum(a.nbytes for _, a in arrays.values())
 
 
-@pytest.mark.parametrize("prefix, unembed", [("model.", "lm_head.weight"), ("", "lm_head.weight"), ("language_model.model.", "language_model.lm_head.weight"),
-                                             ("model.language_model.", "lm_head.weight")])
+@pytest.mark.parametrize(
+    "prefix, unembed",
+    [
+        ("model.", "lm_head.weight"),
+        ("", "lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+    ],
+)
 def test_prefixes(tmp_path, prefix, unembed):
     arrays = hf_arrays(Config.from_hf(TINY), prefix=prefix, unembed=unembed)
     arrays["vision_tower.patch.weight"] = ("float32", np.zeros((2, 3), np.float32))
@@ -64,7 +78,9 @@ def test_conversion_equals_torch(tmp_path, stored, to):
             continue
         assert t.dtype == to and t.nbytes == t.array().nbytes
         view = {"bfloat16": torch.bfloat16}.get(stored)
-        tensor = torch.from_numpy(array.copy()).view(view) if view else torch.from_numpy(array.copy())
+        tensor = (
+            torch.from_numpy(array.copy()).view(view) if view else torch.from_numpy(array.copy())
+        )
         expected = tensor.to(getattr(torch, to))
         got = torch.from_numpy(t.array())
         assert torch.equal(got.view(torch.bfloat16) if to == "bfloat16" else got, expected)
@@ -74,7 +90,25 @@ def test_bfloat16_rounding_equals_torch():
     import torch
 
     bits = np.random.default_rng(0).integers(0, 1 << 32, 200_000, dtype=np.uint64).astype(np.uint32)
-    bits = np.concatenate([bits, np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0, 0x80000000], np.uint32)])
+    bits = np.concatenate(
+        [
+            bits,
+            np.array(
+                [
+                    0x3F808000,
+                    0x3F818000,
+                    0x7F7FFFFF,
+                    0x7F800000,
+                    0x7F800001,
+                    0xFF800001,
+                    0x7FFFFFFF,
+                    0,
+                    0x80000000,
+                ],
+                np.uint32,
+            ),
+        ]
+    )
     values = bits.view(np.float32)
     theirs = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
     ours = dtypes.from_float32(values, "bfloat16")
@@ -85,8 +119,9 @@ def test_bfloat16_rounding_equals_torch():
 
 def test_families_of_the_oracle(zoo):
     """Every family as transformers saves it: all tensors found, values those of its state_dict."""
-    from oracle.families import FAMILIES
     from safetensors import safe_open
+
+    from oracle.families import FAMILIES
 
     for name in FAMILIES:
         files = source.open_model(zoo.folder(name))
@@ -119,22 +154,30 @@ def test_generation_config_ends(tmp_path):
 
 # ---- safetensors: damaged files ----
 
+
 def lie(name, **fields):
     def change(header):
         header[name].update(fields)
+
     return change
 
 
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 LIES = {
     "shape of another product": (dict(change=lie(EMBED, shape=[38, 32])), EMBED),
-    "shape of the same product": (dict(change=lie(EMBED, shape=[32, 37])), "contradicts the config"),
+    "shape of the same product": (
+        dict(change=lie(EMBED, shape=[32, 37])),
+        "contradicts the config",
+    ),
     "more dimensions": (dict(change=lie(EMBED, shape=[1] * 9)), EMBED),
     "negative size": (dict(change=lie(EMBED, shape=[-37, -32])), EMBED),
     "float size": (dict(change=lie(EMBED, shape=[37.0, 32])), EMBED),
     "true size": (dict(change=lie(EMBED, shape=[True, 1184])), EMBED),
     "size that overflows 64 bits": (dict(change=lie(EMBED, shape=[1 << 61, 1 << 61])), EMBED),
-    "product that wraps to the right one": (dict(change=lie(EMBED, shape=[37 + (1 << 59), 32])), EMBED),
+    "product that wraps to the right one": (
+        dict(change=lie(EMBED, shape=[37 + (1 << 59), 32])),
+        EMBED,
+    ),
     "shape is text": (dict(change=lie(EMBED, shape="37,32")), EMBED),
     "other dtype of the same width": (dict(change=lie(EMBED, dtype="I32")), "I32"),
     "dtype of another width": (dict(change=lie(EMBED, dtype="BF16")), EMBED),
@@ -149,19 +192,37 @@ LIES = {
     "no offsets": (dict(change=lambda h: h[EMBED].pop("data_offsets")), EMBED),
     "extra field": (dict(change=lie(EMBED, strides=[1])), EMBED),
     "entry is a number": (dict(change=lambda h: h.update({EMBED: 3})), EMBED),
-    "overlap": (dict(change=lambda h: h[NORM].update(data_offsets=h[EMBED]["data_offsets"][:1] + [h[EMBED]["data_offsets"][0] + 128])), "overlap"),
+    "overlap": (
+        dict(
+            change=lambda h: h[NORM].update(
+                data_offsets=h[EMBED]["data_offsets"][:1] + [h[EMBED]["data_offsets"][0] + 128]
+            )
+        ),
+        "overlap",
+    ),
     "gap": (dict(change=lambda h: h.pop("model.layers.0.mlp.up_proj.weight")), "gap"),
     "trailing bytes": (dict(tail=b"\0"), "after the last tensor"),
-    "cut in the data": (dict(cut=-1), "truncated"), "cut in the header": (dict(cut=100), "truncated"), "cut in the length": (dict(cut=5), "too short"),
+    "cut in the data": (dict(cut=-1), "truncated"),
+    "cut in the header": (dict(cut=100), "truncated"),
+    "cut in the length": (dict(cut=5), "too short"),
     "empty": (dict(cut=0), "too short"),
-    "header length huge": (dict(length=1 << 62), "header claims"), "header length 101 MB": (dict(length=101 << 20), "header claims"),
-    "header length short": (dict(length=50), "JSON"), "header length 0": (dict(length=0), "JSON"),
-    "header is a list": (dict(raw_header=b"[1,2]"), "JSON object"), "header is not JSON": (dict(raw_header=b"{'a': 1}"), "JSON"),
-    "header is not UTF-8": (dict(raw_header=b'{"\xff": 1}'), "UTF-8"), "header nests deeply": (dict(raw_header=b'{"a":' + b"[" * 50000), "JSON"),
+    "header length huge": (dict(length=1 << 62), "header claims"),
+    "header length 101 MB": (dict(length=101 << 20), "header claims"),
+    "header length short": (dict(length=50), "JSON"),
+    "header length 0": (dict(length=0), "JSON"),
+    "header is a list": (dict(raw_header=b"[1,2]"), "JSON object"),
+    "header is not JSON": (dict(raw_header=b"{'a': 1}"), "JSON"),
+    "header is not UTF-8": (dict(raw_header=b'{"\xff": 1}'), "UTF-8"),
+    "header nests deeply": (dict(raw_header=b'{"a":' + b"[" * 50000), "JSON"),
     "header full of commas": (dict(raw_header=b'{"a":[' + b"0," * 5_100_000), "more entries"),
     "header is a number of 6,000 digits": (dict(raw_header=b'{"a":' + b"9" * 6000 + b"}"), "JSON"),
     "metadata is a list": (dict(change=lambda h: h.update(__metadata__=[1])), "__metadata__"),
-    "tensor named twice": (dict(raw_header=b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'), "twice"),
+    "tensor named twice": (
+        dict(
+            raw_header=b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+        ),
+        "twice",
+    ),
 }
 
 
@@ -179,7 +240,13 @@ def test_missing_and_stray_tensors(tmp_path):
         del arrays[name]
         with pytest.raises(ModelError, match=name):
             source.open_model(write_folder(tmp_path / str(i), arrays=arrays))
-    for i, name in enumerate(("model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", "model.layers.1.self_attn.q_norm.weight")):
+    for i, name in enumerate(
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            "model.layers.2.mlp.up_proj.weight",
+            "model.layers.1.self_attn.q_norm.weight",
+        )
+    ):
         arrays = {**hf_arrays(config), name: ("float32", np.zeros(3, np.float32))}
         with pytest.raises(ModelError, match=name + ".*would change the numbers"):
             source.open_model(write_folder(tmp_path / f"stray{i}", arrays=arrays))
@@ -187,20 +254,46 @@ def test_missing_and_stray_tensors(tmp_path):
     with pytest.raises(ModelError, match="exactly one"):
         source.open_model(write_folder(tmp_path / "both", arrays=both))
     arrays = {n: (d, a * np.float32(1e6)) for n, (d, a) in hf_arrays(config).items()}
-    embed = next(t for t in source.open_model(write_folder(tmp_path / "overflow", arrays=arrays), dtype="float16").tensors if t.name == "embed")
+    embed = next(
+        t
+        for t in source.open_model(
+            write_folder(tmp_path / "overflow", arrays=arrays), dtype="float16"
+        ).tensors
+        if t.name == "embed"
+    )
     with pytest.raises(ModelError, match="float16"):
         embed.array()
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda m, d: m.update({EMBED: "../evil.safetensors"}), "plain name"), (lambda m, d: m.update({EMBED: "/etc/passwd"}), "plain name"),
-    (lambda m, d: m.update({EMBED: "a/b.safetensors"}), "plain name"), (lambda m, d: m.update({EMBED: "..\\b.safetensors"}), "plain name"),
-    (lambda m, d: m.update({EMBED: "x\0.safetensors"}), "plain name"), (lambda m, d: m.update({EMBED: "pytorch_model.bin"}), "plain name"),
-    (lambda m, d: m.update({EMBED: 3}), "plain name"), (lambda m, d: m.update({EMBED: "absent.safetensors"}), "missing"),
-    (lambda m, d: m.update({"ghost": m[EMBED]}), "ghost"), (lambda m, d: m.update({EMBED: m[NORM] if m[NORM] != m[EMBED] else sorted(set(m.values()))[1]}), "lies in"),
-    (lambda m, d: m.clear(), "weight_map"), (lambda m, d: shutil.copy(d / sorted(set(m.values()))[0], d / sorted(set(m.values()))[1]), "is also in"),
-    (lambda m, d: (d / m[EMBED]).write_bytes(b""), "too short"), (lambda m, d: ((d / m[EMBED]).unlink(), (d / m[EMBED]).mkdir()), "cannot read"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m, d: m.update({EMBED: "../evil.safetensors"}), "plain name"),
+        (lambda m, d: m.update({EMBED: "/etc/passwd"}), "plain name"),
+        (lambda m, d: m.update({EMBED: "a/b.safetensors"}), "plain name"),
+        (lambda m, d: m.update({EMBED: "..\\b.safetensors"}), "plain name"),
+        (lambda m, d: m.update({EMBED: "x\0.safetensors"}), "plain name"),
+        (lambda m, d: m.update({EMBED: "pytorch_model.bin"}), "plain name"),
+        (lambda m, d: m.update({EMBED: 3}), "plain name"),
+        (lambda m, d: m.update({EMBED: "absent.safetensors"}), "missing"),
+        (lambda m, d: m.update({"ghost": m[EMBED]}), "ghost"),
+        (
+            lambda m, d: m.update(
+                {EMBED: m[NORM] if m[NORM] != m[EMBED] else sorted(set(m.values()))[1]}
+            ),
+            "lies in",
+        ),
+        (lambda m, d: m.clear(), "weight_map"),
+        (
+            lambda m, d: shutil.copy(
+                d / sorted(set(m.values()))[0], d / sorted(set(m.values()))[1]
+            ),
+            "is also in",
+        ),
+        (lambda m, d: (d / m[EMBED]).write_bytes(b""), "too short"),
+        (lambda m, d: ((d / m[EMBED]).unlink(), (d / m[EMBED]).mkdir()), "cannot read"),
+    ],
+)
 def test_damaged_shard_index(tmp_path, change, message):
     folder = write_shards(tmp_path)
     index = folder / "model.safetensors.index.json"
@@ -212,13 +305,30 @@ def test_damaged_shard_index(tmp_path, change, message):
 
 
 def test_fuzzed_safetensors_headers(tmp_path):
-    """Random bytes, tokens and cuts in a header: ModelError, or a model whose every tensor lies inside its file."""
+    """Random bytes, tokens and cuts in a header: ModelError, or a model whose every tensor
+    lies inside its file.
+    """
     write_folder(tmp_path)
     path = tmp_path / "model.safetensors"
     good = path.read_bytes()
     length = struct.unpack_from("<Q", good)[0]
     rng = random.Random(11)
-    tokens = [b"0", b"-1", b"18446744073709551616", b"[]", b"{}", b'"', b",", b"null", b"1e9", b"NaN", b"\0", b"\xff", b"F16", b"BF16"]
+    tokens = [
+        b"0",
+        b"-1",
+        b"18446744073709551616",
+        b"[]",
+        b"{}",
+        b'"',
+        b",",
+        b"null",
+        b"1e9",
+        b"NaN",
+        b"\0",
+        b"\xff",
+        b"F16",
+        b"BF16",
+    ]
     refused = 0
     for _ in range(1500):
         blob = bytearray(good)
@@ -229,9 +339,9 @@ def test_fuzzed_safetensors_headers(tmp_path):
                 blob[at] = rng.randrange(256)
             elif kind < 0.8:
                 token = rng.choice(tokens)
-                blob[at:at + (len(token) if rng.random() < 0.5 else 0)] = token
+                blob[at : at + (len(token) if rng.random() < 0.5 else 0)] = token
             elif kind < 0.9:
-                del blob[at:at + rng.randint(1, 9)]
+                del blob[at : at + rng.randint(1, 9)]
             else:
                 digit = next((i for i in range(at, 8 + length) if 48 <= blob[i] < 58), at)
                 blob[digit] = 48 + rng.randrange(10)
@@ -250,7 +360,23 @@ def test_fuzzed_safetensors_headers(tmp_path):
 
 # ---- sources ----
 
-@pytest.mark.parametrize("name", ["", "no/such/folder", "./nowhere", "missing.gguf", "/tmp/none/config.json", "a\0b", "../x", "bad name", "x.safetensors", "~nobody-at-all/x/y", "x" * 5000])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "no/such/folder",
+        "./nowhere",
+        "missing.gguf",
+        "/tmp/none/config.json",
+        "a\0b",
+        "../x",
+        "bad name",
+        "x.safetensors",
+        "~nobody-at-all/x/y",
+        "x" * 5000,
+    ],
+)
 def test_sources_that_are_not_there(name):
     with pytest.raises(ModelError):
         source.open_model(name)
@@ -290,7 +416,11 @@ def test_other_wrong_arguments(tmp_path):
 
 def test_folder_with_one_gguf(tmp_path):
     gguf_model(tmp_path / "m.gguf")
-    assert source.open_model(tmp_path).config == Config.from_pretrained(tmp_path) == Config.from_hf(TINY)
+    assert (
+        source.open_model(tmp_path).config
+        == Config.from_pretrained(tmp_path)
+        == Config.from_hf(TINY)
+    )
     assert safetensors_files.BITS["BF16"] == 16
     gguf_model(tmp_path / "n.gguf")
     with pytest.raises(ModelError, match="more than one"):
@@ -301,7 +431,10 @@ def test_importing_is_light():
     import subprocess
     import sys
 
-    code = ("import sys; import vksteer.loading.model_files, vksteer.loading.config, vksteer.loading.tokenizer; "
-            "print([m for m in ('tokenizers', 'huggingface_hub', 'gguf', 'jinja2', 'torch', 'transformers') if m in sys.modules])")
+    code = (
+        "import sys; import vksteer.loading.model_files, vksteer.loading.config,"
+        " vksteer.loading.tokenizer; print([m for m in ('tokenizers', 'huggingface_hub', 'gguf',"
+        " 'jinja2', 'torch', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,14 +13,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS] == ["01_first_look.ipynb", "02_what_steering_acts_through.ipynb", "03_circuits.ipynb",
-                                           "04_inside_ov_and_sparsity.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == [
+        "01_first_look.ipynb",
+        "02_what_steering_acts_through.ipynb",
+        "03_circuits.ipynb",
+        "04_inside_ov_and_sparsity.ipynb",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_kept_without_outputs(path):
     for cell in json.loads(path.read_text())["cells"]:
-        assert not cell.get("outputs") and not cell.get("execution_count"), "strip outputs: jupyter nbconvert --clear-output --inplace"
+        assert not cell.get("outputs") and not cell.get("execution_count"), (
+            "strip outputs: jupyter nbconvert --clear-output --inplace"
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -32,10 +38,19 @@ def test_runs(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     start = time.perf_counter()
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook,
+        timeout=240,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
     seconds = time.perf_counter() - start
     print(f"{path.name}: {seconds:.0f} s")
-    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    pictures = [
+        o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+    ]
     assert len(pictures) >= {"01": 1, "02": 2, "03": 3, "04": 2}[path.stem[:2]]
-    errors = [o for c in notebook.cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+    errors = [
+        o for c in notebook.cells for o in c.get("outputs", []) if o["output_type"] == "error"
+    ]
     assert not errors

@@ -1,7 +1,9 @@
-"""Every op against its float64 twin over awkward shapes: 1, 3, 7, 33, 257, ragged tiles, empty lists, every flag.
+"""Every op against its float64 twin over awkward shapes: 1, 3, 7, 33, 257, ragged tiles,
+empty lists, every flag.
 
-The builders, what is compared and the bounds (measured, with the measurement beside them) are vksteer.verify's; here are the shapes. NaN fills all
-memory that an op must neither read nor write, so reading a pad or writing one fails a test by itself.
+The builders, what is compared and the bounds (measured, with the measurement beside them) are
+vksteer.verify's; here are the shapes. NaN fills all memory that an op must neither read nor write,
+so reading a pad or writing one fails a test by itself.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from child import tool
 from vksteer import _engine
 from vksteer.cli import commands as cli
-from vksteer.verify import checking as verify, forward, problems
-from vksteer.runtime.device import choose
 from vksteer.errors import DeviceError
+from vksteer.runtime.device import choose
+from vksteer.verify import checking as verify
+from vksteer.verify import forward, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1, 3, 7, 33, 257)
@@ -44,9 +48,14 @@ def on():
 
 @pytest.fixture
 def fusing():
-    """For tests of kernels that normalise their own input: their order of sums is norm.comp's only where a workgroup is one subgroup."""
+    """For tests of kernels that normalise their own input: their order of sums is norm.comp's only
+    where a workgroup is one subgroup.
+    """
     if choose(None).type != "software":
-        pytest.skip("only software devices fuse: a GPU's workgroup is not one subgroup, and it is refused there")
+        pytest.skip(
+            "only software devices fuse: a GPU's workgroup is not one subgroup, and it is refused"
+            " there"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +66,41 @@ def families(on):
 def agree(on, problem):
     outcome = verify.check(on, problem)
     WORST[problem.op] = max(WORST.get(problem.op, (0.0, "")), (outcome.error, problem.label))
-    assert outcome.error <= verify.BOUNDS[problem.op], f"{problem.op}, {problem.label}: error {outcome.error:.2e} at {outcome.where}"
+    assert outcome.error <= verify.BOUNDS[problem.op], (
+        f"{problem.op}, {problem.label}: error {outcome.error:.2e} at {outcome.where}"
+    )
     return outcome
 
 
 def same_bits(a, b):
-    return np.array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
+    return np.array_equal(
+        np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32)
+    )
 
 
-# -- the table of calls ----------------------------------------------------------------------------------------------------------------------------
+# -- the table of calls ----------------------------------------------------------------------------
 
 
 def test_every_op_can_be_called_and_has_a_twin():
     header = (ROOT / "csrc/ops/ops.h").read_text()
     declared = set(re.findall(r"^int op_(\w+)\(struct ops \*ops, const struct", header, re.M))
     assert {name for name, _, _ in _engine.ops()} == declared
-    assert set(re.findall(r"^void twin_(\w+)\(", (ROOT / "csrc/reference/reference.h").read_text(), re.M)) == declared
+    assert (
+        set(
+            re.findall(
+                r"^void twin_(\w+)\(", (ROOT / "csrc/reference/reference.h").read_text(), re.M
+            )
+        )
+        == declared
+    )
     assert set(verify.BOUNDS) == declared == {problem.op for problem in verify.problems()}
 
 
 @pytest.mark.parametrize("op", _engine.ops(), ids=lambda op: op[0])
 def test_no_field_is_forgotten(op):
-    """The fields of an argument block fill it without gap or overlap, but for padding at its end."""
+    """The fields of an argument block fill it without gap or overlap, but
+    for padding at its end.
+    """
     _, params_bytes, fields = op
     at = 0
     for _, kind, offset in sorted(fields, key=lambda f: f[2]):
@@ -88,20 +110,43 @@ def test_no_field_is_forgotten(op):
     assert at in (params_bytes, params_bytes - 4)
 
 
-# -- matrices --------------------------------------------------------------------------------------------------------------------------------------
+# -- matrices --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
-@pytest.mark.parametrize("n, k", [(1, 1), (3, 7), (33, 33), (31, 16), (77, 53), (257, 129), (65, 257)])
+@pytest.mark.parametrize(
+    "n, k", [(1, 1), (3, 7), (33, 33), (31, 16), (77, 53), (257, 129), (65, 257)]
+)
 def test_linear(on, families, rng, n, k, weight_type):
     for i, rows in enumerate(ROWS):
         for family in families:
             for decode in (0, 1):
-                agree(on, forward.linear(rng, rows, n, k, weight_type, bias=i % 2 == 0, add=i % 3 == 0, softcap=3.0 * (i % 4 == 0), family=family, decode=decode))
+                agree(
+                    on,
+                    forward.linear(
+                        rng,
+                        rows,
+                        n,
+                        k,
+                        weight_type,
+                        bias=i % 2 == 0,
+                        add=i % 3 == 0,
+                        softcap=3.0 * (i % 4 == 0),
+                        family=family,
+                        decode=decode,
+                    ),
+                )
 
 
-PAIRS = [("gate", {"width": 1}), ("gate", {"width": 77, "act": 1}), ("gate", {"width": 160, "act": 2}), ("rotate", {"heads": (1, 1, 2)}), ("rotate", {"heads": (4, 2, 10)}),
-         ("rotate", {"heads": (3, 1, 64)}), ("rotate", {"heads": (6, 2, 80)})]
+PAIRS = [
+    ("gate", {"width": 1}),
+    ("gate", {"width": 77, "act": 1}),
+    ("gate", {"width": 160, "act": 2}),
+    ("rotate", {"heads": (1, 1, 2)}),
+    ("rotate", {"heads": (4, 2, 10)}),
+    ("rotate", {"heads": (3, 1, 64)}),
+    ("rotate", {"heads": (6, 2, 80)}),
+]
 
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
@@ -109,85 +154,205 @@ PAIRS = [("gate", {"width": 1}), ("gate", {"width": 77, "act": 1}), ("gate", {"w
 def test_linear_pairs(on, families, rng, kind, shape, weight_type):
     for rows in (1, 2, 3, 5, 8, 17):
         for family in families:
-            agree(on, forward.linear_pairs(rng, rows, 53, kind, weight_type, bias=rows % 2 == 0, family=family, **shape))
+            agree(
+                on,
+                forward.linear_pairs(
+                    rng, rows, 53, kind, weight_type, bias=rows % 2 == 0, family=family, **shape
+                ),
+            )
 
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("kind, shape", PAIRS, ids=str)
-def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(on, fusing, families, rng, kind, shape, weight_type):
-    """Norm, product, and act or rope, each by its own kernel: what a run does where somebody looks at what lies between. (Only devices whose workgroups are
-    one subgroup fuse, which software devices are.)"""
+def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(
+    on, fusing, families, rng, kind, shape, weight_type
+):
+    """Norm, product, and act or rope, each by its own kernel: what a run does where somebody
+    looks at what lies between. (Only devices whose workgroups are one subgroup fuse, which
+    software devices are.)
+    """
     for rows in (1, 2, 4, 7):
         problem = forward.linear_pairs(rng, rows, 53, kind, weight_type, bias=True, **shape)
         a, b = problem.arguments, problem.buffers
         x_stride, n = a["x_stride"], a["n"]
-        normed = on.run("norm", {"x": "x", "gain": "gain", "dst": "dst", "width": 53, "stride": x_stride, "n_rows": rows, "eps": a["eps"], "flags": 0},
-                        {"x": b["x"], "gain": b["gain"], "dst": np.zeros((rows, x_stride), np.float32)})[0]["dst"]
+        normed = on.run(
+            "norm",
+            {
+                "x": "x",
+                "gain": "gain",
+                "dst": "dst",
+                "width": 53,
+                "stride": x_stride,
+                "n_rows": rows,
+                "eps": a["eps"],
+                "flags": 0,
+            },
+            {"x": b["x"], "gain": b["gain"], "dst": np.zeros((rows, x_stride), np.float32)},
+        )[0]["dst"]
         stride = problems.row_stride(n)
-        out = on.run("linear", {"x": "x", "dst": "dst", "weights": "weights", "bias": "bias", "weight_type": weight_type, "n": n, "k": 53, "n_rows": rows,
-                                "x_stride": x_stride, "dst_stride": stride},
-                     {"x": normed, "weights": b["weights"], "bias": b["bias"], "dst": np.zeros((rows, stride), np.float32)})[0]["dst"]
+        out = on.run(
+            "linear",
+            {
+                "x": "x",
+                "dst": "dst",
+                "weights": "weights",
+                "bias": "bias",
+                "weight_type": weight_type,
+                "n": n,
+                "k": 53,
+                "n_rows": rows,
+                "x_stride": x_stride,
+                "dst_stride": stride,
+            },
+            {
+                "x": normed,
+                "weights": b["weights"],
+                "bias": b["bias"],
+                "dst": np.zeros((rows, stride), np.float32),
+            },
+        )[0]["dst"]
         if kind == "gate":
             width = n // 2
-            want = {"dst": on.run("act", {"gate_up": "x", "dst": "dst", "width": width, "in_stride": stride, "out_stride": a["dst_stride"], "act": a["act"], "n_tokens": rows},
-                                  {"x": out, "dst": b["dst"]})[0]["dst"]}
+            want = {
+                "dst": on.run(
+                    "act",
+                    {
+                        "gate_up": "x",
+                        "dst": "dst",
+                        "width": width,
+                        "in_stride": stride,
+                        "out_stride": a["dst_stride"],
+                        "act": a["act"],
+                        "n_tokens": rows,
+                    },
+                    {"x": out, "dst": b["dst"]},
+                )[0]["dst"]
+            }
         else:
-            turned = on.run("rope", {"qkv": "x", "n_heads": a["n_heads"], "n_kv_heads": a["n_kv_heads"], "d_head": a["d_head"], "stride": stride, "eps": 1e-6, "flags": 6,
-                                     "n_tokens": rows} | {name: name for name in ("angles", "tokens", "k_cache", "v_cache")},
-                            {"x": out} | {name: b[name] for name in ("angles", "tokens", "k_cache", "v_cache")})[0]
+            turned = on.run(
+                "rope",
+                {
+                    "qkv": "x",
+                    "n_heads": a["n_heads"],
+                    "n_kv_heads": a["n_kv_heads"],
+                    "d_head": a["d_head"],
+                    "stride": stride,
+                    "eps": 1e-6,
+                    "flags": 6,
+                    "n_tokens": rows,
+                }
+                | {name: name for name in ("angles", "tokens", "k_cache", "v_cache")},
+                {"x": out} | {name: b[name] for name in ("angles", "tokens", "k_cache", "v_cache")},
+            )[0]
             width = a["n_heads"] * a["d_head"]
             want = {"dst": turned["x"], "k_cache": turned["k_cache"], "v_cache": turned["v_cache"]}
         for family in [f for f in families if f < 2]:
             got = on.run("linear_pairs", a | {"family_plus_1": family + 1}, b)[0]
             for name, array in want.items():
                 columns = slice(None, width) if name == "dst" else slice(None)
-                assert same_bits(got[name][:, columns], array[:, columns]), f"{name}, {rows} rows, family {family}"
+                assert same_bits(got[name][:, columns], array[:, columns]), (
+                    f"{name}, {rows} rows, family {family}"
+                )
 
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rng, weight_type):
-    """In each phase: for every number of rows, every place among them, and in prefill for every family of kernels."""
+    """In each phase: for every number of rows, every place among them, and in prefill for
+    every family of kernels.
+    """
     whole = forward.linear(rng, 33, 77, 100, weight_type, bias=True, add=True, softcap=4.0)
     prefill = on.run(whole.op, whole.arguments, whole.buffers)[0]["dst"]
     for family in families:
         for decode in (0, 1):
-            want = on.run(whole.op, whole.arguments | {"family_plus_1": family + 1, "decode": decode}, whole.buffers)[0]["dst"]
+            want = on.run(
+                whole.op,
+                whole.arguments | {"family_plus_1": family + 1, "decode": decode},
+                whole.buffers,
+            )[0]["dst"]
             assert decode or same_bits(want, prefill), f"family {family}"
             for rows in ROWS:
                 for first in {0, 33 - rows, (33 - rows) // 2}:
-                    part = {name: array[first : first + rows].copy() if name in ("x", "add", "dst") else array for name, array in whole.buffers.items()}
-                    got = on.run(whole.op, whole.arguments | {"n_rows": rows, "family_plus_1": family + 1, "decode": decode}, part)[0]["dst"]
-                    assert same_bits(got, want[first : first + rows]), f"{rows} rows from {first}, family {family}, decode {decode}"
+                    part = {
+                        name: (
+                            array[first : first + rows].copy()
+                            if name in ("x", "add", "dst")
+                            else array
+                        )
+                        for name, array in whole.buffers.items()
+                    }
+                    got = on.run(
+                        whole.op,
+                        whole.arguments
+                        | {
+                            "n_rows": rows,
+                            "family_plus_1": family + 1,
+                            "decode": decode,
+                        },
+                        part,
+                    )[0]["dst"]
+                    assert same_bits(got, want[first : first + rows]), (
+                        f"{rows} rows from {first}, family {family}, decode {decode}"
+                    )
 
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_slices_and_chunks(on, families, rng, weight_type):
     for family in families:
         for first_k, n_k in ((0, 16), (16, 48), (64, 16), (32, 64)):
-            agree(on, forward.linear(rng, 9, 45, 96, weight_type, first_k=first_k, n_k=n_k, family=family))
-        agree(on, forward.linear(rng, 3, 45, 90, weight_type, first_k=80, n_k=16, family=family))  # reaches into the pad
+            agree(
+                on,
+                forward.linear(
+                    rng, 9, 45, 96, weight_type, first_k=first_k, n_k=n_k, family=family
+                ),
+            )
+        # reaches into the pad
+        agree(on, forward.linear(rng, 3, 45, 90, weight_type, first_k=80, n_k=16, family=family))
         for rows in (1, 5, 33):
             for chunk_rows in (32, 64, 96):
-                agree(on, forward.linear(rng, rows, 130, 33, weight_type, bias=True, add=True, chunk_rows=chunk_rows, family=family))
+                agree(
+                    on,
+                    forward.linear(
+                        rng,
+                        rows,
+                        130,
+                        33,
+                        weight_type,
+                        bias=True,
+                        add=True,
+                        chunk_rows=chunk_rows,
+                        family=family,
+                    ),
+                )
 
 
 def test_linear_chunks_change_no_bit(on, rng):
     problem = forward.linear(rng, 5, 130, 33)
-    dst = [on.run("linear", problem.arguments | {"chunk_rows": rows}, problem.buffers)[0]["dst"] for rows in (0, 32, 64, 128, 160)]
+    dst = [
+        on.run("linear", problem.arguments | {"chunk_rows": rows}, problem.buffers)[0]["dst"]
+        for rows in (0, 32, 64, 128, 160)
+    ]
     assert all(same_bits(dst[0], other) for other in dst[1:])
 
 
 def test_linear_of_extreme_weights(on, rng):
-    """Every finite half: subnormals, the smallest, the largest. Products with one-hot rows must be the weights themselves."""
+    """Every finite half: subnormals, the smallest, the largest. Products with one-hot rows must be
+    the weights themselves.
+    """
     for weight_type in (1, 2):
         bits = rng.integers(0, 1 << 16, (40, 64)).astype(np.uint16)
-        values = (bits.astype(np.uint32) << 16).view(np.float32) if weight_type == 1 else bits.view(np.float16).astype(np.float32)
+        values = (
+            (bits.astype(np.uint32) << 16).view(np.float32)
+            if weight_type == 1
+            else bits.view(np.float16).astype(np.float32)
+        )
         if weight_type == 1:  # a float32 subnormal may be flushed to zero by a device
             values = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
         values = np.where(np.isfinite(values), values, np.float32(1))
         problem = forward.linear(rng, 64, 40, 64, weight_type)
         problem.buffers["weights"], _ = problems.panels(values, weight_type)
-        problem.buffers["x"] = problems.padded(np.eye(64, dtype=np.float32), problems.row_stride(64), 0.0)
+        problem.buffers["x"] = problems.padded(
+            np.eye(64, dtype=np.float32), problems.row_stride(64), 0.0
+        )
         device, twin = on.run(problem.op, problem.arguments, problem.buffers)
         np.testing.assert_array_equal(device["dst"][:, :40], values.T)
         np.testing.assert_array_equal(twin["dst"][:, :40], values.T)
@@ -205,15 +370,34 @@ def test_embed_of_an_unknown_token_writes_nothing(on, rng):
     problem = forward.embed(rng, 3, 33, 7)
     problem.buffers["tokens"][1, 0] = 33
     outcome = agree(on, problem)
-    assert np.isnan(outcome.device["dst"][1]).all() and not np.isnan(outcome.device["dst"][2, :7]).any()
+    assert (
+        np.isnan(outcome.device["dst"][1]).all()
+        and not np.isnan(outcome.device["dst"][2, :7]).any()
+    )
 
 
-# -- row by row ------------------------------------------------------------------------------------------------------------------------------------
+# -- row by row ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [(), ("add",), ("rows",), ("rows", "add"), ("write_scale",), ("write_scale", "no_out"), ("write_normalized",),
-                                   ("write_scale", "write_normalized", "add"), ("read_scale",), ("read_scale", "write_normalized", "no_out"),
-                                   ("read_normalized",), ("read_normalized", "add"), ("read_normalized", "read_scale")], ids="+".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("add",),
+        ("rows",),
+        ("rows", "add"),
+        ("write_scale",),
+        ("write_scale", "no_out"),
+        ("write_normalized",),
+        ("write_scale", "write_normalized", "add"),
+        ("read_scale",),
+        ("read_scale", "write_normalized", "no_out"),
+        ("read_normalized",),
+        ("read_normalized", "add"),
+        ("read_normalized", "read_scale"),
+    ],
+    ids="+".join,
+)
 def test_norm(on, rng, flags):
     for rows in (0, 1, 3, 33):
         for width in (*SIZES, 576, 1024):
@@ -232,9 +416,21 @@ def test_norm_in_steps_has_the_fused_bits(on, rng):
     for width in (7, 33, 257, 576):
         problem = forward.norm(rng, 5, width, ("add",))
         fused = on.run("norm", problem.arguments, problem.buffers)[0]
-        flag, buffers, arguments = problems.NORM_FLAGS, dict(problem.buffers), dict(problem.arguments)
-        for flags, source in (("write_scale no_out", "x"), ("read_scale write_normalized no_out", "x"), ("read_normalized add", "normalized")):
-            buffers |= on.run("norm", arguments | {"flags": sum(flag[f] for f in flags.split()), "x": source}, buffers)[0]
+        flag, buffers, arguments = (
+            problems.NORM_FLAGS,
+            dict(problem.buffers),
+            dict(problem.arguments),
+        )
+        for flags, source in (
+            ("write_scale no_out", "x"),
+            ("read_scale write_normalized no_out", "x"),
+            ("read_normalized add", "normalized"),
+        ):
+            buffers |= on.run(
+                "norm",
+                arguments | {"flags": sum(flag[f] for f in flags.split()), "x": source},
+                buffers,
+            )[0]
         assert same_bits(buffers["dst"], fused["dst"])
 
 
@@ -247,8 +443,15 @@ def test_act(on, rng, kind):
 
 @pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_act_everywhere(on, rng, kind):
-    """Over the whole line, beside |gate up|: nothing overflows, and an act near zero is as good as near ten."""
-    gate = np.concatenate([np.linspace(-12, 12, 193), [0.0, -0.0, 1e-30, -1e-30, 88, -88, 104, -104, 1e4, -1e4, 1e10, -1e10]]).astype(np.float32)
+    """Over the whole line, beside |gate up|: nothing overflows, and an act near zero is
+    as good as near ten.
+    """
+    gate = np.concatenate(
+        [
+            np.linspace(-12, 12, 193),
+            [0.0, -0.0, 1e-30, -1e-30, 88, -88, 104, -104, 1e4, -1e4, 1e10, -1e10],
+        ]
+    ).astype(np.float32)
     problem = forward.act(rng, 1, len(gate), kind, gate=gate[None])
     assert np.isfinite(agree(on, problem).device["dst"][0, : len(gate)]).all()
 
@@ -293,14 +496,21 @@ def test_sum_heads(on, rng):
                 agree(on, forward.sum_heads(rng, n_tokens, n_heads, width, bias=width % 2 == 1))
 
 
-# -- attention -------------------------------------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("d_head", D_HEADS)
 def test_rope(on, rng, d_head):
     for rows in BATCHES:
         for n_heads, n_kv_heads in HEADS[1:3]:
-            for flags in ((), ("rotate",), ("store",), ("qk_norm", "rotate"), ("rotate", "store"), ("qk_norm", "rotate", "store")):
+            for flags in (
+                (),
+                ("rotate",),
+                ("store",),
+                ("qk_norm", "rotate"),
+                ("rotate", "store"),
+                ("qk_norm", "rotate", "store"),
+            ):
                 agree(on, forward.rope(rng, rows, n_heads, n_kv_heads, d_head, flags))
 
 
@@ -327,9 +537,25 @@ def test_attention_over_head_groups(on, rng, n_heads, n_kv_heads):
         for frozen in (False, True):
             if frozen:
                 rows = [row for row in rows for _ in range(2)]
-            agree(on, forward.attn_scores(rng, rows, n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen))
+            agree(
+                on,
+                forward.attn_scores(
+                    rng, rows, n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen
+                ),
+            )
             agree(on, forward.attn_mix(rng, rows, n_heads, n_kv_heads, 16, frozen=frozen))
-            agree(on, forward.attn_decode(rng, [9, 9, 31, 31], n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen))
+            agree(
+                on,
+                forward.attn_decode(
+                    rng,
+                    [9, 9, 31, 31],
+                    n_heads,
+                    n_kv_heads,
+                    16,
+                    softcap=5.0 * frozen,
+                    frozen=frozen,
+                ),
+            )
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 8, 1000])
@@ -362,60 +588,140 @@ def test_softmax_of_large_scores(on, rng):
 def test_decode_in_one_step_has_the_bits_of_three(on, rng, d_head, window, softcap):
     one = forward.attn_decode(rng, [0, 9, 36, 129], 4, 2, d_head, window, softcap)
     fused = on.run(one.op, one.arguments, one.buffers)[0]
-    names = lambda *fields: {f: one.arguments[f] for f in fields}  # noqa: E731
+    names = lambda *fields: {f: one.arguments[f] for f in fields}
     tiles = np.array([(t, 1) for t in range(4)], np.uint32)
-    shared, sizes = {"tokens": "tokens", "tiles": "tiles", "scores": "scores"}, names("n_heads", "n_kv_heads", "d_head", "key_stride", "n_keys") | {"n_tiles": 4}
+    shared, sizes = (
+        {"tokens": "tokens", "tiles": "tiles", "scores": "scores"},
+        names("n_heads", "n_kv_heads", "d_head", "key_stride", "n_keys") | {"n_tiles": 4},
+    )
     buffers = dict(one.buffers) | {"tiles": tiles}
-    buffers |= on.run("attn_scores", shared | sizes | names("stride", "scale", "softcap") | {"qkv": "qkv", "k_cache": "k_cache"}, buffers)[0]
-    buffers |= on.run("attn_softmax", {"scores": "scores", "tokens": "tokens", "n_tokens": 4} | names("n_heads", "key_stride", "window", "n_keys"), buffers)[0]
+    buffers |= on.run(
+        "attn_scores",
+        shared | sizes | names("stride", "scale", "softcap") | {"qkv": "qkv", "k_cache": "k_cache"},
+        buffers,
+    )[0]
+    buffers |= on.run(
+        "attn_softmax",
+        {"scores": "scores", "tokens": "tokens", "n_tokens": 4}
+        | names("n_heads", "key_stride", "window", "n_keys"),
+        buffers,
+    )[0]
     assert same_bits(buffers["scores"], fused["scores"])
-    buffers |= on.run("attn_mix", {"pattern": "scores", "v_cache": "v_cache", "tokens": "tokens", "tiles": "tiles", "z": "z"} | sizes | names("z_stride", "window"), buffers)[0]
+    buffers |= on.run(
+        "attn_mix",
+        {"pattern": "scores", "v_cache": "v_cache", "tokens": "tokens", "tiles": "tiles", "z": "z"}
+        | sizes
+        | names("z_stride", "window"),
+        buffers,
+    )[0]
     assert same_bits(buffers["z"], fused["z"])
 
 
-# -- any shape -------------------------------------------------------------------------------------------------------------------------------------
+# -- any shape -------------------------------------------------------------------------------------
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
 @few
-@given(seed=seeds, rows=st.integers(0, 40), n=st.integers(1, 140), k=st.integers(1, 140), weight_type=st.integers(0, 2), bias=st.booleans(), add=st.booleans(),
-       softcap=st.sampled_from([0.0, 2.0]), chunk_rows=st.sampled_from([0, 32, 64]))
+@given(
+    seed=seeds,
+    rows=st.integers(0, 40),
+    n=st.integers(1, 140),
+    k=st.integers(1, 140),
+    weight_type=st.integers(0, 2),
+    bias=st.booleans(),
+    add=st.booleans(),
+    softcap=st.sampled_from([0.0, 2.0]),
+    chunk_rows=st.sampled_from([0, 32, 64]),
+)
 def test_any_linear(on, seed, rows, n, k, weight_type, bias, add, softcap, chunk_rows):
-    agree(on, forward.linear(np.random.default_rng(seed), rows, n, k, weight_type, bias, add, softcap, chunk_rows=chunk_rows))
+    agree(
+        on,
+        forward.linear(
+            np.random.default_rng(seed),
+            rows,
+            n,
+            k,
+            weight_type,
+            bias,
+            add,
+            softcap,
+            chunk_rows=chunk_rows,
+        ),
+    )
 
 
 @few
-@given(seed=seeds, rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=5), kv=st.integers(1, 3), group=st.integers(1, 4), half=st.integers(1, 40),
-       window=st.sampled_from([0, 1, 3, 9]))
+@given(
+    seed=seeds,
+    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=5),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 4),
+    half=st.integers(1, 40),
+    window=st.sampled_from([0, 1, 3, 9]),
+)
 def test_any_attention(on, seed, rows, kv, group, half, window):
     rng = np.random.default_rng(seed)
     agree(on, forward.rope(rng, rows, kv * group, kv, 2 * half))
     agree(on, forward.attn_scores(rng, rows, kv * group, kv, 2 * half))
     agree(on, forward.attn_softmax(rng, rows, kv * group, window))
     agree(on, forward.attn_mix(rng, rows, kv * group, kv, 2 * half, window))
-    agree(on, forward.attn_decode(rng, [cached for cached, _ in rows], kv * group, kv, 2 * half, window))
+    agree(
+        on,
+        forward.attn_decode(rng, [cached for cached, _ in rows], kv * group, kv, 2 * half, window),
+    )
 
 
 @few
-@given(seed=seeds, n_tokens=st.integers(1, 20), n_heads=st.integers(1, 5), width=st.integers(1, 300), kind=st.integers(0, 4), step=st.integers(0, 1))
+@given(
+    seed=seeds,
+    n_tokens=st.integers(1, 20),
+    n_heads=st.integers(1, 5),
+    width=st.integers(1, 300),
+    kind=st.integers(0, 4),
+    step=st.integers(0, 1),
+)
 def test_any_row_op(on, seed, n_tokens, n_heads, width, kind, step):
     rng = np.random.default_rng(seed)
     agree(on, forward.edit(rng, kind, n_tokens, n_heads, width, step=step))
-    agree(on, forward.norm(rng, n_tokens, width, [f for f in ("add", "rows", "write_scale", "write_normalized") if rng.integers(2)]))
+    agree(
+        on,
+        forward.norm(
+            rng,
+            n_tokens,
+            width,
+            [f for f in ("add", "rows", "write_scale", "write_normalized") if rng.integers(2)],
+        ),
+    )
     agree(on, forward.act(rng, n_tokens, width, kind % 3))
     agree(on, forward.copy(rng, n_tokens, width, bool(rng.integers(2)), bool(rng.integers(2))))
     agree(on, forward.sum_heads(rng, n_tokens, n_heads, width, bool(rng.integers(2))))
 
 
-# -- the bench itself ------------------------------------------------------------------------------------------------------------------------------
+# -- the bench itself ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"n_rows": 4}, ValueError), ({"width": 1 << 20}, ValueError), ({"width": 1 << 21}, ValueError), ({"width": -1}, ValueError), ({"width": 2.5}, ValueError),
-    ({"stride": float("nan")}, ValueError), ({"width": "x"}, TypeError), ({"x": "nowhere"}, ValueError), ({"x": ("x", 10**9)}, ValueError), ({"x": ("x", 40)}, ValueError),
-    ({"x": None}, ValueError), ({"x": 5}, ValueError), ({"flags": 32, "rows": "x"}, ValueError), ({"flags": 32}, ValueError), ({"no_such_field": 1}, KeyError)])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"n_rows": 4}, ValueError),
+        ({"width": 1 << 20}, ValueError),
+        ({"width": 1 << 21}, ValueError),
+        ({"width": -1}, ValueError),
+        ({"width": 2.5}, ValueError),
+        ({"stride": float("nan")}, ValueError),
+        ({"width": "x"}, TypeError),
+        ({"x": "nowhere"}, ValueError),
+        ({"x": ("x", 10**9)}, ValueError),
+        ({"x": ("x", 40)}, ValueError),
+        ({"x": None}, ValueError),
+        ({"x": 5}, ValueError),
+        ({"flags": 32, "rows": "x"}, ValueError),
+        ({"flags": 32}, ValueError),
+        ({"no_such_field": 1}, KeyError),
+    ],
+)
 def test_wrong_arguments_never_reach_the_device(on, rng, change, error):
     problem = forward.norm(rng, 3, 33)
     with pytest.raises(error):
@@ -423,16 +729,30 @@ def test_wrong_arguments_never_reach_the_device(on, rng, change, error):
     agree(on, problem)
 
 
-@pytest.mark.parametrize("build, change", [
-    (lambda rng: forward.linear(rng, 3, 7, 33), {"k": 1 << 20}), (lambda rng: forward.linear(rng, 3, 7, 33), {"n": 0}), (lambda rng: forward.linear(rng, 3, 7, 33), {"weight_type": 3}),
-    (lambda rng: forward.linear(rng, 3, 7, 33), {"first_k": 8, "n_k": 16}), (lambda rng: forward.linear(rng, 3, 7, 33), {"x_stride": 32}),
-    (lambda rng: forward.linear(rng, 3, 7, 33), {"weights": ("weights", 1)}), (lambda rng: forward.linear(rng, 3, 7, 33), {"chunk_rows": 5}),
-    (lambda rng: forward.linear(rng, 3, 7, 33), {"family_plus_1": 99}), (lambda rng: forward.linear(rng, 3, 7, 33), {"x": ("x", 1)}),
-    (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 0}), (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 3}),
-    (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_tiles": 9}), (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"key_stride": 8}),
-    (lambda rng: forward.attn_mix(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}), (lambda rng: forward.attn_softmax(rng, [(0, 9)], 4), {"key_stride": 4}),
-    (lambda rng: forward.rope(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}), (lambda rng: forward.act(rng, 3, 7), {"act": 3}), (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"kind": 5}),
-    (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"n_entries": 1000})])
+@pytest.mark.parametrize(
+    "build, change",
+    [
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"k": 1 << 20}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"n": 0}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"weight_type": 3}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"first_k": 8, "n_k": 16}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"x_stride": 32}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"weights": ("weights", 1)}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"chunk_rows": 5}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"family_plus_1": 99}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"x": ("x", 1)}),
+        (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 0}),
+        (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 3}),
+        (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_tiles": 9}),
+        (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"key_stride": 8}),
+        (lambda rng: forward.attn_mix(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}),
+        (lambda rng: forward.attn_softmax(rng, [(0, 9)], 4), {"key_stride": 4}),
+        (lambda rng: forward.rope(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}),
+        (lambda rng: forward.act(rng, 3, 7), {"act": 3}),
+        (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"kind": 5}),
+        (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"n_entries": 1000}),
+    ],
+)
 def test_senseless_sizes_are_refused(on, rng, build, change):
     problem = build(rng)
     with pytest.raises(ValueError):
@@ -470,7 +790,9 @@ def test_inputs_stay_as_they_were_and_nothing_is_kept(on, rng):
         device, twin = on.run(problem.op, problem.arguments, problem.buffers)
     assert all(same_bits(problem.buffers[name], before[name]) for name in before)
     assert {name: sys.getrefcount(array) for name, array in problem.buffers.items()} == counts
-    assert all(a.flags.owndata and a.dtype == np.float32 for a in device.values()) and all(a.flags.owndata and a.dtype == np.float64 for a in twin.values())
+    assert all(a.flags.owndata and a.dtype == np.float32 for a in device.values()) and all(
+        a.flags.owndata and a.dtype == np.float64 for a in twin.values()
+    )
 
 
 def test_a_bench_gives_its_memory_back():
@@ -494,7 +816,10 @@ def test_threads_take_turns(on):
     def work(i):
         try:
             for _ in range(10):
-                if not same_bits(on.run(problems[i].op, problems[i].arguments, problems[i].buffers)[0]["dst"], want[i]):
+                if not same_bits(
+                    on.run(problems[i].op, problems[i].arguments, problems[i].buffers)[0]["dst"],
+                    want[i],
+                ):
                     failures.append(i)
                 done.append(i)
         except BaseException as error:  # or it would end in the thread
@@ -508,7 +833,7 @@ def test_threads_take_turns(on):
     assert not failures and len(done) == 40
 
 
-# -- vksteer verify --------------------------------------------------------------------------------------------------------------------------------
+# -- vksteer verify --------------------------------------------------------------------------------
 
 
 class Broken:
@@ -534,10 +859,19 @@ def test_verify_command(on, capsys):
     assert cli.main(["verify", "--device", "no such device"]) == 2
 
 
-@pytest.mark.parametrize("op, harm", [("linear", lambda d: d["dst"].__imul__(np.float32(1 + 1e-4))), ("norm", lambda d: d["dst"].__setitem__((0, 0), np.nan)),
-                                      ("copy", lambda d: d["x"].__iadd__(np.float32(1e-3))), ("attn_mix", lambda d: d["z"].__setitem__((0, -1), 0.0))])
+@pytest.mark.parametrize(
+    "op, harm",
+    [
+        ("linear", lambda d: d["dst"].__imul__(np.float32(1 + 1e-4))),
+        ("norm", lambda d: d["dst"].__setitem__((0, 0), np.nan)),
+        ("copy", lambda d: d["x"].__iadd__(np.float32(1e-3))),
+        ("attn_mix", lambda d: d["z"].__setitem__((0, -1), 0.0)),
+    ],
+)
 def test_verify_notices_a_wrong_device(on, monkeypatch, capsys, op, harm):
-    monkeypatch.setattr(verify, "bench", lambda device=None: (Broken(on, op, harm), "a broken device"))
+    monkeypatch.setattr(
+        verify, "bench", lambda device=None: (Broken(on, op, harm), "a broken device")
+    )
     assert cli.main(["verify"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if " NO" in line]
     assert len(lines) == 1 and lines[0].startswith(op)
@@ -547,7 +881,9 @@ def test_verify_survives_a_failing_op(on, monkeypatch):
     def fail(device):
         raise DeviceError("lost")
 
-    monkeypatch.setattr(verify, "bench", lambda device=None: (Broken(on, "act", fail), "a broken device"))
+    monkeypatch.setattr(
+        verify, "bench", lambda device=None: (Broken(on, "act", fail), "a broken device")
+    )
     rows, _ = verify.verify()
     assert [row.op for row in rows if not row.ok] == ["act"] and "lost" in verify.table(rows)
 
@@ -555,10 +891,21 @@ def test_verify_survives_a_failing_op(on, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("width", ["128", "256", "512", "swiftshader"])
 def test_verify_on_other_devices(width):
-    """Lavapipe with subgroups of 4, 8 and 16, and SwiftShader: four devices for the price of two drivers."""
+    """Lavapipe with subgroups of 4, 8 and 16, and SwiftShader: four devices for the
+    price of two drivers.
+    """
     driver = tool("swiftshader_icd" if width == "swiftshader" else "lavapipe_icd")
-    env = os.environ | {"VK_DRIVER_FILES": driver} | ({} if width == "swiftshader" else {"LP_NATIVE_VECTOR_WIDTH": width})
-    done = subprocess.run([sys.executable, "-m", "vksteer", "verify", "--json"], env=env, capture_output=True, text=True)
+    env = (
+        os.environ
+        | {"VK_DRIVER_FILES": driver}
+        | ({} if width == "swiftshader" else {"LP_NATIVE_VECTOR_WIDTH": width})
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "vksteer", "verify", "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     result = json.loads(done.stdout)
     assert done.returncode == 0 and result["ok"], [row for row in result["ops"] if not row["ok"]]
 
@@ -574,19 +921,57 @@ def test_families_pass_their_self_test(on):
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("n, k", [(33, 16), (77, 53), (130, 257)])
-def test_a_norm_inside_the_product_is_the_norm_before_it(on, fusing, families, rng, n, k, weight_type):
-    """The same bits, for every number of rows that may be fused; more rows, and devices with larger workgroups, are refused."""
+def test_a_norm_inside_the_product_is_the_norm_before_it(
+    on, fusing, families, rng, n, k, weight_type
+):
+    """The same bits, for every number of rows that may be fused; more rows, and devices with larger
+    workgroups, are refused.
+    """
     for rows in (1, 2, 3, 7, 8):
         problem = forward.linear(rng, rows, n, k, weight_type, bias=True)
-        gain = problems.padded(rng.standard_normal((1, k)).astype(np.float32), problems.row_stride(k), 0.0)
+        gain = problems.padded(
+            rng.standard_normal((1, k)).astype(np.float32), problems.row_stride(k), 0.0
+        )
         stride = problems.row_stride(k)
-        normed = {"x": problem.buffers["x"], "gain": gain, "dst": np.zeros((rows, stride), np.float32)}
-        before = on.run("norm", {"x": "x", "gain": "gain", "dst": "dst", "width": k, "stride": stride, "n_rows": rows, "eps": 1e-5}, normed)[0]["dst"]
+        normed = {
+            "x": problem.buffers["x"],
+            "gain": gain,
+            "dst": np.zeros((rows, stride), np.float32),
+        }
+        before = on.run(
+            "norm",
+            {
+                "x": "x",
+                "gain": "gain",
+                "dst": "dst",
+                "width": k,
+                "stride": stride,
+                "n_rows": rows,
+                "eps": 1e-5,
+            },
+            normed,
+        )[0]["dst"]
         for family in [f for f in families if f < 2]:
-            apart = on.run("linear", problem.arguments | {"family_plus_1": family + 1}, problem.buffers | {"x": before})[0]["dst"]
-            device, twin = on.run("linear", problem.arguments | {"family_plus_1": family + 1, "gain": "gain", "eps": 1e-5}, problem.buffers | {"gain": gain})
+            apart = on.run(
+                "linear",
+                problem.arguments | {"family_plus_1": family + 1},
+                problem.buffers | {"x": before},
+            )[0]["dst"]
+            device, twin = on.run(
+                "linear",
+                problem.arguments | {"family_plus_1": family + 1, "gain": "gain", "eps": 1e-5},
+                problem.buffers | {"gain": gain},
+            )
             assert same_bits(device["dst"], apart), f"{rows} rows, family {family}"
-            np.testing.assert_allclose(device["dst"][:, :n], twin["dst"][:, :n], atol=2e-5 * np.abs(twin["dst"][:, :n]).max())
+            np.testing.assert_allclose(
+                device["dst"][:, :n],
+                twin["dst"][:, :n],
+                atol=2e-5 * np.abs(twin["dst"][:, :n]).max(),
+            )
     problem = forward.linear(rng, 9, n, k, weight_type)
     with pytest.raises(ValueError, match="9 rows"):
-        on.run("linear", problem.arguments | {"gain": "gain", "eps": 1e-5, "family_plus_1": 1}, problem.buffers | {"gain": gain})
+        on.run(
+            "linear",
+            problem.arguments | {"gain": "gain", "eps": 1e-5, "family_plus_1": 1},
+            problem.buffers | {"gain": gain},
+        )

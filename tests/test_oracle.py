@@ -1,7 +1,9 @@
-"""The oracle itself, against transformers: float32, and float64 with norms, softmax and rotary promoted.
+"""The oracle itself, against transformers: float32, and float64 with norms, softmax
+and rotary promoted.
 
-Measured here (12 families, 61 tokens, 16 kinds of site): float64 within 5e-15 of the largest value everywhere, float32 within 5e-6;
-edits, freezing and ablations, made again with hooks on transformers' modules, within 1e-12.
+Measured here (12 families, 61 tokens, 16 kinds of site): float64 within 5e-15 of the largest value
+everywhere, float32 within 5e-6; edits, freezing and ablations, made again with hooks on
+transformers' modules, within 1e-12.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def hf_sites(model, tokens, changes=()):
-    """transformers' values at the oracle's sites, gathered with forward hooks. changes: (module, "pre"|"post", function(value))."""
+    """Transformers' values at the oracle's sites, gathered with forward hooks. changes: (module,
+    "pre"|"post", function(value)).
+    """
     config, sites, handles = model.config, {}, []
     H, G = config.num_attention_heads, config.num_key_value_heads
     d = model.model.layers[0].self_attn.head_dim
@@ -32,19 +36,31 @@ def hf_sites(model, tokens, changes=()):
         view = lambda x: x.reshape(n, *shape) if shape else x.reshape(n, -1)
         first = lambda x: x[0] if isinstance(x, tuple) else x
         if pre:
-            handles.append(module.register_forward_pre_hook(lambda m, a: sites.__setitem__(name, view(first(a)).detach())))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, a: sites.__setitem__(name, view(first(a)).detach())
+                )
+            )
         else:
-            handles.append(module.register_forward_hook(lambda m, a, out: sites.__setitem__(name, view(first(out)).detach())))
+            handles.append(
+                module.register_forward_hook(
+                    lambda m, a, out: sites.__setitem__(name, view(first(out)).detach())
+                )
+            )
 
     for module, when, change in changes:
         if when == "pre":
+
             def before(m, args, kwargs, change=change):
                 if args:
                     return (change(args[0]), *args[1:]), kwargs
                 return args, dict(kwargs, hidden_states=change(kwargs["hidden_states"]))
+
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         else:
-            handles.append(module.register_forward_hook(lambda m, a, out, change=change: change(out)))
+            handles.append(
+                module.register_forward_hook(lambda m, a, out, change=change: change(out))
+            )
     for l, layer in enumerate(model.model.layers):
         b, attn, mlp = f"blocks.{l}.", layer.self_attn, layer.mlp
         post = hasattr(layer, "pre_feedforward_layernorm")
@@ -55,8 +71,15 @@ def hf_sites(model, tokens, changes=()):
         keep(b + "attn.hook_v", attn.v_proj, shape=(G, d))
         keep(b + "attn.hook_z", attn.o_proj, pre=True, shape=(H, d))
         keep(b + "hook_attn_out", layer.post_attention_layernorm if post else attn.o_proj)
-        keep(b + "hook_resid_mid", layer.pre_feedforward_layernorm if post else layer.post_attention_layernorm, pre=True)
-        keep(b + "ln2.normed", layer.pre_feedforward_layernorm if post else layer.post_attention_layernorm)
+        keep(
+            b + "hook_resid_mid",
+            layer.pre_feedforward_layernorm if post else layer.post_attention_layernorm,
+            pre=True,
+        )
+        keep(
+            b + "ln2.normed",
+            layer.pre_feedforward_layernorm if post else layer.post_attention_layernorm,
+        )
         keep(b + "mlp.hook_pre", mlp.gate_proj)
         keep(b + "mlp.hook_pre_linear", mlp.up_proj)
         keep(b + "mlp.hook_post", mlp.down_proj, pre=True)
@@ -74,13 +97,17 @@ def hf_sites(model, tokens, changes=()):
 
 
 def with_gains(ref, sites):
-    """The oracle's sites plus `hook_normalized * gain`, which is what transformers' norms return."""
+    """The oracle's sites plus `hook_normalized * gain`, which is what
+    transformers' norms return.
+    """
     sites = dict(sites)
     gain = lambda name: ref.w[name] + ref.facts.norm_offset
     for l in range(ref.facts.n_layers):
         second = "pre_feedforward_layernorm" if ref.facts.post_norms else "post_attention_layernorm"
         for ln, weight in (("ln1", "input_layernorm"), ("ln2", second)):
-            sites[f"blocks.{l}.{ln}.normed"] = sites[f"blocks.{l}.{ln}.hook_normalized"] * gain(f"model.layers.{l}.{weight}.weight")
+            sites[f"blocks.{l}.{ln}.normed"] = sites[f"blocks.{l}.{ln}.hook_normalized"] * gain(
+                f"model.layers.{l}.{weight}.weight"
+            )
     sites["final.normed"] = sites["ln_final.hook_normalized"] * gain("model.norm.weight")
     return sites
 
@@ -107,7 +134,10 @@ def test_logits_and_sites_are_those_of_transformers(zoo, name, float64):
     worst = assert_close(f"{name} logits", logits, row.logits, bound)
     for site, value in theirs.items():
         worst = max(worst, assert_close(f"{name} {site}", value, ours[site], bound))
-    print(f"{name} {'float64' if float64 else 'float32'}: worst share {worst:.2e}; largest logit {row.logits.abs().max():.1f}")
+    print(
+        f"{name} {'float64' if float64 else 'float32'}: worst share {worst:.2e}; largest logit"
+        f" {row.logits.abs().max():.1f}"
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -118,9 +148,13 @@ def test_released_config_style_means_the_same(zoo, name):
     tokens = tokens_of(ref, 61)
     logits = ref.forward(tokens, keep=False).logits
     assert torch.equal(logits, released.forward(tokens, keep=False).logits)
-    model = AutoModelForCausalLM.from_pretrained(zoo.folder(name, "released"), dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        zoo.folder(name, "released"), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
-        assert_close("transformers, released style", model(torch.tensor([tokens])).logits[0], logits, 2e-5)
+        assert_close(
+            "transformers, released style", model(torch.tensor([tokens])).logits[0], logits, 2e-5
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -146,13 +180,16 @@ def test_every_part_is_awake(zoo, name):
             continue
         setattr(f, change, other)
         try:
-            assert share(ref.forward(tokens, keep=False).logits, logits)[0] > 1e-2, f"{name}: {change} makes no difference"
+            assert share(ref.forward(tokens, keep=False).logits, logits)[0] > 1e-2, (
+                f"{name}: {change} makes no difference"
+            )
         finally:
             setattr(f, change, value)
     patterns = torch.stack([row.sites[f"blocks.{l}.attn.hook_pattern"] for l in range(f.n_layers)])
     assert patterns.amax(-1).mean() > 0.15
     assert torch.allclose(patterns.sum(-1), torch.ones((), dtype=torch.float64))
-    for l in range(f.n_layers):  # a head's part of the output, summed, is the output before bias and post-norm
+    # a head's part of the output, summed, is the output before bias and post-norm
+    for l in range(f.n_layers):
         z, result = row.sites[f"blocks.{l}.attn.hook_z"], row.sites[f"blocks.{l}.attn.hook_result"]
         flat = z.reshape(len(tokens), -1) @ ref.w[f"model.layers.{l}.self_attn.o_proj.weight"].T
         assert torch.allclose(result.sum(1), flat, atol=1e-11)
@@ -175,6 +212,7 @@ def test_edits_are_those_of_forward_hooks(zoo, name, rng):
             mask = torch.zeros(x.shape[1], 1, dtype=torch.bool)
             mask[positions] = True
             return torch.where(mask, y, x)
+
         return change
 
     head = rng.standard_normal(f.d_head)
@@ -188,24 +226,65 @@ def test_edits_are_those_of_forward_hooks(zoo, name, rng):
 
     def head_set(x):
         y = x.clone()
-        y[0, 5:9, d:2 * d] = torch.tensor(head)
+        y[0, 5:9, d : 2 * d] = torch.tensor(head)
         return y
 
     cases = [
         ([Steer(Vector(s, 1), -0.7)], [(layers[1], "pre", lambda x: x - 0.7 * torch.tensor(s))]),
-        ([Steer(Vector(s, 1), 0.7, positions=slice(-4, None))],
-         [(layers[1], "pre", at(slice(17, None), lambda x: x + 0.7 * torch.tensor(s)))]),
-        ([Ablate(s)], [(layer, "pre", project) for layer in layers]
-         + [(layer.post_attention_layernorm if post else layer.self_attn.o_proj, "post", project) for layer in layers]
-         + [(layer.post_feedforward_layernorm if post else layer.mlp, "post", project) for layer in layers]),
-        ([Set("blocks.1.attn.hook_z", head, positions=slice(5, 9), heads=[1])], [(layers[1].self_attn.o_proj, "pre", head_set)]),
-        ([Set("blocks.1.mlp.hook_post", other, positions=[-3, 3])], [(layers[1].mlp.down_proj, "pre", set_post)]),
-        ([Scale("blocks.1.attn.hook_v", 0.5), Add("blocks.1.attn.hook_v", 0.25)], [(layers[1].self_attn.v_proj, "post", lambda x: x * 0.5 + 0.25)]),
-        ([Add("blocks.1.attn.hook_q", 0.7)], [(layers[1].self_attn.q_proj, "post", lambda x: x + 0.7)]),
-        ([Scale("blocks.1.ln2.hook_normalized", 0.5)],
-         [(layers[1].pre_feedforward_layernorm if post else layers[1].post_attention_layernorm, "post", lambda x: x * 0.5)]),
-        ([Scale("blocks.1.ln1.hook_scale", 2.0, positions=slice(0, None, 2))],
-         [(layers[1].input_layernorm, "post", at(slice(0, None, 2), lambda x: x * 0.5))]),
+        (
+            [Steer(Vector(s, 1), 0.7, positions=slice(-4, None))],
+            [(layers[1], "pre", at(slice(17, None), lambda x: x + 0.7 * torch.tensor(s)))],
+        ),
+        (
+            [Ablate(s)],
+            [(layer, "pre", project) for layer in layers]
+            + [
+                (
+                    layer.post_attention_layernorm if post else layer.self_attn.o_proj,
+                    "post",
+                    project,
+                )
+                for layer in layers
+            ]
+            + [
+                (layer.post_feedforward_layernorm if post else layer.mlp, "post", project)
+                for layer in layers
+            ],
+        ),
+        (
+            [Set("blocks.1.attn.hook_z", head, positions=slice(5, 9), heads=[1])],
+            [(layers[1].self_attn.o_proj, "pre", head_set)],
+        ),
+        (
+            [Set("blocks.1.mlp.hook_post", other, positions=[-3, 3])],
+            [(layers[1].mlp.down_proj, "pre", set_post)],
+        ),
+        (
+            [Scale("blocks.1.attn.hook_v", 0.5), Add("blocks.1.attn.hook_v", 0.25)],
+            [(layers[1].self_attn.v_proj, "post", lambda x: x * 0.5 + 0.25)],
+        ),
+        (
+            [Add("blocks.1.attn.hook_q", 0.7)],
+            [(layers[1].self_attn.q_proj, "post", lambda x: x + 0.7)],
+        ),
+        (
+            [Scale("blocks.1.ln2.hook_normalized", 0.5)],
+            [
+                (
+                    (
+                        layers[1].pre_feedforward_layernorm
+                        if post
+                        else layers[1].post_attention_layernorm
+                    ),
+                    "post",
+                    lambda x: x * 0.5,
+                )
+            ],
+        ),
+        (
+            [Scale("blocks.1.ln1.hook_scale", 2.0, positions=slice(0, None, 2))],
+            [(layers[1].input_layernorm, "post", at(slice(0, None, 2), lambda x: x * 0.5))],
+        ),
     ]
     plain = ref.forward(tokens, keep=False).logits
     for edits, changes in cases:
@@ -218,7 +297,9 @@ def test_edits_are_those_of_forward_hooks(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_freezing_is_that_of_forward_hooks(zoo, name, rng):
-    """QK, OV and MLP freezing and both ablations, made a second time with hooks on transformers' modules."""
+    """QK, OV and MLP freezing and both ablations, made a second time with hooks on
+    transformers' modules.
+    """
     ref, model, context = both(zoo, name)
     f, layer = ref.facts, 1
     tokens = tokens_of(ref, 19)
@@ -234,7 +315,9 @@ def test_freezing_is_that_of_forward_hooks(zoo, name, rng):
             return module, "post", lambda out: base[site].reshape(out.shape)
 
         def minus(l, module, norm, site):
-            """What enters `module` without the steering vector as the norm passes it on; `site` is that norm's own input."""
+            """What enters `module` without the steering vector as the norm passes it on; `site` is
+            that norm's own input.
+            """
             held = {}
 
             def look(x):
@@ -242,41 +325,85 @@ def test_freezing_is_that_of_forward_hooks(zoo, name, rng):
                 return x
 
             gain = norm.weight + f.norm_offset
-            return [(norm, "pre", look), (module, "pre", lambda x: x - coefficient * s * gain / held["scale"])]
+            return [
+                (norm, "pre", look),
+                (module, "pre", lambda x: x - coefficient * s * gain / held["scale"]),
+            ]
 
         later = range(layer, f.n_layers)
-        second = lambda l: layers[l].pre_feedforward_layernorm if post else layers[l].post_attention_layernorm
+        second = lambda l: (
+            layers[l].pre_feedforward_layernorm if post else layers[l].post_attention_layernorm
+        )
         added = lambda l: layers[l].post_feedforward_layernorm if post else layers[l].mlp
         changes = {
-            ("qk", None): [c for l in later for c in (replace(f"blocks.{l}.attn.hook_q", layers[l].self_attn.q_proj),
-                                                     replace(f"blocks.{l}.attn.hook_k", layers[l].self_attn.k_proj))],
-            ("ov", None): [replace(f"blocks.{l}.attn.hook_v", layers[l].self_attn.v_proj) for l in later],
+            ("qk", None): [
+                c
+                for l in later
+                for c in (
+                    replace(f"blocks.{l}.attn.hook_q", layers[l].self_attn.q_proj),
+                    replace(f"blocks.{l}.attn.hook_k", layers[l].self_attn.k_proj),
+                )
+            ],
+            ("ov", None): [
+                replace(f"blocks.{l}.attn.hook_v", layers[l].self_attn.v_proj) for l in later
+            ],
             ("mlp", None): [replace(f"blocks.{l}.hook_mlp_out", added(l)) for l in later],
-            (None, "svv"): [c for l in later for c in minus(l, layers[l].self_attn.v_proj, layers[l].input_layernorm, "resid_pre")],
-            (None, "mlp_direct"): [c for l in later for c in minus(l, layers[l].mlp, second(l), "resid_mid")],
+            (None, "svv"): [
+                c
+                for l in later
+                for c in minus(
+                    l, layers[l].self_attn.v_proj, layers[l].input_layernorm, "resid_pre"
+                )
+            ],
+            (None, "mlp_direct"): [
+                c for l in later for c in minus(l, layers[l].mlp, second(l), "resid_mid")
+            ],
         }
         changes["qk", "mlp_direct"] = changes["qk", None] + changes[None, "mlp_direct"]
-        steered = ref.forward(tokens, edits=[Steer(Vector(s, layer), coefficient)], keep=False).logits
+        steered = ref.forward(
+            tokens, edits=[Steer(Vector(s, layer), coefficient)], keep=False
+        ).logits
         for (freeze, ablate), hooks in changes.items():
             with context:
                 _, logits = hf_sites(model, tokens, [steering, *hooks])
-            row = ref.forward(tokens, edits=[Steer(Vector(s, layer), coefficient)], freeze=freeze, ablate=ablate, keep=False)
-            assert_close(f"{name} a={coefficient} freeze={freeze} ablate={ablate}", row.logits, logits, 1e-12)
+            row = ref.forward(
+                tokens,
+                edits=[Steer(Vector(s, layer), coefficient)],
+                freeze=freeze,
+                ablate=ablate,
+                keep=False,
+            )
+            assert_close(
+                f"{name} a={coefficient} freeze={freeze} ablate={ablate}", row.logits, logits, 1e-12
+            )
             assert share(row.logits, steered)[0] > 1e-3, f"{freeze} {ablate} changes nothing"
             assert share(row.logits, plain)[0] > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gemma3", "qwen2", "qwen3"])
 def test_full_rerun_equals_one_teacher_forced_pass(zoo, name, rng):
-    """The re-run at every token is the definition; one causal pass over prefix and response gives the same logits, and tests may use it."""
+    """The re-run at every token is the definition; one causal pass over prefix and response gives
+    the same logits, and tests may use it.
+    """
     ref = zoo.reference(name)
     prompt = tokens_of(ref, 7)
-    steer = Steer(Vector(rng.standard_normal(ref.facts.d_model), 1), -0.9, positions=slice(-2, None))
+    steer = Steer(
+        Vector(rng.standard_normal(ref.facts.d_model), 1), -0.9, positions=slice(-2, None)
+    )
     new, margins = ref.generate(prompt, 12, edits=[steer], freeze="qk", ablate="mlp_direct")
-    logits = ref.forward(prompt + new, edits=[steer], prompt_length=len(prompt), freeze="qk", ablate="mlp_direct", keep=False).logits
-    top = torch.topk(logits[len(prompt) - 1:-1], 2)
+    logits = ref.forward(
+        prompt + new,
+        edits=[steer],
+        prompt_length=len(prompt),
+        freeze="qk",
+        ablate="mlp_direct",
+        keep=False,
+    ).logits
+    top = torch.topk(logits[len(prompt) - 1 : -1], 2)
     assert top.indices[:, 0].tolist() == new
-    np.testing.assert_allclose((top.values[:, 0] - top.values[:, 1]).numpy(), margins, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        (top.values[:, 0] - top.values[:, 1]).numpy(), margins, rtol=0, atol=1e-12
+    )
 
 
 def test_greedy_is_that_of_transformers(zoo):
@@ -284,7 +411,13 @@ def test_greedy_is_that_of_transformers(zoo):
         ref, model, context = both(zoo, name)
         prompt = tokens_of(ref, 6)
         with context, torch.no_grad():
-            out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 6, dtype=torch.long), max_new_tokens=20, do_sample=False, pad_token_id=0)
+            out = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, 6, dtype=torch.long),
+                max_new_tokens=20,
+                do_sample=False,
+                pad_token_id=0,
+            )
         assert out[0, 6:].tolist() == ref.generate(prompt, 20)[0]
 
 
@@ -292,8 +425,15 @@ def test_gradients_go_through(zoo):
     """d(logit difference)/d(steering vector), against a central difference."""
     ref = zoo.reference("gemma2")
     tokens = tokens_of(ref, 9)
-    s = torch.randn(ref.facts.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    value = lambda v: ref.forward(tokens, edits=[Steer(Vector(v, 1), 0.5)], keep=False).logits[-1, 3]
+    s = torch.randn(
+        ref.facts.d_model,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(1),
+        requires_grad=True,
+    )
+    value = lambda v: ref.forward(tokens, edits=[Steer(Vector(v, 1), 0.5)], keep=False).logits[
+        -1, 3
+    ]
     (grad,) = torch.autograd.grad(value(s), s)
     with torch.no_grad():
         for i in (0, 11, 51):
@@ -306,5 +446,8 @@ def test_positions():
     assert selected(None, 3, 5) == [0, 1, 2, 3, 4]
     assert selected("prompt", 3, 5) == [0, 1, 2] and selected("response", 3, 5) == [3, 4]
     assert selected([0, -1, 4, 9], 3, 5) == [0, 2, 4]
-    assert selected(slice(-2, None), 3, 5) == [1, 2, 3, 4] and selected(slice(None, -1), 3, 5) == [0, 1]
+    assert selected(slice(-2, None), 3, 5) == [1, 2, 3, 4] and selected(slice(None, -1), 3, 5) == [
+        0,
+        1,
+    ]
     assert selected(slice(-9, None, 2), 3, 5) == [0, 2, 4]

@@ -17,9 +17,19 @@ def test_last_logits_are_those_of_plain_runs(zoo, rng, name, layer):
     model = zoo.engine(name)
     c = model.config
     head = rng.integers(0, c.d_vocab, 9).tolist()
-    prompts = [head + rng.integers(0, c.d_vocab, n).tolist() for n in (1, 7, 12, 3)] + [head + [5], head + [5, 6]]
-    vectors = [vs.SteeringVector(rng.standard_normal(c.d_model).astype(np.float32), layer) for _ in range(2)]
-    for edits in ([[vs.Steer(vectors[0], 1.0)], [vs.Steer(vectors[1], -0.5)]], [[vs.Ablate(vectors[0])], [vs.Ablate(vectors[1])]], [[], [vs.Ablate(vectors[0])]]):
+    prompts = [head + rng.integers(0, c.d_vocab, n).tolist() for n in (1, 7, 12, 3)] + [
+        head + [5],
+        head + [5, 6],
+    ]
+    vectors = [
+        vs.SteeringVector(rng.standard_normal(c.d_model).astype(np.float32), layer)
+        for _ in range(2)
+    ]
+    for edits in (
+        [[vs.Steer(vectors[0], 1.0)], [vs.Steer(vectors[1], -0.5)]],
+        [[vs.Ablate(vectors[0])], [vs.Ablate(vectors[1])]],
+        [[], [vs.Ablate(vectors[0])]],
+    ):
         rows = [(p, e) for e in edits for p in prompts]
         assert can_resume(rows)
         want = model.run([p for p, _ in rows], edits=[e for _, e in rows], logits="last").logits
@@ -33,7 +43,9 @@ def test_rows_without_a_common_head(zoo, rng):
 
     model = zoo.engine("qwen2")
     v = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
-    rows = [(rng.integers(0, model.config.d_vocab, n).tolist(), [vs.Steer(v, 1.0)]) for n in (1, 4, 30)]
+    rows = [
+        (rng.integers(0, model.config.d_vocab, n).tolist(), [vs.Steer(v, 1.0)]) for n in (1, 4, 30)
+    ]
     want = model.run([p for p, _ in rows], edits=[e for _, e in rows], logits="last").logits
     assert_same_bits("no head", last_logits(model, rows), want)
 
@@ -46,18 +58,25 @@ def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
     model = zoo.engine(name)
     c = model.config
     head = rng.integers(0, c.d_vocab, n_head).tolist()
-    prompts = [head + [i] + rng.integers(0, c.d_vocab, n).tolist() for i, n in enumerate((4, 7, 12, 3))]
+    prompts = [
+        head + [i] + rng.integers(0, c.d_vocab, n).tolist() for i, n in enumerate((4, 7, 12, 3))
+    ]
     sites = [f"blocks.{l}.hook_resid_pre" for l in range(c.n_layers)]
     want = model.run(prompts, capture=sites, logits=None)
-    for reach, expected in ((1, n_head), (5, min(n_head, 8)), (9, min(n_head, 4)), (12, 0)):  # the shortest prompt has n_head + 4 tokens
+    # the shortest prompt has n_head + 4 tokens
+    for reach, expected in ((1, n_head), (5, min(n_head, 8)), (9, min(n_head, 4)), (12, 0)):
         if reach > n_head + 4:
             continue
         shared, rest = streams(model, prompts, range(c.n_layers), reach)
         assert len(shared[0]) == expected
         for l, site in enumerate(sites):
             for i, prompt in enumerate(prompts):
-                whole = np.concatenate([shared[l], rest[l][i, len(rest[l][i]) - (len(prompt) - expected):]])
-                assert_same_bits(f"{name} layer {l} prompt {i}", whole, want[site][i, -len(prompt):])
+                whole = np.concatenate(
+                    [shared[l], rest[l][i, len(rest[l][i]) - (len(prompt) - expected) :]]
+                )
+                assert_same_bits(
+                    f"{name} layer {l} prompt {i}", whole, want[site][i, -len(prompt) :]
+                )
 
 
 def test_a_cache_may_go_while_its_copies_wait(zoo, rng):

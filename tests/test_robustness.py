@@ -1,4 +1,5 @@
-"""What must not go wrong whatever happens: no driver, wrong device, too little memory, fork, threads, exit, Ctrl-C, failures of the driver, leaks.
+"""What must not go wrong whatever happens: no driver, wrong device, too little memory, fork,
+threads, exit, Ctrl-C, failures of the driver, leaks.
 
 Everything runs in child processes, most of which must end with code 0 and say nothing on stderr.
 """
@@ -24,11 +25,14 @@ def llama(zoo):
     return zoo.folder("llama2")
 
 
-# -- import, no driver, choice of device --------------------------------------------------------------------------------------------------------
+# -- import, no driver, choice of device -----------------------------------------------------------
+
 
 def test_import_is_fast_and_loads_no_driver():
-    code = ("import sys, time; t = time.perf_counter(); import vksteer; print(time.perf_counter() - t, 'vksteer._engine' in sys.modules,"
-            "any('vulkan' in l for l in open('/proc/self/maps')))")
+    code = (
+        "import sys, time; t = time.perf_counter(); import vksteer; print(time.perf_counter() - t,"
+        " 'vksteer._engine' in sys.modules,any('vulkan' in l for l in open('/proc/self/maps')))"
+    )
     best = []
     for _ in range(5):
         seconds, engine, mapped = quiet(child(code, preamble="", PYTHONFAULTHANDLER=None)).split()
@@ -41,7 +45,10 @@ def test_import_is_fast_and_loads_no_driver():
 def nothing(request, tmp_path):
     """Environment of a machine without Vulkan."""
     if request.param == "no driver":
-        return {"VK_DRIVER_FILES": tmp_path / "none.json", "VK_ICD_FILENAMES": tmp_path / "none.json"}
+        return {
+            "VK_DRIVER_FILES": tmp_path / "none.json",
+            "VK_ICD_FILENAMES": tmp_path / "none.json",
+        }
     for name in ("libvulkan.so.1", "libvulkan.so"):  # what cannot be loaded hides what could
         (tmp_path / name).write_bytes(b"no library")
     return {"LD_LIBRARY_PATH": tmp_path}
@@ -52,21 +59,33 @@ def test_without_vulkan(nothing, llama, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(llama, damaged)
     (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
-    out = quiet(child("""
+    out = quiet(
+        child(
+            """
 assert vs.devices() == []
 for source in (sys.argv[1], sys.argv[2], "nowhere/at-all"):
     try:
         vs.Model.from_pretrained(source)
     except vs.DeviceError as e:
         print(e)
-""", llama, damaged, **nothing))
+""",
+            llama,
+            damaged,
+            **nothing,
+        )
+    )
     assert len(out.splitlines()) == 3
-    assert all("install" in line and "mesa-vulkan-drivers" in line and "NVIDIA" in line for line in out.splitlines())
+    assert all(
+        "install" in line and "mesa-vulkan-drivers" in line and "NVIDIA" in line
+        for line in out.splitlines()
+    )
 
 
 def test_choice_of_device(llama):
     both = os.pathsep.join(map(tool, ("lavapipe_icd", "swiftshader_icd")))
-    out = quiet(child("""
+    out = quiet(
+        child(
+            """
 found = vs.devices()
 assert [d.index for d in found] == list(range(len(found)))
 for d in found:
@@ -94,7 +113,12 @@ for wanted in (len(found), -1, "radeon 9700", "", "0" * 32, 1e9, True):
             assert variable and wanted == "", wanted
         os.environ.pop("VKSTEER_DEVICE", None)
 print(len(found))
-""", llama, VK_DRIVER_FILES=both, VK_ICD_FILENAMES=both))
+""",
+            llama,
+            VK_DRIVER_FILES=both,
+            VK_ICD_FILENAMES=both,
+        )
+    )
     assert int(out) == 2, "one device of each software driver"
 
 
@@ -108,22 +132,54 @@ with warnings.catch_warnings(record=True) as seen:
 print([str(w.message) for w in seen if "software" in str(w.message)])
 """
     icd = tool("lavapipe_icd")
-    assert quiet(child(code, llama, preamble="", VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd)).count("software device") == 1
-    assert quiet(child(code, llama, preamble="", VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd, VKSTEER_DEVICE="0")).strip() == "[]"
+    assert (
+        quiet(child(code, llama, preamble="", VK_DRIVER_FILES=icd, VK_ICD_FILENAMES=icd)).count(
+            "software device"
+        )
+        == 1
+    )
+    assert (
+        quiet(
+            child(
+                code,
+                llama,
+                preamble="",
+                VK_DRIVER_FILES=icd,
+                VK_ICD_FILENAMES=icd,
+                VKSTEER_DEVICE="0",
+            )
+        ).strip()
+        == "[]"
+    )
 
 
-# -- too big ------------------------------------------------------------------------------------------------------------------------------------
+# -- too big ---------------------------------------------------------------------------------------
+
 
 def hollow_model(folder, bytes_wanted):
     """A Llama of at least so many bytes whose file is a hole: nothing is written but the header."""
     D, F, V, H, G, d = 4096, 16384, 1000, 32, 8, 128
-    layer = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,), "self_attn.q_proj.weight": (H * d, D),
-             "self_attn.k_proj.weight": (G * d, D), "self_attn.v_proj.weight": (G * d, D), "self_attn.o_proj.weight": (D, H * d),
-             "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+    layer = {
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (H * d, D),
+        "self_attn.k_proj.weight": (G * d, D),
+        "self_attn.v_proj.weight": (G * d, D),
+        "self_attn.o_proj.weight": (D, H * d),
+        "mlp.gate_proj.weight": (F, D),
+        "mlp.up_proj.weight": (F, D),
+        "mlp.down_proj.weight": (D, F),
+    }
     size = lambda shape: 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
     n_layers = max(1, -(-bytes_wanted // sum(map(size, layer.values()))))
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
-    shapes |= {f"model.layers.{l}.{name}": shape for l in range(n_layers) for name, shape in layer.items()}
+    shapes = {
+        "model.embed_tokens.weight": (V, D),
+        "model.norm.weight": (D,),
+        "lm_head.weight": (V, D),
+    }
+    shapes |= {
+        f"model.layers.{l}.{name}": shape for l in range(n_layers) for name, shape in layer.items()
+    }
     header, at = {}, 0
     for name, shape in shapes.items():
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size(shape)]}
@@ -133,16 +189,33 @@ def hollow_model(folder, bytes_wanted):
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + at)
-    (folder / "config.json").write_text(json.dumps(dict(
-        model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=D, intermediate_size=F, vocab_size=V, num_hidden_layers=n_layers,
-        num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
-        tie_word_embeddings=False)))
+    (folder / "config.json").write_text(
+        json.dumps(
+            dict(
+                model_type="llama",
+                architectures=["LlamaForCausalLM"],
+                hidden_size=D,
+                intermediate_size=F,
+                vocab_size=V,
+                num_hidden_layers=n_layers,
+                num_attention_heads=H,
+                num_key_value_heads=G,
+                max_position_embeddings=8192,
+                rms_norm_eps=1e-5,
+                rope_theta=10000.0,
+                hidden_act="silu",
+                tie_word_embeddings=False,
+            )
+        )
+    )
     return folder
 
 
 def test_too_big_a_model(tmp_path):
     """Refused by the plan, before anything is allocated, with both sizes."""
-    out = quiet(child("""
+    out = quiet(
+        child(
+            """
 import re
 from vksteer.runtime.device import open_device
 engine, device = open_device()
@@ -156,24 +229,41 @@ try:
 except vs.DeviceError as e:
     print(e)
 assert time.perf_counter() - start < 5 and rss() - before < 100e6 and engine.allocated_bytes == 0
-""", tmp_path, preamble="".join(["import os, sys, time, warnings; warnings.simplefilter('ignore')\nimport numpy as np, vksteer as vs\n",
-                                 "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"])))
+""",
+            tmp_path,
+            preamble="".join(
+                [
+                    (
+                        "import os, sys, time, warnings; warnings.simplefilter('ignore')\nimport"
+                        " numpy as np, vksteer as vs\n"
+                    ),
+                    "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n",
+                ]
+            ),
+        )
+    )
     assert "GB" in out and "free" in out and "smaller" in out
 
 
 def test_too_long_and_too_many(zoo):
-    """Rows longer than the context or than memory are refused with what fits; many rows are cut into micro-batches."""
+    """Rows longer than the context or than memory are refused with what fits; many rows are
+    cut into micro-batches.
+    """
     import vksteer as vs
     from vksteer.runtime.generation import _micro_batches
 
     model = zoo.engine("llama2")
-    for call in (lambda: model.run([[1] * 513]), lambda: model.generate([[1] * 100], max_new_tokens=413, progress=False)):
+    for call in (
+        lambda: model.run([[1] * 513]),
+        lambda: model.generate([[1] * 100], max_new_tokens=413, progress=False),
+    ):
         with pytest.raises(ValueError, match="512"):
             call()
     per_slot = model._engine.plan()["cache_per_token"]
 
     class Small:
         """A model on a device with little memory left."""
+
         _engine = model._engine
 
         class _engine_device:
@@ -184,22 +274,49 @@ def test_too_long_and_too_many(zoo):
     with pytest.raises(ValueError, match="at most 500 tokens fit"):
         list(_micro_batches(Small, [501], None))
     from vksteer.runtime.device import _engine
+
     slots = 2 * model._engine_device.available_bytes // per_slot
     if slots < 2**32:
         with pytest.raises(vs.DeviceError, match="tokens fit"):
             _engine().Cache(model._engine, slots)
 
 
-# -- the driver fails ---------------------------------------------------------------------------------------------------------------------------
+# -- the driver fails ------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory):
     """Environment in which the Vulkan loader is faulty_vulkan.c around the real one."""
     folder = tmp_path_factory.mktemp("faulty")
-    real = next((line.split("=> ")[1] for line in subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout.splitlines()
-                 if "libvulkan.so.1 " in line and "x86-64" in line), None)
-    assert real, "ldconfig knows no libvulkan.so.1 of this machine: run tools/setup.sh run, which installs the Vulkan loader"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / "libvulkan.so.1", HERE / "faulty_vulkan.c", "-ldl"], check=True)
+    real = next(
+        (
+            line.split("=> ")[1]
+            for line in subprocess.run(
+                ["/sbin/ldconfig", "-p"], capture_output=True, text=True
+            ).stdout.splitlines()
+            if "libvulkan.so.1 " in line and "x86-64" in line
+        ),
+        None,
+    )
+    assert real, (
+        "ldconfig knows no libvulkan.so.1 of this machine: run tools/setup.sh run, which installs"
+        " the Vulkan loader"
+    )
+    subprocess.run(
+        [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-Wall",
+            "-Werror",
+            "-o",
+            folder / "libvulkan.so.1",
+            HERE / "faulty_vulkan.c",
+            "-ldl",
+        ],
+        check=True,
+    )
     return {"LD_LIBRARY_PATH": folder, "REAL_VULKAN": real}
 
 
@@ -225,8 +342,13 @@ same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
 def test_every_call_of_the_driver_may_fail(llama, faulty):
-    """The n-th call of each function fails, in loading and in running: DeviceError, nothing is lost or leaked, and the model goes on."""
-    out = quiet(child(FAULTS + """
+    """The n-th call of each function fails, in loading and in running: DeviceError, nothing is lost
+    or leaked, and the model goes on.
+    """
+    out = quiet(
+        child(
+            FAULTS
+            + """
 with load() as model:
     want = work(model)
     device = model._engine_device
@@ -255,15 +377,31 @@ with load() as model:
     assert same(work(model), want)
 assert device.allocated_bytes == 0
 print(sorted(seen.items()))
-""", llama, timeout=280, **faulty))
-    for name in ("vkAllocateMemory", "vkCreateBuffer", "vkQueueSubmit", "vkWaitSemaphores", "vkEndCommandBuffer"):
+""",
+            llama,
+            timeout=280,
+            **faulty,
+        )
+    )
+    for name in (
+        "vkAllocateMemory",
+        "vkCreateBuffer",
+        "vkQueueSubmit",
+        "vkWaitSemaphores",
+        "vkEndCommandBuffer",
+    ):
         assert f"('{name}', 'load')" in out and f"('{name}', 'run')" in out
 
 
 @pytest.mark.parametrize("name", ["vkQueueSubmit", "vkWaitSemaphores", "vkAllocateMemory"])
 def test_a_lost_device_is_an_exception(llama, faulty, name):
-    """From then on every call says so; closing works; other processes are not concerned. A new model in this process needs a new device."""
-    quiet(child(FAULTS + f"""
+    """From then on every call says so; closing works; other processes are not concerned. A new
+    model in this process needs a new device.
+    """
+    quiet(
+        child(
+            FAULTS
+            + f"""
 model = load()
 want = work(model)
 model._cache = None
@@ -279,12 +417,18 @@ kept = model
 kept.close()
 with load() as model:
     assert same(work(model), want), "a new model gets a new device"
-""", llama, **faulty))
+""",
+            llama,
+            **faulty,
+        )
+    )
 
 
 def test_a_damaged_pipeline_cache_costs_time_only(llama, tmp_path):
     """Garbage, cut and read-only caches; and two processes that write at the same time."""
-    quiet(child("""
+    quiet(
+        child(
+            """
 from pathlib import Path
 folder = Path(os.environ["VKSTEER_CACHE"])
 with load() as model:
@@ -298,17 +442,26 @@ with load() as model:
         with load() as other:
             assert other._engine_device is not model._engine_device
             assert np.array_equal(other.run(rows_of(model, 9)).logits, want)
-""", llama, VKSTEER_CACHE=tmp_path))
+""",
+            llama,
+            VKSTEER_CACHE=tmp_path,
+        )
+    )
     quiet(child("with load() as m: m.run(rows_of(m, 3))", llama, VKSTEER_CACHE="/proc/nowhere"))
 
 
-# -- fork, threads, exit ------------------------------------------------------------------------------------------------------------------------
+# -- fork, threads, exit ---------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("leave", ["os._exit(0)", "sys.exit(0)"], ids=["_exit", "exit"])
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "busy"])
 def test_fork(llama, leave, running):
-    """The child gets DeviceError, at once, even when a thread of the parent held the device's lock; the parent goes on, bit for bit."""
-    quiet(child(f"""
+    """The child gets DeviceError, at once, even when a thread of the parent held the device's lock;
+    the parent goes on, bit for bit.
+    """
+    quiet(
+        child(
+            f"""
 import gc, signal, threading
 model = load()
 rows = rows_of(model, 4, 19)
@@ -346,21 +499,31 @@ stop.set()
 if thread:
     thread.join()
 assert np.array_equal(model.run(rows).logits, want)
-""", llama))
+""",
+            llama,
+        )
+    )
 
 
 def test_fork_before_use(llama):
-    quiet(child("""
+    quiet(
+        child(
+            """
 pid = os.fork()
 with load() as model:
     model.run([[1, 2, 3]])
 if pid:
     assert os.waitpid(pid, 0)[1] == 0
-""", llama))
+""",
+            llama,
+        )
+    )
 
 
 def test_threads_get_the_same_bits(llama):
-    quiet(child("""
+    quiet(
+        child(
+            """
 import threading
 sys.setswitchinterval(1e-5)
 model = load()
@@ -383,12 +546,19 @@ threads = [threading.Thread(target=loop, args=(i,)) for i in range(4)]
 for t in threads: t.start()
 for t in threads: t.join()
 assert not wrong, wrong
-""", llama))
+""",
+            llama,
+        )
+    )
 
 
 def test_closing_while_others_run_and_load(llama):
-    """Every thread gets its result or ValueError; nothing crashes, and all device memory comes back."""
-    quiet(child("""
+    """Every thread gets its result or ValueError; nothing crashes, and all
+    device memory comes back.
+    """
+    quiet(
+        child(
+            """
 import threading
 wrong, done = [], []
 first = load()
@@ -420,17 +590,30 @@ first.run([[1, 2]])
 first.close()
 import gc; del model, calls; gc.collect()
 assert device.allocated_bytes == 0, device.allocated_bytes
-""", llama))
+""",
+            llama,
+        )
+    )
 
 
 EXITS = {
     "a live model": "model = load(); model.run([[1, 2, 3]])",
-    "a model in a cycle": "model = load(); model.me = model; run = model.run([[1, 2]], capture='*'); run.model = model; del model",
+    "a model in a cycle": (
+        "model = load(); model.me = model; run = model.run([[1, 2]], capture='*'); run.model ="
+        " model; del model"
+    ),
     "a loaded and never used model": "model = load()",
-    "an engine object in a global of another module": "import builtins; builtins.kept = load(); builtins.kept.run([[1]]); builtins.cache = kept._cache",
+    "an engine object in a global of another module": (
+        "import builtins; builtins.kept = load(); builtins.kept.run([[1]]); builtins.cache ="
+        " kept._cache"
+    ),
     "an exception on the way": "model = load(); model.run([[1]]); sys.exit(0)",
-    "a running thread": "import threading; model = load(); threading.Thread(target=lambda: [model.run(rows_of(model, *[100] * 4)) for _ in range(20)]).start(); time.sleep(0.1)",
-    "a running daemon thread": """
+    "a running thread": (
+        "import threading; model = load(); threading.Thread(target=lambda:"
+        " [model.run(rows_of(model, *[100] * 4)) for _ in range(20)]).start(); time.sleep(0.1)"
+    ),
+    "a running daemon thread": (
+        """
 import threading
 model = load()
 def forever():
@@ -438,8 +621,10 @@ def forever():
         model.run(rows_of(model, *[100] * 4))
 threading.Thread(target=forever, daemon=True).start()
 time.sleep(0.3)
-""",
-    "daemon threads that generate, load and hold long runs": """
+"""
+    ),
+    "daemon threads that generate, load and hold long runs": (
+        """
 import threading
 model = load()
 def forever(call):
@@ -448,7 +633,8 @@ def forever(call):
 for call in (lambda: model.generate(rows_of(model, 5, 9), max_new_tokens=400, progress=False), lambda: load().close(), lambda: model.run(rows_of(model, *[500] * 60))):
     threading.Thread(target=forever, args=(call,), daemon=True).start()
 time.sleep(0.5)
-""",
+"""
+    ),
 }
 
 
@@ -459,7 +645,9 @@ def test_interpreter_exit(llama, what):
 
 
 def test_arrays_outlive_the_model_and_a_closed_model_refuses(llama):
-    quiet(child("""
+    quiet(
+        child(
+            """
 model = load()
 rows = rows_of(model, 7, 12)
 run = model.run(rows, capture=["*"])
@@ -483,10 +671,13 @@ for i, call in enumerate(calls):
     except ValueError as e:
         assert "closed" in str(e), e
 repr(model), model.sites, model.config
-""", llama))
+""",
+            llama,
+        )
+    )
 
 
-# -- signals ------------------------------------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 INTERRUPT = """
 import signal, threading
@@ -501,7 +692,10 @@ def soon(seconds):
 
 
 def test_interrupting_a_long_run_and_a_generation(llama):
-    out = quiet(child(INTERRUPT + """
+    out = quiet(
+        child(
+            INTERRUPT
+            + """
 model = load()
 rows = rows_of(model, 8, 30)
 want = model.run(rows, capture=["*"])
@@ -523,13 +717,19 @@ for call in (lambda: model.run(long, logits="last"), lambda: model.generate(rows
         print(time.monotonic() - sent[0])
     again = model.run(rows, capture=["*"])
     assert np.array_equal(again.logits, want.logits) and all(np.array_equal(again[s], want[s]) for s in want.keys())
-""", llama, timeout=200))
+""",
+            llama,
+            timeout=200,
+        )
+    )
     waits = [float(line) for line in out.splitlines()]
     assert len(waits) == 3 and max(waits) < 1.0, waits
 
 
 def test_interrupting_a_load(llama):
-    quiet(child("""
+    quiet(
+        child(
+            """
 import signal
 from vksteer.runtime.device import open_device
 engine, _ = open_device()
@@ -547,12 +747,19 @@ for step in (1, 5, 9):
 with load() as model:
     model.run([[1, 2]])
 assert engine.allocated_bytes == 0
-""", llama))
+""",
+            llama,
+        )
+    )
 
 
 def test_a_signal_handler_may_not_enter_a_call_again(llama):
-    """It gets RuntimeError for what it tries; the call it interrupted ends as if nothing had been."""
-    quiet(child("""
+    """It gets RuntimeError for what it tries; the call it interrupted ends as
+    if nothing had been.
+    """
+    quiet(
+        child(
+            """
 import gc, signal
 model, spare = load(), load()
 rows = rows_of(model, *[400] * 40)
@@ -577,4 +784,7 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 assert np.array_equal(got, want)
 assert said and sum("signal handler" in s for s in said) >= max(3, len(said) - 3), said  # the last signal may come after the call
 model.run([[1, 2]])
-""", llama))
+""",
+            llama,
+        )
+    )

@@ -1,7 +1,8 @@
-"""The C engine under AddressSanitizer and UndefinedBehaviorSanitizer: the driver cases, and what test_robustness.py does to it.
+"""The C engine under AddressSanitizer and UndefinedBehaviorSanitizer: the driver cases, and what
+test_robustness.py does to it.
 
-Built apart, into build/sanitize; nothing in python/vksteer changes. Leaks are counted by test_robustness.py instead (Python itself is full of blocks
-that live until the end).
+Built apart, into build/sanitize; nothing in python/vksteer changes. Leaks are counted by
+test_robustness.py instead (Python itself is full of blocks that live until the end).
 """
 
 from __future__ import annotations
@@ -24,39 +25,123 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory) -> dict:
     """Environment in which `import vksteer` gives the sanitized engine."""
-    library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    library = subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if not os.path.isabs(library):
-        macros = subprocess.run(["cc", "-dM", "-E", "-x", "c", "/dev/null"], capture_output=True, text=True, check=True).stdout
-        assert "__clang__" in macros, "this gcc has no libasan: run tools/setup.sh test, whose gcc brings it, or install the distribution's libasan"
-        pytest.skip("cc is clang, whose sanitizers are no library to be loaded before Python: this takes gcc's")
+        macros = subprocess.run(
+            ["cc", "-dM", "-E", "-x", "c", "/dev/null"], capture_output=True, text=True, check=True
+        ).stdout
+        assert "__clang__" in macros, (
+            "this gcc has no libasan: run tools/setup.sh test, whose gcc brings it, or install the"
+            " distribution's libasan"
+        )
+        pytest.skip(
+            "cc is clang, whose sanitizers are no library to be loaded before Python: this takes"
+            " gcc's"
+        )
     bin, build = Path(sys.executable).parent, ROOT / "build/sanitize"
-    subprocess.run([bin / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={bin / 'ninja'}", f"-DPython_EXECUTABLE={sys.executable}",
-                    "-DVKSTEER_SANITIZE=address,undefined"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            bin / "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            build,
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={bin / 'ninja'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            "-DVKSTEER_SANITIZE=address,undefined",
+        ],
+        check=True,
+        capture_output=True,
+    )
     subprocess.run([bin / "cmake", "--build", build, "-j2"], check=True, capture_output=True)
     package = tmp_path_factory.mktemp("sanitized") / "vksteer"
-    shutil.copytree(ROOT / "python/vksteer", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "python/vksteer", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     shutil.copy(build / "_engine.abi3.so", package)
-    return {"PYTHONPATH": str(package.parent), "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:allocator_may_return_null=1",
-            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1", "PYTHONMALLOC": "malloc"}
+    return {
+        "PYTHONPATH": str(package.parent),
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "PYTHONMALLOC": "malloc",
+    }
 
 
 def test_the_sanitizer_is_awake(sanitized):
-    done = child("import vksteer._engine as e; print(e.__file__); import ctypes; ctypes.string_at(ctypes.create_string_buffer(8), 4096)", **sanitized)
-    assert "AddressSanitizer" in done.stderr and done.returncode == 99 and sanitized["PYTHONPATH"] in done.stdout, done.stderr[-2000:]
+    done = child(
+        "import vksteer._engine as e; print(e.__file__); import ctypes;"
+        " ctypes.string_at(ctypes.create_string_buffer(8), 4096)",
+        **sanitized,
+    )
+    assert (
+        "AddressSanitizer" in done.stderr
+        and done.returncode == 99
+        and sanitized["PYTHONPATH"] in done.stdout
+    ), done.stderr[-2000:]
 
 
-def test_driver_cases(sanitized, folders):  # noqa: F811
-    quiet(child("import sys; sys.path.insert(0, 'tests'); import driver_cases; driver_cases.main(sys.argv[1:])", *folders, preamble="", timeout=900, **sanitized))
+def test_driver_cases(sanitized, folders):
+    quiet(
+        child(
+            "import sys; sys.path.insert(0, 'tests'); import driver_cases;"
+            " driver_cases.main(sys.argv[1:])",
+            *folders,
+            preamble="",
+            timeout=900,
+            **sanitized,
+        )
+    )
 
 
-@pytest.mark.parametrize("file, chosen", [
-    # Not a fork beside a running thread: the sanitizer's own allocator may be locked there, which the C library's sees to.
-    ("test_robustness.py", "fail or lost or (fork and not busy) or bits or closing or interpreter or outlive or interrupting or handler or damaged"),
-    ("test_model_files.py", ""), ("test_gguf_files.py", "")])
+@pytest.mark.parametrize(
+    "file, chosen",
+    [
+        # Not a fork beside a running thread: the sanitizer's own allocator may be locked there,
+        # which the C library's sees to.
+        (
+            "test_robustness.py",
+            (
+                "fail or lost or (fork and not busy) or bits or closing or interpreter or outlive"
+                " or interrupting or handler or damaged"
+            ),
+        ),
+        ("test_model_files.py", ""),
+        ("test_gguf_files.py", ""),
+    ],
+)
 def test_the_suite(sanitized, file, chosen):
-    """Children of test_robustness.py, or the whole process where no torch is needed, run the sanitized engine."""
-    env = os.environ | {"CHILD_ENVIRONMENT": json.dumps(sanitized)} if file == "test_robustness.py" else os.environ | sanitized
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout=900", *(["-k", chosen] if chosen else []),
-                           str(ROOT / "tests" / file)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1700)
-    assert done.returncode == 0 and "AddressSanitizer" not in done.stdout + done.stderr, (done.stdout + done.stderr)[-8000:]
+    """Children of test_robustness.py, or the whole process where no torch is needed, run
+    the sanitized engine.
+    """
+    env = (
+        os.environ | {"CHILD_ENVIRONMENT": json.dumps(sanitized)}
+        if file == "test_robustness.py"
+        else os.environ | sanitized
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            "--timeout=900",
+            *(["-k", chosen] if chosen else []),
+            str(ROOT / "tests" / file),
+        ],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1700,
+    )
+    assert done.returncode == 0 and "AddressSanitizer" not in done.stdout + done.stderr, (
+        done.stdout + done.stderr
+    )[-8000:]
     assert "runtime error" not in done.stdout + done.stderr

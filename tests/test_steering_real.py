@@ -1,7 +1,9 @@
-"""Difference in means, scores and selection through the engine, against a float64 twin: the oracle's own forward pass, one prompt at a time.
+"""Difference in means, scores and selection through the engine, against a float64 twin: the
+oracle's own forward pass, one prompt at a time.
 
-Random models of several families (token prompts) and the bundled tiny chat models (the toy world's prompts). Bound: 2e-3, of the largest value for
-vectors, absolute for KL, and of max(1, largest) for the refusal metric, which is a logit.
+Random models of several families (token prompts) and the bundled tiny chat models (the toy world's
+prompts). Bound: 2e-3, of the largest value for vectors, absolute for KL, and of max(1, largest) for
+the refusal metric, which is a logit.
 """
 
 from __future__ import annotations
@@ -23,10 +25,18 @@ BOUND = 2e-3
 
 
 class Case:
-    """A model through the engine, its oracle, and prompts as token lists: train and validation, harmful and harmless."""
+    """A model through the engine, its oracle, and prompts as token lists: train and validation,
+    harmful and harmless.
+    """
 
     def __init__(self, model, reference, train, validation, positions):
-        self.model, self.reference, self.train, self.validation, self.positions = model, reference, train, validation, positions
+        self.model, self.reference, self.train, self.validation, self.positions = (
+            model,
+            reference,
+            train,
+            validation,
+            positions,
+        )
 
     def forward(self, tokens, edits=(), keep=False):
         import torch
@@ -52,13 +62,19 @@ def cases(zoo):
             from oracle.reference import Reference
 
             model = vs.Model.from_pretrained(name, dtype="float32")
-            draw = lambda split, n: tuple(model.chat_tokens(prompts) for prompts in data.tiny_pair(split, n))
-            made[name] = Case(model, Reference(BUNDLED / name), draw("train", 12), draw("validation", 6), None)
+            draw = lambda split, n: tuple(
+                model.chat_tokens(prompts) for prompts in data.tiny_pair(split, n)
+            )
+            made[name] = Case(
+                model, Reference(BUNDLED / name), draw("train", 12), draw("validation", 6), None
+            )
         else:
             rng = np.random.default_rng(sum(name.encode()))
             V = zoo.reference(name).facts.d_vocab
             # Two classes that differ: the second half of the vocabulary is "harmful".
-            draw = lambda n, low, high: [rng.integers(low, high, k).tolist() + [1, 2] for k in rng.integers(3, 20, n)]
+            draw = lambda n, low, high: [
+                rng.integers(low, high, k).tolist() + [1, 2] for k in rng.integers(3, 20, n)
+            ]
             pair = lambda n: (draw(n, V // 2, V), draw(n, 3, V // 2))
             made[name] = Case(zoo.engine(name), zoo.reference(name), pair(7), pair(5), [-2, -1])
         return made[name]
@@ -70,7 +86,9 @@ def cases(zoo):
 
 
 def candidates(case):
-    return steering.difference_in_means(case.model, *case.train, positions=case.positions, progress=False)
+    return steering.difference_in_means(
+        case.model, *case.train, positions=case.positions, progress=False
+    )
 
 
 @pytest.mark.parametrize("name", RANDOM + TINY)
@@ -80,13 +98,24 @@ def test_difference_in_means(cases, name):
     L = case.reference.facts.n_layers
     means = []
     for prompts in case.train:
-        rows = [[case.forward(tokens, keep=True).sites[f"blocks.{l}.hook_resid_pre"].numpy()[cands.positions] for l in range(L)] for tokens in prompts]
+        rows = [
+            [
+                case.forward(tokens, keep=True)
+                .sites[f"blocks.{l}.hook_resid_pre"]
+                .numpy()[cands.positions]
+                for l in range(L)
+            ]
+            for tokens in prompts
+        ]
         means.append(np.mean(rows, axis=0).swapaxes(0, 1))
     want = means[0] - means[1]
     assert cands.vectors.shape == want.shape
     for p, l in np.ndindex(want.shape[:2]):
         worst = np.abs(cands.vectors[p, l] - want[p, l]).max()
-        assert worst <= BOUND * np.abs(want[p, l]).max(), f"{name}, position {cands.positions[p]}, layer {l}: {worst:.3g} of {np.abs(want[p, l]).max():.3g}"
+        assert worst <= BOUND * np.abs(want[p, l]).max(), (
+            f"{name}, position {cands.positions[p]}, layer {l}: {worst:.3g} of"
+            f" {np.abs(want[p, l]).max():.3g}"
+        )
 
 
 @pytest.mark.parametrize("name", RANDOM + TINY)
@@ -108,11 +137,18 @@ def test_scores(cases, name):
         for l in layers:
             v = cands.vector(int(cands.positions[p]), l)
             ablated = [case.probabilities(t, [Ablate(v)]) for t in harmless]
-            want = {"bypass": metric(harmful, [Steer(v, -1.0)]), "induce": metric(harmless, [Steer(v, 1.0)]),
-                    "bypass_ablation": metric(harmful, [Ablate(v)]), "kl": np.mean([(a * np.log(a / b)).sum() for a, b in zip(base, ablated)])}
+            want = {
+                "bypass": metric(harmful, [Steer(v, -1.0)]),
+                "induce": metric(harmless, [Steer(v, 1.0)]),
+                "bypass_ablation": metric(harmful, [Ablate(v)]),
+                "kl": np.mean([(a * np.log(a / b)).sum() for a, b in zip(base, ablated)]),
+            }
             for score, value in want.items():
                 got = getattr(table, score)[p, l]
-                assert abs(got - value) <= BOUND * max(1.0, abs(value)), f"{name}, {score}, position {cands.positions[p]}, layer {l}: {got} against {value}"
+                assert abs(got - value) <= BOUND * max(1.0, abs(value)), (
+                    f"{name}, {score}, position {cands.positions[p]}, layer {l}: {got} against"
+                    f" {value}"
+                )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "tiny-llama-chat"])
@@ -139,7 +175,10 @@ def test_selection_is_the_rule_on_the_whole_table(cases, name):
         p, l = steering.choose(np.where(zero, np.nan, bypass), full.induce, full.kl, criterion)
         v = cands.select(*case.validation, criterion=criterion, progress=False)
         assert (v.position, v.layer) == (cands.positions[p], l)
-        assert v.meta["selection"]["kl"] == full.kl[p, l] and v.meta["selection"]["refusal_token_texts"]
+        assert (
+            v.meta["selection"]["kl"] == full.kl[p, l]
+            and v.meta["selection"]["refusal_token_texts"]
+        )
         assert len(cands.rejected) < zero.size
 
 
@@ -151,19 +190,52 @@ def test_refusals_of_the_tiny_models_begin_with_i(cases, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_small_table_one_layer_at_a_time(cases, name):
-    """Frozen generation itself is checked token for token in test_freezing.py; here the table and per-layer freezing on a real chat model."""
+    """Frozen generation itself is checked token for token in test_freezing.py; here the table and
+    per-layer freezing on a real chat model.
+    """
     from vksteer.freezing import ablation_table
 
     case = cases(name)
     v = candidates(case).vector(-1, case.model.config.n_layers // 2)
     harmful, harmless = data.tiny_pair("test", 3)
-    whole = ablation_table(case.model, v, harmful, harmless, 1.0, max_new_tokens=12, random_control=1, progress=False)
-    assert len(whole) == 8 and all(row.harmless.n == row.harmful.n == 3 and round(3 * row.harmless.asr, 9) in (0, 1, 2, 3) for row in whole)
+    whole = ablation_table(
+        case.model, v, harmful, harmless, 1.0, max_new_tokens=12, random_control=1, progress=False
+    )
+    assert len(whole) == 8 and all(
+        row.harmless.n == row.harmful.n == 3 and round(3 * row.harmless.asr, 9) in (0, 1, 2, 3)
+        for row in whole
+    )
     last = case.model.config.n_layers - 1
-    single = ablation_table(case.model, v, harmful, harmless, 1.0, max_new_tokens=12, layers=[last], random_control=0, progress=False)
-    assert single["none"].harmless == whole["none"].harmless and single.texts["none"] == whole.texts["none"]
+    single = ablation_table(
+        case.model,
+        v,
+        harmful,
+        harmless,
+        1.0,
+        max_new_tokens=12,
+        layers=[last],
+        random_control=0,
+        progress=False,
+    )
+    assert (
+        single["none"].harmless == whole["none"].harmless
+        and single.texts["none"] == whole.texts["none"]
+    )
     # At the vector's own last layer, freezing that one layer is freezing them all.
     at_last = candidates(case).vector(-1, last)
-    both = [ablation_table(case.model, at_last, harmful, harmless, 1.0, max_new_tokens=12, layers=l, random_control=0, progress=False) for l in (None, [last])]
+    both = [
+        ablation_table(
+            case.model,
+            at_last,
+            harmful,
+            harmless,
+            1.0,
+            max_new_tokens=12,
+            layers=l,
+            random_control=0,
+            progress=False,
+        )
+        for l in (None, [last])
+    ]
     for ablation in ("QK", "OV", "SVV", "MLP direct", "MLP"):
         assert both[0].texts[ablation] == both[1].texts[f"{ablation} {last}"]

@@ -19,5 +19,7 @@ def test_the_stub_and_the_module_agree():
     constants = {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign)}
     assert functions | set(classes) | constants == public(dir(_engine))
     for name, node in classes.items():
-        members = {m.name for m in node.body if isinstance(m, ast.FunctionDef)} | {m.target.id for m in node.body if isinstance(m, ast.AnnAssign)}
+        members = {m.name for m in node.body if isinstance(m, ast.FunctionDef)} | {
+            m.target.id for m in node.body if isinstance(m, ast.AnnAssign)
+        }
         assert public(members) == public(vars(getattr(_engine, name))), name

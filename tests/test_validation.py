@@ -1,7 +1,9 @@
-"""The Khronos validation layers have nothing to say: core and synchronisation validation in the default suite, GPU-assisted with --long.
+"""The Khronos validation layers have nothing to say: core and synchronisation validation in the
+default suite, GPU-assisted with --long.
 
-Synchronisation validation follows copies, fills and texel buffers, not what a shader reads through a buffer address (no layer can); there the order of
-the record rests on the full barrier after every command, and `test_ops.py` and `test_bits.py` show its results. A small C program with two known
+Synchronisation validation follows copies, fills and texel buffers, not what a shader reads through
+a buffer address (no layer can); there the order of the record rests on the full barrier after every
+command, and `test_ops.py` and `test_bits.py` show its results. A small C program with two known
 mistakes shows that both layers are there and awake.
 """
 
@@ -59,22 +61,61 @@ int main(void) {
 def layers(enables) -> dict:
     folder = tool("validation_layers")
     # Older layers read VK_LAYER_ENABLES, newer ones VK_VALIDATION_* and VK_KHRONOS_VALIDATION_*.
-    sync = {f"{p}_VALIDATE_SYNC": "true" for p in ("VK_VALIDATION", "VK_KHRONOS_VALIDATION")} if enables == CORE_AND_SYNC else {}
-    return environment("lavapipe 16") | {"VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation", "VK_LAYER_PATH": folder, "VK_LAYER_ENABLES": enables, **sync}
+    sync = (
+        {f"{p}_VALIDATE_SYNC": "true" for p in ("VK_VALIDATION", "VK_KHRONOS_VALIDATION")}
+        if enables == CORE_AND_SYNC
+        else {}
+    )
+    return environment("lavapipe 16") | {
+        "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation",
+        "VK_LAYER_PATH": folder,
+        "VK_LAYER_ENABLES": enables,
+        **sync,
+    }
 
 
 def messages(text) -> list[str]:
-    return [line for line in text.splitlines() if any(w in line for w in ("VUID-", "SYNC-HAZARD", "UNASSIGNED-", "Validation Error", "Validation Warning"))]
+    return [
+        line
+        for line in text.splitlines()
+        if any(
+            w in line
+            for w in (
+                "VUID-",
+                "SYNC-HAZARD",
+                "UNASSIGNED-",
+                "Validation Error",
+                "Validation Warning",
+            )
+        )
+    ]
 
 
 def test_the_layers_are_awake(tmp_path):
-    """A program with a hazard and an invalid size is caught at both, in the environment of the tests below."""
+    """A program with a hazard and an invalid size is caught at both, in the
+    environment of the tests below.
+    """
     (tmp_path / "mistakes.c").write_text(MISTAKES)
-    subprocess.run(["cc", "-I", ROOT / ".tools/vulkan/usr/include", tmp_path / "mistakes.c", "-l:libvulkan.so.1", "-o", tmp_path / "mistakes"], check=True)
+    subprocess.run(
+        [
+            "cc",
+            "-I",
+            ROOT / ".tools/vulkan/usr/include",
+            tmp_path / "mistakes.c",
+            "-l:libvulkan.so.1",
+            "-o",
+            tmp_path / "mistakes",
+        ],
+        check=True,
+    )
     env = dict(os.environ) | {k: str(v) for k, v in layers(CORE_AND_SYNC).items() if v is not None}
     done = subprocess.run([tmp_path / "mistakes"], env=env, capture_output=True, text=True)
     said = "\n".join(messages(done.stdout + done.stderr))
-    assert done.returncode == 0 and "SYNC-HAZARD-WRITE-AFTER-WRITE" in said and "VUID-vkCmdFillBuffer-size" in said
+    assert (
+        done.returncode == 0
+        and "SYNC-HAZARD-WRITE-AFTER-WRITE" in said
+        and "VUID-vkCmdFillBuffer-size" in said
+    )
 
 
 WORK = """
@@ -96,18 +137,28 @@ print("done")
 
 
 def silent(enables, folders, timeout):
-    done = child("sys.path.insert(0, 'tests')\n" + WORK, "unused", *folders, timeout=timeout, **layers(enables))
+    done = child(
+        "sys.path.insert(0, 'tests')\n" + WORK,
+        "unused",
+        *folders,
+        timeout=timeout,
+        **layers(enables),
+    )
     said = messages(done.stdout + done.stderr)
     assert not said, f"{len(said)} messages, first:\n" + "\n".join(said[:10])
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("done") and not done.stderr, done.stderr[-4000:]
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("done") and not done.stderr, (
+        done.stderr[-4000:]
+    )
 
 
-def test_core_and_synchronisation_validation_are_silent(folders):  # noqa: F811
+def test_core_and_synchronisation_validation_are_silent(folders):
     silent(CORE_AND_SYNC, folders, 280)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_gpu_assisted_validation_is_silent(folders):  # noqa: F811
-    """Every address that a shader uses is checked against the buffers that live. Instrumented kernels take minutes to compile on lavapipe."""
+def test_gpu_assisted_validation_is_silent(folders):
+    """Every address that a shader uses is checked against the buffers that live. Instrumented
+    kernels take minutes to compile on lavapipe.
+    """
     silent(GPU_ASSISTED, folders[:1], 1700)

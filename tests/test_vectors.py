@@ -1,4 +1,6 @@
-"""Steering vectors: what is refused, algebra, provenance, round trips, GGUF against the gguf package's own writer and reader, hostile files."""
+"""Steering vectors: what is refused, algebra, provenance, round trips, GGUF against the gguf
+package's own writer and reader, hostile files.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vksteer.errors import ModelError
 from vksteer.base.provenance import digest
+from vksteer.errors import ModelError
 from vksteer.inputs.vectors import SteeringVector
 
 ENDINGS = ("safetensors", "npz", "gguf")
@@ -22,21 +24,37 @@ ENDINGS = ("safetensors", "npz", "gguf")
 
 @pytest.fixture
 def vector(rng):
-    return SteeringVector(rng.standard_normal(37), 5, position=-4, method="dim",
-                          meta={"model_hash": "ab" * 32, "prompts": {"n": 64}, "architecture": "llama", "note": "Größe ’quoted’"})
+    return SteeringVector(
+        rng.standard_normal(37),
+        5,
+        position=-4,
+        method="dim",
+        meta={
+            "model_hash": "ab" * 32,
+            "prompts": {"n": 64},
+            "architecture": "llama",
+            "note": "Größe ’quoted’",
+        },
+    )
 
 
 def config(width=37, layers=8):
     return SimpleNamespace(d_model=width, n_layers=layers, architecture="llama")
 
 
-# -- the object -----------------------------------------------------------------------------------------------------------------------------
+# -- the object ------------------------------------------------------------------------------------
+
 
 def test_direction_is_an_owned_read_only_float32_row(rng):
     mine = rng.standard_normal(9)
     v = SteeringVector(mine, np.int64(3))
     mine[:] = 0
-    assert v.direction.dtype == np.float32 and v.direction.flags.c_contiguous and v.direction.any() and type(v.layer) is int
+    assert (
+        v.direction.dtype == np.float32
+        and v.direction.flags.c_contiguous
+        and v.direction.any()
+        and type(v.layer) is int
+    )
     with pytest.raises(ValueError):
         v.direction[0] = 1
     with pytest.raises(TypeError):
@@ -45,10 +63,23 @@ def test_direction_is_an_owned_read_only_float32_row(rng):
         v.layer = 4
 
 
-@pytest.mark.parametrize("direction, layer, more, says", [
-    ([1.0, np.nan], 1, {}, "entry 1 is nan"), ([np.inf, 1.0], 1, {}, "entry 0 is inf"), ([1e300, 1.0], 1, {}, "finite in float32"),
-    ([[1.0, 2.0]], 1, {}, "one row"), ([], 1, {}, "one row"), (3.0, 1, {}, "one row"), ([1.0], -1, {}, "-1"), ([1.0], 1.5, {}, "1.5"),
-    ([1.0], True, {}, "True"), ([1.0], "2", {}, "'2'"), ([1.0], 1, {"position": 0.5}, "0.5"), ([1.0], 1, {"meta": {"f": print}}, "JSON")])
+@pytest.mark.parametrize(
+    "direction, layer, more, says",
+    [
+        ([1.0, np.nan], 1, {}, "entry 1 is nan"),
+        ([np.inf, 1.0], 1, {}, "entry 0 is inf"),
+        ([1e300, 1.0], 1, {}, "finite in float32"),
+        ([[1.0, 2.0]], 1, {}, "one row"),
+        ([], 1, {}, "one row"),
+        (3.0, 1, {}, "one row"),
+        ([1.0], -1, {}, "-1"),
+        ([1.0], 1.5, {}, "1.5"),
+        ([1.0], True, {}, "True"),
+        ([1.0], "2", {}, "'2'"),
+        ([1.0], 1, {"position": 0.5}, "0.5"),
+        ([1.0], 1, {"meta": {"f": print}}, "JSON"),
+    ],
+)
 def test_bad_arguments_are_refused(direction, layer, more, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")):
         SteeringVector(direction, layer, **more)
@@ -63,8 +94,18 @@ def test_algebra(vector):
     np.testing.assert_array_equal((vector / 4).direction, d / 4)
     assert vector.norm == pytest.approx(np.linalg.norm(d.astype(np.float64)))
     assert vector.with_norm(3.0).norm == pytest.approx(3.0, rel=1e-6)
-    assert (-(0.5 * vector)).meta["scaled_by"] == -0.5 and (-vector).layer == 5 and (-vector).position == -4 and (-vector).method == "dim"
-    for wrong in (lambda: vector * vector, lambda: vector * "2", lambda: vector * True, lambda: vector * d):
+    assert (
+        (-(0.5 * vector)).meta["scaled_by"] == -0.5
+        and (-vector).layer == 5
+        and (-vector).position == -4
+        and (-vector).method == "dim"
+    )
+    for wrong in (
+        lambda: vector * vector,
+        lambda: vector * "2",
+        lambda: vector * True,
+        lambda: vector * d,
+    ):
         with pytest.raises(TypeError):
             wrong()
     for wrong in (lambda: vector * np.nan, lambda: vector / 0, lambda: (0.0 * vector).with_norm(1)):
@@ -73,10 +114,19 @@ def test_algebra(vector):
 
 
 def test_cosine(vector, rng):
-    assert vector.cosine(vector) == pytest.approx(1) and vector.cosine(-2 * vector) == pytest.approx(-1)
+    assert vector.cosine(vector) == pytest.approx(1) and vector.cosine(
+        -2 * vector
+    ) == pytest.approx(-1)
     u = rng.standard_normal(37)
-    want = u @ vector.direction / np.linalg.norm(u) / np.linalg.norm(vector.direction.astype(np.float64))
-    assert vector.cosine(u) == pytest.approx(want) and vector.cosine(SteeringVector(u, 1)) == pytest.approx(want, abs=1e-6)
+    want = (
+        u
+        @ vector.direction
+        / np.linalg.norm(u)
+        / np.linalg.norm(vector.direction.astype(np.float64))
+    )
+    assert vector.cosine(u) == pytest.approx(want) and vector.cosine(
+        SteeringVector(u, 1)
+    ) == pytest.approx(want, abs=1e-6)
     with pytest.raises(ValueError, match="37"):
         vector.cosine(np.ones(36))
     with pytest.raises(ValueError, match="zero"):
@@ -86,7 +136,12 @@ def test_cosine(vector, rng):
 def test_copies(vector):
     for twin in (copy.deepcopy(vector), pickle.loads(pickle.dumps(vector))):
         np.testing.assert_array_equal(twin.direction, vector.direction)
-        assert (twin.layer, twin.position, twin.method, dict(twin.meta)) == (5, -4, "dim", dict(vector.meta))
+        assert (twin.layer, twin.position, twin.method, dict(twin.meta)) == (
+            5,
+            -4,
+            "dim",
+            dict(vector.meta),
+        )
 
 
 def test_check_against_a_model(vector):
@@ -104,12 +159,15 @@ def test_digest_depends_on_content_alone():
     assert digest("a", [1, 2]) == digest("a", np.array([1, 2])) != digest("a", [2, 1])
 
 
-# -- round trips ------------------------------------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("width", [1, 7, 33, 256])
 def test_round_trip(tmp_path, rng, ending, width):
-    v = SteeringVector(rng.standard_normal(width), 2, position=-1, method="ntp", meta={"a": [1, {"b": "Größe ’"}]})
+    v = SteeringVector(
+        rng.standard_normal(width), 2, position=-1, method="ntp", meta={"a": [1, {"b": "Größe ’"}]}
+    )
     path = tmp_path / f"v.{ending}"
     for again in (v, 2 * v):  # saving twice replaces the file
         again.save(path)
@@ -150,16 +208,25 @@ def test_what_is_not_saved(tmp_path, vector):
 def test_warns_when_it_is_of_another_model(tmp_path, vector):
     vector.save(tmp_path / "v.safetensors")
     with pytest.warns(UserWarning, match="another model"):
-        SteeringVector.load(tmp_path / "v.safetensors", model=SimpleNamespace(config=config(), fingerprint="ef" * 32))
+        SteeringVector.load(
+            tmp_path / "v.safetensors",
+            model=SimpleNamespace(config=config(), fingerprint="ef" * 32),
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SteeringVector.load(tmp_path / "v.safetensors", model=SimpleNamespace(config=config(), fingerprint="ab" * 32))
+        SteeringVector.load(
+            tmp_path / "v.safetensors",
+            model=SimpleNamespace(config=config(), fingerprint="ab" * 32),
+        )
 
 
-# -- the off-by-one, against the gguf package ------------------------------------------------------------------------------------------------------
+# -- the off-by-one, against the gguf package ------------------------------------------------------
+
 
 def write_control_vector(path, directions, dtype=np.float32, hint="llama"):
-    """As llama.cpp's own tools do it, with the gguf package: {N: direction added to the output of block N}."""
+    """As llama.cpp's own tools do it, with the gguf package: {N: direction added to
+    the output of block N}.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "controlvector")
@@ -180,7 +247,11 @@ def test_what_we_write_the_gguf_package_reads(tmp_path, vector):
     vector.save(tmp_path / "v.gguf")
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     text = lambda key: bytes(reader.get_field(key).parts[-1]).decode()
-    assert text("general.architecture") == "controlvector" and text("controlvector.model_hint") == "llama" and text("vksteer.operation") == "add"
+    assert (
+        text("general.architecture") == "controlvector"
+        and text("controlvector.model_hint") == "llama"
+        and text("vksteer.operation") == "add"
+    )
     assert reader.get_field("controlvector.layer_count").parts[-1][0] == 1
     (tensor,) = reader.tensors
     assert tensor.name == "direction.4"  # resid_pre of layer 5 is the output of block 4
@@ -239,7 +310,8 @@ def test_other_gguf_files_are_refused(tmp_path, rng):
         SteeringVector.load(tmp_path / "llama.gguf")
 
 
-# -- hostile files -----------------------------------------------------------------------------------------------------------------------------------
+# -- hostile files ---------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_truncation_is_refused(tmp_path, vector, ending):
@@ -256,7 +328,9 @@ def test_every_truncation_is_refused(tmp_path, vector, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_damaged_bytes_never_do_more_than_raise(tmp_path, vector, rng, ending):
-    """Six hundred flipped bytes and runs of 0xff: a ModelError, a ValueError of the arguments, or a vector; nothing else, and no big allocation."""
+    """Six hundred flipped bytes and runs of 0xff: a ModelError, a ValueError of the arguments, or a
+    vector; nothing else, and no big allocation.
+    """
     path = tmp_path / f"v.{ending}"
     vector.save(path)
     data = path.read_bytes()
@@ -264,7 +338,11 @@ def test_damaged_bytes_never_do_more_than_raise(tmp_path, vector, rng, ending):
     for i in range(600):
         hurt = bytearray(data)
         at, n = int(rng.integers(len(data))), int(rng.integers(1, 9))
-        hurt[at:at + n] = b"\xff" * len(hurt[at:at + n]) if i % 2 else bytes(rng.integers(0, 256, len(hurt[at:at + n]), dtype=np.uint8))
+        hurt[at : at + n] = (
+            b"\xff" * len(hurt[at : at + n])
+            if i % 2
+            else bytes(rng.integers(0, 256, len(hurt[at : at + n]), dtype=np.uint8))
+        )
         path.write_bytes(hurt)
         try:
             v = SteeringVector.load(path)
@@ -289,12 +367,30 @@ def test_trailing_bytes(tmp_path, vector, ending):
 
 def test_gguf_with_absurd_counts(tmp_path):
     cases = {
-        "tensors": struct.pack("<4sIQQ", b"GGUF", 3, 1 << 60, 0), "fields": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60),
+        "tensors": struct.pack("<4sIQQ", b"GGUF", 3, 1 << 60, 0),
+        "fields": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60),
         "string": struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, (1 << 64) - 1) + b"x" * 64,
-        "array": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 0, 1 << 62),
-        "nested": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 9, 1) * 9,
-        "shape": struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + struct.pack("<Q", 11) + b"direction.1" + struct.pack("<IQQIQ", 2, 1 << 33, 1 << 33, 0, 0),
-        "big endian": struct.pack(">4sIQQ", b"GGUF", 3, 1, 1), "magic": b"GGML" + bytes(60), "empty": b"",
+        "array": (
+            struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+            + struct.pack("<Q", 1)
+            + b"a"
+            + struct.pack("<IIQ", 9, 0, 1 << 62)
+        ),
+        "nested": (
+            struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+            + struct.pack("<Q", 1)
+            + b"a"
+            + struct.pack("<IIQ", 9, 9, 1) * 9
+        ),
+        "shape": (
+            struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
+            + struct.pack("<Q", 11)
+            + b"direction.1"
+            + struct.pack("<IQQIQ", 2, 1 << 33, 1 << 33, 0, 0)
+        ),
+        "big endian": struct.pack(">4sIQQ", b"GGUF", 3, 1, 1),
+        "magic": b"GGML" + bytes(60),
+        "empty": b"",
     }
     for data in cases.values():
         (tmp_path / "v.gguf").write_bytes(data)
@@ -315,7 +411,14 @@ def npy(array, allow_pickle=False):
 
 
 def test_npz_neither_unpickles_nor_believes_shapes(tmp_path):
-    facts = {"format": "vksteer.steering_vector", "version": "1", "layer": "3", "position": "", "method": "", "meta": "{}"}
+    facts = {
+        "format": "vksteer.steering_vector",
+        "version": "1",
+        "layer": "3",
+        "position": "",
+        "method": "",
+        "meta": "{}",
+    }
     texts = {k: npy(np.array(v)) for k, v in facts.items()}
     path = tmp_path / "v.npz"
 
@@ -326,8 +429,14 @@ def test_npz_neither_unpickles_nor_believes_shapes(tmp_path):
     good = npy(np.ones(4, np.float32))
     lying = good.replace(b"(4,)", b"(9999999999,)").replace(b" " * 10, b"", 1)
     cases = {
-        "pickle": npy(np.array([Bomb()], dtype=object), allow_pickle=True), "lying shape": lying, "complex": npy(np.ones(3, complex)),
-        "matrix": npy(np.ones((2, 2))), "bomb": npy(np.zeros(40_000_000, np.float32)), "text": npy(np.array("x")), "no npy": b"hello"}
+        "pickle": npy(np.array([Bomb()], dtype=object), allow_pickle=True),
+        "lying shape": lying,
+        "complex": npy(np.ones(3, complex)),
+        "matrix": npy(np.ones((2, 2))),
+        "bomb": npy(np.zeros(40_000_000, np.float32)),
+        "text": npy(np.array("x")),
+        "no npy": b"hello",
+    }
     for direction in cases.values():
         npz(path, direction=direction, **texts)
         with pytest.raises(ModelError):
@@ -351,12 +460,24 @@ def test_npz_neither_unpickles_nor_believes_shapes(tmp_path):
 def test_safetensors_of_others_are_refused(tmp_path):
     from safetensors.numpy import save_file
 
-    ours = {"format": "vksteer.steering_vector", "version": "1", "layer": "3", "position": "", "method": "", "meta": "{}"}
+    ours = {
+        "format": "vksteer.steering_vector",
+        "version": "1",
+        "layer": "3",
+        "position": "",
+        "method": "",
+        "meta": "{}",
+    }
     path = tmp_path / "v.safetensors"
-    for tensors, metadata in [({"w": np.ones(3, np.float32)}, None), ({"w": np.ones(3, np.float32)}, ours),
-                              ({"direction": np.ones((1, 3), np.float32)}, ours), ({"direction": np.ones(3, np.float64)}, ours),
-                              ({"direction": np.ones(3, np.float32)}, ours | {"version": "2"}), ({"direction": np.ones(3, np.float32)}, ours | {"layer": "-1"}),
-                              ({"direction": np.array([1, np.nan], np.float32)}, ours)]:
+    for tensors, metadata in [
+        ({"w": np.ones(3, np.float32)}, None),
+        ({"w": np.ones(3, np.float32)}, ours),
+        ({"direction": np.ones((1, 3), np.float32)}, ours),
+        ({"direction": np.ones(3, np.float64)}, ours),
+        ({"direction": np.ones(3, np.float32)}, ours | {"version": "2"}),
+        ({"direction": np.ones(3, np.float32)}, ours | {"layer": "-1"}),
+        ({"direction": np.array([1, np.nan], np.float32)}, ours),
+    ]:
         save_file(tensors, path, metadata=metadata)
         with pytest.raises(ModelError):
             SteeringVector.load(path)

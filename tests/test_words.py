@@ -228,7 +228,7 @@ def paths_in(text: str) -> list[tuple[int, str]]:
             for word in re.split(r"[\s,;()=\"']+", code):
                 word = re.sub(r"^vksteer/(?=.*\.py)", "python/vksteer/", word.rstrip(".:"))
                 word = re.sub(r"<\w+>", "*", re.sub(r":\d+$", "", word))
-                if word.split("/")[0] in TOP and "/" in word or FILE.fullmatch(word):
+                if (word.split("/")[0] in TOP and "/" in word) or FILE.fullmatch(word):
                     found.append((i, word))
     return found
 

@@ -1,9 +1,10 @@
-"""Prints apt sources (deb822) for the suites named, taken from the machine's own sources: same addresses, same keys, nothing written down here.
+"""Prints apt sources (deb822) for the suites named, taken from the machine's own sources: same
+addresses, same keys, nothing written down here.
 
     apt_sources.py SUITE...
 
-The machine's own suites (bookworm, bookworm-security, ...) are printed first when the first SUITE is "own"; every other SUITE is looked for where the
-machine's main suite comes from.
+The machine's own suites (bookworm, bookworm-security, ...) are printed first when the first SUITE
+is "own"; every other SUITE is looked for where the machine's main suite comes from.
 """
 
 import sys
@@ -14,7 +15,11 @@ KEEP = ("Signed-By", "Trusted", "Check-Valid-Until")
 
 
 def codename() -> str:
-    facts = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    facts = dict(
+        line.split("=", 1)
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if "=" in line
+    )
     return facts.get("VERSION_CODENAME", "").strip('"')
 
 
@@ -58,7 +63,13 @@ def entries():
 
 
 def show(entry: dict, suites: list[str]) -> None:
-    print("Types: deb", f"URIs: {entry['URIs']}", f"Suites: {' '.join(suites)}", "Components: main", sep="\n")
+    print(
+        "Types: deb",
+        f"URIs: {entry['URIs']}",
+        f"Suites: {' '.join(suites)}",
+        "Components: main",
+        sep="\n",
+    )
     for key in KEEP:
         if key in entry:
             print(f"{key}: {entry[key]}")

@@ -36,8 +36,8 @@ from pathlib import Path
 
 os.environ.setdefault("VKSTEER_KERNELS", "texels")
 
-import numpy as np  # noqa: E402
-from recorded_calls import CALLS, GGUF, MODELS, Case  # noqa: E402
+import numpy as np
+from recorded_calls import CALLS, GGUF, MODELS, Case
 
 FORMAT = 1
 FIRST = 4  # values of each result that the recording shows
@@ -56,8 +56,12 @@ def described(value) -> dict:
     else:
         text = json.dumps(value, sort_keys=True, default=jsonable)
         data, dtype, shape, first = text.encode(), "json", [len(text)], text[:80]
-    return {"sha256": hashlib.sha256(data).hexdigest(), "dtype": dtype, "shape": shape,
-            "first": first}
+    return {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "dtype": dtype,
+        "shape": shape,
+        "first": first,
+    }
 
 
 def jsonable(value):
@@ -75,9 +79,15 @@ def jsonable(value):
 def setting_of(model) -> dict:
     """What bits may rightly depend on, read from an open model."""
     d = model.device
-    return {"device": d.name, "driver": d.driver, "uuid": d.uuid, "kernels": model.kernels,
-            "LP_NATIVE_VECTOR_WIDTH": os.environ.get("LP_NATIVE_VECTOR_WIDTH", ""),
-            "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "device": d.name,
+        "driver": d.driver,
+        "uuid": d.uuid,
+        "kernels": model.kernels,
+        "LP_NATIVE_VECTOR_WIDTH": os.environ.get("LP_NATIVE_VECTOR_WIDTH", ""),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def recorded(names, say) -> dict:
@@ -121,8 +131,11 @@ def compare(path: Path, now: dict) -> int:
     chosen = {k: d for k, d in before.items() if k.split("/")[0] in models}
     lines = differences(chosen, now["outputs"])
     print("\n".join(lines))
-    changed = {k: (v, now["setting"].get(k)) for k, v in then["setting"].items()
-               if k != "models" and v != now["setting"].get(k)}
+    changed = {
+        k: (v, now["setting"].get(k))
+        for k, v in then["setting"].items()
+        if k != "models" and v != now["setting"].get(k)
+    }
     for key, (was, is_now) in changed.items():
         print(f"{key}: recorded with {was!r}, now {is_now!r}; bits may differ rightly")
     print(f"{len(lines)} of {len(now['outputs'])} results differ from {path}")

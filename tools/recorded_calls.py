@@ -57,8 +57,14 @@ class Case:
         self.rows = [rng.integers(0, top, n).tolist() for n in (9, 4, 14, 1, 6, 11)]
         self.responses = [rng.integers(0, top, n).tolist() for n in (3, 0, 5, 2, 4, 1)]
         self.samples = vs.patching.make_samples(
-            self.model, self.harmful[:3], self.vector, self.coefficient, keep="all",
-            max_new_tokens=self.new_tokens // 2, **QUIET)
+            self.model,
+            self.harmful[:3],
+            self.vector,
+            self.coefficient,
+            keep="all",
+            max_new_tokens=self.new_tokens // 2,
+            **QUIET,
+        )
         self.scored = (self.model, self.samples, self.vector, self.coefficient)
         self.steer = vs.Steer(self.vector, self.coefficient)
         self._scores = None
@@ -95,8 +101,11 @@ def of_run(run) -> dict:
 
 
 def of_generations(generations) -> dict:
-    captured = {f"{name}, row {i}": array for i, g in enumerate(generations)
-                for name, array in g.captured.items()}
+    captured = {
+        f"{name}, row {i}": array
+        for i, g in enumerate(generations)
+        for name, array in g.captured.items()
+    }
     plain = [[g.text, g.tokens, g.finish_reason, g.prompt_tokens] for g in generations]
     return {"generations": plain} | captured
 
@@ -123,9 +132,12 @@ def configuration(case):
     texts = [*TEXTS, "Gr\u00fc\u00dfe \u2014 \u4f60\u597d\n\tTab", *case.harmful]
     ids = [tok.encode(text) for text in texts]
     return {
-        "config": asdict(model.config), "alone": asdict(vs.Config.from_pretrained(case.source)),
-        "sites": list(model.sites.items()), "eos": list(model.eos_ids),
-        "encode": ids, "without bos": [tok.encode(text, add_bos=False) for text in texts],
+        "config": asdict(model.config),
+        "alone": asdict(vs.Config.from_pretrained(case.source)),
+        "sites": list(model.sites.items()),
+        "eos": list(model.eos_ids),
+        "encode": ids,
+        "without bos": [tok.encode(text, add_bos=False) for text in texts],
         "decode": [tok.decode(some) for some in ids],
         "skip special": [tok.decode(some, skip_special=True) for some in ids],
         "chat tokens": model.chat_tokens(case.harmful),
@@ -146,8 +158,11 @@ def run_logits(case):
 
 @call
 def run_captures(case):
-    return of_run(case.model.run(case.rows[:4], case.responses[:4], capture=list(case.model.sites),
-                                 logits=None))
+    return of_run(
+        case.model.run(
+            case.rows[:4], case.responses[:4], capture=list(case.model.sites), logits=None
+        )
+    )
 
 
 def every_edit(case) -> list[list]:
@@ -159,13 +174,19 @@ def every_edit(case) -> list[list]:
     return [
         [vs.Steer(v, case.coefficient), vs.Ablate(case.noise(6, c.d_model), positions=slice(1, 5))],
         [vs.Ablate(v), vs.Steer(v, 0.5, positions=[-1, 0])],
-        [vs.Set("blocks.1.attn.hook_z", head, positions=slice(-3, None), heads=[1]),
-         vs.Set("blocks.0.hook_resid_mid", width, positions="response")],
+        [
+            vs.Set("blocks.1.attn.hook_z", head, positions=slice(-3, None), heads=[1]),
+            vs.Set("blocks.0.hook_resid_mid", width, positions="response"),
+        ],
         [vs.Add(f"{last}.hook_mlp_out", width), vs.Add("blocks.1.attn.hook_q", z)],
-        [vs.Scale("blocks.1.mlp.hook_post", 0.5, positions="prompt"),
-         vs.Scale("blocks.2.attn.hook_pattern", 0.25, heads=[0])],
-        [vs.MeanAblate("blocks.1.mlp.hook_post", mlp, positions=slice(2, -1)),
-         vs.MeanAblate("blocks.2.attn.hook_z", z)],
+        [
+            vs.Scale("blocks.1.mlp.hook_post", 0.5, positions="prompt"),
+            vs.Scale("blocks.2.attn.hook_pattern", 0.25, heads=[0]),
+        ],
+        [
+            vs.MeanAblate("blocks.1.mlp.hook_post", mlp, positions=slice(2, -1)),
+            vs.MeanAblate("blocks.2.attn.hook_z", z),
+        ],
     ]
 
 
@@ -185,8 +206,13 @@ def run_edits(case):
 def run_frozen(case):
     found = {}
     for options in treatments():
-        run = case.model.run(case.rows, case.responses, edits=[case.steer], **options,
-                             capture=["blocks.*.attn.hook_z", "blocks.*.hook_mlp_out"])
+        run = case.model.run(
+            case.rows,
+            case.responses,
+            edits=[case.steer],
+            **options,
+            capture=["blocks.*.attn.hook_z", "blocks.*.hook_mlp_out"],
+        )
         found |= {f"{options}, {name}": value for name, value in of_run(run).items()}
     return found
 
@@ -209,19 +235,31 @@ def generate(case):
         "sampled": model.generate(case.harmful, **sampled, **options),
         "every edit": model.generate(case.rows, edits=every_edit(case), ignore_eos=True, **options),
         "stopped": model.generate(case.harmless, stop=[".", " the"], **options),
-        "captured": model.generate(case.harmless, **options, edits=[case.steer], capture=[
-            "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"]),
+        "captured": model.generate(
+            case.harmless,
+            **options,
+            edits=[case.steer],
+            capture=["blocks.1.hook_resid_post", "blocks.1.attn.hook_z"],
+        ),
     }
-    return {f"{name}: {what}": value for name, some in made.items()
-            for what, value in of_generations(some).items()}
+    return {
+        f"{name}: {what}": value
+        for name, some in made.items()
+        for what, value in of_generations(some).items()
+    }
 
 
 @call
 def generate_frozen(case):
     prompts = case.harmful[:2] + case.harmless[:2] if case.small else case.harmful[:1]
-    return {str(options): of_generations(case.model.generate(
-        prompts, edits=[case.steer], max_new_tokens=case.new_tokens, **options, **QUIET))
-        for options in treatments()}
+    return {
+        str(options): of_generations(
+            case.model.generate(
+                prompts, edits=[case.steer], max_new_tokens=case.new_tokens, **options, **QUIET
+            )
+        )
+        for options in treatments()
+    }
 
 
 @call
@@ -279,24 +317,34 @@ def vector_files(case):
 def examples_of(case):
     texts = [case.harmful[:2], case.harmless[:2]]
     prompts = [p for pair in zip(*texts) for p in case.model.chat_tokens(list(pair))]
-    return [vs.steering.Example(p, win, lose, sign) for p, win, lose, sign in zip(
-        prompts, case.responses[2:], case.responses[:1] * 4, (1, -1, 1, -1))]
+    return [
+        vs.steering.Example(p, win, lose, sign)
+        for p, win, lose, sign in zip(
+            prompts, case.responses[2:], case.responses[:1] * 4, (1, -1, 1, -1)
+        )
+    ]
 
 
 @call
 def training(case):
     model, examples, v = case.model, examples_of(case), case.vector
     hyper = {"layer": v.layer, "epochs": 2, "batch_size": 2, **QUIET}
-    found = {"ntp loss": vs.steering.ntp_loss(model, examples, v, 0.8),
-             "ntp loss, sum": vs.steering.ntp_loss(model, examples, v, 0.8, reduction="sum"),
-             "po loss": vs.steering.po_loss(model, examples, v, 0.8, phi=0.1)}
+    found = {
+        "ntp loss": vs.steering.ntp_loss(model, examples, v, 0.8),
+        "ntp loss, sum": vs.steering.ntp_loss(model, examples, v, 0.8, reduction="sum"),
+        "po loss": vs.steering.po_loss(model, examples, v, 0.8, phi=0.1),
+    }
     for name, train in (("ntp", vs.steering.train_ntp), ("po", vs.steering.train_po)):
         result = train(model, examples, **hyper)
-        found |= {f"train {name}: vectors": result.vectors, f"train {name}: losses": result.losses,
-                  f"train {name}: direction": result.vector.direction}
+        found |= {
+            f"train {name}: vectors": result.vectors,
+            f"train {name}: losses": result.losses,
+            f"train {name}: direction": result.vector.direction,
+        }
     if case.small:
-        data = vs.steering.training_data(model, case.harmful, case.harmless, v, 1.0,
-                                         max_new_tokens=24, **QUIET)
+        data = vs.steering.training_data(
+            model, case.harmful, case.harmless, v, 1.0, max_new_tokens=24, **QUIET
+        )
         found["data"] = [[[e.prompt, e.winning, e.losing, e.sign] for e in data], data.counts]
     return found
 
@@ -306,19 +354,38 @@ def behaviour(case):
     """Sweeps, the ablation table and comparisons: generation, judged."""
     n, v = case.new_tokens, case.vector
     arguments = (case.harmful[:3], case.harmless[:3])
-    found = {"refused": vs.judge.refused(TEXTS), "repetition": vs.judge.repetition(TEXTS),
-             "compression": vs.judge.compression_ratio(TEXTS), "wilson": vs.judge.wilson(3, 11),
-             "success": vs.judge.attack_success_rate(TEXTS)}
+    found = {
+        "refused": vs.judge.refused(TEXTS),
+        "repetition": vs.judge.repetition(TEXTS),
+        "compression": vs.judge.compression_ratio(TEXTS),
+        "wilson": vs.judge.wilson(3, 11),
+        "success": vs.judge.attack_success_rate(TEXTS),
+    }
     if case.small:
-        table = vs.freezing.ablation_table(case.model, v, *arguments, abs(case.coefficient),
-                                           max_new_tokens=n, random_control=1, **QUIET)
+        table = vs.freezing.ablation_table(
+            case.model,
+            v,
+            *arguments,
+            abs(case.coefficient),
+            max_new_tokens=n,
+            random_control=1,
+            **QUIET,
+        )
         content = table.to_dict(texts=True)
         found |= {"ablation table": content["rows"], "its texts": content["texts"]}
-        found["sweep"] = vs.steering.sweep(case.model, v, [0.5, 1.0], *arguments,
-                                           max_new_tokens=n, **QUIET).to_dict()
-        sparse = vs.sparsify.sweep(case.model, {"v": v}, {"v": case.scores}, *arguments,
-                                   abs(case.coefficient), taus=(0.0, 1.0), max_new_tokens=n,
-                                   **QUIET)
+        found["sweep"] = vs.steering.sweep(
+            case.model, v, [0.5, 1.0], *arguments, max_new_tokens=n, **QUIET
+        ).to_dict()
+        sparse = vs.sparsify.sweep(
+            case.model,
+            {"v": v},
+            {"v": case.scores},
+            *arguments,
+            abs(case.coefficient),
+            taus=(0.0, 1.0),
+            max_new_tokens=n,
+            **QUIET,
+        )
         found["sparsity sweep"] = sparse.to_dict()["rows"]
     return found
 
@@ -330,9 +397,16 @@ def behaviour(case):
 def samples(case):
     found = {}
     for responses, keep in (("steered", "flipped"), ("base", "all")):
-        made = vs.patching.make_samples(case.model, case.harmful, case.vector, case.coefficient,
-                                        responses=responses, keep=keep,
-                                        max_new_tokens=case.new_tokens, **QUIET)
+        made = vs.patching.make_samples(
+            case.model,
+            case.harmful,
+            case.vector,
+            case.coefficient,
+            responses=responses,
+            keep=keep,
+            max_new_tokens=case.new_tokens,
+            **QUIET,
+        )
         pairs = [[list(s.prompt_tokens), list(s.response_tokens)] for s in made]
         found[f"{responses}, {keep}"] = [pairs, made.dropped, made.index, made.line]
     return found
@@ -387,19 +461,21 @@ def circuits(case):
 
 @call
 def evaluate(case):
-    some = [case.scores.circuit(n) for n in sizes_of(case)[:3 if case.small else 1]]
+    some = [case.scores.circuit(n) for n in sizes_of(case)[: 3 if case.small else 1]]
     metrics = METRICS if case.small else METRICS[:1]
     results = vs.circuits.evaluate(some, *case.scored, metrics=metrics, **QUIET)
     found = {f"circuit {i}": of_metrics(result) for i, result in enumerate(results)}
-    generated = case.model.generate(case.harmful[:2], edits=[case.steer], circuit=some[0],
-                                    max_new_tokens=8, **QUIET)
+    generated = case.model.generate(
+        case.harmful[:2], edits=[case.steer], circuit=some[0], max_new_tokens=8, **QUIET
+    )
     found |= {f"decoding: {k}": value for k, value in of_generations(generated).items()}
     if case.small:
         found["alone"] = of_metrics(some[0].evaluate(*case.scored, **QUIET))
         least = vs.circuits.minimum_faithful(case.scores, *case.scored, threshold=0.5, **QUIET)
         found["minimum faithful"] = least.edge_names
-        curve = vs.circuits.faithfulness_curve(case.scores, *case.scored, sizes=sizes_of(case),
-                                               random=1, bootstrap=50, **QUIET)
+        curve = vs.circuits.faithfulness_curve(
+            case.scores, *case.scored, sizes=sizes_of(case), random=1, bootstrap=50, **QUIET
+        )
         for name in ("sizes", "edges", "faithfulness", "low", "high", "random", "random_edges"):
             found[f"curve: {name}"] = getattr(curve, name)
     return found
@@ -409,8 +485,10 @@ def evaluate(case):
 def plan(case):
     config = case.model.config
     choices = [{}, {"dims": "all", "at": "normed"}, {"metric": "kl", "max_memory": "200MB"}]
-    return {str(options): vs.patching.plan(config, case.vector.layer, 300, **options).to_dict()
-            for options in choices}
+    return {
+        str(options): vs.patching.plan(config, case.vector.layer, 300, **options).to_dict()
+        for options in choices
+    }
 
 
 # -- calls: OV circuits and sparsity -----------------------------------------------------------
@@ -425,8 +503,9 @@ def ov(case):
         lens = vs.ov.logit_lens(m, svv.values, top=5, by=by, **QUIET)
         found |= {f"lens, {by}: tokens": lens.tokens, f"lens, {by}: values": lens.values}
         found[f"lens, {by}: text"] = lens.text()
-    parts = vs.ov.decompose(m, case.rows[:3], v, case.coefficient, last,
-                            responses=case.responses[:3])
+    parts = vs.ov.decompose(
+        m, case.rows[:3], v, case.coefficient, last, responses=case.responses[:3]
+    )
     names = ("direct", "indirect", "scales", "base", "heads_share", "share")
     found |= {f"decompose: {name}": getattr(parts, name) for name in names}
     shares = vs.ov.direct_shares(m, case.rows[:3], v, case.coefficient, **QUIET)
@@ -448,5 +527,8 @@ def sparsify(case):
     }
     found = {name: [u.direction, u.kept, u.norm] for name, u in sparse.items()}
     pair = sparse["effect"], sparse["magnitude"]
-    return found | {"ratio": vs.sparsify.gradient_ratio(v, scores), "iou": vs.sparsify.iou(*pair),
-                    "overlap test": vs.sparsify.overlap_test(*pair)}
+    return found | {
+        "ratio": vs.sparsify.gradient_ratio(v, scores),
+        "iou": vs.sparsify.iou(*pair),
+        "overlap test": vs.sparsify.overlap_test(*pair),
+    }

@@ -1,9 +1,13 @@
-"""Table 1 of the tiny chat models with the engine: tools/tiny_table1.py FOLDER SEED_FOLDER ... puts these seeds' tables into FOLDER/table1.json.
+"""Table 1 of the tiny chat models with the engine: tools/tiny_table1.py FOLDER SEED_FOLDER ... puts
+these seeds' tables into FOLDER/table1.json.
 
-For every seed's folder: difference in means and selection (128 + 128, 32 + 32 prompts), the strengths that its figures.json names (best on the
-validation list), then `vksteer.freezing.ablation_table` on 100 + 100 test prompts with 72 new tokens. The vector must be the one that
-transformers chose in figures.json. Run after seed and recipe have been chosen; the tables decide nothing.
+For every seed's folder: difference in means and selection (128 + 128, 32 + 32 prompts), the
+strengths that its figures.json names (best on the validation list), then
+`vksteer.freezing.ablation_table` on 100 + 100 test prompts with 72 new tokens. The vector must be
+the one that transformers chose in figures.json. Run after seed and recipe have been chosen; the
+tables decide nothing.
 """
+
 from __future__ import annotations
 
 import json
@@ -12,6 +16,7 @@ import time
 from pathlib import Path
 
 import tiny_figures
+
 from vksteer import data, freezing, steering
 from vksteer.runtime.model import Model
 
@@ -26,18 +31,38 @@ def on_topic(requests, texts) -> float | None:
 
 def measured(folder: Path) -> tuple[str, dict]:
     """(seed, table as a dict with an "on_topic" in every cell)."""
-    figures, training = (json.loads((folder / name).read_text()) for name in ("figures.json", "training.json"))
+    figures, training = (
+        json.loads((folder / name).read_text()) for name in ("figures.json", "training.json")
+    )
     requests = data.tiny("test", N_TEST, N_TEST)
-    sides = {"harmful": [r for r in requests if r.harmful], "harmless": [r for r in requests if not r.harmful]}
+    sides = {
+        "harmful": [r for r in requests if r.harmful],
+        "harmless": [r for r in requests if not r.harmful],
+    }
     with Model.from_pretrained(folder, progress=False) as model:
-        vector = steering.difference_in_means(model, *data.tiny_pair("train"), progress=False).select(*data.tiny_pair("validation"), progress=False)
+        vector = steering.difference_in_means(
+            model, *data.tiny_pair("train"), progress=False
+        ).select(*data.tiny_pair("validation"), progress=False)
         chosen = figures["chosen"]
         if (vector.layer, vector.position) != (chosen["layer"], chosen["position"]):
-            raise SystemExit(f"{folder}: the engine chose layer {vector.layer}, position {vector.position}, transformers layer {chosen['layer']}, position {chosen['position']}")
+            raise SystemExit(
+                f"{folder}: the engine chose layer {vector.layer}, position {vector.position},"
+                f" transformers layer {chosen['layer']}, position {chosen['position']}"
+            )
         start = time.perf_counter()
-        table = freezing.ablation_table(model, vector, *([r.prompt for r in sides[s]] for s in ("harmful", "harmless")),
-                                        tiny_figures.strengths(figures["sweep"]["validation"]), max_new_tokens=MAX_NEW_TOKENS, progress=False)
-        print(f"{folder}: seed {training['seed']}, {time.perf_counter() - start:.1f} s\n{table.to_markdown()}\n", flush=True)
+        table = freezing.ablation_table(
+            model,
+            vector,
+            *([r.prompt for r in sides[s]] for s in ("harmful", "harmless")),
+            tiny_figures.strengths(figures["sweep"]["validation"]),
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=False,
+        )
+        print(
+            f"{folder}: seed {training['seed']}, {time.perf_counter() - start:.1f}"
+            f" s\n{table.to_markdown()}\n",
+            flush=True,
+        )
     out = table.to_dict()
     for name, row in out["rows"].items():
         for side, some in sides.items():

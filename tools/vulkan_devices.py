@@ -1,6 +1,7 @@
 """Lists Vulkan's devices with nothing but the loader; setup.sh asks it before anything is built.
 
-One line a device: "TYPE MAJOR NAME". TYPE is discrete, integrated, virtual, software or other; MAJOR is the driver's major version where it is Mesa's, else 0.
+One line a device: "TYPE MAJOR NAME". TYPE is discrete, integrated, virtual, software or other;
+MAJOR is the driver's major version where it is Mesa's, else 0.
 """
 
 import ctypes as c
@@ -12,22 +13,53 @@ VULKAN_1_2 = 1 << 22 | 2 << 12
 
 
 class ApplicationInfo(c.Structure):
-    _fields_ = [("sType", c.c_int), ("pNext", c.c_void_p), ("name", c.c_char_p), ("version", c.c_uint32), ("engine", c.c_char_p),
-                ("engineVersion", c.c_uint32), ("apiVersion", c.c_uint32)]
+    _fields_ = [
+        ("sType", c.c_int),
+        ("pNext", c.c_void_p),
+        ("name", c.c_char_p),
+        ("version", c.c_uint32),
+        ("engine", c.c_char_p),
+        ("engineVersion", c.c_uint32),
+        ("apiVersion", c.c_uint32),
+    ]
 
 
 class InstanceInfo(c.Structure):
-    _fields_ = [("sType", c.c_int), ("pNext", c.c_void_p), ("flags", c.c_uint32), ("application", c.POINTER(ApplicationInfo)), ("layerCount", c.c_uint32),
-                ("layers", c.c_void_p), ("extensionCount", c.c_uint32), ("extensions", c.c_void_p)]
+    _fields_ = [
+        ("sType", c.c_int),
+        ("pNext", c.c_void_p),
+        ("flags", c.c_uint32),
+        ("application", c.POINTER(ApplicationInfo)),
+        ("layerCount", c.c_uint32),
+        ("layers", c.c_void_p),
+        ("extensionCount", c.c_uint32),
+        ("extensions", c.c_void_p),
+    ]
 
 
 class DriverProperties(c.Structure):
-    _fields_ = [("sType", c.c_int), ("pNext", c.c_void_p), ("id", c.c_int), ("name", c.c_char * 256), ("info", c.c_char * 256), ("conformance", c.c_uint8 * 4)]
+    _fields_ = [
+        ("sType", c.c_int),
+        ("pNext", c.c_void_p),
+        ("id", c.c_int),
+        ("name", c.c_char * 256),
+        ("info", c.c_char * 256),
+        ("conformance", c.c_uint8 * 4),
+    ]
 
 
 class Properties2(c.Structure):  # the limits at its end are not looked at
-    _fields_ = [("sType", c.c_int), ("pNext", c.c_void_p), ("apiVersion", c.c_uint32), ("driverVersion", c.c_uint32), ("vendor", c.c_uint32),
-                ("device", c.c_uint32), ("type", c.c_int), ("name", c.c_char * 256), ("rest", c.c_uint8 * 2048)]
+    _fields_ = [
+        ("sType", c.c_int),
+        ("pNext", c.c_void_p),
+        ("apiVersion", c.c_uint32),
+        ("driverVersion", c.c_uint32),
+        ("vendor", c.c_uint32),
+        ("device", c.c_uint32),
+        ("type", c.c_int),
+        ("name", c.c_char * 256),
+        ("rest", c.c_uint8 * 2048),
+    ]
 
 
 def main() -> None:
@@ -37,7 +69,14 @@ def main() -> None:
         sys.exit("no Vulkan loader (libvulkan.so.1)")
     instance = c.c_void_p()
     application = ApplicationInfo(sType=0, apiVersion=VULKAN_1_2)
-    if vk.vkCreateInstance(c.byref(InstanceInfo(sType=1, application=c.pointer(application))), None, c.byref(instance)) != 0:
+    if (
+        vk.vkCreateInstance(
+            c.byref(InstanceInfo(sType=1, application=c.pointer(application))),
+            None,
+            c.byref(instance),
+        )
+        != 0
+    ):
         return  # no driver at all
     count = c.c_uint32()
     vk.vkEnumeratePhysicalDevices(instance, c.byref(count), None)
@@ -48,7 +87,11 @@ def main() -> None:
         p = Properties2(sType=1000059001, pNext=c.addressof(driver))
         vk.vkGetPhysicalDeviceProperties2(c.c_void_p(device), c.byref(p))
         mesa = re.search(rb"Mesa (\d+)", driver.info)
-        print(TYPES.get(p.type, "other"), mesa[1].decode() if mesa else 0, p.name.decode(errors="replace"))
+        print(
+            TYPES.get(p.type, "other"),
+            mesa[1].decode() if mesa else 0,
+            p.name.decode(errors="replace"),
+        )
 
 
 if __name__ == "__main__":

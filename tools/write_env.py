@@ -1,4 +1,6 @@
-"""Writes .tools/env.json: where the drivers, layers and compilers that the tests use lie (null: not here). Run by setup.sh at its end."""
+"""Writes .tools/env.json: where the drivers, layers and compilers that the tests use lie (null: not
+here). Run by setup.sh at its end.
+"""
 
 import json
 import shutil
@@ -23,10 +25,16 @@ def layer_folder() -> str | None:
 
 
 env = {
-    "lavapipe_icd": first(TOOLS / "mesa/vksteer_lvp.json", ICD / "lvp_icd.json", ICD / "lvp_icd.x86_64.json"),
-    "radeon_icd": first(TOOLS / "mesa/vksteer_radeon.json", ICD / "radeon_icd.json", ICD / "radeon_icd.x86_64.json"),  # with RADV_FORCE_FAMILY
+    "lavapipe_icd": first(
+        TOOLS / "mesa/vksteer_lvp.json", ICD / "lvp_icd.json", ICD / "lvp_icd.x86_64.json"
+    ),
+    # with RADV_FORCE_FAMILY
+    "radeon_icd": first(
+        TOOLS / "mesa/vksteer_radeon.json", ICD / "radeon_icd.json", ICD / "radeon_icd.x86_64.json"
+    ),
     "swiftshader_icd": first(TOOLS / "swiftshader/vk_swiftshader_icd.json"),
-    "validation_layers": layer_folder(),  # for VK_LAYER_PATH, with VK_INSTANCE_LAYERS=VK_LAYER_KHRONOS_validation
+    # for VK_LAYER_PATH, with VK_INSTANCE_LAYERS=VK_LAYER_KHRONOS_validation
+    "validation_layers": layer_folder(),
     "glslc": tool("glslc"),
     "glslc_next": first(TOOLS / "bin/glslc-next"),  # newer, for optional kernels
     "spirv_val": tool("spirv-val"),

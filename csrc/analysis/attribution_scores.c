@@ -1,10 +1,15 @@
-/* Scores of a tile of slots: (difference of a node's output) . (gradient of an input), as products of matrices. */
+/* Scores of a tile of slots: (difference of a node's output) . (gradient of an input), as
+ * products of matrices. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "analysis/attribution.h"
 
-#define RUN(call) do { if (call) return -1; } while (0)
+#define RUN(call) \
+    do { \
+        if (call) \
+            return -1; \
+    } while (0)
 
 struct tile {
     uint32_t slot, n; /* slots */
@@ -15,47 +20,81 @@ static uint64_t rows_of(const struct gpu_buffer *buffer, const struct tile *tile
     return run_address(buffer) + 4 * (uint64_t)tile->slot * stride;
 }
 
-static int copy(struct attribution *a, uint64_t from, uint32_t from_stride, uint64_t to, uint32_t to_stride, uint32_t width, uint32_t n, struct error *error) {
-    struct copy_params params = {.x = from, .dst = to, .n_rows = n, .width = width, .x_stride = from_stride, .out_stride = to_stride};
+static int copy(struct attribution *a, uint64_t from, uint32_t from_stride, uint64_t to,
+                uint32_t to_stride, uint32_t width, uint32_t n, struct error *error) {
+    struct copy_params params = {
+        .x = from,
+        .dst = to,
+        .n_rows = n,
+        .width = width,
+        .x_stride = from_stride,
+        .out_stride = to_stride,
+    };
     return op_copy(&a->work->model->ops, &params, error);
 }
 
-/* Heads whose size is no multiple of 16: block h of the expanded rows [n_heads x n, stride] holds head h's columns alone, zeros beside them. */
-static int expand(struct attribution *a, const struct tile *tile, uint64_t from, uint32_t n_heads, uint32_t stride, struct error *error) {
+/* Heads whose size is no multiple of 16: block h of the expanded rows [n_heads x n, stride] holds
+ * head h's columns alone, zeros beside them. */
+static int expand(struct attribution *a, const struct tile *tile, uint64_t from, uint32_t n_heads,
+                  uint32_t stride, struct error *error) {
     uint32_t d_head = a->work->model->facts.d_head;
-    RUN(gpu_stream_zero(a->work->model->ops.stream, a->expanded, 0, gpu_buffer_size(a->expanded), error));
+    RUN(gpu_stream_zero(a->work->model->ops.stream, a->expanded, 0, gpu_buffer_size(a->expanded),
+                        error));
     for (uint32_t h = 0; h < n_heads; h++) {
         uint64_t column = 4 * (uint64_t)h * d_head;
-        RUN(copy(a, from + column, stride, run_address(a->expanded) + 4 * (uint64_t)h * tile->n * stride + column, stride, d_head, tile->n, error));
+        RUN(copy(a, from + column, stride,
+                 run_address(a->expanded) + 4 * (uint64_t)h * tile->n * stride + column, stride,
+                 d_head, tile->n, error));
     }
     return 0;
 }
 
 /* du[head, slot, :] = W_O^h dz, times the post-norm's gain. */
-static int head_differences(struct attribution *a, const struct tile *tile, uint32_t i, uint64_t to, struct error *error) {
+static int head_differences(struct attribution *a, const struct tile *tile, uint32_t i, uint64_t to,
+                            struct error *error) {
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[a->first_layer + i];
     uint64_t dz = rows_of(a->layers[i].dz, tile, work->z_stride);
     if (f->d_head % 16 == 0) {
         for (uint32_t h = 0; h < f->n_heads; h++) {
-            struct op_linear_args args = {.x = dz + 4 * (uint64_t)h * f->d_head, .dst = to + h * tile->n * tile->row, .n_rows = tile->n,
-                                          .x_stride = work->z_stride, .dst_stride = work->d_stride, .first_k = h * f->d_head, .n_k = f->d_head};
+            struct op_linear_args args = {
+                .x = dz + 4 * (uint64_t)h * f->d_head,
+                .dst = to + h * tile->n * tile->row,
+                .n_rows = tile->n,
+                .x_stride = work->z_stride,
+                .dst_stride = work->d_stride,
+                .first_k = h * f->d_head,
+                .n_k = f->d_head,
+            };
             RUN(op_linear(&work->model->ops, &layer->o, &args, error));
         }
     } else {
         RUN(expand(a, tile, dz, f->n_heads, work->z_stride, error));
-        struct op_linear_args args = {.x = run_address(a->expanded), .dst = to, .n_rows = f->n_heads * tile->n, .x_stride = work->z_stride,
-                                      .dst_stride = work->d_stride};
+        struct op_linear_args args = {
+            .x = run_address(a->expanded),
+            .dst = to,
+            .n_rows = f->n_heads * tile->n,
+            .x_stride = work->z_stride,
+            .dst_stride = work->d_stride,
+        };
         RUN(op_linear(&work->model->ops, &layer->o, &args, error));
     }
     if (!f->post_norms)
         return 0;
-    struct norm_params gain = {.x = to, .gain = layer->ln1_post, .dst = to, .width = f->d_model, .stride = work->d_stride, .flags = NORM_READ_NORMALIZED};
+    struct norm_params gain = {
+        .x = to,
+        .gain = layer->ln1_post,
+        .dst = to,
+        .width = f->d_model,
+        .stride = work->d_stride,
+        .flags = NORM_READ_NORMALIZED,
+    };
     return op_norm(&work->model->ops, &gain, f->n_heads * tile->n, error);
 }
 
-static int differences(struct attribution *a, const struct tile *tile, const float *steer, struct error *error) {
+static int differences(struct attribution *a, const struct tile *tile, const float *steer,
+                       struct error *error) {
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
     uint64_t vector, to = run_address(a->du);
@@ -65,14 +104,16 @@ static int differences(struct attribution *a, const struct tile *tile, const flo
     for (uint32_t i = 0; i < a->depth; i++) {
         RUN(head_differences(a, tile, i, to, error));
         to += (uint64_t)f->n_heads * tile->n * tile->row;
-        RUN(copy(a, rows_of(a->layers[i].dmlp, tile, work->d_stride), work->d_stride, to, work->d_stride, f->d_model, tile->n, error));
+        RUN(copy(a, rows_of(a->layers[i].dmlp, tile, work->d_stride), work->d_stride, to,
+                 work->d_stride, f->d_model, tile->n, error));
         to += tile->n * tile->row;
     }
     return 0;
 }
 
 /* g[input, slot, :] of a layer's q, k, v inputs, then of its MLP. */
-static int input_gradients(struct attribution *a, const struct tile *tile, uint32_t i, struct error *error) {
+static int input_gradients(struct attribution *a, const struct tile *tile, uint32_t i,
+                           struct error *error) {
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[a->first_layer + i];
@@ -81,34 +122,64 @@ static int input_gradients(struct attribution *a, const struct tile *tile, uint3
     uint64_t heads = rows_of(sums->heads, tile, work->qkv_stride), g = run_address(a->g);
     if (f->d_head % 16 == 0) {
         for (uint32_t v = 0; v < n; v++) {
-            struct op_linear_bwd_args args = {.dy = heads + 4 * (uint64_t)v * f->d_head, .dx = g + v * tile->n * tile->row, .n_rows = tile->n,
-                                              .y_stride = work->qkv_stride, .x_stride = work->d_stride, .first_n = v * f->d_head, .n_sum = f->d_head};
+            struct op_linear_bwd_args args = {
+                .dy = heads + 4 * (uint64_t)v * f->d_head,
+                .dx = g + v * tile->n * tile->row,
+                .n_rows = tile->n,
+                .y_stride = work->qkv_stride,
+                .x_stride = work->d_stride,
+                .first_n = v * f->d_head,
+                .n_sum = f->d_head,
+            };
             RUN(op_linear_bwd(&work->model->ops, &layer->qkv, &args, error));
         }
     } else {
         RUN(expand(a, tile, heads, n, work->qkv_stride, error));
-        struct op_linear_bwd_args args = {.dy = run_address(a->expanded), .dx = g, .n_rows = n * tile->n, .y_stride = work->qkv_stride,
-                                          .x_stride = work->d_stride};
+        struct op_linear_bwd_args args = {
+            .dy = run_address(a->expanded),
+            .dx = g,
+            .n_rows = n * tile->n,
+            .y_stride = work->qkv_stride,
+            .x_stride = work->d_stride,
+        };
         RUN(op_linear_bwd(&work->model->ops, &layer->qkv, &args, error));
     }
     if (!a->normed) {
-        struct head_gradients_params params = {.g = g, .gain = layer->ln1, .steps = rows_of(sums->steps, tile, a->n_steps * n),
-                                               .xs = rows_of(sums->xs, tile, a->n_steps * work->d_stride), .n_inputs = n, .n_slots = tile->n,
-                                               .n_steps = a->n_steps, .width = f->d_model, .d_stride = work->d_stride};
+        struct head_gradients_params params = {
+            .g = g,
+            .gain = layer->ln1,
+            .steps = rows_of(sums->steps, tile, a->n_steps * n),
+            .xs = rows_of(sums->xs, tile, a->n_steps * work->d_stride),
+            .n_inputs = n,
+            .n_slots = tile->n,
+            .n_steps = a->n_steps,
+            .width = f->d_model,
+            .d_stride = work->d_stride,
+        };
         RUN(op_head_gradients(&work->model->ops, &params, error));
     }
-    return copy(a, rows_of(sums->mlp, tile, work->d_stride), work->d_stride, g + n * tile->n * tile->row, work->d_stride, f->d_model, tile->n, error);
+    return copy(a, rows_of(sums->mlp, tile, work->d_stride), work->d_stride,
+                g + n * tile->n * tile->row, work->d_stride, f->d_model, tile->n, error);
 }
 
 /* products[input, node] of n_inputs rows at `g` with the first n_nodes nodes. */
-static int dots(struct attribution *a, const struct tile *tile, uint64_t g, uint32_t n_inputs, uint32_t n_nodes, float *products, struct error *error) {
-    struct dots_params params = {.a = g, .b = run_address(a->du), .n_a = n_inputs, .n_b = n_nodes, .n_k = tile->n * a->work->d_stride};
+static int dots(struct attribution *a, const struct tile *tile, uint64_t g, uint32_t n_inputs,
+                uint32_t n_nodes, float *products, struct error *error) {
+    struct dots_params params = {
+        .a = g,
+        .b = run_address(a->du),
+        .n_a = n_inputs,
+        .n_b = n_nodes,
+        .n_k = tile->n * a->work->d_stride,
+    };
     RUN(work_readback_floats(a->work, n_inputs * n_nodes, products, &params.dst, error));
     return op_dots(&a->work->model->ops, &params, error);
 }
 
-/* Gradients of the stream where nodes add to it: steer's, then layer by layer the heads' and the MLP's; dims[node, :] of the first `rows` nodes. */
-static int node_dims(struct attribution *a, const struct tile *tile, float *dims, struct error *error) {
+/* Gradients of the stream where nodes add to it: steer's, then layer by layer the heads' and the
+ * MLP's; dims[node, :] of the first `rows` nodes. */
+static int node_dims(struct attribution *a, const struct tile *tile, float *dims,
+                     struct error *error) {
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
     uint32_t n = attribution_nodes(a), *groups = malloc(n * sizeof *groups), d = work->d_stride;
@@ -116,7 +187,9 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
     if (!groups)
         return error_set(error, ERROR_MEMORY, "out of memory for node scores");
     for (uint32_t u = 0; u < n; u++)
-        groups[u] = u == 0 ? 0 : 1 + 2 * ((u - 1) / (f->n_heads + 1)) + ((u - 1) % (f->n_heads + 1) == f->n_heads);
+        groups[u] = u == 0 ? 0
+                           : 1 + 2 * ((u - 1) / (f->n_heads + 1)) +
+                                 ((u - 1) % (f->n_heads + 1) == f->n_heads);
     int failed = work_upload(work, groups, n * sizeof *groups, &uploaded, error);
     free(groups);
     if (failed)
@@ -128,21 +201,32 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
         g += tile->n * tile->row;
         RUN(copy(a, rows_of(a->layers[i].post, tile, d), d, g, d, f->d_model, tile->n, error));
     }
-    struct node_dims_params params = {.du = run_address(a->du), .g = run_address(a->g), .groups = uploaded, .n_slots = tile->n, .width = f->d_model,
-                                      .d_stride = d};
+    struct node_dims_params params = {
+        .du = run_address(a->du),
+        .g = run_address(a->g),
+        .groups = uploaded,
+        .n_slots = tile->n,
+        .width = f->d_model,
+        .d_stride = d,
+    };
     RUN(work_readback_floats(work, n * f->d_model, dims, &params.dims, error));
     return op_node_dims(&work->model->ops, &params, n, error);
 }
 
-/* What comes back of one tile: for every layer the products of its inputs with the nodes up to its own MLP, the logits', and the nodes' dimensions. */
-struct products { float *layers, *logits, *dims; };
+/* What comes back of one tile: for every layer the products of its inputs with the nodes up to its
+ * own MLP, the logits', and the nodes' dimensions. */
+struct products {
+    float *layers, *logits, *dims;
+};
 
-static uint32_t nodes_below(const struct attribution *a, uint32_t i) { /* and of layer i itself, but for its MLP */
+/* and of layer i itself, but for its MLP */
+static uint32_t nodes_below(const struct attribution *a, uint32_t i) {
     uint32_t H = a->work->model->facts.n_heads;
     return 1 + i * (H + 1) + H;
 }
 
-static int tile_run(struct attribution *a, const struct tile *tile, const float *steer, struct products *products, struct error *error) {
+static int tile_run(struct attribution *a, const struct tile *tile, const float *steer,
+                    struct products *products, struct error *error) {
     const struct model_facts *f = &a->work->model->facts;
     uint32_t inputs = f->n_heads + 2 * f->n_kv_heads + 1;
     float *to = products->layers;
@@ -152,14 +236,17 @@ static int tile_run(struct attribution *a, const struct tile *tile, const float 
         RUN(dots(a, tile, run_address(a->g), inputs, nodes_below(a, i), to, error));
         to += (size_t)inputs * nodes_below(a, i);
     }
-    RUN(dots(a, tile, rows_of(a->logits, tile, a->work->d_stride), 1, attribution_nodes(a), products->logits, error));
+    RUN(dots(a, tile, rows_of(a->logits, tile, a->work->d_stride), 1, attribution_nodes(a),
+             products->logits, error));
     RUN(node_dims(a, tile, products->dims, error));
     return work_readback_drain(a->work, error);
 }
 
-static void add(const struct attribution *a, const struct products *products, double *edges, double *nodes, double *dims, uint32_t dims_rows) {
+static void add(const struct attribution *a, const struct products *products, double *edges,
+                double *nodes, double *dims, uint32_t dims_rows) {
     const struct model_facts *f = &a->work->model->facts;
-    uint32_t inputs = f->n_heads + 2 * f->n_kv_heads + 1, n_nodes = attribution_nodes(a), n_inputs = attribution_inputs(a), d = f->d_model;
+    uint32_t inputs = f->n_heads + 2 * f->n_kv_heads + 1, n_nodes = attribution_nodes(a),
+             n_inputs = attribution_inputs(a), d = f->d_model;
     const float *from = products->layers;
     for (uint32_t i = 0; i < a->depth; i++)
         for (uint32_t v = 0; v < inputs; v++, from += nodes_below(a, i))
@@ -178,20 +265,26 @@ static void add(const struct attribution *a, const struct products *products, do
     }
 }
 
-int attribution_contract(struct attribution *a, uint32_t slot, uint32_t n, const float *steer, double *edges, double *nodes, double *dims,
-                         uint32_t dims_rows, struct error *error) {
+int attribution_contract(struct attribution *a, uint32_t slot, uint32_t n, const float *steer,
+                         double *edges, double *nodes, double *dims, uint32_t dims_rows,
+                         struct error *error) {
     const struct model_facts *f = &a->work->model->facts;
     struct tile tile = {.slot = slot, .n = n, .row = 4 * (uint64_t)a->work->d_stride};
     uint32_t inputs = f->n_heads + 2 * f->n_kv_heads + 1, n_nodes = attribution_nodes(a);
     size_t layers = 0;
     if (n == 0 || n > ATTRIBUTE_TILE || slot > a->n_slots || n > a->n_slots - slot)
-        return error_set(error, ERROR_VALUE, "a tile of slots %u to %u of %u", slot, slot + n, a->n_slots);
+        return error_set(error, ERROR_VALUE, "a tile of slots %u to %u of %u", slot, slot + n,
+                         a->n_slots);
     for (uint32_t i = 0; i < a->depth; i++)
         layers += (size_t)inputs * nodes_below(a, i);
     float *memory = malloc((layers + n_nodes + (size_t)n_nodes * f->d_model) * sizeof *memory);
     if (!memory)
         return error_set(error, ERROR_MEMORY, "out of memory for scores");
-    struct products products = {.layers = memory, .logits = memory + layers, .dims = memory + layers + n_nodes};
+    struct products products = {
+        .layers = memory,
+        .logits = memory + layers,
+        .dims = memory + layers + n_nodes,
+    };
     a->work->n_pending = 0;
     a->work->readback_used = 0;
     int failed = work_upload_reset(a->work, error) || tile_run(a, &tile, steer, &products, error);

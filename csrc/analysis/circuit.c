@@ -3,9 +3,14 @@
 
 #include <stdlib.h>
 
-#define RUN(call) do { if (call) return -1; } while (0)
+#define RUN(call) \
+    do { \
+        if (call) \
+            return -1; \
+    } while (0)
 
-int circuit_create(struct circuit_run **out, struct model *model, const struct circuit_plan *plan, struct error *error) {
+int circuit_create(struct circuit_run **out, struct model *model, const struct circuit_plan *plan,
+                   struct error *error) {
     const struct model_facts *f = &model->facts;
     *out = NULL;
     if (circuit_plan_check(f, plan, error))
@@ -23,8 +28,10 @@ int circuit_create(struct circuit_run **out, struct model *model, const struct c
     run->n_logits = plan->n_entries - run->logit_entry;
     run->z_stride = op_row_stride(f->d_head);
     run->heads_stride = f->d_head % 16 ? op_row_stride(f->n_heads * f->d_head) : run->z_stride;
-    for (uint32_t i = 0; i < run->n_inputs; i++) { /* whole panels are multiplied: as wide as the widest input's */
-        uint32_t columns = (i * f->d_head % OP_PANEL + f->d_head + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
+    /* whole panels are multiplied: as wide as the widest input's */
+    for (uint32_t i = 0; i < run->n_inputs; i++) {
+        uint32_t columns = (i * f->d_head % OP_PANEL + f->d_head + OP_PANEL - 1) / OP_PANEL *
+                           OP_PANEL;
         if (op_row_stride(columns) > run->product_stride)
             run->product_stride = op_row_stride(columns);
     }
@@ -48,8 +55,9 @@ void circuit_destroy(struct circuit_run *run) {
         return;
     if (run->work && run->model)
         gpu_stream_wait(run->model->ops.stream, NULL);
-    struct gpu_buffer *buffers[] = {run->tables, run->d, run->normed, run->product, run->q, run->z, run->heads, run->gathered, run->raw, run->scale,
-                                    run->gate_up, run->post, run->scores, run->steer};
+    struct gpu_buffer *buffers[] = {
+        run->tables,   run->d,   run->normed, run->product, run->q,    run->z,      run->heads,
+        run->gathered, run->raw, run->scale,  run->gate_up, run->post, run->scores, run->steer};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     for (uint32_t i = 0; run->layers && i < run->depth; i++) {
@@ -67,12 +75,18 @@ void circuit_destroy(struct circuit_run *run) {
     free(run);
 }
 
-/* --- the pass ------------------------------------------------------------------------------------------------------------------------ */
+/* --- the pass --------------------------------------------------------------------------------- */
 
 static int steer(struct circuit_run *run, struct error *error) {
     struct run_work *work = run->work;
-    struct copy_params copy = {.x = run_address(run->steer), .dst = circuit_block(run, 0), .n_rows = work->chunk.n_tokens,
-                               .width = run->model->facts.d_model, .x_stride = 0, .out_stride = work->d_stride};
+    struct copy_params copy = {
+        .x = run_address(run->steer),
+        .dst = circuit_block(run, 0),
+        .n_rows = work->chunk.n_tokens,
+        .width = run->model->facts.d_model,
+        .x_stride = 0,
+        .out_stride = work->d_stride,
+    };
     RUN(op_copy(&run->model->ops, &copy, error));
     return circuit_masks(run, 0, error);
 }
@@ -99,22 +113,30 @@ static int finish(struct circuit_run *run, struct error *error) {
     free(tokens);
     RUN(failed);
     tile = read->whole || read->logits ? read_tile(&run->model->facts) : chunk->n_tokens;
-    if ((uint64_t)tile * run->n_logits > CIRCUIT_READBACK / 64) /* four floats of every token and entry, and room to spare */
-        tile = CIRCUIT_READBACK / 64 > run->n_logits ? (uint32_t)(CIRCUIT_READBACK / 64 / run->n_logits) : 1;
+    /* four floats of every token and entry, and room to spare */
+    if ((uint64_t)tile * run->n_logits > CIRCUIT_READBACK / 64)
+        tile = CIRCUIT_READBACK / 64 > run->n_logits
+                   ? (uint32_t)(CIRCUIT_READBACK / 64 / run->n_logits)
+                   : 1;
     for (uint32_t at = first, n; at < end; at += n) {
         n = end - at < tile ? end - at : tile;
-        RUN(circuit_assemble(run, run->logit_entry, run->n_logits, run->model->ln_final, address + 4 * (uint64_t)(at - first), n, error));
+        RUN(circuit_assemble(run, run->logit_entry, run->n_logits, run->model->ln_final,
+                             address + 4 * (uint64_t)(at - first), n, error));
         if (read->pairs)
-            RUN(read_pairs(work, &run->read_memory, read, at, n, run_address(run->normed), run->n_logits, error));
+            RUN(read_pairs(work, &run->read_memory, read, at, n, run_address(run->normed),
+                           run->n_logits, error));
         if (read->whole)
-            RUN(read_whole(work, &run->read_memory, read, at, n, run_address(run->normed), run->n_logits, error));
+            RUN(read_whole(work, &run->read_memory, read, at, n, run_address(run->normed),
+                           run->n_logits, error));
         if (read->logits)
-            RUN(read_logits(work, &run->read_memory, read, at, n, run_address(run->normed), run->n_logits, error));
+            RUN(read_logits(work, &run->read_memory, read, at, n, run_address(run->normed),
+                            run->n_logits, error));
     }
     return 0;
 }
 
-static int see(void *context, struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error) {
+static int see(void *context, struct run_work *work, enum run_seen what, int layer,
+               uint64_t address, uint32_t stride, struct error *error) {
     struct circuit_run *run = context;
     int post_norms = run->model->facts.post_norms;
     (void)stride;
@@ -126,19 +148,22 @@ static int see(void *context, struct run_work *work, enum run_seen what, int lay
         RUN(steer(run, error));
     if (what == SEEN_Z && !post_norms)
         return circuit_attention(run, layer, address, 0, error);
-    if (what == SEEN_ATTN_RAW) /* a post-norm's statistic is needed, too; the mixes are still there */
+    /* a post-norm's statistic is needed, too; the mixes are still there */
+    if (what == SEEN_ATTN_RAW)
         return circuit_attention(run, layer, run_address(work->z), address, error);
     return what == SEEN_MLP_OUT ? circuit_mlp(run, layer, address, error) : 0;
 }
 
-int circuit_forward(struct circuit_run *run, struct run_cache *cache, const struct run_batch *batch, const struct read_request *read, const uint8_t *mask,
-                    struct error *error) {
+int circuit_forward(struct circuit_run *run, struct run_cache *cache, const struct run_batch *batch,
+                    const struct read_request *read, const uint8_t *mask, struct error *error) {
     struct run_observer observer = {.context = run, .see = see};
     if (!run->work)
         return error_set(error, ERROR_VALUE, "these circuits have no memory yet");
     if (cache->n_slots > run->n_slots || batch->first_layer > run->first_layer || batch->frozen)
-        return error_set(error, ERROR_VALUE, "circuits from layer %u with %u slots do not fit a run from layer %u with %u", run->first_layer, run->n_slots,
-                         batch->first_layer, cache->n_slots);
+        return error_set(
+            error, ERROR_VALUE,
+            "circuits from layer %u with %u slots do not fit a run from layer %u with %u",
+            run->first_layer, run->n_slots, batch->first_layer, cache->n_slots);
     run->read = read;
     run->mask = mask;
     run->work->observer = &observer;

@@ -4,24 +4,40 @@
 #include <stdlib.h>
 
 uint64_t circuit_block(const struct circuit_run *run, uint32_t block) {
-    return run_address(run->d) + 4 * (uint64_t)block * run->work->chunk.n_tokens * run->work->d_stride;
+    return run_address(run->d) +
+           4 * (uint64_t)block * run->work->chunk.n_tokens * run->work->d_stride;
 }
 
-int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64_t gain, uint64_t tokens, uint32_t n_tokens, struct error *error) {
+int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64_t gain,
+                     uint64_t tokens, uint32_t n_tokens, struct error *error) {
     struct run_work *work = run->work;
     uint64_t tables = run_address(run->tables);
-    struct circuit_inputs_params params = {.x = run_address(work->x), .d = run_address(run->d), .refs = tables + 4 * (uint64_t)run->refs,
-                                           .first = tables + 4 * (uint64_t)entry, .tokens = tokens, .gain = gain, .dst = run_address(run->normed),
-                                           .all_tokens = !tokens, .n_tokens = n_tokens, .n_chunk = work->chunk.n_tokens,
-                                           .width = run->model->facts.d_model, .stride = work->d_stride, .eps = run->model->facts.norm_eps};
-    return op_circuit_inputs(&run->model->ops, &params, n, run->words[entry + n] - run->words[entry], error);
+    struct circuit_inputs_params params = {
+        .x = run_address(work->x),
+        .d = run_address(run->d),
+        .refs = tables + 4 * (uint64_t)run->refs,
+        .first = tables + 4 * (uint64_t)entry,
+        .tokens = tokens,
+        .gain = gain,
+        .dst = run_address(run->normed),
+        .all_tokens = !tokens,
+        .n_tokens = n_tokens,
+        .n_chunk = work->chunk.n_tokens,
+        .width = run->model->facts.d_model,
+        .stride = work->d_stride,
+        .eps = run->model->facts.norm_eps,
+    };
+    return op_circuit_inputs(&run->model->ops, &params, n,
+                             run->words[entry + n] - run->words[entry], error);
 }
 
-/* Masked copies of what this stage made: rows of tokens outside the mask are those of a zero row behind all blocks. */
+/* Masked copies of what this stage made: rows of tokens outside the mask are those of a zero
+ * row behind all blocks. */
 int circuit_masks(struct circuit_run *run, uint32_t stage, struct error *error) {
     struct run_work *work = run->work;
     const struct chunk *chunk = &work->chunk;
-    uint32_t *rows = NULL, first = run->mask_first[stage], end = run->mask_first[stage + 1], zero = run->n_blocks * run->capacity;
+    uint32_t *rows = NULL, first = run->mask_first[stage], end = run->mask_first[stage + 1],
+             zero = run->n_blocks * run->capacity;
     if (first == end)
         return 0;
     rows = malloc(chunk->n_tokens * sizeof *rows);
@@ -29,10 +45,20 @@ int circuit_masks(struct circuit_run *run, uint32_t stage, struct error *error) 
     for (uint32_t m = first; m < end && !failed; m++) {
         uint64_t address;
         for (uint32_t t = 0; t < chunk->n_tokens; t++)
-            rows[t] = run->mask && !run->mask[chunk->places[t].packed] ? zero : run->masks[m] * chunk->n_tokens + t;
+            rows[t] = run->mask && !run->mask[chunk->places[t].packed]
+                          ? zero
+                          : run->masks[m] * chunk->n_tokens + t;
         failed = work_upload(work, rows, chunk->n_tokens * sizeof *rows, &address, error);
-        struct copy_params copy = {.x = run_address(run->d), .dst = circuit_block(run, run->mask_block + m), .rows = address, .n_rows = chunk->n_tokens,
-                                   .width = run->model->facts.d_model, .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
+        struct copy_params copy = {
+            .x = run_address(run->d),
+            .dst = circuit_block(run, run->mask_block + m),
+            .rows = address,
+            .n_rows = chunk->n_tokens,
+            .width = run->model->facts.d_model,
+            .x_stride = work->d_stride,
+            .out_stride = work->d_stride,
+            .flags = COPY_ROWS,
+        };
         failed = failed || op_copy(&run->model->ops, &copy, error);
     }
     free(rows);

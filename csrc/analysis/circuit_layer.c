@@ -1,10 +1,15 @@
-/* One layer under circuits: reads as the model's equations, for entries and states instead of rows. */
+/* One layer under circuits: reads as the model's equations, for entries and
+ * states instead of rows. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define RUN(call) do { if (call) return -1; } while (0)
+#define RUN(call) \
+    do { \
+        if (call) \
+            return -1; \
+    } while (0)
 #define ROWS_A_GRID 32768 /* rows of one dispatch with a workgroup a row */
 
 static struct circuit_layer *layer_of(const struct circuit_run *run, int layer) {
@@ -13,25 +18,33 @@ static struct circuit_layer *layer_of(const struct circuit_run *run, int layer) 
 
 /* The panels that hold rows [first, first + n) of a matrix, as a matrix of its own. */
 static struct op_matrix rows_of(const struct op_matrix *matrix, uint32_t first, uint32_t n) {
-    uint32_t from = first / OP_PANEL * OP_PANEL, end = (first + n + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
+    uint32_t from = first / OP_PANEL * OP_PANEL,
+             end = (first + n + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
     end = end < matrix->n ? end : matrix->n;
-    struct op_matrix part = {.type = matrix->type, .n = end - from, .k = matrix->k, .k_cells = matrix->k_cells};
+    struct op_matrix part = {
+        .type = matrix->type,
+        .n = end - from,
+        .k = matrix->k,
+        .k_cells = matrix->k_cells,
+    };
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {
         uint32_t start = matrix->chunks[c].first, stop = start + matrix->chunks[c].count;
         uint32_t a = from > start ? from : start, b = end < stop ? end : stop;
         if (a >= b)
             continue;
-        part.chunks[part.n_chunks].address = matrix->chunks[c].address + op_matrix_bytes(matrix->type, a - start, matrix->k);
+        part.chunks[part.n_chunks].address = matrix->chunks[c].address +
+                                             op_matrix_bytes(matrix->type, a - start, matrix->k);
         part.chunks[part.n_chunks].first = a - from;
         part.chunks[part.n_chunks++].count = b - a;
     }
     return part;
 }
 
-/* --- queries, keys, values ----------------------------------------------------------------------------------------------------------- */
+/* --- queries, keys, values -------------------------------------------------------------------- */
 
 /* Products of inputs [from, to), whose normed rows lie in run->normed. */
-static int products(struct circuit_run *run, const struct model_layer *weights, const struct circuit_layer *layer, uint32_t from, uint32_t to,
+static int products(struct circuit_run *run, const struct model_layer *weights,
+                    const struct circuit_layer *layer, uint32_t from, uint32_t to,
                     struct error *error) {
     const struct model_facts *f = &run->model->facts;
     uint32_t T = run->work->chunk.n_tokens, start = layer->input_first[from];
@@ -40,10 +53,17 @@ static int products(struct circuit_run *run, const struct model_layer *weights, 
         if (n == 0)
             continue;
         struct op_matrix part = rows_of(&weights->qkv, row, f->d_head);
-        struct op_linear_args args = {.x = run_address(run->normed) + 4 * (uint64_t)(layer->input_first[i] - start) * T * run->work->d_stride,
-                                      .dst = run_address(run->product) + 4 * (uint64_t)layer->input_first[i] * T * run->product_stride,
-                                      .bias = weights->b_qkv ? weights->b_qkv + 4 * (uint64_t)(row / OP_PANEL * OP_PANEL) : 0, .n_rows = n * T,
-                                      .x_stride = run->work->d_stride, .dst_stride = run->product_stride, .decode = run->work->chunk.batch->decode};
+        struct op_linear_args args = {
+            .x = run_address(run->normed) +
+                 4 * (uint64_t)(layer->input_first[i] - start) * T * run->work->d_stride,
+            .dst = run_address(run->product) +
+                   4 * (uint64_t)layer->input_first[i] * T * run->product_stride,
+            .bias = weights->b_qkv ? weights->b_qkv + 4 * (uint64_t)(row / OP_PANEL * OP_PANEL) : 0,
+            .n_rows = n * T,
+            .x_stride = run->work->d_stride,
+            .dst_stride = run->product_stride,
+            .decode = run->work->chunk.batch->decode,
+        };
         RUN(op_linear(&run->model->ops, &part, &args, error));
     }
     return 0;
@@ -56,75 +76,155 @@ static int attention_inputs(struct circuit_run *run, int l, struct error *error)
     struct run_work *work = run->work;
     for (uint32_t from = 0, to; from < run->n_inputs; from = to) {
         uint32_t start = layer->input_first[from];
-        for (to = from + 1; to < run->n_inputs && layer->input_first[to + 1] - start <= run->assembled; to++)
+        for (to = from + 1;
+             to < run->n_inputs && layer->input_first[to + 1] - start <= run->assembled; to++)
             ;
         if (layer->input_first[to] == start)
             continue;
-        RUN(circuit_assemble(run, layer->entry + start, layer->input_first[to] - start, weights->ln1, 0, work->chunk.n_tokens, error));
+        RUN(circuit_assemble(run, layer->entry + start, layer->input_first[to] - start,
+                             weights->ln1, 0, work->chunk.n_tokens, error));
         RUN(products(run, weights, layer, from, to, error));
     }
-    struct circuit_place_params place = {.x = run_address(run->product), .base = work->at_qkv, .entries = run_address(run->tables) + 4 * (uint64_t)layer->places,
-                                         .tokens = work->chunk.tokens, .angles = run_address(run->model->angles[f->rope_table[l]]),
-                                         .q_gain = weights->q_norm, .k_gain = weights->k_norm, .q = run_address(run->q), .k_cache = run_address(layer->k),
-                                         .v_cache = run_address(layer->v), .n_tokens = work->chunk.n_tokens, .d_head = f->d_head,
-                                         .x_stride = run->product_stride, .base_stride = work->qkv_stride, .q_stride = run->z_stride,
-                                         .n_slots = run->n_slots, .flags = f->qk_norm ? PLACE_QK_NORM : 0, .eps = f->norm_eps};
+    struct circuit_place_params place = {
+        .x = run_address(run->product),
+        .base = work->at_qkv,
+        .entries = run_address(run->tables) + 4 * (uint64_t)layer->places,
+        .tokens = work->chunk.tokens,
+        .angles = run_address(run->model->angles[f->rope_table[l]]),
+        .q_gain = weights->q_norm,
+        .k_gain = weights->k_norm,
+        .q = run_address(run->q),
+        .k_cache = run_address(layer->k),
+        .v_cache = run_address(layer->v),
+        .n_tokens = work->chunk.n_tokens,
+        .d_head = f->d_head,
+        .x_stride = run->product_stride,
+        .base_stride = work->qkv_stride,
+        .q_stride = run->z_stride,
+        .n_slots = run->n_slots,
+        .flags = f->qk_norm ? PLACE_QK_NORM : 0,
+        .eps = f->norm_eps,
+    };
     return op_circuit_place(&run->model->ops, &place, layer->n_places, error);
 }
 
-/* --- mixes --------------------------------------------------------------------------------------------------------------------------- */
+/* --- mixes ------------------------------------------------------------------------------------ */
 
-/* What the attention kernels see: every state of a head is a row of tokens of a model with one head. */
-struct lists { uint64_t tokens, tiles; struct query_tile *tile; uint32_t n_tiles; };
+/* What the attention kernels see: every state of a head is a row of tokens of a
+ * model with one head. */
+struct lists {
+    uint64_t tokens, tiles;
+    struct query_tile *tile;
+    uint32_t n_tiles;
+};
 
-static int lists_upload(struct circuit_run *run, const struct circuit_layer *layer, struct lists *lists, struct error *error) {
+static int lists_upload(struct circuit_run *run, const struct circuit_layer *layer,
+                        struct lists *lists, struct error *error) {
     const struct chunk *chunk = &run->work->chunk;
     uint32_t T = chunk->n_tokens;
     uint64_t n = (uint64_t)layer->n_states * T;
     struct token_meta *meta = malloc(n * sizeof *meta);
     lists->n_tiles = layer->n_states * chunk->n_tiles;
     lists->tile = malloc(lists->n_tiles * sizeof *lists->tile);
-    int failed = meta && lists->tile ? 0 : error_set(error, ERROR_MEMORY, "out of memory for token lists");
+    int failed = meta && lists->tile
+                     ? 0
+                     : error_set(error, ERROR_MEMORY, "out of memory for token lists");
     for (uint32_t s = 0; s < layer->n_states && !failed; s++) {
         const uint32_t *state = layer->states + 3 * (size_t)s;
         for (uint32_t t = 0; t < T; t++) {
             const struct token_place *place = &chunk->places[t];
             uint32_t slot = chunk->batch->slot[place->row];
-            meta[(size_t)s * T + t] = (struct token_meta){.pos = place->pos, .slot = slot + place->pos, .q_token = state[0] * T + t,
-                                                          .k_slot = state[1] * run->n_slots + slot, .v_slot = state[2] * run->n_slots + slot,
-                                                          .row = place->row};
+            meta[(size_t)s * T + t] = (struct token_meta){
+                .pos = place->pos,
+                .slot = slot + place->pos,
+                .q_token = state[0] * T + t,
+                .k_slot = state[1] * run->n_slots + slot,
+                .v_slot = state[2] * run->n_slots + slot,
+                .row = place->row,
+            };
         }
         for (uint32_t i = 0; i < chunk->n_tiles; i++)
-            lists->tile[(size_t)s * chunk->n_tiles + i] = (struct query_tile){s * T + chunk->tile_list[i].first, chunk->tile_list[i].count};
+            lists->tile[(size_t)s * chunk->n_tiles + i] =
+                (struct query_tile){s * T + chunk->tile_list[i].first, chunk->tile_list[i].count};
     }
     failed = failed || work_upload(run->work, meta, n * sizeof *meta, &lists->tokens, error) ||
-             work_upload(run->work, lists->tile, lists->n_tiles * sizeof *lists->tile, &lists->tiles, error);
+             work_upload(run->work, lists->tile, lists->n_tiles * sizeof *lists->tile,
+                         &lists->tiles, error);
     free(meta);
     return failed ? -1 : 0;
 }
 
 /* Mixes of the tiles [from, to), whose patterns fit the scratch memory. */
-static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, uint32_t from, uint32_t to, uint32_t key_stride, struct error *error) {
+static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, uint32_t from,
+                     uint32_t to, uint32_t key_stride, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct circuit_layer *layer = layer_of(run, l);
     const struct chunk *chunk = &run->work->chunk;
     struct ops *ops = &run->model->ops;
-    uint32_t first = lists->tile[from].first, n = lists->tile[to - 1].first + lists->tile[to - 1].count - first, window = f->window[l];
-    uint64_t tiles = lists->tiles + from * sizeof(struct query_tile), q = run_address(run->q), k = run_address(layer->k), v = run_address(layer->v);
+    uint32_t first = lists->tile[from].first,
+             n = lists->tile[to - 1].first + lists->tile[to - 1].count - first,
+             window = f->window[l];
+    uint64_t tiles = lists->tiles + from * sizeof(struct query_tile), q = run_address(run->q),
+             k = run_address(layer->k), v = run_address(layer->v);
     uint64_t pattern = run_address(run->scores), z = run_address(run->z);
     if (chunk->n_tiles == chunk->n_tokens) { /* single tokens */
-        struct decode_params decode = {.qkv = q, .k_cache = k, .v_cache = v, .tokens = lists->tokens, .scores = pattern, .z = z, .first_token = first,
-                                       .n_heads = 1, .n_kv_heads = 1, .d_head = f->d_head, .stride = run->z_stride, .z_stride = run->z_stride,
-                                       .key_stride = key_stride, .window = window, .scale = f->attn_scale, .softcap = f->attn_softcap};
+        struct decode_params decode = {
+            .qkv = q,
+            .k_cache = k,
+            .v_cache = v,
+            .tokens = lists->tokens,
+            .scores = pattern,
+            .z = z,
+            .first_token = first,
+            .n_heads = 1,
+            .n_kv_heads = 1,
+            .d_head = f->d_head,
+            .stride = run->z_stride,
+            .z_stride = run->z_stride,
+            .key_stride = key_stride,
+            .window = window,
+            .scale = f->attn_scale,
+            .softcap = f->attn_softcap,
+        };
         return op_attn_decode(ops, &decode, n, chunk->max_keys, error);
     }
-    struct scores_params scores = {.qkv = q, .k_cache = k, .tokens = lists->tokens, .tiles = tiles, .scores = pattern, .first_token = first, .n_heads = 1,
-                                   .n_kv_heads = 1, .d_head = f->d_head, .stride = run->z_stride, .key_stride = key_stride, .scale = f->attn_scale,
-                                   .softcap = f->attn_softcap};
-    struct softmax_params softmax = {.scores = pattern, .tokens = lists->tokens, .first_token = first, .n_heads = 1, .key_stride = key_stride,
-                                     .window = window};
-    struct mix_params mix = {.pattern = pattern, .v_cache = v, .tokens = lists->tokens, .tiles = tiles, .z = z, .first_token = first, .n_heads = 1,
-                             .n_kv_heads = 1, .d_head = f->d_head, .z_stride = run->z_stride, .key_stride = key_stride, .window = window};
+    struct scores_params scores = {
+        .qkv = q,
+        .k_cache = k,
+        .tokens = lists->tokens,
+        .tiles = tiles,
+        .scores = pattern,
+        .first_token = first,
+        .n_heads = 1,
+        .n_kv_heads = 1,
+        .d_head = f->d_head,
+        .stride = run->z_stride,
+        .key_stride = key_stride,
+        .scale = f->attn_scale,
+        .softcap = f->attn_softcap,
+    };
+    struct softmax_params softmax = {
+        .scores = pattern,
+        .tokens = lists->tokens,
+        .first_token = first,
+        .n_heads = 1,
+        .key_stride = key_stride,
+        .window = window,
+    };
+    struct mix_params mix = {
+        .pattern = pattern,
+        .v_cache = v,
+        .tokens = lists->tokens,
+        .tiles = tiles,
+        .z = z,
+        .first_token = first,
+        .n_heads = 1,
+        .n_kv_heads = 1,
+        .d_head = f->d_head,
+        .z_stride = run->z_stride,
+        .key_stride = key_stride,
+        .window = window,
+    };
     RUN(op_attn_scores(ops, &scores, to - from, chunk->max_keys, error));
     RUN(op_attn_softmax(ops, &softmax, n, chunk->max_keys, error));
     return op_attn_mix(ops, &mix, to - from, chunk->max_keys, error);
@@ -136,7 +236,8 @@ static int mixes(struct circuit_run *run, int l, struct error *error) {
     uint64_t room = gpu_buffer_size(run->scores) / (4 * (uint64_t)key_stride);
     uint32_t at_once = room < OP_TILE ? OP_TILE : room > ROWS_A_GRID ? ROWS_A_GRID : (uint32_t)room;
     struct lists lists = {0};
-    RUN(work_grow(run->work, &run->scores, 4 * (uint64_t)at_once * key_stride, "circuits' scores", error));
+    RUN(work_grow(run->work, &run->scores, 4 * (uint64_t)at_once * key_stride, "circuits' scores",
+                  error));
     int failed = lists_upload(run, layer, &lists, error);
     for (uint32_t from = 0, to; from < lists.n_tiles && !failed; from = to) {
         for (to = from + 1; to < lists.n_tiles; to++)
@@ -148,67 +249,116 @@ static int mixes(struct circuit_run *run, int l, struct error *error) {
     return failed;
 }
 
-/* --- what heads add ------------------------------------------------------------------------------------------------------------------ */
+/* --- what heads add --------------------------------------------------------------------------- */
 
 /* op_norm in pieces that fit a grid; flags say what of it. */
-static int norm_rows(struct circuit_run *run, uint64_t x, uint64_t gain, uint64_t dst, uint64_t scale, uint32_t flags, uint64_t n, struct error *error) {
+static int norm_rows(struct circuit_run *run, uint64_t x, uint64_t gain, uint64_t dst,
+                     uint64_t scale, uint32_t flags, uint64_t n, struct error *error) {
     uint64_t row = 4 * (uint64_t)run->work->d_stride;
     for (uint64_t done = 0, some; done < n; done += some) {
         some = n - done < ROWS_A_GRID ? n - done : ROWS_A_GRID;
-        struct norm_params params = {.x = x + done * row, .gain = gain, .dst = dst + done * row, .scale = scale + 4 * done,
-                                     .width = run->model->facts.d_model, .stride = run->work->d_stride, .flags = flags,
-                                     .eps = run->model->facts.norm_eps};
+        struct norm_params params = {
+            .x = x + done * row,
+            .gain = gain,
+            .dst = dst + done * row,
+            .scale = scale + 4 * done,
+            .width = run->model->facts.d_model,
+            .stride = run->work->d_stride,
+            .flags = flags,
+            .eps = run->model->facts.norm_eps,
+        };
         RUN(op_norm(&run->model->ops, &params, (uint32_t)some, error));
     }
     return 0;
 }
 
-/* The post-norm's statistic of every variant (run->scale, the base run's behind them), from its whole attention output. */
-static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw, struct error *error) {
+/* The post-norm's statistic of every variant (run->scale, the base run's behind them), from its
+ * whole attention output. */
+static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw,
+                  struct error *error) {
     const struct model_layer *weights = &run->model->layers[l];
     const struct circuit_layer *layer = layer_of(run, l);
     struct run_work *work = run->work;
     uint32_t T = work->chunk.n_tokens, n = layer->n_variants * T;
-    struct circuit_heads_params gather = {.z = run_address(run->z), .base = base_z, .entries = run_address(run->tables) + 4 * (uint64_t)layer->gathers,
-                                          .dst = run_address(run->gathered), .n_tokens = T, .d_head = run->model->facts.d_head,
-                                          .z_stride = run->z_stride, .base_stride = work->z_stride, .out_stride = work->z_stride, .flags = HEADS_COLUMN};
-    struct op_linear_args args = {.x = gather.dst, .dst = run_address(run->raw), .bias = weights->b_o, .n_rows = n, .x_stride = work->z_stride,
-                                  .dst_stride = work->d_stride, .decode = work->chunk.batch->decode};
-    RUN(op_circuit_heads(&run->model->ops, &gather, layer->n_variants * run->model->facts.n_heads, error));
+    struct circuit_heads_params gather = {
+        .z = run_address(run->z),
+        .base = base_z,
+        .entries = run_address(run->tables) + 4 * (uint64_t)layer->gathers,
+        .dst = run_address(run->gathered),
+        .n_tokens = T,
+        .d_head = run->model->facts.d_head,
+        .z_stride = run->z_stride,
+        .base_stride = work->z_stride,
+        .out_stride = work->z_stride,
+        .flags = HEADS_COLUMN,
+    };
+    struct op_linear_args args = {
+        .x = gather.dst,
+        .dst = run_address(run->raw),
+        .bias = weights->b_o,
+        .n_rows = n,
+        .x_stride = work->z_stride,
+        .dst_stride = work->d_stride,
+        .decode = work->chunk.batch->decode,
+    };
+    RUN(op_circuit_heads(&run->model->ops, &gather, layer->n_variants * run->model->facts.n_heads,
+                         error));
     RUN(op_linear(&run->model->ops, &weights->o, &args, error));
-    RUN(norm_rows(run, args.dst, weights->ln1_post, 0, run_address(run->scale), NORM_WRITE_SCALE | NORM_NO_OUT, n, error));
-    return norm_rows(run, base_raw, weights->ln1_post, 0, run_address(run->scale) + 4 * (uint64_t)n, NORM_WRITE_SCALE | NORM_NO_OUT, T, error);
+    RUN(norm_rows(run, args.dst, weights->ln1_post, 0, run_address(run->scale),
+                  NORM_WRITE_SCALE | NORM_NO_OUT, n, error));
+    return norm_rows(run, base_raw, weights->ln1_post, 0, run_address(run->scale) + 4 * (uint64_t)n,
+                     NORM_WRITE_SCALE | NORM_NO_OUT, T, error);
 }
 
-/* Blocks of the heads: W_O^h times the difference of mixes, each by its run's statistic where there is a post-norm, whose gain comes last. */
+/* Blocks of the heads: W_O^h times the difference of mixes, each by its run's statistic where there
+ * is a post-norm, whose gain comes last. */
 static int heads_out(struct circuit_run *run, int l, uint64_t base_z, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct model_layer *weights = &run->model->layers[l];
     const struct circuit_layer *layer = layer_of(run, l);
     struct run_work *work = run->work;
-    uint32_t T = work->chunk.n_tokens, wide = f->d_head % 16 != 0; /* odd heads are no slice of W_O's inputs: whole rows, zero but for one head */
+    /* odd heads are no slice of W_O's inputs: whole rows, zero but for one head */
+    uint32_t T = work->chunk.n_tokens, wide = f->d_head % 16 != 0;
     uint64_t scale = run_address(run->scale), blocks = circuit_block(run, layer->block);
-    struct circuit_heads_params params = {.z = run_address(run->z), .base = base_z, .entries = run_address(run->tables) + 4 * (uint64_t)layer->differences,
-                                          .scale = scale, .base_scale = scale + 4 * (uint64_t)layer->n_variants * T, .dst = run_address(run->heads),
-                                          .n_tokens = T, .d_head = f->d_head, .z_stride = run->z_stride, .base_stride = work->z_stride,
-                                          .out_stride = run->heads_stride,
-                                          .flags = HEADS_DIFFERENCE | (f->post_norms ? HEADS_SCALED : 0) | (wide ? HEADS_COLUMN | HEADS_ZERO : 0)};
+    struct circuit_heads_params params = {
+        .z = run_address(run->z),
+        .base = base_z,
+        .entries = run_address(run->tables) + 4 * (uint64_t)layer->differences,
+        .scale = scale,
+        .base_scale = scale + 4 * (uint64_t)layer->n_variants * T,
+        .dst = run_address(run->heads),
+        .n_tokens = T,
+        .d_head = f->d_head,
+        .z_stride = run->z_stride,
+        .base_stride = work->z_stride,
+        .out_stride = run->heads_stride,
+        .flags = HEADS_DIFFERENCE | (f->post_norms ? HEADS_SCALED : 0) |
+                 (wide ? HEADS_COLUMN | HEADS_ZERO : 0),
+    };
     RUN(op_circuit_heads(&run->model->ops, &params, layer->n_outputs, error));
     for (uint32_t h = 0; h < f->n_heads; h++) {
         uint64_t row = (uint64_t)layer->output_first[h] * T;
-        struct op_linear_args args = {.x = params.dst + 4 * row * run->heads_stride, .dst = blocks + 4 * row * work->d_stride,
-                                      .n_rows = (layer->output_first[h + 1] - layer->output_first[h]) * T, .x_stride = run->heads_stride,
-                                      .dst_stride = work->d_stride, .first_k = wide ? 0 : h * f->d_head, .n_k = wide ? 0 : f->d_head,
-                                      .decode = work->chunk.batch->decode};
+        struct op_linear_args args = {
+            .x = params.dst + 4 * row * run->heads_stride,
+            .dst = blocks + 4 * row * work->d_stride,
+            .n_rows = (layer->output_first[h + 1] - layer->output_first[h]) * T,
+            .x_stride = run->heads_stride,
+            .dst_stride = work->d_stride,
+            .first_k = wide ? 0 : h * f->d_head,
+            .n_k = wide ? 0 : f->d_head,
+            .decode = work->chunk.batch->decode,
+        };
         if (args.n_rows)
             RUN(op_linear(&run->model->ops, &weights->o, &args, error));
     }
     if (!f->post_norms)
         return 0;
-    return norm_rows(run, blocks, weights->ln1_post, blocks, 0, NORM_READ_NORMALIZED, (uint64_t)layer->n_outputs * T, error);
+    return norm_rows(run, blocks, weights->ln1_post, blocks, 0, NORM_READ_NORMALIZED,
+                     (uint64_t)layer->n_outputs * T, error);
 }
 
-int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw, struct error *error) {
+int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw,
+                      struct error *error) {
     const struct circuit_layer *layer = layer_of(run, l);
     if (layer->n_places)
         RUN(attention_inputs(run, l, error));
@@ -221,7 +371,7 @@ int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t 
     return circuit_masks(run, 1 + 2 * ((uint32_t)l - run->first_layer), error);
 }
 
-/* --- what MLPs add ------------------------------------------------------------------------------------------------------------------- */
+/* --- what MLPs add ---------------------------------------------------------------------------- */
 
 int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error *error) {
     const struct model_facts *f = &run->model->facts;
@@ -230,20 +380,50 @@ int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error 
     struct run_work *work = run->work;
     struct ops *ops = &run->model->ops;
     uint32_t T = work->chunk.n_tokens, decode = work->chunk.batch->decode != 0;
-    uint64_t rows = (uint64_t)layer->n_mlp * T, row_bytes = 4 * (uint64_t)work->d_stride, blocks = circuit_block(run, layer->block + layer->n_outputs);
+    uint64_t rows = (uint64_t)layer->n_mlp * T, row_bytes = 4 * (uint64_t)work->d_stride,
+             blocks = circuit_block(run, layer->block + layer->n_outputs);
     if (layer->n_mlp)
         RUN(circuit_assemble(run, layer->mlp_entry, layer->n_mlp, weights->ln2, 0, T, error));
     for (uint64_t row = 0; row < rows; row += run->mlp_rows) {
         uint32_t n = rows - row < run->mlp_rows ? (uint32_t)(rows - row) : run->mlp_rows;
-        struct op_linear_args up = {.x = run_address(run->normed) + row * row_bytes, .dst = run_address(run->gate_up), .bias = weights->b_gate_up, .n_rows = n,
-                                    .x_stride = work->d_stride, .dst_stride = work->gate_up_stride, .decode = decode};
-        struct act_params act = {.gate_up = up.dst, .dst = run_address(run->post), .width = f->d_mlp, .in_stride = work->gate_up_stride,
-                                 .out_stride = work->mlp_stride, .act = f->act};
-        struct op_linear_args down = {.x = act.dst, .dst = blocks + row * row_bytes, .bias = weights->b_down, .n_rows = n, .x_stride = work->mlp_stride,
-                                      .dst_stride = work->d_stride, .decode = decode};
-        struct circuit_outputs_params out = {.x = down.dst, .base = base_out, .gain = weights->ln2_post, .dst = down.dst, .first = (uint32_t)(row % T),
-                                             .n_tokens = T, .width = f->d_model, .stride = work->d_stride, .flags = f->post_norms ? OUTPUTS_NORM : 0,
-                                             .eps = f->norm_eps};
+        struct op_linear_args up = {
+            .x = run_address(run->normed) + row * row_bytes,
+            .dst = run_address(run->gate_up),
+            .bias = weights->b_gate_up,
+            .n_rows = n,
+            .x_stride = work->d_stride,
+            .dst_stride = work->gate_up_stride,
+            .decode = decode,
+        };
+        struct act_params act = {
+            .gate_up = up.dst,
+            .dst = run_address(run->post),
+            .width = f->d_mlp,
+            .in_stride = work->gate_up_stride,
+            .out_stride = work->mlp_stride,
+            .act = f->act,
+        };
+        struct op_linear_args down = {
+            .x = act.dst,
+            .dst = blocks + row * row_bytes,
+            .bias = weights->b_down,
+            .n_rows = n,
+            .x_stride = work->mlp_stride,
+            .dst_stride = work->d_stride,
+            .decode = decode,
+        };
+        struct circuit_outputs_params out = {
+            .x = down.dst,
+            .base = base_out,
+            .gain = weights->ln2_post,
+            .dst = down.dst,
+            .first = (uint32_t)(row % T),
+            .n_tokens = T,
+            .width = f->d_model,
+            .stride = work->d_stride,
+            .flags = f->post_norms ? OUTPUTS_NORM : 0,
+            .eps = f->norm_eps,
+        };
         RUN(op_linear(ops, &weights->gate_up, &up, error));
         RUN(op_act(ops, &act, n, error));
         RUN(op_linear(ops, &weights->down, &down, error));

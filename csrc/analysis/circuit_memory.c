@@ -3,8 +3,10 @@
 
 #include <string.h>
 
-#define GROUP_BYTES (UINT64_C(32) << 20) /* normed inputs that are assembled at once, where one input alone needs less */
-#define MLP_BYTES (UINT64_C(32) << 20)   /* gates, ups and activations of rows that go through an MLP at once */
+/* normed inputs that are assembled at once, where one input alone needs less */
+#define GROUP_BYTES (UINT64_C(32) << 20)
+/* gates, ups and activations of rows that go through an MLP at once */
+#define MLP_BYTES (UINT64_C(32) << 20)
 
 static uint32_t most(const struct circuit_run *run, size_t offset) {
     uint32_t n = 1;
@@ -18,57 +20,76 @@ static uint32_t most(const struct circuit_run *run, size_t offset) {
 #define MOST(run, field) most(run, offsetof(struct circuit_layer, field))
 
 static uint32_t entries_at_once(const struct circuit_run *run, uint32_t capacity) {
-    uint64_t room = GROUP_BYTES / (4 * (uint64_t)capacity * op_row_stride(run->model->facts.d_model));
+    uint64_t room = GROUP_BYTES /
+                    (4 * (uint64_t)capacity * op_row_stride(run->model->facts.d_model));
     uint32_t n = run->most_entries ? run->most_entries : 1, all = MOST(run, n_entries);
     return room < n ? n : room > all ? (all > n ? all : n) : (uint32_t)room;
 }
 
 static uint32_t mlp_rows_at_once(const struct circuit_run *run, uint32_t capacity) {
     const struct model_facts *f = &run->model->facts;
-    uint64_t rows = MLP_BYTES / (4 * ((uint64_t)op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp))), all = (uint64_t)MOST(run, n_mlp) * capacity;
+    uint64_t rows = MLP_BYTES /
+                    (4 * ((uint64_t)op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp))),
+             all = (uint64_t)MOST(run, n_mlp) * capacity;
     rows = rows < 64 ? 64 : rows > 32768 ? 32768 : rows;
     return (uint32_t)(rows < all ? rows : all);
 }
 
-struct wanted { struct gpu_buffer **buffer; uint64_t bytes; const char *name; };
+struct wanted {
+    struct gpu_buffer **buffer;
+    uint64_t bytes;
+    const char *name;
+};
 
 /* All buffers but the caches, and how large they are. */
 static int buffers_list(struct circuit_run *run, uint32_t capacity, struct wanted *wanted) {
     const struct model_facts *f = &run->model->facts;
-    uint64_t token = 4 * (uint64_t)capacity, d = op_row_stride(f->d_model), variants = f->post_norms ? MOST(run, n_variants) : 0;
+    uint64_t token = 4 * (uint64_t)capacity, d = op_row_stride(f->d_model),
+             variants = f->post_norms ? MOST(run, n_variants) : 0;
     uint32_t mlp = mlp_rows_at_once(run, capacity);
     const struct wanted all[] = {
-        {&run->tables, 4 * (uint64_t)run->n_words, "circuits' tables"}, {&run->steer, 4 * d, "steering"},
+        {&run->tables, 4 * (uint64_t)run->n_words, "circuits' tables"},
+        {&run->steer, 4 * d, "steering"},
         {&run->d, token * run->n_blocks * d + 4 * d, "differences of nodes"}, /* and a zero row */
         {&run->normed, token * entries_at_once(run, capacity) * d, "circuits' inputs"},
         {&run->product, token * MOST(run, n_entries) * run->product_stride, "circuits' products"},
-        {&run->q, token * MOST(run, n_q) * run->z_stride, "circuits' queries"}, {&run->z, token * MOST(run, n_states) * run->z_stride, "circuits' mixes"},
+        {&run->q, token * MOST(run, n_q) * run->z_stride, "circuits' queries"},
+        {&run->z, token * MOST(run, n_states) * run->z_stride, "circuits' mixes"},
         {&run->heads, token * MOST(run, n_outputs) * run->heads_stride, "circuits' heads"},
-        {&run->gathered, token * variants * op_row_stride(f->n_heads * f->d_head), "circuits' rows of heads"},
-        {&run->raw, token * variants * d, "circuits' attention"}, {&run->scale, token * (variants + 1), "circuits' scales"},
+        {&run->gathered, token * variants * op_row_stride(f->n_heads * f->d_head),
+         "circuits' rows of heads"},
+        {&run->raw, token * variants * d, "circuits' attention"},
+        {&run->scale, token * (variants + 1), "circuits' scales"},
         {&run->gate_up, 4 * (uint64_t)mlp * op_row_stride(2 * f->d_mlp), "circuits' gates"},
-        {&run->post, 4 * (uint64_t)mlp * op_row_stride(f->d_mlp), "circuits' activations"}, {&run->scores, WORK_SCRATCH, "circuits' scores"}};
+        {&run->post, 4 * (uint64_t)mlp * op_row_stride(f->d_mlp), "circuits' activations"},
+        {&run->scores, WORK_SCRATCH, "circuits' scores"}};
     memcpy(wanted, all, sizeof all);
     return sizeof all / sizeof all[0];
 }
 
-uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t n_slots, uint64_t *largest) {
+uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
+                       uint64_t *largest) {
     const struct model_facts *f = &run->model->facts;
     struct wanted wanted[16];
     int n = buffers_list((struct circuit_run *)run, capacity, wanted);
-    uint64_t total = run_work_bytes(f, capacity, CIRCUIT_READBACK) + read_bytes(f) + 8 * (uint64_t)capacity * op_row_stride(f->d_model) + run_cache_bytes(f, n_slots, 0);
-    *largest = 4 * (uint64_t)n_slots * f->d_head * (MOST(run, n_k) > MOST(run, n_v) ? MOST(run, n_k) : MOST(run, n_v));
+    uint64_t total = run_work_bytes(f, capacity, CIRCUIT_READBACK) + read_bytes(f) +
+                     8 * (uint64_t)capacity * op_row_stride(f->d_model) +
+                     run_cache_bytes(f, n_slots, 0);
+    *largest = 4 * (uint64_t)n_slots * f->d_head *
+               (MOST(run, n_k) > MOST(run, n_v) ? MOST(run, n_k) : MOST(run, n_v));
     for (int i = 0; i < n; i++) {
         total += wanted[i].bytes;
         *largest = wanted[i].bytes > *largest ? wanted[i].bytes : *largest;
     }
     for (uint32_t i = 0; i < run->depth; i++) /* the caches, and the token lists of attention */
         total += 4 * (uint64_t)n_slots * f->d_head * (run->layers[i].n_k + run->layers[i].n_v) +
-                 (uint64_t)capacity * run->layers[i].n_states * (sizeof(struct token_meta) + sizeof(struct query_tile));
+                 (uint64_t)capacity * run->layers[i].n_states *
+                     (sizeof(struct token_meta) + sizeof(struct query_tile));
     return total;
 }
 
-static int zeroed(struct circuit_run *run, struct gpu_buffer **out, uint64_t bytes, const char *name, struct error *error) {
+static int zeroed(struct circuit_run *run, struct gpu_buffer **out, uint64_t bytes,
+                  const char *name, struct error *error) {
     if (bytes == 0)
         return 0;
     if (gpu_buffer_create(out, run->model->ops.device, bytes, GPU_DEVICE_LOCAL, name, error))
@@ -76,20 +97,25 @@ static int zeroed(struct circuit_run *run, struct gpu_buffer **out, uint64_t byt
     return gpu_stream_zero(run->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
 }
 
-/* Words and the steering vector: copied as bytes, because a kernel that copies floats may flush what looks like a tiny one. */
-static int bytes_upload(struct circuit_run *run, const void *data, uint64_t bytes, struct gpu_buffer *to, struct error *error) {
+/* Words and the steering vector: copied as bytes, because a kernel that copies floats may flush
+ * what looks like a tiny one. */
+static int bytes_upload(struct circuit_run *run, const void *data, uint64_t bytes,
+                        struct gpu_buffer *to, struct error *error) {
     struct gpu_buffer *from;
-    if (gpu_buffer_create(&from, run->model->ops.device, bytes, GPU_UPLOAD, "circuits' upload", error))
+    if (gpu_buffer_create(&from, run->model->ops.device, bytes, GPU_UPLOAD, "circuits' upload",
+                          error))
         return -1;
     memcpy(gpu_buffer_map(from), data, bytes);
-    int failed = gpu_stream_copy(run->model->ops.stream, from, 0, to, 0, bytes, error) || gpu_stream_wait(run->model->ops.stream, error);
+    int failed = gpu_stream_copy(run->model->ops.stream, from, 0, to, 0, bytes, error) ||
+                 gpu_stream_wait(run->model->ops.stream, error);
     if (failed)
         gpu_stream_abandon(run->model->ops.stream);
     gpu_buffer_destroy(from);
     return failed ? -1 : 0;
 }
 
-int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots, const float *steer, struct error *error) {
+int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
+                    const float *steer, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     struct wanted wanted[16];
     if (run->work)
@@ -107,7 +133,8 @@ int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots
     for (uint32_t i = 0; i < run->depth; i++) {
         struct circuit_layer *layer = &run->layers[i];
         uint64_t region = 4 * (uint64_t)n_slots * f->d_head;
-        if (zeroed(run, &layer->k, region * layer->n_k, "circuits' keys", error) || zeroed(run, &layer->v, region * layer->n_v, "circuits' values", error))
+        if (zeroed(run, &layer->k, region * layer->n_k, "circuits' keys", error) ||
+            zeroed(run, &layer->v, region * layer->n_v, "circuits' values", error))
             goto fail;
     }
     if (bytes_upload(run, run->words, 4 * (uint64_t)run->n_words, run->tables, error) ||

@@ -4,82 +4,112 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RUN(call) do { if (call) return -1; } while (0)
+#define RUN(call) \
+    do { \
+        if (call) \
+            return -1; \
+    } while (0)
 
 /* first[0..n]: ascending from 0 to total. */
-static int firsts_check(const uint32_t *first, uint32_t n, uint32_t total, const char *what, struct error *error) {
+static int firsts_check(const uint32_t *first, uint32_t n, uint32_t total, const char *what,
+                        struct error *error) {
     for (uint32_t i = 0; i < n; i++)
         if (first[i] > first[i + 1])
             return error_set(error, ERROR_VALUE, "a plan whose %s go back at %u", what, i);
-    return first[0] || first[n] != total ? error_set(error, ERROR_VALUE, "a plan whose %s do not end at %u", what, total) : 0;
+    return first[0] || first[n] != total
+               ? error_set(error, ERROR_VALUE, "a plan whose %s do not end at %u", what, total)
+               : 0;
 }
 
 static int state_entry_bad(const struct circuit_plan *plan, uint32_t input, uint32_t entry) {
     return entry != NO_BLOCK && entry >= plan->entry_first[input + 1] - plan->entry_first[input];
 }
 
-static int layer_check(const struct model_facts *f, const struct circuit_plan *plan, uint32_t i, struct error *error) {
-    uint32_t w = f->n_heads + 2 * f->n_kv_heads + 1, n_states = plan->state_first[i + 1] - plan->state_first[i];
-    uint32_t n_variants = plan->variant_first[i + 1] - plan->variant_first[i], head = 0, share = f->n_heads / f->n_kv_heads;
+static int layer_check(const struct model_facts *f, const struct circuit_plan *plan, uint32_t i,
+                       struct error *error) {
+    uint32_t w = f->n_heads + 2 * f->n_kv_heads + 1,
+             n_states = plan->state_first[i + 1] - plan->state_first[i];
+    uint32_t n_variants = plan->variant_first[i + 1] - plan->variant_first[i], head = 0,
+             share = f->n_heads / f->n_kv_heads;
     for (uint32_t s = plan->state_first[i]; s < plan->state_first[i + 1]; s++) {
         const uint32_t *state = plan->states + 4 * (size_t)s;
         if (state[0] >= f->n_heads || state_entry_bad(plan, i * w + state[0], state[1]) ||
             state_entry_bad(plan, i * w + f->n_heads + state[0] / share, state[2]) ||
             state_entry_bad(plan, i * w + f->n_heads + f->n_kv_heads + state[0] / share, state[3]))
-            return error_set(error, ERROR_VALUE, "state %u of a plan names an entry that is not there", s);
+            return error_set(error, ERROR_VALUE,
+                             "state %u of a plan names an entry that is not there", s);
     }
     for (uint32_t o = plan->output_first[i]; o < plan->output_first[i + 1]; o++) {
         const uint32_t *output = plan->outputs + 3 * (size_t)o;
-        if (output[0] < head || output[0] >= f->n_heads || (output[1] != NO_BLOCK && output[1] >= n_states) ||
-            (output[1] != NO_BLOCK && plan->states[4 * (size_t)(plan->state_first[i] + output[1])] != output[0]) ||
+        if (output[0] < head || output[0] >= f->n_heads ||
+            (output[1] != NO_BLOCK && output[1] >= n_states) ||
+            (output[1] != NO_BLOCK &&
+             plan->states[4 * (size_t)(plan->state_first[i] + output[1])] != output[0]) ||
             (f->post_norms ? output[2] >= n_variants : output[1] == NO_BLOCK))
             return error_set(error, ERROR_VALUE, "output %u of a plan makes no sense", o);
         head = output[0];
     }
-    for (size_t v = (size_t)plan->variant_first[i] * f->n_heads; v < (size_t)plan->variant_first[i + 1] * f->n_heads; v++)
-        if (plan->variants[v] != NO_BLOCK && (plan->variants[v] >= n_states ||
-                                             plan->states[4 * (size_t)(plan->state_first[i] + plan->variants[v])] != v % f->n_heads))
-            return error_set(error, ERROR_VALUE, "variant %zu of a plan names a state that is not there", v);
+    for (size_t v = (size_t)plan->variant_first[i] * f->n_heads;
+         v < (size_t)plan->variant_first[i + 1] * f->n_heads; v++)
+        if (plan->variants[v] != NO_BLOCK &&
+            (plan->variants[v] >= n_states ||
+             plan->states[4 * (size_t)(plan->state_first[i] + plan->variants[v])] !=
+                 v % f->n_heads))
+            return error_set(error, ERROR_VALUE,
+                             "variant %zu of a plan names a state that is not there", v);
     return 0;
 }
 
-int circuit_plan_check(const struct model_facts *f, const struct circuit_plan *plan, struct error *error) {
+int circuit_plan_check(const struct model_facts *f, const struct circuit_plan *plan,
+                       struct error *error) {
     if (plan->first_layer >= f->n_layers)
         return error_set(error, ERROR_VALUE, "layer %u of %u", plan->first_layer, f->n_layers);
     uint32_t n = f->n_layers - plan->first_layer, w = f->n_heads + 2 * f->n_kv_heads + 1;
     if (firsts_check(plan->entry_first, n * w + 1, plan->n_entries, "inputs", error) ||
         firsts_check(plan->ref_first, plan->n_entries, plan->n_refs, "entries", error) ||
-        firsts_check(plan->state_first, n, plan->n_states, "states", error) || firsts_check(plan->output_first, n, plan->n_outputs, "outputs", error) ||
+        firsts_check(plan->state_first, n, plan->n_states, "states", error) ||
+        firsts_check(plan->output_first, n, plan->n_outputs, "outputs", error) ||
         firsts_check(plan->variant_first, n, plan->n_variants, "variants", error) ||
         firsts_check(plan->mask_first, 2 * n + 1, plan->n_masks, "masks", error))
         return -1;
     uint32_t made = 1, mask_block = 1 + plan->n_outputs;
     for (uint32_t i = 0; i < n; i++)
         mask_block += plan->entry_first[i * w + w] - plan->entry_first[i * w + w - 1];
-    for (uint32_t stage = 0; stage < 2 * n + 1; stage++) { /* what stage makes may be read from then on */
+    /* what stage makes may be read from then on */
+    for (uint32_t stage = 0; stage < 2 * n + 1; stage++) {
         if (stage) {
-            uint32_t i = (stage - 1) / 2, first = stage % 2 ? i * w : i * w + w - 1, last = stage % 2 ? i * w + w - 1 : (i + 1) * w;
-            for (uint32_t r = plan->ref_first[plan->entry_first[first]]; r < plan->ref_first[plan->entry_first[last]]; r++) {
+            uint32_t i = (stage - 1) / 2, first = stage % 2 ? i * w : i * w + w - 1,
+                     last = stage % 2 ? i * w + w - 1 : (i + 1) * w;
+            for (uint32_t r = plan->ref_first[plan->entry_first[first]];
+                 r < plan->ref_first[plan->entry_first[last]]; r++) {
                 uint32_t block = plan->refs[r];
-                if (block >= made && (block < mask_block || block - mask_block >= plan->mask_first[stage]))
-                    return error_set(error, ERROR_VALUE, "reference %u of a plan reads block %u too early", r, block);
+                if (block >= made &&
+                    (block < mask_block || block - mask_block >= plan->mask_first[stage]))
+                    return error_set(error, ERROR_VALUE,
+                                     "reference %u of a plan reads block %u too early", r, block);
             }
             if (stage % 2)
                 RUN(layer_check(f, plan, i, error));
-            made += stage % 2 ? plan->output_first[i + 1] - plan->output_first[i] : plan->entry_first[last] - plan->entry_first[first];
+            made += stage % 2 ? plan->output_first[i + 1] - plan->output_first[i]
+                              : plan->entry_first[last] - plan->entry_first[first];
         }
         for (uint32_t m = plan->mask_first[stage]; m < plan->mask_first[stage + 1]; m++)
             if (plan->masks[m] >= made)
-                return error_set(error, ERROR_VALUE, "mask %u of a plan reads block %u too early", m, plan->masks[m]);
+                return error_set(error, ERROR_VALUE, "mask %u of a plan reads block %u too early",
+                                 m, plan->masks[m]);
     }
     for (uint32_t r = plan->ref_first[plan->entry_first[n * w]]; r < plan->n_refs; r++)
         if (plan->refs[r] >= mask_block + plan->n_masks)
-            return error_set(error, ERROR_VALUE, "reference %u of a plan reads block %u of %u", r, plan->refs[r], mask_block + plan->n_masks);
+            return error_set(error, ERROR_VALUE, "reference %u of a plan reads block %u of %u", r,
+                             plan->refs[r], mask_block + plan->n_masks);
     return 0;
 }
 
-/* Blocks of the base run's queries, keys and values that states name; counts go on from the entries' own. */
-struct base_blocks { uint32_t *q, *k, *v; };
+/* Blocks of the base run's queries, keys and values that states name; counts go on
+ * from the entries' own. */
+struct base_blocks {
+    uint32_t *q, *k, *v;
+};
 
 static uint32_t base_block(uint32_t *blocks, uint32_t i, uint32_t *n) {
     if (blocks[i] == NO_BLOCK)
@@ -87,8 +117,10 @@ static uint32_t base_block(uint32_t *blocks, uint32_t i, uint32_t *n) {
     return blocks[i];
 }
 
-/* Entries of circuit_place for inputs [from, to) and, behind them, base blocks. Every kind counts its blocks from 0. */
-static uint32_t *places_write(uint32_t *out, const struct circuit_layer *layer, const struct model_facts *f, uint32_t kind, uint32_t from, uint32_t n,
+/* Entries of circuit_place for inputs [from, to) and, behind them, base blocks. Every kind
+ * counts its blocks from 0. */
+static uint32_t *places_write(uint32_t *out, const struct circuit_layer *layer,
+                              const struct model_facts *f, uint32_t kind, uint32_t from, uint32_t n,
                               const uint32_t *base) {
     for (uint32_t i = from; i < from + n; i++) {
         uint32_t column = i * f->d_head % OP_PANEL, start = layer->input_first[from];
@@ -104,7 +136,8 @@ static uint32_t *places_write(uint32_t *out, const struct circuit_layer *layer, 
 }
 
 /* The layer's tables into words from `at` on; returns where they end. */
-static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan *plan, uint32_t i, uint32_t *resolved, uint32_t at) {
+static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan *plan, uint32_t i,
+                             uint32_t *resolved, uint32_t at) {
     const struct model_facts *f = &run->model->facts;
     struct circuit_layer *layer = &run->layers[i];
     uint32_t H = f->n_heads, G = f->n_kv_heads, base[3 * 1024], *words = run->words;
@@ -118,10 +151,14 @@ static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan 
     for (uint32_t s = 0; s < layer->n_states; s++) {
         const uint32_t *state = plan->states + 4 * (size_t)(plan->state_first[i] + s);
         uint32_t head = state[0], group = head / (H / G);
-        resolved[3 * s] = state[1] == NO_BLOCK ? base_block(q, head, &layer->n_q) : layer->input_first[head] + state[1];
-        resolved[3 * s + 1] = state[2] == NO_BLOCK ? base_block(k, group, &layer->n_k) : layer->input_first[H + group] - layer->input_first[H] + state[2];
+        resolved[3 * s] = state[1] == NO_BLOCK ? base_block(q, head, &layer->n_q)
+                                               : layer->input_first[head] + state[1];
+        resolved[3 * s + 1] = state[2] == NO_BLOCK ? base_block(k, group, &layer->n_k)
+                                                   : layer->input_first[H + group] -
+                                                         layer->input_first[H] + state[2];
         resolved[3 * s + 2] = state[3] == NO_BLOCK ? base_block(v, group, &layer->n_v)
-                                                   : layer->input_first[H + G + group] - layer->input_first[H + G] + state[3];
+                                                   : layer->input_first[H + G + group] -
+                                                         layer->input_first[H + G] + state[3];
     }
     layer->places = at;
     uint32_t *end = places_write(words + at, layer, f, PLACE_Q, 0, H, q);
@@ -130,7 +167,10 @@ static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan 
     layer->n_places = (uint32_t)(end - words - at) / 4;
     layer->gathers = (uint32_t)(end - words);
     for (uint32_t g = 0; g < layer->n_variants * H; g++, end += 4)
-        memcpy(end, (uint32_t[]){plan->variants[(size_t)plan->variant_first[i] * H + g], g % H, g / H, 0}, 16);
+        memcpy(
+            end,
+            (uint32_t[]){plan->variants[(size_t)plan->variant_first[i] * H + g], g % H, g / H, 0},
+            16);
     layer->differences = (uint32_t)(end - words);
     for (uint32_t o = 0; o < layer->n_outputs; o++, end += 4) {
         const uint32_t *output = plan->outputs + 3 * (size_t)(plan->output_first[i] + o);
@@ -146,7 +186,8 @@ static void *copied(const void *data, size_t bytes) {
     return copy;
 }
 
-int circuit_layer_begin(struct circuit_run *run, const struct circuit_plan *plan, uint32_t i, struct error *error) {
+int circuit_layer_begin(struct circuit_run *run, const struct circuit_plan *plan, uint32_t i,
+                        struct error *error) {
     const struct model_facts *f = &run->model->facts;
     struct circuit_layer *layer = &run->layers[i];
     uint32_t n_inputs = run->n_inputs, w = n_inputs + 1;
@@ -172,13 +213,17 @@ int circuit_layer_begin(struct circuit_run *run, const struct circuit_plan *plan
     return 0;
 }
 
-int circuit_tables_make(struct circuit_run *run, const struct circuit_plan *plan, struct error *error) {
+int circuit_tables_make(struct circuit_run *run, const struct circuit_plan *plan,
+                        struct error *error) {
     const struct model_facts *f = &run->model->facts;
     uint32_t w = run->n_inputs + 1;
-    size_t size = (size_t)plan->n_entries + 1 + plan->n_refs + 4 * ((size_t)plan->n_entries + (size_t)run->depth * run->n_inputs) +
-                  4 * (size_t)plan->n_variants * f->n_heads + 4 * (size_t)plan->n_outputs + 3 * (size_t)plan->n_states;
+    size_t size = (size_t)plan->n_entries + 1 + plan->n_refs +
+                  4 * ((size_t)plan->n_entries + (size_t)run->depth * run->n_inputs) +
+                  4 * (size_t)plan->n_variants * f->n_heads + 4 * (size_t)plan->n_outputs +
+                  3 * (size_t)plan->n_states;
     if (size > UINT32_MAX / 8 || f->n_heads + 2 * f->n_kv_heads > 3 * 1024)
-        return error_set(error, ERROR_VALUE, "a plan of %zu words is too large: evaluate fewer circuits at once", size);
+        return error_set(error, ERROR_VALUE,
+                         "a plan of %zu words is too large: evaluate fewer circuits at once", size);
     run->words = malloc(size * sizeof *run->words);
     run->mask_first = copied(plan->mask_first, (2 * (size_t)run->depth + 2) * 4);
     run->masks = copied(plan->masks, plan->n_masks * (size_t)4);
@@ -189,7 +234,8 @@ int circuit_tables_make(struct circuit_run *run, const struct circuit_plan *plan
     if (plan->n_refs)
         memcpy(run->words + run->refs, plan->refs, plan->n_refs * (size_t)4);
     uint32_t at = run->refs + plan->n_refs;
-    uint32_t *resolved = run->words + size - 3 * (size_t)plan->n_states; /* the device does not get these */
+    /* the device does not get these */
+    uint32_t *resolved = run->words + size - 3 * (size_t)plan->n_states;
     for (uint32_t i = 0; i < run->depth; i++) {
         at = layer_tables(run, plan, i, resolved, at);
         resolved += 3 * (size_t)run->layers[i].n_states;

@@ -4,31 +4,56 @@
 #include "analysis/ov.h"
 #include "run/work.h"
 
-/* One layer's vectors into readback memory at `dst`, [H, d_stride]. x: the direction, [d_stride]; work->norm, work->qkv: scratch. */
-static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post, uint64_t dst, struct error *error) {
+/* One layer's vectors into readback memory at `dst`, [H, d_stride]. x: the direction, [d_stride];
+ * work->norm, work->qkv: scratch. */
+static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post, uint64_t dst,
+                         struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
     struct ops *ops = &work->model->ops;
-    uint32_t first = (f->n_heads + f->n_kv_heads) * f->d_head, from = first / OP_PANEL * OP_PANEL; /* rows of W_V; a panel may begin before */
+    /* rows of W_V; a panel may begin before */
+    uint32_t first = (f->n_heads + f->n_kv_heads) * f->d_head, from = first / OP_PANEL * OP_PANEL;
     struct op_matrix values;
-    struct norm_params gain = {.x = x, .gain = layer->ln1, .dst = gpu_buffer_address(work->norm), .width = f->d_model, .stride = work->d_stride,
-                               .flags = NORM_READ_NORMALIZED};
-    struct op_linear_args product = {.x = gain.dst, .dst = gpu_buffer_address(work->qkv), .n_rows = 1, .x_stride = work->d_stride,
-                                     .dst_stride = work->qkv_stride, .decode = 1};
-    struct op_head_out_args heads = {.x = product.dst + 4 * (uint64_t)(first - from), .dst = dst, .gain = post && f->post_norms ? layer->ln1_post : 0,
-                                     .n_heads = f->n_heads, .n_kv_heads = f->n_kv_heads, .d_head = f->d_head, .dst_stride = work->d_stride};
-    if (op_norm(ops, &gain, 1, error) || op_matrix_rows(&layer->qkv, from, layer->qkv.n - from, &values, error) ||
+    struct norm_params gain = {
+        .x = x,
+        .gain = layer->ln1,
+        .dst = gpu_buffer_address(work->norm),
+        .width = f->d_model,
+        .stride = work->d_stride,
+        .flags = NORM_READ_NORMALIZED,
+    };
+    struct op_linear_args product = {
+        .x = gain.dst,
+        .dst = gpu_buffer_address(work->qkv),
+        .n_rows = 1,
+        .x_stride = work->d_stride,
+        .dst_stride = work->qkv_stride,
+        .decode = 1,
+    };
+    struct op_head_out_args heads = {
+        .x = product.dst + 4 * (uint64_t)(first - from),
+        .dst = dst,
+        .gain = post && f->post_norms ? layer->ln1_post : 0,
+        .n_heads = f->n_heads,
+        .n_kv_heads = f->n_kv_heads,
+        .d_head = f->d_head,
+        .dst_stride = work->d_stride,
+    };
+    if (op_norm(ops, &gain, 1, error) ||
+        op_matrix_rows(&layer->qkv, from, layer->qkv.n - from, &values, error) ||
         op_linear(ops, &values, &product, error))
         return -1;
     return op_head_out(ops, &layer->o, &heads, error);
 }
 
 /* Layers [l, l + n), as many as readback memory holds, waited for and handed out. */
-static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_t x, int post, float *out, struct error *error) {
+static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_t x, int post,
+                          float *out, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     uint64_t layer_floats = (uint64_t)f->n_heads * work->d_stride;
     for (uint32_t i = 0; i < n; i++)
-        if (layer_vectors(work, l + i, x, post, gpu_buffer_address(work->readback) + 4 * i * layer_floats, error))
+        if (layer_vectors(work, l + i, x, post,
+                          gpu_buffer_address(work->readback) + 4 * i * layer_floats, error))
             return -1;
     if (gpu_stream_wait(work->model->ops.stream, error))
         return -1;
@@ -38,17 +63,21 @@ static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_
     return 0;
 }
 
-int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post, float *out, struct error *error) {
+int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post,
+                     float *out, struct error *error) {
     const struct model_facts *f = &work->model->facts;
-    uint64_t layer_floats = (uint64_t)f->n_heads * work->d_stride, room = work->readback_bytes / 4 / layer_floats, x;
+    uint64_t layer_floats = (uint64_t)f->n_heads * work->d_stride,
+             room = work->readback_bytes / 4 / layer_floats, x;
     if (first_layer >= f->n_layers || room == 0)
-        return error_set(error, ERROR_VALUE, "value vectors from layer %u of %u, %llu floats each", first_layer, f->n_layers,
-                         (unsigned long long)layer_floats);
-    if (work_upload_reset(work, error) || work_upload(work, direction, f->d_model * sizeof *direction, &x, error))
+        return error_set(error, ERROR_VALUE, "value vectors from layer %u of %u, %llu floats each",
+                         first_layer, f->n_layers, (unsigned long long)layer_floats);
+    if (work_upload_reset(work, error) ||
+        work_upload(work, direction, f->d_model * sizeof *direction, &x, error))
         return -1;
     for (uint32_t l = first_layer, n; l < f->n_layers; l += n) {
         n = f->n_layers - l < room ? f->n_layers - l : (uint32_t)room;
-        if (layers_vectors(work, l, n, x, post, out + (uint64_t)(l - first_layer) * f->n_heads * f->d_model, error)) {
+        if (layers_vectors(work, l, n, x, post,
+                           out + (uint64_t)(l - first_layer) * f->n_heads * f->d_model, error)) {
             gpu_stream_abandon(work->model->ops.stream);
             return -1;
         }

@@ -3,8 +3,8 @@
 #include <stdio.h>
 #include <string.h>
 
-int error_set_at(struct error *error, int kind, const char *file, int line, const char *format, ...)
-{
+int error_set_at(struct error *error, int kind, const char *file, int line, const char *format,
+                 ...) {
     if (!error)
         return -1;
     va_list arguments;
@@ -19,8 +19,7 @@ int error_set_at(struct error *error, int kind, const char *file, int line, cons
     return -1;
 }
 
-int error_add_context(struct error *error, const char *format, ...)
-{
+int error_add_context(struct error *error, const char *format, ...) {
     if (!error)
         return -1;
     char context[sizeof error->message];
@@ -44,14 +43,12 @@ int error_add_context(struct error *error, const char *format, ...)
     return -1;
 }
 
-void error_clear(struct error *error)
-{
+void error_clear(struct error *error) {
     if (error)
         memset(error, 0, sizeof *error);
 }
 
-const char *error_kind_name(int kind)
-{
+const char *error_kind_name(int kind) {
     switch (kind) {
     case ERROR_NONE: return "none";
     case ERROR_DEVICE: return "device";

@@ -1,8 +1,9 @@
 /* error.h - how every function of the engine says what went wrong.
  *
- * A function that can fail returns 0 or -1 and takes a `struct error *` as its last argument. The error is filled where the
- * failure happens, so that the message can name the offending value; callers only pass it on. csrc/python turns the kind
- * into a Python exception. The struct is plain data: it owns nothing and needs no clean-up. */
+ * A function that can fail returns 0 or -1 and takes a `struct error *` as its last argument. The
+ * error is filled where the failure happens, so that the message can name the offending value;
+ * callers only pass it on. csrc/python turns the kind into a Python exception. The struct is plain
+ * data: it owns nothing and needs no clean-up. */
 #ifndef VKSTEER_BASE_ERROR_H
 #define VKSTEER_BASE_ERROR_H
 
@@ -27,18 +28,21 @@ struct error {
 };
 
 #if defined(__GNUC__)
-#define ERROR_PRINTF(format_index, first_argument) __attribute__((format(printf, format_index, first_argument)))
+#define ERROR_PRINTF(format_index, first_argument) \
+    __attribute__((format(printf, format_index, first_argument)))
 #else
 #define ERROR_PRINTF(format_index, first_argument)
 #endif
 
-/* Fills `error` (NULL is legal: the caller does not care) and returns -1, so that `return error_set(...)` reads as the failure. */
+/* Fills `error` (NULL is legal: the caller does not care) and returns -1, so that `return
+ * error_set(...)` reads as the failure. */
 #define error_set(error, kind, ...) error_set_at((error), (kind), __FILE__, __LINE__, __VA_ARGS__)
 
-int error_set_at(struct error *error, int kind, const char *file, int line, const char *format, ...) ERROR_PRINTF(5, 6);
+int error_set_at(struct error *error, int kind, const char *file, int line, const char *format, ...)
+    ERROR_PRINTF(5, 6);
 
-/* Puts "context: " before the message of an error that is already set; kind, file and line stay those of the first failure.
- * Returns -1. */
+/* Puts "context: " before the message of an error that is already set; kind, file and line stay
+ * those of the first failure. Returns -1. */
 int error_add_context(struct error *error, const char *format, ...) ERROR_PRINTF(2, 3);
 
 /* Forgets a failure that was dealt with. */

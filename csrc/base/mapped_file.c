@@ -12,8 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-int mapped_file_open(struct mapped_file *file, const char *path, struct error *error)
-{
+int mapped_file_open(struct mapped_file *file, const char *path, struct error *error) {
     int descriptor = -1;
     struct stat status;
 
@@ -21,7 +20,8 @@ int mapped_file_open(struct mapped_file *file, const char *path, struct error *e
     size_t path_bytes = strlen(path) + 1;
     file->path = malloc(path_bytes);
     if (!file->path)
-        return error_set(error, ERROR_MEMORY, "no memory for the path of a model file (%zu bytes)", path_bytes);
+        return error_set(error, ERROR_MEMORY, "no memory for the path of a model file (%zu bytes)",
+                         path_bytes);
     memcpy(file->path, path, path_bytes);
 
     /* O_NONBLOCK: opening a named pipe must not wait for a writer; regular files ignore it. */
@@ -40,15 +40,16 @@ int mapped_file_open(struct mapped_file *file, const char *path, struct error *e
         goto fail;
     }
     if (status.st_size < 0 || (uint64_t)status.st_size > SIZE_MAX) {
-        error_set(error, ERROR_MODEL, "%s is too large to map on this machine (%" PRId64 " bytes)", path,
-                  (int64_t)status.st_size);
+        error_set(error, ERROR_MODEL, "%s is too large to map on this machine (%" PRId64 " bytes)",
+                  path, (int64_t)status.st_size);
         goto fail;
     }
     file->size = (size_t)status.st_size;
     if (file->size > 0) { /* mmap refuses length 0 */
         void *mapping = mmap(NULL, file->size, PROT_READ, MAP_PRIVATE, descriptor, 0);
         if (mapping == MAP_FAILED) {
-            error_set(error, ERROR_MODEL, "cannot map %s (%zu bytes): %s", path, file->size, strerror(errno));
+            error_set(error, ERROR_MODEL, "cannot map %s (%zu bytes): %s", path, file->size,
+                      strerror(errno));
             goto fail;
         }
         file->bytes = mapping;
@@ -64,8 +65,7 @@ fail:
     return -1;
 }
 
-void mapped_file_close(struct mapped_file *file)
-{
+void mapped_file_close(struct mapped_file *file) {
     if (!file)
         return;
     if (file->bytes)
@@ -74,14 +74,15 @@ void mapped_file_close(struct mapped_file *file)
     memset(file, 0, sizeof *file);
 }
 
-int mapped_file_range(const struct mapped_file *file, uint64_t offset, uint64_t length, const uint8_t **pointer,
-                      struct error *error)
-{
+int mapped_file_range(const struct mapped_file *file, uint64_t offset, uint64_t length,
+                      const uint8_t **pointer, struct error *error) {
     *pointer = NULL;
-    /* Written so that nothing can overflow: offset <= size first, then length against what is left. */
+    /* Written so that nothing can overflow: offset <= size first, then length
+     * against what is left. */
     if (offset > file->size || length > file->size - offset)
         return error_set(error, ERROR_MODEL,
-                         "bytes %" PRIu64 "+%" PRIu64 " lie outside %s, which has %zu bytes; the file is damaged or was "
+                         "bytes %" PRIu64 "+%" PRIu64
+                         " lie outside %s, which has %zu bytes; the file is damaged or was "
                          "changed while it was read",
                          offset, length, file->path ? file->path : "a closed file", file->size);
     static const uint8_t nothing[1] = {0};
@@ -89,25 +90,24 @@ int mapped_file_range(const struct mapped_file *file, uint64_t offset, uint64_t 
     return 0;
 }
 
-static void advise(const struct mapped_file *file, uint64_t offset, uint64_t length, int advice)
-{
+static void advise(const struct mapped_file *file, uint64_t offset, uint64_t length, int advice) {
     if (!file->bytes || offset > file->size || length > file->size - offset || length == 0)
         return;
     long page = sysconf(_SC_PAGESIZE);
     if (page <= 0)
         return;
-    /* madvise wants a page boundary; the mapping itself begins on one. Whole pages only for DONTNEED would be tidier, but a
-     * clean private file mapping is simply read again when touched. */
+    /* madvise wants a page boundary; the mapping itself begins on one. Whole pages
+     * only for DONTNEED would be tidier, but a clean private file mapping is simply
+     * read again when touched. */
     size_t start = (size_t)offset - (size_t)offset % (size_t)page;
-    (void)madvise((void *)(uintptr_t)(file->bytes + start), (size_t)(offset + length) - start, advice);
+    (void)madvise((void *)(uintptr_t)(file->bytes + start), (size_t)(offset + length) - start,
+                  advice);
 }
 
-void mapped_file_will_read(const struct mapped_file *file, uint64_t offset, uint64_t length)
-{
+void mapped_file_will_read(const struct mapped_file *file, uint64_t offset, uint64_t length) {
     advise(file, offset, length, MADV_WILLNEED);
 }
 
-void mapped_file_done_reading(const struct mapped_file *file, uint64_t offset, uint64_t length)
-{
+void mapped_file_done_reading(const struct mapped_file *file, uint64_t offset, uint64_t length) {
     advise(file, offset, length, MADV_DONTNEED);
 }

@@ -15,11 +15,20 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
         extensions[n_extensions++] = VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME;
 
     VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR, .pipelineExecutableInfo = VK_TRUE};
-    VkPhysicalDeviceSubgroupSizeControlFeaturesEXT control = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT,
-                                                              .subgroupSizeControl = VK_TRUE, .computeFullSubgroups = VK_TRUE};
-    VkPhysicalDeviceVulkan12Features v12 = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES, .bufferDeviceAddress = VK_TRUE,
-                                            .scalarBlockLayout = VK_TRUE, .timelineSemaphore = VK_TRUE};
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR,
+        .pipelineExecutableInfo = VK_TRUE,
+    };
+    VkPhysicalDeviceSubgroupSizeControlFeaturesEXT control = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT,
+        .subgroupSizeControl = VK_TRUE,
+        .computeFullSubgroups = VK_TRUE,
+    };
+    VkPhysicalDeviceVulkan12Features v12 = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
+        .bufferDeviceAddress = VK_TRUE,
+        .scalarBlockLayout = VK_TRUE,
+        .timelineSemaphore = VK_TRUE,
+    };
     void **next = &v12.pNext;
     if (device->info.has_subgroup_control) {
         *next = &control;
@@ -27,27 +36,41 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
     }
     if (device->info.has_executable_info)
         *next = &executable;
-    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &v12,
-                                          .features = {.shaderInt64 = device->info.has_int64 ? VK_TRUE : VK_FALSE}};
+    VkPhysicalDeviceFeatures2 features = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2,
+        .pNext = &v12,
+        .features = {.shaderInt64 = device->info.has_int64 ? VK_TRUE : VK_FALSE},
+    };
     const float priority = 1.0f;
     device->queue_family = gpu_queue_family_find(device->physical);
-    VkDeviceQueueCreateInfo queue = {.sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO, .queueFamilyIndex = device->queue_family,
-                                     .queueCount = 1, .pQueuePriorities = &priority};
-    VkDeviceCreateInfo create = {.sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO, .pNext = &features, .queueCreateInfoCount = 1,
-                                 .pQueueCreateInfos = &queue, .enabledExtensionCount = n_extensions, .ppEnabledExtensionNames = extensions};
-    if (gpu_result_check(device, vkCreateDevice(device->physical, &create, NULL, &device->handle), "opening the device", error))
+    VkDeviceQueueCreateInfo queue = {
+        .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO,
+        .queueFamilyIndex = device->queue_family,
+        .queueCount = 1,
+        .pQueuePriorities = &priority,
+    };
+    VkDeviceCreateInfo create = {
+        .sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO,
+        .pNext = &features,
+        .queueCreateInfoCount = 1,
+        .pQueueCreateInfos = &queue,
+        .enabledExtensionCount = n_extensions,
+        .ppEnabledExtensionNames = extensions,
+    };
+    if (gpu_result_check(device, vkCreateDevice(device->physical, &create, NULL, &device->handle),
+                         "opening the device", error))
         return -1;
     volkLoadDeviceTable(&device->vk, device->handle);
     device->vk.vkGetDeviceQueue(device->handle, device->queue_family, 0, &device->queue);
     vkGetPhysicalDeviceMemoryProperties(device->physical, &device->memory);
     if (gpu_instance_has_debug_names())
-        device->set_name = (PFN_vkSetDebugUtilsObjectNameEXT)(void (*)(void))vkGetInstanceProcAddr(gpu_instance_get(NULL),
-                                                                                                   "vkSetDebugUtilsObjectNameEXT");
+        device->set_name = (PFN_vkSetDebugUtilsObjectNameEXT)(void (*)(void))vkGetInstanceProcAddr(
+            gpu_instance_get(NULL), "vkSetDebugUtilsObjectNameEXT");
     return 0;
 }
 
-int gpu_device_open(struct gpu_device **out, int index, const struct gpu_kernel *kernels, int n_kernels, const char *cache_folder,
-                    struct error *error) {
+int gpu_device_open(struct gpu_device **out, int index, const struct gpu_kernel *kernels,
+                    int n_kernels, const char *cache_folder, struct error *error) {
     VkPhysicalDevice list[64];
     uint32_t n = 0;
     *out = NULL;
@@ -67,13 +90,16 @@ int gpu_device_open(struct gpu_device **out, int index, const struct gpu_kernel 
     device->kernels = kernels;
     device->n_kernels = n_kernels;
     if (!device->info.suitable) {
-        error_set(error, ERROR_DEVICE, "%s does not offer %s, which the kernels need", device->info.name, device->info.missing);
+        error_set(error, ERROR_DEVICE, "%s does not offer %s, which the kernels need",
+                  device->info.name, device->info.missing);
         goto fail;
     }
-    /* Software devices run one workgroup on one core: one subgroup each. GPUs get four waves of 32, or two of 64. */
+    /* Software devices run one workgroup on one core: one subgroup each. GPUs get four waves
+     * of 32, or two of 64. */
     device->workgroup = device->info.type == GPU_SOFTWARE ? device->info.subgroup_size : 128;
     if (device->workgroup > device->info.max_invocations)
-        device->workgroup = device->info.max_invocations / device->info.subgroup_size * device->info.subgroup_size;
+        device->workgroup = device->info.max_invocations / device->info.subgroup_size *
+                            device->info.subgroup_size;
     if (logical_device_create(device, error) || gpu_pipelines_create(device, cache_folder, error))
         goto fail;
     *out = device;
@@ -87,7 +113,8 @@ void gpu_device_close(struct gpu_device *device) {
     if (!device)
         return;
     if (device->owner == getpid()) { /* a forked child owns nothing of it */
-        if (device->handle && device->used && !device->lost) /* Mesa's null devices compile kernels and crash when waited for */
+        /* Mesa's null devices compile kernels and crash when waited for */
+        if (device->handle && device->used && !device->lost)
             device->vk.vkDeviceWaitIdle(device->handle);
         gpu_pipelines_destroy(device);
         if (device->handle)
@@ -100,9 +127,7 @@ const struct gpu_device_info *gpu_device_get_info(const struct gpu_device *devic
     return &device->info;
 }
 
-uint32_t gpu_device_workgroup(const struct gpu_device *device) {
-    return device->workgroup;
-}
+uint32_t gpu_device_workgroup(const struct gpu_device *device) { return device->workgroup; }
 
 uint64_t gpu_device_available(const struct gpu_device *device) {
     if (device->owner != getpid())
@@ -113,6 +138,4 @@ uint64_t gpu_device_available(const struct gpu_device *device) {
     return now.available_bytes;
 }
 
-uint64_t gpu_device_allocated(const struct gpu_device *device) {
-    return device->allocated;
-}
+uint64_t gpu_device_allocated(const struct gpu_device *device) { return device->allocated; }

@@ -30,7 +30,8 @@ static enum gpu_device_type device_type(VkPhysicalDeviceType type) {
 
 static int device_extension_offered(VkPhysicalDevice physical, const char *name) {
     uint32_t count = 0;
-    if (vkEnumerateDeviceExtensionProperties(physical, NULL, &count, NULL) != VK_SUCCESS || count == 0)
+    if (vkEnumerateDeviceExtensionProperties(physical, NULL, &count, NULL) != VK_SUCCESS ||
+        count == 0)
         return 0;
     VkExtensionProperties *list = calloc(count, sizeof *list);
     int found = 0;
@@ -53,12 +54,18 @@ uint32_t gpu_queue_family_find(VkPhysicalDevice physical) {
 }
 
 /* The first missing piece of the baseline, or NULL. */
-static const char *baseline_missing(VkPhysicalDevice physical, const VkPhysicalDeviceProperties *properties,
+static const char *baseline_missing(VkPhysicalDevice physical,
+                                    const VkPhysicalDeviceProperties *properties,
                                     const VkPhysicalDeviceSubgroupProperties *subgroup) {
     if (properties->apiVersion < VK_API_VERSION_1_2)
         return "Vulkan 1.2";
-    VkPhysicalDeviceVulkan12Features v12 = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES};
-    VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &v12};
+    VkPhysicalDeviceVulkan12Features v12 = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
+    };
+    VkPhysicalDeviceFeatures2 features = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2,
+        .pNext = &v12,
+    };
     vkGetPhysicalDeviceFeatures2(physical, &features);
     if (!v12.bufferDeviceAddress)
         return "bufferDeviceAddress";
@@ -66,9 +73,12 @@ static const char *baseline_missing(VkPhysicalDevice physical, const VkPhysicalD
         return "scalarBlockLayout";
     if (!v12.timelineSemaphore)
         return "timelineSemaphore";
-    const VkSubgroupFeatureFlags needed = VK_SUBGROUP_FEATURE_BASIC_BIT | VK_SUBGROUP_FEATURE_ARITHMETIC_BIT | VK_SUBGROUP_FEATURE_BALLOT_BIT |
+    const VkSubgroupFeatureFlags needed = VK_SUBGROUP_FEATURE_BASIC_BIT |
+                                          VK_SUBGROUP_FEATURE_ARITHMETIC_BIT |
+                                          VK_SUBGROUP_FEATURE_BALLOT_BIT |
                                           VK_SUBGROUP_FEATURE_SHUFFLE_BIT;
-    if (!(subgroup->supportedStages & VK_SHADER_STAGE_COMPUTE_BIT) || (subgroup->supportedOperations & needed) != needed)
+    if (!(subgroup->supportedStages & VK_SHADER_STAGE_COMPUTE_BIT) ||
+        (subgroup->supportedOperations & needed) != needed)
         return "subgroup arithmetic, ballot and shuffle in compute shaders";
     if (subgroup->subgroupSize < 4 || subgroup->subgroupSize > 64)
         return "a subgroup size of 4 to 64";
@@ -80,9 +90,13 @@ static const char *baseline_missing(VkPhysicalDevice physical, const VkPhysicalD
 }
 
 void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info) {
-    VkPhysicalDeviceMemoryBudgetPropertiesEXT budget = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT};
-    VkPhysicalDeviceMemoryProperties2 memory = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2,
-                                                .pNext = info->has_budget ? &budget : NULL};
+    VkPhysicalDeviceMemoryBudgetPropertiesEXT budget = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT,
+    };
+    VkPhysicalDeviceMemoryProperties2 memory = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2,
+        .pNext = info->has_budget ? &budget : NULL,
+    };
     vkGetPhysicalDeviceMemoryProperties2(physical, &memory);
     for (uint32_t i = 0; i < memory.memoryProperties.memoryHeapCount; i++) {
         const VkMemoryHeap *heap = &memory.memoryProperties.memoryHeaps[i];
@@ -91,15 +105,19 @@ void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info) {
         info->memory_bytes = heap->size;
         info->available_bytes = heap->size;
         if (info->has_budget)
-            info->available_bytes = budget.heapBudget[i] > budget.heapUsage[i] ? budget.heapBudget[i] - budget.heapUsage[i] : 0;
+            info->available_bytes = budget.heapBudget[i] > budget.heapUsage[i]
+                                        ? budget.heapBudget[i] - budget.heapUsage[i]
+                                        : 0;
     }
     if (info->type == GPU_SOFTWARE || info->type == GPU_INTEGRATED) {
-        /* Drivers on shared memory report all of RAM: what can really be had is what the kernel calls available. */
+        /* Drivers on shared memory report all of RAM: what can really be had is what the
+         * kernel calls available. */
         FILE *file = fopen("/proc/meminfo", "r");
         char line[128];
         unsigned long long kib;
         while (file && fgets(line, sizeof line, file))
-            if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1 && kib * 1024 < info->available_bytes)
+            if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1 &&
+                kib * 1024 < info->available_bytes)
                 info->available_bytes = kib * 1024;
         if (file)
             fclose(file);
@@ -108,17 +126,27 @@ void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info) {
 
 /* An extension may be offered and its feature not. */
 static void optional_features(VkPhysicalDevice physical, struct gpu_device_info *info) {
-    int control_offered = device_extension_offered(physical, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
-    int executable_offered = device_extension_offered(physical, VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
+    int control_offered = device_extension_offered(physical,
+                                                   VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
+    int executable_offered =
+        device_extension_offered(physical, VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
     VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR};
-    VkPhysicalDeviceSubgroupSizeControlFeaturesEXT control = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT,
-                                                              .pNext = executable_offered ? &executable : NULL};
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR,
+    };
+    VkPhysicalDeviceSubgroupSizeControlFeaturesEXT control = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT,
+        .pNext = executable_offered ? &executable : NULL,
+    };
     VkPhysicalDeviceFeatures2 features = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2};
     features.pNext = control_offered ? (void *)&control : control.pNext;
     vkGetPhysicalDeviceFeatures2(physical, &features);
-    VkPhysicalDeviceSubgroupSizeControlPropertiesEXT sizes = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES_EXT};
-    VkPhysicalDeviceProperties2 properties = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = control_offered ? &sizes : NULL};
+    VkPhysicalDeviceSubgroupSizeControlPropertiesEXT sizes = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES_EXT,
+    };
+    VkPhysicalDeviceProperties2 properties = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2,
+        .pNext = control_offered ? &sizes : NULL,
+    };
     vkGetPhysicalDeviceProperties2(physical, &properties);
     info->has_subgroup_control = control.subgroupSizeControl && control.computeFullSubgroups &&
                                  (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
@@ -127,10 +155,21 @@ static void optional_features(VkPhysicalDevice physical, struct gpu_device_info 
 }
 
 void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device_info *info) {
-    VkPhysicalDeviceSubgroupProperties subgroup = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES};
-    VkPhysicalDeviceDriverProperties driver = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES, .pNext = &subgroup};
-    VkPhysicalDeviceIDProperties id = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_ID_PROPERTIES, .pNext = &driver};
-    VkPhysicalDeviceProperties2 properties = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = &id};
+    VkPhysicalDeviceSubgroupProperties subgroup = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES,
+    };
+    VkPhysicalDeviceDriverProperties driver = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES,
+        .pNext = &subgroup,
+    };
+    VkPhysicalDeviceIDProperties id = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_ID_PROPERTIES,
+        .pNext = &driver,
+    };
+    VkPhysicalDeviceProperties2 properties = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2,
+        .pNext = &id,
+    };
     vkGetPhysicalDeviceProperties2(physical, &properties);
     const VkPhysicalDeviceProperties *base = &properties.properties;
 
@@ -167,7 +206,9 @@ int gpu_physical_devices(VkPhysicalDevice *list, uint32_t *count, struct error *
     *count = 64;
     VkResult result = vkEnumeratePhysicalDevices(instance, count, list);
     if (result != VK_SUCCESS && result != VK_INCOMPLETE)
-        return error_set(error, ERROR_DEVICE, "the Vulkan driver lists no devices (%d): is it installed for this GPU?", (int)result);
+        return error_set(error, ERROR_DEVICE,
+                         "the Vulkan driver lists no devices (%d): is it installed for this GPU?",
+                         (int)result);
     return 0;
 }
 

@@ -1,5 +1,5 @@
-/* The Vulkan loader and the one instance of this process. Made at first use, never destroyed: drivers must not be called from library
- * destructors, and an instance holds no device memory. */
+/* The Vulkan loader and the one instance of this process. Made at first use, never destroyed:
+ * drivers must not be called from library destructors, and an instance holds no device memory. */
 #include <string.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -27,7 +27,8 @@ static int extension_offered(const char *name) {
 static VkInstance instance_create(struct error *error) {
     if (volkInitialize() != VK_SUCCESS) {
         error_set(error, ERROR_DEVICE,
-                  "no Vulkan loader (libvulkan.so.1) on this machine: install it together with a driver (Debian/Ubuntu: apt install libvulkan1 "
+                  "no Vulkan loader (libvulkan.so.1) on this machine: install it together with a "
+                  "driver (Debian/Ubuntu: apt install libvulkan1 "
                   "mesa-vulkan-drivers; NVIDIA: the proprietary driver)");
         return VK_NULL_HANDLE;
     }
@@ -36,15 +37,27 @@ static VkInstance instance_create(struct error *error) {
     debug_names = extension_offered(VK_EXT_DEBUG_UTILS_EXTENSION_NAME);
     if (debug_names)
         extensions[n_extensions++] = VK_EXT_DEBUG_UTILS_EXTENSION_NAME;
-    VkApplicationInfo application = {.sType = VK_STRUCTURE_TYPE_APPLICATION_INFO, .pApplicationName = "vksteer", .pEngineName = "vksteer",
-                                     .apiVersion = VK_API_VERSION_1_2};
-    VkInstanceCreateInfo create = {.sType = VK_STRUCTURE_TYPE_INSTANCE_CREATE_INFO, .pApplicationInfo = &application,
-                                   .enabledExtensionCount = n_extensions, .ppEnabledExtensionNames = extensions};
+    VkApplicationInfo application = {
+        .sType = VK_STRUCTURE_TYPE_APPLICATION_INFO,
+        .pApplicationName = "vksteer",
+        .pEngineName = "vksteer",
+        .apiVersion = VK_API_VERSION_1_2,
+    };
+    VkInstanceCreateInfo create = {
+        .sType = VK_STRUCTURE_TYPE_INSTANCE_CREATE_INFO,
+        .pApplicationInfo = &application,
+        .enabledExtensionCount = n_extensions,
+        .ppEnabledExtensionNames = extensions,
+    };
     VkInstance made = VK_NULL_HANDLE;
     VkResult result = vkCreateInstance(&create, NULL, &made);
     if (result != VK_SUCCESS) {
-        error_set(error, ERROR_DEVICE, "no Vulkan driver answered (vkCreateInstance: %d): install one (Debian/Ubuntu: apt install "
-                                       "mesa-vulkan-drivers; NVIDIA: the proprietary driver) or point VK_DRIVER_FILES at its ICD file", (int)result);
+        error_set(error, ERROR_DEVICE,
+                  "no Vulkan driver answered (vkCreateInstance: %d): install one (Debian/Ubuntu: "
+                  "apt install "
+                  "mesa-vulkan-drivers; NVIDIA: the proprietary driver) or point VK_DRIVER_FILES "
+                  "at its ICD file",
+                  (int)result);
         return VK_NULL_HANDLE;
     }
     volkLoadInstanceOnly(made);
@@ -54,8 +67,10 @@ static VkInstance instance_create(struct error *error) {
 VkInstance gpu_instance_get(struct error *error) {
     /* Before the lock: in a forked child its holder may not exist. */
     if (instance_owner != 0 && instance_owner != getpid()) {
-        error_set(error, ERROR_DEVICE, "Vulkan was opened by this process's parent before fork(): open devices after the fork, or start workers "
-                                       "with multiprocessing's \"spawn\" method");
+        error_set(error, ERROR_DEVICE,
+                  "Vulkan was opened by this process's parent before fork(): open devices after "
+                  "the fork, or start workers "
+                  "with multiprocessing's \"spawn\" method");
         return VK_NULL_HANDLE;
     }
     pthread_mutex_lock(&instance_lock);
@@ -70,6 +85,4 @@ VkInstance gpu_instance_get(struct error *error) {
     return result;
 }
 
-int gpu_instance_has_debug_names(void) {
-    return debug_names;
-}
+int gpu_instance_has_debug_names(void) { return debug_names; }

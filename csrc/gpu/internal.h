@@ -30,9 +30,10 @@ struct gpu_device {
     uint32_t queue_family;
     VkPhysicalDeviceMemoryProperties memory;
     struct VolkDeviceTable vk;
-    pid_t owner;                 /* the process that opened it: after fork() the child must not touch it */
+    /* the process that opened it: after fork() the child must not touch it */
+    pid_t owner;
     int lost;
-    int used;                    /* work was submitted to its queue */
+    int used; /* work was submitted to its queue */
     uint64_t allocated;
     uint32_t workgroup;
     const struct gpu_kernel *kernels;
@@ -42,12 +43,15 @@ struct gpu_device {
     int pipeline_lock_made;
     VkPipelineLayout layout;
     VkDescriptorSetLayout set_layout; /* one texel buffer, for the kernels that use it */
-    struct { VkDescriptorPool pool; uint32_t used; } *texel_pools;
+    struct {
+        VkDescriptorPool pool;
+        uint32_t used;
+    } *texel_pools;
     uint32_t n_texel_pools;
-    struct gpu_buffer *buffers;       /* all that live, newest first */
+    struct gpu_buffer *buffers; /* all that live, newest first */
     uint32_t texel_alignment;
     VkPipelineCache cache;
-    char cache_path[1024];       /* "" when there is no cache on disk */
+    char cache_path[1024];                     /* "" when there is no cache on disk */
     PFN_vkSetDebugUtilsObjectNameEXT set_name; /* NULL without VK_EXT_debug_utils */
 };
 
@@ -71,11 +75,13 @@ void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device
 int gpu_physical_devices(VkPhysicalDevice *list, uint32_t *count, struct error *error);
 
 /* check.c */
-int gpu_result_check(struct gpu_device *device, VkResult result, const char *what, struct error *error);
+int gpu_result_check(struct gpu_device *device, VkResult result, const char *what,
+                     struct error *error);
 void gpu_name_set(struct gpu_device *device, VkObjectType type, uint64_t handle, const char *name);
 
 /* texels.c */
-int gpu_texels_get(struct gpu_device *device, uint64_t address, uint64_t bytes, VkDescriptorSet *set, struct error *error);
+int gpu_texels_get(struct gpu_device *device, uint64_t address, uint64_t bytes,
+                   VkDescriptorSet *set, struct error *error);
 void gpu_texels_destroy(struct gpu_buffer *buffer); /* all views of a buffer */
 int gpu_texels_layout_create(struct gpu_device *device, struct error *error);
 void gpu_texels_layout_destroy(struct gpu_device *device);

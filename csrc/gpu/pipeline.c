@@ -1,7 +1,8 @@
-/* Compute pipelines: one per kernel, made when first asked for (or ahead, in parallel), with a cache on disk per driver.
+/* Compute pipelines: one per kernel, made when first asked for (or ahead, in parallel), with a
+ * cache on disk per driver.
  *
- * Every kernel sees two specialisation constants: 0 = subgroup size, 1 = workgroup size (a multiple of it). All share one layout: 128 bytes of
- * push constants and one texel buffer, which few use. */
+ * Every kernel sees two specialisation constants: 0 = subgroup size, 1 = workgroup size (a multiple
+ * of it). All share one layout: 128 bytes of push constants and one texel buffer, which few use. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +22,8 @@ static void *file_read(const char *path, size_t *size) {
         return NULL;
     if (fseek(file, 0, SEEK_END) == 0) {
         long end = ftell(file);
-        if (end > 0 && (unsigned long)end <= CACHE_MAX && fseek(file, 0, SEEK_SET) == 0 && (data = malloc((size_t)end)) != NULL) {
+        if (end > 0 && (unsigned long)end <= CACHE_MAX && fseek(file, 0, SEEK_SET) == 0 &&
+            (data = malloc((size_t)end)) != NULL) {
             if (fread(data, 1, (size_t)end, file) == (size_t)end) {
                 *size = (size_t)end;
             } else {
@@ -43,33 +45,54 @@ int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, st
     if (gpu_texels_layout_create(device, error))
         return -1;
     VkPushConstantRange range = {.stageFlags = VK_SHADER_STAGE_COMPUTE_BIT, .size = GPU_PUSH_BYTES};
-    VkPipelineLayoutCreateInfo layout = {.sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO, .pushConstantRangeCount = 1,
-                                         .pPushConstantRanges = &range, .setLayoutCount = 1, .pSetLayouts = &device->set_layout};
-    if (gpu_result_check(device, device->vk.vkCreatePipelineLayout(device->handle, &layout, NULL, &device->layout), "creating a layout", error))
+    VkPipelineLayoutCreateInfo layout = {
+        .sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO,
+        .pushConstantRangeCount = 1,
+        .pPushConstantRanges = &range,
+        .setLayoutCount = 1,
+        .pSetLayouts = &device->set_layout,
+    };
+    if (gpu_result_check(
+            device,
+            device->vk.vkCreatePipelineLayout(device->handle, &layout, NULL, &device->layout),
+            "creating a layout", error))
         return -1;
     size_t size = 0;
     void *data = NULL;
     if (cache_folder && cache_folder[0]) {
-        snprintf(device->cache_path, sizeof device->cache_path, "%s/pipelines-%s.bin", cache_folder, device->info.uuid);
+        snprintf(device->cache_path, sizeof device->cache_path, "%s/pipelines-%s.bin", cache_folder,
+                 device->info.uuid);
         data = file_read(device->cache_path, &size);
     }
-    /* The driver checks the header (vendor, device, its own UUID) and ignores what is not its own. */
-    VkPipelineCacheCreateInfo cache = {.sType = VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO, .initialDataSize = size, .pInitialData = data};
-    VkResult result = device->vk.vkCreatePipelineCache(device->handle, &cache, NULL, &device->cache);
+    /* The driver checks the header (vendor, device, its own UUID) and ignores
+     * what is not its own. */
+    VkPipelineCacheCreateInfo cache = {
+        .sType = VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO,
+        .initialDataSize = size,
+        .pInitialData = data,
+    };
+    VkResult result = device->vk.vkCreatePipelineCache(device->handle, &cache, NULL,
+                                                       &device->cache);
     free(data);
     return gpu_result_check(device, result, "creating the pipeline cache", error);
 }
 
-/* Written beside and renamed, so that a killed process leaves the old file whole. A cache that cannot be written costs time only. */
+/* Written beside and renamed, so that a killed process leaves the old file whole. A cache that
+ * cannot be written costs time only. */
 static void cache_save(struct gpu_device *device) {
     size_t size = 0;
-    if (!device->cache_path[0] || device->vk.vkGetPipelineCacheData(device->handle, device->cache, &size, NULL) != VK_SUCCESS || size == 0)
+    if (!device->cache_path[0] ||
+        device->vk.vkGetPipelineCacheData(device->handle, device->cache, &size, NULL) !=
+            VK_SUCCESS ||
+        size == 0)
         return;
     void *data = malloc(size);
     char temporary[1100];
     snprintf(temporary, sizeof temporary, "%s.%ld", device->cache_path, (long)getpid());
     FILE *file = NULL;
-    if (data && device->vk.vkGetPipelineCacheData(device->handle, device->cache, &size, data) == VK_SUCCESS &&
+    if (data &&
+        device->vk.vkGetPipelineCacheData(device->handle, device->cache, &size, data) ==
+            VK_SUCCESS &&
         (file = fopen(temporary, "wb")) != NULL) {
         size_t written = fwrite(data, 1, size, file);
         if (fclose(file) != 0 || written != size || rename(temporary, device->cache_path) != 0)
@@ -96,49 +119,79 @@ void gpu_pipelines_destroy(struct gpu_device *device) {
         pthread_mutex_destroy(&device->pipeline_lock);
 }
 
-/* What the module's capabilities ask for and this device lacks, or NULL. Capabilities stand first in a module, after five words. */
-static const char *capability_missing(const struct gpu_device *device, const struct gpu_kernel *source) {
+/* What the module's capabilities ask for and this device lacks, or NULL. Capabilities stand first
+ * in a module, after five words. */
+static const char *capability_missing(const struct gpu_device *device,
+                                      const struct gpu_kernel *source) {
     const size_t n_words = source->spirv_bytes / 4;
-    for (size_t i = 5; i + 1 < n_words && (source->spirv[i] & 0xffff) == 17; i += source->spirv[i] >> 16)
+    for (size_t i = 5; i + 1 < n_words && (source->spirv[i] & 0xffff) == 17;
+         i += source->spirv[i] >> 16)
         if (source->spirv[i + 1] == 11 && !device->info.has_int64)
             return "64-bit integers";
     return NULL;
 }
 
 int gpu_pipeline_possible(const struct gpu_device *device, int kernel) {
-    return device->kernels[kernel].spirv_bytes != 0 && capability_missing(device, &device->kernels[kernel]) == NULL;
+    return device->kernels[kernel].spirv_bytes != 0 &&
+           capability_missing(device, &device->kernels[kernel]) == NULL;
 }
 
 /* flags: for vkCreateComputePipelines. */
-static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreateFlags flags, VkPipeline *out, struct error *error) {
+static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreateFlags flags,
+                         VkPipeline *out, struct error *error) {
     const struct gpu_kernel *source = &device->kernels[kernel];
     if (gpu_device_check(device, error))
         return -1;
     if (source->spirv_bytes == 0)
-        return error_set(error, ERROR_DEVICE, "kernel %s was left out of this build (its shader compiler was too old)", source->name);
+        return error_set(error, ERROR_DEVICE,
+                         "kernel %s was left out of this build (its shader compiler was too old)",
+                         source->name);
     const char *missing = capability_missing(device, source);
     if (missing)
-        return error_set(error, ERROR_DEVICE, "kernel %s needs %s, which %s does not offer", source->name, missing, device->info.name);
-    VkShaderModuleCreateInfo module_info = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO, .codeSize = source->spirv_bytes,
-                                            .pCode = source->spirv};
+        return error_set(error, ERROR_DEVICE, "kernel %s needs %s, which %s does not offer",
+                         source->name, missing, device->info.name);
+    VkShaderModuleCreateInfo module_info = {
+        .sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
+        .codeSize = source->spirv_bytes,
+        .pCode = source->spirv,
+    };
     VkShaderModule module;
-    if (gpu_result_check(device, device->vk.vkCreateShaderModule(device->handle, &module_info, NULL, &module), source->name, error))
+    if (gpu_result_check(
+            device, device->vk.vkCreateShaderModule(device->handle, &module_info, NULL, &module),
+            source->name, error))
         return -1;
     const uint32_t constants[2] = {device->info.subgroup_size, device->workgroup};
-    const VkSpecializationMapEntry entries[2] = {{.constantID = 0, .offset = 0, .size = 4}, {.constantID = 1, .offset = 4, .size = 4}};
-    VkSpecializationInfo specialization = {.mapEntryCount = 2, .pMapEntries = entries, .dataSize = sizeof constants, .pData = constants};
+    const VkSpecializationMapEntry entries[2] = {{.constantID = 0, .offset = 0, .size = 4},
+                                                 {.constantID = 1, .offset = 4, .size = 4}};
+    VkSpecializationInfo specialization = {
+        .mapEntryCount = 2,
+        .pMapEntries = entries,
+        .dataSize = sizeof constants,
+        .pData = constants,
+    };
     VkPipelineShaderStageRequiredSubgroupSizeCreateInfoEXT required = {
         .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO_EXT,
-        .requiredSubgroupSize = device->info.subgroup_size};
+        .requiredSubgroupSize = device->info.subgroup_size,
+    };
     VkComputePipelineCreateInfo create = {
         .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
         .flags = flags,
-        .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .stage = VK_SHADER_STAGE_COMPUTE_BIT, .module = module,
-                  .pName = "main", .pSpecializationInfo = &specialization,
-                  .pNext = device->info.has_subgroup_control ? &required : NULL,
-                  .flags = device->info.has_subgroup_control ? VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT_EXT : 0},
-        .layout = device->layout};
-    VkResult result = device->vk.vkCreateComputePipelines(device->handle, device->cache, 1, &create, NULL, out);
+        .stage =
+            {
+                .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO,
+                .stage = VK_SHADER_STAGE_COMPUTE_BIT,
+                .module = module,
+                .pName = "main",
+                .pSpecializationInfo = &specialization,
+                .pNext = device->info.has_subgroup_control ? &required : NULL,
+                .flags = device->info.has_subgroup_control
+                             ? VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT_EXT
+                             : 0,
+            },
+        .layout = device->layout,
+    };
+    VkResult result = device->vk.vkCreateComputePipelines(device->handle, device->cache, 1, &create,
+                                                          NULL, out);
     device->vk.vkDestroyShaderModule(device->handle, module, NULL);
     if (gpu_result_check(device, result, source->name, error))
         return -1;
@@ -195,7 +248,8 @@ static void *prepare_run(void *argument) {
     }
 }
 
-int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int count, struct error *error) {
+int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int count,
+                          struct error *error) {
     struct prepare work = {.device = device, .kernels = kernels, .count = count};
     pthread_t threads[16];
     int n_threads = 0;
@@ -216,7 +270,8 @@ int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int cou
     return -1;
 }
 
-int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size_t capacity, struct error *error) {
+int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size_t capacity,
+                          struct error *error) {
     VkPipeline pipeline = VK_NULL_HANDLE;
     size_t used = 0;
     int failed = -1;
@@ -224,8 +279,10 @@ int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size
         out[0] = 0;
     if (!device->info.has_executable_info)
         return gpu_pipeline_get(device, kernel, &pipeline, error);
-    /* Made anew: with statistics some drivers (RADV) bypass their caches, so that the pipelines that run are made without. */
-    if (pipeline_make(device, kernel, VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR, &pipeline, error))
+    /* Made anew: with statistics some drivers (RADV) bypass their caches, so that the pipelines
+     * that run are made without. */
+    if (pipeline_make(device, kernel, VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR, &pipeline,
+                      error))
         return -1;
     VkPipelineInfoKHR info = {.sType = VK_STRUCTURE_TYPE_PIPELINE_INFO_KHR, .pipeline = pipeline};
     VkPipelineExecutablePropertiesKHR executables[8];
@@ -233,21 +290,31 @@ int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size
     memset(executables, 0, sizeof executables);
     for (int i = 0; i < 8; i++)
         executables[i].sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_PROPERTIES_KHR;
-    if (gpu_result_check(device, device->vk.vkGetPipelineExecutablePropertiesKHR(device->handle, &info, &n, executables), "describing", error))
+    if (gpu_result_check(
+            device,
+            device->vk.vkGetPipelineExecutablePropertiesKHR(device->handle, &info, &n, executables),
+            "describing", error))
         goto done;
     for (uint32_t e = 0; e < n; e++) {
-        VkPipelineExecutableInfoKHR which = {.sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INFO_KHR, .pipeline = pipeline, .executableIndex = e};
+        VkPipelineExecutableInfoKHR which = {
+            .sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INFO_KHR,
+            .pipeline = pipeline,
+            .executableIndex = e,
+        };
         VkPipelineExecutableStatisticKHR statistics[64];
         uint32_t n_statistics = 64;
         memset(statistics, 0, sizeof statistics);
         for (int i = 0; i < 64; i++)
             statistics[i].sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_STATISTIC_KHR;
-        if (device->vk.vkGetPipelineExecutableStatisticsKHR(device->handle, &which, &n_statistics, statistics) < 0)
+        if (device->vk.vkGetPipelineExecutableStatisticsKHR(device->handle, &which, &n_statistics,
+                                                            statistics) < 0)
             continue;
         for (uint32_t i = 0; i < n_statistics && used + 300 < capacity; i++)
             used += (size_t)snprintf(out + used, capacity - used, "%s=%lld\n", statistics[i].name,
-                                     statistics[i].format == VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_FLOAT64_KHR
-                                         ? (long long)statistics[i].value.f64 : (long long)statistics[i].value.u64);
+                                     statistics[i].format ==
+                                             VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_FLOAT64_KHR
+                                         ? (long long)statistics[i].value.f64
+                                         : (long long)statistics[i].value.u64);
     }
     failed = 0;
 done:

@@ -9,26 +9,31 @@ struct model_block {
     struct model_block *next;
 };
 
-static uint64_t align(uint64_t bytes) {
-    return (bytes + 255) & ~UINT64_C(255);
-}
+static uint64_t align(uint64_t bytes) { return (bytes + 255) & ~UINT64_C(255); }
 
 uint64_t model_weight_bytes(const struct model_facts *f) {
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
-    uint64_t layer = align(op_matrix_bytes(f->weight_type, heads + 2 * kv, f->d_model)) + align(op_matrix_bytes(f->weight_type, f->d_model, heads)) +
+    uint64_t layer = align(op_matrix_bytes(f->weight_type, heads + 2 * kv, f->d_model)) +
+                     align(op_matrix_bytes(f->weight_type, f->d_model, heads)) +
                      align(op_matrix_bytes(f->weight_type, 2 * f->d_mlp, f->d_model)) +
                      align(op_matrix_bytes(f->weight_type, f->d_model, f->d_mlp)) +
                      14 * align(4 * (uint64_t)(f->d_model + heads + 2 * kv + 2 * f->d_mlp)) / 4;
-    return f->n_layers * layer + (f->tied ? 1 : 2) * align(op_matrix_bytes(f->weight_type, f->d_vocab, f->d_model)) + (1u << 20);
+    return f->n_layers * layer +
+           (f->tied ? 1 : 2) * align(op_matrix_bytes(f->weight_type, f->d_vocab, f->d_model)) +
+           (1u << 20);
 }
 
 int model_blocks_reserve(struct model *model, uint64_t bytes, struct error *error) {
     uint64_t available = gpu_device_available(model->ops.device);
     if (bytes > available)
-        return error_set(error, ERROR_DEVICE, "the weights take %.2f GB on the device and %.2f GB are free on %s: use a smaller dtype or model",
-                         bytes / 1e9, available / 1e9, gpu_device_get_info(model->ops.device)->name);
+        return error_set(error, ERROR_DEVICE,
+                         "the weights take %.2f GB on the device and %.2f GB are free on %s: use a "
+                         "smaller dtype or model",
+                         bytes / 1e9, available / 1e9,
+                         gpu_device_get_info(model->ops.device)->name);
     for (int i = 0; i < 2; i++)
-        if (gpu_buffer_create(&model->staging[i], model->ops.device, STAGING_BYTES, GPU_UPLOAD, "staging", error))
+        if (gpu_buffer_create(&model->staging[i], model->ops.device, STAGING_BYTES, GPU_UPLOAD,
+                              "staging", error))
             return -1;
     return 0;
 }
@@ -55,19 +60,22 @@ int model_blocks_finish(struct model *model, struct error *error) {
 }
 
 /* `bytes` of device memory out of the current block, or of a new one. */
-int model_block_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer, uint64_t *offset, struct error *error) {
+int model_block_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer,
+                    uint64_t *offset, struct error *error) {
     struct model_block *block = model->blocks;
     bytes = align(bytes);
     if (!block || block->used + bytes > block->size) {
         /* 64 MiB at a time wastes at most that, and a large matrix gets a block of its own. */
         uint64_t size = bytes > (UINT64_C(64) << 20) ? bytes : UINT64_C(64) << 20;
         uint64_t total = model_weight_bytes(&model->facts);
-        if (total - (model->weight_bytes < total ? model->weight_bytes : total) < size && bytes <= (UINT64_C(1) << 20))
+        if (total - (model->weight_bytes < total ? model->weight_bytes : total) < size &&
+            bytes <= (UINT64_C(1) << 20))
             size = UINT64_C(4) << 20;
         block = calloc(1, sizeof *block);
         if (!block)
             return error_set(error, ERROR_MEMORY, "out of memory for a block");
-        if (gpu_buffer_create(&block->buffer, model->ops.device, size, GPU_DEVICE_LOCAL, "weights", error)) {
+        if (gpu_buffer_create(&block->buffer, model->ops.device, size, GPU_DEVICE_LOCAL, "weights",
+                              error)) {
             free(block);
             return -1;
         }
@@ -85,7 +93,8 @@ int model_block_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buf
 /* The staging buffer to fill next; its earlier copy has been waited for. */
 int model_staging_next(struct model *model, struct gpu_buffer **out, struct error *error) {
     if (!model->staging[0])
-        return error_set(error, ERROR_MODEL, "weights can only be loaded before the model is finished");
+        return error_set(error, ERROR_MODEL,
+                         "weights can only be loaded before the model is finished");
     *out = model->staging[model->next_staging];
     model->next_staging ^= 1;
     if (model->next_staging == 1) /* both may be in flight: wait once for the pair */

@@ -5,32 +5,48 @@
 #include "model/blocks.h"
 
 int model_facts_check(const struct model_facts *f, struct error *error) {
-    const struct { const char *name; uint64_t value, low, high; } sizes[] = {
-        {"n_layers", f->n_layers, 1, MODEL_LAYERS_MAX}, {"d_model", f->d_model, 1, 65536}, {"n_heads", f->n_heads, 1, 1024},
-        {"n_kv_heads", f->n_kv_heads, 1, 1024}, {"d_head", f->d_head, 2, 1024}, {"d_mlp", f->d_mlp, 1, 1u << 20},
-        {"d_vocab", f->d_vocab, 2, 1u << 22}, {"n_ctx", f->n_ctx, 1, 1u << 24}, {"weight_type", f->weight_type, 0, 2}, {"act", f->act, 0, 2},
-        {"n_ropes", f->n_ropes, 1, MODEL_ROPES_MAX}};
+    const struct {
+        const char *name;
+        uint64_t value, low, high;
+    } sizes[] = {{"n_layers", f->n_layers, 1, MODEL_LAYERS_MAX},
+                 {"d_model", f->d_model, 1, 65536},
+                 {"n_heads", f->n_heads, 1, 1024},
+                 {"n_kv_heads", f->n_kv_heads, 1, 1024},
+                 {"d_head", f->d_head, 2, 1024},
+                 {"d_mlp", f->d_mlp, 1, 1u << 20},
+                 {"d_vocab", f->d_vocab, 2, 1u << 22},
+                 {"n_ctx", f->n_ctx, 1, 1u << 24},
+                 {"weight_type", f->weight_type, 0, 2},
+                 {"act", f->act, 0, 2},
+                 {"n_ropes", f->n_ropes, 1, MODEL_ROPES_MAX}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
         if (sizes[i].value < sizes[i].low || sizes[i].value > sizes[i].high)
-            return error_set(error, ERROR_MODEL, "%s = %llu is outside %llu to %llu", sizes[i].name, (unsigned long long)sizes[i].value,
-                             (unsigned long long)sizes[i].low, (unsigned long long)sizes[i].high);
+            return error_set(error, ERROR_MODEL, "%s = %llu is outside %llu to %llu", sizes[i].name,
+                             (unsigned long long)sizes[i].value, (unsigned long long)sizes[i].low,
+                             (unsigned long long)sizes[i].high);
     if (f->n_heads % f->n_kv_heads)
-        return error_set(error, ERROR_MODEL, "%u query heads do not divide among %u key/value heads", f->n_heads, f->n_kv_heads);
+        return error_set(error, ERROR_MODEL,
+                         "%u query heads do not divide among %u key/value heads", f->n_heads,
+                         f->n_kv_heads);
     if (f->d_head % 2)
         return error_set(error, ERROR_MODEL, "d_head = %u is odd: rotation needs pairs", f->d_head);
     if ((uint64_t)f->n_heads * f->d_head > 1u << 20)
-        return error_set(error, ERROR_MODEL, "%u heads of size %u are too wide", f->n_heads, f->d_head);
+        return error_set(error, ERROR_MODEL, "%u heads of size %u are too wide", f->n_heads,
+                         f->d_head);
     for (uint32_t l = 0; l < f->n_layers; l++)
         if (f->rope_table[l] >= f->n_ropes)
-            return error_set(error, ERROR_MODEL, "layer %u uses rotation table %u of %u", l, f->rope_table[l], f->n_ropes);
-    const float numbers[] = {f->norm_eps, f->norm_offset, f->embed_scale, f->attn_scale, f->attn_softcap, f->final_softcap};
+            return error_set(error, ERROR_MODEL, "layer %u uses rotation table %u of %u", l,
+                             f->rope_table[l], f->n_ropes);
+    const float numbers[] = {f->norm_eps,   f->norm_offset,  f->embed_scale,
+                             f->attn_scale, f->attn_softcap, f->final_softcap};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         if (!isfinite(numbers[i]))
             return error_set(error, ERROR_MODEL, "a number of the configuration is not finite");
     return 0;
 }
 
-struct op_matrix *model_matrix_find(struct model *model, const char *name, int layer, uint32_t *n, uint32_t *k) {
+struct op_matrix *model_matrix_find(struct model *model, const char *name, int layer, uint32_t *n,
+                                    uint32_t *k) {
     const struct model_facts *f = &model->facts;
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
     if (strcmp(name, "embed") == 0 || strcmp(name, "unembed") == 0) {
@@ -41,9 +57,14 @@ struct op_matrix *model_matrix_find(struct model *model, const char *name, int l
     if (layer < 0 || (uint32_t)layer >= f->n_layers)
         return NULL;
     struct model_layer *l = &model->layers[layer];
-    const struct { const char *name; struct op_matrix *matrix; uint32_t n, k; } table[] = {
-        {"qkv", &l->qkv, heads + 2 * kv, f->d_model}, {"o", &l->o, f->d_model, heads}, {"gate_up", &l->gate_up, 2 * f->d_mlp, f->d_model},
-        {"down", &l->down, f->d_model, f->d_mlp}};
+    const struct {
+        const char *name;
+        struct op_matrix *matrix;
+        uint32_t n, k;
+    } table[] = {{"qkv", &l->qkv, heads + 2 * kv, f->d_model},
+                 {"o", &l->o, f->d_model, heads},
+                 {"gate_up", &l->gate_up, 2 * f->d_mlp, f->d_model},
+                 {"down", &l->down, f->d_model, f->d_mlp}};
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
         if (strcmp(table[i].name, name) == 0) {
             *n = table[i].n;
@@ -62,10 +83,20 @@ uint64_t *model_vector_find(struct model *model, const char *name, int layer, ui
     if (layer < 0 || (uint32_t)layer >= f->n_layers)
         return NULL;
     struct model_layer *l = &model->layers[layer];
-    const struct { const char *name; uint64_t *vector; uint32_t n; } table[] = {
-        {"ln1", &l->ln1, f->d_model}, {"ln2", &l->ln2, f->d_model}, {"ln1_post", &l->ln1_post, f->d_model}, {"ln2_post", &l->ln2_post, f->d_model},
-        {"q_norm", &l->q_norm, f->d_head}, {"k_norm", &l->k_norm, f->d_head}, {"b_qkv", &l->b_qkv, heads + 2 * kv}, {"b_o", &l->b_o, f->d_model},
-        {"b_gate_up", &l->b_gate_up, 2 * f->d_mlp}, {"b_down", &l->b_down, f->d_model}};
+    const struct {
+        const char *name;
+        uint64_t *vector;
+        uint32_t n;
+    } table[] = {{"ln1", &l->ln1, f->d_model},
+                 {"ln2", &l->ln2, f->d_model},
+                 {"ln1_post", &l->ln1_post, f->d_model},
+                 {"ln2_post", &l->ln2_post, f->d_model},
+                 {"q_norm", &l->q_norm, f->d_head},
+                 {"k_norm", &l->k_norm, f->d_head},
+                 {"b_qkv", &l->b_qkv, heads + 2 * kv},
+                 {"b_o", &l->b_o, f->d_model},
+                 {"b_gate_up", &l->b_gate_up, 2 * f->d_mlp},
+                 {"b_down", &l->b_down, f->d_model}};
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
         if (strcmp(table[i].name, name) == 0) {
             *n = table[i].n;

@@ -5,8 +5,8 @@
 
 #include "model/blocks.h"
 
-int model_create(struct model **out, struct gpu_device *device, const struct model_facts *facts, const double *const *inv_freq,
-                 const double *rope_factor, struct error *error) {
+int model_create(struct model **out, struct gpu_device *device, const struct model_facts *facts,
+                 const double *const *inv_freq, const double *rope_factor, struct error *error) {
     *out = NULL;
     if (model_facts_check(facts, error))
         return -1;
@@ -28,7 +28,8 @@ int model_create(struct model **out, struct gpu_device *device, const struct mod
         memcpy(model->inv_freq[i], inv_freq[i], facts->d_head / 2 * sizeof(double));
         model->rope_factor[i] = rope_factor[i];
     }
-    if (ops_create(&model->ops, device, error) || model_blocks_reserve(model, model_weight_bytes(facts), error))
+    if (ops_create(&model->ops, device, error) ||
+        model_blocks_reserve(model, model_weight_bytes(facts), error))
         goto fail;
     *out = model;
     return 0;
@@ -65,9 +66,10 @@ int model_load_finish(struct model *model, struct error *error) {
         for (int i = 0; i < 4; i++)
             if (model_matrix_find(model, matrices[i], (int)l, &n, &k)->n_chunks == 0)
                 return error_set(error, ERROR_MODEL, "layer %u: %s was not loaded", l, matrices[i]);
-        if (!layer->ln1 || !layer->ln2 || (f->post_norms && (!layer->ln1_post || !layer->ln2_post)) ||
-            (f->qk_norm && (!layer->q_norm || !layer->k_norm)) || (f->qkv_bias && !layer->b_qkv) || (f->o_bias && !layer->b_o) ||
-            (f->mlp_bias && (!layer->b_gate_up || !layer->b_down)))
+        if (!layer->ln1 || !layer->ln2 ||
+            (f->post_norms && (!layer->ln1_post || !layer->ln2_post)) ||
+            (f->qk_norm && (!layer->q_norm || !layer->k_norm)) || (f->qkv_bias && !layer->b_qkv) ||
+            (f->o_bias && !layer->b_o) || (f->mlp_bias && (!layer->b_gate_up || !layer->b_down)))
             return error_set(error, ERROR_MODEL, "layer %u: a norm or a bias was not loaded", l);
     }
     return model_blocks_finish(model, error);
@@ -76,13 +78,16 @@ int model_load_finish(struct model *model, struct error *error) {
 int model_angles_prepare(struct model *model, uint32_t n, struct error *error) {
     if (n <= model->n_angles)
         return 0;
-    n = (n + 255) / 256 * 256; /* grown in steps, so that decoding does not rebuild it at every token */
+    /* grown in steps, so that decoding does not rebuild it at every token */
+    n = (n + 255) / 256 * 256;
     uint32_t half = model->facts.d_head / 2;
     for (uint32_t i = 0; i < model->facts.n_ropes; i++) {
         uint64_t bytes = (uint64_t)n * half * 8;
         struct gpu_buffer *upload = NULL, *table = NULL;
-        if (gpu_buffer_create(&upload, model->ops.device, bytes, GPU_UPLOAD, "rotation upload", error) ||
-            gpu_buffer_create(&table, model->ops.device, bytes, GPU_DEVICE_LOCAL, "rotation table", error))
+        if (gpu_buffer_create(&upload, model->ops.device, bytes, GPU_UPLOAD, "rotation upload",
+                              error) ||
+            gpu_buffer_create(&table, model->ops.device, bytes, GPU_DEVICE_LOCAL, "rotation table",
+                              error))
             goto fail;
         float *out = gpu_buffer_map(upload);
         for (uint32_t pos = 0; pos < n; pos++)
@@ -91,7 +96,8 @@ int model_angles_prepare(struct model *model, uint32_t n, struct error *error) {
                 *out++ = (float)(cos(angle) * model->rope_factor[i]);
                 *out++ = (float)(sin(angle) * model->rope_factor[i]);
             }
-        if (gpu_stream_copy(model->ops.stream, upload, 0, table, 0, bytes, error) || gpu_stream_wait(model->ops.stream, error))
+        if (gpu_stream_copy(model->ops.stream, upload, 0, table, 0, bytes, error) ||
+            gpu_stream_wait(model->ops.stream, error))
             goto fail;
         gpu_buffer_destroy(upload);
         gpu_buffer_destroy(model->angles[i]);

@@ -5,7 +5,8 @@
 #include "model/blocks.h"
 
 static float half_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023,
+             bits;
     float f;
     if (exponent == 31) {
         bits = sign | 0x7f800000u | mantissa << 13;
@@ -66,7 +67,8 @@ static float source_float(const struct weight_source *source, size_t i) {
 }
 
 /* The source and local row of row `n` of the stacked sources. */
-static const struct weight_source *source_find(const struct weight_source *sources, int n_sources, uint32_t *n) {
+static const struct weight_source *source_find(const struct weight_source *sources, int n_sources,
+                                               uint32_t *n) {
     for (int i = 0; i < n_sources; i++) {
         if (*n < sources[i].rows)
             return &sources[i];
@@ -76,7 +78,8 @@ static const struct weight_source *source_find(const struct weight_source *sourc
 }
 
 /* One row of the matrix into its lane of a panel; the pad stays as it is (zero). */
-static void row_pack(const struct weight_source *source, uint32_t row, uint32_t type, uint32_t k, char *panel, uint32_t lane) {
+static void row_pack(const struct weight_source *source, uint32_t row, uint32_t type, uint32_t k,
+                     char *panel, uint32_t lane) {
     size_t first = (size_t)row * k;
     uint32_t inputs = op_cell_inputs(type);
     if (type == source->type) {
@@ -115,7 +118,9 @@ static void *panels_pack(void *argument) {
         if (n % OP_PANEL == 0 && (pack->k % 16 || n + OP_PANEL > pack->count))
             memset(panel, 0, panel_bytes); /* only where a pad remains */
         uint32_t row = pack->first + n;
-        const struct weight_source *source = n < pack->count ? source_find(pack->sources, pack->n_sources, &row) : NULL;
+        const struct weight_source *source = n < pack->count
+                                                 ? source_find(pack->sources, pack->n_sources, &row)
+                                                 : NULL;
         if (source)
             row_pack(source, row, pack->type, pack->k, panel, n % OP_PANEL);
     }
@@ -144,21 +149,25 @@ static void panels_pack_parallel(const struct pack *whole) {
         panels_pack(&parts[1]);
 }
 
-static int shape_check(const char *name, int layer, const struct weight_source *sources, int n_sources, uint32_t n, uint32_t k,
-                       struct error *error) {
+static int shape_check(const char *name, int layer, const struct weight_source *sources,
+                       int n_sources, uint32_t n, uint32_t k, struct error *error) {
     uint64_t rows = 0;
     for (int i = 0; i < n_sources; i++) {
         if (sources[i].columns != k)
-            return error_set(error, ERROR_MODEL, "%s of layer %d has %u columns, the configuration says %u", name, layer, sources[i].columns, k);
+            return error_set(error, ERROR_MODEL,
+                             "%s of layer %d has %u columns, the configuration says %u", name,
+                             layer, sources[i].columns, k);
         rows += sources[i].rows;
     }
     if (rows != n)
-        return error_set(error, ERROR_MODEL, "%s of layer %d has %llu rows, the configuration says %u", name, layer, (unsigned long long)rows, n);
+        return error_set(error, ERROR_MODEL,
+                         "%s of layer %d has %llu rows, the configuration says %u", name, layer,
+                         (unsigned long long)rows, n);
     return 0;
 }
 
-int model_matrix_load(struct model *model, const char *name, int layer, const struct weight_source *sources, int n_sources,
-                      struct error *error) {
+int model_matrix_load(struct model *model, const char *name, int layer,
+                      const struct weight_source *sources, int n_sources, struct error *error) {
     uint32_t n, k;
     struct op_matrix *matrix = model_matrix_find(model, name, layer, &n, &k);
     if (!matrix)
@@ -167,17 +176,26 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
         return error_set(error, ERROR_MODEL, "%s of layer %d is loaded already", name, layer);
     if (shape_check(name, layer, sources, n_sources, n, k, error))
         return -1;
-    struct op_matrix made = {.type = model->facts.weight_type, .n = n, .k = k, .k_cells = op_matrix_cells(model->facts.weight_type, k)};
+    struct op_matrix made = {
+        .type = model->facts.weight_type,
+        .n = n,
+        .k = k,
+        .k_cells = op_matrix_cells(model->facts.weight_type, k),
+    };
     uint64_t panel_bytes = op_matrix_bytes(made.type, OP_PANEL, k);
     if (panel_bytes > STAGING_BYTES)
-        return error_set(error, ERROR_MODEL, "%s of layer %d has rows of %u, too long for the staging memory", name, layer, k);
-    uint32_t chunk_rows = (uint32_t)(GPU_BUFFER_MAX / 2 / panel_bytes) * OP_PANEL, step_rows = (uint32_t)(STAGING_BYTES / panel_bytes) * OP_PANEL;
+        return error_set(error, ERROR_MODEL,
+                         "%s of layer %d has rows of %u, too long for the staging memory", name,
+                         layer, k);
+    uint32_t chunk_rows = (uint32_t)(GPU_BUFFER_MAX / 2 / panel_bytes) * OP_PANEL,
+             step_rows = (uint32_t)(STAGING_BYTES / panel_bytes) * OP_PANEL;
     for (uint32_t first = 0; first < n; first += chunk_rows) {
         uint32_t count = n - first < chunk_rows ? n - first : chunk_rows;
         struct gpu_buffer *buffer;
         uint64_t offset;
         if (made.n_chunks == OP_MATRIX_CHUNKS)
-            return error_set(error, ERROR_MODEL, "%s is too large: more than %d chunks", name, OP_MATRIX_CHUNKS);
+            return error_set(error, ERROR_MODEL, "%s is too large: more than %d chunks", name,
+                             OP_MATRIX_CHUNKS);
         if (model_block_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
             return -1;
         made.chunks[made.n_chunks].address = gpu_buffer_address(buffer) + offset;
@@ -188,10 +206,18 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
             struct gpu_buffer *staging = NULL;
             if (model_staging_next(model, &staging, error))
                 return -1;
-            struct pack pack = {.sources = sources, .n_sources = n_sources, .type = made.type, .k = k, .first = first + row, .count = rows,
-                                .out = gpu_buffer_map(staging)};
+            struct pack pack = {
+                .sources = sources,
+                .n_sources = n_sources,
+                .type = made.type,
+                .k = k,
+                .first = first + row,
+                .count = rows,
+                .out = gpu_buffer_map(staging),
+            };
             panels_pack_parallel(&pack);
-            if (gpu_stream_copy(model->ops.stream, staging, 0, buffer, offset + row / OP_PANEL * panel_bytes,
+            if (gpu_stream_copy(model->ops.stream, staging, 0, buffer,
+                                offset + row / OP_PANEL * panel_bytes,
                                 op_matrix_bytes(made.type, rows, k), error))
                 return -1;
         }
@@ -200,8 +226,8 @@ int model_matrix_load(struct model *model, const char *name, int layer, const st
     return 0;
 }
 
-int model_vector_load(struct model *model, const char *name, int layer, const struct weight_source *sources, int n_sources,
-                      struct error *error) {
+int model_vector_load(struct model *model, const char *name, int layer,
+                      const struct weight_source *sources, int n_sources, struct error *error) {
     uint32_t n, at = 0;
     uint64_t *vector = model_vector_find(model, name, layer, &n);
     if (!vector)
@@ -211,7 +237,8 @@ int model_vector_load(struct model *model, const char *name, int layer, const st
     /* Rounded up and zero-padded: kernels may read a whole row. */
     uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
     struct gpu_buffer *buffer, *staging = NULL;
-    if (bytes > STAGING_BYTES || model_block_cut(model, bytes, &buffer, &offset, error) || model_staging_next(model, &staging, error))
+    if (bytes > STAGING_BYTES || model_block_cut(model, bytes, &buffer, &offset, error) ||
+        model_staging_next(model, &staging, error))
         return -1;
     float *out = gpu_buffer_map(staging);
     memset(out, 0, bytes);

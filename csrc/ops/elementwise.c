@@ -1,42 +1,61 @@
 /* Embedding, activation, edits, copies: one workgroup a row, or (activation on GPUs) several. */
 #include "ops/ops.h"
 
-int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride,
-             struct error *error) {
+int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
+             float scale, uint64_t dst, uint32_t stride, struct error *error) {
     for (uint32_t c = 0; c < embedding->n_chunks; c++) {
-        struct embed_params params = {.tokens = tokens, .weights = embedding->chunks[c].address, .dst = dst, .n_tokens = n_tokens,
-                                      .width = embedding->k, .stride = stride, .k_cells = embedding->k_cells,
-                                      .first_id = embedding->chunks[c].first, .n_ids = embedding->chunks[c].count,
-                                      .weight_type = embedding->type, .scale = scale};
-        if (gpu_stream_dispatch(ops->stream, KERNEL_embed, &params, sizeof params, n_tokens, 1, 1, 4.0 * n_tokens * embedding->k, error))
+        struct embed_params params = {
+            .tokens = tokens,
+            .weights = embedding->chunks[c].address,
+            .dst = dst,
+            .n_tokens = n_tokens,
+            .width = embedding->k,
+            .stride = stride,
+            .k_cells = embedding->k_cells,
+            .first_id = embedding->chunks[c].first,
+            .n_ids = embedding->chunks[c].count,
+            .weight_type = embedding->type,
+            .scale = scale,
+        };
+        if (gpu_stream_dispatch(ops->stream, KERNEL_embed, &params, sizeof params, n_tokens, 1, 1,
+                                4.0 * n_tokens * embedding->k, error))
             return -1;
     }
     return 0;
 }
 
-/* One token has too few columns for a workgroup to be worth its start on a software device, and too many for one alone to fill a GPU. */
-int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens, struct error *error) {
-    uint32_t columns = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? params->width : 4 * ops->workgroup;
-    return gpu_stream_dispatch(ops->stream, KERNEL_act, params, sizeof *params, n_tokens, (params->width + columns - 1) / columns, 1,
+/* One token has too few columns for a workgroup to be worth its start on a software device, and too
+ * many for one alone to fill a GPU. */
+int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
+           struct error *error) {
+    uint32_t columns = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? params->width
+                                                                              : 4 * ops->workgroup;
+    return gpu_stream_dispatch(ops->stream, KERNEL_act, params, sizeof *params, n_tokens,
+                               (params->width + columns - 1) / columns, 1,
                                30.0 * n_tokens * params->width, error);
 }
 
-int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_act_bwd, params, sizeof *params, n_tokens, 1, 1, 60.0 * n_tokens * params->width, error);
+int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens,
+               struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_act_bwd, params, sizeof *params, n_tokens, 1, 1,
+                               60.0 * n_tokens * params->width, error);
 }
 
-int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_edit, params, sizeof *params, n_entries, n_heads, 1,
-                               8.0 * n_entries * n_heads * params->width, error);
+int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads,
+            struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_edit, params, sizeof *params, n_entries, n_heads,
+                               1, 8.0 * n_entries * n_heads * params->width, error);
 }
 
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error) {
     uint32_t x = params->n_rows < 32768 ? params->n_rows : 32768;
-    return gpu_stream_dispatch(ops->stream, KERNEL_copy, params, sizeof *params, x, x ? (params->n_rows + x - 1) / x : 0, 1,
+    return gpu_stream_dispatch(ops->stream, KERNEL_copy, params, sizeof *params, x,
+                               x ? (params->n_rows + x - 1) / x : 0, 1,
                                4.0 * params->n_rows * params->width, error);
 }
 
-int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_sum_heads, params, sizeof *params, n_tokens, 1, 1,
-                               2.0 * n_tokens * params->n_heads * params->width, error);
+int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens,
+                 struct error *error) {
+    return gpu_stream_dispatch(ops->stream, KERNEL_sum_heads, params, sizeof *params, n_tokens, 1,
+                               1, 2.0 * n_tokens * params->n_heads * params->width, error);
 }

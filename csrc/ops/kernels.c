@@ -16,7 +16,9 @@ const struct gpu_kernel *op_kernels_get(void) {
     static struct gpu_kernel table[KERNEL_COUNT];
     static int filled;
     if (!filled) { /* callers hold the GIL */
-#define KERNEL(name, file, defines, params) table[KERNEL_##name] = (struct gpu_kernel){#name, spirv_##name, spirv_##name##_size, sizeof(struct params)};
+#define KERNEL(name, file, defines, params) \
+    table[KERNEL_##name] = (struct gpu_kernel){#name, spirv_##name, spirv_##name##_size, \
+                                               sizeof(struct params)};
 #define KERNEL_OPTIONAL KERNEL
 #include "ops/kernels.def"
 #undef KERNEL

@@ -1,18 +1,26 @@
-/* What the OV circuit is read with: values sent through the heads' outputs, norms of a matrix's rows, the largest of many columns. */
+/* What the OV circuit is read with: values sent through the heads' outputs, norms of a matrix's
+ * rows, the largest of many columns. */
 #include "ops/ops.h"
 
-static int share_check(const struct op_matrix *matrix, const struct op_head_out_args *args, struct error *error) {
-    if (args->n_heads == 0 || args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads || (uint64_t)args->n_heads * args->d_head != matrix->k)
-        return error_set(error, ERROR_VALUE, "%u heads of %u over %u key/value heads do not make the %u inputs of the matrix", args->n_heads,
-                         args->d_head, args->n_kv_heads, matrix->k);
+static int share_check(const struct op_matrix *matrix, const struct op_head_out_args *args,
+                       struct error *error) {
+    if (args->n_heads == 0 || args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads ||
+        (uint64_t)args->n_heads * args->d_head != matrix->k)
+        return error_set(
+            error, ERROR_VALUE,
+            "%u heads of %u over %u key/value heads do not make the %u inputs of the matrix",
+            args->n_heads, args->d_head, args->n_kv_heads, matrix->k);
     return 0;
 }
 
-int op_head_out(struct ops *ops, const struct op_matrix *matrix, const struct op_head_out_args *args, struct error *error) {
-    static const int kernels[2][3] = {{KERNEL_head_out_f32, KERNEL_head_out_bf16, KERNEL_head_out_f16},
-                                      {KERNEL_head_out_f32_texels, KERNEL_head_out_bf16_texels, KERNEL_head_out_f16_texels}};
+int op_head_out(struct ops *ops, const struct op_matrix *matrix,
+                const struct op_head_out_args *args, struct error *error) {
+    static const int kernels[2][3] = {
+        {KERNEL_head_out_f32, KERNEL_head_out_bf16, KERNEL_head_out_f16},
+        {KERNEL_head_out_f32_texels, KERNEL_head_out_bf16_texels, KERNEL_head_out_f16_texels}};
     int texels = ops->linear_family == LINEAR_TEXELS;
-    /* A software device has few workers, and each reads fastest straight through its panel; a GPU wants every (panel, head) at once. */
+    /* A software device has few workers, and each reads fastest straight through its panel; a GPU
+     * wants every (panel, head) at once. */
     uint32_t each = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? args->n_heads : 1;
     uint32_t columns = op_panel_columns(ops);
     if (share_check(matrix, args, error))
@@ -21,43 +29,68 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix, const struct op
         uint64_t first = matrix->chunks[c].first;
         uint32_t n_out = matrix->chunks[c].count;
         struct head_out_params params = {
-            .x = args->x, .weights = matrix->chunks[c].address, .dst = args->dst + 4 * first, .gain = args->gain ? args->gain + 4 * first : 0,
-            .n_heads = args->n_heads, .group = args->n_heads / args->n_kv_heads, .d_head = args->d_head, .heads_each = each, .n_out = n_out,
-            .panel_cells = matrix->k_cells, .out_stride = args->dst_stride, .has_gain = args->gain != 0};
-        if (texels && gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, n_out, matrix->k), error))
+            .x = args->x,
+            .weights = matrix->chunks[c].address,
+            .dst = args->dst + 4 * first,
+            .gain = args->gain ? args->gain + 4 * first : 0,
+            .n_heads = args->n_heads,
+            .group = args->n_heads / args->n_kv_heads,
+            .d_head = args->d_head,
+            .heads_each = each,
+            .n_out = n_out,
+            .panel_cells = matrix->k_cells,
+            .out_stride = args->dst_stride,
+            .has_gain = args->gain != 0,
+        };
+        if (texels && gpu_stream_texels(ops->stream, params.weights,
+                                        op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
-        if (gpu_stream_dispatch(ops->stream, kernels[texels][matrix->type], &params, sizeof params, (args->n_heads + each - 1) / each,
-                                (n_out + columns - 1) / columns, 1, 2.0 * n_out * matrix->k, error))
+        if (gpu_stream_dispatch(ops->stream, kernels[texels][matrix->type], &params, sizeof params,
+                                (args->n_heads + each - 1) / each, (n_out + columns - 1) / columns,
+                                1, 2.0 * n_out * matrix->k, error))
             return -1;
     }
     return 0;
 }
 
-int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst, struct error *error) {
-    static const int kernels[3] = {KERNEL_row_norms_f32, KERNEL_row_norms_bf16, KERNEL_row_norms_f16};
+int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
+                 struct error *error) {
+    static const int kernels[3] = {KERNEL_row_norms_f32, KERNEL_row_norms_bf16,
+                                   KERNEL_row_norms_f16};
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {
         uint32_t n_out = matrix->chunks[c].count;
-        struct row_norms_params params = {.weights = matrix->chunks[c].address, .dst = dst + 4 * (uint64_t)matrix->chunks[c].first, .n_out = n_out,
-                                          .panel_cells = matrix->k_cells};
-        if (gpu_stream_dispatch(ops->stream, kernels[matrix->type], &params, sizeof params, (n_out + ops->workgroup - 1) / ops->workgroup, 1, 1,
+        struct row_norms_params params = {
+            .weights = matrix->chunks[c].address,
+            .dst = dst + 4 * (uint64_t)matrix->chunks[c].first,
+            .n_out = n_out,
+            .panel_cells = matrix->k_cells,
+        };
+        if (gpu_stream_dispatch(ops->stream, kernels[matrix->type], &params, sizeof params,
+                                (n_out + ops->workgroup - 1) / ops->workgroup, 1, 1,
                                 2.0 * n_out * matrix->k, error))
             return -1;
     }
     return 0;
 }
 
-/* Operations that a row takes, for bounded submissions: the scan, what enters the list (some 7 k values of the first columns, about k of later ones,
- * each as much as thousands of operations on a software device), and the sort. */
+/* Operations that a row takes, for bounded submissions: the scan, what enters the list (some 7 k
+ * values of the first columns, about k of later ones, each as much as thousands of operations on a
+ * software device), and the sort. */
 static double topk_work(const struct topk_params *p) {
     double k = p->k, entering = (p->flags & TOPK_BEGIN ? 7 : 1) * k;
     return 4.0 * p->n_columns + entering * 7500 * (1 + k / TOPK_MAX) + 60 * k * k;
 }
 
 int op_topk(struct ops *ops, const struct topk_params *params, struct error *error) {
-    uint32_t rows = ops->workgroup / ops->subgroup < 4 ? ops->workgroup / ops->subgroup : 4; /* of a workgroup, as in topk.comp */
-    if (params->k == 0 || params->k > TOPK_MAX || params->x_stride < params->n_columns || (uint64_t)params->first + params->n_columns > 1u << 24)
-        return error_set(error, ERROR_VALUE, "the %u largest of columns %u to %u, rows of %u: a list holds 1 to %d, and an index is below 2^24",
-                         params->k, params->first, params->first + params->n_columns, params->x_stride, TOPK_MAX);
+    /* of a workgroup, as in topk.comp */
+    uint32_t rows = ops->workgroup / ops->subgroup < 4 ? ops->workgroup / ops->subgroup : 4;
+    if (params->k == 0 || params->k > TOPK_MAX || params->x_stride < params->n_columns ||
+        (uint64_t)params->first + params->n_columns > 1u << 24)
+        return error_set(error, ERROR_VALUE,
+                         "the %u largest of columns %u to %u, rows of %u: a list holds 1 to %d, "
+                         "and an index is below 2^24",
+                         params->k, params->first, params->first + params->n_columns,
+                         params->x_stride, TOPK_MAX);
     if (params->n_columns == 0 && !(params->flags & TOPK_BEGIN))
         return 0;
     double at_once = gpu_stream_flops_bound(ops->stream) / topk_work(params);
@@ -69,7 +102,8 @@ int op_topk(struct ops *ops, const struct topk_params *params, struct error *err
         part.x += 4 * (uint64_t)row * params->x_stride;
         part.values += 4 * (uint64_t)row * params->k;
         part.indices += 4 * (uint64_t)row * params->k;
-        if (gpu_stream_dispatch(ops->stream, KERNEL_topk, &part, sizeof part, (n + rows - 1) / rows, 1, 1, n * topk_work(params), error))
+        if (gpu_stream_dispatch(ops->stream, KERNEL_topk, &part, sizeof part, (n + rows - 1) / rows,
+                                1, 1, n * topk_work(params), error))
             return -1;
     }
     return 0;

@@ -1,35 +1,64 @@
-/* The matrix product. In prefill every kernel sums in the same order, so the choice among them is one of speed alone; in decoding the tiled
- * family splits k. Either way the order depends on phase, shape and family, never on the number of rows. */
+/* The matrix product. In prefill every kernel sums in the same order, so the choice among them is
+ * one of speed alone; in decoding the tiled family splits k. Either way the order depends on phase,
+ * shape and family, never on the number of rows. */
 #include <string.h>
 
 #include "ops/ops.h"
 
 struct variant {
     int kernel;
-    uint32_t rows;    /* of the result, a workgroup */
-    uint32_t columns; /* of the result: broadcast, a lane (0: a subgroup takes one panel); tiled, a workgroup */
+    uint32_t rows; /* of the result, a workgroup */
+    /* of the result: broadcast, a lane (0: a subgroup takes one panel); tiled, a workgroup */
+    uint32_t columns;
 };
 
 #define VARIANTS(type, suffix) \
-    {{KERNEL_linear_##type##_1##suffix, 1, 0}, {KERNEL_linear_##type##_2##suffix, 2, 0}, {KERNEL_linear_##type##_4##suffix, 4, 0}, \
-     {KERNEL_linear_##type##_8##suffix, 8, 0}, {KERNEL_linear_##type##_16##suffix, 16, 4}}
+    {{KERNEL_linear_##type##_1##suffix, 1, 0}, \
+     {KERNEL_linear_##type##_2##suffix, 2, 0}, \
+     {KERNEL_linear_##type##_4##suffix, 4, 0}, \
+     {KERNEL_linear_##type##_8##suffix, 8, 0}, \
+     {KERNEL_linear_##type##_16##suffix, 16, 4}}
 static const struct variant broadcast[2][3][5] = {
-    {[WEIGHT_F32] = VARIANTS(f32, ), [WEIGHT_BF16] = VARIANTS(bf16, ), [WEIGHT_F16] = VARIANTS(f16, )},
-    {[WEIGHT_F32] = VARIANTS(f32, _texels), [WEIGHT_BF16] = VARIANTS(bf16, _texels), [WEIGHT_F16] = VARIANTS(f16, _texels)},
+    {
+        [WEIGHT_F32] = VARIANTS(f32, ),
+        [WEIGHT_BF16] = VARIANTS(bf16, ),
+        [WEIGHT_F16] = VARIANTS(f16, ),
+    },
+    {
+        [WEIGHT_F32] = VARIANTS(f32, _texels),
+        [WEIGHT_BF16] = VARIANTS(bf16, _texels),
+        [WEIGHT_F16] = VARIANTS(f16, _texels),
+    },
 };
 
 #define PAIRS(type, suffix) \
-    {{KERNEL_linear_pairs_##type##_1##suffix, 1, 0}, {KERNEL_linear_pairs_##type##_2##suffix, 2, 0}, {KERNEL_linear_pairs_##type##_4##suffix, 4, 0}, \
+    {{KERNEL_linear_pairs_##type##_1##suffix, 1, 0}, \
+     {KERNEL_linear_pairs_##type##_2##suffix, 2, 0}, \
+     {KERNEL_linear_pairs_##type##_4##suffix, 4, 0}, \
      {KERNEL_linear_pairs_##type##_8##suffix, 8, 0}}
 static const struct variant pairs[2][3][4] = {
     {[WEIGHT_F32] = PAIRS(f32, ), [WEIGHT_BF16] = PAIRS(bf16, ), [WEIGHT_F16] = PAIRS(f16, )},
-    {[WEIGHT_F32] = PAIRS(f32, _texels), [WEIGHT_BF16] = PAIRS(bf16, _texels), [WEIGHT_F16] = PAIRS(f16, _texels)},
+    {
+        [WEIGHT_F32] = PAIRS(f32, _texels),
+        [WEIGHT_BF16] = PAIRS(bf16, _texels),
+        [WEIGHT_F16] = PAIRS(f16, _texels),
+    },
 };
 
 static const struct variant tiled[3] = {
-    [WEIGHT_F32] = {KERNEL_linear_f32_tiled, 64, 64}, [WEIGHT_BF16] = {KERNEL_linear_bf16_tiled, 64, 64}, [WEIGHT_F16] = {KERNEL_linear_f16_tiled, 64, 64}};
-#define DECODE(type) {{KERNEL_linear_##type##_decode_1, 1, 32}, {KERNEL_linear_##type##_decode_4, 4, 32}, {KERNEL_linear_##type##_decode_8, 8, 32}}
-static const struct variant decoding[3][3] = {[WEIGHT_F32] = DECODE(f32), [WEIGHT_BF16] = DECODE(bf16), [WEIGHT_F16] = DECODE(f16)};
+    [WEIGHT_F32] = {KERNEL_linear_f32_tiled, 64, 64},
+    [WEIGHT_BF16] = {KERNEL_linear_bf16_tiled, 64, 64},
+    [WEIGHT_F16] = {KERNEL_linear_f16_tiled, 64, 64},
+};
+#define DECODE(type) \
+    {{KERNEL_linear_##type##_decode_1, 1, 32}, \
+     {KERNEL_linear_##type##_decode_4, 4, 32}, \
+     {KERNEL_linear_##type##_decode_8, 8, 32}}
+static const struct variant decoding[3][3] = {
+    [WEIGHT_F32] = DECODE(f32),
+    [WEIGHT_BF16] = DECODE(bf16),
+    [WEIGHT_F16] = DECODE(f16),
+};
 
 static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "texels", "tiled"};
 
@@ -56,12 +85,15 @@ int op_linear_family_offered(const struct ops *ops, int family) {
     }
 }
 
-static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows, int decode) {
+static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows,
+                                            int decode) {
     if (ops->linear_family == LINEAR_TILED)
         return decode ? &decoding[type][n_rows == 1 ? 0 : n_rows <= 4 ? 1 : 2] : &tiled[type];
-    /* The largest, 16 rows of 4 columns: too many accumulators for AVX2's 16 registers of 8 lanes, where 8 rows of a panel are faster for any number of
-     * rows; and NVIDIA's driver (580.159) compiles it for 30 s, while GPUs need this family only to check the tiled one against. */
-    int largest = ops->subgroup == 8 || gpu_device_get_info(ops->device)->type != GPU_SOFTWARE ? 3 : 4;
+    /* The largest, 16 rows of 4 columns: too many accumulators for AVX2's 16 registers of 8 lanes,
+     * where 8 rows of a panel are faster for any number of rows; and NVIDIA's driver (580.159)
+     * compiles it for 30 s, while GPUs need this family only to check the tiled one against. */
+    int largest = ops->subgroup == 8 || gpu_device_get_info(ops->device)->type != GPU_SOFTWARE ? 3
+                                                                                               : 4;
     int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 ? 3 : largest;
     return &broadcast[ops->linear_family == LINEAR_TEXELS][type][i];
 }
@@ -72,8 +104,10 @@ static uint32_t variant_columns(const struct ops *ops, const struct variant *var
     return variant->columns ? variant->columns * ops->workgroup : op_panel_columns(ops);
 }
 
-/* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time. Rows are independent: no bit changes. */
-static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out, uint32_t n_inputs) {
+/* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time.
+ * Rows are independent: no bit changes. */
+static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out,
+                             uint32_t n_inputs) {
     double rows = gpu_stream_flops_bound(ops->stream) / (2.0 * n_out * n_inputs);
     if (rows >= 65536.0 * variant->rows)
         return 65535 * variant->rows;
@@ -81,28 +115,45 @@ static uint32_t rows_at_once(const struct ops *ops, const struct variant *varian
     return (groups ? groups : 1) * variant->rows;
 }
 
-static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_args *args, uint32_t n_inputs,
+static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk,
+                          const struct op_linear_args *args, uint32_t n_inputs,
                           struct error *error) {
     const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
     uint64_t first = matrix->chunks[chunk].first;
-    uint32_t n_out = matrix->chunks[chunk].count, columns = variant_columns(ops, variant), step = rows_at_once(ops, variant, n_out, n_inputs);
+    uint32_t n_out = matrix->chunks[chunk].count, columns = variant_columns(ops, variant),
+             step = rows_at_once(ops, variant, n_out, n_inputs);
     uint32_t inputs = op_cell_inputs(matrix->type);
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
         uint64_t out = 4 * (first + (uint64_t)row * args->dst_stride);
         struct linear_params params = {
-            .x = args->x + 4 * (uint64_t)row * args->x_stride, .weights = matrix->chunks[chunk].address, .dst = args->dst + out,
-            .bias = args->bias ? args->bias + 4 * first : 0, .add = args->add ? args->add + out : 0,
-            .n_rows = n, .n_out = n_out, .k_cells = n_inputs / inputs, .panel_cells = matrix->k_cells, .first_cell = args->first_k / inputs,
-            .x_stride = args->x_stride, .out_stride = args->dst_stride,
-            .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) | (args->softcap != 0 ? LINEAR_SOFTCAP : 0) |
-                     (args->gain ? LINEAR_NORM : 0),
-            .softcap = args->softcap, .gain = args->gain, .width = matrix->k, .eps = args->eps};
+            .x = args->x + 4 * (uint64_t)row * args->x_stride,
+            .weights = matrix->chunks[chunk].address,
+            .dst = args->dst + out,
+            .bias = args->bias ? args->bias + 4 * first : 0,
+            .add = args->add ? args->add + out : 0,
+            .n_rows = n,
+            .n_out = n_out,
+            .k_cells = n_inputs / inputs,
+            .panel_cells = matrix->k_cells,
+            .first_cell = args->first_k / inputs,
+            .x_stride = args->x_stride,
+            .out_stride = args->dst_stride,
+            .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) |
+                     (args->softcap != 0 ? LINEAR_SOFTCAP : 0) | (args->gain ? LINEAR_NORM : 0),
+            .softcap = args->softcap,
+            .gain = args->gain,
+            .width = matrix->k,
+            .eps = args->eps,
+        };
         if (ops->linear_family == LINEAR_TEXELS &&
-            gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, n_out, matrix->k), error))
+            gpu_stream_texels(ops->stream, params.weights,
+                              op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
-        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n + variant->rows - 1) / variant->rows,
-                                (n_out + columns - 1) / columns, 1, 2.0 * n * n_out * n_inputs, error))
+        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params,
+                                (n + variant->rows - 1) / variant->rows,
+                                (n_out + columns - 1) / columns, 1, 2.0 * n * n_out * n_inputs,
+                                error))
             return -1;
     }
     return 0;
@@ -112,120 +163,201 @@ int op_linear_norms(const struct ops *ops, uint32_t n_rows) {
     return ops->linear_family != LINEAR_TILED && ops->workgroup == ops->subgroup && n_rows <= 8;
 }
 
-int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error) {
+int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args,
+              struct error *error) {
     uint32_t padded = (matrix->k + 15) / 16 * 16, n_inputs = args->n_k ? args->n_k : padded;
-    if (args->first_k % 16 || args->n_k % 16 || args->first_k > padded || n_inputs > padded - args->first_k || args->x_stride < n_inputs)
-        return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u", args->first_k, args->first_k + n_inputs,
-                         matrix->k);
+    if (args->first_k % 16 || args->n_k % 16 || args->first_k > padded ||
+        n_inputs > padded - args->first_k || args->x_stride < n_inputs)
+        return error_set(error, ERROR_VALUE, "a product over inputs %u to %u of a matrix with %u",
+                         args->first_k, args->first_k + n_inputs, matrix->k);
     if (args->gain && (!op_linear_norms(ops, args->n_rows) || args->n_k))
-        return error_set(error, ERROR_VALUE, "a product of %u rows cannot normalise its input here", args->n_rows);
+        return error_set(error, ERROR_VALUE, "a product of %u rows cannot normalise its input here",
+                         args->n_rows);
     for (uint32_t c = 0; c < matrix->n_chunks; c++)
         if (chunk_multiply(ops, matrix, c, args, n_inputs, error))
             return -1;
     return 0;
 }
 
-int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix, uint32_t n_rows) {
+int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix,
+                            uint32_t n_rows) {
     double flops = 2.0 * n_rows * matrix->n * matrix->k;
-    return op_linear_norms(ops, n_rows) && matrix->n_chunks == 1 && flops <= gpu_stream_flops_bound(ops->stream);
+    return op_linear_norms(ops, n_rows) && matrix->n_chunks == 1 &&
+           flops <= gpu_stream_flops_bound(ops->stream);
 }
 
-int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_pairs_args *args, struct error *error) {
-    uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = op_panel_columns(ops), heads = args->n_heads + 2 * args->n_kv_heads;
+int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
+                    const struct op_linear_pairs_args *args, struct error *error) {
+    uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = op_panel_columns(ops),
+             heads = args->n_heads + 2 * args->n_kv_heads;
     int rotate = args->kind == PAIRS_ROTATE, texels = ops->linear_family == LINEAR_TEXELS;
-    const struct variant *variant = &pairs[texels][matrix->type][n_rows <= 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : 3];
-    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_chunks != 1 || args->x_stride < (matrix->k + 15) / 16 * 16 ||
-        (rotate && (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n || args->dst_stride < args->n_heads * args->d_head)) ||
+    const struct variant *variant = &pairs[texels][matrix->type][n_rows <= 1   ? 0
+                                                                 : n_rows == 2 ? 1
+                                                                 : n_rows <= 4 ? 2
+                                                                               : 3];
+    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_chunks != 1 ||
+        args->x_stride < (matrix->k + 15) / 16 * 16 ||
+        (rotate && (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n ||
+                    args->dst_stride < args->n_heads * args->d_head)) ||
         (!rotate && args->dst_stride < n_pairs))
-        return error_set(error, ERROR_VALUE, "%u outputs in %u pieces cannot be finished in pairs: %u heads of %u, rows of %u", matrix->n, matrix->n_chunks, heads,
-                         args->d_head, args->dst_stride);
+        return error_set(
+            error, ERROR_VALUE,
+            "%u outputs in %u pieces cannot be finished in pairs: %u heads of %u, rows of %u",
+            matrix->n, matrix->n_chunks, heads, args->d_head, args->dst_stride);
     struct linear_pairs_params params = {
-        .x = args->x, .weights = matrix->chunks[0].address, .dst = args->dst, .bias = args->bias, .gain = args->gain, .angles = args->angles,
-        .tokens = args->tokens, .k_cache = args->k_cache, .v_cache = args->v_cache, .n_rows = n_rows, .n_out = n_pairs,
-        .half_ = rotate ? args->d_head / 2 : n_pairs, .k_cells = matrix->k_cells, .panel_cells = matrix->k_cells, .x_stride = args->x_stride,
-        .out_stride = args->dst_stride, .flags = LINEAR_NORM | (args->bias ? LINEAR_BIAS : 0), .width = matrix->k, .eps = args->eps, .kind = args->kind,
-        .act = args->act, .n_heads = args->n_heads, .n_kv_heads = args->n_kv_heads};
-    if (texels && gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, matrix->n, matrix->k), error))
+        .x = args->x,
+        .weights = matrix->chunks[0].address,
+        .dst = args->dst,
+        .bias = args->bias,
+        .gain = args->gain,
+        .angles = args->angles,
+        .tokens = args->tokens,
+        .k_cache = args->k_cache,
+        .v_cache = args->v_cache,
+        .n_rows = n_rows,
+        .n_out = n_pairs,
+        .half_ = rotate ? args->d_head / 2 : n_pairs,
+        .k_cells = matrix->k_cells,
+        .panel_cells = matrix->k_cells,
+        .x_stride = args->x_stride,
+        .out_stride = args->dst_stride,
+        .flags = LINEAR_NORM | (args->bias ? LINEAR_BIAS : 0),
+        .width = matrix->k,
+        .eps = args->eps,
+        .kind = args->kind,
+        .act = args->act,
+        .n_heads = args->n_heads,
+        .n_kv_heads = args->n_kv_heads,
+    };
+    if (texels && gpu_stream_texels(ops->stream, params.weights,
+                                    op_matrix_bytes(matrix->type, matrix->n, matrix->k), error))
         return -1;
-    return gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n_rows + variant->rows - 1) / variant->rows,
-                               (n_pairs + columns - 1) / columns, 1, 2.0 * n_rows * matrix->n * matrix->k, error);
+    return gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params,
+                               (n_rows + variant->rows - 1) / variant->rows,
+                               (n_pairs + columns - 1) / columns, 1,
+                               2.0 * n_rows * matrix->n * matrix->k, error);
 }
 
-int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count, struct op_matrix *rows, struct error *error) {
+int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count,
+                   struct op_matrix *rows, struct error *error) {
     if (first % OP_PANEL || count == 0 || first > matrix->n || count > matrix->n - first)
-        return error_set(error, ERROR_VALUE, "rows %u to %u of a matrix with %u", first, first + count, matrix->n);
+        return error_set(error, ERROR_VALUE, "rows %u to %u of a matrix with %u", first,
+                         first + count, matrix->n);
     *rows = *matrix;
     rows->n = count;
     rows->n_chunks = 0;
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {
         uint32_t begin = matrix->chunks[c].first, end = begin + matrix->chunks[c].count;
-        uint32_t from = begin > first ? begin : first, to = end < first + count ? end : first + count;
+        uint32_t from = begin > first ? begin : first,
+                 to = end < first + count ? end : first + count;
         if (from >= to)
             continue;
-        rows->chunks[rows->n_chunks].address = matrix->chunks[c].address + op_matrix_bytes(matrix->type, from - begin, matrix->k);
+        rows->chunks[rows->n_chunks].address =
+            matrix->chunks[c].address + op_matrix_bytes(matrix->type, from - begin, matrix->k);
         rows->chunks[rows->n_chunks].first = from - first;
         rows->chunks[rows->n_chunks++].count = to - from;
     }
     return 0;
 }
 
-/* --- backward ------------------------------------------------------------------------------------------------------------------------ */
+/* --- backward --------------------------------------------------------------------------------- */
 
-/* As many accumulators a lane: 4 columns (a cell) of float32 times 32 rows, 8 of halves times 16. */
+/* As many accumulators a lane: 4 columns (a cell) of float32 times 32 rows,
+ * 8 of halves times 16. */
 #define BACKWARD(type, suffix) \
-    {KERNEL_linear_bwd_##type##_1##suffix, 1, 0}, {KERNEL_linear_bwd_##type##_4##suffix, 4, 0}, {KERNEL_linear_bwd_##type##_8##suffix, 8, 0}, \
-    {KERNEL_linear_bwd_##type##_16##suffix, 16, 0}
+    {KERNEL_linear_bwd_##type##_1##suffix, 1, 0}, {KERNEL_linear_bwd_##type##_4##suffix, 4, 0}, \
+        {KERNEL_linear_bwd_##type##_8##suffix, 8, 0}, \
+        {KERNEL_linear_bwd_##type##_16##suffix, 16, 0}
 static const struct variant backward[2][3][5] = {
-    {[WEIGHT_F32] = {BACKWARD(f32, ), {KERNEL_linear_bwd_f32_32, 32, 0}}, [WEIGHT_BF16] = {BACKWARD(bf16, )}, [WEIGHT_F16] = {BACKWARD(f16, )}},
-    {[WEIGHT_F32] = {BACKWARD(f32, _texels), {KERNEL_linear_bwd_f32_32_texels, 32, 0}},
-     [WEIGHT_BF16] = {BACKWARD(bf16, _texels)},
-     [WEIGHT_F16] = {BACKWARD(f16, _texels)}},
+    {
+        [WEIGHT_F32] = {BACKWARD(f32, ), {KERNEL_linear_bwd_f32_32, 32, 0}},
+        [WEIGHT_BF16] = {BACKWARD(bf16, )},
+        [WEIGHT_F16] = {BACKWARD(f16, )},
+    },
+    {
+        [WEIGHT_F32] = {BACKWARD(f32, _texels), {KERNEL_linear_bwd_f32_32_texels, 32, 0}},
+        [WEIGHT_BF16] = {BACKWARD(bf16, _texels)},
+        [WEIGHT_F16] = {BACKWARD(f16, _texels)},
+    },
 };
-static const struct variant backward_tiled[3] = {[WEIGHT_F32] = {KERNEL_linear_bwd_f32_tiled, 64, 64},
-                                                 [WEIGHT_BF16] = {KERNEL_linear_bwd_bf16_tiled, 64, 64},
-                                                 [WEIGHT_F16] = {KERNEL_linear_bwd_f16_tiled, 64, 64}};
+static const struct variant backward_tiled[3] = {
+    [WEIGHT_F32] = {KERNEL_linear_bwd_f32_tiled, 64, 64},
+    [WEIGHT_BF16] = {KERNEL_linear_bwd_bf16_tiled, 64, 64},
+    [WEIGHT_F16] = {KERNEL_linear_bwd_f16_tiled, 64, 64},
+};
 
-static const struct variant *backward_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
+static const struct variant *backward_choose(const struct ops *ops, uint32_t type,
+                                             uint32_t n_rows) {
     if (ops->linear_family == LINEAR_TILED)
         return &backward_tiled[type];
-    int i = n_rows == 1 ? 0 : n_rows <= 4 ? 1 : n_rows <= 8 ? 2 : n_rows <= 16 || type != WEIGHT_F32 ? 3 : 4;
+    int i = n_rows == 1                          ? 0
+            : n_rows <= 4                        ? 1
+            : n_rows <= 8                        ? 2
+            : n_rows <= 16 || type != WEIGHT_F32 ? 3
+                                                 : 4;
     return &backward[ops->linear_family == LINEAR_TEXELS][type][i];
 }
 
-static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk, const struct op_linear_bwd_args *args, uint32_t first_n,
+static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk,
+                               const struct op_linear_bwd_args *args, uint32_t first_n,
                                uint32_t n_sum, int add, struct error *error) {
     const struct variant *variant = backward_choose(ops, matrix->type, args->n_rows);
-    uint32_t inputs = op_cell_inputs(matrix->type), n_k = args->n_k ? args->n_k : matrix->k_cells * inputs, n_cells = n_k / inputs;
-    uint32_t step = rows_at_once(ops, variant, n_sum, n_k), columns = variant->columns ? variant->columns : inputs * ops->workgroup;
+    uint32_t inputs = op_cell_inputs(matrix->type),
+             n_k = args->n_k ? args->n_k : matrix->k_cells * inputs, n_cells = n_k / inputs;
+    uint32_t step = rows_at_once(ops, variant, n_sum, n_k),
+             columns = variant->columns ? variant->columns : inputs * ops->workgroup;
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
         struct linear_bwd_params params = {
-            .dy = args->dy + 4 * ((uint64_t)row * args->y_stride + matrix->chunks[chunk].first + first_n - args->first_n),
-            .weights = matrix->chunks[chunk].address, .dx = args->dx + 4 * (uint64_t)row * args->x_stride, .n_rows = n,
-            .n_sum = (n_sum + 15) / 16 * 16, .first_n = first_n, .n_cells = n_cells, .first_cell = args->first_k / inputs,
-            .panel_cells = matrix->k_cells, .y_stride = args->y_stride, .x_stride = args->x_stride, .flags = add ? LINEAR_ADD : 0};
+            .dy = args->dy + 4 * ((uint64_t)row * args->y_stride + matrix->chunks[chunk].first +
+                                  first_n - args->first_n),
+            .weights = matrix->chunks[chunk].address,
+            .dx = args->dx + 4 * (uint64_t)row * args->x_stride,
+            .n_rows = n,
+            .n_sum = (n_sum + 15) / 16 * 16,
+            .first_n = first_n,
+            .n_cells = n_cells,
+            .first_cell = args->first_k / inputs,
+            .panel_cells = matrix->k_cells,
+            .y_stride = args->y_stride,
+            .x_stride = args->x_stride,
+            .flags = add ? LINEAR_ADD : 0,
+        };
         if (ops->linear_family == LINEAR_TEXELS &&
-            gpu_stream_texels(ops->stream, params.weights, op_matrix_bytes(matrix->type, matrix->chunks[chunk].count, matrix->k), error))
+            gpu_stream_texels(ops->stream, params.weights,
+                              op_matrix_bytes(matrix->type, matrix->chunks[chunk].count, matrix->k),
+                              error))
             return -1;
-        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params, (n + variant->rows - 1) / variant->rows,
+        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params,
+                                (n + variant->rows - 1) / variant->rows,
                                 (n_k + columns - 1) / columns, 1, 2.0 * n * n_sum * n_k, error))
             return -1;
     }
     return 0;
 }
 
-#define BACKWARD_STRIP 2048 /* rows of W, 256 bytes of each to a subgroup of 16 lanes: a core's cache keeps them for the next rows of dy */
+/* rows of W, 256 bytes of each to a subgroup of 16 lanes: a core's cache keeps them
+ * for the next rows of dy */
+#define BACKWARD_STRIP 2048
 
-int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, struct error *error) {
-    uint32_t padded = (matrix->k + 15) / 16 * 16, n_sum = args->n_sum ? args->n_sum : matrix->n, n_k = args->n_k ? args->n_k : padded;
-    if (args->first_n % 16 || args->first_n > matrix->n || n_sum > matrix->n - args->first_n || (args->n_sum % 16 && args->first_n + n_sum != matrix->n) ||
-        args->first_k % 16 || n_k % 16 || args->first_k > padded || n_k > padded - args->first_k || args->x_stride < n_k ||
-        args->y_stride < (n_sum + 15) / 16 * 16 || args->y_stride % 2)
-        return error_set(error, ERROR_VALUE, "a backward product over rows %u to %u of a matrix with %u", args->first_n, args->first_n + n_sum, matrix->n);
-    uint32_t at_once = ops->linear_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX : BACKWARD_STRIP;
+int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
+                  const struct op_linear_bwd_args *args, struct error *error) {
+    uint32_t padded = (matrix->k + 15) / 16 * 16, n_sum = args->n_sum ? args->n_sum : matrix->n,
+             n_k = args->n_k ? args->n_k : padded;
+    if (args->first_n % 16 || args->first_n > matrix->n || n_sum > matrix->n - args->first_n ||
+        (args->n_sum % 16 && args->first_n + n_sum != matrix->n) || args->first_k % 16 ||
+        n_k % 16 || args->first_k > padded || n_k > padded - args->first_k ||
+        args->x_stride < n_k || args->y_stride < (n_sum + 15) / 16 * 16 || args->y_stride % 2)
+        return error_set(error, ERROR_VALUE,
+                         "a backward product over rows %u to %u of a matrix with %u", args->first_n,
+                         args->first_n + n_sum, matrix->n);
+    uint32_t at_once = ops->linear_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX
+                                                                                : BACKWARD_STRIP;
     int add = args->add;
     for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t first = matrix->chunks[c].first, from = args->first_n > first ? args->first_n - first : 0, end = args->first_n + n_sum - first;
+        uint32_t first = matrix->chunks[c].first,
+                 from = args->first_n > first ? args->first_n - first : 0,
+                 end = args->first_n + n_sum - first;
         if (args->first_n + n_sum <= first)
             break;
         end = end < matrix->chunks[c].count ? end : matrix->chunks[c].count;
@@ -240,8 +372,9 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct 
 }
 
 int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error) {
-    static const int always[] = {KERNEL_embed, KERNEL_norm, KERNEL_rope, KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix,
-                                 KERNEL_act, KERNEL_edit, KERNEL_copy};
+    static const int always[] = {KERNEL_embed,       KERNEL_norm,         KERNEL_rope,
+                                 KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix,
+                                 KERNEL_act,         KERNEL_edit,         KERNEL_copy};
     int kernels[32], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         kernels[n++] = always[i];
@@ -256,7 +389,8 @@ int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct er
 }
 
 int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
-    static const int always[] = {KERNEL_norm_bwd, KERNEL_rope_bwd, KERNEL_attn_softmax_bwd, KERNEL_attn_mix_bwd, KERNEL_act_bwd, KERNEL_pair_grad,
+    static const int always[] = {KERNEL_norm_bwd,     KERNEL_rope_bwd, KERNEL_attn_softmax_bwd,
+                                 KERNEL_attn_mix_bwd, KERNEL_act_bwd,  KERNEL_pair_grad,
                                  KERNEL_logit_grad};
     int kernels[16], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)

@@ -11,7 +11,8 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* The best: what else the machine does can only make a repeat slower, and the choice of kernels must not depend on it. */
+/* The best: what else the machine does can only make a repeat slower, and the choice of kernels
+ * must not depend on it. */
 static double best(const double *seconds) {
     double least = seconds[0];
     for (int i = 1; i < REPEATS; i++)
@@ -22,27 +23,50 @@ static double best(const double *seconds) {
 static int buffer(struct ops *ops, struct gpu_buffer **out, uint64_t bytes, struct error *error) {
     return gpu_buffer_create(out, ops->device, bytes, GPU_DEVICE_LOCAL, "measurement", error) ||
                    gpu_stream_zero(ops->stream, *out, 0, gpu_buffer_size(*out), error)
-               ? -1 : 0;
+               ? -1
+               : 0;
 }
 
 /* Seconds of a product of m rows by n x k: forward, or backward from n to k. */
-static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, int backward, double *least, struct error *error) {
+static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
+                           int decode, int backward, double *least, struct error *error) {
     struct gpu_buffer *w = NULL, *x = NULL, *y = NULL;
     double seconds[REPEATS];
     int failed = -1;
-    if (buffer(ops, &w, op_matrix_bytes(type, n, k), error) || buffer(ops, &x, 4 * (uint64_t)m * op_row_stride(k), error) ||
+    if (buffer(ops, &w, op_matrix_bytes(type, n, k), error) ||
+        buffer(ops, &x, 4 * (uint64_t)m * op_row_stride(k), error) ||
         buffer(ops, &y, 4 * (uint64_t)m * op_row_stride(n), error))
         goto done;
-    struct op_matrix matrix = {.type = type, .n = n, .k = k, .k_cells = op_matrix_cells(type, k), .n_chunks = 1,
-                               .chunks = {{gpu_buffer_address(w), 0, n}}};
-    struct op_linear_args args = {.x = gpu_buffer_address(x), .dst = gpu_buffer_address(y), .n_rows = m, .x_stride = op_row_stride(k),
-                                  .dst_stride = op_row_stride(n), .decode = decode};
-    struct op_linear_bwd_args back = {.dy = args.dst, .dx = args.x, .n_rows = m, .y_stride = args.dst_stride, .x_stride = args.x_stride};
+    struct op_matrix matrix = {
+        .type = type,
+        .n = n,
+        .k = k,
+        .k_cells = op_matrix_cells(type, k),
+        .n_chunks = 1,
+        .chunks = {{gpu_buffer_address(w), 0, n}},
+    };
+    struct op_linear_args args = {
+        .x = gpu_buffer_address(x),
+        .dst = gpu_buffer_address(y),
+        .n_rows = m,
+        .x_stride = op_row_stride(k),
+        .dst_stride = op_row_stride(n),
+        .decode = decode,
+    };
+    struct op_linear_bwd_args back = {
+        .dy = args.dst,
+        .dx = args.x,
+        .n_rows = m,
+        .y_stride = args.dst_stride,
+        .x_stride = args.x_stride,
+    };
     for (int i = -1; i < REPEATS; i++) { /* the first compiles */
         if (gpu_stream_wait(ops->stream, error))
             goto done;
         double start = now();
-        if ((backward ? op_linear_bwd(ops, &matrix, &back, error) : op_linear(ops, &matrix, &args, error)) || gpu_stream_wait(ops->stream, error))
+        if ((backward ? op_linear_bwd(ops, &matrix, &back, error)
+                      : op_linear(ops, &matrix, &args, error)) ||
+            gpu_stream_wait(ops->stream, error))
             goto done;
         if (i >= 0)
             seconds[i] = now() - start;
@@ -58,8 +82,8 @@ done:
     return failed;
 }
 
-int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
-                      struct error *error) {
+int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
+                      int decode, double *flops, double *bytes, struct error *error) {
     double seconds;
     if (product_measure(ops, type, m, n, k, decode, 0, &seconds, error))
         return -1;
@@ -68,7 +92,8 @@ int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, ui
     return 0;
 }
 
-int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, double *flops, struct error *error) {
+int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
+                          double *flops, struct error *error) {
     double seconds;
     if (product_measure(ops, type, m, n, k, 0, 1, &seconds, error))
         return -1;
@@ -76,7 +101,8 @@ int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n
     return 0;
 }
 
-int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error) {
+int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second,
+                    struct error *error) {
     struct gpu_buffer *from = NULL, *to = NULL;
     double seconds[REPEATS];
     int failed = -1;
@@ -84,7 +110,12 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, s
         goto done;
     int texels = ops->linear_family == LINEAR_TEXELS;
     uint32_t n_cells = (uint32_t)(bytes / 16), each = 64 * 1024 / 16; /* 64 KiB a subgroup */
-    struct read_params params = {.x = gpu_buffer_address(from), .dst = gpu_buffer_address(to), .n_cells = n_cells, .cells_each = each};
+    struct read_params params = {
+        .x = gpu_buffer_address(from),
+        .dst = gpu_buffer_address(to),
+        .n_cells = n_cells,
+        .cells_each = each,
+    };
     uint32_t subgroups = (n_cells + each - 1) / each, per_group = ops->workgroup / ops->subgroup;
     for (int i = -1; i < REPEATS; i++) {
         if (gpu_stream_wait(ops->stream, error))
@@ -92,7 +123,9 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, s
         double start = now();
         if (texels && gpu_stream_texels(ops->stream, params.x, bytes, error))
             goto done;
-        if (gpu_stream_dispatch(ops->stream, texels ? KERNEL_read_texels : KERNEL_read, &params, sizeof params, (subgroups + per_group - 1) / per_group, 1, 1, 1e6, error) ||
+        if (gpu_stream_dispatch(ops->stream, texels ? KERNEL_read_texels : KERNEL_read, &params,
+                                sizeof params, (subgroups + per_group - 1) / per_group, 1, 1, 1e6,
+                                error) ||
             gpu_stream_wait(ops->stream, error))
             goto done;
         if (i >= 0)

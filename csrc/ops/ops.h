@@ -1,7 +1,9 @@
-/* Operations: shapes checked, argument blocks filled, kernels chosen and recorded. Nothing here knows what a model is.
+/* Operations: shapes checked, argument blocks filled, kernels chosen and recorded. Nothing here
+ * knows what a model is.
  *
- * B rows, T packed tokens, D width, H query heads, G key/value heads, dh head size, V vocabulary. Activations are float32 [T, stride] with
- * stride = op_row_stride(width) and zero pad columns; addresses are device addresses (0: absent). */
+ * B rows, T packed tokens, D width, H query heads, G key/value heads, dh head size, V vocabulary.
+ * Activations are float32 [T, stride] with stride = op_row_stride(width) and zero pad columns;
+ * addresses are device addresses (0: absent). */
 #ifndef VKSTEER_OPS_H
 #define VKSTEER_OPS_H
 
@@ -33,30 +35,33 @@ void ops_destroy(struct ops *ops);
 
 #define OP_TILE 8 /* queries of a row that one workgroup of the attention kernels takes */
 
-/* Floats from one row to the next: a multiple of 16, and never one of 1024, whose rows would fight for the same cache lines. */
+/* Floats from one row to the next: a multiple of 16, and never one of 1024, whose rows would fight
+ * for the same cache lines. */
 static inline uint32_t op_row_stride(uint32_t width) {
     uint32_t stride = (width + 15) / 16 * 16;
     return stride % 1024 ? stride : stride + 16;
 }
 
-/* --- linear.c ------------------------------------------------------------------------------------------------------------------------ */
+/* --- linear.c --------------------------------------------------------------------------------- */
 
 #define OP_PANEL 32
 #define OP_MATRIX_CHUNKS 64
 
-/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp); several chunks where one buffer cannot hold it. */
+/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp); several chunks where one
+ * buffer cannot hold it. */
 struct op_matrix {
     uint32_t type; /* WEIGHT_* */
     uint32_t n, k;
     uint32_t k_cells; /* 16-byte cells of k a row */
     uint32_t n_chunks;
-    struct { uint64_t address; uint32_t first, count; } chunks[OP_MATRIX_CHUNKS];
+    struct {
+        uint64_t address;
+        uint32_t first, count;
+    } chunks[OP_MATRIX_CHUNKS];
 };
 
 /* A cell is 16 bytes: 4 float32 or 8 halves. */
-static inline uint32_t op_cell_inputs(uint32_t type) {
-    return type == WEIGHT_F32 ? 4 : 8;
-}
+static inline uint32_t op_cell_inputs(uint32_t type) { return type == WEIGHT_F32 ? 4 : 8; }
 static inline uint32_t op_matrix_cells(uint32_t type, uint32_t k) {
     return (k + 15) / 16 * 16 / op_cell_inputs(type);
 }
@@ -69,124 +74,175 @@ static inline uint32_t op_panel_columns(const struct ops *ops) {
     return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
 }
 
-/* Kernels for the same product. The first two are for drivers whose subgroups are vector registers (software), the second reads weights through
- * texel buffers: one chain over k in every phase. The last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split over a workgroup, in an order of its own. */
+/* Kernels for the same product. The first two are for drivers whose subgroups are vector registers
+ * (software), the second reads weights through texel buffers: one chain over k in every phase. The
+ * last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split
+ * over a workgroup, in an order of its own. */
 enum op_linear_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };
 const char *op_linear_family_name(int family);
-int op_linear_family_find(const char *name);                  /* -1 if there is none */
-int op_linear_family_offered(const struct ops *ops, int family); /* does the device have what it needs? */
+int op_linear_family_find(const char *name); /* -1 if there is none */
+/* does the device have what it needs? */
+int op_linear_family_offered(const struct ops *ops, int family);
 
 struct op_linear_args {
     uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
-    uint64_t gain;              /* [k]: x is RMS-normalised on the way in, where op_linear_norms says so; 0: not */
+    /* [k]: x is RMS-normalised on the way in, where op_linear_norms says so; 0: not */
+    uint64_t gain;
     uint32_t n_rows, x_stride, dst_stride;
-    uint32_t first_k, n_k;      /* a slice of the inputs (multiples of 16); n_k = 0: all */
-    float softcap;              /* 0: none */
-    uint32_t decode;            /* the phase: 1 for decoding */
-    float eps;                  /* of the norm */
+    uint32_t first_k, n_k; /* a slice of the inputs (multiples of 16); n_k = 0: all */
+    float softcap;         /* 0: none */
+    uint32_t decode;       /* the phase: 1 for decoding */
+    float eps;             /* of the norm */
 };
 /* Can a product of this many rows normalise its input with the bits of op_norm? */
 int op_linear_norms(const struct ops *ops, uint32_t n_rows);
-int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args, struct error *error);
+int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args,
+              struct error *error);
 
-/* dst = what op_act (PAIRS_GATE) or op_rope (PAIRS_ROTATE: no norm per head) makes of norm(x) W^T + bias, without [M, n] in between: the same bits. */
+/* dst = what op_act (PAIRS_GATE) or op_rope (PAIRS_ROTATE: no norm per head) makes of norm(x) W^T +
+ * bias, without [M, n] in between: the same bits. */
 struct op_linear_pairs_args {
-    uint64_t x, gain, dst, bias; /* [M, x_stride], [k], [M, dst_stride]: GATE n / 2 columns, ROTATE q; [n] or 0 */
+    /* [M, x_stride], [k], [M, dst_stride]: GATE n / 2 columns, ROTATE q; [n] or 0 */
+    uint64_t x, gain, dst, bias;
     uint64_t angles, tokens, k_cache, v_cache; /* ROTATE, as rope_params */
     uint32_t n_rows, x_stride, dst_stride, kind, act, n_heads, n_kv_heads, d_head;
     float eps;
 };
-/* Has it those bits, and is it worth it, for this many rows of this matrix? Where op_linear_norms says so, and the matrix is of one piece. */
+/* Has it those bits, and is it worth it, for this many rows of this matrix? Where op_linear_norms
+ * says so, and the matrix is of one piece. */
 int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix, uint32_t n_rows);
-int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_pairs_args *args, struct error *error);
-/* Rows [first, first + count) as a matrix of their own, in the same memory; `first` a multiple of 32. Its first row is row 0. Fails only outside. */
-int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count, struct op_matrix *rows, struct error *error);
+int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
+                    const struct op_linear_pairs_args *args, struct error *error);
+/* Rows [first, first + count) as a matrix of their own, in the same memory; `first` a multiple of
+ * 32. Its first row is row 0. Fails only outside. */
+int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count,
+                   struct op_matrix *rows, struct error *error);
 
 /* dx = dy W (+ dx): gradients with respect to a product's input. */
 struct op_linear_bwd_args {
-    uint64_t dy, dx;             /* [M, y_stride] with zero pad columns, [M, x_stride] */
+    uint64_t dy, dx; /* [M, y_stride] with zero pad columns, [M, x_stride] */
     uint32_t n_rows, y_stride, x_stride;
-    uint32_t first_n, n_sum;     /* a slice of W's rows: dy's first column belongs to row first_n (multiples of 16, or up to the end); n_sum = 0: all */
-    uint32_t first_k, n_k;       /* a slice of the inputs, dx's first column is first_k (multiples of 16); n_k = 0: all */
-    uint32_t add;                /* 1: onto what dx holds */
+    /* a slice of W's rows: dy's first column belongs to row first_n (multiples of 16, or up to
+     * the end); n_sum = 0: all */
+    uint32_t first_n, n_sum;
+    /* a slice of the inputs, dx's first column is first_k (multiples of 16); n_k = 0: all */
+    uint32_t first_k, n_k;
+    uint32_t add; /* 1: onto what dx holds */
 };
-int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_bwd_args *args, struct error *error);
+int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
+                  const struct op_linear_bwd_args *args, struct error *error);
 
-/* --- measure.c: the best of a few dispatches  ------------------------------------------------------------------------------------------ */
-/* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a second (m = 1, decoding). */
-int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, int decode, double *flops, double *bytes,
-                      struct error *error);
-int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k, double *flops, struct error *error);
+/* --- measure.c: the best of a few dispatches  ------------------------------------------------- */
+/* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a
+ * second (m = 1, decoding). */
+int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
+                      int decode, double *flops, double *bytes, struct error *error);
+int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
+                          double *flops, struct error *error);
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
-/* Compiles, in parallel, what a model with weights of this type and `group` query heads a key/value head will dispatch with the family in use. */
+/* Compiles, in parallel, what a model with weights of this type and `group` query heads a key/value
+ * head will dispatch with the family in use. */
 int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error);
-int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error); /* the same for gradients: at their first use */
+/* the same for gradients: at their first use */
+int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error);
 
-/* --- lens.c --------------------------------------------------------------------------------------------------------------------------- */
+/* --- lens.c ----------------------------------------------------------------------------------- */
 
 struct op_head_out_args {
     uint64_t x, dst, gain; /* [n_kv_heads, d_head], [n_heads, dst_stride], [n] or 0 */
     uint32_t n_heads, n_kv_heads, d_head, dst_stride;
 };
 /* dst[h, :] = x[h's key/value head] W_O^h (* gain) for a W_O [n, n_heads * d_head]. */
-int op_head_out(struct ops *ops, const struct op_matrix *matrix, const struct op_head_out_args *args, struct error *error);
+int op_head_out(struct ops *ops, const struct op_matrix *matrix,
+                const struct op_head_out_args *args, struct error *error);
 /* dst[n] = 1 / |W[n, :]|, 0 where the row is zero. */
-int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst, struct error *error);
+int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
+                 struct error *error);
 int op_topk(struct ops *ops, const struct topk_params *params, struct error *error);
 
-/* --- norm.c -------------------------------------------------------------------------------------------------------------------------- */
-int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows, struct error *error);
-int op_norm_bwd(struct ops *ops, const struct norm_bwd_params *params, uint32_t n_rows, struct error *error);
+/* --- norm.c ----------------------------------------------------------------------------------- */
+int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows,
+            struct error *error);
+int op_norm_bwd(struct ops *ops, const struct norm_bwd_params *params, uint32_t n_rows,
+                struct error *error);
 
-/* --- attention.c --------------------------------------------------------------------------------------------------------------------- */
-int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens, struct error *error);
-int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
-int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
-int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
+/* --- attention.c ------------------------------------------------------------------------------ */
+int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens,
+            struct error *error);
+int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles,
+                   uint32_t n_keys, struct error *error);
+int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens,
+                    uint32_t n_keys, struct error *error);
+int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys,
+                struct error *error);
 
 int op_attn_decode_kernel(uint32_t group);
-int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
+int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens,
+                   uint32_t n_keys, struct error *error);
 
-int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens, struct error *error);
-int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens, uint32_t n_keys, struct error *error);
-int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32_t n_tiles, uint32_t n_keys, struct error *error);
+int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens,
+                struct error *error);
+int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens,
+                        uint32_t n_keys, struct error *error);
+int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32_t n_tiles,
+                    uint32_t n_keys, struct error *error);
 
-/* --- elementwise.c ------------------------------------------------------------------------------------------------------------------- */
-int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride,
-             struct error *error);
-int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens, struct error *error);
-int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens, struct error *error);
-int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads, struct error *error);
+/* --- elementwise.c ---------------------------------------------------------------------------- */
+int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
+             float scale, uint64_t dst, uint32_t stride, struct error *error);
+int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
+           struct error *error);
+int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens,
+               struct error *error);
+int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads,
+            struct error *error);
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error);
-int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens, struct error *error);
+int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens,
+                 struct error *error);
 
-/* --- metric.c: scalars of the logits ----------------------------------------------------------------------------------------------------- */
-int op_pair_grad(struct ops *ops, const struct pair_grad_params *params, uint32_t n_rows, struct error *error);
-int op_logit_grad(struct ops *ops, const struct logit_grad_params *params, uint32_t n_rows, struct error *error);
+/* --- metric.c: scalars of the logits ---------------------------------------------------------- */
+int op_pair_grad(struct ops *ops, const struct pair_grad_params *params, uint32_t n_rows,
+                 struct error *error);
+int op_logit_grad(struct ops *ops, const struct logit_grad_params *params, uint32_t n_rows,
+                  struct error *error);
 
-/* --- attribution.c ------------------------------------------------------------------------------------------------------------------- */
-int op_difference(struct ops *ops, const struct difference_params *params, uint32_t n_slots, struct error *error);
-int op_accumulate(struct ops *ops, const struct accumulate_params *params, uint32_t n_slots, struct error *error);
-int op_head_inputs(struct ops *ops, const struct head_inputs_params *params, uint32_t n_slots, struct error *error);
-int op_head_gradients(struct ops *ops, const struct head_gradients_params *params, struct error *error);
+/* --- attribution.c ---------------------------------------------------------------------------- */
+int op_difference(struct ops *ops, const struct difference_params *params, uint32_t n_slots,
+                  struct error *error);
+int op_accumulate(struct ops *ops, const struct accumulate_params *params, uint32_t n_slots,
+                  struct error *error);
+int op_head_inputs(struct ops *ops, const struct head_inputs_params *params, uint32_t n_slots,
+                   struct error *error);
+int op_head_gradients(struct ops *ops, const struct head_gradients_params *params,
+                      struct error *error);
 int op_dots(struct ops *ops, const struct dots_params *params, struct error *error);
-int op_node_dims(struct ops *ops, const struct node_dims_params *params, uint32_t n_nodes, struct error *error);
+int op_node_dims(struct ops *ops, const struct node_dims_params *params, uint32_t n_nodes,
+                 struct error *error);
 
-/* --- circuit.c ----------------------------------------------------------------------------------------------------------------------- */
+/* --- circuit.c -------------------------------------------------------------------------------- */
 /* n_refs: blocks that the entries add up in all. */
-int op_circuit_inputs(struct ops *ops, const struct circuit_inputs_params *params, uint32_t n_entries, uint32_t n_refs, struct error *error);
-int op_circuit_place(struct ops *ops, const struct circuit_place_params *params, uint32_t n_entries, struct error *error);
-int op_circuit_heads(struct ops *ops, const struct circuit_heads_params *params, uint32_t n_entries, struct error *error);
-int op_circuit_outputs(struct ops *ops, const struct circuit_outputs_params *params, uint32_t n_rows, struct error *error);
-int op_pair_logits(struct ops *ops, const struct pair_logits_params *params, uint32_t n_entries, struct error *error);
-int op_logit_metrics(struct ops *ops, const struct logit_metrics_params *params, uint32_t n_rows, struct error *error);
+int op_circuit_inputs(struct ops *ops, const struct circuit_inputs_params *params,
+                      uint32_t n_entries, uint32_t n_refs, struct error *error);
+int op_circuit_place(struct ops *ops, const struct circuit_place_params *params, uint32_t n_entries,
+                     struct error *error);
+int op_circuit_heads(struct ops *ops, const struct circuit_heads_params *params, uint32_t n_entries,
+                     struct error *error);
+int op_circuit_outputs(struct ops *ops, const struct circuit_outputs_params *params,
+                       uint32_t n_rows, struct error *error);
+int op_pair_logits(struct ops *ops, const struct pair_logits_params *params, uint32_t n_entries,
+                   struct error *error);
+int op_logit_metrics(struct ops *ops, const struct logit_metrics_params *params, uint32_t n_rows,
+                     struct error *error);
 
-/* self_test.c: may the kernels of `family` (enum op_linear_family) take the place of the baseline's? Runs both on a small awkward problem with
- * weights of one type (WEIGHT_*; -1: of every type), in both phases and backward: bits must be the baseline's (in decoding, for a family with an order of its own, close to it), and a row's
- * bits must not depend on how many rows there are. 0: so it is; -1: not (ERROR_VALUE), or the device failed; the error says where.
- * For optional families, once per device, driver and engine version, before they are chosen. Compiles every kernel of the two families for the
- * type, at first use seconds on a software driver; after that it takes a few hundredths of a second. */
+/* self_test.c: may the kernels of `family` (enum op_linear_family) take the place of the
+ * baseline's? Runs both on a small awkward problem with weights of one type (WEIGHT_*; -1: of every
+ * type), in both phases and backward: bits must be the baseline's (in decoding, for a family with
+ * an order of its own, close to it), and a row's bits must not depend on how many rows there are.
+ * 0: so it is; -1: not (ERROR_VALUE), or the device failed; the error says where.
+ * For optional families, once per device, driver and engine version, before they are chosen.
+ * Compiles every kernel of the two families for the type, at first use seconds on a software
+ * driver; after that it takes a few hundredths of a second. */
 int op_linear_self_test(struct ops *ops, int family, int only_type, struct error *error);
 
 #endif

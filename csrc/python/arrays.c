@@ -46,15 +46,18 @@ int array_is(PyObject *object, char type) {
 }
 
 PyObject *array_copy(PyObject *array, char type, void **data) {
-    PyObject *copy = PyArray_FROMANY(array, type_number(type), 0, 0, NPY_ARRAY_CARRAY | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_FORCECAST);
+    PyObject *copy = PyArray_FROMANY(array, type_number(type), 0, 0,
+                                     NPY_ARRAY_CARRAY | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_FORCECAST);
     if (copy)
         *data = PyArray_DATA((PyArrayObject *)copy);
     return copy;
 }
 
-PyObject *array_view(PyObject *object, char type, const char *name, const void **data, Py_ssize_t *n) {
+PyObject *array_view(PyObject *object, char type, const char *name, const void **data,
+                     Py_ssize_t *n) {
     if (!array_is(object, type) || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
-        PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous NumPy array of type '%c'", name, type);
+        PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous NumPy array of type '%c'", name,
+                     type);
         return NULL;
     }
     *data = PyArray_DATA((PyArrayObject *)object);
@@ -64,5 +67,6 @@ PyObject *array_view(PyObject *object, char type, const char *name, const void *
 }
 
 Py_ssize_t array_dim(PyObject *array, int axis) {
-    return axis < PyArray_NDIM((PyArrayObject *)array) ? PyArray_DIM((PyArrayObject *)array, axis) : -1;
+    return axis < PyArray_NDIM((PyArrayObject *)array) ? PyArray_DIM((PyArrayObject *)array, axis)
+                                                       : -1;
 }

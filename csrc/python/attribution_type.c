@@ -4,20 +4,25 @@
 #include <stdlib.h>
 
 static PyObject *attribution_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model", "capacity", "step_capacity", "first_layer", "n_slots", "n_steps", "normed", "keep_inside", NULL};
+    static char *names[] = {"model",   "capacity", "step_capacity", "first_layer", "n_slots",
+                            "n_steps", "normed",   "keep_inside",   NULL};
     PyObject *model;
     unsigned int capacity, step_capacity, first_layer, n_slots, n_steps;
     int normed = 0, keep_inside = 1, failed;
     struct error error = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIIIII|pp", names, &model, &capacity, &step_capacity, &first_layer, &n_slots, &n_steps, &normed, &keep_inside))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIIIII|pp", names, &model, &capacity,
+                                     &step_capacity, &first_layer, &n_slots, &n_steps, &normed,
+                                     &keep_inside))
         return NULL;
     allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
     struct attribution_object *self = (struct attribution_object *)allocate(type, 0);
     if (!self)
         return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type || !step_capacity || capacity < step_capacity || capacity > 1u << 20 || !n_slots || n_slots > 1u << 20 ||
-        !n_steps || n_steps > 1u << 16) {
-        PyErr_SetString(PyExc_TypeError, "Attribution(model, capacity, step_capacity, first_layer, n_slots, n_steps) needs a Model and sizes from 1 on");
+    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type ||
+        !step_capacity || capacity < step_capacity || capacity > 1u << 20 || !n_slots ||
+        n_slots > 1u << 20 || !n_steps || n_steps > 1u << 16) {
+        PyErr_SetString(PyExc_TypeError, "Attribution(model, capacity, step_capacity, first_layer, "
+                                         "n_slots, n_steps) needs a Model and sizes from 1 on");
         Py_CLEAR(self);
         return NULL;
     }
@@ -30,7 +35,8 @@ static PyObject *attribution_new(PyTypeObject *type, PyObject *args, PyObject *k
     if (first_layer >= m->facts.n_layers)
         failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, m->facts.n_layers);
     else
-        failed = attribution_create(&self->attribution, m, capacity, step_capacity, first_layer, n_slots, n_steps, normed, keep_inside, &error);
+        failed = attribution_create(&self->attribution, m, capacity, step_capacity, first_layer,
+                                    n_slots, n_steps, normed, keep_inside, &error);
     engine_end(self->owner);
     if (failed) {
         engine_raise((PyObject *)self, &error);
@@ -55,24 +61,29 @@ static void attribution_dealloc(PyObject *object) {
 }
 
 /* cache, rows, edits, inputs: a batch of whole rows from the attribution's first layer on. */
-static int batch_read(struct attribution_object *self, struct batch_arguments *a, PyObject *cache, PyObject *rows, PyObject *edits, PyObject *inputs) {
+static int batch_read(struct attribution_object *self, struct batch_arguments *a, PyObject *cache,
+                      PyObject *rows, PyObject *edits, PyObject *inputs) {
     PyObject *in[13] = {NULL};
     if (!PyTuple_Check(rows) || PyTuple_Size(rows) != 9)
         return PyErr_SetString(PyExc_TypeError, "rows must be nine arrays"), -1;
     for (Py_ssize_t i = 0; i < 9; i++)
         in[i] = PyTuple_GetItem(rows, i);
     a->batch.first_layer = self->attribution->first_layer;
-    return batch_owners_read(a, self->owner, cache, edits) || batch_rows_read(a, self->owner->model, in) || batch_places_check(a) ||
+    return batch_owners_read(a, self->owner, cache, edits) ||
+                   batch_rows_read(a, self->owner->model, in) || batch_places_check(a) ||
                    batch_inputs_read(a, self->owner->model, inputs)
-               ? -1 : 0;
+               ? -1
+               : 0;
 }
 
-/* forward(cache, rows, n_columns, edits, inputs, slot, pairs uint32 [n, 2], picks uint32 [m, 2], capped, kl)
- * -> (top int32 [m, 2], margin float32 [m, 2], kl float32 [m], normed float32 [m, 2, D]) */
+/* forward(cache, rows, n_columns, edits, inputs, slot, pairs uint32 [n, 2], picks uint32
+ * [m, 2], capped, kl) -> (top int32 [m, 2], margin float32 [m, 2], kl float32 [m],
+ * normed float32 [m, 2, D]) */
 static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *edits, *inputs, *pairs, *tokens, *view, *out[4] = {NULL}, *result = NULL;
+    PyObject *cache, *rows, *edits, *inputs, *pairs, *tokens, *view, *out[4] = {NULL},
+                                                                     *result = NULL;
     struct batch_arguments a = {0};
     struct attribution_picks picks = {0};
     struct error error = {0};
@@ -80,14 +91,16 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     Py_ssize_t n, m;
     unsigned int slot;
     int failed = 1, kl;
-    if (!PyArg_ParseTuple(args, "OOIOOIOOpp", &cache, &rows, &a.batch.n_columns, &edits, &inputs, &slot, &pairs, &tokens, &picks.capped, &kl))
+    if (!PyArg_ParseTuple(args, "OOIOOIOOpp", &cache, &rows, &a.batch.n_columns, &edits, &inputs,
+                          &slot, &pairs, &tokens, &picks.capped, &kl))
         return NULL;
     a.batch.n_keys = a.batch.n_columns;
     a.n_out_rows = 1; /* rows' out_row is -1: nothing is captured */
     if (engine_begin(owner, 1))
         return NULL;
     int begun = 1;
-    if (batch_read(self, &a, cache, rows, edits, inputs) || !(view = array_view(pairs, 'I', "pairs", &items, &n)))
+    if (batch_read(self, &a, cache, rows, edits, inputs) ||
+        !(view = array_view(pairs, 'I', "pairs", &items, &n)))
         goto done;
     a.held[a.n_held++] = view;
     if (!(view = array_view(tokens, 'I', "picks", (const void **)&picks.tokens, &m)))
@@ -96,7 +109,8 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     uint64_t total = (uint64_t)PyObject_Length(PyTuple_GetItem(rows, 0));
     for (Py_ssize_t i = 0; i < m; i++)
         if (picks.tokens[i] >= total) {
-            PyErr_Format(PyExc_ValueError, "a pick of token %u of %llu", picks.tokens[i], (unsigned long long)total);
+            PyErr_Format(PyExc_ValueError, "a pick of token %u of %llu", picks.tokens[i],
+                         (unsigned long long)total);
             goto done;
         }
     Py_ssize_t dims[3] = {m / 2, 2, owner->model->facts.d_model};
@@ -109,7 +123,9 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
         goto done;
     if (!kl)
         picks.kl = NULL;
-    ENGINE_WORK(owner, failed, attribution_forward(self->attribution, a.cache, &a.batch, slot, (uint32_t)(n / 2), items, &picks, &error));
+    ENGINE_WORK(owner, failed,
+                attribution_forward(self->attribution, a.cache, &a.batch, slot, (uint32_t)(n / 2),
+                                    items, &picks, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -124,7 +140,8 @@ done:
     return result;
 }
 
-/* step(cache, rows, n_columns, metric, edits, inputs, slot, sources uint32 [n, k], k, first_step) -> values of the metric */
+/* step(cache, rows, n_columns, metric, edits, inputs, slot, sources uint32 [n, k], k, first_step)
+ * -> values of the metric */
 static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
@@ -136,8 +153,8 @@ static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
     Py_ssize_t n;
     unsigned int slot, n_sources, first_step;
     int failed = 1;
-    if (!PyArg_ParseTuple(args, "OOIO!OOIOII", &cache, &rows, &a.batch.n_columns, &PyTuple_Type, &tuple, &edits, &inputs, &slot, &sources, &n_sources,
-                          &first_step))
+    if (!PyArg_ParseTuple(args, "OOIO!OOIOII", &cache, &rows, &a.batch.n_columns, &PyTuple_Type,
+                          &tuple, &edits, &inputs, &slot, &sources, &n_sources, &first_step))
         return NULL;
     if (n_sources == 0)
         return PyErr_Format(PyExc_ValueError, "no steps");
@@ -146,13 +163,16 @@ static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
         return NULL;
     int begun = 1;
     a.n_out_rows = 1; /* rows' out_row is -1: nothing is captured */
-    if (batch_read(self, &a, cache, rows, edits, inputs) || !(values = batch_metric_read(&a, owner->model, tuple, &metric)))
+    if (batch_read(self, &a, cache, rows, edits, inputs) ||
+        !(values = batch_metric_read(&a, owner->model, tuple, &metric)))
         goto done;
     PyObject *view = array_view(sources, 'I', "sources", &items, &n);
     if (!view)
         goto done;
     a.held[a.n_held++] = view;
-    ENGINE_WORK(owner, failed, attribution_step(self->attribution, a.cache, &a.batch, &metric, slot, (uint32_t)(n / n_sources), items, n_sources, first_step, &error));
+    ENGINE_WORK(owner, failed,
+                attribution_step(self->attribution, a.cache, &a.batch, &metric, slot,
+                                 (uint32_t)(n / n_sources), items, n_sources, first_step, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -177,16 +197,19 @@ static PyObject *attribution_reset_method(PyObject *object, PyObject *unused) {
     return failed ? engine_fail(self->owner, &error) : Py_NewRef(Py_None);
 }
 
-static int contract_tiles(struct attribution *a, const uint32_t *tiles, uint32_t n, const float *steer, double *const to[3], uint32_t dims_rows,
+static int contract_tiles(struct attribution *a, const uint32_t *tiles, uint32_t n,
+                          const float *steer, double *const to[3], uint32_t dims_rows,
                           struct error *error) {
     for (uint32_t i = 0; i < n; i++)
-        if (attribution_contract(a, tiles[2 * i], tiles[2 * i + 1], steer, to[0], to[1], to[2], dims_rows, error))
+        if (attribution_contract(a, tiles[2 * i], tiles[2 * i + 1], steer, to[0], to[1], to[2],
+                                 dims_rows, error))
             return -1;
     return 0;
 }
 
-/* contract(tiles uint32 [n, 2] (first slot, count), steer float32 [D], dims_rows) -> (edges float64 [nodes, inputs], nodes float64 [nodes],
- * dims float64 [dims_rows, D]): the sums over the tiles, in their order. */
+/* contract(tiles uint32 [n, 2] (first slot, count), steer float32 [D], dims_rows) -> (edges
+ * float64 [nodes, inputs], nodes float64 [nodes], dims float64 [dims_rows, D]): the sums over the
+ * tiles, in their order. */
 static PyObject *attribution_contract_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
@@ -200,13 +223,15 @@ static PyObject *attribution_contract_method(PyObject *object, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OOI", &tiles, &steer, &dims_rows) || engine_begin(owner, 1))
         return NULL;
     int begun = 1;
-    uint32_t nodes = attribution_nodes(self->attribution), inputs = attribution_inputs(self->attribution), d = owner->model->facts.d_model;
+    uint32_t nodes = attribution_nodes(self->attribution),
+             inputs = attribution_inputs(self->attribution), d = owner->model->facts.d_model;
     views[0] = array_view(tiles, 'I', "tiles", &items, &n);
     views[1] = views[0] ? array_view(steer, 'f', "steer", &vector, &width) : NULL;
     if (!views[1])
         goto done;
     if (width != (Py_ssize_t)d || dims_rows > nodes || n % 2) {
-        PyErr_Format(PyExc_ValueError, "steer must have %u values, dims_rows be at most %u", d, nodes);
+        PyErr_Format(PyExc_ValueError, "steer must have %u values, dims_rows be at most %u", d,
+                     nodes);
         goto done;
     }
     out[0] = array_zeros_double(2, (Py_ssize_t[]){nodes, inputs}, &to[0]);
@@ -214,7 +239,9 @@ static PyObject *attribution_contract_method(PyObject *object, PyObject *args) {
     out[2] = array_zeros_double(2, (Py_ssize_t[]){dims_rows, d}, &to[2]);
     if (!out[0] || !out[1] || !out[2])
         goto done;
-    ENGINE_WORK(owner, failed, contract_tiles(self->attribution, items, (uint32_t)(n / 2), vector, to, dims_rows, &error));
+    ENGINE_WORK(
+        owner, failed,
+        contract_tiles(self->attribution, items, (uint32_t)(n / 2), vector, to, dims_rows, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -230,12 +257,14 @@ done:
     return result;
 }
 
-/* attribution_bytes(model, capacity, step_capacity, first_layer, n_slots, n_steps, normed, keep_inside) -> int */
+/* attribution_bytes(model, capacity, step_capacity, first_layer, n_slots, n_steps,
+ * normed, keep_inside) -> int */
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args) {
     PyObject *model;
     unsigned int capacity, step_capacity, first_layer, n_slots, n_steps;
     int normed, keep_inside;
-    if (!PyArg_ParseTuple(args, "OIIIIIpp", &model, &capacity, &step_capacity, &first_layer, &n_slots, &n_steps, &normed, &keep_inside))
+    if (!PyArg_ParseTuple(args, "OIIIIIpp", &model, &capacity, &step_capacity, &first_layer,
+                          &n_slots, &n_steps, &normed, &keep_inside))
         return NULL;
     struct engine_state *state = PyModule_GetState(module);
     if ((PyObject *)Py_TYPE(model) != state->model_type || !((struct model_object *)model)->model)
@@ -243,19 +272,31 @@ PyObject *engine_attribution_bytes(PyObject *module, PyObject *args) {
     const struct model_facts *f = &((struct model_object *)model)->model->facts;
     if (first_layer >= f->n_layers)
         return PyErr_Format(PyExc_ValueError, "layer %u of %u", first_layer, f->n_layers);
-    return PyLong_FromUnsignedLongLong(attribution_bytes(f, capacity, step_capacity, first_layer, n_slots, n_steps, normed, keep_inside));
+    return PyLong_FromUnsignedLongLong(attribution_bytes(f, capacity, step_capacity, first_layer,
+                                                         n_slots, n_steps, normed, keep_inside));
 }
 
 static PyMethodDef attribution_methods[] = {
-    {"forward", attribution_forward_method, METH_VARARGS, "forward(...): clean and corrupt runs; see csrc/python/attribution_type.c."},
-    {"step", attribution_step_method, METH_VARARGS, "step(...): integration steps forward and back."},
+    {"forward", attribution_forward_method, METH_VARARGS,
+     "forward(...): clean and corrupt runs; see csrc/python/attribution_type.c."},
+    {"step", attribution_step_method, METH_VARARGS,
+     "step(...): integration steps forward and back."},
     {"reset", attribution_reset_method, METH_NOARGS, "reset(): gradients become zero."},
-    {"contract", attribution_contract_method, METH_VARARGS, "contract(tiles, steer, dims_rows) -> (edges, nodes, dims)."},
+    {"contract", attribution_contract_method, METH_VARARGS,
+     "contract(tiles, steer, dims_rows) -> (edges, nodes, dims)."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot attribution_slots[] = {
-    {Py_tp_new, attribution_new}, {Py_tp_dealloc, attribution_dealloc}, {Py_tp_methods, attribution_methods},
-    {Py_tp_doc, "Attribution(model, capacity, step_capacity, first_layer, n_slots, n_steps, normed=False, keep_inside=True): scores of EAP-IG."}, {0, NULL}};
-PyType_Spec attribution_spec = {.name = "vksteer._engine.Attribution", .basicsize = sizeof(struct attribution_object), .flags = Py_TPFLAGS_DEFAULT,
-                                .slots = attribution_slots};
+    {Py_tp_new, attribution_new},
+    {Py_tp_dealloc, attribution_dealloc},
+    {Py_tp_methods, attribution_methods},
+    {Py_tp_doc, "Attribution(model, capacity, step_capacity, first_layer, n_slots, n_steps, "
+                "normed=False, keep_inside=True): scores of EAP-IG."},
+    {0, NULL}};
+PyType_Spec attribution_spec = {
+    .name = "vksteer._engine.Attribution",
+    .basicsize = sizeof(struct attribution_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = attribution_slots,
+};

@@ -4,7 +4,8 @@
 #include <stdlib.h>
 
 /* A per-row (or per-layer) array of exactly `expected` items; None gives NULL. */
-int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name, Py_ssize_t expected, const void **data) {
+int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name,
+                 Py_ssize_t expected, const void **data) {
     Py_ssize_t n;
     *data = NULL;
     if (!object || object == Py_None)
@@ -28,7 +29,8 @@ int batch_places_check(const struct batch_arguments *a) {
             continue;
         int64_t first = (int64_t)b->column[r] + b->start[r], end = first + b->n_tokens[r];
         int64_t key_end = (int64_t)b->key_column[r] + b->start[r] + b->n_tokens[r];
-        if ((uint32_t)b->out_row[r] >= a->n_out_rows || first < 0 || end > b->n_columns || b->key_column[r] < 0 || key_end > b->n_keys) {
+        if ((uint32_t)b->out_row[r] >= a->n_out_rows || first < 0 || end > b->n_columns ||
+            b->key_column[r] < 0 || key_end > b->n_keys) {
             PyErr_Format(PyExc_ValueError, "row %u does not fit the output arrays", r);
             return -1;
         }
@@ -37,7 +39,8 @@ int batch_places_check(const struct batch_arguments *a) {
 }
 
 /* A zeroed array for one captured site. */
-static PyObject *capture_array(const struct model *model, const struct batch_arguments *a, int site, float **data) {
+static PyObject *capture_array(const struct model *model, const struct batch_arguments *a, int site,
+                               float **data) {
     uint32_t heads, width;
     site_shape(site, &model->facts, &heads, &width);
     Py_ssize_t rows = a->n_out_rows, columns = a->batch.n_columns;
@@ -48,14 +51,14 @@ static PyObject *capture_array(const struct model *model, const struct batch_arg
     case SITE_KIND_KV_HEADS:
     case SITE_KIND_HEADS_WIDTH:
         return array_zeros(4, (Py_ssize_t[]){rows, columns, heads, width}, data);
-    default:
-        return array_zeros(3, (Py_ssize_t[]){rows, columns, width}, data);
+    default: return array_zeros(3, (Py_ssize_t[]){rows, columns, width}, data);
     }
 }
 
-/* `list`: (site, layer) pairs. Makes *captures (free it) and puts the arrays into `dict` under their pair. */
-int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list, PyObject *dict, struct run_capture **captures,
-                        uint32_t *n_captures) {
+/* `list`: (site, layer) pairs. Makes *captures (free it) and puts the arrays into
+ * `dict` under their pair. */
+int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list,
+                        PyObject *dict, struct run_capture **captures, uint32_t *n_captures) {
     Py_ssize_t n = PyList_Size(list);
     *n_captures = 0;
     *captures = calloc((size_t)n + 1, sizeof **captures);
@@ -68,8 +71,10 @@ int batch_captures_read(const struct model *model, const struct batch_arguments 
         PyObject *pair = PyList_GetItem(list, i);
         if (!PyArg_ParseTuple(pair, "ii", &capture->site, &capture->layer))
             return -1;
-        if (capture->site < 0 || capture->site >= SITE_COUNT || !site_exists(capture->site, &model->facts) || capture->layer < 0 ||
-            (uint32_t)capture->layer >= (site_is_layered(capture->site) ? model->facts.n_layers : 1)) {
+        if (capture->site < 0 || capture->site >= SITE_COUNT ||
+            !site_exists(capture->site, &model->facts) || capture->layer < 0 ||
+            (uint32_t)capture->layer >=
+                (site_is_layered(capture->site) ? model->facts.n_layers : 1)) {
             PyErr_Format(PyExc_KeyError, "no site %d in layer %d", capture->site, capture->layer);
             return -1;
         }
@@ -87,13 +92,17 @@ int batch_captures_read(const struct model *model, const struct batch_arguments 
 }
 
 int batch_rows_read(struct batch_arguments *a, const struct model *model, PyObject **in) {
-    static const char *const names[] = {"tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column",
-                                        "key_column", "q_row", "v_row", "mlp_row", "frozen"};
+    static const char *const names[] = {"tokens",   "n_tokens", "start",  "slot",       "group",
+                                        "edit_row", "out_row",  "column", "key_column", "q_row",
+                                        "v_row",    "mlp_row",  "frozen"};
     static const char types[] = "IIIIIIiiiIIIB";
     struct run_batch *b = &a->batch;
-    const void **to[] = {(const void **)&b->tokens, (const void **)&b->n_tokens, (const void **)&b->start, (const void **)&b->slot,
-                         (const void **)&b->group, (const void **)&b->edit_row, (const void **)&b->out_row, (const void **)&b->column,
-                         (const void **)&b->key_column, (const void **)&b->q_row, (const void **)&b->v_row, (const void **)&b->mlp_row, (const void **)&b->frozen};
+    const void **to[] = {
+        (const void **)&b->tokens,  (const void **)&b->n_tokens, (const void **)&b->start,
+        (const void **)&b->slot,    (const void **)&b->group,    (const void **)&b->edit_row,
+        (const void **)&b->out_row, (const void **)&b->column,   (const void **)&b->key_column,
+        (const void **)&b->q_row,   (const void **)&b->v_row,    (const void **)&b->mlp_row,
+        (const void **)&b->frozen};
     if (!PyObject_HasAttrString(in[1], "__len__"))
         return PyErr_SetString(PyExc_TypeError, "n_tokens must be an array"), -1;
     Py_ssize_t n_rows = PyObject_Length(in[1]);
@@ -101,7 +110,11 @@ int batch_rows_read(struct batch_arguments *a, const struct model *model, PyObje
         return PyErr_Format(PyExc_ValueError, "a batch of %zd rows", n_rows), -1;
     b->n_rows = (uint32_t)n_rows;
     for (int i = 0; i < 13; i++) {
-        if (batch_borrow(a, in[i], types[i], names[i], i == 0 ? -1 : i == 12 ? (Py_ssize_t)model->facts.n_layers : n_rows, to[i]))
+        if (batch_borrow(a, in[i], types[i], names[i],
+                         i == 0    ? -1
+                         : i == 12 ? (Py_ssize_t)model->facts.n_layers
+                                   : n_rows,
+                         to[i]))
             return -1;
         if (!*to[i] && i < 9)
             return PyErr_Format(PyExc_TypeError, "%s is missing", names[i]), -1;
@@ -131,11 +144,14 @@ int batch_inputs_read(struct batch_arguments *a, const struct model *model, PyOb
     return 0;
 }
 
-int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache, PyObject *edits) {
+int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache,
+                      PyObject *edits) {
     struct engine_state *state = engine_state_of((PyObject *)self);
-    if ((PyObject *)Py_TYPE(cache) != state->cache_type || ((struct cache_object *)cache)->owner != self)
+    if ((PyObject *)Py_TYPE(cache) != state->cache_type ||
+        ((struct cache_object *)cache)->owner != self)
         return PyErr_SetString(PyExc_TypeError, "cache must be a Cache of this model"), -1;
-    if (edits != Py_None && ((PyObject *)Py_TYPE(edits) != state->edits_type || ((struct edits_object *)edits)->owner != self))
+    if (edits != Py_None && ((PyObject *)Py_TYPE(edits) != state->edits_type ||
+                             ((struct edits_object *)edits)->owner != self))
         return PyErr_SetString(PyExc_TypeError, "edits must be Edits of this model"), -1;
     a->batch.edits = edits == Py_None ? NULL : &((struct edits_object *)edits)->list;
     a->cache = ((struct cache_object *)cache)->cache;

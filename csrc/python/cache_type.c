@@ -12,14 +12,17 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     struct error error = {0};
     if (!self)
         return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type || n_slots == 0) {
-        PyErr_SetString(PyExc_TypeError, "Cache(model, n_slots) needs a Model and at least one slot");
+    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type ||
+        n_slots == 0) {
+        PyErr_SetString(PyExc_TypeError,
+                        "Cache(model, n_slots) needs a Model and at least one slot");
         Py_CLEAR(self);
     } else if (engine_begin((struct model_object *)model, 1)) {
         Py_CLEAR(self);
     } else {
         self->owner = (struct model_object *)Py_NewRef(model);
-        int failed = run_cache_create(&self->cache, self->owner->model, n_slots, first_layer, &error);
+        int failed = run_cache_create(&self->cache, self->owner->model, n_slots, first_layer,
+                                      &error);
         engine_end(self->owner);
         if (failed) {
             engine_raise((PyObject *)self, &error);
@@ -58,7 +61,8 @@ static PyObject *cache_copy(PyObject *object, PyObject *args) {
         return NULL;
     int failed = 1;
     if (engine_begin(self->owner, 1) == 0) {
-        failed = run_cache_copy(self->owner->work, self->cache, from, to, (uint32_t)n_to, n, first_layer, &error);
+        failed = run_cache_copy(self->owner->work, self->cache, from, to, (uint32_t)n_to, n,
+                                first_layer, &error);
         engine_end(self->owner);
         if (failed)
             engine_fail(self->owner, &error);
@@ -68,7 +72,18 @@ static PyObject *cache_copy(PyObject *object, PyObject *args) {
 }
 
 static PyMethodDef cache_methods[] = {
-    {"copy", cache_copy, METH_VARARGS, "copy(from, to uint32 [places], n, first_layer=0): copies n slots to every place."}, {NULL, NULL, 0, NULL}};
+    {"copy", cache_copy, METH_VARARGS,
+     "copy(from, to uint32 [places], n, first_layer=0): copies n slots to every place."},
+    {NULL, NULL, 0, NULL}};
 
-static PyType_Slot cache_slots[] = {{Py_tp_new, cache_new}, {Py_tp_methods, cache_methods}, {Py_tp_dealloc, cache_dealloc}, {Py_tp_doc, "Cache(model, n_slots): keys and values."}, {0, NULL}};
-PyType_Spec cache_spec = {.name = "vksteer._engine.Cache", .basicsize = sizeof(struct cache_object), .flags = Py_TPFLAGS_DEFAULT, .slots = cache_slots};
+static PyType_Slot cache_slots[] = {{Py_tp_new, cache_new},
+                                    {Py_tp_methods, cache_methods},
+                                    {Py_tp_dealloc, cache_dealloc},
+                                    {Py_tp_doc, "Cache(model, n_slots): keys and values."},
+                                    {0, NULL}};
+PyType_Spec cache_spec = {
+    .name = "vksteer._engine.Cache",
+    .basicsize = sizeof(struct cache_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = cache_slots,
+};

@@ -1,4 +1,5 @@
-/* Circuits: passes of the model under circuits, beside the base run (csrc/analysis/circuit.h). And measure: metrics of final rows. */
+/* Circuits: passes of the model under circuits, beside the base run (csrc/analysis/circuit.h). And
+ * measure: metrics of final rows. */
 #include "engine.h"
 
 #include "analysis/circuit.h"
@@ -11,15 +12,23 @@ struct circuits_object {
 
 #define PLAN_ARRAYS 11
 
-/* plan: entry_first, ref_first, refs, state_first, states, output_first, outputs, variant_first, variants, mask_first, masks (uint32 each). */
-static int plan_read(struct batch_arguments *a, const struct model_facts *f, PyObject *tuple, struct circuit_plan *plan) {
-    static const char *const names[PLAN_ARRAYS] = {"entry_first", "ref_first", "refs", "state_first", "states", "output_first", "outputs", "variant_first",
-                                                   "variants", "mask_first", "masks"};
-    const uint32_t **to[PLAN_ARRAYS] = {&plan->entry_first, &plan->ref_first, &plan->refs, &plan->state_first, &plan->states, &plan->output_first,
-                                        &plan->outputs, &plan->variant_first, &plan->variants, &plan->mask_first, &plan->masks};
-    Py_ssize_t length[PLAN_ARRAYS], n = (Py_ssize_t)f->n_layers - plan->first_layer, w = f->n_heads + 2 * f->n_kv_heads + 1;
+/* plan: entry_first, ref_first, refs, state_first, states, output_first, outputs, variant_first,
+ * variants, mask_first, masks (uint32 each). */
+static int plan_read(struct batch_arguments *a, const struct model_facts *f, PyObject *tuple,
+                     struct circuit_plan *plan) {
+    static const char *const names[PLAN_ARRAYS] = {
+        "entry_first", "ref_first",     "refs",     "state_first", "states", "output_first",
+        "outputs",     "variant_first", "variants", "mask_first",  "masks"};
+    const uint32_t **to[PLAN_ARRAYS] = {
+        &plan->entry_first, &plan->ref_first,    &plan->refs,    &plan->state_first,
+        &plan->states,      &plan->output_first, &plan->outputs, &plan->variant_first,
+        &plan->variants,    &plan->mask_first,   &plan->masks};
+    Py_ssize_t length[PLAN_ARRAYS], n = (Py_ssize_t)f->n_layers - plan->first_layer,
+                                    w = f->n_heads + 2 * f->n_kv_heads + 1;
     if (PyTuple_Size(tuple) != PLAN_ARRAYS || n < 1)
-        return PyErr_Format(PyExc_ValueError, "a plan has %d arrays, from a layer of the model on", PLAN_ARRAYS), -1;
+        return PyErr_Format(PyExc_ValueError, "a plan has %d arrays, from a layer of the model on",
+                            PLAN_ARRAYS),
+               -1;
     for (int i = 0; i < PLAN_ARRAYS; i++) {
         PyObject *array = PyTuple_GetItem(tuple, i);
         if (batch_borrow(a, array, 'I', names[i], -1, (const void **)to[i]))
@@ -28,8 +37,9 @@ static int plan_read(struct batch_arguments *a, const struct model_facts *f, PyO
         if (length[i] < 0 || length[i] >= INT32_MAX)
             return PyErr_Format(PyExc_ValueError, "%s is missing or too long", names[i]), -1;
     }
-    if (length[0] != n * w + 2 || length[1] < 1 || length[3] != n + 1 || length[4] % 4 || length[5] != n + 1 || length[6] % 3 || length[7] != n + 1 ||
-        length[8] % f->n_heads || length[9] != 2 * n + 2)
+    if (length[0] != n * w + 2 || length[1] < 1 || length[3] != n + 1 || length[4] % 4 ||
+        length[5] != n + 1 || length[6] % 3 || length[7] != n + 1 || length[8] % f->n_heads ||
+        length[9] != 2 * n + 2)
         return PyErr_Format(PyExc_ValueError, "the arrays of a plan do not fit the model"), -1;
     plan->n_entries = (uint32_t)length[1] - 1;
     plan->n_refs = (uint32_t)length[2];
@@ -46,7 +56,8 @@ static PyObject *circuits_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     struct circuit_plan plan = {0};
     struct batch_arguments a = {0};
     struct error error = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIO!", names, &model, &plan.first_layer, &PyTuple_Type, &tuple))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIO!", names, &model, &plan.first_layer,
+                                     &PyTuple_Type, &tuple))
         return NULL;
     allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
     struct circuits_object *self = (struct circuits_object *)allocate(type, 0);
@@ -92,7 +103,8 @@ static void circuits_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-/* bytes(capacity, n_slots) -> (device bytes of passes with that memory, those of the largest buffer) */
+/* bytes(capacity, n_slots) -> (device bytes of passes with that memory, those
+ * of the largest buffer) */
 static PyObject *circuits_bytes(PyObject *object, PyObject *args) {
     struct circuits_object *self = (struct circuits_object *)object;
     unsigned int capacity, n_slots;
@@ -120,8 +132,11 @@ static PyObject *circuits_reserve(PyObject *object, PyObject *args) {
         return NULL;
     }
     int failed;
-    if (n != (Py_ssize_t)self->owner->model->facts.d_model || capacity == 0 || capacity > 1u << 20 || n_slots == 0)
-        failed = error_set(&error, ERROR_VALUE, "steer [D], a capacity of 1 to 1,048,576 tokens and cache slots are needed");
+    if (n != (Py_ssize_t)self->owner->model->facts.d_model || capacity == 0 ||
+        capacity > 1u << 20 || n_slots == 0)
+        failed =
+            error_set(&error, ERROR_VALUE,
+                      "steer [D], a capacity of 1 to 1,048,576 tokens and cache slots are needed");
     else
         failed = circuit_reserve(self->run, capacity, n_slots, data, &error);
     engine_end(self->owner);
@@ -131,27 +146,39 @@ static PyObject *circuits_reserve(PyObject *object, PyObject *args) {
     return Py_NewRef(Py_None);
 }
 
-/* request = (softcap, a, b, reference, other, targets, logits): what is read of n_tokens tokens of n_runs runs; arrays or None. *out: (pairs, whole,
- * logits), each None where it is not asked for. */
-static int request_read(struct batch_arguments *a, const struct model_facts *f, PyObject *tuple, Py_ssize_t n_runs, struct read_request *read,
-                        PyObject **out) {
+/* request = (softcap, a, b, reference, other, targets, logits): what is read of n_tokens
+ * tokens of n_runs runs; arrays or None. *out: (pairs, whole, logits), each None where
+ * it is not asked for. */
+static int request_read(struct batch_arguments *a, const struct model_facts *f, PyObject *tuple,
+                        Py_ssize_t n_runs, struct read_request *read, PyObject **out) {
     PyObject *in[5], *arrays[3] = {NULL, NULL, NULL};
     int logits;
     Py_ssize_t n = read->n, d = (Py_ssize_t)f->d_model, dims[3] = {n_runs, n, 0};
-    if (!PyArg_ParseTuple(tuple, "fOOOOOp", &read->softcap, &in[0], &in[1], &in[2], &in[3], &in[4], &logits))
+    if (!PyArg_ParseTuple(tuple, "fOOOOOp", &read->softcap, &in[0], &in[1], &in[2], &in[3], &in[4],
+                          &logits))
         return -1;
-    if (batch_borrow(a, in[0], 'I', "a", n, (const void **)&read->a) || batch_borrow(a, in[1], 'I', "b", n, (const void **)&read->b) ||
+    if (batch_borrow(a, in[0], 'I', "a", n, (const void **)&read->a) ||
+        batch_borrow(a, in[1], 'I', "b", n, (const void **)&read->b) ||
         batch_borrow(a, in[2], 'f', "reference", n * d, (const void **)&read->reference) ||
         batch_borrow(a, in[3], 'f', "other", n * d, (const void **)&read->other) ||
         batch_borrow(a, in[4], 'I', "targets", n, (const void **)&read->targets))
         return -1;
-    if (!read->a != !read->b || !read->reference != !read->other || !read->reference != !read->targets)
+    if (!read->a != !read->b || !read->reference != !read->other ||
+        !read->reference != !read->targets)
         return PyErr_Format(PyExc_ValueError, "a request lacks an array"), -1;
     for (Py_ssize_t i = 0; i < n; i++)
-        if ((read->a && (read->a[i] >= f->d_vocab || read->b[i] >= f->d_vocab)) || (read->targets && read->targets[i] >= f->d_vocab))
-            return PyErr_Format(PyExc_ValueError, "token %zd of a request is not in the vocabulary", i), -1;
-    const struct { int wanted; Py_ssize_t each; float **to; } wanted[3] = {
-        {read->a != NULL, 2, &read->pairs}, {read->reference != NULL, 4, &read->whole}, {logits, (Py_ssize_t)f->d_vocab, &read->logits}};
+        if ((read->a && (read->a[i] >= f->d_vocab || read->b[i] >= f->d_vocab)) ||
+            (read->targets && read->targets[i] >= f->d_vocab))
+            return PyErr_Format(PyExc_ValueError, "token %zd of a request is not in the vocabulary",
+                                i),
+                   -1;
+    const struct {
+        int wanted;
+        Py_ssize_t each;
+        float **to;
+    } wanted[3] = {{read->a != NULL, 2, &read->pairs},
+                   {read->reference != NULL, 4, &read->whole},
+                   {logits, (Py_ssize_t)f->d_vocab, &read->logits}};
     int failed = 0;
     for (int i = 0; i < 3; i++) {
         dims[2] = wanted[i].each;
@@ -164,20 +191,24 @@ static int request_read(struct batch_arguments *a, const struct model_facts *f, 
     return *out ? 0 : -1;
 }
 
-/* forward(cache, rows (tuple of 9 arrays: tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column), tokens, request, edits, first_layer,
- *         inputs, decode, mask) -> (pairs [E, n, 2], whole [E, n, 4], logits [E, n, V]) of the E entries of the logits' input */
+/* forward(cache, rows (tuple of 9 arrays: tokens, n_tokens, start, slot, group, edit_row, out_row,
+ *         column, key_column), tokens, request, edits, first_layer, inputs, decode, mask) -> (pairs
+ *         [E, n, 2], whole [E, n, 4], logits [E, n, V]) of the E entries of the logits' input */
 static PyObject *circuits_forward(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache", "rows", "tokens", "request", "edits", "first_layer", "inputs", "decode", "mask", NULL};
+    static char *names[] = {"cache",       "rows",   "tokens", "request", "edits",
+                            "first_layer", "inputs", "decode", "mask",    NULL};
     struct circuits_object *self = (struct circuits_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *tokens, *tuple, *edits = Py_None, *inputs = Py_None, *mask = Py_None, *in[13] = {NULL}, *values = NULL, *result = NULL;
+    PyObject *cache, *rows, *tokens, *tuple, *edits = Py_None, *inputs = Py_None, *mask = Py_None,
+                                             *in[13] = {NULL}, *values = NULL, *result = NULL;
     struct batch_arguments a = {0};
     struct read_request read = {0};
     struct error error = {0};
     const void *masked;
     int failed = 1;
     uint64_t total = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OO!|OIOpO", names, &cache, &PyTuple_Type, &rows, &tokens, &PyTuple_Type, &tuple, &edits,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OO!|OIOpO", names, &cache, &PyTuple_Type,
+                                     &rows, &tokens, &PyTuple_Type, &tuple, &edits,
                                      &a.batch.first_layer, &inputs, &a.batch.decode, &mask))
         return NULL;
     if (PyTuple_Size(rows) != 9)
@@ -193,19 +224,24 @@ static PyObject *circuits_forward(PyObject *object, PyObject *args, PyObject *ke
         goto done;
     }
     read.n = (uint32_t)PyObject_Length(tokens);
-    if (batch_rows_read(&a, owner->model, in) || batch_places_check(&a) || batch_inputs_read(&a, owner->model, inputs) ||
+    if (batch_rows_read(&a, owner->model, in) || batch_places_check(&a) ||
+        batch_inputs_read(&a, owner->model, inputs) ||
         batch_borrow(&a, tokens, 'I', "tokens", read.n, (const void **)&read.tokens))
         goto done;
     for (uint32_t r = 0; r < a.batch.n_rows; r++)
         total += a.batch.n_tokens[r];
     for (uint32_t i = 0; i < read.n; i++)
         if (read.tokens[i] >= total || (i && read.tokens[i] <= read.tokens[i - 1])) {
-            PyErr_Format(PyExc_ValueError, "tokens to be read must ascend and lie in the batch: %u is none of %llu", read.tokens[i], (unsigned long long)total);
+            PyErr_Format(PyExc_ValueError,
+                         "tokens to be read must ascend and lie in the batch: %u is none of %llu",
+                         read.tokens[i], (unsigned long long)total);
             goto done;
         }
-    if (batch_borrow(&a, mask, 'B', "mask", (Py_ssize_t)total, &masked) || request_read(&a, f, tuple, self->run->n_logits, &read, &values))
+    if (batch_borrow(&a, mask, 'B', "mask", (Py_ssize_t)total, &masked) ||
+        request_read(&a, f, tuple, self->run->n_logits, &read, &values))
         goto done;
-    ENGINE_WORK(owner, failed, circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error));
+    ENGINE_WORK(owner, failed,
+                circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -220,19 +256,31 @@ done:
 }
 
 static PyMethodDef circuits_methods[] = {
-    {"bytes", circuits_bytes, METH_VARARGS, "bytes(capacity, n_slots) -> (device bytes, bytes of the largest buffer)."},
-    {"reserve", circuits_reserve, METH_VARARGS, "reserve(capacity, n_slots, steer): memory for passes."},
-    {"forward", (PyCFunction)(void (*)(void))circuits_forward, METH_VARARGS | METH_KEYWORDS, "forward(...): one pass; see csrc/analysis/circuit.h."},
+    {"bytes", circuits_bytes, METH_VARARGS,
+     "bytes(capacity, n_slots) -> (device bytes, bytes of the largest buffer)."},
+    {"reserve", circuits_reserve, METH_VARARGS,
+     "reserve(capacity, n_slots, steer): memory for passes."},
+    {"forward", (PyCFunction)(void (*)(void))circuits_forward, METH_VARARGS | METH_KEYWORDS,
+     "forward(...): one pass; see csrc/analysis/circuit.h."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot circuits_slots[] = {{Py_tp_new, circuits_new}, {Py_tp_dealloc, circuits_dealloc}, {Py_tp_methods, circuits_methods},
-                                       {Py_tp_doc, "Circuits(model, first_layer, plan): the model under circuits; see csrc/analysis/circuit.h."},
-                                       {0, NULL}};
-PyType_Spec circuits_spec = {.name = "vksteer._engine.Circuits", .basicsize = sizeof(struct circuits_object), .flags = Py_TPFLAGS_DEFAULT,
-                             .slots = circuits_slots};
+static PyType_Slot circuits_slots[] = {
+    {Py_tp_new, circuits_new},
+    {Py_tp_dealloc, circuits_dealloc},
+    {Py_tp_methods, circuits_methods},
+    {Py_tp_doc,
+     "Circuits(model, first_layer, plan): the model under circuits; see csrc/analysis/circuit.h."},
+    {0, NULL}};
+PyType_Spec circuits_spec = {
+    .name = "vksteer._engine.Circuits",
+    .basicsize = sizeof(struct circuits_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = circuits_slots,
+};
 
-/* measure(model, rows [n_runs, n, D], n, request) -> (pairs, whole, None): metrics of normed final rows. */
+/* measure(model, rows [n_runs, n, D], n, request) -> (pairs, whole, None): metrics
+ * of normed final rows. */
 PyObject *engine_measure(PyObject *module, PyObject *args) {
     PyObject *model, *rows, *tuple, *values = NULL, *result = NULL;
     struct batch_arguments a = {0};
@@ -256,7 +304,9 @@ PyObject *engine_measure(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "measure needs float32 rows [runs, n, D]");
         goto done;
     }
-    if (batch_borrow(&a, rows, 'f', "rows", dims[0] * (Py_ssize_t)n * (Py_ssize_t)f->d_model, &data) || request_read(&a, f, tuple, dims[0], &read, &values))
+    if (batch_borrow(&a, rows, 'f', "rows", dims[0] * (Py_ssize_t)n * (Py_ssize_t)f->d_model,
+                     &data) ||
+        request_read(&a, f, tuple, dims[0], &read, &values))
         goto done;
     if (read.logits) {
         PyErr_SetString(PyExc_ValueError, "measure gives no logits");

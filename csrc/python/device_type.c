@@ -6,13 +6,17 @@
 static const char *const type_names[] = {"discrete", "integrated", "virtual", "software"};
 
 static PyObject *info_dict(const struct gpu_device_info *info) {
-    return Py_BuildValue("{s:i,s:s,s:s,s:s,s:s,s:s,s:K,s:K,s:I,s:I,s:O,s:O,s:O,s:O,s:O,s:s}", "index", info->index, "name", info->name, "vendor", info->vendor,
-                         "type", type_names[info->type], "driver", info->driver, "uuid", info->uuid, "memory_bytes",
-                         (unsigned long long)info->memory_bytes, "available_bytes", (unsigned long long)info->available_bytes, "subgroup_size",
-                         info->subgroup_size, "max_shared_bytes", info->max_shared_bytes, "memory_budget", info->has_budget ? Py_True : Py_False,
-                         "subgroup_size_control", info->has_subgroup_control ? Py_True : Py_False, "int64", info->has_int64 ? Py_True : Py_False,
-                         "executable_info",
-                         info->has_executable_info ? Py_True : Py_False, "suitable", info->suitable ? Py_True : Py_False, "missing", info->missing);
+    return Py_BuildValue("{s:i,s:s,s:s,s:s,s:s,s:s,s:K,s:K,s:I,s:I,s:O,s:O,s:O,s:O,s:O,s:s}",
+                         "index", info->index, "name", info->name, "vendor", info->vendor, "type",
+                         type_names[info->type], "driver", info->driver, "uuid", info->uuid,
+                         "memory_bytes", (unsigned long long)info->memory_bytes, "available_bytes",
+                         (unsigned long long)info->available_bytes, "subgroup_size",
+                         info->subgroup_size, "max_shared_bytes", info->max_shared_bytes,
+                         "memory_budget", info->has_budget ? Py_True : Py_False,
+                         "subgroup_size_control", info->has_subgroup_control ? Py_True : Py_False,
+                         "int64", info->has_int64 ? Py_True : Py_False, "executable_info",
+                         info->has_executable_info ? Py_True : Py_False, "suitable",
+                         info->suitable ? Py_True : Py_False, "missing", info->missing);
 }
 
 PyObject *engine_devices(PyObject *module, PyObject *unused) {
@@ -79,7 +83,8 @@ static PyObject *device_get_available(PyObject *object, void *unused) {
     struct error error = {0};
     if (gpu_device_check(((struct device_object *)object)->device, &error))
         return engine_raise(object, &error);
-    return PyLong_FromUnsignedLongLong(gpu_device_available(((struct device_object *)object)->device));
+    return PyLong_FromUnsignedLongLong(
+        gpu_device_available(((struct device_object *)object)->device));
 }
 
 static PyObject *device_get_usable(PyObject *object, void *unused) {
@@ -89,7 +94,8 @@ static PyObject *device_get_usable(PyObject *object, void *unused) {
 
 static PyObject *device_get_allocated(PyObject *object, void *unused) {
     (void)unused;
-    return PyLong_FromUnsignedLongLong(gpu_device_allocated(((struct device_object *)object)->device));
+    return PyLong_FromUnsignedLongLong(
+        gpu_device_allocated(((struct device_object *)object)->device));
 }
 
 static PyObject *device_prepare(PyObject *object, PyObject *unused) {
@@ -115,7 +121,8 @@ static PyObject *device_describe(PyObject *object, PyObject *args) {
     int kernel = op_kernel_find(name);
     if (kernel < 0)
         return PyErr_Format(PyExc_KeyError, "no kernel %s", name);
-    if (gpu_pipeline_describe(((struct device_object *)object)->device, kernel, text, sizeof text, &error))
+    if (gpu_pipeline_describe(((struct device_object *)object)->device, kernel, text, sizeof text,
+                              &error))
         return engine_raise(object, &error);
     return PyUnicode_FromString(text);
 }
@@ -132,22 +139,37 @@ static PyObject *device_hold(PyObject *object, PyObject *unused) {
 static PyGetSetDef device_getset[] = {
     {"info", device_get_info, NULL, "What the device is: a dict as in devices().", NULL},
     {"available_bytes", device_get_available, NULL, "Device-local bytes left, asked now.", NULL},
-    {"usable", device_get_usable, NULL, "False once the device is lost, and in a forked child.", NULL},
+    {"usable", device_get_usable, NULL, "False once the device is lost, and in a forked child.",
+     NULL},
     {"allocated_bytes", device_get_allocated, NULL, "Bytes that this object holds.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMethodDef device_methods[] = {
-    {"prepare", device_prepare, METH_NOARGS, "prepare(): compiles every kernel that this device can run, in parallel."},
-    {"describe", device_describe, METH_VARARGS, "describe(kernel) -> str: registers, spills and the like, as far as the driver tells."},
-    {"hold", device_hold, METH_NOARGS, "hold(): takes the device for this thread for good, because the interpreter ends. A run of another thread is cut "
-                                       "short; daemon threads stand still where they want the device, instead of failing while all is taken down."},
+    {"prepare", device_prepare, METH_NOARGS,
+     "prepare(): compiles every kernel that this device can run, in parallel."},
+    {"describe", device_describe, METH_VARARGS,
+     "describe(kernel) -> str: registers, spills and the like, as far as the driver tells."},
+    {"hold", device_hold, METH_NOARGS,
+     "hold(): takes the device for this thread for good, because the interpreter ends. A run of "
+     "another thread is cut "
+     "short; daemon threads stand still where they want the device, instead of failing while all "
+     "is taken down."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot device_slots[] = {
-    {Py_tp_new, device_new}, {Py_tp_dealloc, device_dealloc}, {Py_tp_getset, device_getset}, {Py_tp_methods, device_methods},
-    {Py_tp_doc, "Device(index, cache_folder=''): an open Vulkan device."}, {0, NULL}};
-PyType_Spec device_spec = {.name = "vksteer._engine.Device", .basicsize = sizeof(struct device_object), .flags = Py_TPFLAGS_DEFAULT, .slots = device_slots};
+    {Py_tp_new, device_new},
+    {Py_tp_dealloc, device_dealloc},
+    {Py_tp_getset, device_getset},
+    {Py_tp_methods, device_methods},
+    {Py_tp_doc, "Device(index, cache_folder=''): an open Vulkan device."},
+    {0, NULL}};
+PyType_Spec device_spec = {
+    .name = "vksteer._engine.Device",
+    .basicsize = sizeof(struct device_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = device_slots,
+};
 
-/* --- MappedFile ---------------------------------------------------------------------------------------------------------------------- */
+/* --- MappedFile ------------------------------------------------------------------------------- */

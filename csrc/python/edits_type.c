@@ -4,19 +4,35 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define EDIT_FIELDS 15 /* site, layer, row, kind, start, stop, step, first_position, n_positions, first_head, n_heads, operand, pos_step, head_step, step */
+/* site, layer, row, kind, start, stop, step, first_position, n_positions, first_head, n_heads,
+ * operand, pos_step, head_step, step */
+#define EDIT_FIELDS 15
 
 static void edit_unpack(struct edit *edit, const int64_t *from, float coefficient) {
-    *edit = (struct edit){.site = (int32_t)from[0], .layer = (int32_t)from[1], .row = (int32_t)from[2], .kind = (uint32_t)from[3],
-                          .start = (uint32_t)from[4], .stop = (uint32_t)from[5], .step_pos = (uint32_t)from[6], .first_position = (uint32_t)from[7],
-                          .n_positions = (uint32_t)from[8], .first_head = (uint32_t)from[9], .n_heads = (uint32_t)from[10],
-                          .operand = (uint64_t)from[11], .pos_step = (uint32_t)from[12], .head_step = (uint32_t)from[13], .step = (uint32_t)from[14],
-                          .coefficient = coefficient};
+    *edit = (struct edit){
+        .site = (int32_t)from[0],
+        .layer = (int32_t)from[1],
+        .row = (int32_t)from[2],
+        .kind = (uint32_t)from[3],
+        .start = (uint32_t)from[4],
+        .stop = (uint32_t)from[5],
+        .step_pos = (uint32_t)from[6],
+        .first_position = (uint32_t)from[7],
+        .n_positions = (uint32_t)from[8],
+        .first_head = (uint32_t)from[9],
+        .n_heads = (uint32_t)from[10],
+        .operand = (uint64_t)from[11],
+        .pos_step = (uint32_t)from[12],
+        .head_step = (uint32_t)from[13],
+        .step = (uint32_t)from[14],
+        .coefficient = coefficient,
+    };
 }
 
-static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssize_t n, const float *coefficients, const uint32_t *positions,
-                      Py_ssize_t n_positions, const uint32_t *heads, Py_ssize_t n_heads, const float *operands, Py_ssize_t n_operands,
-                      uint32_t n_rows, struct error *error) {
+static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssize_t n,
+                      const float *coefficients, const uint32_t *positions, Py_ssize_t n_positions,
+                      const uint32_t *heads, Py_ssize_t n_heads, const float *operands,
+                      Py_ssize_t n_operands, uint32_t n_rows, struct error *error) {
     struct edit_list *list = &self->list;
     struct model *model = self->owner->model;
     list->edits = calloc((size_t)n + 1, sizeof *list->edits);
@@ -42,14 +58,16 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
         if (edit->site < 0 || edit->site >= SITE_COUNT)
             continue; /* refused below */
         site_shape(edit->site, &model->facts, &site_heads, &width);
-        for (uint32_t h = 0; h < edit->n_heads && (uint64_t)edit->first_head + h < (uint64_t)n_heads; h++)
+        for (uint32_t h = 0;
+             h < edit->n_heads && (uint64_t)edit->first_head + h < (uint64_t)n_heads; h++)
             if (heads[edit->first_head + h] >= site_heads)
-                return error_set(error, ERROR_VALUE, "edit %zd: head %u of %s, which has %u", i, heads[edit->first_head + h], site_name(edit->site),
-                                 site_heads);
+                return error_set(error, ERROR_VALUE, "edit %zd: head %u of %s, which has %u", i,
+                                 heads[edit->first_head + h], site_name(edit->site), site_heads);
     }
     if (edit_list_index(list, SITE_COUNT, model->facts.n_layers, n_rows, error))
         return -1;
-    if (gpu_buffer_create(&self->operands, model->ops.device, 4 * (uint64_t)n_operands, GPU_UPLOAD, "edit values", error))
+    if (gpu_buffer_create(&self->operands, model->ops.device, 4 * (uint64_t)n_operands, GPU_UPLOAD,
+                          "edit values", error))
         return -1;
     memcpy(gpu_buffer_map(self->operands), operands, 4 * (size_t)n_operands);
     list->operand_address = gpu_buffer_address(self->operands);
@@ -57,10 +75,12 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
 }
 
 static PyObject *edits_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model", "records", "coefficients", "positions", "heads", "operands", "n_rows", NULL};
+    static char *names[] = {"model", "records",  "coefficients", "positions",
+                            "heads", "operands", "n_rows",       NULL};
     PyObject *model, *arrays[5], *views[5] = {NULL};
     unsigned int n_rows;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOI", names, &model, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &arrays[4], &n_rows))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOI", names, &model, &arrays[0],
+                                     &arrays[1], &arrays[2], &arrays[3], &arrays[4], &n_rows))
         return NULL;
     allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
     struct edits_object *self = (struct edits_object *)allocate(type, 0);
@@ -76,14 +96,16 @@ static PyObject *edits_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     for (int i = 0; ok && i < 5; i++)
         ok = (views[i] = array_view(arrays[i], types[i], names[i + 1], &data[i], &n[i])) != NULL;
     if (ok && (n[0] != n[1] * EDIT_FIELDS || n[4] == 0 || n[1] > INT32_MAX)) {
-        PyErr_SetString(PyExc_ValueError, "edit records, coefficients and operands do not fit together");
+        PyErr_SetString(PyExc_ValueError,
+                        "edit records, coefficients and operands do not fit together");
         ok = 0;
     }
     if (ok && engine_begin((struct model_object *)model, 1))
         ok = 0;
     else if (ok) {
         self->owner = (struct model_object *)Py_NewRef(model);
-        ok = edits_fill(self, data[0], n[1], data[1], data[2], n[2], data[3], n[3], data[4], n[4], n_rows, &error) == 0;
+        ok = edits_fill(self, data[0], n[1], data[1], data[2], n[2], data[3], n[3], data[4], n[4],
+                        n_rows, &error) == 0;
         engine_end(self->owner);
         if (!ok)
             engine_raise((PyObject *)self, &error);
@@ -112,5 +134,13 @@ static void edits_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-static PyType_Slot edits_slots[] = {{Py_tp_new, edits_new}, {Py_tp_dealloc, edits_dealloc}, {Py_tp_doc, "Edits(...): edits of one batch as plain data."}, {0, NULL}};
-PyType_Spec edits_spec = {.name = "vksteer._engine.Edits", .basicsize = sizeof(struct edits_object), .flags = Py_TPFLAGS_DEFAULT, .slots = edits_slots};
+static PyType_Slot edits_slots[] = {{Py_tp_new, edits_new},
+                                    {Py_tp_dealloc, edits_dealloc},
+                                    {Py_tp_doc, "Edits(...): edits of one batch as plain data."},
+                                    {0, NULL}};
+PyType_Spec edits_spec = {
+    .name = "vksteer._engine.Edits",
+    .basicsize = sizeof(struct edits_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = edits_slots,
+};

@@ -1,4 +1,5 @@
-/* What every type needs: the state behind an object, errors turned into exceptions, the device's lock, calls begun and ended. */
+/* What every type needs: the state behind an object, errors turned into exceptions, the device's
+ * lock, calls begun and ended. */
 #include "engine.h"
 
 #include <unistd.h>
@@ -8,7 +9,8 @@ struct engine_state *engine_state_of(PyObject *object) {
 }
 
 PyObject *engine_raise(PyObject *object, const struct error *error) {
-    struct engine_state *state = PyModule_Check(object) ? PyModule_GetState(object) : engine_state_of(object);
+    struct engine_state *state = PyModule_Check(object) ? PyModule_GetState(object)
+                                                        : engine_state_of(object);
     PyObject *type = PyExc_RuntimeError;
     switch (error->kind) {
     case ERROR_DEVICE: type = state->device_error; break;
@@ -36,9 +38,11 @@ int engine_poll(void *context) {
     return raised;
 }
 
-/* For daemon threads while the interpreter ends: they would only fail, and print why, while all is taken down. */
+/* For daemon threads while the interpreter ends: they would only fail, and print why,
+ * while all is taken down. */
 static void stand_still(const struct device_object *device) {
-    if (!device->ending || pthread_equal(device->ender, pthread_self()) || (device->depth && pthread_equal(device->holder, pthread_self())))
+    if (!device->ending || pthread_equal(device->ender, pthread_self()) ||
+        (device->depth && pthread_equal(device->holder, pthread_self())))
         return;
     Py_BEGIN_ALLOW_THREADS
     for (;;)
@@ -55,7 +59,8 @@ void engine_lock(struct device_object *device) {
         pthread_mutex_lock(&device->lock);
         Py_END_ALLOW_THREADS
     }
-    device->holder = pthread_self(); /* before depth: whoever reads a depth reads its holder, or a later one */
+    /* before depth: whoever reads a depth reads its holder, or a later one */
+    device->holder = pthread_self();
     device->depth++;
 }
 
@@ -71,11 +76,13 @@ int engine_begin(struct model_object *model, int finished) {
     struct error error = {0};
     engine_lock(device);
     if (!model->model || (finished && !model->work)) {
-        PyErr_SetString(PyExc_ValueError, model->model ? "the model is not loaded yet" : "the model is closed");
+        PyErr_SetString(PyExc_ValueError,
+                        model->model ? "the model is not loaded yet" : "the model is closed");
     } else if (gpu_device_check(device->device, &error)) {
         engine_raise((PyObject *)model, &error);
     } else if (device->busy) {
-        PyErr_SetString(PyExc_RuntimeError, "the device is inside a call of this thread: a signal handler cannot begin another one");
+        PyErr_SetString(PyExc_RuntimeError, "the device is inside a call of this thread: a signal "
+                                            "handler cannot begin another one");
     } else {
         device->busy = 1;
         return 0;

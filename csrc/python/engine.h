@@ -1,9 +1,13 @@
-/* What the files of this room share: the module's state, errors turned into exceptions, NumPy arrays in and out.
+/* What the files of this room share: the module's state, errors turned into exceptions,
+ * NumPy arrays in and out.
  *
- * Ownership: every object keeps a reference to the one it works on (Model -> Device, Cache -> Model), so that freeing order never matters.
- * Threads: the GIL is released while the device works; the device's own lock serialises threads. Nobody waits for the lock with the GIL held,
- * so its holder may take the GIL (engine_poll, allocating arrays).
- * fork(): the child takes no lock (its holder may not exist there) and touches no driver; every call is a DeviceError. */
+ * Ownership: every object keeps a reference to the one it works on (Model -> Device, Cache ->
+ * Model), so that freeing order never matters.
+ * Threads: the GIL is released while the device works; the device's own lock serialises
+ * threads. Nobody waits for the lock with the GIL held, so its holder may take the GIL
+ * (engine_poll, allocating arrays).
+ * fork(): the child takes no lock (its holder may not exist there) and touches no driver; every
+ * call is a DeviceError. */
 #ifndef VKSTEER_PYTHON_ENGINE_H
 #define VKSTEER_PYTHON_ENGINE_H
 
@@ -17,12 +21,13 @@
 struct device_object {
     PyObject_HEAD
     struct gpu_device *device;
-    pthread_mutex_t lock; /* recursive: what frees device memory may run (garbage collection) while this thread has it */
+    /* recursive: what frees device memory may run (garbage collection) while this thread has it */
+    pthread_mutex_t lock;
     _Atomic(pthread_t) holder; /* of the lock, where depth > 0 */
     _Atomic int depth;
-    pid_t owner;          /* the process that opened it */
-    int busy;             /* a call is under way; read and written under the lock */
-    volatile int ending;  /* the interpreter is ending, by `ender`: see Device.hold */
+    pid_t owner;         /* the process that opened it */
+    int busy;            /* a call is under way; read and written under the lock */
+    volatile int ending; /* the interpreter is ending, by `ender`: see Device.hold */
     pthread_t ender;
 };
 
@@ -34,7 +39,7 @@ struct file_object {
 struct model_object {
     PyObject_HEAD
     struct device_object *owner;
-    struct model *model; /* NULL once closed */
+    struct model *model;   /* NULL once closed */
     struct run_work *work; /* NULL until finished loading */
 };
 
@@ -53,7 +58,8 @@ struct edits_object {
 };
 
 struct engine_state {
-    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type, *tape_type, *attribution_type, *circuits_type;
+    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type,
+        *tape_type, *attribution_type, *circuits_type;
     PyObject *device_error, *model_error;
 };
 
@@ -71,29 +77,35 @@ struct attribution_object {
     struct attribution *attribution;
 };
 
-extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec, tape_spec, attribution_spec, circuits_spec;
+extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec,
+    tape_spec, attribution_spec, circuits_spec;
 /* engine.c */
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
 /* Sets the exception that `error` stands for; always returns NULL. */
 PyObject *engine_raise(PyObject *object, const struct error *error);
 
-/* The device's lock, taken with the GIL held; the GIL is given up while waiting. Does not return in other threads than the one that ends the
- * interpreter, once it does (unless they have the lock already). */
+/* The device's lock, taken with the GIL held; the GIL is given up while waiting. Does not
+ * return in other threads than the one that ends the interpreter, once it does (unless they
+ * have the lock already). */
 void engine_lock(struct device_object *device);
 void engine_unlock(struct device_object *device);
 
-/* Begins a call that works on an open model (finished: loaded, too): takes the lock. Or returns -1 with an exception set and without the lock:
- * the model is closed, the device is lost or belongs to the parent of a fork, or this very thread is inside a call (a signal handler). */
+/* Begins a call that works on an open model (finished: loaded, too): takes the lock. Or returns -1
+ * with an exception set and without the lock: the model is closed, the device is lost or belongs to
+ * the parent of a fork, or this very thread is inside a call (a signal handler). */
 int engine_begin(struct model_object *model, int finished);
 void engine_end(struct model_object *model); /* with or without the GIL */
-/* engine_raise for a failure between begin and end, after engine_end: a thread that was stopped because the interpreter ends stands still. */
+/* engine_raise for a failure between begin and end, after engine_end: a thread that was stopped
+ * because the interpreter ends stands still. */
 PyObject *engine_fail(struct model_object *model, const struct error *error);
 
-/* For gpu_stream_poll, context: the device object. Non-zero when a signal handler raised (its exception stays set) or the interpreter ends. */
+/* For gpu_stream_poll, context: the device object. Non-zero when a signal handler raised (its
+ * exception stays set) or the interpreter ends. */
 int engine_poll(void *context);
 
-/* failed = call, which works on the device: after engine_begin, with the GIL released and signals polled; ends the call. */
+/* failed = call, which works on the device: after engine_begin, with the GIL released and signals
+ * polled; ends the call. */
 #define ENGINE_WORK(self, failed, call) \
     do { \
         Py_BEGIN_ALLOW_THREADS \
@@ -111,8 +123,10 @@ PyObject *engine_ops(PyObject *module, PyObject *unused);
 /* tape_type.c */
 PyObject *engine_tape_bytes(PyObject *module, PyObject *args);
 struct batch_arguments;
-/* The scalar whose gradient is taken: metric = (kind, capped, tokens, a, b, weights, reference, other, reference_logits). A new array of its values. */
-PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model, PyObject *tuple, struct run_metric *metric);
+/* The scalar whose gradient is taken: metric = (kind, capped, tokens, a, b, weights, reference,
+ * other, reference_logits). A new array of its values. */
+PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model, PyObject *tuple,
+                            struct run_metric *metric);
 /* attribution_type.c */
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args);
 /* circuit_type.c */
@@ -127,14 +141,16 @@ struct batch_arguments {
     PyObject *held[24]; /* arrays that the batch borrows from */
     int n_held;
 };
-int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name, Py_ssize_t expected, const void **data);
+int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name,
+                 Py_ssize_t expected, const void **data);
 int batch_rows_read(struct batch_arguments *a, const struct model *model, PyObject **in);
 int batch_inputs_read(struct batch_arguments *a, const struct model *model, PyObject *object);
 int batch_places_check(const struct batch_arguments *a);
-int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list, PyObject *dict, struct run_capture **captures,
-                        uint32_t *n_captures);
+int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list,
+                        PyObject *dict, struct run_capture **captures, uint32_t *n_captures);
 /* Cache and Edits of this model (None for no edits), else -1 with TypeError. */
-int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache, PyObject *edits);
+int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache,
+                      PyObject *edits);
 void batch_release(struct batch_arguments *a);
 
 /* model_facts.c */
@@ -160,11 +176,13 @@ int arrays_import(void);
 PyObject *array_zeros(int n_dims, const Py_ssize_t *dims, float **data);
 PyObject *array_zeros_double(int n_dims, const Py_ssize_t *dims, double **data);
 PyObject *array_zeros_int(int n_dims, const Py_ssize_t *dims, int32_t **data);
-/* Borrowed views of C-contiguous arrays with exactly this item type ('f' float32, 'i' int32, 'I' uint32, 'q' int64, 'B' uint8): a new
- * reference, or NULL with TypeError/ValueError set. */
-PyObject *array_view(PyObject *object, char type, const char *name, const void **data, Py_ssize_t *n);
+/* Borrowed views of C-contiguous arrays with exactly this item type ('f' float32, 'i' int32, 'I'
+ * uint32, 'q' int64, 'B' uint8): a new reference, or NULL with TypeError/ValueError set. */
+PyObject *array_view(PyObject *object, char type, const char *name, const void **data,
+                     Py_ssize_t *n);
 int array_is(PyObject *object, char type); /* an array with this item type? */
-/* A new C-contiguous copy with the items cast to `type` (as above, or 'd' float64); *data is its memory. */
+/* A new C-contiguous copy with the items cast to `type` (as above, or 'd' float64);
+ * *data is its memory. */
 PyObject *array_copy(PyObject *array, char type, void **data);
 Py_ssize_t array_dim(PyObject *array, int axis); /* -1 if there is no such axis */
 

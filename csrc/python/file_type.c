@@ -24,5 +24,13 @@ static void file_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-static PyType_Slot file_slots[] = {{Py_tp_new, file_new}, {Py_tp_dealloc, file_dealloc}, {Py_tp_doc, "MappedFile(path): a file mapped read-only."}, {0, NULL}};
-PyType_Spec file_spec = {.name = "vksteer._engine.MappedFile", .basicsize = sizeof(struct file_object), .flags = Py_TPFLAGS_DEFAULT, .slots = file_slots};
+static PyType_Slot file_slots[] = {{Py_tp_new, file_new},
+                                   {Py_tp_dealloc, file_dealloc},
+                                   {Py_tp_doc, "MappedFile(path): a file mapped read-only."},
+                                   {0, NULL}};
+PyType_Spec file_spec = {
+    .name = "vksteer._engine.MappedFile",
+    .basicsize = sizeof(struct file_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = file_slots,
+};

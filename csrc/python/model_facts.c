@@ -28,20 +28,32 @@ static int fact_list(PyObject *facts, const char *name, uint32_t *out, uint32_t 
 }
 
 int model_facts_read(PyObject *dict, struct model_facts *f) {
-    const struct { const char *name; uint32_t *to; } integers[] = {
-        {"n_layers", &f->n_layers}, {"d_model", &f->d_model}, {"n_heads", &f->n_heads}, {"n_kv_heads", &f->n_kv_heads}, {"d_head", &f->d_head},
-        {"d_mlp", &f->d_mlp}, {"d_vocab", &f->d_vocab}, {"n_ctx", &f->n_ctx}, {"act", &f->act}, {"weight_type", &f->weight_type}};
-    const struct { const char *name; float *to; } numbers[] = {
-        {"norm_eps", &f->norm_eps}, {"norm_offset", &f->norm_offset}, {"embed_scale", &f->embed_scale}, {"attn_scale", &f->attn_scale},
-        {"attn_softcap", &f->attn_softcap}, {"final_softcap", &f->final_softcap}};
-    const struct { const char *name; int *to; } flags[] = {
-        {"post_norms", &f->post_norms}, {"qk_norm", &f->qk_norm}, {"qkv_bias", &f->qkv_bias}, {"o_bias", &f->o_bias}, {"mlp_bias", &f->mlp_bias},
-        {"tied", &f->tied}};
+    const struct {
+        const char *name;
+        uint32_t *to;
+    } integers[] = {{"n_layers", &f->n_layers}, {"d_model", &f->d_model},
+                    {"n_heads", &f->n_heads},   {"n_kv_heads", &f->n_kv_heads},
+                    {"d_head", &f->d_head},     {"d_mlp", &f->d_mlp},
+                    {"d_vocab", &f->d_vocab},   {"n_ctx", &f->n_ctx},
+                    {"act", &f->act},           {"weight_type", &f->weight_type}};
+    const struct {
+        const char *name;
+        float *to;
+    } numbers[] = {{"norm_eps", &f->norm_eps},         {"norm_offset", &f->norm_offset},
+                   {"embed_scale", &f->embed_scale},   {"attn_scale", &f->attn_scale},
+                   {"attn_softcap", &f->attn_softcap}, {"final_softcap", &f->final_softcap}};
+    const struct {
+        const char *name;
+        int *to;
+    } flags[] = {{"post_norms", &f->post_norms}, {"qk_norm", &f->qk_norm},
+                 {"qkv_bias", &f->qkv_bias},     {"o_bias", &f->o_bias},
+                 {"mlp_bias", &f->mlp_bias},     {"tied", &f->tied}};
     for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++) {
         double value = fact(dict, integers[i].name);
         if (PyErr_Occurred())
             return -1;
-        *integers[i].to = value >= 0 && value < 4e9 ? (uint32_t)value : UINT32_MAX; /* out of range: refused by the check of facts */
+        /* out of range: refused by the check of facts */
+        *integers[i].to = value >= 0 && value < 4e9 ? (uint32_t)value : UINT32_MAX;
     }
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         *numbers[i].to = (float)fact(dict, numbers[i].name);
@@ -53,7 +65,8 @@ int model_facts_read(PyObject *dict, struct model_facts *f) {
         PyErr_Format(PyExc_ValueError, "%u layers are too many", f->n_layers);
         return -1;
     }
-    return fact_list(dict, "window", f->window, f->n_layers) || fact_list(dict, "rope_table", f->rope_table, f->n_layers);
+    return fact_list(dict, "window", f->window, f->n_layers) ||
+           fact_list(dict, "rope_table", f->rope_table, f->n_layers);
 }
 
 /* facts["rope"]: list of (list of d_head / 2 floats, factor). Fills malloc'ed tables. */

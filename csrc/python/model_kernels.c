@@ -1,4 +1,5 @@
-/* Model methods around the choice of matrix kernels: which are offered, how fast they are here, which one is in use. */
+/* Model methods around the choice of matrix kernels: which are offered, how fast they are here,
+ * which one is in use. */
 #include "engine.h"
 
 static struct ops *ops_of(PyObject *object) {
@@ -49,7 +50,8 @@ PyObject *model_get_families(PyObject *object, void *unused) {
     return list;
 }
 
-/* measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s) with the kernels in use and the model's weight type. */
+/* measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s) with the
+ * kernels in use and the model's weight type. */
 PyObject *model_measure_linear(PyObject *object, PyObject *args) {
     unsigned int m, n, k;
     int decode = 0, backward = 0, failed;
@@ -59,7 +61,8 @@ PyObject *model_measure_linear(PyObject *object, PyObject *args) {
     if (!ops || !PyArg_ParseTuple(args, "III|pp", &m, &n, &k, &decode, &backward))
         return NULL;
     if (m == 0 || n == 0 || k == 0 || m > 65536 || n > 1 << 20 || k > 65536)
-        return PyErr_Format(PyExc_ValueError, "a product of %u x %u by %u x %u is out of range", m, k, n, k);
+        return PyErr_Format(PyExc_ValueError, "a product of %u x %u by %u x %u is out of range", m,
+                            k, n, k);
     struct model_object *self = (struct model_object *)object;
     if (engine_begin(self, 0))
         return NULL;
@@ -108,7 +111,8 @@ PyObject *model_prepare(PyObject *object, PyObject *unused) {
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = op_kernels_prepare(ops, self->model->facts.weight_type, self->model->facts.n_heads / self->model->facts.n_kv_heads, &error);
+    failed = op_kernels_prepare(ops, self->model->facts.weight_type,
+                                self->model->facts.n_heads / self->model->facts.n_kv_heads, &error);
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);

@@ -21,13 +21,18 @@ PyObject *model_value_vectors(PyObject *object, PyObject *args) {
     if (engine_begin(self, 1) == 0) {
         const struct model_facts *f = &self->model->facts;
         if (n != (Py_ssize_t)f->d_model || first >= f->n_layers)
-            PyErr_Format(PyExc_ValueError, "a direction of %zd from layer %u on: the model has width %u and %u layers", n, first, f->d_model, f->n_layers);
+            PyErr_Format(
+                PyExc_ValueError,
+                "a direction of %zd from layer %u on: the model has width %u and %u layers", n,
+                first, f->d_model, f->n_layers);
         else
-            result = array_zeros(3, (Py_ssize_t[]){f->n_layers - first, f->n_heads, f->d_model}, &out);
+            result = array_zeros(3, (Py_ssize_t[]){f->n_layers - first, f->n_heads, f->d_model},
+                                 &out);
         if (!result) {
             engine_end(self);
         } else {
-            ENGINE_WORK(self, failed, ov_value_vectors(self->work, direction, first, post, out, &error));
+            ENGINE_WORK(self, failed,
+                        ov_value_vectors(self->work, direction, first, post, out, &error));
             if (failed) {
                 Py_CLEAR(result);
                 engine_fail(self, &error);
@@ -38,7 +43,8 @@ PyObject *model_value_vectors(PyObject *object, PyObject *args) {
     return result;
 }
 
-/* lens(vectors float32 [n, D], k, cosine=False) -> (values float32 [n, k], tokens float32 [n, k]) */
+/* lens(vectors float32 [n, D], k, cosine=False) -> (values float32 [n, k],
+ * tokens float32 [n, k]) */
 PyObject *model_lens(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     struct error error = {0};
@@ -55,7 +61,9 @@ PyObject *model_lens(PyObject *object, PyObject *args) {
     if (engine_begin(self, 1) == 0) {
         Py_ssize_t width = self->model->facts.d_model, rows = n / width;
         if (n % width || rows > 1 << 24 || lens.k == 0 || lens.k > TOPK_MAX) {
-            PyErr_Format(PyExc_ValueError, "%zd numbers as rows of %zd, the %u largest: at most %d and 2^24 rows", n, width, lens.k, TOPK_MAX);
+            PyErr_Format(PyExc_ValueError,
+                         "%zd numbers as rows of %zd, the %u largest: at most %d and 2^24 rows", n,
+                         width, lens.k, TOPK_MAX);
         } else {
             values = array_zeros(2, (Py_ssize_t[]){rows, lens.k}, &lens.values);
             indices = array_zeros(2, (Py_ssize_t[]){rows, lens.k}, &lens.indices);
@@ -92,7 +100,8 @@ PyObject *model_rows(PyObject *object, PyObject *args) {
     if (!model_matrix_find(self->model, name, layer, &rows, &columns))
         PyErr_Format(PyExc_KeyError, "no matrix %s in layer %d", name, layer);
     else if (first > rows || n > rows - first)
-        PyErr_Format(PyExc_ValueError, "rows %u to %u of %s, which has %u", first, first + n, name, rows);
+        PyErr_Format(PyExc_ValueError, "rows %u to %u of %s, which has %u", first, first + n, name,
+                     rows);
     else
         result = array_zeros(2, (Py_ssize_t[]){n, columns}, &out);
     if (!result) {

@@ -19,11 +19,13 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     int failed = 1;
     if ((PyObject *)Py_TYPE(device) != engine_state_of((PyObject *)self)->device_type) {
         PyErr_SetString(PyExc_TypeError, "device must be a Device");
-    } else if (f && model_facts_read(facts, f) == 0 && model_ropes_read(facts, f, tables, factors) == 0) {
+    } else if (f && model_facts_read(facts, f) == 0 &&
+               model_ropes_read(facts, f, tables, factors) == 0) {
         self->owner = (struct device_object *)Py_NewRef(device);
         engine_lock(self->owner);
         failed = gpu_device_check(self->owner->device, &error) ||
-                 model_create(&self->model, self->owner->device, f, (const double *const *)tables, factors, &error);
+                 model_create(&self->model, self->owner->device, f, (const double *const *)tables,
+                              factors, &error);
         engine_unlock(self->owner);
         if (failed)
             engine_raise((PyObject *)self, &error);
@@ -53,12 +55,15 @@ static PyObject *model_close(PyObject *object, PyObject *unused) {
     if (!self->model)
         Py_RETURN_NONE;
     engine_lock(self->owner);
-    int busy = self->owner->busy && self->owner->owner == getpid(); /* with the lock taken: in this very thread */
+    /* with the lock taken: in this very thread */
+    int busy = self->owner->busy && self->owner->owner == getpid();
     if (!busy)
         model_free(self);
     engine_unlock(self->owner);
     if (busy)
-        return PyErr_Format(PyExc_RuntimeError, "the device is inside a call of this thread: a signal handler cannot close the model");
+        return PyErr_Format(
+            PyExc_RuntimeError,
+            "the device is inside a call of this thread: a signal handler cannot close the model");
     Py_RETURN_NONE;
 }
 
@@ -81,12 +86,14 @@ static int model_check(struct model_object *self) {
     return -1;
 }
 
-/* --- loading -------------------------------------------------------------------------------------------------------------------------- */
+/* --- loading ---------------------------------------------------------------------------------- */
 
 #define SOURCES_MAX 4
 
-/* A source is (type, rows, columns, buffer) or (type, rows, columns, MappedFile, offset): type 0 float32, 1 bfloat16, 2 float16. */
-static int source_read(struct model_object *self, PyObject *item, struct weight_source *source, Py_buffer *view) {
+/* A source is (type, rows, columns, buffer) or (type, rows, columns, MappedFile, offset): type 0
+ * float32, 1 bfloat16, 2 float16. */
+static int source_read(struct model_object *self, PyObject *item, struct weight_source *source,
+                       Py_buffer *view) {
     unsigned int type, rows, columns;
     PyObject *data;
     unsigned long long offset = 0;
@@ -101,7 +108,8 @@ static int source_read(struct model_object *self, PyObject *item, struct weight_
     if ((PyObject *)Py_TYPE(data) == engine_state_of((PyObject *)self)->file_type) {
         struct error error = {0};
         const uint8_t *pointer;
-        if (mapped_file_range(&((struct file_object *)data)->file, offset, bytes, &pointer, &error)) {
+        if (mapped_file_range(&((struct file_object *)data)->file, offset, bytes, &pointer,
+                              &error)) {
             engine_raise((PyObject *)self, &error);
             return -1;
         }
@@ -112,7 +120,8 @@ static int source_read(struct model_object *self, PyObject *item, struct weight_
         return -1;
     source->data = view->buf;
     if ((uint64_t)view->len != bytes) {
-        PyErr_Format(PyExc_ValueError, "a tensor of %u x %u has %zd bytes, not %llu", rows, columns, view->len, (unsigned long long)bytes);
+        PyErr_Format(PyExc_ValueError, "a tensor of %u x %u has %zd bytes, not %llu", rows, columns,
+                     view->len, (unsigned long long)bytes);
         return -1;
     }
     return 0;
@@ -131,7 +140,8 @@ static PyObject *load(PyObject *object, PyObject *args, int vector) {
     struct weight_source sources[SOURCES_MAX];
     Py_buffer views[SOURCES_MAX] = {{0}};
     struct error error = {0};
-    while (read < n && source_read(self, PyList_GetItem(list, read), &sources[read], &views[read]) == 0)
+    while (read < n &&
+           source_read(self, PyList_GetItem(list, read), &sources[read], &views[read]) == 0)
         read++;
     if (read == n && engine_begin(self, 0) == 0) {
         Py_BEGIN_ALLOW_THREADS
@@ -164,7 +174,10 @@ static PyObject *model_finish(PyObject *object, PyObject *unused) {
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = model_load_finish(self->model, &error) || (!self->work && run_work_create(&self->work, self->model, run_chunk(self->model->ops.device), RUN_READBACK, &error));
+    failed = model_load_finish(self->model, &error) ||
+             (!self->work &&
+              run_work_create(&self->work, self->model, run_chunk(self->model->ops.device),
+                              RUN_READBACK, &error));
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);
@@ -177,11 +190,13 @@ static PyObject *model_plan(PyObject *object, PyObject *unused) {
         return NULL;
     const struct model_facts *f = &self->model->facts;
     uint32_t chunk = run_chunk(self->model->ops.device);
-    return Py_BuildValue("{s:K,s:K,s:K,s:I}", "weights", (unsigned long long)model_weight_bytes(f), "work", (unsigned long long)run_work_bytes(f, chunk, RUN_READBACK),
-                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1, 0), "chunk", chunk);
+    return Py_BuildValue("{s:K,s:K,s:K,s:I}", "weights", (unsigned long long)model_weight_bytes(f),
+                         "work", (unsigned long long)run_work_bytes(f, chunk, RUN_READBACK),
+                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1, 0), "chunk",
+                         chunk);
 }
 
-/* --- single weights ------------------------------------------------------------------------------------------------------------------- */
+/* --- single weights --------------------------------------------------------------------------- */
 
 static PyObject *model_apply(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
@@ -208,7 +223,8 @@ static PyObject *model_apply(PyObject *object, PyObject *args) {
         Py_CLEAR(result);
     } else if (result && dims[0]) {
         struct error error = {0};
-        ENGINE_WORK(self, failed, run_apply(self->work, name, layer, x, (uint32_t)dims[0], y, &error));
+        ENGINE_WORK(self, failed,
+                    run_apply(self->work, name, layer, x, (uint32_t)dims[0], y, &error));
         if (failed) {
             Py_CLEAR(result);
             engine_fail(self, &error);
@@ -246,18 +262,26 @@ static PyObject *model_vector(PyObject *object, PyObject *args) {
     return result;
 }
 
-/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column, n_out_rows, n_columns, n_keys, captures, logits, decode, edits,
- *         q_row, v_row, mlp_row, frozen, first_layer, inputs, stop_layer) -> (logits or None, {(site, layer): array}) */
+/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column,
+ *         n_out_rows, n_columns, n_keys, captures, logits, decode, edits, q_row, v_row, mlp_row,
+ *         frozen, first_layer, inputs, stop_layer) -> (logits or None, {(site, layer): array}) */
 static PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache", "tokens", "n_tokens", "start", "slot", "group", "edit_row", "out_row", "column", "key_column", "n_out_rows", "n_columns",
-                            "n_keys", "captures", "logits", "decode", "edits", "q_row", "v_row", "mlp_row", "frozen", "first_layer", "inputs", "stop_layer", NULL};
+    static char *names[] = {"cache",      "tokens",      "n_tokens", "start",      "slot",
+                            "group",      "edit_row",    "out_row",  "column",     "key_column",
+                            "n_out_rows", "n_columns",   "n_keys",   "captures",   "logits",
+                            "decode",     "edits",       "q_row",    "v_row",      "mlp_row",
+                            "frozen",     "first_layer", "inputs",   "stop_layer", NULL};
     struct model_object *self = (struct model_object *)object;
-    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL, *logits = NULL, *result = NULL;
+    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL,
+                     *logits = NULL, *result = NULL;
     unsigned int n_out_rows, n_columns, n_keys;
     int mode, failed = 1;
     struct batch_arguments a = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIOI", names, &cache, &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6],
-                                     &in[7], &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list, &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11], &in[12], &a.batch.first_layer, &inputs, &a.batch.stop_layer))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIOI", names, &cache,
+                                     &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6], &in[7],
+                                     &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list,
+                                     &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11],
+                                     &in[12], &a.batch.first_layer, &inputs, &a.batch.stop_layer))
         return NULL;
     if (batch_owners_read(&a, self, cache, edits))
         return NULL;
@@ -270,15 +294,18 @@ static PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywo
         return NULL;
     int begun = 1;
     captured = PyDict_New();
-    if (!captured || batch_rows_read(&a, self->model, in) || batch_places_check(&a) || batch_captures_read(self->model, &a, list, captured, &a.captures, &a.batch.n_captures))
+    if (!captured || batch_rows_read(&a, self->model, in) || batch_places_check(&a) ||
+        batch_captures_read(self->model, &a, list, captured, &a.captures, &a.batch.n_captures))
         goto done;
     a.batch.captures = a.captures;
     if (batch_inputs_read(&a, self->model, inputs))
         goto done;
     if (mode == RUN_LOGITS_ALL)
-        logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab}, &a.batch.logits);
+        logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab},
+                             &a.batch.logits);
     else if (mode == RUN_LOGITS_LAST)
-        logits = array_zeros(2, (Py_ssize_t[]){n_out_rows, self->model->facts.d_vocab}, &a.batch.logits);
+        logits = array_zeros(2, (Py_ssize_t[]){n_out_rows, self->model->facts.d_vocab},
+                             &a.batch.logits);
     else
         logits = Py_NewRef(Py_None);
     if (!logits)
@@ -301,33 +328,63 @@ done:
 static PyObject *model_get_dispatches(PyObject *object, void *unused) {
     (void)unused;
     struct model_object *self = (struct model_object *)object;
-    return model_check(self) ? NULL : PyLong_FromUnsignedLongLong(gpu_stream_dispatches(self->model->ops.stream));
+    return model_check(self)
+               ? NULL
+               : PyLong_FromUnsignedLongLong(gpu_stream_dispatches(self->model->ops.stream));
 }
 
 static PyMethodDef model_methods[] = {
-    {"load_matrix", model_load_matrix, METH_VARARGS, "load_matrix(name, layer, sources): stacks the sources' rows into one of the model's matrices."},
-    {"load_vector", model_load_vector, METH_VARARGS, "load_vector(name, layer, sources): a gain or a bias."},
-    {"finish", model_finish, METH_NOARGS, "finish(): checks that nothing is missing; the model can run from now on."},
-    {"plan", model_plan, METH_NOARGS, "plan() -> dict: bytes of weights, work memory, and of cache per token; tokens that one pass takes (chunk)."},
-    {"apply", model_apply, METH_VARARGS, "apply(matrix, layer, x float32 [n, columns]) -> float32 [n, rows]."},
-    {"vector", model_vector, METH_VARARGS, "vector(name, layer) -> float32: a gain with its offset, or a bias."},
-    {"rows", model_rows, METH_VARARGS, "rows(matrix, layer, first, n) -> float32 [n, columns]: weights as the device holds them."},
-    {"value_vectors", model_value_vectors, METH_VARARGS, "value_vectors(direction float32 [D], first_layer, post=True) -> float32 [n, H, D]; see csrc/analysis/ov.h."},
-    {"lens", model_lens, METH_VARARGS, "lens(vectors float32 [n, D], k, cosine=False) -> (values, tokens), float32 [n, k]; see csrc/analysis/ov.h."},
-    {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS, "forward(...): one batch; see csrc/run/run.h."},
-    {"measure_linear", model_measure_linear, METH_VARARGS, "measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s)."},
-    {"measure_read", model_measure_read, METH_VARARGS, "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
-    {"prepare", model_prepare, METH_NOARGS, "prepare(): compiles the kernels that this model will use, in parallel."},
+    {"load_matrix", model_load_matrix, METH_VARARGS,
+     "load_matrix(name, layer, sources): stacks the sources' rows into one of the model's "
+     "matrices."},
+    {"load_vector", model_load_vector, METH_VARARGS,
+     "load_vector(name, layer, sources): a gain or a bias."},
+    {"finish", model_finish, METH_NOARGS,
+     "finish(): checks that nothing is missing; the model can run from now on."},
+    {"plan", model_plan, METH_NOARGS,
+     "plan() -> dict: bytes of weights, work memory, and of cache per token; tokens that one pass "
+     "takes (chunk)."},
+    {"apply", model_apply, METH_VARARGS,
+     "apply(matrix, layer, x float32 [n, columns]) -> float32 [n, rows]."},
+    {"vector", model_vector, METH_VARARGS,
+     "vector(name, layer) -> float32: a gain with its offset, or a bias."},
+    {"rows", model_rows, METH_VARARGS,
+     "rows(matrix, layer, first, n) -> float32 [n, columns]: weights as the device holds them."},
+    {"value_vectors", model_value_vectors, METH_VARARGS,
+     "value_vectors(direction float32 [D], first_layer, post=True) -> float32 [n, H, D]; see "
+     "csrc/analysis/ov.h."},
+    {"lens", model_lens, METH_VARARGS,
+     "lens(vectors float32 [n, D], k, cosine=False) -> (values, tokens), float32 [n, k]; see "
+     "csrc/analysis/ov.h."},
+    {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS,
+     "forward(...): one batch; see csrc/run/run.h."},
+    {"measure_linear", model_measure_linear, METH_VARARGS,
+     "measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s)."},
+    {"measure_read", model_measure_read, METH_VARARGS,
+     "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
+    {"prepare", model_prepare, METH_NOARGS,
+     "prepare(): compiles the kernels that this model will use, in parallel."},
     {"close", model_close, METH_NOARGS, "close(): frees the device memory; legal twice."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef model_getset[] = {
-    {"kernels", model_get_family, model_set_family, "The matrix kernels in use: one of `families`.", NULL},
+    {"kernels", model_get_family, model_set_family, "The matrix kernels in use: one of `families`.",
+     NULL},
     {"families", model_get_families, NULL, "Matrix kernels that this device can run.", NULL},
-    {"dispatches", model_get_dispatches, NULL, "Dispatches recorded since the model was made.", NULL}, {NULL, NULL, NULL, NULL, NULL}};
+    {"dispatches", model_get_dispatches, NULL, "Dispatches recorded since the model was made.",
+     NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
 
-static PyType_Slot model_slots[] = {
-    {Py_tp_new, model_new}, {Py_tp_dealloc, model_dealloc}, {Py_tp_methods, model_methods}, {Py_tp_getset, model_getset},
-    {Py_tp_doc, "Model(device, facts): weights on a device."}, {0, NULL}};
-PyType_Spec model_spec = {.name = "vksteer._engine.Model", .basicsize = sizeof(struct model_object), .flags = Py_TPFLAGS_DEFAULT, .slots = model_slots};
+static PyType_Slot model_slots[] = {{Py_tp_new, model_new},
+                                    {Py_tp_dealloc, model_dealloc},
+                                    {Py_tp_methods, model_methods},
+                                    {Py_tp_getset, model_getset},
+                                    {Py_tp_doc, "Model(device, facts): weights on a device."},
+                                    {0, NULL}};
+PyType_Spec model_spec = {
+    .name = "vksteer._engine.Model",
+    .basicsize = sizeof(struct model_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = model_slots,
+};

@@ -1,18 +1,19 @@
-/* The extension module vksteer._engine: its types, functions and constants. Multi-phase, limited API, state per module. */
+/* The extension module vksteer._engine: its types, functions and constants. Multi-phase, limited
+ * API, state per module. */
 #include "engine.h"
 
-static struct engine_state *module_state(PyObject *module) {
-    return PyModule_GetState(module);
-}
+static struct engine_state *module_state(PyObject *module) { return PyModule_GetState(module); }
 
-static const char *const kind_names[] = {"width", "one", "query_heads", "kv_heads", "keys", "heads_width", "mlp", "post_one", "post_width"};
+static const char *const kind_names[] = {"width",       "one", "query_heads", "kv_heads",  "keys",
+                                         "heads_width", "mlp", "post_one",    "post_width"};
 
 static PyObject *engine_sites(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;
     PyObject *list = PyList_New(SITE_COUNT);
     for (int i = 0; list && i < SITE_COUNT; i++) {
-        PyObject *item = Py_BuildValue("(ssO)", site_name(i), kind_names[site_kind(i)], site_is_layered(i) ? Py_True : Py_False);
+        PyObject *item = Py_BuildValue("(ssO)", site_name(i), kind_names[site_kind(i)],
+                                       site_is_layered(i) ? Py_True : Py_False);
         if (!item) {
             Py_DECREF(list);
             return NULL;
@@ -28,7 +29,8 @@ static PyObject *engine_kernels(PyObject *module, PyObject *unused) {
     PyObject *list = PyList_New(KERNEL_COUNT);
     const struct gpu_kernel *kernels = op_kernels_get();
     for (int i = 0; list && i < KERNEL_COUNT; i++) {
-        PyObject *item = Py_BuildValue("(sy#n)", kernels[i].name, (const char *)kernels[i].spirv, (Py_ssize_t)kernels[i].spirv_bytes,
+        PyObject *item = Py_BuildValue("(sy#n)", kernels[i].name, (const char *)kernels[i].spirv,
+                                       (Py_ssize_t)kernels[i].spirv_bytes,
                                        (Py_ssize_t)kernels[i].params_bytes);
         if (!item) {
             Py_DECREF(list);
@@ -56,10 +58,14 @@ static int engine_exec(PyObject *module) {
     Py_DECREF(errors);
     if (!state->device_error || !state->model_error)
         return -1;
-    if (type_add(module, &device_spec, &state->device_type) || type_add(module, &file_spec, &state->file_type) ||
-        type_add(module, &model_spec, &state->model_type) || type_add(module, &cache_spec, &state->cache_type) ||
-        type_add(module, &edits_spec, &state->edits_type) || type_add(module, &bench_spec, &state->bench_type) ||
-        type_add(module, &tape_spec, &state->tape_type) || type_add(module, &attribution_spec, &state->attribution_type) ||
+    if (type_add(module, &device_spec, &state->device_type) ||
+        type_add(module, &file_spec, &state->file_type) ||
+        type_add(module, &model_spec, &state->model_type) ||
+        type_add(module, &cache_spec, &state->cache_type) ||
+        type_add(module, &edits_spec, &state->edits_type) ||
+        type_add(module, &bench_spec, &state->bench_type) ||
+        type_add(module, &tape_spec, &state->tape_type) ||
+        type_add(module, &attribution_spec, &state->attribution_type) ||
         type_add(module, &circuits_spec, &state->circuits_type))
         return -1;
     if (PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE))
@@ -100,14 +106,24 @@ static int engine_clear(PyObject *module) {
 }
 
 static PyMethodDef engine_methods[] = {
-    {"devices", engine_devices, METH_NOARGS, "devices() -> list of dicts: every Vulkan device of this machine; [] without a driver."},
-    {"sites", engine_sites, METH_NOARGS, "sites() -> list of (name, kind, layered) in the order of the forward pass."},
-    {"kernels", engine_kernels, METH_NOARGS, "kernels() -> list of (name, SPIR-V bytes, bytes of parameters)."},
-    {"tape_bytes", engine_tape_bytes, METH_VARARGS, "tape_bytes(model, capacity, first_layer, keep_inside) -> bytes of device memory that a Tape takes."},
+    {"devices", engine_devices, METH_NOARGS,
+     "devices() -> list of dicts: every Vulkan device of this machine; [] without a driver."},
+    {"sites", engine_sites, METH_NOARGS,
+     "sites() -> list of (name, kind, layered) in the order of the forward pass."},
+    {"kernels", engine_kernels, METH_NOARGS,
+     "kernels() -> list of (name, SPIR-V bytes, bytes of parameters)."},
+    {"tape_bytes", engine_tape_bytes, METH_VARARGS,
+     "tape_bytes(model, capacity, first_layer, keep_inside) -> bytes of device memory that a Tape "
+     "takes."},
     {"attribution_bytes", engine_attribution_bytes, METH_VARARGS,
-     "attribution_bytes(model, capacity, first_layer, n_slots, n_steps, normed, keep_inside) -> bytes of device memory that an Attribution takes."},
-    {"measure", engine_measure, METH_VARARGS, "measure(model, rows, n, request) -> (pairs, whole, None): metrics of normed final rows; see csrc/analysis/read_logits.h."},
-    {"ops", engine_ops, METH_NOARGS, "ops() -> list of (name, bytes of its argument block, [(field, kind, offset)]): what Bench.run takes."},
+     "attribution_bytes(model, capacity, first_layer, n_slots, n_steps, normed, keep_inside) -> "
+     "bytes of device memory that an Attribution takes."},
+    {"measure", engine_measure, METH_VARARGS,
+     "measure(model, rows, n, request) -> (pairs, whole, None): metrics of normed final rows; see "
+     "csrc/analysis/read_logits.h."},
+    {"ops", engine_ops, METH_NOARGS,
+     "ops() -> list of (name, bytes of its argument block, [(field, kind, offset)]): what "
+     "Bench.run takes."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -119,7 +135,8 @@ static PyModuleDef_Slot engine_slots[] = {
 static struct PyModuleDef engine_module = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "_engine",
-    .m_doc = "The C engine. Use it through vksteer; shapes and numbers are checked here, friendliness lives in Python.",
+    .m_doc = "The C engine. Use it through vksteer; shapes and numbers are checked here, "
+             "friendliness lives in Python.",
     .m_size = sizeof(struct engine_state),
     .m_methods = engine_methods,
     .m_slots = engine_slots,
@@ -127,6 +144,4 @@ static struct PyModuleDef engine_module = {
     .m_clear = engine_clear,
 };
 
-PyMODINIT_FUNC PyInit__engine(void) {
-    return PyModuleDef_Init(&engine_module);
-}
+PyMODINIT_FUNC PyInit__engine(void) { return PyModuleDef_Init(&engine_module); }

@@ -1,4 +1,5 @@
-/* Bench: one op at a time on the device and on its float64 twin, with NumPy arrays as memory. For the tests and `vksteer verify`. */
+/* Bench: one op at a time on the device and on its float64 twin, with NumPy arrays as memory. For
+ * the tests and `vksteer verify`. */
 #include "engine.h"
 
 #include <stdlib.h>
@@ -6,8 +7,10 @@
 
 #include "reference/calls.h"
 
-#define GUARD 4096           /* bytes before and after every buffer; a kernel that writes there is caught */
-#define GUARD_BYTE 0xff      /* as a float it is NaN, so that a kernel that reads there and uses it shows */
+/* bytes before and after every buffer; a kernel that writes there is caught */
+#define GUARD 4096
+/* as a float it is NaN, so that a kernel that reads there and uses it shows */
+#define GUARD_BYTE 0xff
 #define NUMBER_MAX (1u << 20) /* no honest test needs more, and a twin's loops end in time */
 
 struct bench_object {
@@ -21,15 +24,15 @@ struct bench_run {
     const struct op_call *call;
     void *device_block, *twin_block; /* the same arguments with either's addresses */
     struct twin_memory memory;
-    PyObject *arrays[TWIN_BUFFERS];  /* as they were given; held */
+    PyObject *arrays[TWIN_BUFFERS]; /* as they were given; held */
     const void *given[TWIN_BUFFERS];
-    float *returned[TWIN_BUFFERS];   /* of the arrays in `on_device`; NULL for words */
-    uint64_t offset[TWIN_BUFFERS];   /* in the arena */
-    uint64_t bytes;                  /* of the arena */
-    PyObject *on_device, *on_twin;   /* dicts of name -> array */
+    float *returned[TWIN_BUFFERS]; /* of the arrays in `on_device`; NULL for words */
+    uint64_t offset[TWIN_BUFFERS]; /* in the arena */
+    uint64_t bytes;                /* of the arena */
+    PyObject *on_device, *on_twin; /* dicts of name -> array */
 };
 
-/* --- arguments ----------------------------------------------------------------------------------------------------------------------- */
+/* --- arguments -------------------------------------------------------------------------------- */
 
 /* dict[name] = a copy of `array`; the dict owns it. */
 static int copy_add(PyObject *dict, PyObject *name, PyObject *array, char type, void **data) {
@@ -49,7 +52,8 @@ static int buffer_read(struct bench_run *run, PyObject *name, PyObject *array) {
     char type = array_is(array, 'I') ? 'I' : 'f';
     Py_ssize_t n;
     buffer->name = PyUnicode_AsUTF8AndSize(name, NULL);
-    run->arrays[i] = buffer->name ? array_view(array, type, buffer->name, &run->given[i], &n) : NULL;
+    run->arrays[i] = buffer->name ? array_view(array, type, buffer->name, &run->given[i], &n)
+                                  : NULL;
     if (!run->arrays[i])
         return -1;
     buffer->n = (uint64_t)n;
@@ -61,7 +65,8 @@ static int buffer_read(struct bench_run *run, PyObject *name, PyObject *array) {
         return 0;
     }
     void *doubles = NULL, *floats = NULL;
-    if (copy_add(run->on_twin, name, array, 'd', &doubles) || copy_add(run->on_device, name, array, 'f', &floats))
+    if (copy_add(run->on_twin, name, array, 'd', &doubles) ||
+        copy_add(run->on_device, name, array, 'f', &floats))
         return -1;
     buffer->floats = doubles;
     run->returned[i] = floats;
@@ -69,7 +74,8 @@ static int buffer_read(struct bench_run *run, PyObject *name, PyObject *array) {
 }
 
 /* "name" or ("name", first item) -> which buffer, which item. */
-static int address_read(const struct bench_run *run, const char *field, PyObject *value, uint32_t *buffer, uint64_t *item) {
+static int address_read(const struct bench_run *run, const char *field, PyObject *value,
+                        uint32_t *buffer, uint64_t *item) {
     PyObject *name = value;
     unsigned long long first = 0;
     if (PyTuple_Check(value) && !PyArg_ParseTuple(value, "UK", &name, &first))
@@ -87,8 +93,10 @@ static int address_read(const struct bench_run *run, const char *field, PyObject
     return -1;
 }
 
-static int field_write(struct bench_run *run, const struct op_field *field, PyObject *value, uint64_t arena) {
-    char *device = (char *)run->device_block + field->offset, *twin = (char *)run->twin_block + field->offset;
+static int field_write(struct bench_run *run, const struct op_field *field, PyObject *value,
+                       uint64_t arena) {
+    char *device = (char *)run->device_block + field->offset,
+         *twin = (char *)run->twin_block + field->offset;
     if (field->kind == FIELD_ADDRESS) {
         uint32_t buffer;
         uint64_t item;
@@ -96,7 +104,8 @@ static int field_write(struct bench_run *run, const struct op_field *field, PyOb
             return 0;
         if (address_read(run, field->name, value, &buffer, &item))
             return -1;
-        uint64_t on_device = arena + run->offset[buffer] + 4 * item, on_twin = twin_address(buffer, item);
+        uint64_t on_device = arena + run->offset[buffer] + 4 * item,
+                 on_twin = twin_address(buffer, item);
         memcpy(device, &on_device, 8);
         memcpy(twin, &on_twin, 8);
         return 0;
@@ -111,7 +120,8 @@ static int field_write(struct bench_run *run, const struct op_field *field, PyOb
         return 0;
     }
     if (!(number >= 0 && number <= NUMBER_MAX) || number != (double)(uint32_t)number) {
-        PyErr_Format(PyExc_ValueError, "%s: %R is not a whole number from 0 to %u", field->name, value, NUMBER_MAX);
+        PyErr_Format(PyExc_ValueError, "%s: %R is not a whole number from 0 to %u", field->name,
+                     value, NUMBER_MAX);
         return -1;
     }
     uint32_t u = (uint32_t)number;
@@ -134,21 +144,24 @@ static int block_fill(struct bench_run *run, PyObject *arguments, uint64_t arena
     return -1;
 }
 
-/* --- the run, without the GIL -------------------------------------------------------------------------------------------------------- */
+/* --- the run, without the GIL ----------------------------------------------------------------- */
 
 /* Every byte outside the buffers is still the guard's, and no word has changed. */
-static int arena_check(const struct bench_run *run, const unsigned char *arena, struct error *error) {
+static int arena_check(const struct bench_run *run, const unsigned char *arena,
+                       struct error *error) {
     uint64_t at = 0;
     for (uint32_t i = 0; i <= run->memory.n_buffers; i++) {
         uint64_t end = i < run->memory.n_buffers ? run->offset[i] : run->bytes;
         for (; at < end; at++)
             if (arena[at] != GUARD_BYTE)
-                return error_set(error, ERROR_DEVICE, "%s wrote outside its buffers, near %s", run->call->name,
-                                 run->memory.buffers[i ? i - 1 : 0].name);
+                return error_set(error, ERROR_DEVICE, "%s wrote outside its buffers, near %s",
+                                 run->call->name, run->memory.buffers[i ? i - 1 : 0].name);
         if (i == run->memory.n_buffers)
             break;
-        if (run->memory.buffers[i].words && memcmp(arena + at, run->given[i], 4 * run->memory.buffers[i].n))
-            return error_set(error, ERROR_DEVICE, "%s wrote into the words of %s", run->call->name, run->memory.buffers[i].name);
+        if (run->memory.buffers[i].words &&
+            memcmp(arena + at, run->given[i], 4 * run->memory.buffers[i].n))
+            return error_set(error, ERROR_DEVICE, "%s wrote into the words of %s", run->call->name,
+                             run->memory.buffers[i].name);
         at += 4 * run->memory.buffers[i].n;
     }
     return 0;
@@ -165,7 +178,8 @@ static int run_both(struct bench_object *self, struct bench_run *run, struct err
     memset(arena, GUARD_BYTE, run->bytes);
     for (uint32_t i = 0; i < run->memory.n_buffers; i++)
         memcpy(arena + run->offset[i], run->given[i], 4 * run->memory.buffers[i].n);
-    if (run->call->run(&self->ops, run->device_block, error) || gpu_stream_wait(self->ops.stream, error)) {
+    if (run->call->run(&self->ops, run->device_block, error) ||
+        gpu_stream_wait(self->ops.stream, error)) {
         gpu_stream_abandon(self->ops.stream);
         return -1;
     }
@@ -179,7 +193,8 @@ static int arena_grow(struct bench_object *self, uint64_t bytes, struct error *e
     if (self->arena && gpu_buffer_size(self->arena) >= bytes)
         return 0;
     gpu_buffer_destroy(self->arena);
-    return gpu_buffer_create(&self->arena, self->owner->device, bytes, GPU_READBACK, "op bench", error);
+    return gpu_buffer_create(&self->arena, self->owner->device, bytes, GPU_READBACK, "op bench",
+                             error);
 }
 
 static int run_read(struct bench_run *run, const char *name, PyObject *buffers) {
@@ -264,7 +279,9 @@ static PyObject *bench_families(PyObject *object, PyObject *unused) {
     struct bench_object *self = (struct bench_object *)object;
     PyObject *list = PyList_New(0);
     for (int i = 0; list && i < LINEAR_FAMILIES; i++) {
-        PyObject *item = op_linear_family_offered(&self->ops, i) ? Py_BuildValue("(is)", i, op_linear_family_name(i)) : Py_NewRef(Py_None);
+        PyObject *item = op_linear_family_offered(&self->ops, i)
+                             ? Py_BuildValue("(is)", i, op_linear_family_name(i))
+                             : Py_NewRef(Py_None);
         if (!item || (item != Py_None && PyList_Append(list, item)))
             Py_CLEAR(list);
         Py_XDECREF(item);
@@ -272,7 +289,7 @@ static PyObject *bench_families(PyObject *object, PyObject *unused) {
     return list;
 }
 
-/* --- the type ------------------------------------------------------------------------------------------------------------------------ */
+/* --- the type --------------------------------------------------------------------------------- */
 
 static PyObject *bench_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = {"device", NULL};
@@ -328,7 +345,9 @@ PyObject *engine_ops(PyObject *module, PyObject *unused) {
                 Py_CLEAR(fields);
             Py_XDECREF(item);
         }
-        PyObject *item = fields ? Py_BuildValue("(snN)", op_calls[i].name, (Py_ssize_t)op_calls[i].params_bytes, fields) : NULL;
+        PyObject *item = fields ? Py_BuildValue("(snN)", op_calls[i].name,
+                                                (Py_ssize_t)op_calls[i].params_bytes, fields)
+                                : NULL;
         if (!item || PyList_Append(list, item))
             Py_CLEAR(list);
         Py_XDECREF(item);
@@ -338,14 +357,29 @@ PyObject *engine_ops(PyObject *module, PyObject *unused) {
 
 static PyMethodDef bench_methods[] = {
     {"run", bench_run, METH_VARARGS,
-     "run(op, arguments, buffers) -> (device, twin)\n\nRuns one op on copies of `buffers` (name -> float32 or uint32 array) on the device, and its twin on\n"
-     "float64 copies. `arguments`: field -> number, or for an address a buffer's name or (name, first item); what is not named is 0 or absent.\n"
-     "Returns the float arrays as they are afterwards. An access outside its buffer is a ValueError before the device sees it."},
-    {"families", bench_families, METH_NOARGS, "families() -> list of (number, name): the matrix kernels that this device offers."},
-    {"self_test", bench_self_test, METH_VARARGS, "self_test(family, weight_type=-1): ValueError unless this family of matrix kernels may replace the baseline."},
+     "run(op, arguments, buffers) -> (device, twin)\n\nRuns one op on copies of `buffers` (name -> "
+     "float32 or uint32 array) on the device, and its twin on\n"
+     "float64 copies. `arguments`: field -> number, or for an address a buffer's name or (name, "
+     "first item); what is not named is 0 or absent.\n"
+     "Returns the float arrays as they are afterwards. An access outside its buffer is a "
+     "ValueError before the device sees it."},
+    {"families", bench_families, METH_NOARGS,
+     "families() -> list of (number, name): the matrix kernels that this device offers."},
+    {"self_test", bench_self_test, METH_VARARGS,
+     "self_test(family, weight_type=-1): ValueError unless this family of matrix kernels may "
+     "replace the baseline."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot bench_slots[] = {{Py_tp_new, bench_new}, {Py_tp_dealloc, bench_dealloc}, {Py_tp_methods, bench_methods},
-                                    {Py_tp_doc, "Bench(device): runs single ops and their float64 twins."}, {0, NULL}};
-PyType_Spec bench_spec = {.name = "vksteer._engine.Bench", .basicsize = sizeof(struct bench_object), .flags = Py_TPFLAGS_DEFAULT, .slots = bench_slots};
+static PyType_Slot bench_slots[] = {
+    {Py_tp_new, bench_new},
+    {Py_tp_dealloc, bench_dealloc},
+    {Py_tp_methods, bench_methods},
+    {Py_tp_doc, "Bench(device): runs single ops and their float64 twins."},
+    {0, NULL}};
+PyType_Spec bench_spec = {
+    .name = "vksteer._engine.Bench",
+    .basicsize = sizeof(struct bench_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = bench_slots,
+};

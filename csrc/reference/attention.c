@@ -9,20 +9,25 @@ int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv
     return memory->failed;
 }
 
-static void head_norm(struct twin_memory *memory, const struct rope_params *p, uint64_t base, uint64_t gain) {
+static void head_norm(struct twin_memory *memory, const struct rope_params *p, uint64_t base,
+                      uint64_t gain) {
     double sum = 0;
     for (uint32_t i = 0; i < p->d_head; i++)
         sum += *twin_float(memory, p->qkv, base + i) * *twin_float(memory, p->qkv, base + i);
     for (uint32_t i = 0; i < p->d_head; i++)
-        *twin_float(memory, p->qkv, base + i) *= *twin_float(memory, gain, i) / sqrt(sum / p->d_head + p->eps);
+        *twin_float(memory, p->qkv, base + i) *= *twin_float(memory, gain, i) /
+                                                 sqrt(sum / p->d_head + p->eps);
 }
 
 /* (a, b) = (x[i], x[i + dh/2]) turned by the angle of (position, i). */
-static void head_rotate(struct twin_memory *memory, const struct rope_params *p, uint64_t base, uint32_t pos) {
+static void head_rotate(struct twin_memory *memory, const struct rope_params *p, uint64_t base,
+                        uint32_t pos) {
     uint32_t half = p->d_head / 2;
     for (uint32_t i = 0; i < half; i++) {
-        double *a = twin_float(memory, p->qkv, base + i), *b = twin_float(memory, p->qkv, base + half + i), old_a = *a, old_b = *b;
-        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2), s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
+        double *a = twin_float(memory, p->qkv, base + i),
+               *b = twin_float(memory, p->qkv, base + half + i), old_a = *a, old_b = *b;
+        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
+               s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
         *a = old_a * c - old_b * s;
         *b = old_b * c + old_a * s;
     }
@@ -44,42 +49,57 @@ void twin_rope(struct twin_memory *memory, const struct rope_params *p, uint32_t
             if (p->flags & ROPE_STORE && !is_q)
                 for (uint32_t i = 0; i < p->d_head; i++)
                     *twin_float(memory, is_v ? p->v_cache : p->k_cache,
-                                token.slot * kv_width + (uint64_t)(h - p->n_heads - (is_v ? p->n_kv_heads : 0)) * p->d_head + i) =
-                        *twin_float(memory, p->qkv, base + i);
+                                token.slot * kv_width +
+                                    (uint64_t)(h - p->n_heads - (is_v ? p->n_kv_heads : 0)) *
+                                        p->d_head +
+                                    i) = *twin_float(memory, p->qkv, base + i);
         }
     }
 }
 
-struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles, uint32_t index, uint32_t first_token, uint32_t key_stride) {
-    struct query_tile tile = {.first = twin_word(memory, tiles, 2 * (uint64_t)index), .count = twin_word(memory, tiles, 2 * (uint64_t)index + 1)};
+struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles,
+                            uint32_t index, uint32_t first_token, uint32_t key_stride) {
+    struct query_tile tile = {
+        .first = twin_word(memory, tiles, 2 * (uint64_t)index),
+        .count = twin_word(memory, tiles, 2 * (uint64_t)index + 1),
+    };
     struct token_meta first = twin_token(memory, tokens, tile.first);
     if (tile.count == 0 || tile.count > OP_TILE || tile.first < first_token)
         twin_fail(memory, "tile %u: %u tokens from %u", index, tile.count, tile.first);
     for (uint32_t i = 0; i < tile.count && !memory->failed; i++) {
         struct token_meta token = twin_token(memory, tokens, (uint64_t)tile.first + i);
-        if (token.pos != first.pos + i || token.k_slot != first.k_slot || token.v_slot != first.v_slot || token.pos >= key_stride)
-            twin_fail(memory, "tile %u: token %u is not of the tile's row, or has more than %u keys", index, i, key_stride);
+        if (token.pos != first.pos + i || token.k_slot != first.k_slot ||
+            token.v_slot != first.v_slot || token.pos >= key_stride)
+            twin_fail(memory,
+                      "tile %u: token %u is not of the tile's row, or has more than %u keys", index,
+                      i, key_stride);
     }
     return tile;
 }
 
 /* Scores of query t and head h with the first `n_keys` keys. */
-static void query_scores(struct twin_memory *memory, const struct scores_params *p, uint32_t t, uint32_t h, uint32_t n_keys) {
+static void query_scores(struct twin_memory *memory, const struct scores_params *p, uint32_t t,
+                         uint32_t h, uint32_t n_keys) {
     struct token_meta token = twin_token(memory, p->tokens, t);
-    uint64_t kv_stride = (uint64_t)p->n_kv_heads * p->d_head, kv_head = (uint64_t)(h / (p->n_heads / p->n_kv_heads)) * p->d_head;
+    uint64_t kv_stride = (uint64_t)p->n_kv_heads * p->d_head,
+             kv_head = (uint64_t)(h / (p->n_heads / p->n_kv_heads)) * p->d_head;
     uint64_t q = (uint64_t)token.q_token * p->stride + (uint64_t)h * p->d_head;
     for (uint32_t j = 0; j < n_keys && !memory->failed; j++) {
         double score = 0;
         for (uint32_t d = 0; d < p->d_head; d++)
-            score += *twin_float(memory, p->qkv, q + d) * *twin_float(memory, p->k_cache, ((uint64_t)token.k_slot + j) * kv_stride + kv_head + d);
+            score += *twin_float(memory, p->qkv, q + d) *
+                     *twin_float(memory, p->k_cache,
+                                 ((uint64_t)token.k_slot + j) * kv_stride + kv_head + d);
         score *= p->scale;
         if (p->softcap != 0)
             score = p->softcap * tanh(score / p->softcap);
-        *twin_float(memory, p->scores, ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride + j) = score;
+        *twin_float(memory, p->scores,
+                    ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride + j) = score;
     }
 }
 
-static void query_softmax(struct twin_memory *memory, const struct softmax_params *p, uint32_t t, uint32_t h) {
+static void query_softmax(struct twin_memory *memory, const struct softmax_params *p, uint32_t t,
+                          uint32_t h) {
     uint32_t pos = twin_token(memory, p->tokens, t).pos, start = twin_window_start(pos, p->window);
     uint64_t row = ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride;
     double top = -INFINITY, sum = 0;
@@ -95,31 +115,39 @@ static void query_softmax(struct twin_memory *memory, const struct softmax_param
     }
 }
 
-static void query_mix(struct twin_memory *memory, const struct mix_params *p, uint32_t t, uint32_t h) {
+static void query_mix(struct twin_memory *memory, const struct mix_params *p, uint32_t t,
+                      uint32_t h) {
     struct token_meta token = twin_token(memory, p->tokens, t);
-    uint64_t kv_stride = (uint64_t)p->n_kv_heads * p->d_head, kv_head = (uint64_t)(h / (p->n_heads / p->n_kv_heads)) * p->d_head;
+    uint64_t kv_stride = (uint64_t)p->n_kv_heads * p->d_head,
+             kv_head = (uint64_t)(h / (p->n_heads / p->n_kv_heads)) * p->d_head;
     uint64_t row = ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride;
     for (uint32_t d = 0; d < p->d_head && !memory->failed; d++) {
         double sum = 0;
         for (uint32_t j = twin_window_start(token.pos, p->window); j <= token.pos; j++)
-            sum += *twin_float(memory, p->pattern, row + j) * *twin_float(memory, p->v_cache, ((uint64_t)token.v_slot + j) * kv_stride + kv_head + d);
+            sum += *twin_float(memory, p->pattern, row + j) *
+                   *twin_float(memory, p->v_cache,
+                               ((uint64_t)token.v_slot + j) * kv_stride + kv_head + d);
         *twin_float(memory, p->z, (uint64_t)t * p->z_stride + (uint64_t)h * p->d_head + d) = sum;
     }
 }
 
-/* Every key up to the tile's last position gets a score from every query of the tile; the softmax zeroes those a query must not see. */
+/* Every key up to the tile's last position gets a score from every query of the tile; the softmax
+ * zeroes those a query must not see. */
 void twin_attn_scores(struct twin_memory *memory, const struct scores_params *p, uint32_t n_tiles) {
     if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token, p->key_stride);
+        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token,
+                                           p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
-                query_scores(memory, p, tile.first + i, h, twin_token(memory, p->tokens, tile.first + tile.count - 1).pos + 1);
+                query_scores(memory, p, tile.first + i, h,
+                             twin_token(memory, p->tokens, tile.first + tile.count - 1).pos + 1);
     }
 }
 
-void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *p, uint32_t n_tokens) {
+void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *p,
+                       uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
             query_softmax(memory, p, p->first_token + t, h);
@@ -129,24 +157,53 @@ void twin_attn_mix(struct twin_memory *memory, const struct mix_params *p, uint3
     if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token, p->key_stride);
+        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token,
+                                           p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
                 query_mix(memory, p, tile.first + i, h);
     }
 }
 
-void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p, uint32_t n_tokens) {
+void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p,
+                      uint32_t n_tokens) {
     if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
-    struct scores_params scores = {.qkv = p->qkv, .k_cache = p->k_cache, .tokens = p->tokens, .scores = p->scores, .first_token = p->first_token,
-                                   .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .d_head = p->d_head, .stride = p->stride,
-                                   .key_stride = p->key_stride, .scale = p->scale, .softcap = p->softcap};
-    struct softmax_params softmax = {.scores = p->scores, .tokens = p->tokens, .first_token = p->first_token, .n_heads = p->n_heads,
-                                     .key_stride = p->key_stride, .window = p->window};
-    struct mix_params mix = {.pattern = p->scores, .v_cache = p->v_cache, .tokens = p->tokens, .z = p->z, .first_token = p->first_token,
-                             .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .d_head = p->d_head, .z_stride = p->z_stride,
-                             .key_stride = p->key_stride, .window = p->window};
+    struct scores_params scores = {
+        .qkv = p->qkv,
+        .k_cache = p->k_cache,
+        .tokens = p->tokens,
+        .scores = p->scores,
+        .first_token = p->first_token,
+        .n_heads = p->n_heads,
+        .n_kv_heads = p->n_kv_heads,
+        .d_head = p->d_head,
+        .stride = p->stride,
+        .key_stride = p->key_stride,
+        .scale = p->scale,
+        .softcap = p->softcap,
+    };
+    struct softmax_params softmax = {
+        .scores = p->scores,
+        .tokens = p->tokens,
+        .first_token = p->first_token,
+        .n_heads = p->n_heads,
+        .key_stride = p->key_stride,
+        .window = p->window,
+    };
+    struct mix_params mix = {
+        .pattern = p->scores,
+        .v_cache = p->v_cache,
+        .tokens = p->tokens,
+        .z = p->z,
+        .first_token = p->first_token,
+        .n_heads = p->n_heads,
+        .n_kv_heads = p->n_kv_heads,
+        .d_head = p->d_head,
+        .z_stride = p->z_stride,
+        .key_stride = p->key_stride,
+        .window = p->window,
+    };
     for (uint32_t t = p->first_token; t < p->first_token + n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++) {
             if (twin_token(memory, p->tokens, t).pos >= p->key_stride)
@@ -158,27 +215,33 @@ void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p,
         }
 }
 
-static void head_rotate_back(struct twin_memory *memory, const struct rope_bwd_params *p, uint64_t base, uint32_t pos) {
+static void head_rotate_back(struct twin_memory *memory, const struct rope_bwd_params *p,
+                             uint64_t base, uint32_t pos) {
     uint32_t half = p->d_head / 2;
     for (uint32_t i = 0; i < half; i++) {
-        double *a = twin_float(memory, p->dqkv, base + i), *b = twin_float(memory, p->dqkv, base + half + i), old_a = *a, old_b = *b;
-        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2), s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
+        double *a = twin_float(memory, p->dqkv, base + i),
+               *b = twin_float(memory, p->dqkv, base + half + i), old_a = *a, old_b = *b;
+        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
+               s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
         *a = old_a * c + old_b * s;
         *b = old_b * c - old_a * s;
     }
 }
 
-static void head_norm_back(struct twin_memory *memory, const struct rope_bwd_params *p, uint64_t base, uint64_t gain) {
+static void head_norm_back(struct twin_memory *memory, const struct rope_bwd_params *p,
+                           uint64_t base, uint64_t gain) {
     struct norm_slope slope = {0};
     double squares = 0;
     for (uint32_t i = 0; i < p->d_head; i++)
         squares += *twin_float(memory, p->qkv, base + i) * *twin_float(memory, p->qkv, base + i);
     slope.scale = sqrt(squares / p->d_head + p->eps);
     for (uint32_t i = 0; i < p->d_head; i++)
-        slope.along += *twin_float(memory, p->dqkv, base + i) * *twin_float(memory, gain, i) * *twin_float(memory, p->qkv, base + i) / slope.scale;
+        slope.along += *twin_float(memory, p->dqkv, base + i) * *twin_float(memory, gain, i) *
+                       *twin_float(memory, p->qkv, base + i) / slope.scale;
     for (uint32_t i = 0; i < p->d_head; i++) {
         double *d = twin_float(memory, p->dqkv, base + i);
-        *d = twin_norm_slope_at(&slope, *d * *twin_float(memory, gain, i), *twin_float(memory, p->qkv, base + i), p->d_head);
+        *d = twin_norm_slope_at(&slope, *d * *twin_float(memory, gain, i),
+                                *twin_float(memory, p->qkv, base + i), p->d_head);
     }
 }
 
@@ -195,16 +258,19 @@ void twin_rope_bwd(struct twin_memory *memory, const struct rope_bwd_params *p, 
         }
 }
 
-void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *p, uint32_t n_tokens) {
+void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *p,
+                           uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
-        uint32_t pos = twin_token(memory, p->tokens, (uint64_t)p->first_token + t).pos, start = twin_window_start(pos, p->window);
+        uint32_t pos = twin_token(memory, p->tokens, (uint64_t)p->first_token + t).pos,
+                 start = twin_window_start(pos, p->window);
         if (pos >= p->key_stride)
             twin_fail(memory, "token %u has more than %u keys", t, p->key_stride);
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++) {
             uint64_t row = ((uint64_t)t * p->n_heads + h) * p->key_stride;
             double mean = 0;
             for (uint32_t j = start; j <= pos; j++)
-                mean += *twin_float(memory, p->pattern, row + j) * *twin_float(memory, p->dpattern, row + j);
+                mean += *twin_float(memory, p->pattern, row + j) *
+                        *twin_float(memory, p->dpattern, row + j);
             for (uint32_t j = 0; j < p->key_stride && j < pos + OP_TILE; j++) {
                 double *d = twin_float(memory, p->dpattern, row + j);
                 if (j < start || j > pos) {
@@ -220,21 +286,28 @@ void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_
 }
 
 /* The sum of one key's column `d` of group g over the queries of its row that see it. */
-static double key_sum(struct twin_memory *memory, const struct mix_bwd_params *p, uint32_t key, uint32_t g, uint32_t d) {
+static double key_sum(struct twin_memory *memory, const struct mix_bwd_params *p, uint32_t key,
+                      uint32_t g, uint32_t d) {
     struct token_meta meta = twin_token(memory, p->tokens, key);
-    uint32_t group = p->n_heads / p->n_kv_heads, last = meta.row_end < p->last_token ? meta.row_end : p->last_token;
+    uint32_t group = p->n_heads / p->n_kv_heads,
+             last = meta.row_end < p->last_token ? meta.row_end : p->last_token;
     double sum = 0;
-    for (uint32_t t = key > p->first_token ? key : p->first_token; t < last && !memory->failed; t++) {
+    for (uint32_t t = key > p->first_token ? key : p->first_token; t < last && !memory->failed;
+         t++) {
         if (p->window && t - key >= p->window)
             break;
         for (uint32_t h = g * group; h < (g + 1) * group; h++)
-            sum += *twin_float(memory, p->a, ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride + meta.pos) *
-                   *twin_float(memory, p->y, (uint64_t)t * p->y_stride + (uint64_t)h * p->d_head + d);
+            sum += *twin_float(memory, p->a,
+                               ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride +
+                                   meta.pos) *
+                   *twin_float(memory, p->y,
+                               (uint64_t)t * p->y_stride + (uint64_t)h * p->d_head + d);
     }
     return sum;
 }
 
-void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *p, uint32_t n_tiles) {
+void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *p,
+                       uint32_t n_tiles) {
     if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
@@ -244,13 +317,17 @@ void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *
             twin_fail(memory, "tile %u: its row ends at %u", y, first.row_end);
         for (uint32_t t = tile.first; t < first.row_end && !memory->failed; t++) {
             struct token_meta token = twin_token(memory, p->tokens, t);
-            if (token.row != first.row || token.pos != first.pos + (t - tile.first) || token.pos >= p->key_stride)
-                twin_fail(memory, "tile %u: query %u is not of its row, or has more than %u keys", y, t, p->key_stride);
+            if (token.row != first.row || token.pos != first.pos + (t - tile.first) ||
+                token.pos >= p->key_stride)
+                twin_fail(memory, "tile %u: query %u is not of its row, or has more than %u keys",
+                          y, t, p->key_stride);
         }
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t g = 0; g < p->n_kv_heads && !memory->failed; g++)
                 for (uint32_t d = 0; d < p->d_head && !memory->failed; d++) {
-                    double *sum = twin_float(memory, p->sums, ((uint64_t)tile.first + i) * p->out_stride + (uint64_t)g * p->d_head + d);
+                    double *sum = twin_float(memory, p->sums,
+                                             ((uint64_t)tile.first + i) * p->out_stride +
+                                                 (uint64_t)g * p->d_head + d);
                     *sum = (p->add ? *sum : 0) + key_sum(memory, p, tile.first + i, g, d);
                 }
     }

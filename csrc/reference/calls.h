@@ -1,5 +1,6 @@
-/* Every op as data: what it is called, which numbers and addresses it takes, how it runs on the device and on its twin. One mechanism then
- * fills, runs and compares any of them (csrc/python/ops_type.c, tests/test_ops.py, `vksteer verify`). */
+/* Every op as data: what it is called, which numbers and addresses it takes, how it runs on the
+ * device and on its twin. One mechanism then fills, runs and compares any of them
+ * (csrc/python/ops_type.c, tests/test_ops.py, `vksteer verify`). */
 #ifndef VKSTEER_CALLS_H
 #define VKSTEER_CALLS_H
 
@@ -15,8 +16,9 @@ struct op_field {
 
 struct op_call {
     const char *name;
-    size_t bytes;        /* of its block, zero where nothing is said */
-    size_t params_bytes; /* of the argument block of params.h that it starts with, 0: it has none of its own */
+    size_t bytes; /* of its block, zero where nothing is said */
+    /* of the argument block of params.h that it starts with, 0: it has none of its own */
+    size_t params_bytes;
     const struct op_field *fields;
     int n_fields;
     int (*run)(struct ops *ops, const void *block, struct error *error);

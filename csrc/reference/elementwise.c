@@ -1,16 +1,17 @@
-/* Twins of what works element by element: the activation and its backward, edits, copies, the sum over heads. */
+/* Twins of what works element by element: the activation and its backward, edits,
+ * copies, the sum over heads. */
 #include <math.h>
 
 #include "reference/reference.h"
 
 double twin_activate(uint32_t act, double x) {
     switch (act) {
-    case ACT_SILU:
-        return x / (1 + exp(-x));
+    case ACT_SILU: return x / (1 + exp(-x));
     case ACT_GELU_TANH:
         return 0.5 * x * (1 + tanh(sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x)));
     default:
-        return 0.5 * x * erfc(-x * sqrt(0.5)); /* not 1 + erf, which loses the tail of a very negative x */
+        /* not 1 + erf, which loses the tail of a very negative x */
+        return 0.5 * x * erfc(-x * sqrt(0.5));
     }
 }
 
@@ -21,35 +22,46 @@ void twin_act(struct twin_memory *memory, const struct act_params *p, uint32_t n
         for (uint32_t i = 0; i < p->width; i++) {
             double gate = *twin_float(memory, p->gate_up, (uint64_t)t * p->in_stride + i);
             double up = *twin_float(memory, p->gate_up, (uint64_t)t * p->in_stride + p->width + i);
-            *twin_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = twin_activate(p->act, gate) * up;
+            *twin_float(memory, p->dst,
+                        (uint64_t)t * p->out_stride + i) = twin_activate(p->act, gate) * up;
         }
 }
 
 /* x[start : end] of one (token, head) with the operand at `operand`, which steps by p->step. */
-static void edit_one(struct twin_memory *memory, const struct edit_params *p, const struct edit_entry *entry, uint64_t x, uint64_t operand,
-                     uint32_t start, uint32_t end) {
+static void edit_one(struct twin_memory *memory, const struct edit_params *p,
+                     const struct edit_entry *entry, uint64_t x, uint64_t operand, uint32_t start,
+                     uint32_t end) {
     double factor = entry->coefficient;
     if (p->kind == EDIT_ADD_SCALED)
         factor /= *twin_float(memory, p->scale, entry->token);
     if (p->kind == EDIT_ABLATE) {
         double along = 0;
         for (uint32_t i = start; i < end; i++)
-            along += *twin_float(memory, p->x, x + i) * *twin_float(memory, p->operand, operand + (uint64_t)i * p->step);
+            along += *twin_float(memory, p->x, x + i) *
+                     *twin_float(memory, p->operand, operand + (uint64_t)i * p->step);
         factor = -along;
     }
     for (uint32_t i = start; i < end; i++) {
-        double *to = twin_float(memory, p->x, x + i), y = *twin_float(memory, p->operand, operand + (uint64_t)i * p->step);
+        double *to = twin_float(memory, p->x, x + i),
+               y = *twin_float(memory, p->operand, operand + (uint64_t)i * p->step);
         *to = p->kind == EDIT_SET ? y : p->kind == EDIT_SCALE ? *to * y : *to + factor * y;
     }
 }
 
-void twin_edit(struct twin_memory *memory, const struct edit_params *p, uint32_t n_entries, uint32_t n_heads) {
+void twin_edit(struct twin_memory *memory, const struct edit_params *p, uint32_t n_entries,
+               uint32_t n_heads) {
     if (p->kind > EDIT_ADD_SCALED)
         twin_fail(memory, "there is no edit %u", p->kind);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++) {
-        union { uint32_t bits; float value; } coefficient = {.bits = twin_word(memory, p->entries, 4 * (uint64_t)e + 2)};
-        struct edit_entry entry = {.token = twin_word(memory, p->entries, 4 * (uint64_t)e), .operand = twin_word(memory, p->entries, 4 * (uint64_t)e + 1),
-                                   .coefficient = coefficient.value};
+        union {
+            uint32_t bits;
+            float value;
+        } coefficient = {.bits = twin_word(memory, p->entries, 4 * (uint64_t)e + 2)};
+        struct edit_entry entry = {
+            .token = twin_word(memory, p->entries, 4 * (uint64_t)e),
+            .operand = twin_word(memory, p->entries, 4 * (uint64_t)e + 1),
+            .coefficient = coefficient.value,
+        };
         uint32_t start = 0, end = p->width;
         if (p->flags & EDIT_KEYS) { /* only the keys that this query sees */
             uint32_t seen = twin_token(memory, p->tokens, entry.token).pos + 1;
@@ -57,14 +69,18 @@ void twin_edit(struct twin_memory *memory, const struct edit_params *p, uint32_t
             start = p->window && end > p->window ? end - p->window : 0;
         }
         for (uint32_t h = 0; h < n_heads && !memory->failed; h++)
-            edit_one(memory, p, &entry, (uint64_t)entry.token * p->token_stride + (uint64_t)twin_word(memory, p->heads, h) * p->head_stride,
+            edit_one(memory, p, &entry,
+                     (uint64_t)entry.token * p->token_stride +
+                         (uint64_t)twin_word(memory, p->heads, h) * p->head_stride,
                      entry.operand + (uint64_t)h * p->head_step, start, end);
     }
 }
 
 void twin_copy(struct twin_memory *memory, const struct copy_params *p) {
     for (uint32_t r = 0; r < p->n_rows && !memory->failed; r++) {
-        uint64_t from = (uint64_t)(p->flags & COPY_ROWS ? twin_word(memory, p->rows, r) : r) * p->x_stride, to = (uint64_t)r * p->out_stride;
+        uint64_t from = (uint64_t)(p->flags & COPY_ROWS ? twin_word(memory, p->rows, r) : r) *
+                        p->x_stride,
+                 to = (uint64_t)r * p->out_stride;
         for (uint32_t i = 0; i < p->width; i++) {
             double add = p->flags & COPY_ADD ? *twin_float(memory, p->add, to + i) : 0;
             *twin_float(memory, p->dst, to + i) = *twin_float(memory, p->x, from + i) + add;
@@ -72,12 +88,14 @@ void twin_copy(struct twin_memory *memory, const struct copy_params *p) {
     }
 }
 
-void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *p, uint32_t n_tokens) {
+void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *p,
+                    uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
             double sum = p->has_bias ? *twin_float(memory, p->bias, i) : 0;
             for (uint32_t h = 0; h < p->n_heads; h++)
-                sum += *twin_float(memory, p->x, ((uint64_t)t * p->n_heads + h) * p->head_stride + i);
+                sum += *twin_float(memory, p->x,
+                                   ((uint64_t)t * p->n_heads + h) * p->head_stride + i);
             *twin_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = sum;
         }
 }
@@ -89,9 +107,11 @@ static void activate(uint32_t act, double x, double *value, double *slope) {
         *value = x * s;
         *slope = s + x * s * (1 - s);
     } else if (act == ACT_GELU_TANH) {
-        double c = sqrt(2 / pi), t = tanh(c * (x + 0.044715 * x * x * x)), e = cosh(c * (x + 0.044715 * x * x * x));
+        double c = sqrt(2 / pi), t = tanh(c * (x + 0.044715 * x * x * x)),
+               e = cosh(c * (x + 0.044715 * x * x * x));
         *value = 0.5 * x * (1 + t);
-        *slope = 0.5 * (1 + t) + (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
+        *slope = 0.5 * (1 + t) +
+                 (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
     } else {
         *value = 0.5 * x * erfc(-x * sqrt(0.5));
         *slope = 0.5 * erfc(-x * sqrt(0.5)) + x * exp(-x * x / 2) / sqrt(2 * pi);
@@ -106,7 +126,8 @@ void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *p, ui
             uint64_t gate = (uint64_t)t * p->in_stride + i, up = gate + p->width;
             double d = *twin_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), value, slope;
             activate(p->act, *twin_float(memory, p->gate_up, gate), &value, &slope);
-            *twin_float(memory, p->dgate_up, gate) = d * *twin_float(memory, p->gate_up, up) * slope;
+            *twin_float(memory, p->dgate_up, gate) = d * *twin_float(memory, p->gate_up, up) *
+                                                     slope;
             *twin_float(memory, p->dgate_up, up) = d * value;
         }
 }

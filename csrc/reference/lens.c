@@ -5,16 +5,21 @@
 #include "reference/reference.h"
 
 /* dst[h, n] = gain[n] * sum_i x[h / group, i] W[n, h * d_head + i] */
-void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix, const struct op_head_out_args *args) {
-    if (args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads || (uint64_t)args->n_heads * args->d_head != matrix->k)
-        twin_fail(memory, "%u heads of %u over %u do not make %u inputs", args->n_heads, args->d_head, args->n_kv_heads, matrix->k);
+void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix,
+                   const struct op_head_out_args *args) {
+    if (args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads ||
+        (uint64_t)args->n_heads * args->d_head != matrix->k)
+        twin_fail(memory, "%u heads of %u over %u do not make %u inputs", args->n_heads,
+                  args->d_head, args->n_kv_heads, matrix->k);
     for (uint32_t h = 0; h < args->n_heads && !memory->failed; h++)
         for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
             uint64_t from = (uint64_t)(h / (args->n_heads / args->n_kv_heads)) * args->d_head;
             double sum = 0;
             for (uint32_t i = 0; i < args->d_head; i++)
-                sum += *twin_float(memory, args->x, from + i) * twin_weight(memory, matrix, n, h * args->d_head + i);
-            *twin_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) = args->gain ? sum * *twin_float(memory, args->gain, n) : sum;
+                sum += *twin_float(memory, args->x, from + i) *
+                       twin_weight(memory, matrix, n, h * args->d_head + i);
+            *twin_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) =
+                args->gain ? sum * *twin_float(memory, args->gain, n) : sum;
         }
 }
 
@@ -30,8 +35,10 @@ void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, 
     }
 }
 
-/* Where a value goes that is to stand behind all that are not smaller; k: it is too small for the list. */
-static uint32_t topk_place(struct twin_memory *memory, const struct topk_params *p, uint64_t list, double value) {
+/* Where a value goes that is to stand behind all that are not smaller; k: it is
+ * too small for the list. */
+static uint32_t topk_place(struct twin_memory *memory, const struct topk_params *p, uint64_t list,
+                           double value) {
     uint32_t place = p->k;
     while (place > 0 && *twin_float(memory, p->values, list + place - 1) < value)
         place--;
@@ -39,8 +46,10 @@ static uint32_t topk_place(struct twin_memory *memory, const struct topk_params 
 }
 
 void twin_topk(struct twin_memory *memory, const struct topk_params *p) {
-    if (p->k == 0 || p->k > TOPK_MAX || p->x_stride < p->n_columns || (uint64_t)p->first + p->n_columns > 1u << 24)
-        twin_fail(memory, "no list of the %u largest of columns %u to %u", p->k, p->first, p->first + p->n_columns);
+    if (p->k == 0 || p->k > TOPK_MAX || p->x_stride < p->n_columns ||
+        (uint64_t)p->first + p->n_columns > 1u << 24)
+        twin_fail(memory, "no list of the %u largest of columns %u to %u", p->k, p->first,
+                  p->first + p->n_columns);
     for (uint32_t r = 0; r < p->n_rows && !memory->failed; r++) {
         uint64_t list = (uint64_t)r * p->k;
         for (uint32_t j = 0; j < p->k && p->flags & TOPK_BEGIN; j++) {
@@ -48,11 +57,14 @@ void twin_topk(struct twin_memory *memory, const struct topk_params *p) {
             *twin_float(memory, p->indices, list + j) = 0;
         }
         for (uint32_t c = 0; c < p->n_columns && !memory->failed; c++) {
-            double value = *twin_float(memory, p->x, (uint64_t)r * p->x_stride + c) * (p->flags & TOPK_SCALED ? *twin_float(memory, p->factor, c) : 1);
+            double value = *twin_float(memory, p->x, (uint64_t)r * p->x_stride + c) *
+                           (p->flags & TOPK_SCALED ? *twin_float(memory, p->factor, c) : 1);
             uint32_t place = topk_place(memory, p, list, value);
             for (uint32_t j = p->k; j-- > place + 1;) {
-                *twin_float(memory, p->values, list + j) = *twin_float(memory, p->values, list + j - 1);
-                *twin_float(memory, p->indices, list + j) = *twin_float(memory, p->indices, list + j - 1);
+                *twin_float(memory, p->values, list + j) = *twin_float(memory, p->values,
+                                                                       list + j - 1);
+                *twin_float(memory, p->indices, list + j) = *twin_float(memory, p->indices,
+                                                                        list + j - 1);
             }
             if (place < p->k) {
                 *twin_float(memory, p->values, list + place) = value;

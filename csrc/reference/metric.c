@@ -18,7 +18,8 @@ void twin_pair_grad(struct twin_memory *memory, const struct pair_grad_params *p
         for (uint32_t i = 0; i < 2; i++) {
             double sum = 0;
             for (uint32_t d = 0; d < p->width; d++)
-                sum += *twin_float(memory, p->normed, (uint64_t)r * p->stride + d) * *twin_float(memory, p->rows, (2 * (uint64_t)r + i) * p->stride + d);
+                sum += *twin_float(memory, p->normed, (uint64_t)r * p->stride + d) *
+                       *twin_float(memory, p->rows, (2 * (uint64_t)r + i) * p->stride + d);
             sum = cap(sum, p->softcap);
             *twin_float(memory, p->logits, 2 * (uint64_t)r + i) = sum;
             slope[i] = cap_slope(sum, p->softcap) * *twin_float(memory, p->weights, r);
@@ -31,7 +32,8 @@ void twin_pair_grad(struct twin_memory *memory, const struct pair_grad_params *p
 }
 
 /* log sum exp of a row of logits, capped. */
-static double log_sum(struct twin_memory *memory, const struct logit_grad_params *p, uint64_t logits, double softcap, uint64_t row) {
+static double log_sum(struct twin_memory *memory, const struct logit_grad_params *p,
+                      uint64_t logits, double softcap, uint64_t row) {
     double top = -INFINITY, sum = 0;
     for (uint32_t i = 0; i < p->width; i++)
         top = fmax(top, cap(*twin_float(memory, logits, row + i), softcap));
@@ -40,12 +42,14 @@ static double log_sum(struct twin_memory *memory, const struct logit_grad_params
     return top + log(sum);
 }
 
-void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params *p, uint32_t n_rows) {
+void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params *p,
+                     uint32_t n_rows) {
     if (p->kind > LOGIT_GRAD_DIRECTIONAL_KL)
         twin_fail(memory, "there is no scalar %u of the logits", p->kind);
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
         uint64_t row = (uint64_t)r * p->stride;
-        double value = 0, weight = *twin_float(memory, p->weights, r), own = log_sum(memory, p, p->logits, p->softcap, row), of_reference = 0, of_other = 0;
+        double value = 0, weight = *twin_float(memory, p->weights, r),
+               own = log_sum(memory, p, p->logits, p->softcap, row), of_reference = 0, of_other = 0;
         uint32_t target = 0;
         if (p->kind == LOGIT_GRAD_LOG_PROB)
             target = twin_word(memory, p->targets, r);
@@ -64,10 +68,15 @@ void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params 
                 d = (i == target) - exp(log_p);
                 value += i == target ? log_p : 0;
             } else {
-                double log_reference = cap(*twin_float(memory, p->reference, row + i), p->reference_softcap) - of_reference;
-                double kl = exp(log_reference) * (log_reference - log_p), dkl = exp(log_p) - exp(log_reference);
+                double log_reference = cap(*twin_float(memory, p->reference, row + i),
+                                           p->reference_softcap) -
+                                       of_reference;
+                double kl = exp(log_reference) * (log_reference - log_p),
+                       dkl = exp(log_p) - exp(log_reference);
                 if (p->kind == LOGIT_GRAD_DIRECTIONAL_KL) {
-                    double log_other = cap(*twin_float(memory, p->other, row + i), p->reference_softcap) - of_other;
+                    double log_other = cap(*twin_float(memory, p->other, row + i),
+                                           p->reference_softcap) -
+                                       of_other;
                     kl = exp(log_other) * (log_other - log_p) - kl;
                     dkl = exp(log_p) - exp(log_other) - dkl;
                 }

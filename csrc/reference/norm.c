@@ -5,7 +5,9 @@
 
 void twin_norm(struct twin_memory *memory, const struct norm_params *p, uint32_t n_rows) {
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
-        uint64_t from = (uint64_t)(p->flags & NORM_ROWS ? twin_word(memory, p->rows, r) : r) * p->stride, to = (uint64_t)r * p->stride;
+        uint64_t from = (uint64_t)(p->flags & NORM_ROWS ? twin_word(memory, p->rows, r) : r) *
+                        p->stride,
+                 to = (uint64_t)r * p->stride;
         double scale;
         if (p->flags & NORM_READ_NORMALIZED) {
             scale = 1; /* x is normalised already */
@@ -39,14 +41,17 @@ double twin_norm_slope_at(const struct norm_slope *slope, double dn, double x, u
 void twin_norm_bwd(struct twin_memory *memory, const struct norm_bwd_params *p, uint32_t n_rows) {
     int has_gain = !(p->flags & NORM_BWD_NORMALIZED);
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
-        uint64_t from = (uint64_t)(p->flags & NORM_BWD_ROWS ? twin_word(memory, p->rows, r) : r) * p->stride, at = (uint64_t)r * p->stride;
+        uint64_t from = (uint64_t)(p->flags & NORM_BWD_ROWS ? twin_word(memory, p->rows, r) : r) *
+                        p->stride,
+                 at = (uint64_t)r * p->stride;
         struct norm_slope slope = {0};
         double squares = 0;
         for (uint32_t i = 0; i < p->width; i++)
             squares += *twin_float(memory, p->x, from + i) * *twin_float(memory, p->x, from + i);
         slope.scale = sqrt(squares / p->width + p->eps);
         for (uint32_t i = 0; i < p->width; i++) {
-            double dn = *twin_float(memory, p->dy, at + i) * (has_gain ? *twin_float(memory, p->gain, i) : 1);
+            double dn = *twin_float(memory, p->dy, at + i) *
+                        (has_gain ? *twin_float(memory, p->gain, i) : 1);
             slope.along += dn * *twin_float(memory, p->x, from + i) / slope.scale;
             if (p->flags & NORM_BWD_WRITE_NORMALIZED)
                 *twin_float(memory, p->dnormalized, at + i) = dn;
@@ -54,9 +59,12 @@ void twin_norm_bwd(struct twin_memory *memory, const struct norm_bwd_params *p, 
         if (p->flags & NORM_BWD_WRITE_SCALE)
             *twin_float(memory, p->dscale, r) = -slope.along / slope.scale;
         for (uint32_t i = 0; i < p->width && !(p->flags & NORM_BWD_NO_OUT); i++) {
-            double dn = *twin_float(memory, p->dy, at + i) * (has_gain ? *twin_float(memory, p->gain, i) : 1);
-            double dx = twin_norm_slope_at(&slope, dn, *twin_float(memory, p->x, from + i), p->width);
-            *twin_float(memory, p->dx, at + i) = dx + (p->flags & NORM_BWD_ADD ? *twin_float(memory, p->add, at + i) : 0);
+            double dn = *twin_float(memory, p->dy, at + i) *
+                        (has_gain ? *twin_float(memory, p->gain, i) : 1);
+            double dx = twin_norm_slope_at(&slope, dn, *twin_float(memory, p->x, from + i),
+                                           p->width);
+            *twin_float(memory, p->dx, at + i) =
+                dx + (p->flags & NORM_BWD_ADD ? *twin_float(memory, p->add, at + i) : 0);
         }
     }
 }

@@ -4,42 +4,65 @@
 
 #include "run/work.h"
 
-static int batch_check(const struct run_work *work, const struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+static int batch_check(const struct run_work *work, const struct run_cache *cache,
+                       const struct run_batch *batch, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     uint64_t at = 0;
     if (batch->first_layer >= f->n_layers || (batch->first_layer && !batch->inputs))
-        return error_set(error, ERROR_VALUE, "resuming at layer %u of %u needs the residual stream there", batch->first_layer, f->n_layers);
+        return error_set(error, ERROR_VALUE,
+                         "resuming at layer %u of %u needs the residual stream there",
+                         batch->first_layer, f->n_layers);
     if (batch->first_layer < cache->first_layer)
-        return error_set(error, ERROR_VALUE, "a batch from layer %u with a cache that begins at layer %u", batch->first_layer, cache->first_layer);
-    if (batch->stop_layer && (batch->stop_layer <= batch->first_layer || batch->stop_layer > f->n_layers))
-        return error_set(error, ERROR_VALUE, "a run of layers %u to %u of %u", batch->first_layer, batch->stop_layer, f->n_layers);
+        return error_set(error, ERROR_VALUE,
+                         "a batch from layer %u with a cache that begins at layer %u",
+                         batch->first_layer, cache->first_layer);
+    if (batch->stop_layer &&
+        (batch->stop_layer <= batch->first_layer || batch->stop_layer > f->n_layers))
+        return error_set(error, ERROR_VALUE, "a run of layers %u to %u of %u", batch->first_layer,
+                         batch->stop_layer, f->n_layers);
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
         if (end > f->n_ctx)
-            return error_set(error, ERROR_VALUE, "row %u has %llu tokens, the model's context holds %u: shorten the prompt or generate fewer tokens", r,
-                             (unsigned long long)end, f->n_ctx);
+            return error_set(error, ERROR_VALUE,
+                             "row %u has %llu tokens, the model's context holds %u: shorten the "
+                             "prompt or generate fewer tokens",
+                             r, (unsigned long long)end, f->n_ctx);
         if (batch->slot[r] + end > cache->n_slots)
-            return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r, (unsigned long long)end, cache->n_slots - batch->slot[r]);
+            return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r,
+                             (unsigned long long)end, cache->n_slots - batch->slot[r]);
         for (uint32_t i = 0; i < batch->n_tokens[r]; i++, at++)
             if (batch->tokens[at] >= f->d_vocab)
-                return error_set(error, ERROR_VALUE, "row %u, position %u: token %u is not in the vocabulary of %u", r, batch->start[r] + i,
-                                 batch->tokens[at], f->d_vocab);
+                return error_set(error, ERROR_VALUE,
+                                 "row %u, position %u: token %u is not in the vocabulary of %u", r,
+                                 batch->start[r] + i, batch->tokens[at], f->d_vocab);
         if (r && batch->group[r] == batch->group[r - 1] &&
-            (batch->n_tokens[r] != batch->n_tokens[r - 1] || batch->start[r] != batch->start[r - 1]))
-            return error_set(error, ERROR_VALUE, "rows %u and %u advance together but differ in length", r - 1, r);
+            (batch->n_tokens[r] != batch->n_tokens[r - 1] ||
+             batch->start[r] != batch->start[r - 1]))
+            return error_set(error, ERROR_VALUE,
+                             "rows %u and %u advance together but differ in length", r - 1, r);
     }
     return 0;
 }
 
 /* Appends tokens [from, from + n) of row r (counted from its new tokens) to the chunk. */
-static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uint32_t *tokens, uint32_t r, uint32_t from, uint32_t n) {
+static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uint32_t *tokens,
+                         uint32_t r, uint32_t from, uint32_t n) {
     const struct run_batch *batch = chunk->batch;
     uint32_t row_end = chunk->n_tokens + n;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t t = chunk->n_tokens++, pos = batch->start[r] + from + i;
-        meta[t] = (struct token_meta){.id = tokens[from + i], .pos = pos, .slot = batch->slot[r] + pos, .q_token = t, .k_slot = batch->slot[r],
-                                      .v_slot = batch->slot[r], .row = r, .row_end = row_end};
-        chunk->places[t] = (struct token_place){r, pos, (uint32_t)(tokens - batch->tokens) + from + i};
+        meta[t] = (struct token_meta){
+            .id = tokens[from + i],
+            .pos = pos,
+            .slot = batch->slot[r] + pos,
+            .q_token = t,
+            .k_slot = batch->slot[r],
+            .v_slot = batch->slot[r],
+            .row = r,
+            .row_end = row_end,
+        };
+        chunk->places[t] = (struct token_place){r, pos,
+                                                (uint32_t)(tokens - batch->tokens) + from + i};
         if (i % OP_TILE == 0)
             chunk->tile_list[chunk->n_tiles++] = (struct query_tile){t, 0};
         chunk->tile_list[chunk->n_tiles - 1].count++;
@@ -50,35 +73,44 @@ static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uin
     }
 }
 
-/* Where rows of a group lie in the chunk: the group's first row begins at `first`, each has n tokens. */
-static void freeze(const struct run_batch *batch, struct token_meta *meta, uint32_t *mlp_rows, uint32_t first, uint32_t first_row, uint32_t n_rows,
-                   uint32_t n) {
+/* Where rows of a group lie in the chunk: the group's first row begins at
+ * `first`, each has n tokens. */
+static void freeze(const struct run_batch *batch, struct token_meta *meta, uint32_t *mlp_rows,
+                   uint32_t first, uint32_t first_row, uint32_t n_rows, uint32_t n) {
     for (uint32_t r = first_row; r < first_row + n_rows; r++)
         for (uint32_t i = 0; i < n; i++) {
             struct token_meta *m = &meta[first + (r - first_row) * n + i];
             m->q_token = first + (batch->q_row[r] - first_row) * n + i;
             m->k_slot = batch->slot[batch->q_row[r]];
             m->v_slot = batch->slot[batch->v_row[r]];
-            mlp_rows[first + (r - first_row) * n + i] = first + (batch->mlp_row[r] - first_row) * n + i;
+            mlp_rows[first + (r - first_row) * n + i] = first +
+                                                        (batch->mlp_row[r] - first_row) * n + i;
         }
 }
 
-static int chunk_run(struct run_work *work, struct run_cache *cache, const struct token_meta *meta, const struct token_meta *frozen_meta,
-                     const uint32_t *mlp_rows, int mlp_frozen, struct error *error) {
+static int chunk_run(struct run_work *work, struct run_cache *cache, const struct token_meta *meta,
+                     const struct token_meta *frozen_meta, const uint32_t *mlp_rows, int mlp_frozen,
+                     struct error *error) {
     struct chunk *chunk = &work->chunk;
     if (work_upload(work, meta, chunk->n_tokens * sizeof *meta, &chunk->tokens, error) ||
-        work_upload(work, chunk->tile_list, chunk->n_tiles * sizeof *chunk->tile_list, &chunk->tiles, error) ||
-        (chunk->n_last && work_upload(work, chunk->last_tokens, chunk->n_last * sizeof *chunk->last_tokens, &chunk->last_rows, error)))
+        work_upload(work, chunk->tile_list, chunk->n_tiles * sizeof *chunk->tile_list,
+                    &chunk->tiles, error) ||
+        (chunk->n_last &&
+         work_upload(work, chunk->last_tokens, chunk->n_last * sizeof *chunk->last_tokens,
+                     &chunk->last_rows, error)))
         return -1;
     chunk->frozen_tokens = chunk->tokens;
     chunk->mlp_rows = 0;
-    if (chunk->batch->frozen && work_upload(work, frozen_meta, chunk->n_tokens * sizeof *meta, &chunk->frozen_tokens, error))
+    if (chunk->batch->frozen && work_upload(work, frozen_meta, chunk->n_tokens * sizeof *meta,
+                                            &chunk->frozen_tokens, error))
         return -1;
-    if (mlp_frozen && work_upload(work, mlp_rows, chunk->n_tokens * sizeof *mlp_rows, &chunk->mlp_rows, error))
+    if (mlp_frozen &&
+        work_upload(work, mlp_rows, chunk->n_tokens * sizeof *mlp_rows, &chunk->mlp_rows, error))
         return -1;
     if (run_layers(work, cache, error))
         return -1;
-    /* What was captured refers to this chunk's token list: hand it out before the next one is made. */
+    /* What was captured refers to this chunk's token list: hand it out before
+     * the next one is made. */
     if (work->n_pending)
         return work_readback_drain(work, error);
     return 0;
@@ -91,15 +123,18 @@ static uint32_t group_rows(const struct run_batch *batch, uint32_t first) {
     return n;
 }
 
-static int groups_check(const struct run_batch *batch, uint32_t capacity, int *mlp_frozen, struct error *error) {
+static int groups_check(const struct run_batch *batch, uint32_t capacity, int *mlp_frozen,
+                        struct error *error) {
     *mlp_frozen = 0;
     for (uint32_t r = 0, n; r < batch->n_rows; r += n) {
         n = group_rows(batch, r);
         if (n > 1 && n > capacity / OP_TILE)
-            return error_set(error, ERROR_VALUE, "%u rows in one group: at most %u", n, capacity / OP_TILE);
+            return error_set(error, ERROR_VALUE, "%u rows in one group: at most %u", n,
+                             capacity / OP_TILE);
         for (uint32_t i = r; batch->frozen && i < r + n; i++) {
             if (batch->q_row[i] - r >= n || batch->v_row[i] - r >= n || batch->mlp_row[i] - r >= n)
-                return error_set(error, ERROR_VALUE, "row %u is frozen to a row outside its group", i);
+                return error_set(error, ERROR_VALUE, "row %u is frozen to a row outside its group",
+                                 i);
             *mlp_frozen |= batch->mlp_row[i] != i;
         }
     }
@@ -112,8 +147,12 @@ struct lists {
 };
 
 static int lists_make(struct lists *lists, uint32_t capacity, struct error *error) {
-    *lists = (struct lists){malloc(capacity * sizeof *lists->meta), malloc(capacity * sizeof *lists->frozen), malloc(capacity * sizeof *lists->mlp_rows)};
-    return lists->meta && lists->frozen && lists->mlp_rows ? 0 : error_set(error, ERROR_MEMORY, "out of memory for token lists");
+    *lists = (struct lists){malloc(capacity * sizeof *lists->meta),
+                            malloc(capacity * sizeof *lists->frozen),
+                            malloc(capacity * sizeof *lists->mlp_rows)};
+    return lists->meta && lists->frozen && lists->mlp_rows
+               ? 0
+               : error_set(error, ERROR_MEMORY, "out of memory for token lists");
 }
 
 static void lists_free(struct lists *lists) {
@@ -123,8 +162,8 @@ static void lists_free(struct lists *lists) {
 }
 
 /* Fills chunks group by group; a group's rows always advance by the same number of tokens. */
-static int batch_run(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct lists *lists, int mlp_frozen,
-                     struct error *error) {
+static int batch_run(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                     struct lists *lists, int mlp_frozen, struct error *error) {
     struct chunk *chunk = &work->chunk;
     const uint32_t *tokens = batch->tokens;
     uint32_t row = 0, done = 0; /* done: tokens of the present group's rows that are finished */
@@ -133,14 +172,16 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
             return -1;
         chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
         while (row < batch->n_rows) {
-            uint32_t n_rows = group_rows(batch, row), length = batch->n_tokens[row], room = (work->capacity - chunk->n_tokens) / n_rows;
+            uint32_t n_rows = group_rows(batch, row), length = batch->n_tokens[row],
+                     room = (work->capacity - chunk->n_tokens) / n_rows;
             uint32_t n = length - done < room ? length - done : room;
             if (n == 0 && length > done)
                 break;
             uint32_t first = chunk->n_tokens;
             for (uint32_t i = 0; i < n_rows; i++)
                 chunk_append(chunk, lists->meta, tokens + (size_t)i * length, row + i, done, n);
-            memcpy(lists->frozen + first, lists->meta + first, (chunk->n_tokens - first) * sizeof *lists->meta);
+            memcpy(lists->frozen + first, lists->meta + first,
+                   (chunk->n_tokens - first) * sizeof *lists->meta);
             if (batch->frozen)
                 freeze(batch, lists->frozen, lists->mlp_rows, first, row, n_rows, n);
             done += n;
@@ -150,16 +191,19 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
             row += n_rows;
             done = 0;
         }
-        if (chunk->n_tokens && chunk_run(work, cache, lists->meta, lists->frozen, lists->mlp_rows, mlp_frozen, error))
+        if (chunk->n_tokens &&
+            chunk_run(work, cache, lists->meta, lists->frozen, lists->mlp_rows, mlp_frozen, error))
             return -1;
     }
     return gpu_stream_wait(work->model->ops.stream, error);
 }
 
 /* Checks, and the rotation tables for the longest row. */
-static int batch_begin(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, int *mlp_frozen, struct error *error) {
+static int batch_begin(struct run_work *work, struct run_cache *cache,
+                       const struct run_batch *batch, int *mlp_frozen, struct error *error) {
     uint32_t last = 1;
-    if (batch_check(work, cache, batch, error) || groups_check(batch, work->capacity, mlp_frozen, error))
+    if (batch_check(work, cache, batch, error) ||
+        groups_check(batch, work->capacity, mlp_frozen, error))
         return -1;
     for (uint32_t r = 0; r < batch->n_rows; r++)
         if (batch->start[r] + batch->n_tokens[r] > last)
@@ -170,10 +214,12 @@ static int batch_begin(struct run_work *work, struct run_cache *cache, const str
     return model_angles_prepare(work->model, last, error);
 }
 
-int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                struct error *error) {
     int mlp_frozen;
     struct lists lists;
-    int failed = lists_make(&lists, work->capacity, error) || batch_begin(work, cache, batch, &mlp_frozen, error) ||
+    int failed = lists_make(&lists, work->capacity, error) ||
+                 batch_begin(work, cache, batch, &mlp_frozen, error) ||
                  batch_run(work, cache, batch, &lists, mlp_frozen, error);
     if (failed)
         gpu_stream_abandon(work->model->ops.stream);
@@ -182,7 +228,8 @@ int run_forward(struct run_work *work, struct run_cache *cache, const struct run
     return failed ? -1 : 0;
 }
 
-int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error) {
+int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+              struct error *error) {
     struct chunk *chunk = &work->chunk;
     struct lists lists;
     uint64_t total = 0;
@@ -190,12 +237,16 @@ int run_whole(struct run_work *work, struct run_cache *cache, const struct run_b
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         total += batch->n_tokens[r];
         if (batch->start[r])
-            return error_set(error, ERROR_VALUE, "a way back needs whole rows; row %u starts at position %u", r, batch->start[r]);
+            return error_set(error, ERROR_VALUE,
+                             "a way back needs whole rows; row %u starts at position %u", r,
+                             batch->start[r]);
     }
     if (total > work->capacity || batch->frozen)
-        return error_set(error, ERROR_VALUE, "a way back through %llu tokens%s, there is room for %u", (unsigned long long)total,
-                         batch->frozen ? " of frozen rows" : "", work->capacity);
-    int failed = lists_make(&lists, work->capacity, error) || work_upload_reset(work, error) || batch_begin(work, cache, batch, &mlp_frozen, error);
+        return error_set(
+            error, ERROR_VALUE, "a way back through %llu tokens%s, there is room for %u",
+            (unsigned long long)total, batch->frozen ? " of frozen rows" : "", work->capacity);
+    int failed = lists_make(&lists, work->capacity, error) || work_upload_reset(work, error) ||
+                 batch_begin(work, cache, batch, &mlp_frozen, error);
     if (!failed) {
         const uint32_t *tokens = batch->tokens;
         chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;

@@ -3,7 +3,8 @@
 
 #include "run/edits.h"
 
-int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers, uint32_t n_rows, struct error *error) {
+int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers, uint32_t n_rows,
+                    struct error *error) {
     size_t n = (size_t)n_sites * n_layers;
     free(list->first);
     list->first = malloc(2 * n * sizeof *list->first);
@@ -16,17 +17,23 @@ int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers,
     list->n_layers = n_layers;
     for (uint32_t i = 0; i < list->n_edits; i++) {
         struct edit *edit = &list->edits[i];
-        if (edit->site < 0 || (uint32_t)edit->site >= n_sites || edit->layer < 0 || (uint32_t)edit->layer >= n_layers)
-            return error_set(error, ERROR_VALUE, "edit %u: no site %d in layer %d", i, edit->site, edit->layer);
+        if (edit->site < 0 || (uint32_t)edit->site >= n_sites || edit->layer < 0 ||
+            (uint32_t)edit->layer >= n_layers)
+            return error_set(error, ERROR_VALUE, "edit %u: no site %d in layer %d", i, edit->site,
+                             edit->layer);
         if (edit->row < -1 || edit->row >= (int32_t)n_rows)
             return error_set(error, ERROR_VALUE, "edit %u: row %d of %u", i, edit->row, n_rows);
         if (edit->n_positions != UINT32_MAX &&
-            (edit->first_position > list->n_positions || edit->n_positions > list->n_positions - edit->first_position))
+            (edit->first_position > list->n_positions ||
+             edit->n_positions > list->n_positions - edit->first_position))
             return error_set(error, ERROR_VALUE, "edit %u: its positions leave the list", i);
-        if (edit->first_head > list->n_heads || edit->n_heads > list->n_heads - edit->first_head || edit->n_heads == 0)
+        if (edit->first_head > list->n_heads || edit->n_heads > list->n_heads - edit->first_head ||
+            edit->n_heads == 0)
             return error_set(error, ERROR_VALUE, "edit %u: its heads leave the list", i);
-        if (edit->operand >= list->n_operands || edit->step_pos == 0 || !isfinite(edit->coefficient))
-            return error_set(error, ERROR_VALUE, "edit %u: operand, step or coefficient out of range", i);
+        if (edit->operand >= list->n_operands || edit->step_pos == 0 ||
+            !isfinite(edit->coefficient))
+            return error_set(error, ERROR_VALUE,
+                             "edit %u: operand, step or coefficient out of range", i);
         size_t key = (size_t)edit->site * n_layers + (size_t)edit->layer;
         edit->next = -1;
         if (last[key] < 0)
@@ -54,7 +61,8 @@ const struct edit *edit_next(const struct edit_list *list, const struct edit *ed
     return edit->next < 0 ? NULL : &list->edits[edit->next];
 }
 
-int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t row, uint32_t pos, uint32_t *ordinal) {
+int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t row, uint32_t pos,
+                 uint32_t *ordinal) {
     if (edit->row >= 0 && (uint32_t)edit->row != row)
         return 0;
     if (edit->n_positions != UINT32_MAX) {

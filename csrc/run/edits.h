@@ -1,4 +1,5 @@
-/* Edits as plain data, and which tokens they touch. Built by the caller before a run; nothing here runs anything. */
+/* Edits as plain data, and which tokens they touch. Built by the caller before a run;
+ * nothing here runs anything. */
 #ifndef VKSTEER_EDITS_H
 #define VKSTEER_EDITS_H
 
@@ -7,18 +8,21 @@
 
 #include "base/error.h"
 
-/* One edit of one row (row -1: of every row) at one site. Its tokens are start, start + step, ... below stop, or the `n_positions` listed ones.
- * The operand of the i-th selected token and j-th selected head begins at operand + i * pos_step + j * head_step and steps by `step`. */
+/* One edit of one row (row -1: of every row) at one site. Its tokens are start, start + step, ...
+ * below stop, or the `n_positions` listed ones. The operand of the i-th selected token and j-th
+ * selected head begins at operand + i * pos_step + j * head_step and steps by `step`. */
 struct edit {
     int32_t site, layer, row;
     uint32_t kind; /* EDIT_* of params.h */
     uint32_t start, stop, step_pos;
-    uint32_t first_position, n_positions; /* into edit_list.positions; n_positions = UINT32_MAX: the slice */
-    uint32_t first_head, n_heads;         /* into edit_list.heads */
-    uint64_t operand;                     /* first float in edit_list.operands */
+    /* into edit_list.positions; n_positions = UINT32_MAX: the slice */
+    uint32_t first_position, n_positions;
+    uint32_t first_head, n_heads; /* into edit_list.heads */
+    uint64_t operand;             /* first float in edit_list.operands */
     uint32_t pos_step, head_step, step;
     float coefficient;
-    int32_t next;                         /* the next edit of this site and layer, -1: none; filled by edit_list_index */
+    /* the next edit of this site and layer, -1: none; filled by edit_list_index */
+    int32_t next;
 };
 
 struct edit_list {
@@ -32,13 +36,17 @@ struct edit_list {
     uint32_t n_sites, n_layers;
 };
 
-/* Checks every number (`limits`: floats that each site's operand must provide come from the caller) and chains edits by site and layer, in order. */
-int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers, uint32_t n_rows, struct error *error);
+/* Checks every number (`limits`: floats that each site's operand must provide come from the caller)
+ * and chains edits by site and layer, in order. */
+int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers, uint32_t n_rows,
+                    struct error *error);
 void edit_list_clear(struct edit_list *list);
 /* The first edit at a site, or NULL. */
 const struct edit *edit_first(const struct edit_list *list, int site, int layer);
 const struct edit *edit_next(const struct edit_list *list, const struct edit *edit);
-/* Does it touch position `pos` of row `row`? If so *ordinal counts the selected tokens before it. */
-int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t row, uint32_t pos, uint32_t *ordinal);
+/* Does it touch position `pos` of row `row`? If so *ordinal counts the
+ * selected tokens before it. */
+int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t row, uint32_t pos,
+                 uint32_t *ordinal);
 
 #endif

@@ -1,16 +1,25 @@
-/* Scalars of the final logits and their gradients with respect to the final norm's output. The unembedding is only evaluated where it is read: two of
- * its rows a token for a difference of logits, tiles of a few tokens where the whole distribution counts. */
+/* Scalars of the final logits and their gradients with respect to the final norm's output. The
+ * unembedding is only evaluated where it is read: two of its rows a token for a difference of
+ * logits, tiles of a few tokens where the whole distribution counts. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "run/tape.h"
 
-#define RUN(call) do { if (call) return -1; } while (0)
+#define RUN(call) \
+    do { \
+        if (call) \
+            return -1; \
+    } while (0)
 #define TILE_BYTES (UINT64_C(64) << 20) /* logits at once */
 
-struct rows { uint64_t normed, dnormed, weights, tokens; }; /* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */
+/* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */
+struct rows {
+    uint64_t normed, dnormed, weights, tokens;
+};
 
-static int pairs(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, const struct rows *rows, struct error *error) {
+static int pairs(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
+                 const struct rows *rows, struct error *error) {
     const struct model *model = work->model;
     uint32_t d = work->d_stride;
     uint64_t ids, values;
@@ -25,18 +34,28 @@ static int pairs(struct run_work *work, struct run_tape *tape, const struct run_
     free(meta);
     if (failed)
         return -1;
-    RUN(work_grow(work, &tape->logits, 8 * (uint64_t)metric->n * d, "rows of the unembedding", error));
-    RUN(op_embed(&work->model->ops, &model->unembed, ids, 2 * metric->n, 1, run_address(tape->logits), d, error));
+    RUN(work_grow(work, &tape->logits, 8 * (uint64_t)metric->n * d, "rows of the unembedding",
+                  error));
+    RUN(op_embed(&work->model->ops, &model->unembed, ids, 2 * metric->n, 1,
+                 run_address(tape->logits), d, error));
     RUN(work_readback_floats(work, 2 * metric->n, metric->values, &values, error));
-    struct pair_grad_params params = {.normed = rows->normed, .rows = run_address(tape->logits), .weights = rows->weights, .dnormed = rows->dnormed,
-                                      .logits = values, .width = model->facts.d_model, .stride = d,
-                                      .softcap = metric->capped ? model->facts.final_softcap : 0};
+    struct pair_grad_params params = {
+        .normed = rows->normed,
+        .rows = run_address(tape->logits),
+        .weights = rows->weights,
+        .dnormed = rows->dnormed,
+        .logits = values,
+        .width = model->facts.d_model,
+        .stride = d,
+        .softcap = metric->capped ? model->facts.final_softcap : 0,
+    };
     return op_pair_grad(&work->model->ops, &params, metric->n, error);
 }
 
-/* Logits before the cap of normed rows on the host, or the caller's logits, of metric tokens [first, first + n): into `to`. */
-static int reference(struct run_work *work, const float *normed, const float *given, uint32_t first, uint32_t n, uint32_t v_stride, uint64_t to,
-                     struct error *error) {
+/* Logits before the cap of normed rows on the host, or the caller's logits, of metric tokens
+ * [first, first + n): into `to`. */
+static int reference(struct run_work *work, const float *normed, const float *given, uint32_t first,
+                     uint32_t n, uint32_t v_stride, uint64_t to, struct error *error) {
     const struct model *model = work->model;
     uint32_t width = given ? model->facts.d_vocab : model->facts.d_model;
     uint32_t stride = given ? v_stride : work->d_stride;
@@ -52,19 +71,37 @@ static int reference(struct run_work *work, const float *normed, const float *gi
     if (failed)
         return -1;
     if (given) {
-        struct copy_params copy = {.x = rows, .dst = to, .n_rows = n, .width = width, .x_stride = stride, .out_stride = stride};
+        struct copy_params copy = {
+            .x = rows,
+            .dst = to,
+            .n_rows = n,
+            .width = width,
+            .x_stride = stride,
+            .out_stride = stride,
+        };
         return op_copy(&work->model->ops, &copy, error);
     }
-    struct op_linear_args args = {.x = rows, .dst = to, .n_rows = n, .x_stride = stride, .dst_stride = v_stride};
+    struct op_linear_args args = {
+        .x = rows,
+        .dst = to,
+        .n_rows = n,
+        .x_stride = stride,
+        .dst_stride = v_stride,
+    };
     return op_linear(&work->model->ops, &model->unembed, &args, error);
 }
 
-static int distributions(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, int values_only, const struct rows *rows,
+static int distributions(struct run_work *work, struct run_tape *tape,
+                         const struct run_metric *metric, int values_only, const struct rows *rows,
                          struct error *error) {
-    static const uint32_t kinds[] = {[METRIC_LOG_PROB] = LOGIT_GRAD_LOG_PROB, [METRIC_KL] = LOGIT_GRAD_KL,
-                                     [METRIC_DIRECTIONAL_KL] = LOGIT_GRAD_DIRECTIONAL_KL};
+    static const uint32_t kinds[] = {
+        [METRIC_LOG_PROB] = LOGIT_GRAD_LOG_PROB,
+        [METRIC_KL] = LOGIT_GRAD_KL,
+        [METRIC_DIRECTIONAL_KL] = LOGIT_GRAD_DIRECTIONAL_KL,
+    };
     const struct model *model = work->model;
-    uint32_t v_stride = op_row_stride(model->facts.d_vocab), at_once = (uint32_t)(TILE_BYTES / (4 * (uint64_t)v_stride));
+    uint32_t v_stride = op_row_stride(model->facts.d_vocab),
+             at_once = (uint32_t)(TILE_BYTES / (4 * (uint64_t)v_stride));
     at_once = at_once < 16 ? 16 : at_once > metric->n ? metric->n : at_once;
     uint32_t tiles = (metric->n + at_once - 1) / at_once; /* of one size */
     at_once = (metric->n + tiles - 1) / tiles;
@@ -77,17 +114,36 @@ static int distributions(struct run_work *work, struct run_tape *tape, const str
         RUN(work_upload(work, metric->a, 4 * (uint64_t)metric->n, &targets, error));
     for (uint32_t first = 0, n; first < metric->n; first += n) {
         n = metric->n - first < at_once ? metric->n - first : at_once;
-        struct op_linear_args forward = {.x = rows->normed + 4 * (uint64_t)first * work->d_stride, .dst = run_address(tape->logits), .n_rows = n,
-                                         .x_stride = work->d_stride, .dst_stride = v_stride};
-        struct logit_grad_params params = {.logits = forward.dst, .reference = run_address(tape->reference),
-                                           .other = run_address(tape->reference) + bytes, .targets = targets + 4 * (uint64_t)first,
-                                           .weights = rows->weights + 4 * (uint64_t)first, .width = model->facts.d_vocab, .stride = v_stride,
-                                           .kind = kinds[metric->kind], .softcap = cap, .reference_softcap = metric->reference_logits ? 0 : cap};
-        struct op_linear_bwd_args back = {.dy = forward.dst, .dx = rows->dnormed + 4 * (uint64_t)first * work->d_stride, .n_rows = n,
-                                          .y_stride = v_stride, .x_stride = work->d_stride};
+        struct op_linear_args forward = {
+            .x = rows->normed + 4 * (uint64_t)first * work->d_stride,
+            .dst = run_address(tape->logits),
+            .n_rows = n,
+            .x_stride = work->d_stride,
+            .dst_stride = v_stride,
+        };
+        struct logit_grad_params params = {
+            .logits = forward.dst,
+            .reference = run_address(tape->reference),
+            .other = run_address(tape->reference) + bytes,
+            .targets = targets + 4 * (uint64_t)first,
+            .weights = rows->weights + 4 * (uint64_t)first,
+            .width = model->facts.d_vocab,
+            .stride = v_stride,
+            .kind = kinds[metric->kind],
+            .softcap = cap,
+            .reference_softcap = metric->reference_logits ? 0 : cap,
+        };
+        struct op_linear_bwd_args back = {
+            .dy = forward.dst,
+            .dx = rows->dnormed + 4 * (uint64_t)first * work->d_stride,
+            .n_rows = n,
+            .y_stride = v_stride,
+            .x_stride = work->d_stride,
+        };
         RUN(op_linear(&work->model->ops, &model->unembed, &forward, error));
         if (metric->kind != METRIC_LOG_PROB)
-            RUN(reference(work, metric->reference, metric->reference_logits, first, n, v_stride, params.reference, error));
+            RUN(reference(work, metric->reference, metric->reference_logits, first, n, v_stride,
+                          params.reference, error));
         if (metric->kind == METRIC_DIRECTIONAL_KL)
             RUN(reference(work, metric->other, NULL, first, n, v_stride, params.other, error));
         RUN(work_readback_floats(work, n, metric->values + first, &params.values, error));
@@ -99,7 +155,8 @@ static int distributions(struct run_work *work, struct run_tape *tape, const str
 }
 
 /* tape->dnorm[t] = dnormed of the metric token t, zero for all others. */
-static int spread(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, const struct rows *rows, struct error *error) {
+static int spread(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
+                  const struct rows *rows, struct error *error) {
     uint32_t n_tokens = work->chunk.n_tokens, *sources = malloc(n_tokens * sizeof *sources);
     uint64_t uploaded;
     if (!sources)
@@ -110,12 +167,21 @@ static int spread(struct run_work *work, struct run_tape *tape, const struct run
         sources[metric->tokens[i]] = i;
     int failed = work_upload(work, sources, n_tokens * sizeof *sources, &uploaded, error);
     free(sources);
-    struct copy_params copy = {.x = rows->dnormed, .dst = run_address(tape->dnorm), .rows = uploaded, .n_rows = n_tokens,
-                               .width = work->model->facts.d_model, .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
+    struct copy_params copy = {
+        .x = rows->dnormed,
+        .dst = run_address(tape->dnorm),
+        .rows = uploaded,
+        .n_rows = n_tokens,
+        .width = work->model->facts.d_model,
+        .x_stride = work->d_stride,
+        .out_stride = work->d_stride,
+        .flags = COPY_ROWS,
+    };
     return failed ? -1 : op_copy(&work->model->ops, &copy, error);
 }
 
-int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, int values_only, struct error *error) {
+int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
+                    int values_only, struct error *error) {
     uint64_t row = 4 * (uint64_t)work->d_stride;
     struct rows rows;
     RUN(work_grow(work, &tape->metric, (2 * (uint64_t)metric->n + 1) * row, "metric rows", error));
@@ -125,9 +191,18 @@ int metric_gradient(struct run_work *work, struct run_tape *tape, const struct r
     RUN(work_upload(work, metric->weights, 4 * (uint64_t)metric->n, &rows.weights, error));
     RUN(work_upload(work, metric->tokens, 4 * (uint64_t)metric->n, &rows.tokens, error));
     RUN(run_final_norm(work, error)); /* with its edits; captures were taken by the forward pass */
-    struct copy_params pick = {.x = run_address(work->norm), .dst = rows.normed, .rows = rows.tokens, .n_rows = metric->n,
-                               .width = work->model->facts.d_model, .x_stride = work->d_stride, .out_stride = work->d_stride, .flags = COPY_ROWS};
+    struct copy_params pick = {
+        .x = run_address(work->norm),
+        .dst = rows.normed,
+        .rows = rows.tokens,
+        .n_rows = metric->n,
+        .width = work->model->facts.d_model,
+        .x_stride = work->d_stride,
+        .out_stride = work->d_stride,
+        .flags = COPY_ROWS,
+    };
     RUN(op_copy(&work->model->ops, &pick, error));
-    RUN(metric->kind == METRIC_PAIR ? pairs(work, tape, metric, &rows, error) : distributions(work, tape, metric, values_only, &rows, error));
+    RUN(metric->kind == METRIC_PAIR ? pairs(work, tape, metric, &rows, error)
+                                    : distributions(work, tape, metric, values_only, &rows, error));
     return values_only ? 0 : spread(work, tape, metric, &rows, error);
 }

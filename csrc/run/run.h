@@ -1,4 +1,5 @@
-/* Running a model: batches of packed rows through the layers, with a key/value cache, captures and edits at named sites. */
+/* Running a model: batches of packed rows through the layers, with a key/value cache, captures and
+ * edits at named sites. */
 #ifndef VKSTEER_RUN_H
 #define VKSTEER_RUN_H
 
@@ -8,23 +9,26 @@
 
 struct run_work;
 
-/* Keys and values of every layer; slot s of layer l holds one token's G * dh floats. Rows own ranges of slots. */
+/* Keys and values of every layer; slot s of layer l holds one token's G * dh floats. Rows
+ * own ranges of slots. */
 struct run_cache {
     struct gpu_device *device;
     uint32_t n_layers, n_slots, first_layer;
     struct gpu_buffer **k, **v; /* [n_layers] */
 };
 /* first_layer: layers below have no memory; only batches that resume there or above may use it. */
-int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, uint32_t first_layer, struct error *error);
+int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots,
+                     uint32_t first_layer, struct error *error);
 void run_cache_destroy(struct run_cache *cache);
-/* Copies n slots' keys and values to each of n_to places, in layers >= first_layer: rows that begin with the same tokens and edits need their
- * prefix only once. Ranges must not overlap. */
-int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from, const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
+/* Copies n slots' keys and values to each of n_to places, in layers >= first_layer: rows that begin
+ * with the same tokens and edits need their prefix only once. Ranges must not overlap. */
+int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from,
+                   const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
                    struct error *error);
 uint64_t run_cache_bytes(const struct model_facts *facts, uint32_t n_slots, uint32_t first_layer);
 
-/* Where captured values go: `to` is the caller's zeroed array. Sites of width W: [n_out_rows, n_columns, W]; sites over keys:
- * [n_out_rows, H, n_columns, n_keys]. */
+/* Where captured values go: `to` is the caller's zeroed array. Sites of width W: [n_out_rows,
+ * n_columns, W]; sites over keys: [n_out_rows, H, n_columns, n_keys]. */
 struct run_capture {
     int site, layer;
     float *to;
@@ -32,45 +36,60 @@ struct run_capture {
 
 enum run_logits { RUN_LOGITS_NONE, RUN_LOGITS_LAST, RUN_LOGITS_ALL };
 
-/* One batch. Row r brings n_tokens[r] new tokens at positions start[r], ...; its cache slots begin at slot[r] (position 0).
- * Rows of one group (consecutive rows with the same group number) have equal lengths and advance together. */
+/* One batch. Row r brings n_tokens[r] new tokens at positions start[r], ...; its cache slots begin
+ * at slot[r] (position 0). Rows of one group (consecutive rows with the same group number) have
+ * equal lengths and advance together. */
 struct run_batch {
     uint32_t n_rows;
-    const uint32_t *tokens;    /* packed, all rows */
+    const uint32_t *tokens;                          /* packed, all rows */
     const uint32_t *n_tokens, *start, *slot, *group; /* [n_rows] */
-    const uint32_t *edit_row;  /* [n_rows] the row that edits call it by */
-    const uint32_t *q_row, *v_row, *mlp_row; /* [n_rows] whose patterns, values and MLP outputs a row uses in the frozen layers; NULL: its own */
-    const uint8_t *frozen;     /* [n_layers], NULL: none */
+    const uint32_t *edit_row;                        /* [n_rows] the row that edits call it by */
+    /* [n_rows] whose patterns, values and MLP outputs a row uses in the frozen
+     * layers; NULL: its own */
+    const uint32_t *q_row, *v_row, *mlp_row;
+    const uint8_t *frozen; /* [n_layers], NULL: none */
     const struct edit_list *edits;
     const struct run_capture *captures;
     uint32_t n_captures;
     enum run_logits logits_mode;
-    float *logits;             /* ALL: [n_out_rows, n_columns, V]; LAST: [n_out_rows, V] */
-    const int32_t *out_row;    /* [n_rows] row of the output arrays, -1: none */
-    const int32_t *column;     /* [n_rows] output column of position p is column[r] + p (left padding) */
+    float *logits;          /* ALL: [n_out_rows, n_columns, V]; LAST: [n_out_rows, V] */
+    const int32_t *out_row; /* [n_rows] row of the output arrays, -1: none */
+    /* [n_rows] output column of position p is column[r] + p (left padding) */
+    const int32_t *column;
     const int32_t *key_column; /* [n_rows] the same for keys */
     uint32_t n_columns, n_keys;
-    uint32_t stop_layer;       /* layers from here on, the final norm and logits are left out; 0: none are */
-    uint32_t first_layer;      /* resume here, */
-    const float *inputs;       /* from this residual stream [all tokens, D], packed as the tokens; NULL: from the embedding */
-    int decode;                /* the phase: 1 when every row brings one token after its prompt */
+    /* layers from here on, the final norm and logits are left out; 0: none are */
+    uint32_t stop_layer;
+    uint32_t first_layer; /* resume here, */
+    /* from this residual stream [all tokens, D], packed as the tokens; NULL: from the embedding */
+    const float *inputs;
+    int decode; /* the phase: 1 when every row brings one token after its prompt */
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */
-/* capacity: tokens that go through the layers at once (run_chunk; a way back needs a whole batch). readback: bytes through which results come back. */
-int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, uint64_t readback, struct error *error);
+/* capacity: tokens that go through the layers at once (run_chunk; a way back needs a whole batch).
+ * readback: bytes through which results come back. */
+int run_work_create(struct run_work **out, struct model *model, uint32_t capacity,
+                    uint64_t readback, struct error *error);
 void run_work_destroy(struct run_work *work);
 uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity, uint64_t readback);
 
-/* Runs the batch through all layers. On error the cache's new slots are undefined, everything else stays usable. */
-int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error);
+/* Runs the batch through all layers. On error the cache's new slots are undefined,
+ * everything else stays usable. */
+int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                struct error *error);
 
-/* y[n, :] = x[n, :] W^T for one of the model's matrices ("qkv", "o", ..., layer); arrays on the host, [n, columns] and [n, rows]. */
-int run_apply(struct run_work *work, const char *matrix, int layer, const float *x, uint32_t n, float *y, struct error *error);
-/* Rows [first, first + n) of one of the model's matrices to the host, [n, columns], as the device holds them. */
-int run_rows_read(struct run_work *work, const char *matrix, int layer, uint32_t first, uint32_t n, float *out, struct error *error);
+/* y[n, :] = x[n, :] W^T for one of the model's matrices ("qkv", "o", ..., layer); arrays on the
+ * host, [n, columns] and [n, rows]. */
+int run_apply(struct run_work *work, const char *matrix, int layer, const float *x, uint32_t n,
+              float *y, struct error *error);
+/* Rows [first, first + n) of one of the model's matrices to the host, [n, columns], as
+ * the device holds them. */
+int run_rows_read(struct run_work *work, const char *matrix, int layer, uint32_t first, uint32_t n,
+                  float *out, struct error *error);
 /* Copies a vector (a gain with its offset, a bias) to the host. */
-int run_vector_read(struct run_work *work, const char *name, int layer, float *out, struct error *error);
+int run_vector_read(struct run_work *work, const char *name, int layer, float *out,
+                    struct error *error);
 
 /* Tokens that one forward pass on this device holds at once; longer batches are cut into chunks. */
 uint32_t run_chunk(const struct gpu_device *device);

@@ -19,14 +19,16 @@ enum site_kind {
     SITE_KIND_KEYS,        /* [B, H, S, keys] */
     SITE_KIND_HEADS_WIDTH, /* [B, S, H, D] */
     SITE_KIND_MLP,         /* [B, S, F] */
-    SITE_KIND_POST_ONE, SITE_KIND_POST_WIDTH /* as ONE and WIDTH, in models with post-norms only */
+    SITE_KIND_POST_ONE,
+    SITE_KIND_POST_WIDTH /* as ONE and WIDTH, in models with post-norms only */
 };
 
 const char *site_name(int site); /* with "{l}" in sites of a layer */
 int site_is_layered(int site);
 enum site_kind site_kind(int site);
 int site_exists(int site, const struct model_facts *facts);
-/* Floats that one token has at this site (heads x width); 0 for sites over keys. *n_heads and *width: its two axes. */
+/* Floats that one token has at this site (heads x width); 0 for sites over keys. *n_heads and
+ * *width: its two axes. */
 uint32_t site_shape(int site, const struct model_facts *facts, uint32_t *n_heads, uint32_t *width);
 
 #endif

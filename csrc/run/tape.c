@@ -5,43 +5,55 @@
 
 /* Strides of a layer's inside: mid, qkv_in, qkv, gate_up, attn_raw, mlp_raw. */
 static int inside_strides(const struct model_facts *f, uint32_t strides[6]) {
-    uint32_t d = op_row_stride(f->d_model), qkv = op_row_stride((f->n_heads + 2 * f->n_kv_heads) * f->d_head);
+    uint32_t d = op_row_stride(f->d_model),
+             qkv = op_row_stride((f->n_heads + 2 * f->n_kv_heads) * f->d_head);
     const uint32_t all[6] = {d, qkv, qkv, op_row_stride(2 * f->d_mlp), d, d};
     for (int i = 0; i < 6; i++)
         strides[i] = all[i];
     return f->post_norms ? 6 : 4;
 }
 
-uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer, int keep_inside) {
-    uint32_t strides[6], heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head, layers = f->n_layers - first_layer;
-    uint64_t inside = 0, own = 3 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) + op_row_stride(heads) +
+uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer,
+                        int keep_inside) {
+    uint32_t strides[6], heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head,
+                         layers = f->n_layers - first_layer;
+    uint64_t inside = 0, own = 3 * (uint64_t)op_row_stride(f->d_model) +
+                               op_row_stride(heads + 2 * kv) + op_row_stride(heads) +
                                op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp);
     for (int i = 0, n = inside_strides(f, strides); i < n; i++)
         inside += strides[i];
-    return 4 * (uint64_t)capacity * (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) + own) +
+    return 4 * (uint64_t)capacity *
+               (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) +
+                own) +
            (f->attn_softcap != 0 ? 2 : 1) * work_scratch_bytes(f, capacity);
 }
 
-static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buffer **out, uint32_t stride, const char *name, struct error *error) {
-    if (gpu_buffer_create(out, work->model->ops.device, 4 * (uint64_t)capacity * stride, GPU_DEVICE_LOCAL, name, error))
+static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buffer **out,
+                  uint32_t stride, const char *name, struct error *error) {
+    if (gpu_buffer_create(out, work->model->ops.device, 4 * (uint64_t)capacity * stride,
+                          GPU_DEVICE_LOCAL, name, error))
         return -1;
     return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
 }
 
-static int inside_make(const struct run_work *work, uint32_t capacity, struct tape_layer *layer, struct error *error) {
+static int inside_make(const struct run_work *work, uint32_t capacity, struct tape_layer *layer,
+                       struct error *error) {
     uint32_t strides[6];
     int n = inside_strides(&work->model->facts, strides);
-    struct gpu_buffer **buffers[6] = {&layer->mid, &layer->qkv_in, &layer->qkv, &layer->gate_up, &layer->attn_raw, &layer->mlp_raw};
+    struct gpu_buffer **buffers[6] = {&layer->mid,     &layer->qkv_in,   &layer->qkv,
+                                      &layer->gate_up, &layer->attn_raw, &layer->mlp_raw};
     for (int i = 0; i < n; i++)
         if (zeroed(work, capacity, buffers[i], strides[i], "tape", error))
             return -1;
     return 0;
 }
 
-int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity, uint32_t first_layer, int keep_inside, struct error *error) {
+int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity,
+                    uint32_t first_layer, int keep_inside, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     *out = NULL;
-    if (op_backward_prepare(&work->model->ops, f->weight_type, error)) /* at first use, in parallel */
+    /* at first use, in parallel */
+    if (op_backward_prepare(&work->model->ops, f->weight_type, error))
         return -1;
     struct run_tape *tape = calloc(1, sizeof *tape);
     if (tape)
@@ -65,9 +77,13 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
             goto fail;
         }
     }
-    const struct { struct gpu_buffer **buffer; uint32_t stride; } wanted[] = {
-        {&tape->dx, work->d_stride}, {&tape->dnorm, work->d_stride}, {&tape->draw, work->d_stride}, {&tape->dqkv, work->qkv_stride},
-        {&tape->dz, work->z_stride}, {&tape->dgate_up, work->gate_up_stride}, {&tape->dpost, work->mlp_stride}};
+    const struct {
+        struct gpu_buffer **buffer;
+        uint32_t stride;
+    } wanted[] = {{&tape->dx, work->d_stride},     {&tape->dnorm, work->d_stride},
+                  {&tape->draw, work->d_stride},   {&tape->dqkv, work->qkv_stride},
+                  {&tape->dz, work->z_stride},     {&tape->dgate_up, work->gate_up_stride},
+                  {&tape->dpost, work->mlp_stride}};
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
         if (zeroed(work, capacity, wanted[i].buffer, wanted[i].stride, "way back", error))
             goto fail;
@@ -87,21 +103,30 @@ void run_tape_destroy(struct run_tape *tape) {
         gpu_buffer_destroy(layer->x);
         if (!tape->keep_inside && l + 1 < tape->n_layers)
             continue; /* the inside is the last layer's */
-        struct gpu_buffer *inside[] = {layer->mid, layer->qkv_in, layer->qkv, layer->gate_up, layer->attn_raw, layer->mlp_raw};
+        struct gpu_buffer *inside[] = {layer->mid,     layer->qkv_in,   layer->qkv,
+                                       layer->gate_up, layer->attn_raw, layer->mlp_raw};
         for (size_t i = 0; i < sizeof inside / sizeof inside[0]; i++)
             gpu_buffer_destroy(inside[i]);
     }
-    struct gpu_buffer *own[] = {tape->dx, tape->dnorm, tape->draw, tape->dqkv, tape->dz, tape->dgate_up, tape->dpost, tape->dscores, tape->capped,
-                                tape->metric, tape->logits, tape->reference};
+    struct gpu_buffer *own[] = {tape->dx,     tape->dnorm,    tape->draw,   tape->dqkv,
+                                tape->dz,     tape->dgate_up, tape->dpost,  tape->dscores,
+                                tape->capped, tape->metric,   tape->logits, tape->reference};
     for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
         gpu_buffer_destroy(own[i]);
     free(tape->layers);
     free(tape);
 }
 
-static int keep(struct run_work *work, uint64_t from, struct gpu_buffer *to, uint32_t width, uint32_t stride, struct error *error) {
-    struct copy_params copy = {.x = from, .dst = gpu_buffer_address(to), .n_rows = work->chunk.n_tokens, .width = width, .x_stride = stride,
-                               .out_stride = stride};
+static int keep(struct run_work *work, uint64_t from, struct gpu_buffer *to, uint32_t width,
+                uint32_t stride, struct error *error) {
+    struct copy_params copy = {
+        .x = from,
+        .dst = gpu_buffer_address(to),
+        .n_rows = work->chunk.n_tokens,
+        .width = width,
+        .x_stride = stride,
+        .out_stride = stride,
+    };
     return op_copy(&work->model->ops, &copy, error);
 }
 
@@ -114,7 +139,9 @@ int tape_layer_begin(struct run_work *work, int l, struct error *error) {
     work->at_qkv = run_address(layer ? layer->qkv : work->qkv);
     work->at_gate_up = run_address(layer ? layer->gate_up : work->gate_up);
     work->at_out = run_address(layer && layer->attn_raw ? layer->attn_raw : work->out);
-    return layer ? keep(work, run_address(work->x), layer->x, work->model->facts.d_model, work->d_stride, error) : 0;
+    return layer ? keep(work, run_address(work->x), layer->x, work->model->facts.d_model,
+                        work->d_stride, error)
+                 : 0;
 }
 
 int tape_layer_middle(struct run_work *work, int l, struct error *error) {
@@ -123,11 +150,14 @@ int tape_layer_middle(struct run_work *work, int l, struct error *error) {
         return 0;
     if (layer->mlp_raw)
         work->at_out = run_address(layer->mlp_raw);
-    return keep(work, run_address(work->x), layer->mid, work->model->facts.d_model, work->d_stride, error);
+    return keep(work, run_address(work->x), layer->mid, work->model->facts.d_model, work->d_stride,
+                error);
 }
 
 int tape_keep_qkv(struct run_work *work, int l, struct error *error) {
     const struct tape_layer *layer = taped(work, l);
     const struct model_facts *f = &work->model->facts;
-    return layer ? keep(work, work->at_qkv, layer->qkv_in, (f->n_heads + 2 * f->n_kv_heads) * f->d_head, work->qkv_stride, error) : 0;
+    return layer ? keep(work, work->at_qkv, layer->qkv_in,
+                        (f->n_heads + 2 * f->n_kv_heads) * f->d_head, work->qkv_stride, error)
+                 : 0;
 }

@@ -1,35 +1,40 @@
 /* What a forward pass keeps for the way back, and the way back itself.
  *
- * A tape holds the stream before every layer from `first_layer` on, and of what is computed inside of a layer either everything (keep_inside) or, in
- * one layer's worth of memory, what was computed last: the way back then runs each layer's inside again. Both give the same bits. */
+ * A tape holds the stream before every layer from `first_layer` on, and of what is computed inside
+ * of a layer either everything (keep_inside) or, in one layer's worth of memory, what was computed
+ * last: the way back then runs each layer's inside again. Both give the same bits. */
 #ifndef VKSTEER_TAPE_H
 #define VKSTEER_TAPE_H
 
 #include "run/work.h"
 
 struct tape_layer {
-    struct gpu_buffer *x;      /* [N, d_stride] the stream before the layer, after edits */
-    struct gpu_buffer *mid;    /* [N, d_stride] before the MLP */
-    struct gpu_buffer *qkv_in; /* [N, qkv_stride] before norm per head and rotation, after edits */
-    struct gpu_buffer *qkv;    /* [N, qkv_stride] after */
+    struct gpu_buffer *x;       /* [N, d_stride] the stream before the layer, after edits */
+    struct gpu_buffer *mid;     /* [N, d_stride] before the MLP */
+    struct gpu_buffer *qkv_in;  /* [N, qkv_stride] before norm per head and rotation, after edits */
+    struct gpu_buffer *qkv;     /* [N, qkv_stride] after */
     struct gpu_buffer *gate_up; /* [N, gate_up_stride] */
-    struct gpu_buffer *attn_raw, *mlp_raw; /* [N, d_stride] block outputs before a post-norm; NULL without */
+    /* [N, d_stride] block outputs before a post-norm; NULL without */
+    struct gpu_buffer *attn_raw, *mlp_raw;
 };
 
 struct run_tape {
     uint32_t capacity, first_layer, n_layers;
     int keep_inside;
-    struct tape_layer *layers; /* [n_layers], used from first_layer on; without keep_inside all share the last one's inside */
+    /* [n_layers], used from first_layer on; without keep_inside all share the last one's inside */
+    struct tape_layer *layers;
     /* the way back's own memory, [N, stride] each */
     struct gpu_buffer *dx, *dnorm, *draw, *dqkv, *dz, *dgate_up, *dpost;
-    struct gpu_buffer *dscores, *capped; /* grown when needed */
+    struct gpu_buffer *dscores, *capped;            /* grown when needed */
     struct gpu_buffer *metric, *logits, *reference; /* rows of the scalar, grown when needed */
 };
 /* capacity: tokens, at most the work's. */
-int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity, uint32_t first_layer, int keep_inside, struct error *error);
+int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity,
+                    uint32_t first_layer, int keep_inside, struct error *error);
 void run_tape_destroy(struct run_tape *tape);
 /* Device bytes, from the facts alone. */
-uint64_t run_tape_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer, int keep_inside);
+uint64_t run_tape_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer,
+                        int keep_inside);
 
 /* For forward.c; nothing without a tape. begin: where the layer's values go; its input is kept. */
 int tape_layer_begin(struct run_work *work, int layer, struct error *error);
@@ -40,28 +45,36 @@ int tape_keep_qkv(struct run_work *work, int layer, struct error *error);
 enum run_metric_kind { METRIC_PAIR, METRIC_LOG_PROB, METRIC_KL, METRIC_DIRECTIONAL_KL };
 struct run_metric {
     enum run_metric_kind kind;
-    int capped;               /* logits after the final soft cap; otherwise before it */
-    uint32_t n;               /* metric tokens, ascending, none twice */
-    const uint32_t *tokens;   /* [n] packed index */
-    const uint32_t *a, *b;    /* PAIR: [n] logit(a) - logit(b); LOG_PROB: [n] a is the target */
-    const float *weights;     /* [n] */
-    const float *reference, *other; /* KL, DIRECTIONAL_KL: normed final rows [n, D] of other runs, on the host, whose logits are the references, */
-    const float *reference_logits;  /* or KL: their logits themselves, after the soft cap [n, V] */
-    float *values;            /* out: PAIR: [n, 2] the logits; else [n] the values */
+    int capped;             /* logits after the final soft cap; otherwise before it */
+    uint32_t n;             /* metric tokens, ascending, none twice */
+    const uint32_t *tokens; /* [n] packed index */
+    const uint32_t *a, *b;  /* PAIR: [n] logit(a) - logit(b); LOG_PROB: [n] a is the target */
+    const float *weights;   /* [n] */
+    /* KL, DIRECTIONAL_KL: normed final rows [n, D] of other runs, on the host, whose
+     * logits are the references, */
+    const float *reference, *other;
+    const float *reference_logits; /* or KL: their logits themselves, after the soft cap [n, V] */
+    float *values;                 /* out: PAIR: [n, 2] the logits; else [n] the values */
 };
 
 struct run_way_back {
     const struct run_metric *metric;
-    uint32_t stop_layer;                /* the last layer gone back through; >= the tape's first. The number of layers, and no captures: values only */
-    const struct run_capture *captures; /* gradients wanted: as run_batch's, over the same output places */
+    /* the last layer gone back through; >= the tape's first. The number of layers, and no
+     * captures: values only */
+    uint32_t stop_layer;
+    /* gradients wanted: as run_batch's, over the same output places */
+    const struct run_capture *captures;
     uint32_t n_captures;
 };
-/* Forward and back: the batch (whole rows, at most the work's capacity of tokens) with its own captures and logits, then the gradients. */
-int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache, const struct run_batch *batch,
-                      const struct run_way_back *back, struct error *error);
+/* Forward and back: the batch (whole rows, at most the work's capacity of tokens) with its own
+ * captures and logits, then the gradients. */
+int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache,
+                      const struct run_batch *batch, const struct run_way_back *back,
+                      struct error *error);
 
-/* metric.c: values to the host after a drain; unless they are all that is wanted, also the gradient with respect to the final norm's output
- * [T, d_stride] into tape->dnorm. */
-int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric, int values_only, struct error *error);
+/* metric.c: values to the host after a drain; unless they are all that is wanted, also the gradient
+ * with respect to the final norm's output [T, d_stride] into tape->dnorm. */
+int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
+                    int values_only, struct error *error);
 
 #endif

@@ -19,9 +19,11 @@ int site_wanted(const struct run_work *work, int site, int layer) {
     return site_edited(work, site, layer) || capture_find(work->chunk.batch, site, layer) != NULL;
 }
 
-/* Edits that differ only in row, operand and coefficient can share one dispatch, as long as no token occurs twice. */
+/* Edits that differ only in row, operand and coefficient can share one dispatch, as long as
+ * no token occurs twice. */
 static int edits_merge(const struct edit_list *list, const struct edit *a, const struct edit *b) {
-    if (a->row < 0 || b->row <= a->row || a->kind != b->kind || a->head_step != b->head_step || a->step != b->step || a->n_heads != b->n_heads)
+    if (a->row < 0 || b->row <= a->row || a->kind != b->kind || a->head_step != b->head_step ||
+        a->step != b->step || a->n_heads != b->n_heads)
         return 0;
     for (uint32_t i = 0; i < a->n_heads; i++)
         if (list->heads[a->first_head + i] != list->heads[b->first_head + i])
@@ -30,8 +32,8 @@ static int edits_merge(const struct edit_list *list, const struct edit *a, const
 }
 
 /* The view's tokens that `edit` touches, appended to `entries`. */
-static int entries_add(struct run_work *work, const struct site_view *view, const struct edit *edit, struct edit_entry *entries, uint32_t *n,
-                       struct error *error) {
+static int entries_add(struct run_work *work, const struct site_view *view, const struct edit *edit,
+                       struct edit_entry *entries, uint32_t *n, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
     for (uint32_t t = 0; t < view->n_tokens; t++) {
         struct token_place place = work->chunk.places[view->first + t];
@@ -40,11 +42,19 @@ static int entries_add(struct run_work *work, const struct site_view *view, cons
             continue;
         uint32_t width = site_kind(view->site) == SITE_KIND_KEYS ? place.pos + 1 : view->width;
         uint64_t first = edit->operand + (uint64_t)ordinal * edit->pos_step;
-        if (first + (uint64_t)(edit->n_heads - 1) * edit->head_step + (uint64_t)(width - 1) * edit->step >= list->n_operands)
-            return error_set(error, ERROR_VALUE, "an edit of %s has no value for position %u", site_name(view->site), place.pos);
+        if (first + (uint64_t)(edit->n_heads - 1) * edit->head_step +
+                (uint64_t)(width - 1) * edit->step >=
+            list->n_operands)
+            return error_set(error, ERROR_VALUE, "an edit of %s has no value for position %u",
+                             site_name(view->site), place.pos);
         if (first > UINT32_MAX)
-            return error_set(error, ERROR_VALUE, "the edits' values are too large together: more than 16 GB");
-        entries[(*n)++] = (struct edit_entry){.token = t, .operand = (uint32_t)first, .coefficient = edit->coefficient};
+            return error_set(error, ERROR_VALUE,
+                             "the edits' values are too large together: more than 16 GB");
+        entries[(*n)++] = (struct edit_entry){
+            .token = t,
+            .operand = (uint32_t)first,
+            .coefficient = edit->coefficient,
+        };
     }
     return 0;
 }
@@ -70,24 +80,38 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
         if (failed || n == 0)
             continue;
         if (work_upload(work, entries, n * sizeof *entries, &entries_address, error) ||
-            work_upload(work, list->heads + first->first_head, first->n_heads * sizeof *list->heads, &heads_address, error)) {
+            work_upload(work, list->heads + first->first_head, first->n_heads * sizeof *list->heads,
+                        &heads_address, error)) {
             failed = 1;
             break;
         }
         int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
         struct edit_params params = {
-            .x = view->address, .entries = entries_address, .operand = list->operand_address, .heads = heads_address, .scale = view->scale,
-            .tokens = work->chunk.tokens + view->first * sizeof(struct token_meta), .token_stride = view->token_stride,
-            .head_stride = view->head_stride, .width = view->width, .head_step = first->head_step, .step = first->step, .kind = first->kind,
-            .flags = over_keys ? EDIT_KEYS : 0, .window = work->model->facts.window[view->layer]};
+            .x = view->address,
+            .entries = entries_address,
+            .operand = list->operand_address,
+            .heads = heads_address,
+            .scale = view->scale,
+            .tokens = work->chunk.tokens + view->first * sizeof(struct token_meta),
+            .token_stride = view->token_stride,
+            .head_stride = view->head_stride,
+            .width = view->width,
+            .head_step = first->head_step,
+            .step = first->step,
+            .kind = first->kind,
+            .flags = over_keys ? EDIT_KEYS : 0,
+            .window = work->model->facts.window[view->layer],
+        };
         failed = op_edit(&work->model->ops, &params, n, first->n_heads, error);
     }
     free(entries);
     return failed ? -1 : 0;
 }
 
-/* Copies the view into readback memory, in as many pieces as that needs. masked: over keys, what a key that is not seen gets. */
-static int capture_record(struct run_work *work, const struct site_view *view, const struct run_capture *capture, float masked, struct error *error) {
+/* Copies the view into readback memory, in as many pieces as that needs. masked: over keys, what a
+ * key that is not seen gets. */
+static int capture_record(struct run_work *work, const struct site_view *view,
+                          const struct run_capture *capture, float masked, struct error *error) {
     int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
     uint32_t token_floats = view->n_heads * view->width, done = 0;
     while (done < view->n_tokens) {
@@ -97,13 +121,27 @@ static int capture_record(struct run_work *work, const struct site_view *view, c
             return -1;
         /* Heads that lie one behind the other are one row of a copy. */
         int dense = view->head_stride == view->width || view->n_heads == 1;
-        struct copy_params params = {.x = view->address + 4 * (uint64_t)done * view->token_stride,
-                                     .dst = gpu_buffer_address(work->readback) + 4 * offset,
-                                     .n_rows = dense ? n : n * view->n_heads, .width = dense ? token_floats : view->width,
-                                     .x_stride = dense ? view->token_stride : view->head_stride, .out_stride = dense ? token_floats : view->width};
-        struct readback piece = {.to = capture->to, .offset = offset, .first = view->first + done, .n = n, .token_floats = token_floats,
-                                 .n_heads = view->n_heads, .width = view->width, .head_floats = view->width, .over_keys = over_keys,
-                                 .masked = masked, .window = work->model->facts.window[view->layer]};
+        struct copy_params params = {
+            .x = view->address + 4 * (uint64_t)done * view->token_stride,
+            .dst = gpu_buffer_address(work->readback) + 4 * offset,
+            .n_rows = dense ? n : n * view->n_heads,
+            .width = dense ? token_floats : view->width,
+            .x_stride = dense ? view->token_stride : view->head_stride,
+            .out_stride = dense ? token_floats : view->width,
+        };
+        struct readback piece = {
+            .to = capture->to,
+            .offset = offset,
+            .first = view->first + done,
+            .n = n,
+            .token_floats = token_floats,
+            .n_heads = view->n_heads,
+            .width = view->width,
+            .head_floats = view->width,
+            .over_keys = over_keys,
+            .masked = masked,
+            .window = work->model->facts.window[view->layer],
+        };
         if (op_copy(&work->model->ops, &params, error) || work_readback_push(work, &piece, error))
             return -1;
         done += n;
@@ -115,27 +153,39 @@ int site_visit(struct run_work *work, const struct site_view *view, struct error
     if (edits_apply(work, view, error))
         return -1;
     const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
-    return capture ? capture_record(work, view, capture, view->site == SITE_SCORES ? -INFINITY : 0.0f, error) : 0;
+    return capture ? capture_record(work, view, capture,
+                                    view->site == SITE_SCORES ? -INFINITY : 0.0f, error)
+                   : 0;
 }
 
-/* The adjoint of one edit on the view: what the edit overwrote gets no gradient, what it scaled gets it scaled, a projection is its own adjoint, and
- * what was added passes it on. */
-static int edit_undo(struct run_work *work, const struct site_view *view, const struct edit *edit, struct edit_entry *entries, struct error *error) {
+/* The adjoint of one edit on the view: what the edit overwrote gets no gradient, what it scaled
+ * gets it scaled, a projection is its own adjoint, and what was added passes it on. */
+static int edit_undo(struct run_work *work, const struct site_view *view, const struct edit *edit,
+                     struct edit_entry *entries, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
     uint32_t n = 0;
     uint64_t entries_address, heads_address, zero_address = 0;
     if (edit->kind == EDIT_ADD)
         return 0;
-    if (edit->kind == EDIT_ADD_SCALED || site_kind(view->site) == SITE_KIND_KEYS || site_kind(view->site) == SITE_KIND_ONE ||
-        site_kind(view->site) == SITE_KIND_POST_ONE)
-        return error_set(error, ERROR_VALUE, "there is no gradient through an edit of %s", site_name(view->site));
+    if (edit->kind == EDIT_ADD_SCALED || site_kind(view->site) == SITE_KIND_KEYS ||
+        site_kind(view->site) == SITE_KIND_ONE || site_kind(view->site) == SITE_KIND_POST_ONE)
+        return error_set(error, ERROR_VALUE, "there is no gradient through an edit of %s",
+                         site_name(view->site));
     if (entries_add(work, view, edit, entries, &n, error))
         return -1;
     if (n == 0)
         return 0;
-    struct edit_params params = {.x = view->address, .operand = list->operand_address, .tokens = work->chunk.tokens, .token_stride = view->token_stride,
-                                 .head_stride = view->head_stride, .width = view->width, .head_step = edit->head_step, .step = edit->step,
-                                 .kind = edit->kind};
+    struct edit_params params = {
+        .x = view->address,
+        .operand = list->operand_address,
+        .tokens = work->chunk.tokens,
+        .token_stride = view->token_stride,
+        .head_stride = view->head_stride,
+        .width = view->width,
+        .head_step = edit->head_step,
+        .step = edit->step,
+        .kind = edit->kind,
+    };
     if (edit->kind == EDIT_SET) { /* times zero */
         const float zero = 0;
         if (work_upload(work, &zero, sizeof zero, &zero_address, error))
@@ -147,7 +197,8 @@ static int edit_undo(struct run_work *work, const struct site_view *view, const 
             entries[i].operand = 0;
     }
     if (work_upload(work, entries, n * sizeof *entries, &entries_address, error) ||
-        work_upload(work, list->heads + edit->first_head, edit->n_heads * sizeof *list->heads, &heads_address, error))
+        work_upload(work, list->heads + edit->first_head, edit->n_heads * sizeof *list->heads,
+                    &heads_address, error))
         return -1;
     params.entries = entries_address;
     params.heads = heads_address;
@@ -160,7 +211,8 @@ int site_visit_back(struct run_work *work, const struct site_view *view, struct 
     if (capture && capture_record(work, view, capture, 0, error))
         return -1;
     uint32_t n = 0, capacity = 0;
-    for (const struct edit *edit = edit_first(list, view->site, view->layer); edit; edit = edit_next(list, edit))
+    for (const struct edit *edit = edit_first(list, view->site, view->layer); edit;
+         edit = edit_next(list, edit))
         capacity++;
     if (capacity == 0)
         return 0;
@@ -169,7 +221,8 @@ int site_visit_back(struct run_work *work, const struct site_view *view, struct 
     int failed = 0;
     if (!edits || !entries)
         failed = error_set(error, ERROR_MEMORY, "out of memory for edits");
-    for (const struct edit *edit = edit_first(list, view->site, view->layer); !failed && edit; edit = edit_next(list, edit))
+    for (const struct edit *edit = edit_first(list, view->site, view->layer); !failed && edit;
+         edit = edit_next(list, edit))
         edits[n++] = edit;
     while (!failed && n > 0) /* the last edit is undone first */
         failed = edit_undo(work, view, edits[--n], entries, error);

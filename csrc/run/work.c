@@ -11,25 +11,29 @@ uint32_t run_chunk(const struct gpu_device *device) {
 }
 
 uint64_t work_scratch_bytes(const struct model_facts *f, uint32_t capacity) {
-    uint64_t token = 4 * (uint64_t)f->n_heads * op_row_stride(capacity), all = token * (capacity < OP_TILE ? OP_TILE : capacity);
+    uint64_t token = 4 * (uint64_t)f->n_heads * op_row_stride(capacity),
+             all = token * (capacity < OP_TILE ? OP_TILE : capacity);
     uint64_t least = token * OP_TILE;
     return all < WORK_SCRATCH ? all : least > WORK_SCRATCH ? least : WORK_SCRATCH;
 }
 
 uint64_t run_work_bytes(const struct model_facts *f, uint32_t capacity, uint64_t readback) {
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
-    uint64_t floats = 4 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) + op_row_stride(heads) + op_row_stride(2 * f->d_mlp) +
-                      op_row_stride(f->d_mlp) + 1;
+    uint64_t floats = 4 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) +
+                      op_row_stride(heads) + op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp) +
+                      1;
     return floats * capacity * 4 + readback + work_scratch_bytes(f, capacity) + (4u << 20);
 }
 
-static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_t bytes, const char *name, struct error *error) {
+static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_t bytes,
+                         const char *name, struct error *error) {
     if (gpu_buffer_create(out, work->model->ops.device, bytes, GPU_DEVICE_LOCAL, name, error))
         return -1;
     return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
 }
 
-int run_work_create(struct run_work **out, struct model *model, uint32_t capacity, uint64_t readback, struct error *error) {
+int run_work_create(struct run_work **out, struct model *model, uint32_t capacity,
+                    uint64_t readback, struct error *error) {
     const struct model_facts *f = &model->facts;
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
     *out = NULL;
@@ -51,15 +55,25 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
         error_set(error, ERROR_MEMORY, "out of memory for a run");
         goto fail;
     }
-    const struct { struct gpu_buffer **buffer; uint32_t stride; const char *name; } wanted[] = {
-        {&work->x, work->d_stride, "residual stream"}, {&work->norm, work->d_stride, "normed input"},
-        {&work->normalized, work->d_stride, "normalized"}, {&work->out, work->d_stride, "block output"}, {&work->scale, 1, "norm scale"},
-        {&work->qkv, work->qkv_stride, "q, k, v"}, {&work->z, work->z_stride, "z"}, {&work->gate_up, work->gate_up_stride, "gate and up"},
-        {&work->post, work->mlp_stride, "mlp post"}};
+    const struct {
+        struct gpu_buffer **buffer;
+        uint32_t stride;
+        const char *name;
+    } wanted[] = {{&work->x, work->d_stride, "residual stream"},
+                  {&work->norm, work->d_stride, "normed input"},
+                  {&work->normalized, work->d_stride, "normalized"},
+                  {&work->out, work->d_stride, "block output"},
+                  {&work->scale, 1, "norm scale"},
+                  {&work->qkv, work->qkv_stride, "q, k, v"},
+                  {&work->z, work->z_stride, "z"},
+                  {&work->gate_up, work->gate_up_stride, "gate and up"},
+                  {&work->post, work->mlp_stride, "mlp post"}};
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
-        if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)capacity * wanted[i].stride * 4, wanted[i].name, error))
+        if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)capacity * wanted[i].stride * 4,
+                          wanted[i].name, error))
             goto fail;
-    if (gpu_buffer_create(&work->readback, model->ops.device, readback, GPU_READBACK, "readback", error))
+    if (gpu_buffer_create(&work->readback, model->ops.device, readback, GPU_READBACK, "readback",
+                          error))
         goto fail;
     *out = work;
     return 0;
@@ -72,8 +86,11 @@ uint64_t run_address(const struct gpu_buffer *buffer) {
     return buffer ? gpu_buffer_address(buffer) : 0;
 }
 
-int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error) {
-    return work->observer ? work->observer->see(work->observer->context, work, what, layer, address, stride, error) : 0;
+int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride,
+            struct error *error) {
+    return work->observer ? work->observer->see(work->observer->context, work, what, layer, address,
+                                                stride, error)
+                          : 0;
 }
 
 static void uploads_destroy(struct upload_block *block) {
@@ -90,8 +107,10 @@ void run_work_destroy(struct run_work *work) {
         return;
     if (work->model)
         gpu_stream_wait(work->model->ops.stream, NULL);
-    struct gpu_buffer *buffers[] = {work->x, work->norm, work->normalized, work->out, work->scale, work->qkv, work->z, work->gate_up,
-                                    work->post, work->scores, work->result, work->expanded, work->unembed_norms, work->readback};
+    struct gpu_buffer *buffers[] = {
+        work->x,      work->norm,     work->normalized,    work->out,     work->scale,
+        work->qkv,    work->z,        work->gate_up,       work->post,    work->scores,
+        work->result, work->expanded, work->unembed_norms, work->readback};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     uploads_destroy(work->uploads);
@@ -102,7 +121,8 @@ void run_work_destroy(struct run_work *work) {
     free(work);
 }
 
-int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name, struct error *error) {
+int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name,
+              struct error *error) {
     if (*buffer && gpu_buffer_size(*buffer) >= bytes)
         return 0;
     if (*buffer && gpu_stream_wait(work->model->ops.stream, error))
@@ -114,13 +134,16 @@ int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes,
 
 #define UPLOAD_BLOCK (UINT64_C(1) << 20)
 
-int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address, struct error *error) {
+int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address,
+                struct error *error) {
     struct upload_block *block = work->uploads;
     if (!block || block->used + bytes > gpu_buffer_size(block->buffer)) {
         block = calloc(1, sizeof *block);
         if (!block)
             return error_set(error, ERROR_MEMORY, "out of memory for uploads");
-        if (gpu_buffer_create(&block->buffer, work->model->ops.device, bytes > UPLOAD_BLOCK ? bytes : UPLOAD_BLOCK, GPU_UPLOAD, "uploads", error)) {
+        if (gpu_buffer_create(&block->buffer, work->model->ops.device,
+                              bytes > UPLOAD_BLOCK ? bytes : UPLOAD_BLOCK, GPU_UPLOAD, "uploads",
+                              error)) {
             free(block);
             return -1;
         }
@@ -145,15 +168,19 @@ int work_upload_reset(struct run_work *work, struct error *error) {
     return 0;
 }
 
-int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset, struct error *error) {
-    uint64_t capacity = work->readback_bytes / 4, room = (capacity - work->readback_used) / token_floats;
+int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset,
+                       struct error *error) {
+    uint64_t capacity = work->readback_bytes / 4,
+             room = (capacity - work->readback_used) / token_floats;
     if (room < *n && work->readback_used) {
         if (work_readback_drain(work, error))
             return -1;
         room = capacity / token_floats;
     }
     if (room == 0)
-        return error_set(error, ERROR_DEVICE, "one token of a capture takes %.1f MB, more than the readback memory of %.0f MB: capture shorter rows",
+        return error_set(error, ERROR_DEVICE,
+                         "one token of a capture takes %.1f MB, more than the readback memory of "
+                         "%.0f MB: capture shorter rows",
                          token_floats * 4e-6, work->readback_bytes / 1e6);
     if (room < *n)
         *n = (uint32_t)room;
@@ -175,24 +202,37 @@ int work_readback_push(struct run_work *work, const struct readback *piece, stru
     return 0;
 }
 
-int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address, struct error *error) {
+int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address,
+                         struct error *error) {
     uint32_t one = 1;
     uint64_t offset;
     if (work_readback_take(work, &one, n, &offset, error))
         return -1;
-    struct readback piece = {.to = to, .offset = offset, .n = 1, .token_floats = n, .width = n, .plain = 1};
+    struct readback piece = {
+        .to = to,
+        .offset = offset,
+        .n = 1,
+        .token_floats = n,
+        .width = n,
+        .plain = 1,
+    };
     *address = run_address(work->readback) + 4 * offset;
     return work_readback_push(work, &piece, error);
 }
 
 /* One token's scores or pattern: [H, keys] into [H, columns, keys] with the row's own padding. */
-static void keys_place(const struct run_batch *batch, const struct readback *piece, struct token_place place, const float *from) {
+static void keys_place(const struct run_batch *batch, const struct readback *piece,
+                       struct token_place place, const float *from) {
     size_t n_columns = batch->n_columns, n_keys = batch->n_keys;
     uint32_t end = batch->start[place.row] + batch->n_tokens[place.row];
-    uint32_t start = piece->window && place.pos + 1 > piece->window ? place.pos + 1 - piece->window : 0;
+    uint32_t start = piece->window && place.pos + 1 > piece->window ? place.pos + 1 - piece->window
+                                                                    : 0;
     for (uint32_t h = 0; h < piece->n_heads; h++, from += piece->head_floats) {
-        float *to = piece->to + (((size_t)batch->out_row[place.row] * piece->n_heads + h) * n_columns +
-                                 (size_t)(batch->column[place.row] + (int32_t)place.pos)) * n_keys + batch->key_column[place.row];
+        float *to = piece->to +
+                    (((size_t)batch->out_row[place.row] * piece->n_heads + h) * n_columns +
+                     (size_t)(batch->column[place.row] + (int32_t)place.pos)) *
+                        n_keys +
+                    batch->key_column[place.row];
         for (uint32_t j = 0; j < end; j++)
             to[j] = j < start || j > place.pos ? piece->masked : from[j];
     }
@@ -207,7 +247,8 @@ static void piece_place(const struct run_work *work, const struct readback *piec
         return;
     }
     for (uint32_t t = 0; t < piece->n; t++, from += piece->token_floats) {
-        struct token_place place = chunk->places[piece->by_row ? chunk->last_tokens[piece->first + t] : piece->first + t];
+        struct token_place place =
+            chunk->places[piece->by_row ? chunk->last_tokens[piece->first + t] : piece->first + t];
         int32_t row = batch->out_row[place.row];
         if (row < 0)
             continue;
@@ -216,7 +257,9 @@ static void piece_place(const struct run_work *work, const struct readback *piec
             continue;
         }
         size_t width = (size_t)piece->n_heads * piece->width;
-        size_t at = piece->by_row ? (size_t)row : (size_t)row * batch->n_columns + (size_t)(batch->column[place.row] + (int32_t)place.pos);
+        size_t at = piece->by_row ? (size_t)row
+                                  : (size_t)row * batch->n_columns +
+                                        (size_t)(batch->column[place.row] + (int32_t)place.pos);
         memcpy(piece->to + at * width, from, width * sizeof *from);
     }
 }
@@ -234,15 +277,21 @@ uint64_t run_cache_bytes(const struct model_facts *f, uint32_t n_slots, uint32_t
     return 2 * (uint64_t)(f->n_layers - first_layer) * n_slots * f->n_kv_heads * f->d_head * 4;
 }
 
-int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots, uint32_t first_layer, struct error *error) {
+int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots,
+                     uint32_t first_layer, struct error *error) {
     const struct model_facts *f = &model->facts;
     *out = NULL;
     if (first_layer >= f->n_layers)
-        return error_set(error, ERROR_VALUE, "a cache from layer %u of %u", first_layer, f->n_layers);
-    uint64_t needed = run_cache_bytes(f, n_slots, first_layer), available = gpu_device_available(model->ops.device);
+        return error_set(error, ERROR_VALUE, "a cache from layer %u of %u", first_layer,
+                         f->n_layers);
+    uint64_t needed = run_cache_bytes(f, n_slots, first_layer),
+             available = gpu_device_available(model->ops.device);
     if (needed > available)
-        return error_set(error, ERROR_DEVICE, "keys and values of %u tokens take %.2f GB and %.2f GB are free on the device: at most %llu tokens fit "
-                                              "(rows x length); use a smaller batch or shorter prompts", n_slots, needed / 1e9, available / 1e9,
+        return error_set(error, ERROR_DEVICE,
+                         "keys and values of %u tokens take %.2f GB and %.2f GB are free on the "
+                         "device: at most %llu tokens fit "
+                         "(rows x length); use a smaller batch or shorter prompts",
+                         n_slots, needed / 1e9, available / 1e9,
                          (unsigned long long)(available / run_cache_bytes(f, 1, first_layer)));
     struct run_cache *cache = calloc(1, sizeof *cache);
     if (!cache)
@@ -269,13 +318,17 @@ fail:
     return -1;
 }
 
-int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from, const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
+int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from,
+                   const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
                    struct error *error) {
     uint64_t slot = 4 * (uint64_t)work->model->facts.n_kv_heads * work->model->facts.d_head;
     for (uint32_t i = 0; i < n_to; i++)
-        for (uint32_t l = first_layer > cache->first_layer ? first_layer : cache->first_layer; l < cache->n_layers; l++)
-            if (gpu_stream_copy(work->model->ops.stream, cache->k[l], from * slot, cache->k[l], to[i] * slot, n * slot, error) ||
-                gpu_stream_copy(work->model->ops.stream, cache->v[l], from * slot, cache->v[l], to[i] * slot, n * slot, error)) {
+        for (uint32_t l = first_layer > cache->first_layer ? first_layer : cache->first_layer;
+             l < cache->n_layers; l++)
+            if (gpu_stream_copy(work->model->ops.stream, cache->k[l], from * slot, cache->k[l],
+                                to[i] * slot, n * slot, error) ||
+                gpu_stream_copy(work->model->ops.stream, cache->v[l], from * slot, cache->v[l],
+                                to[i] * slot, n * slot, error)) {
                 gpu_stream_abandon(work->model->ops.stream);
                 return -1;
             }

@@ -1,10 +1,12 @@
-/* What a run works with: buffers for one chunk of tokens, memory for what goes up and what comes back. Shared by the files of this room. */
+/* What a run works with: buffers for one chunk of tokens, memory for what goes up and what comes
+ * back. Shared by the files of this room. */
 #ifndef VKSTEER_WORK_H
 #define VKSTEER_WORK_H
 
 #include "run/run.h"
 
-#define WORK_SCRATCH (UINT64_C(32) << 20) /* scores, per-head results: cut into pieces of about this size */
+/* scores, per-head results: cut into pieces of about this size */
+#define WORK_SCRATCH (UINT64_C(32) << 20)
 
 struct upload_block {
     struct gpu_buffer *buffer;
@@ -12,7 +14,8 @@ struct upload_block {
     struct upload_block *next;
 };
 
-/* One piece of captured or computed floats that waits in readback memory: token t of the piece lies at offset + t * token_floats. */
+/* One piece of captured or computed floats that waits in readback memory: token t of the piece lies
+ * at offset + t * token_floats. */
 struct readback {
     float *to;
     uint64_t offset;         /* floats from the start of the readback memory */
@@ -20,23 +23,27 @@ struct readback {
     uint32_t token_floats;   /* floats from token to token in readback memory */
     uint32_t n_heads, width; /* what to take of it: n_heads x width, heads `head_floats` apart */
     uint32_t head_floats;
-    int plain;               /* n values of token_floats each, one behind the other: no tokens of the chunk */
-    int by_row;              /* one value a row: the output has no column axis */
-    int over_keys;           /* scores or pattern: the output's last axis is keys */
-    float masked;            /* over keys: what a key that the query does not see gets */
+    /* n values of token_floats each, one behind the other: no tokens of the chunk */
+    int plain;
+    int by_row;    /* one value a row: the output has no column axis */
+    int over_keys; /* scores or pattern: the output's last axis is keys */
+    float masked;  /* over keys: what a key that the query does not see gets */
     uint32_t window;
 };
 
-struct token_place { uint32_t row, pos, packed; }; /* packed: index into the batch's tokens */
+struct token_place {
+    uint32_t row, pos, packed;
+}; /* packed: index into the batch's tokens */
 
 /* The tokens that go through the layers together. */
 struct chunk {
     const struct run_batch *batch;
     uint32_t n_tokens, n_tiles, n_last, max_keys;
-    struct token_place *places; /* [capacity] */
+    struct token_place *places;                                 /* [capacity] */
     uint64_t tokens, frozen_tokens, tiles, last_rows, mlp_rows; /* device addresses */
-    struct query_tile *tile_list; /* [capacity] */
-    uint32_t *last_tokens;        /* [capacity] chunk tokens whose logits are asked for in LAST mode */
+    struct query_tile *tile_list;                               /* [capacity] */
+    /* [capacity] chunk tokens whose logits are asked for in LAST mode */
+    uint32_t *last_tokens;
 };
 
 struct run_work {
@@ -45,63 +52,83 @@ struct run_work {
     uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
     struct gpu_buffer *scores, *result, *expanded; /* grown when asked for */
-    struct gpu_buffer *unembed_norms;              /* [V], made when first asked for (analysis/lens.c) */
+    /* [V], made when first asked for (analysis/lens.c) */
+    struct gpu_buffer *unembed_norms;
     struct gpu_buffer *readback;
     uint64_t readback_bytes, readback_used; /* bytes; floats */
     struct readback *pending;
     uint32_t n_pending, pending_capacity;
     struct upload_block *uploads;
     struct chunk chunk;
-    /* Where the present layer's values lie: this work's own buffers, or those of a tape (tape.h). */
+    /* Where the present layer's values lie: this work's own buffers, or
+     * those of a tape (tape.h). */
     uint64_t at_qkv, at_gate_up, at_out;
-    struct run_tape *tape;              /* NULL: nothing is kept for a way back */
+    struct run_tape *tape;               /* NULL: nothing is kept for a way back */
     const struct run_observer *observer; /* NULL: nobody looks on */
 };
 
-/* What passes by while a batch runs, for whoever computes with it on the device (csrc/analysis). `address`: [T, stride] rows. */
+/* What passes by while a batch runs, for whoever computes with it on the device (csrc/analysis).
+ * `address`: [T, stride] rows. */
 enum run_seen {
-    SEEN_Z,          /* per-head mixes */
-    SEEN_ATTN_RAW,   /* attention's output before the post-norm (post-norm models only) */
-    SEEN_MLP_OUT,    /* what the MLP adds to the stream */
-    SEEN_FINAL,      /* the stream after the last layer */
+    SEEN_Z,        /* per-head mixes */
+    SEEN_ATTN_RAW, /* attention's output before the post-norm (post-norm models only) */
+    SEEN_MLP_OUT,  /* what the MLP adds to the stream */
+    SEEN_FINAL,    /* the stream after the last layer */
     /* on the way back, gradients with respect to: */
-    SEEN_D_RESID_POST, SEEN_D_RESID_MID, SEEN_D_RESID_PRE, /* the stream */
-    SEEN_D_FINAL_NORMED, SEEN_D_FINAL_INPUT,               /* logits' input after / before norm and gain */
-    SEEN_D_MLP_NORMED, SEEN_D_MLP_INPUT,                   /* the MLP's input after / before norm and gain, through the MLP alone */
-    SEEN_D_QKV,      /* q, k, v before norm per head and rotation */
+    SEEN_D_RESID_POST,
+    SEEN_D_RESID_MID,
+    SEEN_D_RESID_PRE, /* the stream */
+    /* logits' input after / before norm and gain */
+    SEEN_D_FINAL_NORMED,
+    SEEN_D_FINAL_INPUT,
+    /* the MLP's input after / before norm and gain, through the MLP alone */
+    SEEN_D_MLP_NORMED,
+    SEEN_D_MLP_INPUT,
+    SEEN_D_QKV, /* q, k, v before norm per head and rotation */
 };
 struct run_observer {
     void *context;
-    int (*see)(void *context, struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error);
+    int (*see)(void *context, struct run_work *work, enum run_seen what, int layer,
+               uint64_t address, uint32_t stride, struct error *error);
 };
-int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride, struct error *error);
+int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride,
+            struct error *error);
 
 /* Bytes that scores (or their gradients) of a chunk take at most. */
 uint64_t work_scratch_bytes(const struct model_facts *facts, uint32_t capacity);
 /* Copies `bytes` to memory that kernels can read until the next upload_reset. */
-int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address, struct error *error);
+int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address,
+                struct error *error);
 int work_upload_reset(struct run_work *work, struct error *error);
 /* At least `bytes`, zeroed when (re)made; contents are lost then. */
-int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name, struct error *error);
-/* Room for `n` tokens of `token_floats`; fewer if the memory is short, *n says how many; waits for what is pending if it must. */
-int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset, struct error *error);
+int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name,
+              struct error *error);
+/* Room for `n` tokens of `token_floats`; fewer if the memory is short, *n says how many; waits for
+ * what is pending if it must. */
+int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset,
+                       struct error *error);
 int work_readback_push(struct run_work *work, const struct readback *piece, struct error *error);
-/* Room for n floats that a kernel writes at *address and the next drain copies to `to` as they are. */
-int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address, struct error *error);
+/* Room for n floats that a kernel writes at *address and the next drain copies
+ * to `to` as they are. */
+int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address,
+                         struct error *error);
 /* Waits for the device and hands every pending piece to its array. */
 int work_readback_drain(struct run_work *work, struct error *error);
 
 /* forward.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
-/* One layer, from the stream in work->x to the stream in work->x, without the sites before and after it. */
+/* One layer, from the stream in work->x to the stream in work->x, without the sites
+ * before and after it. */
 int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
 /* work->norm = final norm of the stream in work->x, with its sites. */
 int run_final_norm(struct run_work *work, struct error *error);
 uint64_t run_address(const struct gpu_buffer *buffer); /* 0 for none */
 
-/* chunks.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays valid (and the uploads, until the next
- * work_upload_reset) so that a way back can follow; call run_whole_end after it, whatever happened. */
-int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch, struct error *error);
+/* chunks.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays
+ * valid (and the uploads, until the next work_upload_reset) so that a way back can follow; call
+ * run_whole_end after it, whatever happened. */
+int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+              struct error *error);
 void run_whole_end(struct run_work *work, int failed);
 
 /* A site's values as they lie in memory. */
@@ -110,15 +137,17 @@ struct site_view {
     uint64_t address;
     uint32_t first, n_tokens; /* tokens of the chunk that the view holds */
     uint32_t token_stride, n_heads, head_stride, width;
-    uint64_t scale;           /* [n_tokens] of the norm before it, for EDIT_ADD_SCALED; 0: none */
+    uint64_t scale; /* [n_tokens] of the norm before it, for EDIT_ADD_SCALED; 0: none */
 };
 /* visit.c: edits, then captures. */
 int site_wanted(const struct run_work *work, int site, int layer);
 int site_edited(const struct run_work *work, int site, int layer);
 int site_visit(struct run_work *work, const struct site_view *view, struct error *error);
-/* On the way back: the view holds the gradient with respect to the site after its edits. It is captured (chunk.batch->captures), then becomes the
- * gradient with respect to the site before them. */
+/* On the way back: the view holds the gradient with respect to the site after its
+ * edits. It is captured (chunk.batch->captures), then becomes the gradient with respect
+ * to the site before them. */
 int site_visit_back(struct run_work *work, const struct site_view *view, struct error *error);
-struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at, uint32_t stride);
+struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at,
+                                uint32_t stride);
 
 #endif

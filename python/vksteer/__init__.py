@@ -1,6 +1,7 @@
 """vksteer: why a steering vector works, on any Vulkan GPU.
 
-Importing is cheap and needs no driver; a device is opened by `Model.from_pretrained`. Submodules load when they are first touched.
+Importing is cheap and needs no driver; a device is opened by `Model.from_pretrained`. Submodules
+load when they are first touched.
 """
 
 from __future__ import annotations
@@ -11,18 +12,31 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 from .errors import DeviceError, ModelError
 
-
 #: Where a public name lives; resolved on first access, so that `import vksteer` stays fast.
 _LAZY = {
-    "Model": "runtime.model", "Config": "loading.config", "devices": "runtime.device", "Device": "runtime.device", "Run": "runtime.run",
-    "Generation": "runtime.generation", "Steer": "runtime.edits", "Ablate": "runtime.edits", "Set": "runtime.edits", "Add": "runtime.edits",
-    "Scale": "runtime.edits", "MeanAblate": "runtime.edits", "SteeringVector": "inputs.vectors", "LogitDiff": "runtime.gradients",
-    "LogProb": "runtime.gradients", "KL": "runtime.gradients", "Gradients": "runtime.gradients",
+    "Model": "runtime.model",
+    "Config": "loading.config",
+    "devices": "runtime.device",
+    "Device": "runtime.device",
+    "Run": "runtime.run",
+    "Generation": "runtime.generation",
+    "Steer": "runtime.edits",
+    "Ablate": "runtime.edits",
+    "Set": "runtime.edits",
+    "Add": "runtime.edits",
+    "Scale": "runtime.edits",
+    "MeanAblate": "runtime.edits",
+    "SteeringVector": "inputs.vectors",
+    "LogitDiff": "runtime.gradients",
+    "LogProb": "runtime.gradients",
+    "KL": "runtime.gradients",
+    "Gradients": "runtime.gradients",
 }
 _MODULES = ("circuits", "data", "freezing", "judge", "ov", "patching", "sparsify", "steering")
 
 if TYPE_CHECKING:
     from . import circuits, data, freezing, judge, ov, patching, sparsify, steering
+    from .inputs.vectors import SteeringVector
     from .loading.config import Config
     from .runtime.device import Device, devices
     from .runtime.edits import Ablate, Add, MeanAblate, Scale, Set, Steer
@@ -30,7 +44,6 @@ if TYPE_CHECKING:
     from .runtime.gradients import KL, Gradients, LogitDiff, LogProb
     from .runtime.model import Model
     from .runtime.run import Run
-    from .inputs.vectors import SteeringVector
 
 __all__ = ["DeviceError", "ModelError", *_LAZY, *_MODULES]
 

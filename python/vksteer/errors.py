@@ -1,6 +1,7 @@
 """The package's own exceptions. Wrong arguments raise ValueError, TypeError or KeyError as usual.
 
-The C engine imports these two classes by name, so that both halves of the package raise the same types.
+The C engine imports these two classes by name, so that both halves of the package
+raise the same types.
 """
 
 from __future__ import annotations
@@ -15,4 +16,6 @@ class DeviceError(VksteerError):
 
 
 class ModelError(VksteerError):
-    """A model's files are damaged, incomplete, or describe a model that this engine does not know."""
+    """A model's files are damaged, incomplete, or describe a model that this
+    engine does not know.
+    """

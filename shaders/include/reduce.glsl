@@ -1,11 +1,11 @@
-// Sums and maxima over a workgroup: every lane gets the same value. The order depends on SG and WG only.
+// Sums and maxima over a workgroup: every lane gets the same value. The order
+// depends on SG and WG only.
 #ifndef REDUCE_GLSL
 #define REDUCE_GLSL
 
 shared float reduce_parts[64];
 
-float workgroup_sum(float x)
-{
+float workgroup_sum(float x) {
     x = subgroupAdd(x);
     if (WG == SG)
         return x;
@@ -19,8 +19,7 @@ float workgroup_sum(float x)
     return x;
 }
 
-float workgroup_max(float x)
-{
+float workgroup_max(float x) {
     x = subgroupMax(x);
     if (WG == SG)
         return x;

@@ -1,7 +1,6 @@
 #include "reduce.glsl"
 
-void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_stride)
-{
+void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_stride) {
     uint start = window != 0 && pos + 1 > window ? pos + 1 - window : 0;
     uint lane = gl_LocalInvocationID.x;
     float top = -3.402823466e38;
@@ -10,7 +9,8 @@ void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_s
     top = workgroup_max(top);
     float sum = 0.0;
     for (uint j = start + lane; j <= pos; j += WG) {
-        precise float below = scores.at[row + j] - top; // the same bits in every kernel that this is part of
+        // the same bits in every kernel that this is part of
+        precise float below = scores.at[row + j] - top;
         float e = exp(below);
         scores.at[row + j] = e;
         sum += e;

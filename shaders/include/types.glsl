@@ -1,4 +1,5 @@
-// Buffer references that the argument blocks name, and the two sizes every kernel is specialised with.
+// Buffer references that the argument blocks name, and the two sizes every kernel
+// is specialised with.
 #ifndef TYPES_GLSL
 #define TYPES_GLSL
 
@@ -16,27 +17,40 @@
 
 #define VKSTEER_GLSL
 #ifdef TEXELS
-layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Inputs { uint64_t at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Inputs {
+    uint64_t at[];
+};
 #else
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Inputs { float at[]; };
 #endif
 layout(buffer_reference) buffer Tokens;
 layout(buffer_reference) buffer Tiles;
 layout(buffer_reference) buffer EditEntries;
-layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer FloatsIn { float at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer FloatsIn {
+    float at[];
+};
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels { uvec4 at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels {
+    uvec4 at[];
+};
 #include "params.h"
-layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tokens { token_meta at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tiles { query_tile at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer EditEntries { edit_entry at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tokens {
+    token_meta at[];
+};
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tiles {
+    query_tile at[];
+};
+layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer EditEntries {
+    edit_entry at[];
+};
 
 layout(constant_id = 0) const uint SG = 8; // subgroup size
 layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
 
-// STEP for s = 0 .. n - 1, n <= SG, unrolled. A whole block asks no question between its steps: GPUs then have all its loads under way at once.
+// STEP for s = 0 .. n - 1, n <= SG, unrolled. A whole block asks no question between its steps:
+// GPUs then have all its loads under way at once.
 #define FOR_STEPS(n, STEP) \
     if (n == SG) { \
         [[unroll]] for (uint s = 0; s < SG; s++) \

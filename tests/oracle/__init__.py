@@ -1,1 +1,3 @@
-"""The float64 oracle: random models of every family, and an independent forward pass to compare the engine with."""
+"""The float64 oracle: random models of every family, and an independent forward pass to
+compare the engine with.
+"""

@@ -1,13 +1,19 @@
-"""Circuits in torch float64, from method.md section 5: the model under a set of edges, its faithfulness, greedy decoding; pruning by brute force.
+"""Circuits in torch float64, from method.md section 5: the model under a set of edges, its
+faithfulness, greedy decoding; pruning by brute force.
 
-A circuit is a set of edge names. Its run is the steered run in which every downstream input reads the run's own residual stream plus, over the
-upstream nodes whose edge to it is not in the circuit, what they add in the base run minus what they add in this run; then its norm.
+A circuit is a set of edge names. Its run is the steered run in which every downstream input reads
+the run's own residual stream plus, over the upstream nodes whose edge to it is not in the circuit,
+what they add in the base run minus what they add in this run; then its norm.
 
-Every metric is a number of a run, pooled (a mean over all positions of all samples); faithfulness = (value - empty) / (full - empty) with `full` of the
-steered run and `empty` of the base run. Readings, P = prompt length, S = all tokens:
-- logit_diff: logit(steered run's greedy token) - logit(base run's), at positions P-1 to S-1 where the two differ;
-- logit_diff_per_sample: the same, averaged within each sample first and over samples with any such position then, before the ratio;
-- directional_kl: KL(P_base||P_x) - KL(P_steer||P_x), at positions P-1 to S-1 with KL(P_steer||P_base) > threshold;
+Every metric is a number of a run, pooled (a mean over all positions of all samples); faithfulness =
+(value - empty) / (full - empty) with `full` of the steered run and `empty` of the base run.
+Readings, P = prompt length, S = all tokens:
+- logit_diff: logit(steered run's greedy token) - logit(base run's), at positions P-1 to S-1
+  where the two differ;
+- logit_diff_per_sample: the same, averaged within each sample first and over samples with any such
+  position then, before the ratio;
+- directional_kl: KL(P_base||P_x) - KL(P_steer||P_x), at positions P-1 to S-1 with
+  KL(P_steer||P_base) > threshold;
 - kl: KL(P_steer||P_x), at the positions that predict a response token, P-1 to S-2; full is 0;
 - match: share of the same positions where the greedy prediction is the steered run's; full is 1;
 - logprob: log p(response token) at the same positions.
@@ -26,7 +32,8 @@ from .separated import Separated, edge_pairs, fed_by
 METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match", "logprob")
 
 
-# -- the model under circuits -------------------------------------------------------------------------------------------------------------
+# -- the model under circuits ----------------------------------------------------------------------
+
 
 def run(net, base, coefficient, circuits):
     """One run per circuit (a set of edge names). net: a Separated; base: its base run (one run)."""
@@ -44,7 +51,9 @@ def run(net, base, coefficient, circuits):
 
 
 def generate(ref, prompt, n_new, vector, coefficient, circuit, eos=()):
-    """Greedy decoding under a circuit, everything run again from the first token. Returns (new tokens, top-1 margins)."""
+    """Greedy decoding under a circuit, everything run again from the first token. Returns (new
+    tokens, top-1 margins).
+    """
     tokens, margins = [int(t) for t in prompt], []
     for _ in range(n_new):
         net = Separated(ref, tokens, vector, vector.layer)
@@ -53,10 +62,11 @@ def generate(ref, prompt, n_new, vector, coefficient, circuit, eos=()):
         tokens.append(int(top.indices[0]))
         if tokens[-1] in eos:
             break
-    return tokens[len(prompt):], margins
+    return tokens[len(prompt) :], margins
 
 
-# -- faithfulness -------------------------------------------------------------------------------------------------------------------------
+# -- faithfulness ----------------------------------------------------------------------------------
+
 
 @dataclass
 class Result:
@@ -83,13 +93,27 @@ def measure(case, logits, metric, threshold=0.0, capped=True):
     if metric == "match":
         return (x.argmax(-1) == steered.argmax(-1)).to(torch.float64)
     assert metric == "logprob"
-    return torch.log_softmax(x, dim=-1)[:, torch.arange(len(predicting)), torch.tensor(case.response)]
+    return torch.log_softmax(x, dim=-1)[
+        :, torch.arange(len(predicting)), torch.tensor(case.response)
+    ]
 
 
-def evaluate(ref, circuits, samples, vector, coefficient, metrics=("logit_diff",), *, threshold=0.0, capped=True, cases=None):
+def evaluate(
+    ref,
+    circuits,
+    samples,
+    vector,
+    coefficient,
+    metrics=("logit_diff",),
+    *,
+    threshold=0.0,
+    capped=True,
+    cases=None,
+):
     """One {metric: Result} per circuit."""
     cases = cases or [Case(ref, s, vector, coefficient) for s in samples]
-    found = {m: [] for m in metrics}  # per sample [R + 2, n]: the circuits, the steered run, the base run
+    # per sample [R + 2, n]: the circuits, the steered run, the base run
+    found = {m: [] for m in metrics}
     for case in cases:
         runs = run(case.net, case.base, case.coefficient, circuits)
         logits = torch.cat([r.read(capped) for r in (runs, case.steered, case.base)])
@@ -98,17 +122,24 @@ def evaluate(ref, circuits, samples, vector, coefficient, metrics=("logit_diff",
     results = [{} for _ in circuits]
     for m, values in found.items():
         values = [v for v in values if v.shape[1]]
-        means = torch.stack([v.mean(1) for v in values]).mean(0) if m == "logit_diff_per_sample" else torch.cat(values, dim=1).mean(1)
+        means = (
+            torch.stack([v.mean(1) for v in values]).mean(0)
+            if m == "logit_diff_per_sample"
+            else torch.cat(values, dim=1).mean(1)
+        )
         *each, full, empty = means.tolist()
         for result, value in zip(results, each, strict=True):
             result[m] = Result(value, full, empty)
     return results
 
 
-# -- finding circuits ---------------------------------------------------------------------------------------------------------------------
+# -- finding circuits ------------------------------------------------------------------------------
+
 
 def paths(facts, edges):
-    """Every path from steer to logits, as tuples of edge names, by depth-first enumeration. For tiny graphs."""
+    """Every path from steer to logits, as tuples of edge names, by depth-first
+    enumeration. For tiny graphs.
+    """
     leaving = {}
     for e in edges:
         leaving.setdefault(e.split("->")[0], []).append(e)
@@ -125,10 +156,13 @@ def paths(facts, edges):
 
 
 def prune(facts, edges):
-    """The edges that lie on a path from steer to logits made of them: both ends' reach, grown until it stops. A set of names."""
+    """The edges that lie on a path from steer to logits made of them: both ends' reach, grown until
+    it stops. A set of names.
+    """
     ends = [(e, *e.split("->")) for e in edges]
     feeds = {v: fed_by(facts, v) for _, _, v in ends}
-    reached, useful = {"steer"}, set()  # upstream nodes that steering reaches; upstream nodes from which the logits are reached
+    # upstream nodes that steering reaches; upstream nodes from which the logits are reached
+    reached, useful = {"steer"}, set()
     leads = lambda v: v == "logits" or any(u in useful for u in feeds[v])
     size = -1
     while size != len(reached) + len(useful):
@@ -147,7 +181,9 @@ def ranking(scores):
 
 
 def pruned(facts, names, scores, n):
-    """The pruned rest of the shortest prefix of the ranking that has at least n edges left: prefix by prefix."""
+    """The pruned rest of the shortest prefix of the ranking that has at least n edges
+    left: prefix by prefix.
+    """
     order = [names[i] for i in ranking(scores)]
     for k in range(len(order) + 1):
         left = prune(facts, order[:k])
@@ -161,14 +197,18 @@ def top(names, scores, n):
 
 
 def greedy(facts, names, scores, n, backward):
-    """Always the strongest edge that touches the circuit, until n edges are on paths: backward an edge that ends in an input of one of its nodes
-    (at first: logits), forward one that starts at one (at first: steer). Returns the pruned rest."""
+    """Always the strongest edge that touches the circuit, until n edges are on paths: backward an
+    edge that ends in an input of one of its nodes (at first: logits), forward one that starts at
+    one (at first: steer). Returns the pruned rest.
+    """
     order = [names[i] for i in ranking(scores)]
     nodes, taken = {"logits" if backward else "steer"}, set()
 
     def touches(e):
         u, v = e.split("->")
-        return u in nodes if not backward else v in nodes or any(x in nodes for x in fed_by(facts, v))
+        return (
+            u in nodes if not backward else v in nodes or any(x in nodes for x in fed_by(facts, v))
+        )
 
     while len(left := prune(facts, taken)) < n:
         e = next(e for e in order if e not in taken and touches(e))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-#: Largest error allowed, as a share of the largest value of the array (the project's bound for logits and every site).
+#: Largest error allowed, as a share of the largest value of the array (the project's bound for
+#: logits and every site).
 BOUND = 2e-4
 
 
@@ -13,7 +14,9 @@ def numpy(x):
 
 
 def share(got, want, name=""):
-    """Largest error over the largest absolute value of `want`. Infinities must be in the same places."""
+    """Largest error over the largest absolute value of `want`. Infinities must
+    be in the same places.
+    """
     got, want = numpy(got).astype(np.float64), numpy(want).astype(np.float64)
     assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
     if want.size == 0:
@@ -21,7 +24,10 @@ def share(got, want, name=""):
     bad = (np.isinf(got) | np.isinf(want)) & (got != want) | np.isnan(got) | np.isnan(want)
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise AssertionError(f"{name}: at {at}: got {got[at]}, expected {want[at]} ({int(bad.sum())} such places of {bad.size})")
+        raise AssertionError(
+            f"{name}: at {at}: got {got[at]}, expected {want[at]} ({int(bad.sum())} such places of"
+            f" {bad.size})"
+        )
     finite = np.isfinite(want)
     error = np.where(finite, np.abs(np.where(finite, got, 0) - np.where(finite, want, 0)), 0.0)
     largest = np.abs(want[finite]).max() if finite.any() else 0.0
@@ -32,13 +38,17 @@ def share(got, want, name=""):
 def assert_close(name, got, want, bound=BOUND):
     value, at = share(got, want, name)
     if value > bound:
-        raise AssertionError(f"{name}: largest error is {value:.3g} of the largest value (bound {bound:.3g}); worst at {at}: "
-                             f"got {numpy(got)[at]!r}, expected {numpy(want)[at]!r}")
+        raise AssertionError(
+            f"{name}: largest error is {value:.3g} of the largest value (bound {bound:.3g}); worst"
+            f" at {at}: got {numpy(got)[at]!r}, expected {numpy(want)[at]!r}"
+        )
     return value
 
 
 def real(name, array, row, length):
-    """The real part of one row of a left-padded array: its last `length` positions (queries and keys for scores and patterns)."""
+    """The real part of one row of a left-padded array: its last `length` positions (queries and
+    keys for scores and patterns).
+    """
     if name.endswith(("hook_pattern", "hook_attn_scores")):
         return array[row][:, -length:, -length:]
     return array[row][-length:]
@@ -55,14 +65,24 @@ def padding(name, array, row, length):
 
 def same_bits(a, b):
     a, b = np.asarray(a), np.asarray(b)
-    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(
-        np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and np.array_equal(
+            np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32)
+        )
+    )
 
 
 def assert_same_bits(name, a, b):
     a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape and a.dtype == b.dtype, f"{name}: {a.shape} {a.dtype} against {b.shape} {b.dtype}"
+    assert a.shape == b.shape and a.dtype == b.dtype, (
+        f"{name}: {a.shape} {a.dtype} against {b.shape} {b.dtype}"
+    )
     if not same_bits(a, b):
         differ = np.ascontiguousarray(a).view(np.uint32) != np.ascontiguousarray(b).view(np.uint32)
         at = tuple(int(i) for i in np.argwhere(differ)[0])
-        raise AssertionError(f"{name}: {int(differ.sum())} of {differ.size} values differ in their bits, first at {at}: {a[at]!r} and {b[at]!r}")
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} of {differ.size} values differ in their bits, first at"
+            f" {at}: {a[at]!r} and {b[at]!r}"
+        )

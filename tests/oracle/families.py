@@ -1,9 +1,11 @@
 """Random small models of every supported family, saved as ordinary Hugging Face folders.
 
-Written with transformers' own configuration and model classes, so that a folder here is what a user's folder is. Sizes are odd on purpose:
-heads * d_head is not d_model, vocabularies and MLP widths are multiples of nothing, one to several query heads share a key/value head, norm
-gains scatter around 1 (Gemma: stored gains around 0, not at it), biases are not zero, windows are shorter than the tests' prompts and soft caps
-small enough to bend. Weights come from a seeded generator: the same name always gives the same folder.
+Written with transformers' own configuration and model classes, so that a folder here is what a
+user's folder is. Sizes are odd on purpose: heads * d_head is not d_model, vocabularies and MLP
+widths are multiples of nothing, one to several query heads share a key/value head, norm gains
+scatter around 1 (Gemma: stored gains around 0, not at it), biases are not zero, windows are shorter
+than the tests' prompts and soft caps small enough to bend. Weights come from a seeded generator:
+the same name always gives the same folder.
 """
 
 from __future__ import annotations
@@ -14,61 +16,252 @@ from pathlib import Path
 
 #: name -> (transformers class prefix, how weights are stored, arguments of the configuration class)
 FAMILIES = {
-    "llama2": ("Llama", "float32", dict(
-        hidden_size=40, num_attention_heads=5, num_key_value_heads=5, head_dim=6, intermediate_size=77, vocab_size=101, num_hidden_layers=3,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-5)),
-    "llama3": ("Llama", "bfloat16", dict(
-        hidden_size=36, num_attention_heads=6, num_key_value_heads=2, head_dim=10, intermediate_size=77, vocab_size=257, num_hidden_layers=4,
-        tie_word_embeddings=True, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 64})),
-    "llama_linear": ("Llama", "float16", dict(
-        hidden_size=52, num_attention_heads=4, num_key_value_heads=4, head_dim=14, intermediate_size=61, vocab_size=101, num_hidden_layers=2,
-        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})),
-    "llama_yarn": ("Llama", "float32", dict(
-        hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=77, vocab_size=101, num_hidden_layers=2,
-        rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128})),
-    "llama_bias": ("Llama", "float32", dict(
-        hidden_size=36, num_attention_heads=3, num_key_value_heads=1, head_dim=10, intermediate_size=33, vocab_size=101, num_hidden_layers=3,
-        attention_bias=True, mlp_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
-    "mistral": ("Mistral", "bfloat16", dict(
-        hidden_size=36, num_attention_heads=6, num_key_value_heads=2, head_dim=8, intermediate_size=77, vocab_size=101, num_hidden_layers=3,
-        sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
-    "gemma2": ("Gemma2", "float32", dict(
-        hidden_size=52, num_attention_heads=4, num_key_value_heads=2, head_dim=10, intermediate_size=77, vocab_size=257, num_hidden_layers=4,
-        sliding_window=9, query_pre_attn_scalar=7, attn_logit_softcapping=5.0, final_logit_softcapping=9.0, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
-    "gemma3": ("Gemma3Text", "bfloat16", dict(
-        hidden_size=36, num_attention_heads=4, num_key_value_heads=1, head_dim=12, intermediate_size=77, vocab_size=257, num_hidden_layers=5,
-        sliding_window=6, query_pre_attn_scalar=9, tie_word_embeddings=True, sliding_window_pattern=3,
-        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
-                         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})),
-    "gemma3_linear": ("Gemma3Text", "float32", dict(
-        hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=45, vocab_size=101, num_hidden_layers=7,
-        sliding_window=5, query_pre_attn_scalar=6, tie_word_embeddings=True,
-        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
-                         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})),
-    "qwen2": ("Qwen2", "float16", dict(
-        hidden_size=40, num_attention_heads=4, num_key_value_heads=2, intermediate_size=77, vocab_size=257, num_hidden_layers=3,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0})),
-    "qwen2_window": ("Qwen2", "float32", dict(
-        hidden_size=42, num_attention_heads=3, num_key_value_heads=1, intermediate_size=51, vocab_size=101, num_hidden_layers=3,
-        use_sliding_window=True, sliding_window=6, max_window_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
-    "qwen3": ("Qwen3", "float32", dict(
-        hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=8, intermediate_size=77, vocab_size=101, num_hidden_layers=3,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0})),
+    "llama2": (
+        "Llama",
+        "float32",
+        dict(
+            hidden_size=40,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            head_dim=6,
+            intermediate_size=77,
+            vocab_size=101,
+            num_hidden_layers=3,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rms_norm_eps=1e-5,
+        ),
+    ),
+    "llama3": (
+        "Llama",
+        "bfloat16",
+        dict(
+            hidden_size=36,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=10,
+            intermediate_size=77,
+            vocab_size=257,
+            num_hidden_layers=4,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ),
+    "llama_linear": (
+        "Llama",
+        "float16",
+        dict(
+            hidden_size=52,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=14,
+            intermediate_size=61,
+            vocab_size=101,
+            num_hidden_layers=2,
+            rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        ),
+    ),
+    "llama_yarn": (
+        "Llama",
+        "float32",
+        dict(
+            hidden_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=77,
+            vocab_size=101,
+            num_hidden_layers=2,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+    ),
+    "llama_bias": (
+        "Llama",
+        "float32",
+        dict(
+            hidden_size=36,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=10,
+            intermediate_size=33,
+            vocab_size=101,
+            num_hidden_layers=3,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "mistral": (
+        "Mistral",
+        "bfloat16",
+        dict(
+            hidden_size=36,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=77,
+            vocab_size=101,
+            num_hidden_layers=3,
+            sliding_window=7,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "gemma2": (
+        "Gemma2",
+        "float32",
+        dict(
+            hidden_size=52,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=10,
+            intermediate_size=77,
+            vocab_size=257,
+            num_hidden_layers=4,
+            sliding_window=9,
+            query_pre_attn_scalar=7,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=9.0,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        "bfloat16",
+        dict(
+            hidden_size=36,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=12,
+            intermediate_size=77,
+            vocab_size=257,
+            num_hidden_layers=5,
+            sliding_window=6,
+            query_pre_attn_scalar=9,
+            tie_word_embeddings=True,
+            sliding_window_pattern=3,
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+    ),
+    "gemma3_linear": (
+        "Gemma3Text",
+        "float32",
+        dict(
+            hidden_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=6,
+            intermediate_size=45,
+            vocab_size=101,
+            num_hidden_layers=7,
+            sliding_window=5,
+            query_pre_attn_scalar=6,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+    ),
+    "qwen2": (
+        "Qwen2",
+        "float16",
+        dict(
+            hidden_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=77,
+            vocab_size=257,
+            num_hidden_layers=3,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+    ),
+    "qwen2_window": (
+        "Qwen2",
+        "float32",
+        dict(
+            hidden_size=42,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            intermediate_size=51,
+            vocab_size=101,
+            num_hidden_layers=3,
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=1,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "qwen3": (
+        "Qwen3",
+        "float32",
+        dict(
+            hidden_size=36,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=8,
+            intermediate_size=77,
+            vocab_size=101,
+            num_hidden_layers=3,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+    ),
 }
 
-#: Not a family but a size: wide enough for whole panels, several tiles and split work groups of the real kernels.
+#: Not a family but a size: wide enough for whole panels, several tiles and split work groups
+#: of the real kernels.
 WIDE = {
-    "wide": ("Llama", "bfloat16", dict(
-        hidden_size=416, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=1100, vocab_size=3001, num_hidden_layers=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
-    "wide_gemma": ("Gemma3Text", "float16", dict(
-        hidden_size=330, num_attention_heads=2, num_key_value_heads=1, head_dim=256, intermediate_size=1030, vocab_size=2050, num_hidden_layers=2,
-        sliding_window=40, query_pre_attn_scalar=256, tie_word_embeddings=True, sliding_window_pattern=2,
-        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
-                         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})),
+    "wide": (
+        "Llama",
+        "bfloat16",
+        dict(
+            hidden_size=416,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            intermediate_size=1100,
+            vocab_size=3001,
+            num_hidden_layers=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "wide_gemma": (
+        "Gemma3Text",
+        "float16",
+        dict(
+            hidden_size=330,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=256,
+            intermediate_size=1030,
+            vocab_size=2050,
+            num_hidden_layers=2,
+            sliding_window=40,
+            query_pre_attn_scalar=256,
+            tie_word_embeddings=True,
+            sliding_window_pattern=2,
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+    ),
 }
 
 MAX_POSITIONS = 512
@@ -79,13 +272,21 @@ def _config(name):
 
     prefix, _, arguments = (FAMILIES | WIDE)[name]
     arguments = dict(arguments)
-    arguments["rope_parameters"] = json.loads(json.dumps(arguments["rope_parameters"]))  # transformers writes into it
+    # transformers writes into it
+    arguments["rope_parameters"] = json.loads(json.dumps(arguments["rope_parameters"]))
     return getattr(transformers, prefix + "Config")(
-        max_position_embeddings=MAX_POSITIONS, bos_token_id=None, eos_token_id=None, pad_token_id=None, **arguments)
+        max_position_embeddings=MAX_POSITIONS,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **arguments,
+    )
 
 
 def _fill(model, gemma, seed):
-    """Weights with a spread that keeps every part of the model awake: scores of a few units, logits apart enough to rank."""
+    """Weights with a spread that keeps every part of the model awake: scores of a few units, logits
+    apart enough to rank.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +294,8 @@ def _fill(model, gemma, seed):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name == "model.norm.weight" and model.config.tie_word_embeddings:
-                # Gains of both signs: with a tied unembedding a random model would otherwise only repeat its last token.
+                # Gains of both signs: with a tied unembedding a random model would otherwise only
+                # repeat its last token.
                 p.copy_(1.3 * noise(p) - (1.0 if gemma else 0.0))
             elif "norm" in name:
                 p.copy_(0.25 * noise(p) + (0.1 if gemma else 1.0))
@@ -102,12 +304,20 @@ def _fill(model, gemma, seed):
             elif "embed_tokens" in name:
                 p.copy_(noise(p) * (0.25 if gemma else 0.7))
             else:
-                gain = 1.4 if ("q_proj" in name or "k_proj" in name) else 3.0 if "lm_head" in name else 1.0
+                gain = (
+                    1.4
+                    if ("q_proj" in name or "k_proj" in name)
+                    else 3.0
+                    if "lm_head" in name
+                    else 1.0
+                )
                 p.copy_(noise(p) * gain / p.shape[1] ** 0.5)
 
 
 def build(name, folder, seed=None):
-    """Writes the family's model into `folder` (config.json in transformers' newer style) and returns it as a Path."""
+    """Writes the family's model into `folder` (config.json in transformers' newer style) and
+    returns it as a Path.
+    """
     import torch
     import transformers
 
@@ -115,14 +325,18 @@ def build(name, folder, seed=None):
     config = _config(name)
     cls = getattr(transformers, prefix.replace("Text", "") + "ForCausalLM")
     model = cls(config)
-    _fill(model, gemma=prefix.startswith("Gemma"), seed=sum(map(ord, name)) if seed is None else seed)
+    _fill(
+        model, gemma=prefix.startswith("Gemma"), seed=sum(map(ord, name)) if seed is None else seed
+    )
     model = model.to(getattr(torch, stored))
     model.save_pretrained(folder)
     return Path(folder)
 
 
 def released_style(folder, to):
-    """A copy of `folder` whose config.json looks like a released checkpoint's: rope_theta and rope_scaling at top level, no layer_types."""
+    """A copy of `folder` whose config.json looks like a released checkpoint's: rope_theta and
+    rope_scaling at top level, no layer_types.
+    """
     to = Path(to)
     to.mkdir(parents=True, exist_ok=True)
     for path in Path(folder).iterdir():
@@ -148,7 +362,9 @@ def released_style(folder, to):
 
 
 def with_config(folder, to, **changes):
-    """A copy of `folder` with some keys of config.json (and generation_config.json where it has them) changed."""
+    """A copy of `folder` with some keys of config.json (and generation_config.json where
+    it has them) changed.
+    """
     to = Path(to)
     to.mkdir(parents=True, exist_ok=True)
     for path in Path(folder).iterdir():
@@ -156,18 +372,25 @@ def with_config(folder, to, **changes):
     for file in ("config.json", "generation_config.json"):
         if (to / file).exists():
             config = json.loads((to / file).read_text())
-            config.update(changes if file == "config.json" else {k: v for k, v in changes.items() if k.endswith("token_id")})
+            config.update(
+                changes
+                if file == "config.json"
+                else {k: v for k, v in changes.items() if k.endswith("token_id")}
+            )
             (to / file).write_text(json.dumps(config, indent=2))
     return to
 
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def add_tokenizer(folder, vocabulary=101):
-    """A byte-level BPE tokenizer over printable ASCII (one character a token, a few merges), so that any generated text is plain ASCII."""
+    """A byte-level BPE tokenizer over printable ASCII (one character a token, a few merges), so
+    that any generated text is plain ASCII.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = [chr(c) for c in range(33, 127)] + ["Ġ"]
@@ -184,7 +407,16 @@ def add_tokenizer(folder, vocabulary=101):
     tokenizer.add_special_tokens([AddedToken(s, special=True) for s in special])
     assert tokenizer.get_vocab_size() == vocabulary
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
-    (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "eos_token": "<|end|>", "bos_token": None,
-        "clean_up_tokenization_spaces": False, "model_max_length": MAX_POSITIONS}))
+    (Path(folder) / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "chat_template": CHAT_TEMPLATE,
+                "eos_token": "<|end|>",
+                "bos_token": None,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": MAX_POSITIONS,
+            }
+        )
+    )
     return tokenizer

@@ -1,4 +1,6 @@
-"""transformers in real float64. `model.double()` alone leaves norms, softmax and rotary embeddings in float32 (they ask for it by name)."""
+"""transformers in real float64. `model.double()` alone leaves norms, softmax and rotary embeddings
+in float32 (they ask for it by name).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ class Promote(TorchFunctionMode):
 
 
 def load(folder, float64):
-    """transformers' model of `folder`, eager attention, float32 or (with everything promoted) float64. Call it inside `context(float64)`."""
+    """Transformers' model of `folder`, eager attention, float32 or (with everything promoted)
+    float64. Call it inside `context(float64)`.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     if not float64:
         return model
     model.double()
@@ -37,7 +43,15 @@ def _widen_rope(rotary):
 
     kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
     for layer_type, kind in kinds.items():
-        init = rotary.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        init = (
+            rotary.compute_default_rope_parameters
+            if kind == "default"
+            else ROPE_INIT_FUNCTIONS[kind]
+        )
         with Promote():
-            freq, _ = init(rotary.config, device=torch.device("cpu"), **({"layer_type": layer_type} if layer_type else {}))
+            freq, _ = init(
+                rotary.config,
+                device=torch.device("cpu"),
+                **({"layer_type": layer_type} if layer_type else {}),
+            )
         setattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq", freq.double())

@@ -1,7 +1,9 @@
-"""What transformers says about the three real models (float32, from the same GGUF files), computed once per machine and kept.
+"""What transformers says about the three real models (float32, from the same GGUF files), computed
+once per machine and kept.
 
-Reading a GGUF file through transformers takes half a minute to minutes, so the answers are kept in `.models/reference/` (ignored by git), one
-npz per model, named by the file's size, transformers' version and a hash of this file. Delete the folder to make them again.
+Reading a GGUF file through transformers takes half a minute to minutes, so the answers are kept in
+`.models/reference/` (ignored by git), one npz per model, named by the file's size, transformers'
+version and a hash of this file. Delete the folder to make them again.
 """
 
 from __future__ import annotations
@@ -17,19 +19,52 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = Path(os.environ.get("VKSTEER_MODELS", ROOT / ".models"))
 
 #: name -> (glob of the file, does it have a chat template)
-REAL = {"smollm2": ("*[sS]mol[lL][mM]2*.gguf", True), "qwen": ("*[qQ]wen2*.gguf", True), "gemma": ("*[gG]emma*3*.gguf", False)}
+REAL = {
+    "smollm2": ("*[sS]mol[lL][mM]2*.gguf", True),
+    "qwen": ("*[qQ]wen2*.gguf", True),
+    "gemma": ("*[gG]emma*3*.gguf", False),
+}
 
 PROMPTS = [
-    "Tell me about coffee.", "Write a short poem about the sea.", "What is the capital of France?", "Explain how a bicycle stays upright.",
-    "Give me three tips for a good night's sleep.", "Write a Python function that adds two numbers.", "How do bees make honey?",
-    "Tell a two-sentence story about a lighthouse.", "What does the word 'serendipity' mean?", "List four kinds of cheese.",
-    "Why is the sky blue?", "Describe a rainy day in a small village.", "How many legs does a spider have?", "What is 17 plus 25?",
-    "Suggest a name for a grey cat.", "Translate 'good morning' into Spanish.", "What happens when water freezes?",
-    "Write a haiku about autumn leaves.", "Who wrote Hamlet?", "Explain recursion to a child."]
+    "Tell me about coffee.",
+    "Write a short poem about the sea.",
+    "What is the capital of France?",
+    "Explain how a bicycle stays upright.",
+    "Give me three tips for a good night's sleep.",
+    "Write a Python function that adds two numbers.",
+    "How do bees make honey?",
+    "Tell a two-sentence story about a lighthouse.",
+    "What does the word 'serendipity' mean?",
+    "List four kinds of cheese.",
+    "Why is the sky blue?",
+    "Describe a rainy day in a small village.",
+    "How many legs does a spider have?",
+    "What is 17 plus 25?",
+    "Suggest a name for a grey cat.",
+    "Translate 'good morning' into Spanish.",
+    "What happens when water freezes?",
+    "Write a haiku about autumn leaves.",
+    "Who wrote Hamlet?",
+    "Explain recursion to a child.",
+]
 
 #: Texts that trip tokenizers.
-TEXTS = ["", " ", "  two  spaces ", "line\nbreak\n\nand\ttab", "naïve café — “quotes”…", "日本語のテキスト", "emoji 🙂👩‍🚀", "12345 3.14 1,000,000", "I'm you're they'll IT'S",
-         "def f(x):\n    return x**2  # 平方", "<|im_start|>user", "\u00a0nbsp\u200bzero", "Ünïcödé\u0301 combining", "a" * 60]
+TEXTS = [
+    "",
+    " ",
+    "  two  spaces ",
+    "line\nbreak\n\nand\ttab",
+    "naïve café — “quotes”…",
+    "日本語のテキスト",
+    "emoji 🙂👩‍🚀",
+    "12345 3.14 1,000,000",
+    "I'm you're they'll IT'S",
+    "def f(x):\n    return x**2  # 平方",
+    "<|im_start|>user",
+    "\u00a0nbsp\u200bzero",
+    "Ünïcödé\u0301 combining",
+    "a" * 60,
+]
 
 N_NEW = 64
 
@@ -68,11 +103,15 @@ class Answers:
 
 
 def answers(name, thorough):
-    """thorough: greedy texts of all prompts and logits of a long one; else those of the first three prompts, 16 tokens."""
+    """thorough: greedy texts of all prompts and logits of a long one; else those of the first
+    three prompts, 16 tokens.
+    """
     import transformers
 
     path = gguf(name)
-    key = hashlib.sha256(Path(__file__).read_bytes() + f"{path.stat().st_size} {transformers.__version__}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        Path(__file__).read_bytes() + f"{path.stat().st_size} {transformers.__version__}".encode()
+    ).hexdigest()[:12]
     kept = MODELS / "reference" / f"{name}-{'all' if thorough else 'quick'}-{key}.npz"
     full = MODELS / "reference" / f"{name}-all-{key}.npz"
     for file in (full, kept):
@@ -94,9 +133,15 @@ def _compute(path, chat, thorough):
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     if chat:
-        encode = lambda text: list(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
+        encode = lambda text: list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True
+            )["input_ids"]
+        )
     else:
         encode = lambda text: list(tokenizer(text).input_ids)
     tokens = [encode(p) for p in PROMPTS]
@@ -106,7 +151,12 @@ def _compute(path, chat, thorough):
     out["logits0"] = logits.numpy()
     last = model.config.num_hidden_layers - 1
     for site, value in sites.items():
-        if not site.endswith("normed") and (".hook_resid" in site or site.startswith(("hook_embed", "blocks.0.", f"blocks.{last // 2}.", f"blocks.{last}."))):
+        if not site.endswith("normed") and (
+            ".hook_resid" in site
+            or site.startswith(
+                ("hook_embed", "blocks.0.", f"blocks.{last // 2}.", f"blocks.{last}.")
+            )
+        ):
             out["site:" + site] = value.numpy()
     with torch.no_grad():
         for i in (1, 2):
@@ -116,9 +166,15 @@ def _compute(path, chat, thorough):
             out["long"] = np.array(long)
             out["long_logits"] = model(torch.tensor([long])).logits[0, 19::20].numpy()
         for i in range(len(PROMPTS) if thorough else 3):
-            got = model.generate(torch.tensor([tokens[i]]), attention_mask=torch.ones(1, len(tokens[i]), dtype=torch.long), do_sample=False,
-                                 max_new_tokens=N_NEW if thorough else 16, output_logits=True, return_dict_in_generate=True)
+            got = model.generate(
+                torch.tensor([tokens[i]]),
+                attention_mask=torch.ones(1, len(tokens[i]), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=N_NEW if thorough else 16,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
             top = torch.stack([torch.topk(step[0], 2).values for step in got.logits])
-            out[f"new{i}"] = got.sequences[0, len(tokens[i]):].numpy()
+            out[f"new{i}"] = got.sequences[0, len(tokens[i]) :].numpy()
             out[f"margin{i}"] = (top[:, 0] - top[:, 1]).numpy()
     return out

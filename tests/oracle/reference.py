@@ -1,12 +1,15 @@
-"""An independent forward pass in torch float64, written from the project's method page and TransformerLens' definitions of its hook points.
+"""An independent forward pass in torch float64, written from the project's method page and
+TransformerLens' definitions of its hook points.
 
-It shares no code with the engine or with transformers: it reads config.json and model.safetensors itself, works on one row of real tokens at a
-time (so there is no padding to get wrong), keeps every site, and knows the edits, the frozen runs and the ablations. test_oracle.py compares it
-with transformers. Nothing is changed in place: autograd can go through it.
+It shares no code with the engine or with transformers: it reads config.json and model.safetensors
+itself, works on one row of real tokens at a time (so there is no padding to get wrong), keeps every
+site, and knows the edits, the frozen runs and the ablations. test_oracle.py compares it with
+transformers. Nothing is changed in place: autograd can go through it.
 
     ref = Reference(folder)
-    row = ref.forward(tokens, edits=[...], prompt_length=n)         # row.sites[name], row.logits [S,V], row.touched
-    ref.generate(tokens, 24, edits=[...], freeze="qk")              # greedy, everything run again from the first token for every new token
+    row = ref.forward(tokens, edits=[...], prompt_length=n)         # row.sites[name], row.logits
+    [S,V], row.touched ref.generate(tokens, 24, edits=[...], freeze="qk")              # greedy,
+    everything run again from the first token for every new token
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from safetensors.torch import load_file
 torch.set_num_threads(1)  # the tests share two cores with people who measure
 
 
-# -- edits, with the fields of vksteer's own (which may be passed instead: only names and fields are read) --------------------------------
+# -- edits, with the fields of vksteer's own (which may be passed instead: only names and fields are
+# read) --------------------------------
+
 
 @dataclass(frozen=True, eq=False)
 class Vector:
@@ -83,11 +88,16 @@ ABLATE_SITES = ("blocks.*.hook_resid_pre", "blocks.*.hook_attn_out", "blocks.*.h
 
 
 def selected(positions, prompt_length, n):
-    """The row's token indices that `positions` names, in its order, among `n` tokens of which the first `prompt_length` are the prompt."""
+    """The row's token indices that `positions` names, in its order, among `n` tokens of which the
+    first `prompt_length` are the prompt.
+    """
     if positions is None:
         return list(range(n))
     if isinstance(positions, str):
-        return {"prompt": list(range(min(prompt_length, n))), "response": list(range(prompt_length, n))}[positions]
+        return {
+            "prompt": list(range(min(prompt_length, n))),
+            "response": list(range(prompt_length, n)),
+        }[positions]
     place = lambda p: p if p >= 0 else prompt_length + p
     if isinstance(positions, slice):
         start = 0 if positions.start is None else max(place(positions.start), 0)
@@ -100,7 +110,8 @@ def is_pattern(site):
     return site.endswith(("hook_pattern", "hook_attn_scores"))
 
 
-# -- the architecture ---------------------------------------------------------------------------------------------------------------------
+# -- the architecture ------------------------------------------------------------------------------
+
 
 @dataclass
 class Facts:
@@ -125,7 +136,9 @@ class Facts:
 
 
 def rope_table(rope, d_head, max_positions):
-    """Inverse frequencies from their published definitions. rope: theta, type and the scaling's own keys."""
+    """Inverse frequencies from their published definitions. rope: theta, type and
+    the scaling's own keys.
+    """
     theta = rope["rope_theta"]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     i = torch.arange(d_head // 2, dtype=torch.float64)
@@ -136,12 +149,17 @@ def rope_table(rope, d_head, max_positions):
     if kind == "linear":
         return freq / factor, 1.0
     original = rope.get("original_max_position_embeddings") or max_positions
-    if kind == "llama3":  # Llama 3.1: long waves are stretched by `factor`, short ones kept, blended between
+    # Llama 3.1: long waves are stretched by `factor`, short ones kept, blended between
+    if kind == "llama3":
         turns = original * freq / (2 * math.pi)
-        blend = ((turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])).clamp(0, 1)
+        blend = (
+            (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        ).clamp(0, 1)
         return freq * ((1 - blend) / factor + blend), 1.0
     if kind == "yarn":  # Peng et al. 2023, with the correction range rounded outwards
-        at = lambda turns: d_head * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        at = lambda turns: (
+            d_head * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
         low, high = at(rope.get("beta_fast") or 32), at(rope.get("beta_slow") or 1)
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
@@ -174,7 +192,9 @@ def read_facts(folder):
     elif kind == "gemma3_text":
         slides = [(i + 1) % c.get("sliding_window_pattern", 6) != 0 for i in range(n)]
     else:
-        slides = [bool(c.get("use_sliding_window")) and i >= c["max_window_layers"] for i in range(n)]
+        slides = [
+            bool(c.get("use_sliding_window")) and i >= c["max_window_layers"] for i in range(n)
+        ]
     windows = [window if s and window else 0 for s in slides]
 
     positions = c["max_position_embeddings"]
@@ -182,7 +202,10 @@ def read_facts(folder):
     if kind == "gemma3_text":
         if stored is None:
             full = dict(c.get("rope_scaling") or {}, rope_theta=c["rope_theta"])
-            stored = {"full_attention": full, "sliding_attention": {"rope_theta": c["rope_local_base_freq"]}}
+            stored = {
+                "full_attention": full,
+                "sliding_attention": {"rope_theta": c["rope_local_base_freq"]},
+            }
         tables = {k: rope_table(v, d_head, positions) for k, v in stored.items()}
         rope = [tables["sliding_attention" if s else "full_attention"] for s in slides]
     else:
@@ -190,29 +213,46 @@ def read_facts(folder):
             stored = dict(c.get("rope_scaling") or {}, rope_theta=c.get("rope_theta", 10000.0))
         rope = [rope_table(stored, d_head, positions)] * n
     return Facts(
-        n_layers=n, d_model=c["hidden_size"], n_heads=c["num_attention_heads"], n_kv_heads=c["num_key_value_heads"], d_head=d_head,
-        d_mlp=c["intermediate_size"], d_vocab=c["vocab_size"], eps=c["rms_norm_eps"], norm_offset=1.0 if gemma else 0.0,
+        n_layers=n,
+        d_model=c["hidden_size"],
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c["num_key_value_heads"],
+        d_head=d_head,
+        d_mlp=c["intermediate_size"],
+        d_vocab=c["vocab_size"],
+        eps=c["rms_norm_eps"],
+        norm_offset=1.0 if gemma else 0.0,
         embed_scale=math.sqrt(c["hidden_size"]) if gemma else 1.0,
         attn_scale=(c["query_pre_attn_scalar"] if gemma else d_head) ** -0.5,
-        attn_softcap=c.get("attn_logit_softcapping") or 0.0, final_softcap=c.get("final_logit_softcapping") or 0.0,
-        act="gelu_tanh" if gemma else "silu", post_norms=gemma, qk_norm=kind in ("qwen3", "gemma3_text"), window=windows, rope=rope)
+        attn_softcap=c.get("attn_logit_softcapping") or 0.0,
+        final_softcap=c.get("final_logit_softcapping") or 0.0,
+        act="gelu_tanh" if gemma else "silu",
+        post_norms=gemma,
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        window=windows,
+        rope=rope,
+    )
 
 
-# -- one row ------------------------------------------------------------------------------------------------------------------------------
+# -- one row ---------------------------------------------------------------------------------------
+
 
 @dataclass
 class Row:
-    logits: torch.Tensor                          # [S, V]
-    sites: dict = field(default_factory=dict)     # name -> tensor without the batch axis
-    touched: list = field(default_factory=list)   # per edit: how many tokens it changed
-    store: dict = field(default_factory=dict)     # what a frozen run takes from its base run: ("q"|"k"|"v"|"mlp", layer)
+    logits: torch.Tensor  # [S, V]
+    sites: dict = field(default_factory=dict)  # name -> tensor without the batch axis
+    touched: list = field(default_factory=list)  # per edit: how many tokens it changed
+    # what a frozen run takes from its base run: ("q"|"k"|"v"|"mlp", layer)
+    store: dict = field(default_factory=dict)
 
 
 class Reference:
     def __init__(self, folder, dtype=torch.float64):
         self.facts = read_facts(folder)
         self.dtype = dtype
-        self.w = {k: v.to(dtype) for k, v in load_file(str(Path(folder) / "model.safetensors")).items()}
+        self.w = {
+            k: v.to(dtype) for k, v in load_file(str(Path(folder) / "model.safetensors")).items()
+        }
         self.embed = self.w["model.embed_tokens.weight"]
         self.unembed = self.w.get("lm_head.weight", self.embed)
 
@@ -222,15 +262,50 @@ class Reference:
         for l in range(f.n_layers):
             post1 = ["ln1_post.hook_scale", "ln1_post.hook_normalized"] if f.post_norms else []
             post2 = ["ln2_post.hook_scale", "ln2_post.hook_normalized"] if f.post_norms else []
-            names += [f"blocks.{l}.{s}" for s in [
-                "hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q",
-                "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "attn.hook_result", *post1, "hook_attn_out",
-                "hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", *post2,
-                "hook_mlp_out", "hook_resid_post"]]
+            names += [
+                f"blocks.{l}.{s}"
+                for s in [
+                    "hook_resid_pre",
+                    "ln1.hook_scale",
+                    "ln1.hook_normalized",
+                    "attn.hook_q",
+                    "attn.hook_k",
+                    "attn.hook_v",
+                    "attn.hook_rot_q",
+                    "attn.hook_rot_k",
+                    "attn.hook_attn_scores",
+                    "attn.hook_pattern",
+                    "attn.hook_z",
+                    "attn.hook_result",
+                    *post1,
+                    "hook_attn_out",
+                    "hook_resid_mid",
+                    "ln2.hook_scale",
+                    "ln2.hook_normalized",
+                    "mlp.hook_pre",
+                    "mlp.hook_pre_linear",
+                    "mlp.hook_post",
+                    *post2,
+                    "hook_mlp_out",
+                    "hook_resid_post",
+                ]
+            ]
         return names + ["ln_final.hook_scale", "ln_final.hook_normalized"]
 
-    def forward(self, tokens, *, edits=(), prompt_length=None, freeze=None, ablate=None, hooks=None, keep=True):
-        """One row. hooks: {site: function(value) -> value}, called after the edits (for gradients and patches)."""
+    def forward(
+        self,
+        tokens,
+        *,
+        edits=(),
+        prompt_length=None,
+        freeze=None,
+        ablate=None,
+        hooks=None,
+        keep=True,
+    ):
+        """One row. hooks: {site: function(value) -> value}, called after the edits (for
+        gradients and patches).
+        """
         edits = list(edits)
         n = len(tokens)
         prompt_length = n if prompt_length is None else prompt_length
@@ -240,15 +315,31 @@ class Reference:
             assert len(steers) == 1, "frozen runs need exactly one Steer"
             steer = steers[0]
         if freeze:
-            base = self.forward(tokens, edits=[e for e in edits if e is not steer], prompt_length=prompt_length, keep=False).store
-        return _Pass(self, tokens, edits, prompt_length, freeze, ablate, steer, base, hooks or {}, keep).run()
+            base = self.forward(
+                tokens,
+                edits=[e for e in edits if e is not steer],
+                prompt_length=prompt_length,
+                keep=False,
+            ).store
+        return _Pass(
+            self, tokens, edits, prompt_length, freeze, ablate, steer, base, hooks or {}, keep
+        ).run()
 
     def generate(self, tokens, n_new, *, edits=(), freeze=None, ablate=None, eos=()):
-        """Greedy; prefix and base run are computed again from the first token for every new token. Returns (new tokens, top-1 margins)."""
+        """Greedy; prefix and base run are computed again from the first token for every new token.
+        Returns (new tokens, top-1 margins).
+        """
         tokens, prompt_length, margins = list(map(int, tokens)), len(tokens), []
         for _ in range(n_new):
             with torch.no_grad():
-                last = self.forward(tokens, edits=edits, prompt_length=prompt_length, freeze=freeze, ablate=ablate, keep=False).logits[-1]
+                last = self.forward(
+                    tokens,
+                    edits=edits,
+                    prompt_length=prompt_length,
+                    freeze=freeze,
+                    ablate=ablate,
+                    keep=False,
+                ).logits[-1]
             top = torch.topk(last, 2)
             margins.append(float(top.values[0] - top.values[1]))
             tokens.append(int(top.indices[0]))
@@ -263,14 +354,19 @@ class _Pass:
         self.tokens = torch.as_tensor(np.asarray(tokens, dtype=np.int64))
         self.n, self.prompt_length = len(self.tokens), prompt_length
         self.freeze, self.ablate, self.steer, self.base = freeze, ablate, steer, base
-        self.row = Row(None, touched=[len(selected(e.positions, prompt_length, self.n)) for e in edits])
+        self.row = Row(
+            None, touched=[len(selected(e.positions, prompt_length, self.n)) for e in edits]
+        )
 
     # A value arrives at its site: edits in their order, then hooks, then it is kept.
     def site(self, name, x, masked=None):
         for e in self.edits:
             x = self.edit(e, name, x)
-        if masked is not None:  # what a query may not see stays unseen, whatever an edit wrote there
-            x = torch.where(masked, torch.full_like(x, float("-inf") if name.endswith("scores") else 0.0), x)
+        # what a query may not see stays unseen, whatever an edit wrote there
+        if masked is not None:
+            x = torch.where(
+                masked, torch.full_like(x, float("-inf") if name.endswith("scores") else 0.0), x
+            )
         if name in self.hooks:
             x = self.hooks[name](x)
         if self.keep:
@@ -279,7 +375,11 @@ class _Pass:
 
     def tensor(self, values):
         values = getattr(values, "direction", values)
-        return values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values, dtype=np.float64)).to(self.ref.dtype)
+        return (
+            values
+            if isinstance(values, torch.Tensor)
+            else torch.as_tensor(np.asarray(values, dtype=np.float64)).to(self.ref.dtype)
+        )
 
     def edit(self, e, name, x):
         kind = type(e).__name__
@@ -288,7 +388,13 @@ class _Pass:
                 return x
             change = lambda part: part + e.coefficient * self.tensor(e.vector)
         elif kind == "Ablate":
-            patterns = ABLATE_SITES if e.sites is None else [e.sites] if isinstance(e.sites, str) else e.sites
+            patterns = (
+                ABLATE_SITES
+                if e.sites is None
+                else [e.sites]
+                if isinstance(e.sites, str)
+                else e.sites
+            )
             if not any(fnmatch.fnmatchcase(name, p) for p in patterns):
                 return x
             u = self.tensor(e.vector)
@@ -303,9 +409,12 @@ class _Pass:
                 "Scale": lambda part: part * self.tensor(e.factor),
                 "MeanAblate": lambda part: self.tensor(e.mean).expand_as(part),
             }[kind]
-        # The selected slice, in the site's own layout: [position, head, ...], or [head, query, key] for scores and pattern.
+        # The selected slice, in the site's own layout: [position, head, ...], or [head, query, key]
+        # for scores and pattern.
         index = [torch.arange(s) for s in x.shape]
-        index[1 if is_pattern(name) else 0] = torch.tensor(selected(e.positions, self.prompt_length, self.n), dtype=torch.long)
+        index[1 if is_pattern(name) else 0] = torch.tensor(
+            selected(e.positions, self.prompt_length, self.n), dtype=torch.long
+        )
         if getattr(e, "heads", None) is not None:
             heads = [e.heads] if isinstance(e.heads, (int, np.integer)) else list(e.heads)
             index[0 if is_pattern(name) else 1] = torch.tensor(heads, dtype=torch.long)
@@ -315,9 +424,13 @@ class _Pass:
         return x.index_put(grid, change(x[grid]))
 
     def norm(self, name, x, weight):
-        """RMS norm with its two sites. Returns (scale [S,1], what the next projection multiplies [S,D], gain [D])."""
+        """RMS norm with its two sites. Returns (scale [S,1], what the next projection
+        multiplies [S,D], gain [D]).
+        """
         gain = self.ref.w[weight] + self.f.norm_offset
-        scale = self.site(name + ".hook_scale", torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps))
+        scale = self.site(
+            name + ".hook_scale", torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps)
+        )
         normed = self.site(name + ".hook_normalized", x / scale)
         return scale, normed * gain, gain
 
@@ -334,7 +447,11 @@ class _Pass:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
     def head_norm(self, x, weight):
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps) * (self.ref.w[weight] + self.f.norm_offset)
+        return (
+            x
+            / torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps)
+            * (self.ref.w[weight] + self.f.norm_offset)
+        )
 
     def without_steering(self, which, layer, x, scale, gain):
         """method.md section 6: minus a*s*gain/RMS where the Steer acts, from its layer on."""
@@ -345,7 +462,9 @@ class _Pass:
         return x - acts * (self.steer.coefficient * self.tensor(self.steer.vector) * gain / scale)
 
     def frozen(self, which, part, layer, x):
-        """The base run's value where this run is frozen; what a later frozen run may want is kept in any case."""
+        """The base run's value where this run is frozen; what a later frozen run may want
+        is kept in any case.
+        """
         if self.freeze == which and layer >= self.steer.vector.layer:
             x = self.base[part, layer]
         self.row.store[part, layer] = x
@@ -358,13 +477,24 @@ class _Pass:
         attn = hf + "self_attn."
         q = self.site(block + "attn.hook_q", self.linear(attn + "q_proj", normed).view(n, H, d))
         k = self.site(block + "attn.hook_k", self.linear(attn + "k_proj", normed).view(n, G, d))
-        v = self.site(block + "attn.hook_v",
-                      self.linear(attn + "v_proj", self.without_steering("svv", l, normed, scale, gain)).view(n, G, d))
+        v = self.site(
+            block + "attn.hook_v",
+            self.linear(attn + "v_proj", self.without_steering("svv", l, normed, scale, gain)).view(
+                n, G, d
+            ),
+        )
         if f.qk_norm:
-            q, k = self.head_norm(q, attn + "q_norm.weight"), self.head_norm(k, attn + "k_norm.weight")
+            q, k = (
+                self.head_norm(q, attn + "q_norm.weight"),
+                self.head_norm(k, attn + "k_norm.weight"),
+            )
         q = self.site(block + "attn.hook_rot_q", self.rotate(q, f.rope[l]))
         k = self.site(block + "attn.hook_rot_k", self.rotate(k, f.rope[l]))
-        q, k, v = self.frozen("qk", "q", l, q), self.frozen("qk", "k", l, k), self.frozen("ov", "v", l, v)
+        q, k, v = (
+            self.frozen("qk", "q", l, q),
+            self.frozen("qk", "k", l, k),
+            self.frozen("ov", "v", l, v),
+        )
 
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * f.attn_scale
@@ -373,7 +503,9 @@ class _Pass:
         query, key = torch.arange(n)[:, None], torch.arange(n)[None, :]
         masked = (key > query) if not f.window[l] else (key > query) | (key <= query - f.window[l])
         masked = masked.expand(H, n, n)
-        scores = self.site(block + "attn.hook_attn_scores", torch.where(masked, float("-inf"), scores), masked)
+        scores = self.site(
+            block + "attn.hook_attn_scores", torch.where(masked, float("-inf"), scores), masked
+        )
         pattern = self.site(block + "attn.hook_pattern", torch.softmax(scores, dim=-1), masked)
         z = self.site(block + "attn.hook_z", torch.einsum("hqk,khd->qhd", pattern, v))
         w_o = self.ref.w[attn + "o_proj.weight"].view(f.d_model, H, d)
@@ -387,7 +519,11 @@ class _Pass:
 
     def mlp(self, l, x):
         f, block, hf = self.f, f"blocks.{l}.", f"model.layers.{l}."
-        weight = "pre_feedforward_layernorm.weight" if f.post_norms else "post_attention_layernorm.weight"
+        weight = (
+            "pre_feedforward_layernorm.weight"
+            if f.post_norms
+            else "post_attention_layernorm.weight"
+        )
         scale, normed, gain = self.norm(block + "ln2", x, hf + weight)
         normed = self.without_steering("mlp_direct", l, normed, scale, gain)
         gate = self.site(block + "mlp.hook_pre", self.linear(hf + "mlp.gate_proj", normed))
@@ -395,11 +531,14 @@ class _Pass:
         if f.act == "silu":
             act = gate * torch.sigmoid(gate)
         else:
-            act = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+            act = (
+                0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+            )
         out = self.linear(hf + "mlp.down_proj", self.site(block + "mlp.hook_post", act * up))
         if f.post_norms:
             out = self.norm(block + "ln2_post", out, hf + "post_feedforward_layernorm.weight")[1]
-        if self.freeze == "mlp" and l >= self.steer.vector.layer:  # what the base run added to the stream, its edits included
+        # what the base run added to the stream, its edits included
+        if self.freeze == "mlp" and l >= self.steer.vector.layer:
             out = self.base["mlp", l]
             self.row.sites[block + "hook_mlp_out"] = out
         else:

@@ -1,1 +1,3 @@
-"""What every other module may use: checks of arguments, JSON and whole files, progress, provenance."""
+"""What every other module may use: checks of arguments, JSON and whole files,
+progress, provenance.
+"""

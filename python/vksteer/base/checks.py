@@ -8,7 +8,8 @@ import numpy as np
 def require_int(value, what: str, least: int | None = None) -> int:
     """`value` as an int.
 
-    Raises ValueError naming `what` for booleans, texts, numbers with a fraction, and numbers below `least`.
+    Raises ValueError naming `what` for booleans, texts, numbers with a fraction, and
+    numbers below `least`.
     """
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     if whole and (least is None or value >= least):

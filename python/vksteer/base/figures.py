@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of width x height inches that belongs to no window and no notebook state.
 
     Raises ImportError, naming the extra to install, without matplotlib.

@@ -1,4 +1,6 @@
-"""JSON files: read with limits and without surprises; saved with a format, a version and a checksum."""
+"""JSON files: read with limits and without surprises; saved with a format, a
+version and a checksum.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,16 @@ from .whole_files import write_whole
 
 
 def read_json(path, *, limit) -> dict:
-    """A JSON object from a file of at most `limit` bytes; ModelError naming the file otherwise. Duplicate keys are refused."""
+    """A JSON object from a file of at most `limit` bytes; ModelError naming the file otherwise.
+    Duplicate keys are refused.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
         if size > limit:
-            raise ModelError(f"{path}: {size:,} bytes is too large for this kind of file (limit {limit:,})")
+            raise ModelError(
+                f"{path}: {size:,} bytes is too large for this kind of file (limit {limit:,})"
+            )
         text = path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
@@ -24,7 +30,10 @@ def read_json(path, *, limit) -> dict:
 
 
 def parse_json(text: bytes, what: str) -> dict:
-    """JSON bytes -> dict, refusing duplicate keys, anything that is not an object, and nesting that would exhaust the stack."""
+    """JSON bytes -> dict, refusing duplicate keys, anything that is not an object, and nesting that
+    would exhaust the stack.
+    """
+
     def unique(pairs):
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -44,8 +53,11 @@ def parse_json(text: bytes, what: str) -> dict:
     return value
 
 
-def save_json(path, content: dict, *, format: str, version: int = 1, indent: int | None = None) -> None:
-    """`content` with its format, version and a checksum over everything; an existing file is replaced whole.
+def save_json(
+    path, content: dict, *, format: str, version: int = 1, indent: int | None = None
+) -> None:
+    """`content` with its format, version and a checksum over everything; an existing
+    file is replaced whole.
 
     content: what JSON can hold, without the keys "format", "version" and "checksum".
     """
@@ -57,16 +69,23 @@ def save_json(path, content: dict, *, format: str, version: int = 1, indent: int
 def load_json(path, *, format: str, what: str, limit: int, version: int = 1) -> dict:
     """The content that `save_json` wrote, "format" and "version" included.
 
-    what: the thing's name in messages, for example "circuit". limit: most bytes that the file may have.
-    Raises ModelError for a file that cannot be read, is of another format or a newer version, or was cut short or edited.
+    what: the thing's name in messages, for example "circuit". limit: most bytes that the file may
+    have. Raises ModelError for a file that cannot be read, is of another format or a newer version,
+    or was cut short or edited.
     """
     content = read_json(path, limit=limit)
     if content.get("format") != format:
-        raise ModelError(f"{path}: no {what} of vksteer (its format is {content.get('format')!r}, wanted {format!r})")
+        raise ModelError(
+            f"{path}: no {what} of vksteer (its format is {content.get('format')!r}, wanted"
+            f" {format!r})"
+        )
     if content.get("version") != version:
         raise ModelError(
-            f"{path}: version {content.get('version')!r} of the {what} format is not understood: a newer vksteer wrote it"
+            f"{path}: version {content.get('version')!r} of the {what} format is not understood: a"
+            " newer vksteer wrote it"
         )
     if content.pop("checksum", None) != digest(content):
-        raise ModelError(f"{path}: the content does not match its checksum: the file was edited or damaged")
+        raise ModelError(
+            f"{path}: the content does not match its checksum: the file was edited or damaged"
+        )
     return content

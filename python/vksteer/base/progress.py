@@ -1,4 +1,6 @@
-"""One progress report for all long work: True shows a bar, False nothing, a callable gets (done, total)."""
+"""One progress report for all long work: True shows a bar, False nothing, a
+callable gets (done, total).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ class Progress:
 
     def __init__(self, progress, total: int, label: str = ""):
         if not isinstance(progress, bool) and not callable(progress):
-            raise ValueError(f"progress must be True, False or a function of (done, total), not {progress!r}")
+            raise ValueError(
+                f"progress must be True, False or a function of (done, total), not {progress!r}"
+            )
         self.total, self.done, self.label = total, 0, label
         self._call = progress if callable(progress) else None
         self._bar, self._show = None, progress is True
@@ -22,7 +26,13 @@ class Progress:
         if self._show:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, desc=self.label or None, leave=False, file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.label or None,
+                leave=False,
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
         return self
 
     def __exit__(self, *error):

@@ -27,13 +27,19 @@ def fingerprint(model) -> str | None:
 
 
 def provenance(model, **more) -> dict[str, Any]:
-    """What goes into a result's metadata: hashes of model and tokenizer, architecture, versions, and `more`."""
+    """What goes into a result's metadata: hashes of model and tokenizer, architecture,
+    versions, and `more`.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     return {
         "model": str(getattr(model, "name", "") or ""),
         "model_hash": fingerprint(model),
         "tokenizer_hash": getattr(tokenizer, "fingerprint", None),
         "architecture": getattr(model.config, "model_type", None),
-        "versions": {"vksteer": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {
+            "vksteer": __version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
         **more,
     }

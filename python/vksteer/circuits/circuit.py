@@ -1,25 +1,28 @@
-"""Circuits: sets of edges of a graph, their algebra, files and pictures, and how much of steering's effect they carry (method.md section 5).
+"""Circuits: sets of edges of a graph, their algebra, files and pictures, and how much of steering's
+effect they carry (method.md section 5).
 
-`circuit_search.py` finds them, `faithfulness.py` judges them by size, `circuit_runs.py` runs the model under them.
+`circuit_search.py` finds them, `faithfulness.py` judges them by size, `circuit_runs.py` runs
+the model under them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
-from . import search as circuit_search
+from ..base.json_files import load_json, save_json
 from ..errors import ModelError
+from ..inputs.samples import check_samples
 from . import runs as circuit_runs
+from . import search as circuit_search
 from .curve import FaithfulnessCurve
 from .decoding import CircuitBatch, check_rows
-from ..inputs.samples import check_samples
-from .graph import INPUT_KINDS, Graph, graph as graph_of
-from ..base.json_files import load_json, save_json
+from .graph import INPUT_KINDS, Graph
+from .graph import graph as graph_of
 
 #: What `evaluate` can measure (method.md section 5).
 METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match", "logprob")
@@ -31,14 +34,19 @@ MAX_BYTES = 1 << 28
 class Circuit:
     """A set of edges of a Graph; does not change once it is made.
 
-    edges: numbers, names ("steer->m5"), or a bool mask [E] on the way in; as an attribute ascending int64, read-only.
-    meta: where it came from, a mapping that JSON can hold. curve: the FaithfulnessCurve that it was chosen from, or None.
-    Raises ValueError for numbers outside the graph and masks of another length, KeyError for names that are no edge.
+    edges: numbers, names ("steer->m5"), or a bool mask [E] on the way in; as an attribute ascending
+    int64, read-only. meta: where it came from, a mapping that JSON can hold. curve: the
+    FaithfulnessCurve that it was chosen from, or None. Raises ValueError for numbers outside the
+    graph and masks of another length, KeyError for names that are no edge.
     """
 
-    def __init__(self, graph: Graph, edges=(), *, meta: Mapping[str, Any] | None = None, curve=None):
+    def __init__(
+        self, graph: Graph, edges=(), *, meta: Mapping[str, Any] | None = None, curve=None
+    ):
         if not isinstance(graph, Graph):
-            raise ValueError(f"a circuit belongs to a Graph (vs.patching.graph(model, layer)), not to {graph!r}")
+            raise ValueError(
+                f"a circuit belongs to a Graph (vs.patching.graph(model, layer)), not to {graph!r}"
+            )
         self.graph = graph
         self.edges = _numbers(graph, edges)
         self.edges.flags.writeable = False
@@ -51,9 +59,12 @@ class Circuit:
     def __repr__(self):
         share = 100 * len(self) / self.graph.n_edges
         how = f", {self.meta['method']}" if self.meta.get("method") else ""
-        return f"Circuit({len(self)} of {self.graph.n_edges} edges, {share:.3g} %{how}, layers {self.graph.layer} to {self.graph.n_layers - 1})"
+        return (
+            f"Circuit({len(self)} of {self.graph.n_edges} edges, {share:.3g} %{how}, layers"
+            f" {self.graph.layer} to {self.graph.n_layers - 1})"
+        )
 
-    # -- a set ---------------------------------------------------------------------------------------------------------------------------
+    # -- a set -------------------------------------------------------------------------------------
 
     @property
     def edge_names(self) -> frozenset[str]:
@@ -62,7 +73,7 @@ class Circuit:
 
     @property
     def mask(self) -> np.ndarray:
-        """bool [E], a new array."""
+        """Bool [E], a new array."""
         mask = np.zeros(self.graph.n_edges, bool)
         mask[self.edges] = True
         return mask
@@ -76,7 +87,9 @@ class Circuit:
         return (names[i] for i in self.edges)
 
     def contains(self, edge) -> bool:
-        """Is an edge (name or number) in it, or every edge of another circuit? KeyError for a name that is no edge."""
+        """Is an edge (name or number) in it, or every edge of another circuit? KeyError for a
+        name that is no edge.
+        """
         if isinstance(edge, Circuit):
             return edge <= self
         number = int(self.graph.find([edge])[0]) if isinstance(edge, str) else int(edge)
@@ -86,20 +99,34 @@ class Circuit:
     __contains__ = contains
 
     def __eq__(self, other):
-        return isinstance(other, Circuit) and self.graph == other.graph and np.array_equal(self.edges, other.edges)
+        return (
+            isinstance(other, Circuit)
+            and self.graph == other.graph
+            and np.array_equal(self.edges, other.edges)
+        )
 
     def __hash__(self):
         return hash((self.graph, self.edges.tobytes()))
 
     def _theirs(self, other) -> np.ndarray:
         if self.graph != other.graph:
-            raise ValueError(f"two circuits of different graphs: {self.graph!r} and {other.graph!r}")
+            raise ValueError(
+                f"two circuits of different graphs: {self.graph!r} and {other.graph!r}"
+            )
         return other.edges
 
     def _with(self, other, operation, sign):
         if not isinstance(other, Circuit):
             return NotImplemented
-        return Circuit(self.graph, operation(self.edges, self._theirs(other)), meta={"method": f"{self.meta.get('method', 'set')} {sign} {other.meta.get('method', 'set')}"})
+        return Circuit(
+            self.graph,
+            operation(self.edges, self._theirs(other)),
+            meta={
+                "method": (
+                    f"{self.meta.get('method', 'set')} {sign} {other.meta.get('method', 'set')}"
+                )
+            },
+        )
 
     def __and__(self, other):
         return self._with(other, np.intersect1d, "&")
@@ -114,29 +141,44 @@ class Circuit:
         return self._with(other, np.setxor1d, "^")
 
     def __le__(self, other):
-        return bool(np.isin(self.edges, self._theirs(other)).all()) if isinstance(other, Circuit) else NotImplemented
+        return (
+            bool(np.isin(self.edges, self._theirs(other)).all())
+            if isinstance(other, Circuit)
+            else NotImplemented
+        )
 
     def __ge__(self, other):
         return other <= self if isinstance(other, Circuit) else NotImplemented
 
-    def complement(self) -> "Circuit":
+    def complement(self) -> Circuit:
         """All other edges of the graph."""
-        return Circuit(self.graph, ~self.mask, meta={**self.meta, "method": f"complement of {self.meta.get('method', 'set')}"})
+        return Circuit(
+            self.graph,
+            ~self.mask,
+            meta={**self.meta, "method": f"complement of {self.meta.get('method', 'set')}"},
+        )
 
-    def pruned(self) -> "Circuit":
+    def pruned(self) -> Circuit:
         """Its edges that lie on a path from steer to logits inside it."""
         return Circuit(self.graph, self.graph.on_paths(self.mask), meta=self.meta)
 
-    def overlap(self, other: "Circuit") -> float:
-        """|both| / the smaller one's size, from 0 to 1. ValueError for circuits of different graphs, or an empty one."""
+    def overlap(self, other: Circuit) -> float:
+        """|both| / the smaller one's size, from 0 to 1. ValueError for circuits of different
+        graphs, or an empty one.
+        """
         theirs = self._theirs(other)
         if not len(self) or not theirs.size:
             raise ValueError("the overlap with an empty circuit is undefined")
-        return float(np.intersect1d(self.edges, theirs, assume_unique=True).size / min(len(self), theirs.size))
+        return float(
+            np.intersect1d(self.edges, theirs, assume_unique=True).size
+            / min(len(self), theirs.size)
+        )
 
     def counts(self) -> dict[str, int]:
         """Edges by the type of the input they end in: {"q", "k", "v", "mlp", "logits"}."""
-        kinds = np.bincount(self.graph.input_kind[self.graph.downstream[self.edges]], minlength=len(INPUT_KINDS))
+        kinds = np.bincount(
+            self.graph.input_kind[self.graph.downstream[self.edges]], minlength=len(INPUT_KINDS)
+        )
         return {name: int(n) for name, n in zip(INPUT_KINDS, kinds)}
 
     def distribution(self) -> dict[str, float]:
@@ -149,20 +191,29 @@ class Circuit:
         names = self.graph.node_names
         return tuple(names[i] for i in np.unique(self.graph.upstream[self.edges]))
 
-    # -- files, pictures, other tools -----------------------------------------------------------------------------------------------------
+    # -- files, pictures, other tools --------------------------------------------------------------
 
     def save(self, path) -> None:
-        """JSON with the graph's identity, the edges by name, meta, the curve if there is one, and a checksum; an existing file is replaced whole."""
+        """JSON with the graph's identity, the edges by name, meta, the curve if there is one, and a
+        checksum; an existing file is replaced whole.
+        """
         g = self.graph
-        content = {"graph": dict(zip(_SIZES, g._key())), "n_edges": g.n_edges, "meta": dict(self.meta),
-                   "curve": None if self.curve is None else self.curve.to_dict(), "edges": list(self)}
+        content = {
+            "graph": dict(zip(_SIZES, g._key())),
+            "n_edges": g.n_edges,
+            "meta": dict(self.meta),
+            "curve": None if self.curve is None else self.curve.to_dict(),
+            "edges": list(self),
+        }
         save_json(path, content, format=FORMAT, indent=1)
 
     @classmethod
-    def load(cls, path, graph: Graph | None = None) -> "Circuit":
-        """Read what `save` wrote. graph: the one it must belong to, for example vs.patching.graph(model, layer).
+    def load(cls, path, graph: Graph | None = None) -> Circuit:
+        """Read what `save` wrote. graph: the one it must belong to, for example
+        vs.patching.graph(model, layer).
 
-        Raises ModelError for a file that cannot be read, was cut short or edited, or is no circuit; ValueError for one of another graph.
+        Raises ModelError for a file that cannot be read, was cut short or edited, or is no circuit;
+        ValueError for one of another graph.
         """
         content = load_json(path, format=FORMAT, what="circuit", limit=MAX_BYTES)
         try:
@@ -173,15 +224,23 @@ class Circuit:
             if len(set(content["edges"])) != len(content["edges"]):
                 raise ValueError("an edge occurs twice")
             curve = content["curve"]
-            circuit = cls(mine, mine.find(content["edges"]), meta=content["meta"], curve=None if curve is None else FaithfulnessCurve.from_dict(curve))
+            circuit = cls(
+                mine,
+                mine.find(content["edges"]),
+                meta=content["meta"],
+                curve=None if curve is None else FaithfulnessCurve.from_dict(curve),
+            )
         except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-            raise ModelError(f"{path}: no circuit of vksteer: {error.args[0] if error.args else error!r}") from None
+            raise ModelError(
+                f"{path}: no circuit of vksteer: {error.args[0] if error.args else error!r}"
+            ) from None
         if graph is not None and graph != mine:
             raise ValueError(f"{path} holds a circuit of another graph: {mine!r}, wanted {graph!r}")
         return circuit
 
     def plot(self, path=None, *, scores=None, title: str | None = None):
-        """Layers down, heads across, MLPs at the right; edges coloured by the input they end in: a matplotlib Figure, saved to `path` if one is given.
+        """Layers down, heads across, MLPs at the right; edges coloured by the input they end in: a
+        matplotlib Figure, saved to `path` if one is given.
 
         scores: an EdgeScores or float [E]; lines are then as strong as |score|. Needs matplotlib.
         """
@@ -190,30 +249,53 @@ class Circuit:
         return draw(self, path, scores=scores, title=title)
 
     def to_networkx(self):
-        """A networkx MultiDiGraph over steer, heads, MLPs and logits (`circuit_exports.networkx_graph`). Needs networkx."""
+        """A networkx MultiDiGraph over steer, heads, MLPs and logits
+        (`circuit_exports.networkx_graph`). Needs networkx.
+        """
         from .exports import networkx_graph
 
         return networkx_graph(self.graph, self.edges)
 
-    # -- under the model --------------------------------------------------------------------------------------------------------------------
+    # -- under the model ---------------------------------------------------------------------------
 
     def check(self, model, layer: int) -> None:
-        """ValueError where it does not belong to the graph of `model` (a Model or Config) steered at `layer`."""
+        """ValueError where it does not belong to the graph of `model` (a Model or
+        Config) steered at `layer`.
+        """
         wanted = graph_of(model, layer)
         if self.graph != wanted:
-            raise ValueError(f"the circuit belongs to another graph: {self.graph!r}; this model steered at layer {layer} has {wanted!r}")
+            raise ValueError(
+                f"the circuit belongs to another graph: {self.graph!r}; this model steered at layer"
+                f" {layer} has {wanted!r}"
+            )
 
     def check_rows(self, model, rows_edits, freeze, ablate, sites) -> None:
-        """ValueError, before any work, where rows with these edits cannot be decoded under this circuit."""
+        """ValueError, before any work, where rows with these edits cannot be
+        decoded under this circuit.
+        """
         check_rows(self, model, rows_edits, freeze, ablate, sites)
 
     def decoding_batch(self, model, prompt_lengths, edits) -> CircuitBatch:
         """What takes a Batch's place while rows are decoded under this circuit."""
         return CircuitBatch(self, model, prompt_lengths, edits)
 
-    def evaluate(self, model, samples, vector, coefficient, metrics=("logit_diff",), *, progress=True, **options) -> dict[str, Any]:
-        """metric -> result with .faithfulness .value .full .empty; see `vs.circuits.evaluate`, which takes many circuits at once."""
-        return evaluate([self], model, samples, vector, coefficient, metrics, progress=progress, **options)[0]
+    def evaluate(
+        self,
+        model,
+        samples,
+        vector,
+        coefficient,
+        metrics=("logit_diff",),
+        *,
+        progress=True,
+        **options,
+    ) -> dict[str, Any]:
+        """Metric -> result with .faithfulness .value .full .empty; see `vs.circuits.evaluate`,
+        which takes many circuits at once.
+        """
+        return evaluate(
+            [self], model, samples, vector, coefficient, metrics, progress=progress, **options
+        )[0]
 
 
 _SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
@@ -236,18 +318,21 @@ def _numbers(graph: Graph, edges) -> np.ndarray:
             raise ValueError(f"a mask of {array.shape} for a graph of {graph.n_edges} edges")
         return np.flatnonzero(array)
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"edges must be numbers, names or a mask of edges, not {array.dtype} {array.shape}")
+        raise ValueError(
+            f"edges must be numbers, names or a mask of edges, not {array.dtype} {array.shape}"
+        )
     outside = array[(array < 0) | (array >= graph.n_edges)]
     if outside.size:
         raise ValueError(f"edge {outside[0]} is not one of 0 to {graph.n_edges - 1}")
     return np.unique(array.astype(np.int64))
 
 
-# -- functions ---------------------------------------------------------------------------------------------------------------------------------------
+# -- functions -------------------------------------------------------------------------------------
 
 
 def random(graph: Graph, n: int, seed: int = 0) -> Circuit:
-    """A random circuit: shuffled edges until at least n survive pruning; the same for the same seed.
+    """A random circuit: shuffled edges until at least n survive pruning; the
+    same for the same seed.
 
     Raises ValueError for n outside 0 to the number of edges.
     """
@@ -258,14 +343,28 @@ def random(graph: Graph, n: int, seed: int = 0) -> Circuit:
     return Circuit(graph, growth.edges(n), meta={"method": "random", "n": n, "seed": seed})
 
 
-def evaluate(circuits, model, samples, vector, coefficient, metrics=("logit_diff",), *, progress=True, **options) -> list[dict[str, Any]]:
-    """Many circuits over one base pass: how much of what steering does is left when only a circuit's edges carry it (method.md section 5).
+def evaluate(
+    circuits,
+    model,
+    samples,
+    vector,
+    coefficient,
+    metrics=("logit_diff",),
+    *,
+    progress=True,
+    **options,
+) -> list[dict[str, Any]]:
+    """Many circuits over one base pass: how much of what steering does is left when only a
+    circuit's edges carry it (method.md section 5).
 
-    circuits: a list of Circuit of the graph of `model` at the vector's layer (the vector need not be the one they were found with).
-    samples: list of Sample. metrics: of METRICS. options: what `circuit_runs.evaluate` takes besides.
-    Returns one dict per circuit: metric -> result with .faithfulness = (value - empty) / (full - empty), .value m(C), .full m(M), .empty m(0), and
-    .per_sample {"value", "full", "empty", "weight"}, float64 [n_samples] each.
-    Raises ValueError before any work for circuits of another graph, samples that do not fit, unknown metrics, a vector of another width or layer.
+    circuits: a list of Circuit of the graph of `model` at the vector's layer (the vector need not
+    be the one they were found with). samples: list of Sample. metrics: of METRICS. options: what
+    `circuit_runs.evaluate` takes besides.
+    Returns one dict per circuit: metric -> result with .faithfulness = (value - empty) / (full -
+    empty), .value m(C), .full m(M), .empty m(0), and .per_sample {"value", "full", "empty",
+    "weight"}, float64 [n_samples] each.
+    Raises ValueError before any work for circuits of another graph, samples that do not fit,
+    unknown metrics, a vector of another width or layer.
     """
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     vector.check(model)
@@ -280,17 +379,26 @@ def evaluate(circuits, model, samples, vector, coefficient, metrics=("logit_diff
     samples = check_samples(model, samples)
     if not circuits:
         return []
-    return circuit_runs.evaluate(circuits, model, samples, vector, coefficient, metrics=metrics, progress=progress, **options)
+    return circuit_runs.evaluate(
+        circuits, model, samples, vector, coefficient, metrics=metrics, progress=progress, **options
+    )
 
 
 def overlaps(circuits: Mapping[str, Circuit]) -> str:
-    """Pairwise overlaps of named circuits as a Markdown table, sizes beside them; "-" where two belong to different graphs or one is empty."""
+    """Pairwise overlaps of named circuits as a Markdown table, sizes beside them; "-" where two
+    belong to different graphs or one is empty.
+    """
     names = list(circuits)
-    lines = ["| circuit | edges | " + " | ".join(names) + " |", "|:---|---:|" + "---:|" * len(names)]
+    lines = [
+        "| circuit | edges | " + " | ".join(names) + " |",
+        "|:---|---:|" + "---:|" * len(names),
+    ]
     for a in names:
         cells = []
         for b in names:
-            comparable = circuits[a].graph == circuits[b].graph and len(circuits[a]) and len(circuits[b])
+            comparable = (
+                circuits[a].graph == circuits[b].graph and len(circuits[a]) and len(circuits[b])
+            )
             cells.append(f"{circuits[a].overlap(circuits[b]):.2f}" if comparable else "-")
         lines.append(f"| {a} | {len(circuits[a])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,13 +1,17 @@
-"""Faithfulness by size as numbers: pooling over samples, bootstrap intervals, the curve with its file, table and picture."""
+"""Faithfulness by size as numbers: pooling over samples, bootstrap intervals, the curve with its
+file, table and picture.
+"""
 
 from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
+
 import numpy as np
+
 from ..base.figures import new_figure
 from ..base.json_files import load_json, save_json
 from ..errors import ModelError
-
 
 #: What the paper calls faithful.
 THRESHOLD = 0.85
@@ -15,19 +19,27 @@ FORMAT = "vksteer.faithfulness_curve"
 
 
 def pooled(per_sample: dict) -> tuple[float, float, float]:
-    """(m(C), m(M), m(0)) over all samples: means weighted by the samples' metric positions. NaN where there is none."""
+    """(m(C), m(M), m(0)) over all samples: means weighted by the samples' metric positions. NaN
+    where there is none.
+    """
     weight = np.asarray(per_sample["weight"], np.float64)
     used = weight > 0
     if not used.any():
         return math.nan, math.nan, math.nan
-    return tuple(float(weight[used] @ np.asarray(per_sample[name], np.float64)[used] / weight[used].sum()) for name in ("value", "full", "empty"))
+    return tuple(
+        float(weight[used] @ np.asarray(per_sample[name], np.float64)[used] / weight[used].sum())
+        for name in ("value", "full", "empty")
+    )
 
 
-def bootstrap(per_sample: dict, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """(low, high) of the pooled ratio when samples are drawn with replacement; percentiles (Efron 1979).
+def bootstrap(
+    per_sample: dict, draws: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the pooled ratio when samples are drawn with replacement;
+    percentiles (Efron 1979).
 
-    per_sample: {"value", "full", "empty", "weight"}, each [n_samples], of which those of weight 0 are left out. NaN for fewer than two samples.
-    Draws whose denominator is 0 are left out.
+    per_sample: {"value", "full", "empty", "weight"}, each [n_samples], of which those of weight 0
+    are left out. NaN for fewer than two samples. Draws whose denominator is 0 are left out.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence!r}")
@@ -36,8 +48,12 @@ def bootstrap(per_sample: dict, draws: int = 1000, confidence: float = 0.95, see
     n = int(used.sum())
     if n < 2 or draws < 1:
         return math.nan, math.nan
-    value, full, empty = (np.asarray(per_sample[name], np.float64)[used] for name in ("value", "full", "empty"))
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) * weight[used]
+    value, full, empty = (
+        np.asarray(per_sample[name], np.float64)[used] for name in ("value", "full", "empty")
+    )
+    counts = (
+        np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) * weight[used]
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (counts @ (value - empty)) / (counts @ (full - empty))
     ratios = ratios[np.isfinite(ratios)]
@@ -51,10 +67,12 @@ def bootstrap(per_sample: dict, draws: int = 1000, confidence: float = 0.95, see
 class FaithfulnessCurve:
     """Faithfulness by circuit size. Rows are in the order of `sizes`, which ascend.
 
-    sizes: edges asked for, int64 [n]; edges: what the circuits have (pruning keeps a few more), int64 [n]; n_edges: of the whole graph.
-    faithfulness, low, high: float64 [n], of `metric`, with the bootstrap interval (NaN where there is none).
-    random: float64 [n, r], r random circuits of at least twice the size (NaN where the graph has not that many); random_edges: int64 [n, r].
-    values: {metric: {"faithfulness", "value"} float64 [n] and "full", "empty" numbers}. setting: what was run. circuits: list of Circuit, not saved.
+    sizes: edges asked for, int64 [n]; edges: what the circuits have (pruning keeps a few more),
+    int64 [n]; n_edges: of the whole graph. faithfulness, low, high: float64 [n], of `metric`, with
+    the bootstrap interval (NaN where there is none).
+    random: float64 [n, r], r random circuits of at least twice the size (NaN where the graph has
+    not that many); random_edges: int64 [n, r]. values: {metric: {"faithfulness", "value"} float64
+    [n] and "full", "empty" numbers}. setting: what was run. circuits: list of Circuit, not saved.
     """
 
     metric: str
@@ -83,23 +101,44 @@ class FaithfulnessCurve:
 
     def to_dict(self) -> dict:
         """For JSON; NaN as None."""
-        plain = lambda x: [plain(v) for v in x] if isinstance(x, (list, np.ndarray)) else {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else _number(x)
-        return {"metric": self.metric, "n_edges": self.n_edges, **{name: plain(getattr(self, name)) for name in (*_ARRAYS, "values", "setting")}}
+        plain = lambda x: (
+            [plain(v) for v in x]
+            if isinstance(x, (list, np.ndarray))
+            else {k: plain(v) for k, v in x.items()}
+            if isinstance(x, dict)
+            else _number(x)
+        )
+        return {
+            "metric": self.metric,
+            "n_edges": self.n_edges,
+            **{name: plain(getattr(self, name)) for name in (*_ARRAYS, "values", "setting")},
+        }
 
     @classmethod
-    def from_dict(cls, content: dict) -> "FaithfulnessCurve":
+    def from_dict(cls, content: dict) -> FaithfulnessCurve:
         """The inverse of `to_dict`, without the circuits. Raises ValueError for anything else."""
         try:
             arrays = {name: np.array(content[name], kind) for name, kind in _ARRAYS.items()}
             n = arrays["sizes"].size
             for name in ("random", "random_edges"):
                 arrays[name] = arrays[name].reshape(n, -1) if n else arrays[name].reshape(0, 0)
-            curve = cls(str(content["metric"]), int(content["n_edges"]), **arrays, values=dict(content["values"]), setting=dict(content["setting"]))
+            curve = cls(
+                str(content["metric"]),
+                int(content["n_edges"]),
+                **arrays,
+                values=dict(content["values"]),
+                setting=dict(content["setting"]),
+            )
             for values in curve.values.values():
-                values.update({name: np.array(values[name], np.float64) for name in ("faithfulness", "value")})
+                values.update(
+                    {name: np.array(values[name], np.float64) for name in ("faithfulness", "value")}
+                )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no faithfulness curve: {error!r}") from None
-        if any(arrays[name].shape != (n,) for name in ("edges", "faithfulness", "low", "high")) or arrays["random"].shape != arrays["random_edges"].shape:
+        if (
+            any(arrays[name].shape != (n,) for name in ("edges", "faithfulness", "low", "high"))
+            or arrays["random"].shape != arrays["random_edges"].shape
+        ):
             raise ValueError("no faithfulness curve: its columns differ in length")
         return curve
 
@@ -108,8 +147,10 @@ class FaithfulnessCurve:
         save_json(path, self.to_dict(), format=FORMAT, indent=1)
 
     @classmethod
-    def load(cls, path) -> "FaithfulnessCurve":
-        """Read what `save` wrote. ModelError for a file that was cut short or edited or is something else."""
+    def load(cls, path) -> FaithfulnessCurve:
+        """Read what `save` wrote. ModelError for a file that was cut short or edited
+        or is something else.
+        """
         content = load_json(path, format=FORMAT, what="faithfulness curve", limit=1 << 26)
         try:
             return cls.from_dict(content)
@@ -117,18 +158,46 @@ class FaithfulnessCurve:
             raise ModelError(f"{path}: {error}") from None
 
     def to_markdown(self) -> str:
-        """One row per size: edges, share, faithfulness with its interval, mean of the random circuits of twice the size."""
+        """One row per size: edges, share, faithfulness with its interval, mean of the random
+        circuits of twice the size.
+        """
         s = self.setting
-        how = f"found on {s['n_found_on']}, judged on {s['n_judged_on']} other samples" if s.get("halves") else f"{s.get('n_samples', '?')} samples"
-        title = f"Faithfulness by {self.metric} of {s.get('method', '?')} circuits out of {self.n_edges} edges; {how}"
+        how = (
+            f"found on {s['n_found_on']}, judged on {s['n_judged_on']} other samples"
+            if s.get("halves")
+            else f"{s.get('n_samples', '?')} samples"
+        )
+        title = (
+            f"Faithfulness by {self.metric} of {s.get('method', '?')} circuits out of"
+            f" {self.n_edges} edges; {how}"
+        )
         more = [name for name in self.values if name != self.metric]
         interval, control = np.isfinite(self.low).any(), self.random.shape[1] > 0
-        head = ["asked", "edges", "share", "faithfulness"] + (["random, twice the size"] if control else []) + more
-        lines = [title + ("" if not interval else f"; {100 * s.get('confidence', 0.95):g} % bootstrap intervals over samples") + ".", "",
-                 "| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+        head = (
+            ["asked", "edges", "share", "faithfulness"]
+            + (["random, twice the size"] if control else [])
+            + more
+        )
+        lines = [
+            title
+            + (
+                ""
+                if not interval
+                else f"; {100 * s.get('confidence', 0.95):g} % bootstrap intervals over samples"
+            )
+            + ".",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|" + "---:|" * len(head),
+        ]
         for i in range(len(self)):
-            cells = [f"{self.sizes[i]}", f"{self.edges[i]}", f"{100 * self.edges[i] / self.n_edges:.2f} %",
-                     f"{self.faithfulness[i]:.3f}" + (f" [{self.low[i]:.3f}, {self.high[i]:.3f}]" if np.isfinite(self.low[i]) else "")]
+            cells = [
+                f"{self.sizes[i]}",
+                f"{self.edges[i]}",
+                f"{100 * self.edges[i] / self.n_edges:.2f} %",
+                f"{self.faithfulness[i]:.3f}"
+                + (f" [{self.low[i]:.3f}, {self.high[i]:.3f}]" if np.isfinite(self.low[i]) else ""),
+            ]
             if control:
                 found = self.random[i][np.isfinite(self.random[i])]
                 cells.append(f"{found.mean():.3f}" if found.size else "-")
@@ -137,15 +206,31 @@ class FaithfulnessCurve:
         return "\n".join(lines)
 
     def plot(self, path=None, *, threshold: float | None = THRESHOLD):
-        """Faithfulness against size with its interval, random circuits beside it: a matplotlib Figure, saved to `path` if one is given."""
+        """Faithfulness against size with its interval, random circuits beside it: a matplotlib
+        Figure, saved to `path` if one is given.
+        """
         figure = new_figure(6.4, 3.8)
         axes = figure.add_subplot()
         share = 100 * self.edges / self.n_edges
         if np.isfinite(self.low).any():
             axes.fill_between(share, self.low, self.high, color="#4878a8", alpha=0.2, linewidth=0)
-        axes.plot(share, self.faithfulness, "o-", ms=3.5, color="#4878a8", label=f"{self.setting.get('method', '')} circuits".strip())
+        axes.plot(
+            share,
+            self.faithfulness,
+            "o-",
+            ms=3.5,
+            color="#4878a8",
+            label=f"{self.setting.get('method', '')} circuits".strip(),
+        )
         for r in range(self.random.shape[1]):
-            axes.plot(share, self.random[:, r], ".", ms=5, color="#999999", label="random, twice the size" if r == 0 else None)
+            axes.plot(
+                share,
+                self.random[:, r],
+                ".",
+                ms=5,
+                color="#999999",
+                label="random, twice the size" if r == 0 else None,
+            )
         if threshold is not None:
             axes.axhline(threshold, color="#c8643c", lw=0.8, ls="--", label=f"{threshold:g}")
         axes.set_xscale("log")
@@ -159,7 +244,15 @@ class FaithfulnessCurve:
         return figure
 
 
-_ARRAYS = {"sizes": np.int64, "edges": np.int64, "faithfulness": np.float64, "low": np.float64, "high": np.float64, "random": np.float64, "random_edges": np.int64}
+_ARRAYS = {
+    "sizes": np.int64,
+    "edges": np.int64,
+    "faithfulness": np.float64,
+    "low": np.float64,
+    "high": np.float64,
+    "random": np.float64,
+    "random_edges": np.int64,
+}
 
 
 def _number(x):
@@ -170,4 +263,6 @@ def _number(x):
 
 def per_sample_of(result) -> dict | None:
     found = getattr(result, "per_sample", None)
-    return found if found is not None and {"value", "full", "empty", "weight"} <= set(found) else None
+    return (
+        found if found is not None and {"value", "full", "empty", "weight"} <= set(found) else None
+    )

@@ -1,9 +1,11 @@
 """The graph that a circuit is a part of (method.md section 4), from a configuration alone.
 
-Upstream nodes, in order: `steer` (the residual stream entering the steering layer), then layer by layer every head `a{l}.h{i}` and the MLP `m{l}`.
-Downstream nodes, in order: layer by layer H query inputs `a{l}.h{i}<q>`, G key inputs `<k>`, G value inputs `<v>`, the MLP's input; `logits` last.
-Key and value inputs are counted per key/value head (GQA stays grouped). An upstream node reaches a contiguous suffix of the downstream nodes, so edges
-need no objects: edge = offset[upstream] + downstream - start[upstream], upstream-major, which is also the order that decides ties.
+Upstream nodes, in order: `steer` (the residual stream entering the steering layer), then layer by
+layer every head `a{l}.h{i}` and the MLP `m{l}`. Downstream nodes, in order: layer by layer H query
+inputs `a{l}.h{i}<q>`, G key inputs `<k>`, G value inputs `<v>`, the MLP's input; `logits` last. Key
+and value inputs are counted per key/value head (GQA stays grouped). An upstream node reaches a
+contiguous suffix of the downstream nodes, so edges need no objects: edge = offset[upstream] +
+downstream - start[upstream], upstream-major, which is also the order that decides ties.
 """
 
 from __future__ import annotations
@@ -23,8 +25,15 @@ class Graph:
         if not 0 <= layer < n_layers:
             raise ValueError(f"the steering layer must be one of 0 to {n_layers - 1}, not {layer}")
         if n_heads % n_kv_heads:
-            raise ValueError(f"{n_heads} query heads do not divide among {n_kv_heads} key/value heads")
-        self.n_layers, self.n_heads, self.n_kv_heads, self.layer = n_layers, n_heads, n_kv_heads, layer
+            raise ValueError(
+                f"{n_heads} query heads do not divide among {n_kv_heads} key/value heads"
+            )
+        self.n_layers, self.n_heads, self.n_kv_heads, self.layer = (
+            n_layers,
+            n_heads,
+            n_kv_heads,
+            layer,
+        )
         self.depth = n_layers - layer  # layers that take part
         self.width = n_heads + 2 * n_kv_heads + 1  # downstream nodes a layer
         self.n_downstream = self.width * self.depth + 1
@@ -32,7 +41,8 @@ class Graph:
         starts = [0]
         for l in range(self.depth):
             starts += [l * self.width + self.width - 1] * n_heads + [(l + 1) * self.width]
-        #: First downstream node that each upstream node reaches, and the number of its first edge. int64 [n_upstream].
+        #: First downstream node that each upstream node reaches, and the number of its first
+        #: edge. int64 [n_upstream].
         self.start = np.array(starts, np.int64)
         sizes = self.n_downstream - self.start
         self.offset = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -51,9 +61,12 @@ class Graph:
         return hash(self._key())
 
     def __repr__(self):
-        return f"Graph(layers {self.layer} to {self.n_layers - 1}, {self.n_upstream} upstream nodes, {self.n_downstream} inputs, {self.n_edges} edges)"
+        return (
+            f"Graph(layers {self.layer} to {self.n_layers - 1}, {self.n_upstream} upstream nodes,"
+            f" {self.n_downstream} inputs, {self.n_edges} edges)"
+        )
 
-    # -- names ---------------------------------------------------------------------------------------------------------------------------
+    # -- names -------------------------------------------------------------------------------------
 
     @cached_property
     def node_names(self) -> tuple[str, ...]:
@@ -76,14 +89,22 @@ class Graph:
     def edge_names(self) -> tuple[str, ...]:
         """All edges in graph order: "steer->a5.h0<q>", "a3.h1->m4", "m4->logits"."""
         inputs = self.input_names
-        return tuple(f"{name}->{to}" for name, start in zip(self.node_names, self.start) for to in inputs[start:])
+        return tuple(
+            f"{name}->{to}"
+            for name, start in zip(self.node_names, self.start)
+            for to in inputs[start:]
+        )
 
     @cached_property
     def counts(self) -> dict[str, int]:
         """Edges by the type of their upstream node: {"steer": ..., "mlp": ..., "head": ...}."""
         sizes = self.n_downstream - self.start
         kinds = self.upstream_kind
-        return {"steer": int(sizes[0]), "mlp": int(sizes[kinds == 2].sum()), "head": int(sizes[kinds == 1].sum())}
+        return {
+            "steer": int(sizes[0]),
+            "mlp": int(sizes[kinds == 2].sum()),
+            "head": int(sizes[kinds == 1].sum()),
+        }
 
     @cached_property
     def incoming(self) -> dict[str, int]:
@@ -91,7 +112,7 @@ class Graph:
         types = self.input_kind[self.downstream]
         return {name: int((types == i).sum()) for i, name in enumerate(INPUT_KINDS)}
 
-    # -- index arithmetic -----------------------------------------------------------------------------------------------------------------
+    # -- index arithmetic --------------------------------------------------------------------------
 
     @cached_property
     def upstream_kind(self) -> np.ndarray:
@@ -112,13 +133,19 @@ class Graph:
     @cached_property
     def downstream(self) -> np.ndarray:
         """int32 [n_edges]: the input that every edge ends in."""
-        return (np.arange(self.n_edges) - self.offset[self.upstream] + self.start[self.upstream]).astype(np.int32)
+        return (
+            np.arange(self.n_edges) - self.offset[self.upstream] + self.start[self.upstream]
+        ).astype(np.int32)
 
     def edge(self, upstream, downstream):
-        """Number of the edge between two nodes (by number, arrays allowed). ValueError where there is none."""
+        """Number of the edge between two nodes (by number, arrays allowed). ValueError
+        where there is none.
+        """
         upstream, downstream = np.asarray(upstream), np.asarray(downstream)
         if ((downstream < self.start[upstream]) | (downstream >= self.n_downstream)).any():
-            raise ValueError("an upstream node does not reach an input of its own or an earlier layer")
+            raise ValueError(
+                "an upstream node does not reach an input of its own or an earlier layer"
+            )
         return self.offset[upstream] + downstream - self.start[upstream]
 
     def find(self, names) -> np.ndarray:
@@ -133,11 +160,12 @@ class Graph:
     def _numbers(self):
         return {name: i for i, name in enumerate(self.edge_names)}
 
-    # -- paths ----------------------------------------------------------------------------------------------------------------------------
+    # -- paths -------------------------------------------------------------------------------------
 
     def _feeds(self, l: int):
-        """What the inputs of layer l (counted from the steering layer) lead to: bool [w, H + 1] over its heads and MLP. A key or value input
-        belongs to every query head of its group."""
+        """What the inputs of layer l (counted from the steering layer) lead to: bool [w, H + 1]
+        over its heads and MLP. A key or value input belongs to every query head of its group.
+        """
         H, G = self.n_heads, self.n_kv_heads
         table = np.zeros((self.width, H + 1), bool)
         table[np.arange(H), np.arange(H)] = True
@@ -148,7 +176,9 @@ class Graph:
         return table
 
     def on_paths(self, kept) -> np.ndarray:
-        """bool [n_edges]: the edges of `kept` (bool [n_edges]) that lie on a path from steer to logits inside it."""
+        """Bool [n_edges]: the edges of `kept` (bool [n_edges]) that lie on a path from steer
+        to logits inside it.
+        """
         kept = np.asarray(kept, bool)
         if kept.shape != (self.n_edges,):
             raise ValueError(f"a mask of {kept.shape} for a graph of {self.n_edges} edges")
@@ -161,8 +191,8 @@ class Graph:
         inputs = matrix[0].copy()  # inputs that something reached leads to
         for l in range(self.depth):
             at, first = l * w, 1 + l * (H + 1)
-            reached[first: first + H] = inputs[at: at + mlp] @ heads
-            inputs |= reached[first: first + H] @ matrix[first: first + H]
+            reached[first : first + H] = inputs[at : at + mlp] @ heads
+            inputs |= reached[first : first + H] @ matrix[first : first + H]
             reached[first + H] = inputs[at + mlp]
             if reached[first + H]:
                 inputs |= matrix[first + H]
@@ -171,8 +201,8 @@ class Graph:
         for l in reversed(range(self.depth)):
             at, first = l * w, 1 + l * (H + 1)
             leads[at + mlp] = (matrix[first + H] & leads).any()
-            useful = (matrix[first: first + H] & leads).any(axis=1)
-            leads[at: at + mlp] = heads @ useful
+            useful = (matrix[first : first + H] & leads).any(axis=1)
+            leads[at : at + mlp] = heads @ useful
         return kept & reached[self.upstream] & leads[self.downstream]
 
 
@@ -180,6 +210,8 @@ INPUT_KINDS = ("q", "k", "v", "mlp", "logits")
 
 
 def graph(config_or_model, layer: int) -> Graph:
-    """The graph of a model steered at `layer`; needs a Config (or anything with one) and no weights."""
+    """The graph of a model steered at `layer`; needs a Config (or anything with
+    one) and no weights.
+    """
     config = getattr(config_or_model, "config", config_or_model)
     return Graph(config.n_layers, config.n_heads, config.n_kv_heads, int(layer))

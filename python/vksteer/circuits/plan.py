@@ -1,14 +1,16 @@
-"""What has to be computed for many circuits at once, each thing once (csrc/analysis/circuit.h has the words and the format).
+"""What has to be computed for many circuits at once, each thing once (csrc/analysis/circuit.h has
+the words and the format).
 
-An input whose kept edges start at nodes that nothing changed is the base run's. Otherwise the way it is read is named by the blocks that are added to it;
-circuits that agree on them share one entry, heads with the same query, key and value entries share a state, and so on upwards. What no later input and
-no metric needs is left out.
+An input whose kept edges start at nodes that nothing changed is the base run's. Otherwise the way
+it is read is named by the blocks that are added to it; circuits that agree on them share one entry,
+heads with the same query, key and value entries share a state, and so on upwards. What no later
+input and no metric needs is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 
@@ -23,8 +25,9 @@ _MASKED = 1 << 40  # provisional numbers of masked blocks
 class Rows:
     """One run beside the base run.
 
-    kept: bool [n_upstream, n_downstream], the edges along which what this run changes is passed on. steered: does it start with steering?
-    patches: (upstream, downstream) pairs where an input gets, besides, what the first run's node changes (masked). read: are its logits wanted?
+    kept: bool [n_upstream, n_downstream], the edges along which what this run changes is passed on.
+    steered: does it start with steering? patches: (upstream, downstream) pairs where an input gets,
+    besides, what the first run's node changes (masked). read: are its logits wanted?
     """
 
     kept: np.ndarray
@@ -34,7 +37,7 @@ class Rows:
 
 
 def kept_matrix(graph: Graph, edges) -> np.ndarray:
-    """bool [n_upstream, n_downstream] from edge numbers."""
+    """Bool [n_upstream, n_downstream] from edge numbers."""
     matrix = np.zeros((graph.n_upstream, graph.n_downstream), bool)
     matrix[graph.upstream[edges], graph.downstream[edges]] = True
     return matrix
@@ -42,7 +45,9 @@ def kept_matrix(graph: Graph, edges) -> np.ndarray:
 
 @dataclass
 class Plan:
-    """arrays: what the engine's Circuits takes. logits: int64 [n rows], which entry of the logits' input each row is, -1 for the base run's."""
+    """arrays: what the engine's Circuits takes. logits: int64 [n rows], which entry of the logits'
+    input each row is, -1 for the base run's.
+    """
 
     arrays: tuple
     logits: np.ndarray
@@ -61,13 +66,13 @@ def _needed(graph: Graph, rows: Sequence[Rows], post_norms: bool):
         first, at = 1 + l * (H + 1), l * w
         out[:, first + H] |= leads(first + H)
         into[:, at + w - 1] = out[:, first + H]
-        heads = out[:, first:first + H] | leads(slice(first, first + H))
-        out[:, first:first + H] = heads
+        heads = out[:, first : first + H] | leads(slice(first, first + H))
+        out[:, first : first + H] = heads
         if post_norms:  # every head's part is divided by what all of them add up to
-            into[:, at:at + w - 1] = heads.any(axis=1, keepdims=True)
+            into[:, at : at + w - 1] = heads.any(axis=1, keepdims=True)
         else:
             groups = heads.reshape(len(rows), G, H // G).any(axis=2)
-            into[:, at:at + w - 1] = np.concatenate([heads, groups, groups], axis=1)
+            into[:, at : at + w - 1] = np.concatenate([heads, groups, groups], axis=1)
     return out, into
 
 
@@ -76,7 +81,8 @@ class _Layout:
 
     def __init__(self, graph, rows, masked):
         self.graph, self.rows, self.masked = graph, rows, masked
-        self.blocks = np.full((len(rows), graph.n_upstream), -1, np.int64)  # what each node adds in each run; -1: nothing new
+        # what each node adds in each run; -1: nothing new
+        self.blocks = np.full((len(rows), graph.n_upstream), -1, np.int64)
         self.blocks[[i for i, r in enumerate(rows) if r.steered], 0] = 0
         self.n_blocks = 1
         self.patched_from: dict[int, int] = {}  # upstream node -> block that its patches add
@@ -100,7 +106,9 @@ class _Layout:
         self.mask_first.append(len(self.masks))
 
     def read(self, v, needed) -> np.ndarray:
-        """The entry (within its input) by which each run reads input v, -1 for the base run's: int64 [R]."""
+        """The entry (within its input) by which each run reads input v, -1 for the
+        base run's: int64 [R].
+        """
         start, found = len(self.refs), {}
         out = np.full(len(self.rows), -1, np.int64)
         for r in np.flatnonzero(needed):
@@ -120,7 +128,10 @@ class _Layout:
     def attention(self, l, needed_out, needed_in, post_norms):
         graph, R = self.graph, len(self.rows)
         H, G, w = graph.n_heads, graph.n_kv_heads, graph.width
-        entries = np.stack([self.read(l * w + i, needed_in[:, l * w + i]) for i in range(w - 1)], axis=1)  # [R, H + 2G]
+        # [R, H + 2G]
+        entries = np.stack(
+            [self.read(l * w + i, needed_in[:, l * w + i]) for i in range(w - 1)], axis=1
+        )
         states, variants, outputs = {}, {}, {}
         made = []  # (run, node, output)
         for r in range(R):
@@ -132,7 +143,7 @@ class _Layout:
             if max(mine) < 0:
                 continue
             variant = variants.setdefault(tuple(mine), len(variants)) if post_norms else 0
-            for h in np.flatnonzero(needed_out[r, 1 + l * (H + 1):1 + l * (H + 1) + H]).tolist():
+            for h in np.flatnonzero(needed_out[r, 1 + l * (H + 1) : 1 + l * (H + 1) + H]).tolist():
                 if mine[h] >= 0 or post_norms:
                     key = (h, mine[h], variant)
                     outputs.setdefault(key, None)
@@ -157,7 +168,10 @@ class _Layout:
         self.stage_done(range(1 + l * (H + 1), 1 + l * (H + 1) + H))
 
     def mlp(self, l, needed_in):
-        v, u = l * self.graph.width + self.graph.width - 1, 1 + l * (self.graph.n_heads + 1) + self.graph.n_heads
+        v, u = (
+            l * self.graph.width + self.graph.width - 1,
+            1 + l * (self.graph.n_heads + 1) + self.graph.n_heads,
+        )
         before = self.entry_first[-1]
         entries = self.read(v, needed_in[:, v])
         self.blocks[:, u] = np.where(entries >= 0, self.n_blocks + entries, -1)
@@ -165,7 +179,9 @@ class _Layout:
         self.stage_done([u])
 
 
-def compile_plan(graph: Graph, rows: Sequence[Rows], post_norms: bool, masked: bool = False) -> Plan:
+def compile_plan(
+    graph: Graph, rows: Sequence[Rows], post_norms: bool, masked: bool = False
+) -> Plan:
     """The plan of these runs. masked: patches act at some tokens only."""
     needed_out, needed_in = _needed(graph, rows, post_norms)
     layout = _Layout(graph, rows, masked)
@@ -177,8 +193,19 @@ def compile_plan(graph: Graph, rows: Sequence[Rows], post_norms: bool, masked: b
     lengths = [len(r) for r in layout.refs]
     refs = np.concatenate(layout.refs) if layout.refs else np.zeros(0, np.int64)
     refs = np.where(refs >= _MASKED, refs - _MASKED + layout.n_blocks, refs)
-    numbers = lambda values: np.array(values, np.int64).reshape(-1).astype(np.uint32)  # -1 becomes NO_BLOCK
-    arrays = (numbers(layout.entry_first), numbers(np.concatenate([[0], np.cumsum(lengths)])), numbers(refs), numbers(layout.state_first),
-              numbers(layout.states), numbers(layout.output_first), numbers(layout.outputs), numbers(layout.variant_first), numbers(layout.variants),
-              numbers(layout.mask_first), numbers(layout.masks))
+    # -1 becomes NO_BLOCK
+    numbers = lambda values: np.array(values, np.int64).reshape(-1).astype(np.uint32)
+    arrays = (
+        numbers(layout.entry_first),
+        numbers(np.concatenate([[0], np.cumsum(lengths)])),
+        numbers(refs),
+        numbers(layout.state_first),
+        numbers(layout.states),
+        numbers(layout.output_first),
+        numbers(layout.outputs),
+        numbers(layout.variant_first),
+        numbers(layout.variants),
+        numbers(layout.mask_first),
+        numbers(layout.masks),
+    )
     return Plan(arrays, logits)

@@ -1,7 +1,8 @@
-"""`vksteer circuit`: samples, scores, faithfulness curve, the smallest faithful circuit, and overlaps of several vectors' circuits, in one folder.
+"""`vksteer circuit`: samples, scores, faithfulness curve, the smallest faithful circuit, and
+overlaps of several vectors' circuits, in one folder.
 
-What is finished stays finished: a second run with the same arguments takes vector, samples, scores, curve and circuit from the folder. keys.json says
-what each was made from.
+What is finished stays finished: a second run with the same arguments takes vector, samples, scores,
+curve and circuit from the folder. keys.json says what each was made from.
 """
 
 from __future__ import annotations
@@ -30,42 +31,184 @@ Without --vector one is found as in `vksteer freeze`. The bundled tiny models br
 
 def add_parser(commands, formatter, model_arguments, positive) -> None:
     """Adds the command to the parser of `cli.py`, whose formatter and argument groups it shares."""
-    parser = commands.add_parser("circuit", formatter_class=formatter, help="which heads and MLPs carry a vector's effect, and how few are enough",
-                                 description=DESCRIPTION)
+    parser = commands.add_parser(
+        "circuit",
+        formatter_class=formatter,
+        help="which heads and MLPs carry a vector's effect, and how few are enough",
+        description=DESCRIPTION,
+    )
     model_arguments(parser)
     group = parser.add_argument_group("prompts")
-    group.add_argument("--harmful", metavar="FILE[:COLUMN]", help="prompts that the model should refuse")
+    group.add_argument(
+        "--harmful", metavar="FILE[:COLUMN]", help="prompts that the model should refuse"
+    )
     group.add_argument("--harmless", metavar="FILE[:COLUMN]", help="prompts that it should answer")
-    group.add_argument("--side", choices=("harmful", "harmless"), default="harmful", help="which of the two the samples are made from (default: harmful, steered by -A)")
-    group.add_argument("--limit", type=positive, default=32, metavar="N", help="at most N prompts of that side (default: 32)")
+    group.add_argument(
+        "--side",
+        choices=("harmful", "harmless"),
+        default="harmful",
+        help="which of the two the samples are made from (default: harmful, steered by -A)",
+    )
+    group.add_argument(
+        "--limit",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="at most N prompts of that side (default: 32)",
+    )
     group = parser.add_argument_group("vectors and strength")
-    group.add_argument("--vector", action="append", metavar="FILE", help="a steering vector: .safetensors, .npz or .gguf; may be repeated (default: find one)")
-    group.add_argument("--layer", type=int, help="which layer's vector, where a .gguf file holds several")
-    group.add_argument("--criterion", choices=("paper", "arditi"), default="paper", help="the rule that chooses among candidates (default: paper)")
-    group.add_argument("--coefficient", type=float, nargs="+", default=[1.0], metavar="A", help="strength, without sign; one number, or one for each vector (default: 1)")
+    group.add_argument(
+        "--vector",
+        action="append",
+        metavar="FILE",
+        help="a steering vector: .safetensors, .npz or .gguf; may be repeated (default: find one)",
+    )
+    group.add_argument(
+        "--layer", type=int, help="which layer's vector, where a .gguf file holds several"
+    )
+    group.add_argument(
+        "--criterion",
+        choices=("paper", "arditi"),
+        default="paper",
+        help="the rule that chooses among candidates (default: paper)",
+    )
+    group.add_argument(
+        "--coefficient",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="A",
+        help="strength, without sign; one number, or one for each vector (default: 1)",
+    )
     group = parser.add_argument_group("samples")
-    group.add_argument("--responses", choices=("steered", "base"), default="steered", help="whose answers are followed (default: those of the steered model)")
-    group.add_argument("--keep", choices=("flipped", "all"), default="flipped", help="which prompts are kept (default: those whose behaviour steering flips)")
-    group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of an answer (default: 64)")
-    group.add_argument("--judge", metavar="MODEL", help="a Llama Guard 2 model that judges answers to harmful prompts (default: the substring judge)")
+    group.add_argument(
+        "--responses",
+        choices=("steered", "base"),
+        default="steered",
+        help="whose answers are followed (default: those of the steered model)",
+    )
+    group.add_argument(
+        "--keep",
+        choices=("flipped", "all"),
+        default="flipped",
+        help="which prompts are kept (default: those whose behaviour steering flips)",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="length of an answer (default: 64)",
+    )
+    group.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help=(
+            "a Llama Guard 2 model that judges answers to harmful prompts (default: the substring"
+            " judge)"
+        ),
+    )
     group = parser.add_argument_group("scores")
-    group.add_argument("--steps", type=positive, default=10, metavar="T", help="steps of the integration from unsteered to steered (default: 10)")
-    group.add_argument("--rule", choices=("midpoint", "left", "right"), default="midpoint", help="where in a step the gradient is taken (default: midpoint)")
-    group.add_argument("--metric", choices=("logit_diff", "directional_kl", "kl"), default="logit_diff", help="what an edge's effect is measured on (default: logit_diff)")
-    group.add_argument("--kl-threshold", type=float, default=0.0, metavar="X", help="for the two KL metrics: positions where KL(steered || base) is above X (default: 0)")
-    group.add_argument("--clean", choices=("steered", "base"), default="steered", help="which run the patches are taken from (default: steered)")
-    group.add_argument("--at", choices=("pre_norm", "normed"), default="pre_norm", help="gradients before the inputs' norms, or after them as in the paper's code (default: pre_norm)")
-    group.add_argument("--max-memory", metavar="SIZE", help="for activations and gradients, for example 6GiB (default: as the device allows)")
+    group.add_argument(
+        "--steps",
+        type=positive,
+        default=10,
+        metavar="T",
+        help="steps of the integration from unsteered to steered (default: 10)",
+    )
+    group.add_argument(
+        "--rule",
+        choices=("midpoint", "left", "right"),
+        default="midpoint",
+        help="where in a step the gradient is taken (default: midpoint)",
+    )
+    group.add_argument(
+        "--metric",
+        choices=("logit_diff", "directional_kl", "kl"),
+        default="logit_diff",
+        help="what an edge's effect is measured on (default: logit_diff)",
+    )
+    group.add_argument(
+        "--kl-threshold",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="for the two KL metrics: positions where KL(steered || base) is above X (default: 0)",
+    )
+    group.add_argument(
+        "--clean",
+        choices=("steered", "base"),
+        default="steered",
+        help="which run the patches are taken from (default: steered)",
+    )
+    group.add_argument(
+        "--at",
+        choices=("pre_norm", "normed"),
+        default="pre_norm",
+        help=(
+            "gradients before the inputs' norms, or after them as in the paper's code (default:"
+            " pre_norm)"
+        ),
+    )
+    group.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="for activations and gradients, for example 6GiB (default: as the device allows)",
+    )
     group = parser.add_argument_group("circuits")
-    group.add_argument("--method", choices=("pruned", "top", "greedy_backward", "greedy_forward"), default="pruned", help="how edges become a circuit (default: pruned, "
-                       "the strongest edges that lie on a path from the steering vector to the logits)")
-    group.add_argument("--threshold", type=float, default=0.85, metavar="X", help="share of the effect that a faithful circuit carries (default: 0.85)")
-    group.add_argument("--sizes", metavar="N,N,...", help="sizes on the curve (default: 0.2 %% to 100 %% of all edges)")
-    group.add_argument("--random", type=int, default=3, metavar="N", help="random circuits beside each size (default: 3)")
-    group.add_argument("--halves", action="store_true", help="find the curve's circuits on one half of the samples and judge them on the other")
-    group.add_argument("--seed", type=int, default=0, help="seed of random circuits, halves and intervals (default: 0)")
-    group.add_argument("--eap-ig", action="store_true", help="also write eap_ig.json, which hannamw/EAP-IG's Graph.from_json reads")
-    parser.add_argument("--out", required=True, metavar="DIR", help="everything is written here; a second run with the same arguments goes on from what is there")
+    group.add_argument(
+        "--method",
+        choices=("pruned", "top", "greedy_backward", "greedy_forward"),
+        default="pruned",
+        help=(
+            "how edges become a circuit (default: pruned, "
+            "the strongest edges that lie on a path from the steering vector to the logits)"
+        ),
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        default=0.85,
+        metavar="X",
+        help="share of the effect that a faithful circuit carries (default: 0.85)",
+    )
+    group.add_argument(
+        "--sizes",
+        metavar="N,N,...",
+        help="sizes on the curve (default: 0.2 %% to 100 %% of all edges)",
+    )
+    group.add_argument(
+        "--random",
+        type=int,
+        default=3,
+        metavar="N",
+        help="random circuits beside each size (default: 3)",
+    )
+    group.add_argument(
+        "--halves",
+        action="store_true",
+        help="find the curve's circuits on one half of the samples and judge them on the other",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of random circuits, halves and intervals (default: 0)",
+    )
+    group.add_argument(
+        "--eap-ig",
+        action="store_true",
+        help="also write eap_ig.json, which hannamw/EAP-IG's Graph.from_json reads",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help=(
+            "everything is written here; a second run with the same arguments goes on from what is"
+            " there"
+        ),
+    )
     parser.set_defaults(run=circuit)
 
 
@@ -76,23 +219,32 @@ class _Folder:
         self.path, self._keys = path, path / "keys.json"
         path.mkdir(parents=True, exist_ok=True)
         try:
-            self.keys = json.loads(self._keys.read_text(encoding="utf-8")) if self._keys.exists() else {}
+            self.keys = (
+                json.loads(self._keys.read_text(encoding="utf-8")) if self._keys.exists() else {}
+            )
             if not isinstance(self.keys, dict):
                 raise ValueError("it holds no object")
         except ValueError as error:
-            raise ValueError(f"{self._keys} is damaged ({error}): remove the folder, or name another with --out") from None
+            raise ValueError(
+                f"{self._keys} is damaged ({error}): remove the folder, or name another with --out"
+            ) from None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def made(self, name: str, key: str, costly: bool = False) -> bool:
-        """Is this file there, made from `key`? A costly one that was made from something else is not overwritten: ValueError."""
+        """Is this file there, made from `key`? A costly one that was made from something else is
+        not overwritten: ValueError.
+        """
         if not (self / name).exists():
             return False
         if self.keys.get(name) == key:
             return True
         if costly:
-            raise ValueError(f"{self / name} was made with another model, vector, strength, prompts or settings: name another folder with --out, or remove it")
+            raise ValueError(
+                f"{self / name} was made with another model, vector, strength, prompts or settings:"
+                " name another folder with --out, or remove it"
+            )
         return False
 
     def put(self, name: str, key: str) -> None:
@@ -137,7 +289,9 @@ def _find(model, train, validation, arguments, folder: _Folder, show: bool):
     key = digest("vector", fingerprint(model), train, validation, arguments.criterion)
     if folder.made("vector.safetensors", key, costly=True):
         return SteeringVector.load(folder / "vector.safetensors")
-    vector = steering.difference_in_means(model, *train, progress=show).select(*validation, criterion=arguments.criterion, progress=show)
+    vector = steering.difference_in_means(model, *train, progress=show).select(
+        *validation, criterion=arguments.criterion, progress=show
+    )
     vector.save(folder / "vector.safetensors")
     folder.put("vector.safetensors", key)
     return vector
@@ -158,15 +312,46 @@ def _vectors(arguments) -> dict:
 
 
 class _Work:
-    """One vector's part: samples, scores, curve, circuit, each taken from the folder where it is there."""
+    """One vector's part: samples, scores, curve, circuit, each taken from the
+    folder where it is there.
+    """
 
-    def __init__(self, model, vector, coefficient, prompts, arguments, folder: _Folder, judge, show: bool):
+    def __init__(
+        self, model, vector, coefficient, prompts, arguments, folder: _Folder, judge, show: bool
+    ):
         from ..base.provenance import digest, fingerprint
 
-        self.model, self.vector, self.coefficient, self.prompts, self.arguments, self.folder, self.judge, self.show = \
-            model, vector, coefficient, prompts, arguments, folder, judge, show
-        self.key = digest("samples", fingerprint(model), vector.direction, vector.layer, coefficient, prompts, arguments.responses, arguments.keep,
-                          arguments.max_new_tokens, arguments.judge)
+        (
+            self.model,
+            self.vector,
+            self.coefficient,
+            self.prompts,
+            self.arguments,
+            self.folder,
+            self.judge,
+            self.show,
+        ) = (
+            model,
+            vector,
+            coefficient,
+            prompts,
+            arguments,
+            folder,
+            judge,
+            show,
+        )
+        self.key = digest(
+            "samples",
+            fingerprint(model),
+            vector.direction,
+            vector.layer,
+            coefficient,
+            prompts,
+            arguments.responses,
+            arguments.keep,
+            arguments.max_new_tokens,
+            arguments.judge,
+        )
 
     def samples(self):
         from ..inputs.samples import Samples, make_samples
@@ -175,33 +360,63 @@ class _Work:
         if self.folder.made(name, self.key, costly=True):
             samples = Samples.load(self.folder / name)
         else:
-            samples = make_samples(self.model, self.prompts, self.vector, self.coefficient, responses=a.responses, max_new_tokens=a.max_new_tokens, keep=a.keep,
-                                   judge=self.judge, progress=self.show)
+            samples = make_samples(
+                self.model,
+                self.prompts,
+                self.vector,
+                self.coefficient,
+                responses=a.responses,
+                max_new_tokens=a.max_new_tokens,
+                keep=a.keep,
+                judge=self.judge,
+                progress=self.show,
+            )
             samples.save(self.folder / name)
             self.folder.put(name, self.key)
         print(f"Samples: {samples.line}")
         if not samples:
-            raise ValueError("no sample is left: steering flips none of these prompts. Try another --coefficient or --side, or --keep all")
+            raise ValueError(
+                "no sample is left: steering flips none of these prompts. Try another --coefficient"
+                " or --side, or --keep all"
+            )
         return samples
 
     def scores(self, samples):
         from .. import patching
-        from ..patching.edge_scores import EdgeScores
         from ..base.provenance import digest
+        from ..patching.edge_scores import EdgeScores
 
         a, name = self.arguments, "scores.safetensors"
-        settings = dict(steps=a.steps, rule=a.rule, metric=a.metric, threshold=a.kl_threshold, clean=a.clean, at=a.at, per_sample=True)
+        settings = dict(
+            steps=a.steps,
+            rule=a.rule,
+            metric=a.metric,
+            threshold=a.kl_threshold,
+            clean=a.clean,
+            at=a.at,
+            per_sample=True,
+        )
         self.key = digest(self.key, settings)
         if self.folder.made(name, self.key, costly=True):
             scores = EdgeScores.load(self.folder / name, self.model)
             print("Scores: taken from the folder")
         else:
-            scores = patching.attribute(self.model, samples, self.vector, self.coefficient, **settings, max_memory=a.max_memory, progress=self.show)
+            scores = patching.attribute(
+                self.model,
+                samples,
+                self.vector,
+                self.coefficient,
+                **settings,
+                max_memory=a.max_memory,
+                progress=self.show,
+            )
             scores.save(self.folder / name)
             self.folder.put(name, self.key)
         top = scores.top(20)
         hundredth = scores.distribution(max(1, scores.graph.n_edges // 100))
-        shares = "Where the strongest 1 % of the edges end: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in hundredth.items())
+        shares = "Where the strongest 1 % of the edges end: " + ", ".join(
+            f"{name} {100 * share:.1f} %" for name, share in hundredth.items()
+        )
         _text(self.folder / "top_edges.md", repr(scores).splitlines()[0], repr(top), shares)
         if a.eap_ig:
             scores.to_eap_ig_json(self.folder / "eap_ig.json")
@@ -210,8 +425,8 @@ class _Work:
 
     def curve(self, scores, samples):
         from .. import circuits
-        from ..circuits.faithfulness import FaithfulnessCurve
         from ..base.provenance import digest
+        from ..circuits.faithfulness import FaithfulnessCurve
 
         a, name = self.arguments, "curve.json"
         options = dict(method=a.method, random=a.random, halves=a.halves, seed=a.seed)
@@ -219,7 +434,16 @@ class _Work:
         if self.folder.made(name, key):
             curve = FaithfulnessCurve.load(self.folder / name)
         else:
-            curve = circuits.faithfulness_curve(scores, self.model, samples, self.vector, self.coefficient, _sizes(a.sizes), **options, progress=self.show)
+            curve = circuits.faithfulness_curve(
+                scores,
+                self.model,
+                samples,
+                self.vector,
+                self.coefficient,
+                _sizes(a.sizes),
+                **options,
+                progress=self.show,
+            )
             curve.save(self.folder / name)
             self.folder.put(name, key)
         _text(self.folder / "curve.md", curve.to_markdown())
@@ -235,13 +459,27 @@ class _Work:
         if self.folder.made(name, key):
             found = circuits.Circuit.load(self.folder / name, scores.graph)
         else:
-            found = circuits.minimum_faithful(scores, self.model, samples, self.vector, self.coefficient, a.threshold, method=a.method, progress=self.show)
+            found = circuits.minimum_faithful(
+                scores,
+                self.model,
+                samples,
+                self.vector,
+                self.coefficient,
+                a.threshold,
+                method=a.method,
+                progress=self.show,
+            )
             found.save(self.folder / name)
             self.folder.put(name, key)
         _picture(lambda path: found.plot(path, scores=scores), self.folder / "circuit.png")
-        shares = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found.distribution().items())
-        print(f"Smallest circuit that carries {a.threshold:.0%} of the effect: {len(found)} of {found.graph.n_edges} edges "
-              f"({100 * len(found) / found.graph.n_edges:.2f} %, faithfulness {found.meta['faithfulness']:.3f}), ending in {shares}")
+        shares = ", ".join(
+            f"{kind} {100 * share:.1f} %" for kind, share in found.distribution().items()
+        )
+        print(
+            f"Smallest circuit that carries {a.threshold:.0%} of the effect: {len(found)} of"
+            f" {found.graph.n_edges} edges ({100 * len(found) / found.graph.n_edges:.2f} %,"
+            f" faithfulness {found.meta['faithfulness']:.3f}), ending in {shares}"
+        )
         return found
 
 
@@ -252,14 +490,23 @@ def circuit(arguments) -> int:
     show, sign = sys.stderr.isatty(), -1.0 if arguments.side == "harmful" else 1.0
     _sizes(arguments.sizes)
     if not 0 < arguments.threshold <= 1:
-        raise ValueError(f"--threshold takes a share above 0 and at most 1, not {arguments.threshold:g}")
+        raise ValueError(
+            f"--threshold takes a share above 0 and at most 1, not {arguments.threshold:g}"
+        )
     if arguments.random < 0:
         raise ValueError(f"--random takes a whole number from 0 on, not {arguments.random}")
     memory_bytes(arguments.max_memory, "--max-memory")
     vectors = _vectors(arguments)
-    strengths = arguments.coefficient * max(1, len(vectors)) if len(arguments.coefficient) == 1 else arguments.coefficient
+    strengths = (
+        arguments.coefficient * max(1, len(vectors))
+        if len(arguments.coefficient) == 1
+        else arguments.coefficient
+    )
     if len(strengths) != max(1, len(vectors)):
-        raise ValueError(f"--coefficient: {len(strengths)} numbers for {max(1, len(vectors))} vectors; give one, or one for each --vector")
+        raise ValueError(
+            f"--coefficient: {len(strengths)} numbers for {max(1, len(vectors))} vectors; give one,"
+            " or one for each --vector"
+        )
     if min(strengths) <= 0:
         raise ValueError("--coefficient takes numbers above 0; the sign comes from --side")
     train, validation, prompts = _prompts(arguments)
@@ -271,24 +518,34 @@ def circuit(arguments) -> int:
         for vector in vectors.values():
             vector.check(model)
         judge = None
-        if arguments.judge and arguments.side == "harmful":  # answers to harmless prompts are safe either way
+        # answers to harmless prompts are safe either way
+        if arguments.judge and arguments.side == "harmful":
             from ..judge import LlamaGuard
 
             judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
         found, parts = {}, {}
         for (name, vector), strength in zip(vectors.items(), strengths):
             folder = _Folder(out / name if len(vectors) > 1 else out)
-            print(f"{'' if not found else chr(10)}{name}: layer {vector.layer}, norm {vector.norm:.3g}, {arguments.side} prompts steered by {sign * strength:+g}")
+            print(
+                f"{'' if not found else chr(10)}{name}: layer {vector.layer}, norm"
+                f" {vector.norm:.3g}, {arguments.side} prompts steered by {sign * strength:+g}"
+            )
             work = _Work(model, vector, sign * strength, prompts, arguments, folder, judge, show)
             samples = work.samples()
             scores = work.scores(samples)
             work.curve(scores, samples)
-            found[name], parts[name] = work.smallest(scores, samples), (samples, vector, sign * strength)
+            found[name], parts[name] = (
+                work.smallest(scores, samples),
+                (samples, vector, sign * strength),
+            )
         if len(found) > 1:
             text = _together(model, found, parts, show)
             _text(out / "overlaps.md", text)
             print("\n" + text)
-    print(f"\nWritten to {out}: {', '.join(sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_file()))}")
+    print(
+        f"\nWritten to {out}:"
+        f" {', '.join(sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_file()))}"
+    )
     return 0
 
 
@@ -297,14 +554,35 @@ def _together(model, found: dict, parts: dict, show: bool) -> str:
     from .. import circuits
 
     names = list(found)
-    text = ["Overlaps of the circuits (edges that two share, over the smaller one's size)", circuits.overlaps(found)]
-    cosines = ", ".join(f"{a} and {b} {parts[a][1].cosine(parts[b][1]):.2f}" for i, a in enumerate(names) for b in names[i + 1:])
+    text = [
+        "Overlaps of the circuits (edges that two share, over the smaller one's size)",
+        circuits.overlaps(found),
+    ]
+    cosines = ", ".join(
+        f"{a} and {b} {parts[a][1].cosine(parts[b][1]):.2f}"
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    )
     text.append(f"Cosines of the vectors: {cosines}")
-    lines = ["| circuit of | " + " | ".join(f"under {b}" for b in names) + " |", "|:---|" + "---:|" * len(names)]
+    lines = [
+        "| circuit of | " + " | ".join(f"under {b}" for b in names) + " |",
+        "|:---|" + "---:|" * len(names),
+    ]
     cells = {}
     for b, (samples, vector, coefficient) in parts.items():
         alike = [a for a in names if found[a].graph == found[b].graph]
-        results = circuits.evaluate([found[a] for a in alike], model, samples, vector, coefficient, progress=show)
+        results = circuits.evaluate(
+            [found[a] for a in alike], model, samples, vector, coefficient, progress=show
+        )
         cells |= {(a, b): f"{r['logit_diff'].faithfulness:.3f}" for a, r in zip(alike, results)}
     lines += [f"| {a} | " + " | ".join(cells.get((a, b), "-") for b in names) + " |" for a in names]
-    return "\n\n".join([*text, "Faithfulness (logit difference) of each circuit under each vector, on that vector's samples", "\n".join(lines)])
+    return "\n\n".join(
+        [
+            *text,
+            (
+                "Faithfulness (logit difference) of each circuit under each vector, on that"
+                " vector's samples"
+            ),
+            "\n".join(lines),
+        ]
+    )

@@ -1,10 +1,12 @@
 """`vksteer freeze`: Table 1 for a model."""
 
 from __future__ import annotations
+
 import contextlib
 import json
 import sys
 from pathlib import Path
+
 from .arguments import freeze_prompts, open_model
 
 
@@ -20,11 +22,13 @@ def _layers(text):
 def run_freeze(arguments) -> int:
     from .. import steering
     from ..freezing import ablation_table
-    from ..judge import LlamaGuard
     from ..inputs.vectors import SteeringVector
+    from ..judge import LlamaGuard
 
     if len(arguments.coefficient) > 2:
-        raise ValueError(f"--coefficient takes one or two numbers, not {len(arguments.coefficient)}")
+        raise ValueError(
+            f"--coefficient takes one or two numbers, not {len(arguments.coefficient)}"
+        )
     layers, show = _layers(arguments.layers), sys.stderr.isatty()
     train, validation, test = freeze_prompts(arguments)
     vector = SteeringVector.load(arguments.vector, arguments.layer) if arguments.vector else None
@@ -36,23 +40,55 @@ def run_freeze(arguments) -> int:
         model = opened.enter_context(open_model(arguments))
         if vector is None:
             candidates = steering.difference_in_means(model, *train, progress=show)
-            print(f"Candidates: {len(candidates.positions)} positions "
-                  f"({', '.join(f'{p} {t!r}' for p, t in zip(candidates.positions, candidates.position_texts))}) x {model.config.n_layers} layers")
+            print(
+                f"Candidates: {len(candidates.positions)} positions"
+                f" ({', '.join(f'{p} {t!r}' for p, t in zip(candidates.positions, candidates.position_texts))})"
+                f" x {model.config.n_layers} layers"
+            )
             try:
-                vector = candidates.select(*validation, criterion=arguments.criterion, progress=show)
+                vector = candidates.select(
+                    *validation, criterion=arguments.criterion, progress=show
+                )
             finally:
                 if out is not None and candidates.table is not None:
                     removed = "\n".join(f"- {r}" for r in candidates.rejected)
-                    (out / "candidates.md").write_text(f"{candidates.table.to_markdown()}\n\nRemoved by a filter:\n\n{removed}\n", encoding="utf-8")
+                    (out / "candidates.md").write_text(
+                        f"{candidates.table.to_markdown()}\n\nRemoved by a filter:\n\n{removed}\n",
+                        encoding="utf-8",
+                    )
             chosen = vector.meta["selection"]
             score = "bypass_ablation" if arguments.criterion == "arditi" else "bypass"
             print(f"Refusal tokens: {candidates.table.refusal_tokens}")
-            print(f"Chosen: layer {vector.layer}, position {vector.position} ({score} {chosen[score]:.2f}, induce {chosen['induce']:.2f}, KL {chosen['kl']:.3f}; "
-                  f"{len(candidates.rejected)} of {candidates.vectors.shape[0] * candidates.vectors.shape[1]} candidates removed by filters)\n")
-        judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge))) if arguments.judge else None
-        coefficient = arguments.coefficient[0] if len(arguments.coefficient) == 1 else tuple(arguments.coefficient)
-        table = ablation_table(model, vector, *test, coefficient, max_new_tokens=arguments.max_new_tokens, judge=judge, layers=layers,
-                               random_control=arguments.random, seed=arguments.seed, out=None if out is None else out / "answers.json", progress=show)
+            print(
+                f"Chosen: layer {vector.layer}, position {vector.position} ({score}"
+                f" {chosen[score]:.2f}, induce {chosen['induce']:.2f}, KL {chosen['kl']:.3f};"
+                f" {len(candidates.rejected)} of"
+                f" {candidates.vectors.shape[0] * candidates.vectors.shape[1]} candidates removed"
+                " by filters)\n"
+            )
+        judge = (
+            LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
+            if arguments.judge
+            else None
+        )
+        coefficient = (
+            arguments.coefficient[0]
+            if len(arguments.coefficient) == 1
+            else tuple(arguments.coefficient)
+        )
+        table = ablation_table(
+            model,
+            vector,
+            *test,
+            coefficient,
+            max_new_tokens=arguments.max_new_tokens,
+            judge=judge,
+            layers=layers,
+            random_control=arguments.random,
+            seed=arguments.seed,
+            out=None if out is None else out / "answers.json",
+            progress=show,
+        )
     print(table.to_markdown())
     if out is not None:
         _write(table, vector, out)

@@ -1,23 +1,31 @@
 """Part 2 of the demo: verse against prose in a real model, and how fast it runs."""
 
 from __future__ import annotations
+
 import time
 from pathlib import Path
+
 import numpy as np
+
 from .report import environment, heading, say, side_by_side, write_json, written
 
-
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYER, STRENGTH = 14, 1.0  # of verse against prose in SmolLM2: at layer 10 little happens, at 18 or a = 1.5 the text falls into repetition
+# of verse against prose in SmolLM2: at layer 10 little happens, at 18 or a = 1.5 the text
+# falls into repetition
+LAYER, STRENGTH = 14, 1.0
 
 
 def verse_vector(model):
-    """Verse minus prose: the difference of the mean residual stream at the prompt's last token, layer LAYER."""
+    """Verse minus prose: the difference of the mean residual stream at the prompt's
+    last token, layer LAYER.
+    """
     from .. import steering
 
     w = written()
     verse, prose = ([form.format(t) for t in w["topics"]] for form in (w["verse"], w["prose"]))
-    return steering.difference_in_means(model, verse, prose, positions=[-1], progress=False).vector(-1, LAYER)
+    return steering.difference_in_means(model, verse, prose, positions=[-1], progress=False).vector(
+        -1, LAYER
+    )
 
 
 def speed(model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict:
@@ -30,15 +38,29 @@ def speed(model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict:
     prompt = draw(prompt_tokens)
     model.run([prompt], logits="last")
     prefill = min(_seconds(lambda: model.run([prompt], logits="last")) for _ in range(3))
-    steps = {rows: decode_step(model, [draw(16) for _ in range(rows)], new_tokens) for rows in (1, 8)}
-    again = ceilings.measure(model)  # before and after: a machine that is busy for a moment does not lower its ceiling
+    steps = {
+        rows: decode_step(model, [draw(16) for _ in range(rows)], new_tokens) for rows in (1, 8)
+    }
+    # before and after: a machine that is busy for a moment does not lower its ceiling
+    again = ceilings.measure(model)
     top = ceilings.Ceilings(max(first.matrix, again.matrix), max(first.read, again.read))
     rate = ceilings.prefill_operations(model, prompt_tokens) / prefill
-    out = {"ceilings": top.to_dict(), "prefill": {"tokens": prompt_tokens, "tokens_per_s": prompt_tokens / prefill, "gflops": rate / 1e9,
-                                                  "share_of_matrix_peak": rate / top.matrix}}
+    out = {
+        "ceilings": top.to_dict(),
+        "prefill": {
+            "tokens": prompt_tokens,
+            "tokens_per_s": prompt_tokens / prefill,
+            "gflops": rate / 1e9,
+            "share_of_matrix_peak": rate / top.matrix,
+        },
+    }
     for rows, step in steps.items():
         read = ceilings.decode_bytes(model, 16 + new_tokens / 2, rows) / step
-        out[f"decode_{rows}"] = {"tokens_per_s": rows / step, "gbytes_per_s": read / 1e9, "share_of_read_peak": read / top.read}
+        out[f"decode_{rows}"] = {
+            "tokens_per_s": rows / step,
+            "gbytes_per_s": read / 1e9,
+            "share_of_read_peak": read / top.read,
+        }
     return out
 
 
@@ -51,18 +73,39 @@ def _seconds(call) -> float:
 def decode_step(model, prompts, new_tokens: int) -> float:
     """Median seconds of one decoding step of this batch; the prefill is not in it."""
     times, last = [], len(prompts) - 1
-    model.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True, progress=False,
-                   on_token=lambda row, token, piece: times.append(time.perf_counter()) if row == last else None)
+    model.generate(
+        prompts,
+        max_new_tokens=new_tokens,
+        ignore_eos=True,
+        progress=False,
+        on_token=lambda row, token, piece: (
+            times.append(time.perf_counter()) if row == last else None
+        ),
+    )
     return float(np.median(np.diff(times)))
 
 
 def speed_text(s: dict) -> str:
     p, d, e, top = s["prefill"], s["decode_1"], s["decode_8"], s["ceilings"]
-    return "\n".join([
-        "| work | tokens/s | rate | share of what this device can do |", "|:---|---:|---:|---:|",
-        f"| prefill, {p['tokens']} tokens | {p['tokens_per_s']:.0f} | {p['gflops']:.1f} GFLOP/s | {p['share_of_matrix_peak']:.0%} of {top['matrix'] / 1e9:.1f} GFLOP/s, the matrix kernel's own |",
-        f"| decoding, 1 row | {d['tokens_per_s']:.1f} | {d['gbytes_per_s']:.2f} GB/s | {d['share_of_read_peak']:.0%} of {top['read'] / 1e9:.1f} GB/s, its read rate |",
-        f"| decoding, 8 rows | {e['tokens_per_s']:.1f} | {e['gbytes_per_s']:.2f} GB/s | {e['share_of_read_peak']:.0%} of {top['read'] / 1e9:.1f} GB/s, its read rate |"])
+    return "\n".join(
+        [
+            "| work | tokens/s | rate | share of what this device can do |",
+            "|:---|---:|---:|---:|",
+            (
+                f"| prefill, {p['tokens']} tokens | {p['tokens_per_s']:.0f} | {p['gflops']:.1f}"
+                f" GFLOP/s | {p['share_of_matrix_peak']:.0%} of {top['matrix'] / 1e9:.1f} GFLOP/s,"
+                " the matrix kernel's own |"
+            ),
+            (
+                f"| decoding, 1 row | {d['tokens_per_s']:.1f} | {d['gbytes_per_s']:.2f} GB/s |"
+                f" {d['share_of_read_peak']:.0%} of {top['read'] / 1e9:.1f} GB/s, its read rate |"
+            ),
+            (
+                f"| decoding, 8 rows | {e['tokens_per_s']:.1f} | {e['gbytes_per_s']:.2f} GB/s |"
+                f" {e['share_of_read_peak']:.0%} of {top['read'] / 1e9:.1f} GB/s, its read rate |"
+            ),
+        ]
+    )
 
 
 def real(path, out: Path, device, new_tokens: int = 56, progress: bool = False) -> dict:
@@ -76,23 +119,58 @@ def real(path, out: Path, device, new_tokens: int = 56, progress: bool = False) 
         say(f"{model.device}; loaded in {time.perf_counter() - start:.1f} s")
         vector = verse_vector(model)
         n = len(written()["topics"])
-        say(f"Vector: mean of {n} requests for a poem minus mean of {n} for an explanation of the same things, layer {LAYER}, last position; norm {vector.norm:.1f}")
+        say(
+            f"Vector: mean of {n} requests for a poem minus mean of {n} for an explanation of the"
+            f" same things, layer {LAYER}, last position; norm {vector.norm:.1f}"
+        )
         prompts, site = written()["to_steer"], f"blocks.{LAYER}.hook_resid_pre"
         rows = [p for p in prompts for _ in range(3)]
         edits = [[Steer(vector, s * STRENGTH)] if s else [] for _ in prompts for s in (-1, 0, 1)]
-        made = model.generate(rows, edits=edits, max_new_tokens=new_tokens, capture=[site], progress=progress)
+        made = model.generate(
+            rows, edits=edits, max_new_tokens=new_tokens, capture=[site], progress=progress
+        )
         for i, prompt in enumerate(prompts):
             say(f"\n> {prompt}")
-            say(side_by_side([f"-{STRENGTH:g} (prose)", "unsteered", f"+{STRENGTH:g} (verse)"], [g.text for g in made[3 * i:3 * i + 3]]))
-        where = [model.run(prompts, edits=[Steer(vector, s * STRENGTH)] if s else [], capture=["blocks.*.hook_resid_post"], logits=None) for s in (-1, 0, 1)]
-        arrays = {f"{name}/{key}": value for name, run in zip(("minus", "unsteered", "plus"), where) for key, value in run.items()}
-        arrays |= {f"decoded/{i}/{site}": g.captured[site] for i, g in enumerate(made)} | {"tokens": where[0].tokens, "mask": where[0].mask}
+            say(
+                side_by_side(
+                    [f"-{STRENGTH:g} (prose)", "unsteered", f"+{STRENGTH:g} (verse)"],
+                    [g.text for g in made[3 * i : 3 * i + 3]],
+                )
+            )
+        where = [
+            model.run(
+                prompts,
+                edits=[Steer(vector, s * STRENGTH)] if s else [],
+                capture=["blocks.*.hook_resid_post"],
+                logits=None,
+            )
+            for s in (-1, 0, 1)
+        ]
+        arrays = {
+            f"{name}/{key}": value
+            for name, run in zip(("minus", "unsteered", "plus"), where)
+            for key, value in run.items()
+        }
+        arrays |= {f"decoded/{i}/{site}": g.captured[site] for i, g in enumerate(made)} | {
+            "tokens": where[0].tokens,
+            "mask": where[0].mask,
+        }
         np.savez(out / "smollm2_activations.npz", **arrays)
         vector.save(out / "verse.gguf")
         say(f"\nSpeed on {model.device.name} (the shares are of ceilings measured just now):\n")
         figures = speed(model, new_tokens=min(32, new_tokens))
         say(speed_text(figures))
-        result = {"layer": LAYER, "coefficient": STRENGTH, "norm": vector.norm, "speed": figures, "seconds": time.perf_counter() - start, **environment(model)}
+        result = {
+            "layer": LAYER,
+            "coefficient": STRENGTH,
+            "norm": vector.norm,
+            "speed": figures,
+            "seconds": time.perf_counter() - start,
+            **environment(model),
+        }
     write_json(out / "smollm2.json", result)
-    say(f"\n{result['seconds']:.0f} s. Written to {out}/: smollm2_activations.npz ({len(arrays)} arrays), verse.gguf, smollm2.json")
+    say(
+        f"\n{result['seconds']:.0f} s. Written to {out}/: smollm2_activations.npz ({len(arrays)}"
+        " arrays), verse.gguf, smollm2.json"
+    )
     return result

@@ -1,16 +1,19 @@
-"""The experiment that every table repeats: harmless prompts steered by +a, harmful ones by -a, in one batch of generation."""
+"""The experiment that every table repeats: harmless prompts steered by +a, harmful ones by -a, in
+one batch of generation.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..base.checks import require_int
-from ..runtime.edits import Steer
 from ..judge import Rate, ended, succeeded
+from ..runtime.edits import Steer
 from .prompts import as_list, as_tokens
 
 
@@ -19,16 +22,32 @@ def magnitudes(coefficient) -> tuple[float, float]:
 
     Raises ValueError for anything but one or two finite numbers from 0 on.
     """
-    pair = (coefficient, coefficient) if isinstance(coefficient, (int, float, np.integer, np.floating)) else coefficient
+    pair = (
+        (coefficient, coefficient)
+        if isinstance(coefficient, (int, float, np.integer, np.floating))
+        else coefficient
+    )
     try:
         pair = tuple(pair)
     except TypeError:
-        raise ValueError(f"coefficient must be a number or a pair (plus, minus), not {coefficient!r}") from None
+        raise ValueError(
+            f"coefficient must be a number or a pair (plus, minus), not {coefficient!r}"
+        ) from None
     for value in pair:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"coefficient: {value!r} is no magnitude (a finite number from 0 on; the sign comes from the prompts: harmless +, harmful -)")
+        if (
+            isinstance(value, (bool, np.bool_))
+            or not isinstance(value, (int, float, np.integer, np.floating))
+            or not math.isfinite(value)
+            or value < 0
+        ):
+            raise ValueError(
+                f"coefficient: {value!r} is no magnitude (a finite number from 0 on; the sign comes"
+                " from the prompts: harmless +, harmful -)"
+            )
     if len(pair) != 2:
-        raise ValueError(f"coefficient must be one magnitude or (plus, minus), not {len(pair)} numbers")
+        raise ValueError(
+            f"coefficient must be one magnitude or (plus, minus), not {len(pair)} numbers"
+        )
     return float(pair[0]), float(pair[1])
 
 
@@ -43,7 +62,9 @@ class Answer:
 
 @dataclass
 class PromptPair:
-    """Harmful and harmless prompts, checked and as tokens; `run` answers all of them in one call of the engine."""
+    """Harmful and harmless prompts, checked and as tokens; `run` answers all of them in
+    one call of the engine.
+    """
 
     model: Any
     harmful: list
@@ -54,28 +75,61 @@ class PromptPair:
     batch_size: int | None
 
     @classmethod
-    def of(cls, model, harmful, harmless, max_new_tokens: int, batch_size: int | None = None) -> "PromptPair":
+    def of(
+        cls, model, harmful, harmless, max_new_tokens: int, batch_size: int | None = None
+    ) -> PromptPair:
         new = require_int(max_new_tokens, "max_new_tokens", 1)
         harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
-        return cls(model, harmful, harmless, as_tokens(model, harmful, "harmful", room=new), as_tokens(model, harmless, "harmless", room=new), new, batch_size)
+        return cls(
+            model,
+            harmful,
+            harmless,
+            as_tokens(model, harmful, "harmful", room=new),
+            as_tokens(model, harmless, "harmless", room=new),
+            new,
+            batch_size,
+        )
 
     def __len__(self):
         return len(self.harmful) + len(self.harmless)
 
-    def run(self, vector=None, plus: float = 0.0, minus: float = 0.0, **options) -> dict[str, list[Answer]]:
-        """{"harmless": answers under +plus, "harmful": answers under -minus}, greedy; without a vector, unsteered. options: freeze and the like."""
+    def run(
+        self, vector=None, plus: float = 0.0, minus: float = 0.0, **options
+    ) -> dict[str, list[Answer]]:
+        """{"harmless": answers under +plus, "harmful": answers under -minus}, greedy; without a
+        vector, unsteered. options: freeze and the like.
+        """
         n = len(self.harmless_rows)
-        edits: Sequence = () if vector is None else [[Steer(vector, plus)]] * n + [[Steer(vector, -minus)]] * len(self.harmful_rows)
-        made = self.model.generate(self.harmless_rows + self.harmful_rows, max_new_tokens=self.max_new_tokens, edits=edits, temperature=0.0,
-                                   batch_size=self.batch_size, progress=False, **options)
+        edits: Sequence = (
+            ()
+            if vector is None
+            else [[Steer(vector, plus)]] * n + [[Steer(vector, -minus)]] * len(self.harmful_rows)
+        )
+        made = self.model.generate(
+            self.harmless_rows + self.harmful_rows,
+            max_new_tokens=self.max_new_tokens,
+            edits=edits,
+            temperature=0.0,
+            batch_size=self.batch_size,
+            progress=False,
+            **options,
+        )
         answers = [Answer(g.text, g.finish_reason, len(g.tokens)) for g in made]
         return {"harmless": answers[:n], "harmful": answers[n:]}
 
-    def rates(self, answers: dict[str, list[Answer]], judge=None, min_words="auto") -> dict[str, Rate]:
-        """A Rate for each side. The judge is asked about harmful prompts only; on harmless ones the substring judge decides (method.md section 3)."""
+    def rates(
+        self, answers: dict[str, list[Answer]], judge=None, min_words="auto"
+    ) -> dict[str, Rate]:
+        """A Rate for each side. The judge is asked about harmful prompts only; on harmless ones the
+        substring judge decides (method.md section 3).
+        """
         out = {}
         for side, prompts in (("harmless", self.harmless), ("harmful", self.harmful)):
             texts = [a.text for a in answers[side]]
-            success = succeeded(prompts, texts, judge, min_words) if side == "harmful" else succeeded(prompts, texts)
+            success = (
+                succeeded(prompts, texts, judge, min_words)
+                if side == "harmful"
+                else succeeded(prompts, texts)
+            )
             out[side] = Rate.of(success, texts, ended(answers[side]))
         return out

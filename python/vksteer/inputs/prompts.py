@@ -1,21 +1,31 @@
-"""Prompts as the scientific layer receives them (texts, requests of the toy world, token lists) and as the engine wants them (token lists)."""
+"""Prompts as the scientific layer receives them (texts, requests of the toy world, token lists) and
+as the engine wants them (token lists).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 
 def _is_tokens(prompt) -> bool:
-    return isinstance(prompt, (list, tuple, np.ndarray)) and len(prompt) > 0 and all(
-        isinstance(t, (int, np.integer)) and not isinstance(t, (bool, np.bool_)) for t in prompt)
+    return (
+        isinstance(prompt, (list, tuple, np.ndarray))
+        and len(prompt) > 0
+        and all(
+            isinstance(t, (int, np.integer)) and not isinstance(t, (bool, np.bool_)) for t in prompt
+        )
+    )
 
 
 def as_list(prompts, what: str) -> list:
-    """A list of prompts, each a str or a list of ints. One prompt alone counts as a list of one; requests of `vksteer.data.world` become their texts.
+    """A list of prompts, each a str or a list of ints. One prompt alone counts as a list of one;
+    requests of `vksteer.data.world` become their texts.
 
-    Raises ValueError naming `what` (the argument) for an empty list, an empty prompt, and anything that is no prompt.
+    Raises ValueError naming `what` (the argument) for an empty list, an empty prompt, and
+    anything that is no prompt.
     """
     if isinstance(prompts, str) or hasattr(prompts, "prompt") or _is_tokens(prompts):
         prompts = [prompts]
@@ -33,14 +43,19 @@ def as_list(prompts, what: str) -> list:
         elif _is_tokens(prompt):
             out.append([int(t) for t in prompt])
         else:
-            raise ValueError(f"{what}[{i}] is {prompt!r}: a prompt is a text that is not blank, or a list of token ids that is not empty")
+            raise ValueError(
+                f"{what}[{i}] is {prompt!r}: a prompt is a text that is not blank, or a list of"
+                " token ids that is not empty"
+            )
     return out
 
 
 def as_tokens(model, prompts, what: str, *, room: int = 0) -> list[list[int]]:
-    """Every prompt as token ids: texts go through the model's chat template, token lists stay as they are.
+    """Every prompt as token ids: texts go through the model's chat template, token
+    lists stay as they are.
 
-    room: how many more tokens each row must have place for. Raises ValueError as `as_list`, and for a prompt that is too long for the context.
+    room: how many more tokens each row must have place for. Raises ValueError as `as_list`, and for
+    a prompt that is too long for the context.
     """
     prompts = as_list(prompts, what)
     texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
@@ -52,7 +67,10 @@ def as_tokens(model, prompts, what: str, *, room: int = 0) -> list[list[int]]:
     for i, row in enumerate(rows):
         if longest and len(row) + room > longest:
             more = f" and {room} new ones" if room else ""
-            raise ValueError(f"{what}[{i}] has {len(row)} tokens{more}, the model's context {longest}: shorten or drop it")
+            raise ValueError(
+                f"{what}[{i}] has {len(row)} tokens{more}, the model's context {longest}: shorten"
+                " or drop it"
+            )
     return rows
 
 
@@ -63,7 +81,9 @@ def token_text(model, token: int) -> str:
 
 
 def chunks(rows: Sequence[Sequence[int]], *, tokens: int, most: int):
-    """Slices of `rows` in order, each with about `tokens` tokens and at most `most` rows, never empty."""
+    """Slices of `rows` in order, each with about `tokens` tokens and at most
+    `most` rows, never empty.
+    """
     start = n = 0
     for i, row in enumerate(rows):
         if i > start and (n + len(row) > tokens or i - start >= most):

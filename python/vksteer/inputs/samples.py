@@ -1,4 +1,6 @@
-"""Samples of multi-token patching: a prompt and a whole response, teacher forced (method.md section 5)."""
+"""Samples of multi-token patching: a prompt and a whole response, teacher forced
+(method.md section 5).
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.edits import Steer
+from ..base.checks import require_int
+from ..base.json_files import load_json, save_json
+from ..base.provenance import digest, fingerprint
 from ..errors import ModelError
 from ..judge import succeeded
-from ..base.checks import require_int
+from ..runtime.edits import Steer
 from .prompts import as_list, as_tokens
-from ..base.provenance import digest, fingerprint
-from ..base.json_files import load_json, save_json
 
 
 @dataclass(frozen=True)
 class Sample:
-    """prompt_tokens, response_tokens: token ids, kept as tuples of int. The response holds its end token where the model produced one.
+    """prompt_tokens, response_tokens: token ids, kept as tuples of int. The response holds its end
+    token where the model produced one.
 
     Raises ValueError for an empty prompt or response and for anything but whole numbers from 0 on.
     """
@@ -42,17 +45,27 @@ class Sample:
         return len(self.prompt_tokens) + len(self.response_tokens)
 
     def __repr__(self):
-        return f"Sample({len(self.prompt_tokens)} prompt tokens, {len(self.response_tokens)} response tokens)"
+        return (
+            f"Sample({len(self.prompt_tokens)} prompt tokens, {len(self.response_tokens)} response"
+            " tokens)"
+        )
 
     def check(self, model, what: str = "sample") -> None:
-        """ValueError where it does not fit `model` (a Model or Config): a token outside the vocabulary, more tokens than the context."""
+        """ValueError where it does not fit `model` (a Model or Config): a token outside the
+        vocabulary, more tokens than the context.
+        """
         c = getattr(model, "config", model)
         if len(self) > c.n_ctx:
-            raise ValueError(f"{what} has {len(self.prompt_tokens)} prompt and {len(self.response_tokens)} response tokens, the model's context holds {c.n_ctx}: "
-                             "shorten or drop it")
+            raise ValueError(
+                f"{what} has {len(self.prompt_tokens)} prompt and {len(self.response_tokens)}"
+                f" response tokens, the model's context holds {c.n_ctx}: shorten or drop it"
+            )
         if max(self.tokens) >= c.d_vocab:
             at = self.tokens.index(max(self.tokens))
-            raise ValueError(f"{what}, position {at}: token {self.tokens[at]} is not in the vocabulary of {c.d_vocab}")
+            raise ValueError(
+                f"{what}, position {at}: token {self.tokens[at]} is not in the vocabulary of"
+                f" {c.d_vocab}"
+            )
 
 
 def _tokens(values, name: str) -> tuple[int, ...]:
@@ -63,21 +76,28 @@ def _tokens(values, name: str) -> tuple[int, ...]:
         if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)) or t < 0:
             raise ValueError(f"{name}[{i}] is {t!r}, not a token id")
     if not values:
-        raise ValueError(f"{name} is empty: a sample needs a prompt and a response of at least one token each")
+        raise ValueError(
+            f"{name} is empty: a sample needs a prompt and a response of at least one token each"
+        )
     return tuple(int(t) for t in values)
 
 
 def check_samples(model, samples) -> list[Sample]:
-    """A list of Sample, each fitting `model` (a Model or Config); one Sample alone counts as a list of one.
+    """A list of Sample, each fitting `model` (a Model or Config); one Sample alone
+    counts as a list of one.
 
     Raises ValueError naming the sample for anything else, and for an empty list.
     """
     samples = [samples] if isinstance(samples, Sample) else list(samples)
     if not samples:
-        raise ValueError("samples is empty: give at least one Sample (vs.patching.make_samples makes them)")
+        raise ValueError(
+            "samples is empty: give at least one Sample (vs.patching.make_samples makes them)"
+        )
     for i, sample in enumerate(samples):
         if not isinstance(sample, Sample):
-            raise ValueError(f"samples[{i}] is {sample!r}, not a Sample(prompt_tokens, response_tokens)")
+            raise ValueError(
+                f"samples[{i}] is {sample!r}, not a Sample(prompt_tokens, response_tokens)"
+            )
         sample.check(model, f"samples[{i}]")
     return samples
 
@@ -90,38 +110,69 @@ def samples_hash(samples) -> str:
 class Samples(list):
     """What `make_samples` made: a list of Sample.
 
-    dropped: {reason: how many prompts}; asked: prompts in all; index: which prompt each sample came from; texts: {"base": [...], "steered": [...]}
-    of the kept ones, as far as they were generated. setting: how they were made, for records. `print(samples.line)` says how many were dropped and why.
+    dropped: {reason: how many prompts}; asked: prompts in all; index: which prompt each sample
+    came from; texts: {"base": [...], "steered": [...]} of the kept ones, as far as they were
+    generated. setting: how they were made, for records. `print(samples.line)` says how many
+    were dropped and why.
     """
 
-    def __init__(self, samples=(), *, dropped: dict[str, int] | None = None, asked: int | None = None, index: Sequence[int] = (), texts: dict | None = None,
-                 setting: dict | None = None):
+    def __init__(
+        self,
+        samples=(),
+        *,
+        dropped: dict[str, int] | None = None,
+        asked: int | None = None,
+        index: Sequence[int] = (),
+        texts: dict | None = None,
+        setting: dict | None = None,
+    ):
         super().__init__(samples)
-        self.dropped, self.index, self.texts, self.setting = dict(dropped or {}), list(index), dict(texts or {}), dict(setting or {})
+        self.dropped, self.index, self.texts, self.setting = (
+            dict(dropped or {}),
+            list(index),
+            dict(texts or {}),
+            dict(setting or {}),
+        )
         self.asked = len(self) if asked is None else asked
 
     @property
     def line(self) -> str:
         """One line: how many samples, how many prompts were dropped, why."""
         why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items() if n)
-        return f"{len(self)} samples of {self.asked} prompts" + (f" (dropped: {why})" if why else "")
+        return f"{len(self)} samples of {self.asked} prompts" + (
+            f" (dropped: {why})" if why else ""
+        )
 
     def __repr__(self):
         return f"Samples({self.line})"
 
     def save(self, path) -> None:
         """JSON with a checksum; an existing file is replaced whole."""
-        content = {"asked": self.asked, "dropped": self.dropped, "index": self.index, "texts": self.texts,
-                   "setting": self.setting, "samples": [[list(s.prompt_tokens), list(s.response_tokens)] for s in self]}
+        content = {
+            "asked": self.asked,
+            "dropped": self.dropped,
+            "index": self.index,
+            "texts": self.texts,
+            "setting": self.setting,
+            "samples": [[list(s.prompt_tokens), list(s.response_tokens)] for s in self],
+        }
         save_json(path, content, format="vksteer.samples")
 
     @classmethod
-    def load(cls, path) -> "Samples":
-        """Read what `save` wrote. ModelError for a file that was cut short or edited or is something else."""
+    def load(cls, path) -> Samples:
+        """Read what `save` wrote. ModelError for a file that was cut short or edited
+        or is something else.
+        """
         content = load_json(path, format="vksteer.samples", what="samples", limit=1 << 30)
         try:
-            return cls([Sample(*pair) for pair in content["samples"]], dropped=content["dropped"], asked=content["asked"], index=content["index"],
-                       texts=content["texts"], setting=content["setting"])
+            return cls(
+                [Sample(*pair) for pair in content["samples"]],
+                dropped=content["dropped"],
+                asked=content["asked"],
+                index=content["index"],
+                texts=content["texts"],
+                setting=content["setting"],
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: no samples of vksteer: {error!r}") from None
 
@@ -130,17 +181,34 @@ class Samples(list):
 EMPTY, SAME = "with an empty response", "whose behaviour steering does not flip"
 
 
-def make_samples(model, prompts, vector, coefficient, *, responses: str = "steered", max_new_tokens: int = 64, keep: str = "flipped", judge=None,
-                 min_words="auto", batch_size: int | None = None, progress=True) -> Samples:
-    """Samples from prompts: greedy responses of the model, steered or not, of those prompts whose behaviour steering flips (method.md section 5).
+def make_samples(
+    model,
+    prompts,
+    vector,
+    coefficient,
+    *,
+    responses: str = "steered",
+    max_new_tokens: int = 64,
+    keep: str = "flipped",
+    judge=None,
+    min_words="auto",
+    batch_size: int | None = None,
+    progress=True,
+) -> Samples:
+    """Samples from prompts: greedy responses of the model, steered or not, of those prompts whose
+    behaviour steering flips (method.md section 5).
 
-    prompts: texts or token lists; call it once for harmful and once for harmless prompts, with the sign that flips each.
-    responses: whose response is taken, that of the "steered" or of the "base" model. It keeps its end token.
-    keep: "flipped" keeps a prompt where the judge's verdict on the steered response differs from that on the base response; "all" asks no judge.
-    judge: callable(prompts, responses) -> bool [n], True for unsafe (`LlamaGuard(model)`); None: the substring judge. min_words: as in `freezing`.
-    A response of nothing but end tokens is dropped. `samples.dropped` and `samples.line` say how many prompts were dropped and why; the line is also
-    printed where progress is shown.
-    Raises ValueError before any work for a vector of another width or layer or zero, prompts that leave no room for the response, bad arguments.
+    prompts: texts or token lists; call it once for harmful and once for harmless prompts, with the
+    sign that flips each.
+    responses: whose response is taken, that of the "steered" or of the "base" model. It
+    keeps its end token.
+    keep: "flipped" keeps a prompt where the judge's verdict on the steered response differs from
+    that on the base response; "all" asks no judge. judge: callable(prompts, responses) -> bool [n],
+    True for unsafe (`LlamaGuard(model)`); None: the substring judge. min_words: as in `freezing`. A
+    response of nothing but end tokens is dropped. `samples.dropped` and `samples.line` say how many
+    prompts were dropped and why; the line is also printed where progress is shown.
+    Raises ValueError before any work for a vector of another width or layer or zero, prompts that
+    leave no room for the response, bad arguments.
     """
     coefficient = check_steering(model, vector, coefficient)
     if responses not in ("steered", "base"):
@@ -153,11 +221,22 @@ def make_samples(model, prompts, vector, coefficient, *, responses: str = "steer
     prompts = as_list(prompts, "prompts")
     rows = as_tokens(model, prompts, "prompts", room=new)
     if keep == "flipped" and getattr(model, "tokenizer", None) is None:
-        raise ValueError("keep='flipped' judges texts, and this model has no tokenizer: use keep='all'")
+        raise ValueError(
+            "keep='flipped' judges texts, and this model has no tokenizer: use keep='all'"
+        )
     sides = ("base", "steered") if keep == "flipped" else (responses,)
-    edits = [[Steer(vector, coefficient)] if side == "steered" else [] for side in sides for _ in rows]
-    made = model.generate(rows * len(sides), max_new_tokens=new, edits=edits, temperature=0.0, batch_size=batch_size, progress=progress)
-    answers = {side: made[i * len(rows):(i + 1) * len(rows)] for i, side in enumerate(sides)}
+    edits = [
+        [Steer(vector, coefficient)] if side == "steered" else [] for side in sides for _ in rows
+    ]
+    made = model.generate(
+        rows * len(sides),
+        max_new_tokens=new,
+        edits=edits,
+        temperature=0.0,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    answers = {side: made[i * len(rows) : (i + 1) * len(rows)] for i, side in enumerate(sides)}
     texts = {side: [g.text for g in some] for side, some in answers.items()}
 
     ends = set(getattr(model, "eos_ids", ()))
@@ -165,26 +244,52 @@ def make_samples(model, prompts, vector, coefficient, *, responses: str = "steer
     flipped = np.ones(len(rows), bool)
     if keep == "flipped":
         asked = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]
-        flipped = succeeded(asked, texts["base"], judge, min_words) != succeeded(asked, texts["steered"], judge, min_words)
+        flipped = succeeded(asked, texts["base"], judge, min_words) != succeeded(
+            asked, texts["steered"], judge, min_words
+        )
     kept = [i for i in range(len(rows)) if not empty[i] and flipped[i]]
     dropped = {EMPTY: sum(empty), SAME: sum(not e and not f for e, f in zip(empty, flipped))}
-    setting = {"responses": responses, "keep": keep, "max_new_tokens": new, "judge": None if keep == "all" else "substring" if judge is None else type(judge).__name__,
-               "coefficient": coefficient, "layer": vector.layer, "vector_hash": digest(vector.direction), "model_hash": fingerprint(model),
-               "prompts_hash": digest(rows)}
-    samples = Samples([Sample(rows[i], answers[responses][i].tokens) for i in kept], dropped={r: int(n) for r, n in dropped.items() if n}, asked=len(rows),
-                      index=kept, texts={side: [some[i] for i in kept] for side, some in texts.items()}, setting=setting)
+    setting = {
+        "responses": responses,
+        "keep": keep,
+        "max_new_tokens": new,
+        "judge": None if keep == "all" else "substring" if judge is None else type(judge).__name__,
+        "coefficient": coefficient,
+        "layer": vector.layer,
+        "vector_hash": digest(vector.direction),
+        "model_hash": fingerprint(model),
+        "prompts_hash": digest(rows),
+    }
+    samples = Samples(
+        [Sample(rows[i], answers[responses][i].tokens) for i in kept],
+        dropped={r: int(n) for r, n in dropped.items() if n},
+        asked=len(rows),
+        index=kept,
+        texts={side: [some[i] for i in kept] for side, some in texts.items()},
+        setting=setting,
+    )
     if progress is True:
         print(f"vksteer: {samples.line}", file=sys.stderr)
     if not samples:
-        warnings.warn(f"no sample is left: {samples.line}. Is the coefficient strong enough, and has it the sign that flips these prompts?", stacklevel=2)
+        warnings.warn(
+            f"no sample is left: {samples.line}. Is the coefficient strong enough, and has it the"
+            " sign that flips these prompts?",
+            stacklevel=2,
+        )
     return samples
 
 
 def check_steering(model, vector, coefficient) -> float:
-    """The coefficient as a finite float; ValueError for a vector that does not fit the model, a zero vector, and any other coefficient."""
+    """The coefficient as a finite float; ValueError for a vector that does not fit the model, a
+    zero vector, and any other coefficient.
+    """
     vector.check(model)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing")
-    if isinstance(coefficient, (bool, np.bool_)) or not isinstance(coefficient, (int, float, np.integer, np.floating)) or not math.isfinite(coefficient):
+    if (
+        isinstance(coefficient, (bool, np.bool_))
+        or not isinstance(coefficient, (int, float, np.integer, np.floating))
+        or not math.isfinite(coefficient)
+    ):
         raise ValueError(f"coefficient must be a finite number, not {coefficient!r}")
     return float(coefficient)

@@ -1,8 +1,9 @@
 """Steering vectors in files: safetensors, npz without pickle, and GGUF control vectors.
 
-A file is hostile until shown otherwise: every count, length and offset is checked against the bytes that are there before anything is read or
-allocated, and what does not fit is a ModelError that names the file and the reason. Writing goes to a temporary name first, so that an
-interrupted save never leaves half a file.
+A file is hostile until shown otherwise: every count, length and offset is checked against the bytes
+that are there before anything is read or allocated, and what does not fit is a ModelError that
+names the file and the reason. Writing goes to a temporary name first, so that an interrupted save
+never leaves half a file.
 """
 
 from __future__ import annotations
@@ -47,31 +48,51 @@ def load(path, layer=None) -> tuple:
         layer = require_int(layer, "layer")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ModelError(f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})")
-    return {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](path, layer)
+        raise ModelError(
+            f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})"
+        )
+    return {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](
+        path, layer
+    )
 
 
 def _ending(path: Path) -> str:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        raise ValueError(f"a steering vector is saved as one of {', '.join(ENDINGS)}, not {path.suffix or 'without an ending'!r} ({path.name})")
+        raise ValueError(
+            f"a steering vector is saved as one of {', '.join(ENDINGS)}, not"
+            f" {path.suffix or 'without an ending'!r} ({path.name})"
+        )
     return ending
 
 
-# -- what all three write about a vector, as texts -----------------------------------------------------------------------------------------
+# -- what all three write about a vector, as texts -------------------------------------------------
 
 
 def _facts(vector) -> dict[str, str]:
-    return {"format": FORMAT, "version": "1", "layer": str(vector.layer), "position": "" if vector.position is None else str(vector.position),
-            "method": vector.method, "operation": "add", "meta": json.dumps(dict(vector.meta), sort_keys=True)}
+    return {
+        "format": FORMAT,
+        "version": "1",
+        "layer": str(vector.layer),
+        "position": "" if vector.position is None else str(vector.position),
+        "method": vector.method,
+        "operation": "add",
+        "meta": json.dumps(dict(vector.meta), sort_keys=True),
+    }
 
 
 def _read_facts(path, facts: dict[str, str], asked: int | None):
     """layer, position, method, meta from the texts of `_facts`; each may lie."""
     if facts.get("format") != FORMAT:
-        raise ModelError(f"{path}: no steering vector of vksteer (its format is {facts.get('format')!r}, wanted {FORMAT!r})")
+        raise ModelError(
+            f"{path}: no steering vector of vksteer (its format is {facts.get('format')!r}, wanted"
+            f" {FORMAT!r})"
+        )
     if facts.get("version") != "1":
-        raise ModelError(f"{path}: version {facts.get('version')!r} of the vector format is not understood: a newer vksteer wrote it")
+        raise ModelError(
+            f"{path}: version {facts.get('version')!r} of the vector format is not understood: a"
+            " newer vksteer wrote it"
+        )
     try:
         layer = int(facts["layer"])
         position = int(facts["position"]) if facts.get("position") else None
@@ -81,11 +102,14 @@ def _read_facts(path, facts: dict[str, str], asked: int | None):
     if not isinstance(meta, dict):
         raise ModelError(f"{path}: meta must be a JSON object, not {type(meta).__name__}")
     if asked is not None and asked != layer:
-        raise ValueError(f"{path} holds a vector for layer {layer}, not {asked}: leave layer out, or name that one")
+        raise ValueError(
+            f"{path} holds a vector for layer {layer}, not {asked}: leave layer out, or name"
+            " that one"
+        )
     return layer, position, facts.get("method", ""), meta
 
 
-# -- safetensors -------------------------------------------------------------------------------------------------------------------------
+# -- safetensors -----------------------------------------------------------------------------------
 
 
 def _to_safetensors(vector) -> bytes:
@@ -97,23 +121,30 @@ def _to_safetensors(vector) -> bytes:
 def _from_safetensors(path, asked):
     tensors = read_header(path)
     data = path.read_bytes()
-    header = parse_json(data[8:8 + int.from_bytes(data[:8], "little")], path)
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], path)
     facts = header.get("__metadata__") or {}
     facts = _read_facts(path, facts, asked)
     if set(tensors) != {"direction"}:
         raise ModelError(f"{path}: wanted one tensor named 'direction', found {sorted(tensors)}")
     tensor = tensors["direction"]
     if tensor.dtype != "F32" or len(tensor.shape) != 1:
-        raise ModelError(f"{path}: 'direction' must be F32 [D], not {tensor.dtype} {list(tensor.shape)}")
+        raise ModelError(
+            f"{path}: 'direction' must be F32 [D], not {tensor.dtype} {list(tensor.shape)}"
+        )
     return np.frombuffer(data, dtype="<f4", count=tensor.shape[0], offset=tensor.offset), *facts
 
 
-# -- npz: a zip of .npy members. np.load would allocate by a member's own header; here the header must agree with the bytes first ----------------
+# -- npz: a zip of .npy members. np.load would allocate by a member's own header; here the header
+# must agree with the bytes first ----------------
 
 
 def _to_npz(vector) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, direction=vector.direction, **{name: np.array(text) for name, text in _facts(vector).items()})
+    np.savez(
+        buffer,
+        direction=vector.direction,
+        **{name: np.array(text) for name, text in _facts(vector).items()},
+    )
     return buffer.getvalue()
 
 
@@ -123,13 +154,20 @@ def _npy(path, name, data: bytes) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"version {version} of the npy format")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read(stream)
-    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:  # the last from Python 3.12 on
+    # the last from Python 3.12 on
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ModelError(f"{path}: member {name!r} is damaged: {error}") from None
-    rest = data[stream.tell():]
+    rest = data[stream.tell() :]
     if dtype.kind not in "fU" or len(shape) > 1:
-        raise ModelError(f"{path}: member {name!r} holds {dtype} {shape}, neither a row of numbers nor a text")
+        raise ModelError(
+            f"{path}: member {name!r} holds {dtype} {shape}, neither a row of numbers nor a text"
+        )
     if math.prod(shape) * dtype.itemsize != len(rest):
         raise ModelError(f"{path}: member {name!r} says {dtype} {shape} but has {len(rest)} bytes")
     return np.frombuffer(rest, dtype=dtype).reshape(shape)
@@ -145,9 +183,21 @@ def _from_npz(path, asked):
                     raise ModelError(f"{path}: member {name!r} occurs twice")
                 # Ours are stored or deflated once; a ratio beyond this is a bomb.
                 if entry.file_size > 4 * len(data) + (1 << 20):
-                    raise ModelError(f"{path}: member {name!r} claims {entry.file_size} bytes in a file of {len(data)}")
+                    raise ModelError(
+                        f"{path}: member {name!r} claims {entry.file_size} bytes in a file of"
+                        f" {len(data)}"
+                    )
                 members[name] = archive.read(entry)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError, struct.error, zipfile.zlib.error) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        OSError,
+        struct.error,
+        zipfile.zlib.error,
+    ) as error:
         raise ModelError(f"{path}: damaged npz file: {error}") from None
     arrays = {name: _npy(path, name, member) for name, member in members.items()}
     if "direction" not in arrays:
@@ -158,7 +208,9 @@ def _from_npz(path, asked):
     texts = {}
     for name, value in arrays.items():
         if value.dtype.kind != "U" or value.ndim:
-            raise ModelError(f"{path}: member {name!r} must be one text, not {value.dtype} {value.shape}")
+            raise ModelError(
+                f"{path}: member {name!r} must be one text, not {value.dtype} {value.shape}"
+            )
         try:
             texts[name] = str(value)
         except ValueError as error:  # code points that Unicode does not have
@@ -166,14 +218,16 @@ def _from_npz(path, asked):
     return direction, *_read_facts(path, texts, asked)
 
 
-# -- GGUF control vectors: general.architecture = "controlvector", one tensor direction.N [D] per layer ------------------------------------------
+# -- GGUF control vectors: general.architecture = "controlvector", one tensor direction.N [D] per
+# layer ------------------------------------------
 #
-# llama.cpp adds direction.N to the output of block N, N >= 1. The input of layer l is the output of block l - 1, so N = l - 1 and l >= 2.
-# The format has no word for what is done with a direction; ours says `vksteer.operation = add` and carries the rest of the provenance.
+# llama.cpp adds direction.N to the output of block N, N >= 1. The input of layer l is the output of
+# block l - 1, so N = l - 1 and l >= 2. The format has no word for what is done with a direction;
+# ours says `vksteer.operation = add` and carries the rest of the provenance.
 
 ALIGNMENT = 32
 _I32, _STRING = 5, 8  # value types
-_F32 = 0              # tensor type
+_F32 = 0  # tensor type
 
 
 def _gguf_string(text: str) -> bytes:
@@ -183,14 +237,27 @@ def _gguf_string(text: str) -> bytes:
 
 def _to_gguf(vector) -> bytes:
     if vector.layer < 2:
-        raise ValueError(f"a GGUF control vector cannot hold layer {vector.layer}: direction.N (N >= 1) is added to the output of block N, "
-                         "so layers from 2 on can be written; save as .safetensors or .npz instead")
-    texts = {"general.architecture": "controlvector", "controlvector.model_hint": str(vector.meta.get("architecture") or "unknown").removesuffix("_text")}
+        raise ValueError(
+            f"a GGUF control vector cannot hold layer {vector.layer}: direction.N (N >= 1) is added"
+            " to the output of block N, so layers from 2 on can be written; save as .safetensors"
+            " or .npz instead"
+        )
+    texts = {
+        "general.architecture": "controlvector",
+        "controlvector.model_hint": (
+            str(vector.meta.get("architecture") or "unknown").removesuffix("_text")
+        ),
+    }
     texts |= {f"vksteer.{name}": text for name, text in _facts(vector).items()}
-    fields = b"".join(_gguf_string(key) + struct.pack("<I", _STRING) + _gguf_string(text) for key, text in texts.items())
+    fields = b"".join(
+        _gguf_string(key) + struct.pack("<I", _STRING) + _gguf_string(text)
+        for key, text in texts.items()
+    )
     fields += _gguf_string("controlvector.layer_count") + struct.pack("<Ii", _I32, 1)
     header = struct.pack("<4sIQQ", b"GGUF", 3, 1, len(texts) + 1) + fields
-    header += _gguf_string(f"direction.{vector.layer - 1}") + struct.pack("<IQIQ", 1, vector.width, _F32, 0)
+    header += _gguf_string(f"direction.{vector.layer - 1}") + struct.pack(
+        "<IQIQ", 1, vector.width, _F32, 0
+    )
     pad = lambda data: data + b"\0" * (-len(data) % ALIGNMENT)
     return pad(pad(header) + vector.direction.astype("<f4").tobytes())
 
@@ -199,27 +266,60 @@ def _from_gguf(path, asked):
     with GGUFFile(path) as file:
         fields = file.metadata
         if fields.get("general.architecture") != "controlvector":
-            raise ModelError(f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not 'controlvector': it is no control vector")
+            raise ModelError(
+                f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not"
+                " 'controlvector': it is no control vector"
+            )
         layers = {}
         for name, tensor in file.tensors.items():
             number = name.removeprefix("direction.")
-            if number == name or not (number.isascii() and number.isdigit()) or number != str(int(number[:9])) or number == "0":
-                raise ModelError(f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from 1 on")
+            if (
+                number == name
+                or not (number.isascii() and number.isdigit())
+                or number != str(int(number[:9]))
+                or number == "0"
+            ):
+                raise ModelError(
+                    f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from"
+                    " 1 on"
+                )
             if len(tensor.shape) != 1:
                 raise ModelError(f"{path}: {name} must be one row [D], not {list(tensor.shape)}")
             layers[int(number) + 1] = name
         if not layers:
             raise ModelError(f"{path}: the file holds no direction")
         if asked is None and len(layers) > 1:
-            raise ValueError(f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is layer N + 1): name one with layer=")
+            raise ValueError(
+                f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is"
+                " layer N + 1): name one with layer="
+            )
         layer = min(layers) if asked is None else asked
         if layer not in layers:
-            raise ValueError(f"{path} holds no direction for layer {layer}: it has {sorted(layers)} (as resid_pre; direction.N is layer N + 1)")
+            raise ValueError(
+                f"{path} holds no direction for layer {layer}: it has {sorted(layers)} (as"
+                " resid_pre; direction.N is layer N + 1)"
+            )
         direction = file.array(layers[layer], "float32")
-    ours = {key.removeprefix("vksteer."): text for key, text in fields.items() if key.startswith("vksteer.") and isinstance(text, str)}
+    ours = {
+        key.removeprefix("vksteer."): text
+        for key, text in fields.items()
+        if key.startswith("vksteer.") and isinstance(text, str)
+    }
     if not ours:
-        return direction, layer, None, "", {"architecture": str(fields.get("controlvector.model_hint", "")), "read_from": "gguf control vector"}
+        return (
+            direction,
+            layer,
+            None,
+            "",
+            {
+                "architecture": str(fields.get("controlvector.model_hint", "")),
+                "read_from": "gguf control vector",
+            },
+        )
     stated, position, method, meta = _read_facts(path, ours, None)
     if stated != layer:
-        raise ModelError(f"{path}: says layer {stated}, but its tensor is direction.{layer - 1}, which is resid_pre of layer {layer}")
+        raise ModelError(
+            f"{path}: says layer {stated}, but its tensor is direction.{layer - 1}, which is"
+            f" resid_pre of layer {layer}"
+        )
     return direction, layer, position, method, meta

@@ -1,4 +1,5 @@
-"""Steering vectors as objects: a direction, the layer whose input it is added to, and where it came from.
+"""Steering vectors as objects: a direction, the layer whose input it is added to,
+and where it came from.
 
 This file owns the type, its algebra and its checks; `vector_files.py` owns the three file formats.
 """
@@ -26,10 +27,12 @@ class SteeringVector:
     """A direction that is added to `blocks.{layer}.hook_resid_pre` (method.md section 1).
 
     direction: float32 [D], copied and read-only. layer: whose input it steers, counted from 0.
-    position: the post-instruction position it was taken from (negative), or None. method: "dim", "ntp", "random", ... as free text.
-    meta: provenance, a mapping that JSON can hold (model and tokenizer hash, prompts' hash, versions); read-only here.
+    position: the post-instruction position it was taken from (negative), or None. method: "dim",
+    "ntp", "random", ... as free text. meta: provenance, a mapping that JSON can hold (model and
+    tokenizer hash, prompts' hash, versions); read-only here.
 
-    Raises ValueError for a direction that is not one row of finite float32 numbers, for a negative layer, and for meta that JSON cannot hold.
+    Raises ValueError for a direction that is not one row of finite float32 numbers, for a negative
+    layer, and for meta that JSON cannot hold.
     """
 
     direction: np.ndarray
@@ -42,13 +45,21 @@ class SteeringVector:
         with np.errstate(over="ignore"):  # an overflow is reported as such below, with its index
             direction = np.array(self.direction, dtype=np.float32, order="C")
         if direction.ndim != 1 or direction.size == 0:
-            raise ValueError(f"a steering vector is one row of numbers [D], not an array of shape {direction.shape}")
+            raise ValueError(
+                "a steering vector is one row of numbers [D], not an array of shape"
+                f" {direction.shape}"
+            )
         bad = np.flatnonzero(~np.isfinite(direction))
         if bad.size:
-            raise ValueError(f"a steering vector must be finite in float32: entry {bad[0]} is {direction[bad[0]]} ({bad.size} of {direction.size} are not finite)")
+            raise ValueError(
+                f"a steering vector must be finite in float32: entry {bad[0]} is"
+                f" {direction[bad[0]]} ({bad.size} of {direction.size} are not finite)"
+            )
         layer = require_int(self.layer, "layer")
         if layer < 0:
-            raise ValueError(f"layer must be 0 or more (0 steers the input of the first block), not {layer}")
+            raise ValueError(
+                f"layer must be 0 or more (0 steers the input of the first block), not {layer}"
+            )
         direction.flags.writeable = False
         try:
             meta = json.loads(json.dumps(dict(self.meta)))
@@ -56,18 +67,30 @@ class SteeringVector:
             raise ValueError(f"meta must be a mapping that JSON can hold: {error}") from None
         object.__setattr__(self, "direction", direction)
         object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "position", None if self.position is None else require_int(self.position, "position"))
+        object.__setattr__(
+            self,
+            "position",
+            None if self.position is None else require_int(self.position, "position"),
+        )
         object.__setattr__(self, "method", str(self.method))
         object.__setattr__(self, "meta", MappingProxyType(meta))
 
     # A mapping proxy cannot be pickled or deep-copied; the constructor's arguments can.
     def __reduce__(self):
-        return _rebuild, (np.array(self.direction), self.layer, self.position, self.method, dict(self.meta))
+        return _rebuild, (
+            np.array(self.direction),
+            self.layer,
+            self.position,
+            self.method,
+            dict(self.meta),
+        )
 
     def __repr__(self):
         at = "" if self.position is None else f", position={self.position}"
         how = f", method={self.method!r}" if self.method else ""
-        return f"SteeringVector(width={self.width}, layer={self.layer}{at}{how}, norm={self.norm:.4g})"
+        return (
+            f"SteeringVector(width={self.width}, layer={self.layer}{at}{how}, norm={self.norm:.4g})"
+        )
 
     @property
     def width(self) -> int:
@@ -79,72 +102,91 @@ class SteeringVector:
         """Euclidean length, in float64."""
         return float(np.linalg.norm(self.direction.astype(np.float64)))
 
-    # -- algebra: a scaled vector keeps its provenance and says by how much it was scaled ------------------------------------------
+    # -- algebra: a scaled vector keeps its provenance and says by how much it was scaled ----------
 
-    def _scaled(self, factor: float) -> "SteeringVector":
+    def _scaled(self, factor: float) -> SteeringVector:
         factor = float(factor)
         if not math.isfinite(factor):
-            raise ValueError(f"a steering vector can be scaled by a finite number only, not {factor}")
+            raise ValueError(
+                f"a steering vector can be scaled by a finite number only, not {factor}"
+            )
         meta = dict(self.meta, scaled_by=self.meta.get("scaled_by", 1.0) * factor)
-        direction = (self.direction.astype(np.float64) * factor)
-        return SteeringVector(direction, self.layer, position=self.position, method=self.method, meta=meta)
+        direction = self.direction.astype(np.float64) * factor
+        return SteeringVector(
+            direction, self.layer, position=self.position, method=self.method, meta=meta
+        )
 
     def __neg__(self):
         return self._scaled(-1.0)
 
     def __mul__(self, factor):
-        if isinstance(factor, (bool, np.bool_)) or not isinstance(factor, (int, float, np.integer, np.floating)):
+        if isinstance(factor, (bool, np.bool_)) or not isinstance(
+            factor, (int, float, np.integer, np.floating)
+        ):
             return NotImplemented
         return self._scaled(factor)
 
     __rmul__ = __mul__
-    #: NumPy scalars on the left (`np.float32(2) * v`) come here instead of trying to loop over the vector.
+    #: NumPy scalars on the left (`np.float32(2) * v`) come here instead of trying to
+    #: loop over the vector.
     __array_ufunc__ = None
 
     def __truediv__(self, factor):
-        if isinstance(factor, (bool, np.bool_)) or not isinstance(factor, (int, float, np.integer, np.floating)):
+        if isinstance(factor, (bool, np.bool_)) or not isinstance(
+            factor, (int, float, np.integer, np.floating)
+        ):
             return NotImplemented
         if factor == 0:
             raise ValueError("a steering vector cannot be divided by 0")
         return self._scaled(1.0 / float(factor))
 
-    def with_norm(self, norm: float) -> "SteeringVector":
-        """The same direction with another length. Raises ValueError for a zero vector, which has no direction."""
+    def with_norm(self, norm: float) -> SteeringVector:
+        """The same direction with another length. Raises ValueError for a zero vector,
+        which has no direction.
+        """
         if self.norm == 0:
             raise ValueError("a zero vector has no direction: it cannot be given another norm")
         return self._scaled(float(norm) / self.norm)
 
     def cosine(self, other) -> float:
-        """Cosine of the angle to another vector (a SteeringVector or numbers [D]), in float64, from -1 to 1.
+        """Cosine of the angle to another vector (a SteeringVector or numbers [D]), in
+        float64, from -1 to 1.
 
         Raises ValueError for another width and where one of the two is zero.
         """
         theirs = other.direction if isinstance(other, SteeringVector) else np.asarray(other)
         if theirs.shape != self.direction.shape:
-            raise ValueError(f"cosine needs two vectors of one width: this one has {self.width}, the other has shape {theirs.shape}")
+            raise ValueError(
+                f"cosine needs two vectors of one width: this one has {self.width}, the other has"
+                f" shape {theirs.shape}"
+            )
         a, b = self.direction.astype(np.float64), theirs.astype(np.float64)
         lengths = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
         if not lengths > 0 or not math.isfinite(lengths):
             raise ValueError("cosine with a zero (or not finite) vector is undefined")
         return float(np.clip(a @ b / lengths, -1.0, 1.0))
 
-    # -- files -----------------------------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     def save(self, path) -> None:
-        """Write to `.safetensors`, `.npz` (no pickle) or `.gguf` (a control vector for llama.cpp), by the name's ending; an existing file is replaced whole.
+        """Write to `.safetensors`, `.npz` (no pickle) or `.gguf` (a control vector for llama.cpp),
+        by the name's ending; an existing file is replaced whole.
 
-        GGUF's `direction.N` is added to the output of block N, so resid_pre of layer l is written as `direction.{l-1}`.
-        Raises ValueError for another ending, a zero vector, and for GGUF below layer 2 (`direction.0` does not exist).
+        GGUF's `direction.N` is added to the output of block N, so resid_pre of layer l is written
+        as `direction.{l-1}`.
+        Raises ValueError for another ending, a zero vector, and for GGUF below layer 2
+        (`direction.0` does not exist).
         """
         vector_files.save(self, path)
 
     @classmethod
-    def load(cls, path, layer: int | None = None, model=None) -> "SteeringVector":
+    def load(cls, path, layer: int | None = None, model=None) -> SteeringVector:
         """Read what `save` or another program wrote.
 
-        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: a Model or Config to check against (`check`).
-        Raises ValueError where several layers are in the file and none is named, or the named one is not there (both list them);
-        vs.ModelError where the file is damaged or not a steering vector; OSError where it cannot be read.
+        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: a
+        Model or Config to check against (`check`). Raises ValueError where several layers are in
+        the file and none is named, or the named one is not there (both list them); vs.ModelError
+        where the file is damaged or not a steering vector; OSError where it cannot be read.
         """
         direction, at, position, method, meta = vector_files.load(path, layer)
         try:
@@ -158,18 +200,29 @@ class SteeringVector:
         return vector
 
     def check(self, model) -> None:
-        """Raises ValueError where this vector cannot steer `model` (a Model or Config): another width, or a layer it does not have.
+        """Raises ValueError where this vector cannot steer `model` (a Model or Config): another
+        width, or a layer it does not have.
 
         Warns where it was made from another model of the same width.
         """
         config = getattr(model, "config", model)
         if self.width != config.d_model:
-            raise ValueError(f"the vector has width {self.width}, the model {config.d_model}: it belongs to another model")
+            raise ValueError(
+                f"the vector has width {self.width}, the model {config.d_model}: it belongs to"
+                " another model"
+            )
         if self.layer >= config.n_layers:
-            raise ValueError(f"the vector steers layer {self.layer}, the model has layers 0 to {config.n_layers - 1}")
+            raise ValueError(
+                f"the vector steers layer {self.layer}, the model has layers 0 to"
+                f" {config.n_layers - 1}"
+            )
         made_with, mine = self.meta.get("model_hash"), fingerprint(model)
         if made_with and mine and made_with != mine:
-            warnings.warn(f"this vector was made from another model ({self.meta.get('model', 'unnamed')}, {made_with[:12]}; this one is {mine[:12]})", stacklevel=2)
+            warnings.warn(
+                f"this vector was made from another model ({self.meta.get('model', 'unnamed')},"
+                f" {made_with[:12]}; this one is {mine[:12]})",
+                stacklevel=2,
+            )
 
 
 def _rebuild(direction, layer, position, method, meta):

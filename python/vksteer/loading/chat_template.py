@@ -1,41 +1,59 @@
-"""Rendering chat templates exactly as transformers does: the same sandbox, the same whitespace rules, the same helper functions.
+"""Rendering chat templates exactly as transformers does: the same sandbox, the same whitespace
+rules, the same helper functions.
 
-Templates come with models and are foreign code: they run in jinja2's ImmutableSandboxedEnvironment and see nothing but plain data. The one
-difference is the date: `strftime_now` answers with a date that the caller fixes, so that the same prompt gives the same tokens every day.
+Templates come with models and are foreign code: they run in jinja2's ImmutableSandboxedEnvironment
+and see nothing but plain data. The one difference is the date: `strftime_now` answers with a date
+that the caller fixes, so that the same prompt gives the same tokens every day.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 DEFAULT_DATE = "26 Jul 2024"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, date: str = DEFAULT_DATE,
-           variables: Mapping[str, Any] | None = None) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool,
+    date: str = DEFAULT_DATE,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a conversation.
 
-    messages: [{"role": "user", "content": "..."}, ...]; variables: what else the template may read (bos_token, ...).
-    Raises ValueError with the template's own reason where it refuses (Gemma: no system role), or where it is not valid jinja2.
+    messages: [{"role": "user", "content": "..."}, ...]; variables: what else the template may read
+    (bos_token, ...). Raises ValueError with the template's own reason where it refuses (Gemma: no
+    system role), or where it is not valid jinja2.
     """
     import jinja2
 
     day = parse_date(date)
     try:
         return _compiled(template).render(
-            messages=[dict(m) for m in messages], tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            strftime_now=lambda form: day.strftime(str(form)), **{"date_string": date, **(variables or {})})
+            messages=[dict(m) for m in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=lambda form: day.strftime(str(form)),
+            **{"date_string": date, **(variables or {})},
+        )
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         roles = ", ".join(str(m.get("role")) for m in messages)
-        raise ValueError(f"the model's chat template refused a conversation of roles {roles}: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"the model's chat template refused a conversation of roles {roles}:"
+            f" {error or type(error).__name__}"
+        ) from error
 
 
 def parse_date(date: str) -> datetime:
-    """"26 Jul 2024" -> datetime, whatever the process's locale is."""
+    """ "26 Jul 2024" -> datetime, whatever the process's locale is."""
     try:
         day, month, year = date.split()
         return datetime(int(year), _MONTHS.index(month) + 1, int(day))
@@ -64,12 +82,20 @@ def _compiled(template: str):
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # jinja2's own filter escapes HTML characters
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(template)

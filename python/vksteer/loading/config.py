@@ -1,21 +1,24 @@
-"""Architecture as data: what a config.json or a GGUF header says about a model, as the facts of docs/architecture.md.
+"""Architecture as data: what a config.json or a GGUF header says about a model, as the facts of
+docs/architecture.md.
 
-The engine's one forward pass reads these facts and knows no family by name. Every key of a config.json is either read, known to be without
-influence on the numbers, neutral (null or false), or refused by name.
+The engine's one forward pass reads these facts and knows no family by name. Every key of a
+config.json is either read, known to be without influence on the numbers, neutral (null or
+false), or refused by name.
 
 `python -m vksteer.loading.config` prints the table of supported families that the README shows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 
-from . import rope as rotation
 from ..base.json_files import read_json
 from ..errors import ModelError
+from . import rope as rotation
 from .families import markdown
 from .gguf_config import facts_from_gguf
 from .gguf_file import GGUFFile
@@ -27,7 +30,9 @@ CONFIG_BYTES = 16 << 20  # a config.json is a few kilobytes; a larger file is so
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """The architecture of a decoder-only language model. Two configs are equal if all their facts are (tables compared bit for bit)."""
+    """The architecture of a decoder-only language model. Two configs are equal if all their facts
+    are (tables compared bit for bit).
+    """
 
     architecture: str  # "LlamaForCausalLM", ...
     model_type: str  # "llama", ...
@@ -52,18 +57,19 @@ class Config:
     o_bias: bool
     mlp_bias: bool
     tied: bool  # the unembedding is the embedding
-    window: tuple[int, ...]  # [n_layers]: 0 = full attention, else a query sees the last `window` keys, itself included
+    # [n_layers]: 0 = full attention, else a query sees the last `window` keys, itself included
+    window: tuple[int, ...]
     rope_table: tuple[int, ...]  # [n_layers]: index into `rope`
     rope: tuple[rotation.RopeTable, ...]  # (inv_freq float64 [d_head/2], attention_factor)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, source, *, revision=None) -> "Config":
+    def from_pretrained(cls, source, *, revision=None) -> Config:
         """The architecture alone, without weights and without a device.
 
-        source: a folder, a path to a config.json, a .gguf file, a bundled name ("tiny-llama-chat") or a name on the hub.
-        Raises ModelError where there is no such model or it is not supported.
+        source: a folder, a path to a config.json, a .gguf file, a bundled name ("tiny-llama-chat")
+        or a name on the hub. Raises ModelError where there is no such model or it is not supported.
         """
         path = locate(source, revision=revision, patterns=CONFIG_PATTERNS)
         if path.is_dir() and not (path / "config.json").exists():
@@ -77,7 +83,7 @@ class Config:
         return cls.from_json(path / "config.json" if path.is_dir() else path)
 
     @classmethod
-    def from_json(cls, path) -> "Config":
+    def from_json(cls, path) -> Config:
         """From a config.json file."""
         content = read_json(path, limit=CONFIG_BYTES)
         try:
@@ -86,12 +92,14 @@ class Config:
             raise ModelError(f"{path}: {error}") from error
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "Config":
-        """From the dictionary of a config.json, in the released or the newer style. Raises ModelError naming the key that is at fault."""
+    def from_hf(cls, config: Mapping[str, Any]) -> Config:
+        """From the dictionary of a config.json, in the released or the newer style. Raises
+        ModelError naming the key that is at fault.
+        """
         return cls(**facts_from_hf(config))
 
     @classmethod
-    def from_gguf(cls, reader) -> "Config":
+    def from_gguf(cls, reader) -> Config:
         """From an opened GGUF file (`gguf_file.GGUFFile`)."""
         facts = facts_from_gguf(reader)
         try:
@@ -103,16 +111,26 @@ class Config:
         """All fields by name, as docs/architecture.md lists them (and C reads them)."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def replace(self, **changes) -> "Config":
+    def replace(self, **changes) -> Config:
         """A copy with some facts changed."""
         return replace(self, **changes)
 
     def __eq__(self, other):
         if not isinstance(other, Config):
             return NotImplemented
-        plain = all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name != "rope")
-        return plain and len(self.rope) == len(other.rope) and all(
-            np.array_equal(a.inv_freq, b.inv_freq) and a.attention_factor == b.attention_factor for a, b in zip(self.rope, other.rope))
+        plain = all(
+            getattr(self, f.name) == getattr(other, f.name)
+            for f in fields(self)
+            if f.name != "rope"
+        )
+        return (
+            plain
+            and len(self.rope) == len(other.rope)
+            and all(
+                np.array_equal(a.inv_freq, b.inv_freq) and a.attention_factor == b.attention_factor
+                for a, b in zip(self.rope, other.rope)
+            )
+        )
 
     def __hash__(self):
         return hash((self.architecture, self.n_layers, self.d_model, self.d_vocab, self.window))
@@ -121,7 +139,8 @@ class Config:
         _check(self)
 
 
-# ---- checks on the facts themselves, whoever made them ------------------------------------------------------------------------------------
+# ---- checks on the facts themselves, whoever made them -------------------------------------------
+
 
 def _check(c: Config) -> None:
     for name, limit in LIMITS.items():
@@ -129,10 +148,16 @@ def _check(c: Config) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
             raise ModelError(f"{name} = {value!r} must be an integer from 1 to {limit}")
     if c.n_heads % c.n_kv_heads:
-        raise ModelError(f"{c.n_heads} query heads are not a multiple of {c.n_kv_heads} key/value heads")
+        raise ModelError(
+            f"{c.n_heads} query heads are not a multiple of {c.n_kv_heads} key/value heads"
+        )
     if c.d_head % 2:
         raise ModelError(f"head size {c.d_head} must be even: rotation pairs channels")
-    for name, low, high in (("norm_eps", 0.0, 1.0), ("embed_scale", 0.0, 1e6), ("attn_scale", 0.0, 1e6)):
+    for name, low, high in (
+        ("norm_eps", 0.0, 1.0),
+        ("embed_scale", 0.0, 1e6),
+        ("attn_scale", 0.0, 1e6),
+    ):
         value = getattr(c, name)
         if not low < value < high:
             raise ModelError(f"{name} = {value!r} must lie between {low} and {high}")
@@ -140,12 +165,18 @@ def _check(c: Config) -> None:
         if not 0.0 <= getattr(c, name) < 1e9:
             raise ModelError(f"{name} = {getattr(c, name)!r} must be 0 (none) or positive")
     if len(c.window) != c.n_layers or len(c.rope_table) != c.n_layers:
-        raise ModelError(f"window and rope_table must have one entry for each of {c.n_layers} layers")
+        raise ModelError(
+            f"window and rope_table must have one entry for each of {c.n_layers} layers"
+        )
     if any(not 0 <= t < len(c.rope) for t in c.rope_table):
-        raise ModelError(f"rope_table {c.rope_table} points outside the {len(c.rope)} rotation tables")
+        raise ModelError(
+            f"rope_table {c.rope_table} points outside the {len(c.rope)} rotation tables"
+        )
     for table in c.rope:
         if table.inv_freq.shape != (c.d_head // 2,):
-            raise ModelError(f"a rotation table has {table.inv_freq.size} frequencies, expected {c.d_head // 2}")
+            raise ModelError(
+                f"a rotation table has {table.inv_freq.size} frequencies, expected {c.d_head // 2}"
+            )
 
 
 if __name__ == "__main__":

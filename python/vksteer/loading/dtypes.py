@@ -1,4 +1,6 @@
-"""The three dtypes in which weights are held, as NumPy arrays: bfloat16 travels as its uint16 bits."""
+"""The three dtypes in which weights are held, as NumPy arrays: bfloat16
+travels as its uint16 bits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounds to the nearest, ties to even. Values too large for float16 become infinite (callers check)."""
+    """Rounds to the nearest, ties to even. Values too large for float16 become
+    infinite (callers check).
+    """
     if dtype == "float32":
         return np.ascontiguousarray(values, dtype=np.float32)
     if dtype == "float16":

@@ -1,4 +1,6 @@
-"""A GGUF header's facts, by way of the same checks as a config.json: metadata is translated into the keys that `Config.from_hf` reads."""
+"""A GGUF header's facts, by way of the same checks as a config.json: metadata is translated into
+the keys that `Config.from_hf` reads.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +8,52 @@ from typing import Any
 
 import numpy as np
 
-from . import rope as rotation
 from ..errors import ModelError
+from . import rope as rotation
 from .families import FAMILIES
 from .gguf_file import GGUFFile, end_tokens
 from .hf_config import facts_from_hf
 
 #: Keys below "{architecture}." that are read here.
 _READ = {
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.scale",
-    "attention.sliding_window", "attention.sliding_window_pattern", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "attn_logit_softcapping", "final_logit_softcapping",
+    "vocab_size",
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.scale",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scale_linear",
+    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
 }
 #: Keys without influence on the numbers of these architectures.
 _HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "name", "description", "author"}
 
-#: Models whose query_pre_attn_scalar is d_model / n_heads rather than the head size; GGUF files do not say so, llama.cpp tells them by size.
+#: Models whose query_pre_attn_scalar is d_model / n_heads rather than the head size; GGUF files do
+#: not say so, llama.cpp tells them by size.
 _SCALE_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # the 27B ones
 
 
 def facts_from_gguf(file: GGUFFile) -> dict[str, Any]:
-    """The facts of an opened GGUF file, as `Config` takes them. Gemma's norm gains are stored as 1 + w, so norm_offset is 0."""
+    """The facts of an opened GGUF file, as `Config` takes them. Gemma's norm gains are stored as 1
+    + w, so norm_offset is 0.
+    """
     try:
         return _facts(file)
     except ModelError as error:
@@ -43,37 +68,63 @@ def _facts(file):
     family = next((f for f in FAMILIES if arch in f.gguf), None) if isinstance(arch, str) else None
     if family is None:
         supported = sorted({g for f in FAMILIES for g in f.gguf})
-        raise ModelError(f"{file.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(supported)}")
+        raise ModelError(
+            f"{file.path}: GGUF architecture {arch!r} is not supported; supported:"
+            f" {', '.join(supported)}"
+        )
     if md.get("general.type", "model") != "model":
         raise ModelError(f"{file.path}: is a {md['general.type']!r}, not a model")
     if md.get("split.count", 1) not in (0, 1):
-        raise ModelError(f"{file.path}: is one of {md['split.count']} parts; join them first (llama-gguf-split --merge)")
+        raise ModelError(
+            f"{file.path}: is one of {md['split.count']} parts; join them first (llama-gguf-split"
+            " --merge)"
+        )
     get = _Metadata(file, arch)
     get.refuse_unknown()
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise ModelError(f"{file.path}: tensor 'token_embd.weight' is missing or not a matrix")
 
-    n_heads, n_layers, d_model = get.integer("attention.head_count"), get.integer("block_count"), get.integer("embedding_length")
-    d_head = get.integer("attention.key_length", d_model // n_heads if n_heads and d_model % n_heads == 0 else None)
+    n_heads, n_layers, d_model = (
+        get.integer("attention.head_count"),
+        get.integer("block_count"),
+        get.integer("embedding_length"),
+    )
+    d_head = get.integer(
+        "attention.key_length", d_model // n_heads if n_heads and d_model % n_heads == 0 else None
+    )
     for key in ("attention.value_length", "rope.dimension_count"):
         if get.integer(key, d_head) != d_head:
-            raise ModelError(f"{file.path}: metadata '{arch}.{key}' = {get.raw(key)} differs from the head size {d_head}, which is not supported")
+            raise ModelError(
+                f"{file.path}: metadata '{arch}.{key}' = {get.raw(key)} differs from the head size"
+                f" {d_head}, which is not supported"
+            )
     if get.integer("vocab_size", embed.shape[0]) != embed.shape[0]:
-        raise ModelError(f"{file.path}: metadata '{arch}.vocab_size' = {get.raw('vocab_size')} contradicts tensor 'token_embd.weight' with "
-                         f"{embed.shape[0]} rows")
+        raise ModelError(
+            f"{file.path}: metadata '{arch}.vocab_size' = {get.raw('vocab_size')} contradicts"
+            f" tensor 'token_embd.weight' with {embed.shape[0]} rows"
+        )
     window = get.integer("attention.sliding_window", 0)
     if arch == "llama" and window:
         family = next(f for f in FAMILIES if f.model_type == "mistral")
 
     hf: dict[str, Any] = {
-        "architectures": [family.architectures[0]], "model_type": family.model_type, "vocab_size": embed.shape[0], "hidden_size": d_model,
-        "intermediate_size": get.integer("feed_forward_length"), "num_hidden_layers": n_layers, "num_attention_heads": n_heads,
-        "num_key_value_heads": get.integer("attention.head_count_kv", n_heads), "head_dim": d_head,
-        "max_position_embeddings": get.integer("context_length"), "rms_norm_eps": get.number("attention.layer_norm_rms_epsilon"),
+        "architectures": [family.architectures[0]],
+        "model_type": family.model_type,
+        "vocab_size": embed.shape[0],
+        "hidden_size": d_model,
+        "intermediate_size": get.integer("feed_forward_length"),
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": get.integer("attention.head_count_kv", n_heads),
+        "head_dim": d_head,
+        "max_position_embeddings": get.integer("context_length"),
+        "rms_norm_eps": get.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_theta": get.number("rope.freq_base", family.default_theta), "rope_scaling": _scaling(get),
-        "bos_token_id": md.get("tokenizer.ggml.bos_token_id"), "eos_token_id": end_tokens(md),
+        "rope_theta": get.number("rope.freq_base", family.default_theta),
+        "rope_scaling": _scaling(get),
+        "bos_token_id": md.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": end_tokens(md),
     }
     if "attention_bias" in family.defaults and not family.always_qkv_bias:
         # transformers' flag sets q, k, v and o together; what the file has is corrected below
@@ -81,16 +132,27 @@ def _facts(file):
     if "mlp_bias" in family.defaults:
         hf["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if family.gemma:
-        hf["query_pre_attn_scalar"] = d_model / n_heads if (arch, n_layers) in _SCALE_BY_WIDTH else d_head
-        hf["final_logit_softcapping"] = get.number("final_logit_softcapping", family.defaults["final_logit_softcapping"])
+        hf["query_pre_attn_scalar"] = (
+            d_model / n_heads if (arch, n_layers) in _SCALE_BY_WIDTH else d_head
+        )
+        hf["final_logit_softcapping"] = get.number(
+            "final_logit_softcapping", family.defaults["final_logit_softcapping"]
+        )
         if arch == "gemma2":
-            hf["attn_logit_softcapping"] = get.number("attn_logit_softcapping", family.defaults["attn_logit_softcapping"])
+            hf["attn_logit_softcapping"] = get.number(
+                "attn_logit_softcapping", family.defaults["attn_logit_softcapping"]
+            )
         elif get.raw("attn_logit_softcapping"):
-            raise ModelError(f"{file.path}: metadata '{arch}.attn_logit_softcapping' is not understood for {arch}")
+            raise ModelError(
+                f"{file.path}: metadata '{arch}.attn_logit_softcapping' is not understood for"
+                f" {arch}"
+            )
     if family.local_theta is not None:
         hf["rope_local_base_freq"] = get.number("rope.freq_base_swa", family.local_theta)
     if "sliding_window" in family.defaults:
-        hf["sliding_window"] = window or (None if arch != "gemma2" else family.defaults["sliding_window"])
+        hf["sliding_window"] = window or (
+            None if arch != "gemma2" else family.defaults["sliding_window"]
+        )
         if "use_sliding_window" in family.defaults:
             hf["use_sliding_window"] = bool(window)
             hf["max_window_layers"] = 0
@@ -99,7 +161,10 @@ def _facts(file):
     hf.update(_pattern(get, family, n_layers))
 
     facts = facts_from_hf(hf)
-    changes: dict[str, Any] = {"norm_offset": 0.0, "o_bias": "blk.0.attn_output.bias" in file.tensors}
+    changes: dict[str, Any] = {
+        "norm_offset": 0.0,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
+    }
     if get.raw("attention.scale"):
         changes["attn_scale"] = get.number("attention.scale")
     if "rope_freqs.weight" in file.tensors:
@@ -112,14 +177,26 @@ def _scaling(get):
     kind = get.raw("rope.scaling.type")
     factor = get.number("rope.scaling.factor", 0.0) or get.number("rope.scale_linear", 0.0)
     if kind in (None, "none"):
-        return {"rope_type": "linear", "factor": factor} if kind is None and factor not in (0.0, 1.0) else None
+        return (
+            {"rope_type": "linear", "factor": factor}
+            if kind is None and factor not in (0.0, 1.0)
+            else None
+        )
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor or 1.0}
     if kind == "yarn":
-        optional = {"original_max_position_embeddings": "original_context_length", "attention_factor": "attn_factor",
-                    "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
-        values = {ours: get.number("rope.scaling." + theirs, 0.0) or None for ours, theirs in optional.items()}
-        if values["attention_factor"] is not None:  # in GGUF it multiplies yarn's own factor rather than replacing it
+        optional = {
+            "original_max_position_embeddings": "original_context_length",
+            "attention_factor": "attn_factor",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        values = {
+            ours: get.number("rope.scaling." + theirs, 0.0) or None
+            for ours, theirs in optional.items()
+        }
+        # in GGUF it multiplies yarn's own factor rather than replacing it
+        if values["attention_factor"] is not None:
             values["attention_factor"] *= 0.1 * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
         return {"rope_type": "yarn", "factor": factor or None, **values}
     return {"rope_type": kind}  # refused by name, with its reason
@@ -132,8 +209,15 @@ def _pattern(get, family, n_layers):
         return {}
     if isinstance(value, np.ndarray):
         if len(value) < n_layers or "layer_types" not in family.defaults:
-            raise get.error("attention.sliding_window_pattern", f"must have one entry for each of {n_layers} layers")
-        return {"layer_types": ["sliding_attention" if v else "full_attention" for v in value[:n_layers].tolist()]}
+            raise get.error(
+                "attention.sliding_window_pattern",
+                f"must have one entry for each of {n_layers} layers",
+            )
+        return {
+            "layer_types": [
+                "sliding_attention" if v else "full_attention" for v in value[:n_layers].tolist()
+            ]
+        }
     if "sliding_window_pattern" not in family.defaults:
         raise get.error("attention.sliding_window_pattern", "is not understood")
     return {"sliding_window_pattern": value}
@@ -165,7 +249,11 @@ class _Metadata:
     def number(self, key, default=None):
         value = self.raw(key)
         if value is None:
-            if default is None and not self.prefix + key in self.file.metadata and key == "attention.layer_norm_rms_epsilon":
+            if (
+                default is None
+                and self.prefix + key not in self.file.metadata
+                and key == "attention.layer_norm_rms_epsilon"
+            ):
                 raise self.error(key, "is missing")
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -174,8 +262,11 @@ class _Metadata:
 
     def refuse_unknown(self):
         for key, value in self.file.metadata.items():
-            if not key.startswith(self.prefix) or key[len(self.prefix):] in _READ | _HARMLESS:
+            if not key.startswith(self.prefix) or key[len(self.prefix) :] in _READ | _HARMLESS:
                 continue
             neutral = not isinstance(value, (np.ndarray, list)) and value in (0, 0.0, False, "")
             if not neutral:
-                raise ModelError(f"{self.file.path}: metadata {key!r} = {repr(value)[:80]} would change the numbers and is not understood")
+                raise ModelError(
+                    f"{self.file.path}: metadata {key!r} = {repr(value)[:80]} would change the"
+                    " numbers and is not understood"
+                )

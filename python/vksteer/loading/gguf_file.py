@@ -1,8 +1,9 @@
 """Reading GGUF files: a bounded parser for the header, and tensors dequantised one by one.
 
-The header is parsed here rather than by the `gguf` package: every count, length, offset and shape is checked before anything believes it (each
-parser CVE of this format was a number that was believed), and token lists of 262,144 strings are read in a tenth of the package's time.
-Undoing the quantisation is the package's work (`gguf.quants`).
+The header is parsed here rather than by the `gguf` package: every count, length, offset and shape
+is checked before anything believes it (each parser CVE of this format was a number that was
+believed), and token lists of 262,144 strings are read in a tenth of the package's time. Undoing the
+quantisation is the package's work (`gguf.quants`).
 """
 
 from __future__ import annotations
@@ -16,26 +17,60 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .dtypes import STORAGE, from_float32
 from ..errors import ModelError
+from .dtypes import STORAGE, from_float32
 
 MAX_TENSORS = 1 << 17
 MAX_KEYS = 1 << 16
 MAX_ARRAY = 1 << 24  # items in one metadata array; the largest vocabularies have 2**18
 MAX_KEY_BYTES = 1 << 16
 MAX_ALIGNMENT = 1 << 20
-CHUNK = 1 << 20  # elements dequantised at a time: stays in cache, and is the unit of work of the threads
+# elements dequantised at a time: stays in cache, and is the unit of work of the threads
+CHUNK = 1 << 20
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 
-#: ggml type id -> (name, elements a block, bytes a block); a test compares it with the gguf package's table
+#: ggml type id -> (name, elements a block, bytes a block); a test compares it with the
+#: gguf package's table
 TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
 #: types that need no dequantisation -> the engine's dtype
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -52,9 +87,11 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile:
-    """An open GGUF file: `.metadata` {key: value} (arrays of numbers as NumPy arrays, of strings as lists of str), `.tensors` {name: GGUFTensor}.
+    """An open GGUF file: `.metadata` {key: value} (arrays of numbers as NumPy arrays, of strings as
+    lists of str), `.tensors` {name: GGUFTensor}.
 
-    Raises ModelError naming the file, the entry and the reason for anything that is not exactly right.
+    Raises ModelError naming the file, the entry and the reason for anything that
+    is not exactly right.
     """
 
     def __init__(self, path):
@@ -99,10 +136,17 @@ class GGUFFile:
         version = self._scalar("<I")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            raise self._error(f"GGUF version {version} is not supported (2 and 3 are)" if swapped not in (2, 3) else "big-endian GGUF is not supported")
+            raise self._error(
+                f"GGUF version {version} is not supported (2 and 3 are)"
+                if swapped not in (2, 3)
+                else "big-endian GGUF is not supported"
+            )
         n_tensors, n_keys = self._scalar("<Q"), self._scalar("<Q")
         if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
-            raise self._error(f"claims {n_tensors:,} tensors and {n_keys:,} metadata entries (limits {MAX_TENSORS:,} and {MAX_KEYS:,})")
+            raise self._error(
+                f"claims {n_tensors:,} tensors and {n_keys:,} metadata entries (limits"
+                f" {MAX_TENSORS:,} and {MAX_KEYS:,})"
+            )
         self.metadata: dict[str, Any] = {}
         for i in range(n_keys):
             self._what = f"metadata entry {i}"
@@ -119,7 +163,10 @@ class GGUFFile:
 
     def _take(self, count):
         if count > self.size - self._at:
-            raise self._error(f"{self._what}: needs {count:,} bytes at {self._at:,}, but the file has {self.size:,}; truncated or damaged")
+            raise self._error(
+                f"{self._what}: needs {count:,} bytes at {self._at:,}, but the file has"
+                f" {self.size:,}; truncated or damaged"
+            )
         self._at += count
         return self._at - count
 
@@ -131,7 +178,7 @@ class GGUFFile:
         if length > limit:
             raise self._error(f"{self._what}: a string of {length:,} bytes (limit {limit:,})")
         at = self._take(length)
-        return self._map[at:at + length]
+        return self._map[at : at + length]
 
     def _string(self, limit):
         try:
@@ -154,16 +201,21 @@ class GGUFFile:
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])
             at = self._take(count * dtype.itemsize)
-            return np.frombuffer(self._map[at:at + count * dtype.itemsize], dtype=np.uint8 if item == 7 else dtype)
+            return np.frombuffer(
+                self._map[at : at + count * dtype.itemsize], dtype=np.uint8 if item == 7 else dtype
+            )
         if item != _STRING:
             raise self._error(f"{self._what}: an array of value type {item} is not supported")
         return self._strings(count)
 
     def _strings(self, count):
-        # The hot loop of opening a file: 262,144 tokens. One bounds check a string, everything local.
+        # The hot loop of opening a file: 262,144 tokens. One bounds check a
+        # string, everything local.
         data, at, size, unpack = self._map, self._at, self.size, struct.Struct("<Q").unpack_from
         if count * 8 > size - at:
-            raise self._error(f"{self._what}: {count:,} strings do not fit the file; truncated or damaged")
+            raise self._error(
+                f"{self._what}: {count:,} strings do not fit the file; truncated or damaged"
+            )
         result = []
         append = result.append
         for _ in range(count):
@@ -173,10 +225,13 @@ class GGUFFile:
             at += 8
             if length > size - at:
                 break
-            append(data[at:at + length])
+            append(data[at : at + length])
             at += length
         if len(result) != count:
-            raise self._error(f"{self._what}: string {len(result):,} of {count:,} ends outside the file; truncated or damaged")
+            raise self._error(
+                f"{self._what}: string {len(result):,} of {count:,} ends outside the file;"
+                " truncated or damaged"
+            )
         self._at = at
         return [s.decode("utf-8", "replace") for s in result]
 
@@ -192,31 +247,46 @@ class GGUFFile:
             raise self._error(f"{self._what}: unknown tensor type {type_id}")
         kind, block, block_bytes = TYPES[type_id]
         if any(not 1 <= n < 1 << 40 for n in shape) or shape[0] % block:
-            raise self._error(f"{self._what}: shape {shape} is not positive in whole blocks of {block} ({kind})")
+            raise self._error(
+                f"{self._what}: shape {shape} is not positive in whole blocks of {block} ({kind})"
+            )
         elements = 1
         for n in shape:
             elements *= n
         return name, kind, tuple(reversed(shape)), offset, elements // block * block_bytes
 
     def _place(self, described):
-        """Tensors follow one another in the data, each padded to the alignment: no overlap, no gap, nothing after the last."""
+        """Tensors follow one another in the data, each padded to the alignment: no overlap, no gap,
+        nothing after the last.
+        """
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise self._error(f"metadata 'general.alignment' = {alignment!r} is not a power of two up to {MAX_ALIGNMENT:,}")
+        if (
+            not isinstance(alignment, int)
+            or not 1 <= alignment <= MAX_ALIGNMENT
+            or alignment & (alignment - 1)
+        ):
+            raise self._error(
+                f"metadata 'general.alignment' = {alignment!r} is not a power of two up to"
+                f" {MAX_ALIGNMENT:,}"
+            )
         start = _round_up(self._at, alignment)
         self.tensors: dict[str, GGUFTensor] = {}
         for name, kind, shape, offset, nbytes in described:
             if name in self.tensors:
                 raise self._error(f"tensor {name[:100]!r} appears twice")
             if start + offset + nbytes > self.size:
-                raise self._error(f"tensor {name[:100]!r}: bytes {offset:,}+{nbytes:,} of the data lie outside the file ({self.size:,} bytes); "
-                                  "truncated or damaged")
+                raise self._error(
+                    f"tensor {name[:100]!r}: bytes {offset:,}+{nbytes:,} of the data lie outside"
+                    f" the file ({self.size:,} bytes); truncated or damaged"
+                )
             self.tensors[name] = GGUFTensor(name, kind, shape, start + offset, nbytes)
         at = start
         for t in sorted(self.tensors.values(), key=lambda t: t.offset):
             if t.offset != at:
-                raise self._error(f"tensor {t.name[:100]!r} begins at byte {t.offset:,}, expected {at:,}: tensors "
-                                  f"{'overlap' if t.offset < at else 'leave a gap'}")
+                raise self._error(
+                    f"tensor {t.name[:100]!r} begins at byte {t.offset:,}, expected {at:,}: tensors"
+                    f" {'overlap' if t.offset < at else 'leave a gap'}"
+                )
             end = t.offset + t.nbytes
             at = _round_up(end, alignment)
         if self.tensors and not end <= self.size <= at:
@@ -229,16 +299,21 @@ class GGUFFile:
         rows = 1
         for n in tensor.shape[:-1]:
             rows *= n
-        return np.frombuffer(self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset).reshape(rows, -1)
+        return np.frombuffer(
+            self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset
+        ).reshape(rows, -1)
 
     def array(self, name: str, dtype: str, permuted_heads: int = 0) -> np.ndarray:
-        """The tensor as a C-contiguous array of `dtype` ("float32", "bfloat16" as uint16 bits, "float16"), rounded to nearest even.
+        """The tensor as a C-contiguous array of `dtype` ("float32", "bfloat16" as uint16 bits,
+        "float16"), rounded to nearest even.
 
-        permuted_heads: the number of heads whose rows were interleaved for rotation (llama's q and k): their order is undone.
+        permuted_heads: the number of heads whose rows were interleaved for rotation (llama's q and
+        k): their order is undone.
         """
         tensor = self.tensors[name]
         raw = self.raw(tensor)
-        if permuted_heads:  # rows are whole blocks, so bytes can be moved before anything is dequantised
+        # rows are whole blocks, so bytes can be moved before anything is dequantised
+        if permuted_heads:
             raw = raw.reshape(permuted_heads, -1, 2, raw.shape[1]).swapaxes(1, 2).reshape(raw.shape)
         rows, row = raw.shape[0], tensor.shape[-1]
         out = np.empty((rows, row), dtype=STORAGE[dtype])
@@ -246,17 +321,24 @@ class GGUFFile:
         step = max(1, CHUNK // row)
 
         def work(begin):
-            out[begin:begin + step] = from_float32(dequantize(raw[begin:begin + step]).reshape(-1, row), dtype)
+            out[begin : begin + step] = from_float32(
+                dequantize(raw[begin : begin + step]).reshape(-1, row), dtype
+            )
 
-        # Damaged blocks hold any bits as scales: infinities and NaN are found below, not warned about here.
+        # Damaged blocks hold any bits as scales: infinities and NaN are found below,
+        # not warned about here.
         if rows <= step:
             with np.errstate(all="ignore"):
                 work(0)
         else:
             list(_threads().map(work, range(0, rows, step)))
-        # A NaN or infinity anywhere makes the sum of magnitudes non-finite; bfloat16 needs its bits looked at.
+        # A NaN or infinity anywhere makes the sum of magnitudes non-finite; bfloat16
+        # needs its bits looked at.
         if not _all_finite(out, dtype):
-            raise self._error(f"tensor {name!r} holds values that are not finite" + (" in float16" if dtype == "float16" else ""))
+            raise self._error(
+                f"tensor {name!r} holds values that are not finite"
+                + (" in float16" if dtype == "float16" else "")
+            )
         return out.reshape(tensor.shape)
 
 
@@ -277,8 +359,11 @@ def _threads():
     """A few threads, made on first use: NumPy releases the GIL while it dequantises."""
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(max_workers=max(1, min(8, len(os.sched_getaffinity(0)))), thread_name_prefix="vksteer-gguf",
-                                   initializer=lambda: np.seterr(all="ignore"))
+        _pool = ThreadPoolExecutor(
+            max_workers=max(1, min(8, len(os.sched_getaffinity(0)))),
+            thread_name_prefix="vksteer-gguf",
+            initializer=lambda: np.seterr(all="ignore"),
+        )
     return _pool
 
 
@@ -291,29 +376,41 @@ os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _dequantizer(file, tensor):
-    """raw uint8 [rows, bytes] -> float32 [rows, row]."""
+    """Raw uint8 [rows, bytes] -> float32 [rows, row]."""
     if tensor.type == "F32":
         return lambda raw: np.ascontiguousarray(raw).view("<f4")
     if tensor.type == "F16":
         return lambda raw: np.ascontiguousarray(raw).view("<f2").astype(np.float32)
     if tensor.type == "BF16":
-        return lambda raw: (np.ascontiguousarray(raw).view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return lambda raw: (
+            np.ascontiguousarray(raw).view("<u2").astype(np.uint32) << np.uint32(16)
+        ).view(np.float32)
     try:
         import gguf
     except ImportError as error:
-        raise ModelError(f"{file.path}: reading quantised tensors ({tensor.type}) needs the gguf package: pip install 'vksteer[gguf]'") from error
+        raise ModelError(
+            f"{file.path}: reading quantised tensors ({tensor.type}) needs the gguf package: pip"
+            " install 'vksteer[gguf]'"
+        ) from error
     kind = getattr(gguf.GGMLQuantizationType, tensor.type, None)
 
     def dequantize(raw):
         try:
             return gguf.quants.dequantize(np.ascontiguousarray(raw), kind)
         except NotImplementedError as error:
-            raise ModelError(f"{file.path}: tensor {tensor.name!r}: the installed gguf package cannot dequantise {tensor.type}") from error
+            raise ModelError(
+                f"{file.path}: tensor {tensor.name!r}: the installed gguf package cannot dequantise"
+                f" {tensor.type}"
+            ) from error
 
     return dequantize
 
 
 def end_tokens(md) -> list[int]:
     """All end-of-text and end-of-turn ids that the file names."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    keys = (
+        "tokenizer.ggml.eos_token_id",
+        "tokenizer.ggml.eot_token_id",
+        "tokenizer.ggml.eom_token_id",
+    )
     return [md[k] for k in keys if isinstance(md.get(k), int)]

@@ -10,21 +10,39 @@ from ..errors import ModelError
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
-_QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-           r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-#: tokenizer.ggml.pre -> (split pattern; "digits" = GPT-2's after single digits, "gpt2" = GPT-2's own; whether whole words skip the merges)
+#: tokenizer.ggml.pre -> (split pattern; "digits" = GPT-2's after single digits, "gpt2" = GPT-2's
+#: own; whether whole words skip the merges)
 PRE_TOKENIZERS = {
-    "smollm": ("digits", False), "qwen2": (_QWEN2, False), "deepseek-r1-qwen": (_QWEN2, False), "llama-bpe": (_LLAMA3, True),
-    "llama3": (_LLAMA3, True), "llama-v3": (_LLAMA3, True), "tekken": (_TEKKEN, True), "gpt-2": ("gpt2", False), "default": ("gpt2", False),
+    "smollm": ("digits", False),
+    "qwen2": (_QWEN2, False),
+    "deepseek-r1-qwen": (_QWEN2, False),
+    "llama-bpe": (_LLAMA3, True),
+    "llama3": (_LLAMA3, True),
+    "llama-v3": (_LLAMA3, True),
+    "tekken": (_TEKKEN, True),
+    "gpt-2": ("gpt2", False),
+    "default": ("gpt2", False),
 }
 
 
 def build(file) -> tuple[Any, bool]:
-    """(tokenizers.Tokenizer without a post-processor, whether texts begin with the BOS token unless the file says otherwise)."""
+    """(tokenizers.Tokenizer without a post-processor, whether texts begin with the BOS token unless
+    the file says otherwise).
+    """
     md = file.metadata
     kind = md.get("tokenizer.ggml.model")
     tokens = _strings(file, "tokenizer.ggml.tokens")
@@ -32,7 +50,10 @@ def build(file) -> tuple[Any, bool]:
     if types is None:
         types = np.full(len(tokens), _NORMAL)
     if not isinstance(types, np.ndarray) or len(types) != len(tokens):
-        raise ModelError(f"{file.path}: metadata 'tokenizer.ggml.token_type' must have one entry for each of {len(tokens):,} tokens")
+        raise ModelError(
+            f"{file.path}: metadata 'tokenizer.ggml.token_type' must have one entry for each of"
+            f" {len(tokens):,} tokens"
+        )
     types = types.tolist()
     if kind == "gpt2":
         return _byte_level(file, tokens, types)
@@ -47,41 +68,71 @@ def _byte_level(file, tokens, types):
 
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
-        raise ModelError(f"{file.path}: pre-tokenizer {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}")
+        raise ModelError(
+            f"{file.path}: pre-tokenizer {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}"
+        )
     pattern, ignore_merges = PRE_TOKENIZERS[pre]
     spelling = _byte_spelling()
     alphabet = set(spelling.values())
     # A few tokens are stored as plain text instead of in the byte alphabet.
-    spelled = [t if alphabet.issuperset(t) else "".join(spelling[b] for b in t.encode("utf-8")) for t in tokens]
+    spelled = [
+        t if alphabet.issuperset(t) else "".join(spelling[b] for b in t.encode("utf-8"))
+        for t in tokens
+    ]
     vocab = _vocabulary(file, spelled)
     merges = [tuple(m.split(" ", 1)) for m in _strings(file, "tokenizer.ggml.merges")]
-    if any(len(m) != 2 or m[0] not in vocab or m[1] not in vocab or m[0] + m[1] not in vocab for m in merges):
-        bad = next(m for m in merges if len(m) != 2 or m[0] not in vocab or m[1] not in vocab or m[0] + m[1] not in vocab)
-        raise ModelError(f"{file.path}: metadata 'tokenizer.ggml.merges' joins {bad!r}, which the vocabulary does not have")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=ignore_merges))
+    if any(
+        len(m) != 2 or m[0] not in vocab or m[1] not in vocab or m[0] + m[1] not in vocab
+        for m in merges
+    ):
+        bad = next(
+            m
+            for m in merges
+            if len(m) != 2 or m[0] not in vocab or m[1] not in vocab or m[0] + m[1] not in vocab
+        )
+        raise ModelError(
+            f"{file.path}: metadata 'tokenizer.ggml.merges' joins {bad!r}, which the vocabulary"
+            " does not have"
+        )
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=ignore_merges)
+    )
     if pattern == "gpt2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif pattern == "digits":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
-    # A control token outside the byte alphabet is a mislabelled ordinary one: it was respelled above.
+    # A control token outside the byte alphabet is a mislabelled ordinary one: it
+    # was respelled above.
     _add_marked(tokenizer, tokens, types, control=alphabet.issuperset)
     return tokenizer, pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def _gemma(file, tokens, types):
-    """SentencePiece BPE as Gemma's tokenizer.json has it: no prefix space, merges in the order of the vocabulary."""
+    """SentencePiece BPE as Gemma's tokenizer.json has it: no prefix space, merges in the
+    order of the vocabulary.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # Runs of spaces are stored as they are; inside the tokenizer a space is always U+2581.
     spelled = ["\u2581" * len(t) if t and not t.strip(" ") else t for t in tokens]
     vocab = _vocabulary(file, spelled)
     merges = []
-    for token in vocab:  # in file order, longest left part first: Gemma's scores do not follow its merges, the file's order does
+    # in file order, longest left part first: Gemma's scores do not follow its merges,
+    # the file's order does
+    for token in vocab:
         for i in range(len(token) - 1, 0, -1):  # spelled out: half a million merges
             left = token[:i]
             if left in vocab:
@@ -89,37 +140,57 @@ def _gemma(file, tokens, types):
                 if right in vocab:
                     merges.append((left, right))
     unknown = _token(file, tokens, "tokenizer.ggml.unknown_token_id")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=unknown))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=unknown)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     _add_marked(tokenizer, tokens, types, control=lambda t: True)
     return tokenizer
 
 
 def _sentencepiece(file, tokens, types):
-    """SentencePiece BPE of Llama 2 and Mistral: merges sorted by score, a space before the text unless the file says otherwise."""
+    """SentencePiece BPE of Llama 2 and Mistral: merges sorted by score, a space before the text
+    unless the file says otherwise.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-        raise ModelError(f"{file.path}: metadata 'tokenizer.ggml.scores' must have one entry for each of {len(tokens):,} tokens")
+        raise ModelError(
+            f"{file.path}: metadata 'tokenizer.ggml.scores' must have one entry for each of"
+            f" {len(tokens):,} tokens"
+        )
     vocab = _vocabulary(file, tokens)
     score = dict(zip(tokens, scores.tolist()))
     merges = []
     for token in vocab:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
+        pairs = [
+            (token[:i], token[i:])
+            for i in range(1, len(token))
+            if token[:i] in vocab and token[i:] in vocab
+        ]
         pairs.sort(key=lambda p: (vocab[p[0]], vocab[p[1]]))
         merges.extend((score[token], len(left), len(right), left, right) for left, right in pairs)
     merges.sort(key=lambda m: m[:3], reverse=True)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[m[3:] for m in merges], fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[m[3:] for m in merges], fuse_unk=True, byte_fallback=True)
+    )
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    # As sentencepiece does it, and these families' own tokenizer.json: always one more space, also before a text that begins with one, and
-    # after a special token. (transformers reads such GGUF files with Metaspace, which leaves a text that begins with a space alone.)
+    # As sentencepiece does it, and these families' own tokenizer.json: always one more space, also
+    # before a text that begins with one, and after a special token. (transformers reads such GGUF
+    # files with Metaspace, which leaves a text that begins with a space alone.)
     escape = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), escape]) if prefix else escape
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("\u2581"), escape]) if prefix else escape
+    )
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(content=" ", left=1)] if prefix else []))
+    tokenizer.decoder = decoders.Sequence(
+        steps + ([decoders.Strip(content=" ", left=1)] if prefix else [])
+    )
     _add_marked(tokenizer, tokens, types, control=lambda t: True)
     return tokenizer
 
@@ -128,9 +199,17 @@ def _add_marked(tokenizer, tokens, types, control):
     """Control tokens become special; user-defined ones are matched whole but are ordinary text."""
     from tokenizers import AddedToken
 
-    special = [AddedToken(t, normalized=False, special=True) for t, kind in zip(tokens, types) if kind == _CONTROL and t and control(t)]
+    special = [
+        AddedToken(t, normalized=False, special=True)
+        for t, kind in zip(tokens, types)
+        if kind == _CONTROL and t and control(t)
+    ]
     tokenizer.add_special_tokens(special)
-    whole = [t for t, kind in zip(tokens, types) if kind == _USER_DEFINED and t and tokenizer.token_to_id(t) is not None]
+    whole = [
+        t
+        for t, kind in zip(tokens, types)
+        if kind == _USER_DEFINED and t and tokenizer.token_to_id(t) is not None
+    ]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in whole])
 
 
@@ -156,7 +235,9 @@ def _token(file, tokens, key):
 
 
 def _byte_spelling() -> dict[int, str]:
-    """GPT-2's table: every byte as a printable character (printable Latin-1 as itself, the rest from U+0100 on)."""
+    """GPT-2's table: every byte as a printable character (printable Latin-1 as itself, the
+    rest from U+0100 on).
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {b: chr(b) for b in printable}
     for b in range(256):

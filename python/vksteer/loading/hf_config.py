@@ -1,4 +1,6 @@
-"""A config.json's dictionary to the facts of `Config`: every key is read, known to be without influence, or refused by name."""
+"""A config.json's dictionary to the facts of `Config`: every key is read, known to be without
+influence, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +9,42 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-
-from . import rope as rotation
 from ..errors import ModelError
+from . import rope as rotation
 from .families import ACTIVATIONS, FAMILIES, GEMMA3_OUTER, HARMLESS, IGNORED, ROPE_KEYS, Family
 
-#: Upper bounds on sizes: well above any released model of these families, low enough that no product of two overflows 64 bits.
-LIMITS = {"n_layers": 1024, "d_model": 1 << 17, "n_heads": 4096, "n_kv_heads": 4096, "d_head": 4096, "d_mlp": 1 << 20, "d_vocab": 1 << 23,
-          "n_ctx": 1 << 27}
+#: Upper bounds on sizes: well above any released model of these families, low enough that no
+#: product of two overflows 64 bits.
+LIMITS = {
+    "n_layers": 1024,
+    "d_model": 1 << 17,
+    "n_heads": 4096,
+    "n_kv_heads": 4096,
+    "d_head": 4096,
+    "d_mlp": 1 << 20,
+    "d_vocab": 1 << 23,
+    "n_ctx": 1 << 27,
+}
 
 
 def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a config.json's dictionary, as `Config` takes them. Raises ModelError naming the key at fault."""
+    """The facts of a config.json's dictionary, as `Config` takes them. Raises ModelError
+    naming the key at fault.
+    """
     if not isinstance(config, Mapping):
         raise ModelError(f"a model configuration must be a dictionary, got {type(config).__name__}")
     family, architecture = find_family(config)
     tied_outside = None
-    if isinstance(config.get("text_config"), Mapping):  # Gemma 3 with an image tower: only its text part is read
-        _refuse_unknown({k: v for k, v in config.items() if k not in GEMMA3_OUTER}, family, allowed=frozenset())
+    # Gemma 3 with an image tower: only its text part is read
+    if isinstance(config.get("text_config"), Mapping):
+        _refuse_unknown(
+            {k: v for k, v in config.items() if k not in GEMMA3_OUTER}, family, allowed=frozenset()
+        )
         tied_outside = config.get("tie_word_embeddings", True)
-        config = {**config["text_config"], **{k: config[k] for k in ("bos_token_id", "eos_token_id") if config.get(k) is not None}}
+        config = {
+            **config["text_config"],
+            **{k: config[k] for k in ("bos_token_id", "eos_token_id") if config.get(k) is not None},
+        }
     _refuse_unknown(config, family, allowed=frozenset(family.defaults) | ROPE_KEYS)
     get = _Reader(config, family)
 
@@ -36,8 +54,10 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     d_head = get.optional_integer("head_dim", LIMITS["d_head"])
     if d_head is None:
         if d_model % n_heads:
-            raise ModelError(f"config key 'hidden_size' = {d_model} is not a multiple of 'num_attention_heads' = {n_heads}, "
-                             "and there is no 'head_dim'")
+            raise ModelError(
+                f"config key 'hidden_size' = {d_model} is not a multiple of 'num_attention_heads' ="
+                f" {n_heads}, and there is no 'head_dim'"
+            )
         d_head = d_model // n_heads
     if d_head % 2:
         raise ModelError(f"config key 'head_dim' = {d_head} must be even: rotation pairs channels")
@@ -49,39 +69,75 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     score_channels = get.number("query_pre_attn_scalar", low=0.0) if gemma else d_head
 
     return dict(
-        architecture=architecture, model_type=family.model_type, n_layers=n_layers, d_model=d_model, n_heads=n_heads,
-        n_kv_heads=get.optional_integer("num_key_value_heads", LIMITS["n_kv_heads"]) or n_heads, d_head=d_head,
-        d_mlp=get.integer("intermediate_size", LIMITS["d_mlp"]), d_vocab=get.integer("vocab_size", LIMITS["d_vocab"]), n_ctx=max_positions,
-        norm_eps=get.number("rms_norm_eps", low=0.0), norm_offset=1.0 if gemma else 0.0,
+        architecture=architecture,
+        model_type=family.model_type,
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=get.optional_integer("num_key_value_heads", LIMITS["n_kv_heads"]) or n_heads,
+        d_head=d_head,
+        d_mlp=get.integer("intermediate_size", LIMITS["d_mlp"]),
+        d_vocab=get.integer("vocab_size", LIMITS["d_vocab"]),
+        n_ctx=max_positions,
+        norm_eps=get.number("rms_norm_eps", low=0.0),
+        norm_offset=1.0 if gemma else 0.0,
         act=get.activation("hidden_activation" if gemma else "hidden_act"),
-        embed_scale=math.sqrt(d_model) if gemma else 1.0, attn_scale=score_channels ** -0.5,
-        attn_softcap=get.softcap("attn_logit_softcapping"), final_softcap=get.softcap("final_logit_softcapping"),
-        post_norms=gemma, qk_norm=family.qk_norm, qkv_bias=attention_bias or family.always_qkv_bias, o_bias=attention_bias,
-        mlp_bias=get.flag("mlp_bias"), tied=get.flag("tie_word_embeddings") if tied_outside is None else bool(tied_outside),
-        window=window, rope_table=rope_table, rope=rope,
-        bos_id=next(iter(token_ids(config, "bos_token_id")), None), eos_ids=token_ids(config, "eos_token_id"))
+        embed_scale=math.sqrt(d_model) if gemma else 1.0,
+        attn_scale=score_channels**-0.5,
+        attn_softcap=get.softcap("attn_logit_softcapping"),
+        final_softcap=get.softcap("final_logit_softcapping"),
+        post_norms=gemma,
+        qk_norm=family.qk_norm,
+        qkv_bias=attention_bias or family.always_qkv_bias,
+        o_bias=attention_bias,
+        mlp_bias=get.flag("mlp_bias"),
+        tied=get.flag("tie_word_embeddings") if tied_outside is None else bool(tied_outside),
+        window=window,
+        rope_table=rope_table,
+        rope=rope,
+        bos_id=next(iter(token_ids(config, "bos_token_id")), None),
+        eos_ids=token_ids(config, "eos_token_id"),
+    )
 
 
 def find_family(config: Mapping[str, Any]) -> tuple[Family, str]:
-    """The family that a config names, and the architecture's name; ModelError listing the supported ones otherwise."""
+    """The family that a config names, and the architecture's name; ModelError listing the
+    supported ones otherwise.
+    """
     named = config.get("architectures")
-    if named is not None and (not isinstance(named, list) or not all(isinstance(a, str) for a in named)):
+    if named is not None and (
+        not isinstance(named, list) or not all(isinstance(a, str) for a in named)
+    ):
         raise ModelError(f"config key 'architectures' = {named!r} must be a list of names")
     model_type = config.get("model_type")
-    outer = {"gemma3": "gemma3_text"}.get(model_type, model_type) if isinstance(model_type, str) else None
+    outer = (
+        {"gemma3": "gemma3_text"}.get(model_type, model_type)
+        if isinstance(model_type, str)
+        else None
+    )
     for family in FAMILIES:
         if named:
-            if named[0] in family.architectures and (model_type is None or outer == family.model_type):
+            if named[0] in family.architectures and (
+                model_type is None or outer == family.model_type
+            ):
                 return family, named[0]
         elif outer == family.model_type:
-            return family, family.architectures[0] if model_type != "gemma3" else family.architectures[-1]
+            return family, (
+                family.architectures[0] if model_type != "gemma3" else family.architectures[-1]
+            )
     supported = ", ".join(a for f in FAMILIES for a in f.architectures)
-    what = f"architecture {named[0]!r} (model_type {model_type!r})" if named else f"model_type {model_type!r}"
+    what = (
+        f"architecture {named[0]!r} (model_type {model_type!r})"
+        if named
+        else f"model_type {model_type!r}"
+    )
     raise ModelError(f"{what} is not supported; supported architectures: {supported}")
 
 
 def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """A token id or list of token ids as a tuple; null and negative ids (Llama 2's padding is -1) mean none."""
+    """A token id or list of token ids as a tuple; null and negative ids (Llama 2's
+    padding is -1) mean none.
+    """
     value = config.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
@@ -90,7 +146,9 @@ def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 class _Reader:
-    """Typed reads of a config dictionary, defaults from the family's table, errors that name the key."""
+    """Typed reads of a config dictionary, defaults from the family's table,
+    errors that name the key.
+    """
 
     def __init__(self, config, family):
         self.config, self.defaults = config, family.defaults
@@ -130,7 +188,10 @@ class _Reader:
     def activation(self, key):
         value = self.raw(key) or self.defaults[key]
         if not isinstance(value, str) or value not in ACTIVATIONS:
-            raise ModelError(f"config key {key!r} = {value!r} is not a supported activation; supported: {', '.join(ACTIVATIONS)}")
+            raise ModelError(
+                f"config key {key!r} = {value!r} is not a supported activation; supported:"
+                f" {', '.join(ACTIVATIONS)}"
+            )
         return ACTIVATIONS[value]
 
 
@@ -141,14 +202,22 @@ def _refuse_unknown(config, family, allowed):
         if key == "partial_rotary_factor":
             neutral = value in (None, 1)
             allowed = allowed - {key}
-        if key == "use_bidirectional_attention" or (key == "attn_logit_softcapping" and family.local_theta is not None):
-            allowed = allowed - {key}  # Gemma 3 in transformers has no soft cap on scores, whatever its config says
+        if key == "use_bidirectional_attention" or (
+            key == "attn_logit_softcapping" and family.local_theta is not None
+        ):
+            # Gemma 3 in transformers has no soft cap on scores, whatever its config says
+            allowed = allowed - {key}
         if neutral or key in allowed or key in ignored or key in HARMLESS:
             continue
         if key == "quantization_config":
-            raise ModelError("config key 'quantization_config': quantised safetensors checkpoints are not supported; use the unquantised "
-                             "checkpoint or a GGUF file")
-        raise ModelError(f"config key {key!r} = {_short(value)} would change the numbers and is not understood for {family.model_type}")
+            raise ModelError(
+                "config key 'quantization_config': quantised safetensors checkpoints are not"
+                " supported; use the unquantised checkpoint or a GGUF file"
+            )
+        raise ModelError(
+            f"config key {key!r} = {_short(value)} would change the numbers and is not understood"
+            f" for {family.model_type}"
+        )
 
 
 def _short(value):
@@ -164,34 +233,50 @@ def _windows(get, family, n_layers):
     types = get.raw("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layers:
-            raise ModelError(f"config key 'layer_types' must list {n_layers} layers, got {_short(types)}")
+            raise ModelError(
+                f"config key 'layer_types' must list {n_layers} layers, got {_short(types)}"
+            )
         unknown = next((t for t in types if t not in ("full_attention", "sliding_attention")), None)
         if unknown is not None:
-            raise ModelError(f"config key 'layer_types' names {unknown!r}; known: 'full_attention', 'sliding_attention'")
+            raise ModelError(
+                f"config key 'layer_types' names {unknown!r}; known: 'full_attention',"
+                " 'sliding_attention'"
+            )
         slides = [t == "sliding_attention" for t in types]
         if family.model_type == "mistral" and any(s != (window is not None) for s in slides):
-            raise ModelError(f"config key 'layer_types' = {_short(types)} contradicts 'sliding_window' = {window}: Mistral has one kind of layer")
+            raise ModelError(
+                f"config key 'layer_types' = {_short(types)} contradicts 'sliding_window' ="
+                f" {window}: Mistral has one kind of layer"
+            )
     elif family.model_type == "gemma2":
         slides = [i % 2 == 0 for i in range(n_layers)]
     elif family.local_theta is not None:
         pattern = get.optional_integer("sliding_window_pattern", LIMITS["n_layers"])
         if pattern is None:
-            raise ModelError("config key 'sliding_window_pattern' must be a positive integer, not null")
+            raise ModelError(
+                "config key 'sliding_window_pattern' must be a positive integer, not null"
+            )
         slides = [(i + 1) % pattern != 0 for i in range(n_layers)]
     elif "max_window_layers" in family.defaults:
         first = get.raw("max_window_layers")
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise ModelError(f"config key 'max_window_layers' = {first!r} must be a count of layers")
+            raise ModelError(
+                f"config key 'max_window_layers' = {first!r} must be a count of layers"
+            )
         slides = [window is not None and i >= first for i in range(n_layers)]
     else:
         slides = [window is not None] * n_layers
     if any(slides) and window is None:
-        raise ModelError("config key 'layer_types' has sliding layers, but there is no 'sliding_window'")
+        raise ModelError(
+            "config key 'layer_types' has sliding layers, but there is no 'sliding_window'"
+        )
     return tuple(window if s else 0 for s in slides)
 
 
 def _rotations(get, family, window, d_head, max_positions):
-    """(tables, table of each layer). Gemma 3 has two: full layers use table 0, sliding layers table 1."""
+    """(tables, table of each layer). Gemma 3 has two: full layers use table 0,
+    sliding layers table 1.
+    """
     config = get.config
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
@@ -202,31 +287,49 @@ def _rotations(get, family, window, d_head, max_positions):
     def build(values, theta):
         if rotation.rope_type(values) == "dynamic":
             _warn_dynamic(max_positions)
-        return rotation.table(values, d_head=d_head, max_positions=max_positions, default_theta=theta)
+        return rotation.table(
+            values, d_head=d_head, max_positions=max_positions, default_theta=theta
+        )
 
     if family.local_theta is None:
         if nested:
-            raise ModelError(f"config key 'rope_parameters' is nested per layer type, which {family.model_type} does not have")
+            raise ModelError(
+                f"config key 'rope_parameters' is nested per layer type, which {family.model_type}"
+                " does not have"
+            )
         values = dict(scaling or parameters or {})
         if values.get("rope_theta") is None and config.get("rope_theta") is not None:
             values["rope_theta"] = config["rope_theta"]
         outside = config.get("original_max_position_embeddings")
         if outside is not None and rotation.rope_type(values) in ("llama3", "yarn"):
-            values["original_max_position_embeddings"] = outside  # as in transformers: the outer key wins
+            # as in transformers: the outer key wins
+            values["original_max_position_embeddings"] = outside
         return (build(values, family.default_theta),), (0,) * len(window)
 
     if parameters and (not nested or set(parameters) - set(nested)):
-        raise ModelError(f"config key 'rope_parameters' = {_short(parameters)} must be nested by 'full_attention' and 'sliding_attention'")
+        raise ModelError(
+            f"config key 'rope_parameters' = {_short(parameters)} must be nested by"
+            " 'full_attention' and 'sliding_attention'"
+        )
     if config.get("original_max_position_embeddings") is not None:
-        raise ModelError(f"config key 'original_max_position_embeddings' would change the numbers and is not understood for {family.model_type}")
+        raise ModelError(
+            "config key 'original_max_position_embeddings' would change the numbers and is not"
+            f" understood for {family.model_type}"
+        )
     tables = []
-    for key, outer, theta in (("full_attention", "rope_theta", family.default_theta),
-                              ("sliding_attention", "rope_local_base_freq", family.local_theta)):
+    for key, outer, theta in (
+        ("full_attention", "rope_theta", family.default_theta),
+        ("sliding_attention", "rope_local_base_freq", family.local_theta),
+    ):
         inner = (parameters or {}).get(key)
         if inner is not None and not isinstance(inner, Mapping):
-            raise ModelError(f"config key 'rope_parameters' has {key!r} = {_short(inner)}, which must be a dictionary or null")
+            raise ModelError(
+                f"config key 'rope_parameters' has {key!r} = {_short(inner)}, which must be a"
+                " dictionary or null"
+            )
         values = dict(inner or {})
-        if key == "full_attention" and scaling:  # released Gemma 3: rope_scaling is for the full layers only
+        # released Gemma 3: rope_scaling is for the full layers only
+        if key == "full_attention" and scaling:
             values.pop("rope_type", None)
             values.update(scaling)
         if values.get("rope_theta") is None and config.get(outer) is not None:
@@ -242,5 +345,8 @@ def _warn_dynamic(max_positions):
     global _dynamic_said
     if not _dynamic_said:
         _dynamic_said = True
-        warnings.warn(f"rope scaling 'dynamic' changes all rotations when a text grows beyond {max_positions} tokens; contexts are "
-                      f"limited to {max_positions}, up to where it equals no scaling", stacklevel=5)
+        warnings.warn(
+            f"rope scaling 'dynamic' changes all rotations when a text grows beyond {max_positions}"
+            f" tokens; contexts are limited to {max_positions}, up to where it equals no scaling",
+            stacklevel=5,
+        )

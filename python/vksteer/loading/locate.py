@@ -1,4 +1,6 @@
-"""Where a model lies: a folder, a .gguf file, a bundled name, or a name on the hub, which is fetched into the hub client's own cache."""
+"""Where a model lies: a folder, a .gguf file, a bundled name, or a name on the hub, which is
+fetched into the hub client's own cache.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,25 @@ from ..errors import ModelError
 
 BUNDLED = ("tiny-llama-chat", "tiny-gemma-chat")
 
-#: What is downloaded from the hub: weights in safetensors, and the small files that say what they mean. Never pickles.
+#: What is downloaded from the hub: weights in safetensors, and the small files that say what they
+#: mean. Never pickles.
 CONFIG_PATTERNS = ["config.json", "generation_config.json"]
-MODEL_PATTERNS = CONFIG_PATTERNS + ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                                    "chat_template.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+MODEL_PATTERNS = CONFIG_PATTERNS + [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+]
 
 
 def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
-    """The folder or file that a source names, downloading from the hub if it must (into huggingface_hub's own cache)."""
+    """The folder or file that a source names, downloading from the hub if it must (into
+    huggingface_hub's own cache).
+    """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"a model source must be a path or a name, got {type(source).__name__}")
     text = os.fspath(source)
@@ -26,10 +39,14 @@ def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
     if text in BUNDLED and not os.path.isdir(text):
         path = Path(__file__).parents[1] / "models" / text
         if not (path / "config.json").exists():
-            raise ModelError(f"the bundled model {text!r} is missing from this installation ({path}); reinstall vksteer")
+            raise ModelError(
+                f"the bundled model {text!r} is missing from this installation ({path}); reinstall"
+                " vksteer"
+            )
         return path
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path):  # os.path's tests say False, rather than raise, for names that no file can have
+    # os.path's tests say False, rather than raise, for names that no file can have
+    if os.path.isdir(path):
         return path
     if os.path.isfile(path):
         if path.suffix in (".gguf", ".json"):
@@ -37,7 +54,11 @@ def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
         raise ModelError(f"{path} is neither a folder, a .gguf file nor a config.json")
     if os.path.exists(path):
         raise ModelError(f"{path} is not a regular file or folder")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", text) or text.endswith((".gguf", ".json", ".safetensors")) or ".." in text:
+    if (
+        not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", text)
+        or text.endswith((".gguf", ".json", ".safetensors"))
+        or ".." in text
+    ):
         raise ModelError(f"there is no file or folder {text!r}")
     return _download(text, revision, patterns)
 
@@ -46,17 +67,36 @@ def _download(name, revision, patterns) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ModelError(f"there is no folder {name!r}, and fetching it from the hub needs huggingface_hub: pip install huggingface_hub") from error
+        raise ModelError(
+            f"there is no folder {name!r}, and fetching it from the hub needs huggingface_hub: pip"
+            " install huggingface_hub"
+        ) from error
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these; they carry the reason
+    # huggingface_hub's errors derive from these; they carry the reason
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name!r} is neither a folder nor a bundled model ({', '.join(BUNDLED)}), and the hub did not give it: {reason}") from error
+        raise ModelError(
+            f"{name!r} is neither a folder nor a bundled model ({', '.join(BUNDLED)}), and the hub"
+            f" did not give it: {reason}"
+        ) from error
     except Exception as error:
-        # The HTTP client's own errors (its library has changed between releases) mean the same to the user.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub"):
+        # The HTTP client's own errors (its library has changed between releases) mean
+        # the same to the user.
+        if type(error).__module__.split(".")[0] not in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "httpcore2",
+            "requests",
+            "urllib3",
+            "huggingface_hub",
+        ):
             raise
-        raise ModelError(f"{name!r} is neither a folder nor a bundled model, and the hub cannot be reached: {error}") from error
+        raise ModelError(
+            f"{name!r} is neither a folder nor a bundled model, and the hub cannot be reached:"
+            f" {error}"
+        ) from error
 
 
 def only_gguf(folder) -> Path | None:

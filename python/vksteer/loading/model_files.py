@@ -1,32 +1,39 @@
-"""From what a user names to a model's files: folder, .gguf file, bundled name, or a name on the hub.
+"""From what a user names to a model's files: folder, .gguf file, bundled name,
+or a name on the hub.
 
-`open_model` gives a `ModelFiles`: the config, a table of tensors that says where each one's bytes lie (or makes them), and the tokenizer.
-Weights are not read here: the engine maps the files. Everything heavy (huggingface_hub, tokenizers, gguf) is imported where it is used.
+`open_model` gives a `ModelFiles`: the config, a table of tensors that says where each one's bytes
+lie (or makes them), and the tokenizer. Weights are not read here: the engine maps the files.
+Everything heavy (huggingface_hub, tokenizers, gguf) is imported where it is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
-from . import dtypes
 from ..base.json_files import read_json
+from ..errors import ModelError
+from . import dtypes
 from .config import CONFIG_BYTES, Config
 from .hf_config import token_ids
 from .locate import MODEL_PATTERNS, locate, only_gguf
-from ..errors import ModelError
 
 DTYPES = ("auto", *dtypes.STORAGE)
 
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor for the engine. Either bytes of a file (`file` is an index into ModelFiles.paths) or made on demand (`file` is None)."""
+    """One tensor for the engine. Either bytes of a file (`file` is an index into ModelFiles.paths)
+    or made on demand (`file` is None).
+    """
 
     name: str  # docs/architecture.md
-    dtype: str  # "float32", "bfloat16" or "float16": what `array()` gives and what the file range holds
+    # "float32", "bfloat16" or "float16": what `array()` gives and what the file range holds
+    dtype: str
     shape: tuple[int, ...]
     file: int | None = None
     offset: int = 0
@@ -34,14 +41,18 @@ class TensorEntry:
     _load: Callable[[], np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def array(self) -> np.ndarray:
-        """The values, C-contiguous, `shape`, in `dtype` (bfloat16 as uint16 bits); a fresh array each time. ModelError if damaged."""
+        """The values, C-contiguous, `shape`, in `dtype` (bfloat16 as uint16 bits); a fresh array
+        each time. ModelError if damaged.
+        """
         assert self._load is not None
         return self._load()
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """An opened model. Iterate `tensors` once, front to back, and drop each array before asking for the next: memory stays small."""
+    """An opened model. Iterate `tensors` once, front to back, and drop each array before asking for
+    the next: memory stays small.
+    """
 
     config: Config
     paths: tuple[str, ...]  # files that entries point into
@@ -58,7 +69,9 @@ class ModelFiles:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """End tokens of the config and of generation_config.json; a tokenizer may know more (`Tokenizer.eos_ids`)."""
+        """End tokens of the config and of generation_config.json; a tokenizer may know more
+        (`Tokenizer.eos_ids`).
+        """
         return tuple(dict.fromkeys(self.generation_eos + self.config.eos_ids))
 
     def tokenizer(self):
@@ -78,8 +91,9 @@ class ModelFiles:
 def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
     """Finds and checks a model's files.
 
-    dtype: "auto" keeps what is stored and makes bfloat16 of quantised matrices; "float32", "bfloat16", "float16" convert matrices on the way
-    (vectors, that is gains and biases, stay as stored). Raises ModelError for files, ValueError for a dtype, TypeError for a source.
+    dtype: "auto" keeps what is stored and makes bfloat16 of quantised matrices; "float32",
+    "bfloat16", "float16" convert matrices on the way (vectors, that is gains and biases, stay as
+    stored). Raises ModelError for files, ValueError for a dtype, TypeError for a source.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -87,12 +101,18 @@ def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
     if path.is_dir() and not (path / "config.json").exists():
         only = only_gguf(path)
         if only is None:
-            raise ModelError(f"{path} has no config.json" + (" and more than one .gguf file: name one" if list(path.glob("*.gguf")) else ""))
+            raise ModelError(
+                f"{path} has no config.json"
+                + (" and more than one .gguf file: name one" if list(path.glob("*.gguf")) else "")
+            )
         path = only
     if path.suffix == ".gguf":
         return _open_gguf(path, dtype)
     if not path.is_dir():
-        raise ModelError(f"{path} is a configuration alone, without weights; Config.from_pretrained reads it, or name its folder")
+        raise ModelError(
+            f"{path} is a configuration alone, without weights; Config.from_pretrained reads it, or"
+            " name its folder"
+        )
     return _open_folder(path, dtype)
 
 
@@ -102,20 +122,36 @@ def _open_folder(folder, dtype) -> ModelFiles:
     config = Config.from_json(folder / "config.json")
     paths, stored = st.read_checkpoint(folder)
     matched, extra = st.match(config, paths, stored)
-    entries = [_mapped_entry(name, st.DTYPES[t.dtype], t.shape, paths[t.file], t.file, t.offset, t.nbytes, dtype) for name, t in matched.items()]
+    entries = [
+        _mapped_entry(
+            name, st.DTYPES[t.dtype], t.shape, paths[t.file], t.file, t.offset, t.nbytes, dtype
+        )
+        for name, t in matched.items()
+    ]
     generation = folder / "generation_config.json"
-    eos = token_ids(read_json(generation, limit=CONFIG_BYTES), "eos_token_id") if generation.exists() else ()
-    return ModelFiles(config, tuple(str(p) for p in paths), tuple(entries), extra, folder, generation_eos=eos)
+    eos = (
+        token_ids(read_json(generation, limit=CONFIG_BYTES), "eos_token_id")
+        if generation.exists()
+        else ()
+    )
+    return ModelFiles(
+        config, tuple(str(p) for p in paths), tuple(entries), extra, folder, generation_eos=eos
+    )
 
 
 def _mapped_entry(name, stored, shape, path, file, offset, nbytes, dtype) -> TensorEntry:
-    """A tensor whose bytes lie in a file as they are, or converted on the way if another dtype is asked for."""
+    """A tensor whose bytes lie in a file as they are, or converted on the way if
+    another dtype is asked for.
+    """
+
     def read():
         with open(path, "rb") as stream:
             stream.seek(offset)
             data = stream.read(nbytes)
         if len(data) != nbytes:
-            raise ModelError(f"{path}: tensor {name!r} ends outside the file; it was changed while it was read")
+            raise ModelError(
+                f"{path}: tensor {name!r} ends outside the file; it was changed while it was read"
+            )
         return np.frombuffer(bytearray(data), dtype=dtypes.STORAGE[stored]).reshape(shape)
 
     if dtype in ("auto", stored) or len(shape) < 2:
@@ -124,10 +160,15 @@ def _mapped_entry(name, stored, shape, path, file, offset, nbytes, dtype) -> Ten
     def converted():
         values = dtypes.convert(read(), stored, dtype)
         if dtype == "float16" and not np.isfinite(values).all():
-            raise ModelError(f"{path}: tensor {name!r} has values that float16 cannot hold; use bfloat16 or float32")
+            raise ModelError(
+                f"{path}: tensor {name!r} has values that float16 cannot hold; use bfloat16 or"
+                " float32"
+            )
         return values
 
-    return TensorEntry(name, dtype, shape, None, 0, int(np.prod(shape)) * dtypes.STORAGE[dtype].itemsize, converted)
+    return TensorEntry(
+        name, dtype, shape, None, 0, int(np.prod(shape)) * dtypes.STORAGE[dtype].itemsize, converted
+    )
 
 
 def _open_gguf(path, dtype) -> ModelFiles:
@@ -143,14 +184,21 @@ def _open_gguf(path, dtype) -> ModelFiles:
             if tensor is None:
                 raise ModelError(f"{path}: tensor {gguf_name(name)!r} is missing")
             if tensor.shape != shape:
-                raise ModelError(f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)} contradicts the metadata, which ask for {list(shape)}")
+                raise ModelError(
+                    f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)} contradicts the"
+                    f" metadata, which ask for {list(shape)}"
+                )
             used.add(tensor.name)
             entries.append(_gguf_entry(file, name, tensor, config, dtype))
         extra = tuple(n for n in file.tensors if n not in used)
-        stray = next((n for n in extra if n.startswith("blk.") and not n.endswith(".attn_rot_embd")), None)
+        stray = next(
+            (n for n in extra if n.startswith("blk.") and not n.endswith(".attn_rot_embd")), None
+        )
         if stray is not None:
-            raise ModelError(f"{path}: tensor {stray[:200]!r} belongs to no part of a {config.architecture} with these metadata; ignoring it "
-                             "would change the numbers")
+            raise ModelError(
+                f"{path}: tensor {stray[:200]!r} belongs to no part of a {config.architecture} with"
+                " these metadata; ignoring it would change the numbers"
+            )
     except BaseException:
         file.close()
         raise
@@ -160,16 +208,32 @@ def _open_gguf(path, dtype) -> ModelFiles:
 def _gguf_entry(file, name, tensor, config, dtype) -> TensorEntry:
     from .gguf_file import PLAIN
 
-    # llama.cpp interleaves the rows of llama's q and k for its own rotation; the other architectures are stored as they were.
-    heads = {"wq": config.n_heads, "bq": config.n_heads, "wk": config.n_kv_heads, "bk": config.n_kv_heads}.get(name.split(".")[-1], 0)
+    # llama.cpp interleaves the rows of llama's q and k for its own rotation; the other
+    # architectures are stored as they were.
+    heads = {
+        "wq": config.n_heads,
+        "bq": config.n_heads,
+        "wk": config.n_kv_heads,
+        "bk": config.n_kv_heads,
+    }.get(name.split(".")[-1], 0)
     if file.metadata["general.architecture"] != "llama":
         heads = 0
     plain = PLAIN.get(tensor.type)
     if plain and not heads and (len(tensor.shape) < 2 or dtype in ("auto", plain)):
-        return _mapped_entry(name, plain, tensor.shape, file.path, 0, tensor.offset, tensor.nbytes, "auto")
+        return _mapped_entry(
+            name, plain, tensor.shape, file.path, 0, tensor.offset, tensor.nbytes, "auto"
+        )
     if dtype == "auto" or len(tensor.shape) < 2:
         target = plain or ("bfloat16" if len(tensor.shape) >= 2 else "float32")
     else:
         target = dtype
     nbytes = int(np.prod(tensor.shape)) * dtypes.STORAGE[target].itemsize
-    return TensorEntry(name, target, tensor.shape, None, 0, nbytes, lambda: file.array(tensor.name, target, permuted_heads=heads))
+    return TensorEntry(
+        name,
+        target,
+        tensor.shape,
+        None,
+        0,
+        nbytes,
+        lambda: file.array(tensor.name, target, permuted_heads=heads),
+    )

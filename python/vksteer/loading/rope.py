@@ -1,13 +1,16 @@
-"""Rotation tables: the inverse frequencies of every rope scaling that released checkpoints of the supported families use.
+"""Rotation tables: the inverse frequencies of every rope scaling that released checkpoints of the
+supported families use.
 
-The formulas are those of transformers' `modeling_rope_utils.py`, in float64 (the oracle computes them in float32; the engine rounds once, at the
-end). Rotation pairs channel i with i + d_head/2 ("half-split"), as Hugging Face checkpoints store it.
+The formulas are those of transformers' `modeling_rope_utils.py`, in float64 (the oracle computes
+them in float32; the engine rounds once, at the end). Rotation pairs channel i with i + d_head/2
+("half-split"), as Hugging Face checkpoints store it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,21 +20,35 @@ from ..errors import ModelError
 class RopeTable(NamedTuple):
     """One rotation table. A plain tuple to C."""
 
-    inv_freq: np.ndarray  # float64 [d_head/2]: angle of channel pair i at position p is p * inv_freq[i]
+    # float64 [d_head/2]: angle of channel pair i at position p is p * inv_freq[i]
+    inv_freq: np.ndarray
     attention_factor: float  # multiplies cos and sin (yarn; 1.0 otherwise)
 
 
-#: rope type -> keys that it reads. A key that is set and not read would mean that the file and the formula disagree: refused by name.
+#: rope type -> keys that it reads. A key that is set and not read would mean that the file and the
+#: formula disagree: refused by name.
 UNDERSTOOD = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
 }
 
 REFUSED = {
-    "longrope": "it switches tables with the length of the text, so the numbers of a prefix would depend on what follows it",
+    "longrope": (
+        "it switches tables with the length of the text, so the numbers of a prefix would depend on"
+        " what follows it"
+    ),
     "su": "it is the older name of longrope",
     "mrope": "it rotates by image coordinates",
     "proportional": "no supported family uses it",
@@ -43,22 +60,28 @@ def rope_type(parameters: Mapping[str, Any]) -> str:
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
-def table(parameters: Mapping[str, Any], *, d_head: int, max_positions: int, default_theta: float) -> RopeTable:
+def table(
+    parameters: Mapping[str, Any], *, d_head: int, max_positions: int, default_theta: float
+) -> RopeTable:
     """The table that a config's rope dictionary describes.
 
-    parameters: `rope_parameters` or `rope_scaling` with `rope_theta` merged in; max_positions: max_position_embeddings.
-    Raises ModelError for a scaling that is not understood, a key without meaning for it, or a number out of range.
+    parameters: `rope_parameters` or `rope_scaling` with `rope_theta` merged in; max_positions:
+    max_position_embeddings. Raises ModelError for a scaling that is not understood, a key without
+    meaning for it, or a number out of range.
     """
     kind = rope_type(parameters)
     if not isinstance(kind, str) or kind not in UNDERSTOOD:
         why = f" ({REFUSED[kind]})" if isinstance(kind, str) and kind in REFUSED else ""
-        raise ModelError(f"rope type {kind!r} is not supported{why}; supported: {', '.join(UNDERSTOOD)}")
+        raise ModelError(
+            f"rope type {kind!r} is not supported{why}; supported: {', '.join(UNDERSTOOD)}"
+        )
     _refuse_unread(kind, parameters)
 
     base = _number(parameters, "rope_theta", default_theta, low=1.0, strict=True)
     inv_freq = base ** -(np.arange(0, d_head, 2, dtype=np.float64) / d_head)
     if kind in ("default", "dynamic"):
-        # dynamic: up to max_position_embeddings the base is scaled by exactly 1; Config limits n_ctx to that length.
+        # dynamic: up to max_position_embeddings the base is scaled by exactly 1; Config limits
+        # n_ctx to that length.
         return _frozen(inv_freq, 1.0)
     if kind == "yarn":
         return _yarn(parameters, inv_freq, base, d_head, max_positions)
@@ -71,9 +94,15 @@ def table(parameters: Mapping[str, Any], *, d_head: int, max_positions: int, def
 def divided(rope: RopeTable, factors: np.ndarray) -> RopeTable:
     """GGUF's `rope_freqs.weight` (float32 [d_head/2]): each frequency is divided by its factor."""
     factors = np.asarray(factors, dtype=np.float64).reshape(-1)
-    if factors.shape != rope.inv_freq.shape or not np.isfinite(factors).all() or (factors <= 0).any():
-        raise ModelError(f"tensor 'rope_freqs.weight': expected {rope.inv_freq.size} positive factors, got shape {factors.shape} "
-                         f"with smallest value {factors.min(initial=np.inf)}")
+    if (
+        factors.shape != rope.inv_freq.shape
+        or not np.isfinite(factors).all()
+        or (factors <= 0).any()
+    ):
+        raise ModelError(
+            f"tensor 'rope_freqs.weight': expected {rope.inv_freq.size} positive factors, got shape"
+            f" {factors.shape} with smallest value {factors.min(initial=np.inf)}"
+        )
     return _frozen(rope.inv_freq / factors, rope.attention_factor)
 
 
@@ -82,11 +111,17 @@ def _llama3(parameters, inv_freq, factor, max_positions):
     high = _number(parameters, "high_freq_factor", None, low=0.0, strict=True)
     original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
     if high <= low:
-        raise ModelError(f"rope key 'high_freq_factor' = {high} must be larger than 'low_freq_factor' = {low}")
+        raise ModelError(
+            f"rope key 'high_freq_factor' = {high} must be larger than 'low_freq_factor' = {low}"
+        )
     wavelength = 2 * math.pi / inv_freq
     smooth = (original / wavelength - low) / (high - low)
     between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-    return np.where(wavelength > original / low, inv_freq / factor, np.where(wavelength < original / high, inv_freq, between))
+    return np.where(
+        wavelength > original / low,
+        inv_freq / factor,
+        np.where(wavelength < original / high, inv_freq, between),
+    )
 
 
 def _yarn(parameters, inv_freq, base, d_head, max_positions):
@@ -100,10 +135,13 @@ def _yarn(parameters, inv_freq, base, d_head, max_positions):
     def magnitude(scale):
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    inferred = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    inferred = (
+        magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    )
     attention_factor = _number(parameters, "attention_factor", inferred, low=0.0, strict=True)
 
-    def correction(rotations):  # the channel pair that turns `rotations` times within the original length
+    # the channel pair that turns `rotations` times within the original length
+    def correction(rotations):
         return d_head * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = correction(beta_fast), correction(beta_slow)
@@ -120,22 +158,38 @@ def _yarn(parameters, inv_freq, base, d_head, max_positions):
 def _refuse_unread(kind, parameters):
     read = UNDERSTOOD[kind] + ("rope_theta", "rope_type", "type")
     for key, value in parameters.items():
-        neutral = value is None or value is False or (key in ("factor", "partial_rotary_factor") and value == 1)
+        neutral = (
+            value is None
+            or value is False
+            or (key in ("factor", "partial_rotary_factor") and value == 1)
+        )
         if key not in read and not neutral:
-            raise ModelError(f"rope key {key!r} = {value!r} would change the numbers and is not understood for rope type {kind!r}")
+            raise ModelError(
+                f"rope key {key!r} = {value!r} would change the numbers and is not understood for"
+                f" rope type {kind!r}"
+            )
 
 
 def _number(parameters, key, default, *, low=-math.inf, strict=False) -> float:
-    """parameters[key] as a finite float above `low`; `default` where it is absent or null (None: it must be there)."""
+    """parameters[key] as a finite float above `low`; `default` where it is absent or null
+    (None: it must be there).
+    """
     value = parameters.get(key)
     if value is None:
         if default is None:
             raise ModelError(f"rope type {rope_type(parameters)!r} needs the key {key!r}")
         value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > 1e30:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or abs(value) > 1e30
+    ):
         raise ModelError(f"rope key {key!r} = {value!r} is not a finite number")
     if value < low or (strict and value <= low):
-        raise ModelError(f"rope key {key!r} = {value!r} must be {'above' if strict else 'at least'} {low}")
+        raise ModelError(
+            f"rope key {key!r} = {value!r} must be {'above' if strict else 'at least'} {low}"
+        )
     return float(value)
 
 

@@ -1,7 +1,9 @@
-"""Reading the *index* of safetensors checkpoints: which bytes of which file are which tensor. No weight is read here.
+"""Reading the *index* of safetensors checkpoints: which bytes of which file are which tensor. No
+weight is read here.
 
-A header is hostile until proven otherwise: every number is checked against the file's size before anything believes it. The data must be
-covered exactly once, from its first byte to the file's last, and a tensor's bytes must be its shape times its dtype.
+A header is hostile until proven otherwise: every number is checked against the file's size before
+anything believes it. The data must be covered exactly once, from its first byte to the file's last,
+and a tensor's bytes must be its shape times its dtype.
 """
 
 from __future__ import annotations
@@ -12,20 +14,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..base.json_files import parse_json, read_json
-from .config import Config
 from ..errors import ModelError
+from .config import Config
 from .tensor_names import HARMLESS_LAYER_TENSOR, HF_PREFIXES, HF_UNEMBED, hf_name, wanted
 
 HEADER_BYTES = 100 << 20  # the format's own limit
 INDEX_BYTES = 100 << 20
-MAX_SEPARATORS = 5_000_000  # commas and brackets in a header: 100,000 tensors have 600,000; more would only exhaust memory
+# commas and brackets in a header: 100,000 tensors have 600,000; more would only exhaust memory
+MAX_SEPARATORS = 5_000_000
 MAX_DIMENSIONS = 8
 MAX_SHARDS = 10_000
 
 #: safetensors dtype -> bits an element
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16,
-        "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6,
-        "F6_E3M2": 6}
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 #: dtypes that the engine holds
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -41,7 +65,9 @@ class Stored(NamedTuple):
 
 
 def read_header(path, file: int = 0) -> dict[str, Stored]:
-    """All tensors of one safetensors file. Raises ModelError naming file, tensor and reason for anything that is not exactly right."""
+    """All tensors of one safetensors file. Raises ModelError naming file, tensor and reason for
+    anything that is not exactly right.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as stream:
@@ -50,8 +76,10 @@ def read_header(path, file: int = 0) -> dict[str, Stored]:
                 raise ModelError(f"{path}: {size} bytes is too short for a safetensors file")
             length = int.from_bytes(stream.read(8), "little")
             if length > HEADER_BYTES or length > size - 8:
-                raise ModelError(f"{path}: the header claims {length:,} bytes, but the file has {size:,} (limit {HEADER_BYTES:,}); "
-                                 "the file is truncated or not safetensors")
+                raise ModelError(
+                    f"{path}: the header claims {length:,} bytes, but the file has {size:,} (limit"
+                    f" {HEADER_BYTES:,}); the file is truncated or not safetensors"
+                )
             text = stream.read(length)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
@@ -76,20 +104,33 @@ def _entry(path, name, value, file, start, size) -> Stored:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str):
         raise ModelError(f"{where}: dtype must be a string")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(n) for n in shape):
-        raise ModelError(f"{where}: shape {str(shape)[:100]} is not a list of at most {MAX_DIMENSIONS} non-negative integers")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(_is_count(n) for n in shape)
+    ):
+        raise ModelError(
+            f"{where}: shape {str(shape)[:100]} is not a list of at most {MAX_DIMENSIONS}"
+            " non-negative integers"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise ModelError(f"{where}: data_offsets {str(offsets)[:100]} is not a pair of non-negative integers")
+        raise ModelError(
+            f"{where}: data_offsets {str(offsets)[:100]} is not a pair of non-negative integers"
+        )
     begin, end = offsets
     if begin > end or end > size - start:
-        raise ModelError(f"{where}: bytes {begin}..{end} lie outside the file's {size - start:,} bytes of data; "
-                         "the file is truncated or its header lies")
+        raise ModelError(
+            f"{where}: bytes {begin}..{end} lie outside the file's {size - start:,} bytes of data; "
+            "the file is truncated or its header lies"
+        )
     if dtype in BITS:  # an unknown dtype can only be refused once somebody needs the tensor
         elements = 1
         for n in shape:
             elements *= n
         if elements * BITS[dtype] != (end - begin) * 8:
-            raise ModelError(f"{where}: shape {shape} of {dtype} does not take {end - begin:,} bytes")
+            raise ModelError(
+                f"{where}: shape {shape} of {dtype} does not take {end - begin:,} bytes"
+            )
     return Stored(file, dtype, tuple(shape), start + begin, end - begin)
 
 
@@ -104,14 +145,18 @@ def _check_cover(path, tensors, start, size):
         if t.offset < at:
             raise ModelError(f"{path}: tensor {name[:200]!r} overlaps {before[:200]!r}")
         if t.offset > at:
-            raise ModelError(f"{path}: tensor {name[:200]!r} leaves a gap of {t.offset - at:,} bytes before it")
+            raise ModelError(
+                f"{path}: tensor {name[:200]!r} leaves a gap of {t.offset - at:,} bytes before it"
+            )
         at, before = t.offset + t.nbytes, name
     if at != size:
         raise ModelError(f"{path}: {size - at:,} bytes after the last tensor belong to nothing")
 
 
 def read_checkpoint(folder) -> tuple[list[Path], dict[str, Stored]]:
-    """(paths, tensors) of a folder's checkpoint: model.safetensors, or the shards of model.safetensors.index.json."""
+    """(paths, tensors) of a folder's checkpoint: model.safetensors, or the shards of
+    model.safetensors.index.json.
+    """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -119,8 +164,15 @@ def read_checkpoint(folder) -> tuple[list[Path], dict[str, Stored]]:
     if index.exists():
         return _read_shards(folder, index)
     pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
-    hint = f"; {pickled[0]} is a pickle, which can run code and is never read: convert it to safetensors" if pickled else ""
-    raise ModelError(f"{folder} has no model.safetensors, model.safetensors.index.json or .gguf file{hint}")
+    hint = (
+        f"; {pickled[0]} is a pickle, which can run code and is never read: convert it to"
+        " safetensors"
+        if pickled
+        else ""
+    )
+    raise ModelError(
+        f"{folder} has no model.safetensors, model.safetensors.index.json or .gguf file{hint}"
+    )
 
 
 def _read_shards(folder, index):
@@ -129,9 +181,15 @@ def _read_shards(folder, index):
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: 'weight_map' must be an object that names each tensor's file")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.+=-]+\.safetensors", name) or name.startswith("."):
-            raise ModelError(f"{index}: tensor {tensor[:200]!r} is said to lie in {str(name)[:200]!r}, which is not the plain name of a "
-                             ".safetensors file in this folder")
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[\w.+=-]+\.safetensors", name)
+            or name.startswith(".")
+        ):
+            raise ModelError(
+                f"{index}: tensor {tensor[:200]!r} is said to lie in {str(name)[:200]!r}, which is"
+                " not the plain name of a .safetensors file in this folder"
+            )
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
         raise ModelError(f"{index}: {len(names):,} shards are more than any model has")
@@ -142,24 +200,40 @@ def _read_shards(folder, index):
             raise ModelError(f"{index}: the shard {name!r} is missing")
         for tensor, stored in read_header(path, i).items():
             if tensor in tensors:
-                raise ModelError(f"{path}: tensor {tensor[:200]!r} is also in {names[tensors[tensor].file]!r}")
+                raise ModelError(
+                    f"{path}: tensor {tensor[:200]!r} is also in {names[tensors[tensor].file]!r}"
+                )
             tensors[tensor] = stored
         paths.append(path)
     for tensor, name in weight_map.items():
         if tensor not in tensors:
-            raise ModelError(f"{index}: tensor {tensor[:200]!r} is not in {name!r}, nor in any shard")
+            raise ModelError(
+                f"{index}: tensor {tensor[:200]!r} is not in {name!r}, nor in any shard"
+            )
         if names[tensors[tensor].file] != name:
-            raise ModelError(f"{index}: tensor {tensor[:200]!r} is said to lie in {name!r}, but lies in {names[tensors[tensor].file]!r}")
+            raise ModelError(
+                f"{index}: tensor {tensor[:200]!r} is said to lie in {name!r}, but lies in"
+                f" {names[tensors[tensor].file]!r}"
+            )
     return paths, tensors
 
 
-def match(config: Config, paths, tensors: dict[str, Stored]) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """(engine name -> stored tensor, names of tensors that are not needed). Raises ModelError for a missing tensor, a shape that
-    contradicts the config, a dtype that the engine does not hold, and weights inside the layers that this architecture does not have."""
+def match(
+    config: Config, paths, tensors: dict[str, Stored]
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """(engine name -> stored tensor, names of tensors that are not needed). Raises ModelError for a
+    missing tensor, a shape that contradicts the config, a dtype that the engine does not hold, and
+    weights inside the layers that this architecture does not have.
+    """
     prefixes = [p for p in HF_PREFIXES if p + "embed_tokens.weight" in tensors]
     if len(prefixes) != 1:
-        found = ", ".join(repr(p + "embed_tokens.weight") for p in prefixes) or "none of them is there"
-        raise ModelError(f"{paths[0].parent}: expected exactly one of {', '.join(repr(p + 'embed_tokens.weight') for p in HF_PREFIXES)}; found: {found}")
+        found = (
+            ", ".join(repr(p + "embed_tokens.weight") for p in prefixes) or "none of them is there"
+        )
+        raise ModelError(
+            f"{paths[0].parent}: expected exactly one of"
+            f" {', '.join(repr(p + 'embed_tokens.weight') for p in HF_PREFIXES)}; found: {found}"
+        )
     prefix = prefixes[0]
     unembed = next((n for n in HF_UNEMBED if n in tensors), HF_UNEMBED[0])
     result, used = {}, set()
@@ -170,16 +244,31 @@ def match(config: Config, paths, tensors: dict[str, Stored]) -> tuple[dict[str, 
             raise ModelError(f"{paths[0].parent}: tensor {hf!r} is missing")
         where = f"{paths[stored.file]}: tensor {hf!r}"
         if stored.dtype not in DTYPES:
-            raise ModelError(f"{where}: dtype {stored.dtype[:40]!r} is not supported; supported: {', '.join(DTYPES)}")
+            raise ModelError(
+                f"{where}: dtype {stored.dtype[:40]!r} is not supported; supported:"
+                f" {', '.join(DTYPES)}"
+            )
         if stored.shape != shape:
-            raise ModelError(f"{where}: shape {list(stored.shape)} contradicts the config, which asks for {list(shape)}")
+            raise ModelError(
+                f"{where}: shape {list(stored.shape)} contradicts the config, which asks for"
+                f" {list(shape)}"
+            )
         result[name] = stored
         used.add(hf)
     extra = tuple(n for n in tensors if n not in used)
-    stray = next((n for n in extra if n.startswith(prefix + "layers.") and not HARMLESS_LAYER_TENSOR.search(n)), None)
+    stray = next(
+        (
+            n
+            for n in extra
+            if n.startswith(prefix + "layers.") and not HARMLESS_LAYER_TENSOR.search(n)
+        ),
+        None,
+    )
     if stray is not None:
-        raise ModelError(f"{paths[tensors[stray].file]}: tensor {stray[:200]!r} belongs to no part of a {config.architecture} with this "
-                         "config; ignoring it would change the numbers")
+        raise ModelError(
+            f"{paths[tensors[stray].file]}: tensor {stray[:200]!r} belongs to no part of a"
+            f" {config.architecture} with this config; ignoring it would change the numbers"
+        )
     if config.tied and unembed in tensors:
         _check_tied(paths, tensors, prefix + "embed_tokens.weight", unembed)
     return result, extra
@@ -199,4 +288,7 @@ def _check_tied(paths, tensors, embed, unembed):
                 same = first.read(step) == second.read(step)
                 left -= step
     if not same:
-        raise ModelError(f"{paths[b.file]}: the config ties the unembedding to the embedding, but {unembed!r} differs from {embed!r}")
+        raise ModelError(
+            f"{paths[b.file]}: the config ties the unembedding to the embedding, but {unembed!r}"
+            f" differs from {embed!r}"
+        )

@@ -1,4 +1,6 @@
-"""Which tensors a model of a given Config has: the engine's names and shapes, and what Hugging Face and GGUF files call them."""
+"""Which tensors a model of a given Config has: the engine's names and shapes, and what Hugging Face
+and GGUF files call them.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +9,66 @@ from typing import NamedTuple
 
 from .config import Config
 
-#: Where the text model may lie in a checkpoint's names, in order of preference. The last two are Gemma 3 with an image tower.
+#: Where the text model may lie in a checkpoint's names, in order of preference. The last two are
+#: Gemma 3 with an image tower.
 HF_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
 HF_UNEMBED = ("lm_head.weight", "language_model.lm_head.weight")
 
 _HF_LAYER = {
-    "ln1": "input_layernorm.weight", "ln2": "post_attention_layernorm.weight", "wq": "self_attn.q_proj.weight",
-    "wk": "self_attn.k_proj.weight", "wv": "self_attn.v_proj.weight", "wo": "self_attn.o_proj.weight", "bq": "self_attn.q_proj.bias",
-    "bk": "self_attn.k_proj.bias", "bv": "self_attn.v_proj.bias", "bo": "self_attn.o_proj.bias", "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight", "wgate": "mlp.gate_proj.weight", "wup": "mlp.up_proj.weight", "wdown": "mlp.down_proj.weight",
-    "bgate": "mlp.gate_proj.bias", "bup": "mlp.up_proj.bias", "bdown": "mlp.down_proj.bias",
+    "ln1": "input_layernorm.weight",
+    "ln2": "post_attention_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "bq": "self_attn.q_proj.bias",
+    "bk": "self_attn.k_proj.bias",
+    "bv": "self_attn.v_proj.bias",
+    "bo": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "wgate": "mlp.gate_proj.weight",
+    "wup": "mlp.up_proj.weight",
+    "wdown": "mlp.down_proj.weight",
+    "bgate": "mlp.gate_proj.bias",
+    "bup": "mlp.up_proj.bias",
+    "bdown": "mlp.down_proj.bias",
 }
-#: With post-norms, transformers' post_attention_layernorm is the norm on attention's *output*, and ln2 has another name.
-_HF_POST_NORMS = {"ln1_post": "post_attention_layernorm.weight", "ln2": "pre_feedforward_layernorm.weight",
-                  "ln2_post": "post_feedforward_layernorm.weight"}
+#: With post-norms, transformers' post_attention_layernorm is the norm on attention's *output*, and
+#: ln2 has another name.
+_HF_POST_NORMS = {
+    "ln1_post": "post_attention_layernorm.weight",
+    "ln2": "pre_feedforward_layernorm.weight",
+    "ln2_post": "post_feedforward_layernorm.weight",
+}
 
 _GGUF_LAYER = {
-    "ln1": "attn_norm.weight", "ln2": "ffn_norm.weight", "ln1_post": "post_attention_norm.weight", "ln2_post": "post_ffw_norm.weight",
-    "wq": "attn_q.weight", "wk": "attn_k.weight", "wv": "attn_v.weight", "wo": "attn_output.weight", "bq": "attn_q.bias",
-    "bk": "attn_k.bias", "bv": "attn_v.bias", "bo": "attn_output.bias", "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
-    "wgate": "ffn_gate.weight", "wup": "ffn_up.weight", "wdown": "ffn_down.weight", "bgate": "ffn_gate.bias", "bup": "ffn_up.bias",
+    "ln1": "attn_norm.weight",
+    "ln2": "ffn_norm.weight",
+    "ln1_post": "post_attention_norm.weight",
+    "ln2_post": "post_ffw_norm.weight",
+    "wq": "attn_q.weight",
+    "wk": "attn_k.weight",
+    "wv": "attn_v.weight",
+    "wo": "attn_output.weight",
+    "bq": "attn_q.bias",
+    "bk": "attn_k.bias",
+    "bv": "attn_v.bias",
+    "bo": "attn_output.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "wgate": "ffn_gate.weight",
+    "wup": "ffn_up.weight",
+    "wdown": "ffn_down.weight",
+    "bgate": "ffn_gate.bias",
+    "bup": "ffn_up.bias",
     "bdown": "ffn_down.bias",
 }
-_GGUF_TOP = {"embed": "token_embd.weight", "unembed": "output.weight", "ln_final": "output_norm.weight"}
+_GGUF_TOP = {
+    "embed": "token_embd.weight",
+    "unembed": "output.weight",
+    "ln_final": "output_norm.weight",
+}
 
 #: Buffers that old checkpoints carry inside layers; they hold nothing that the config does not say.
 HARMLESS_LAYER_TENSOR = re.compile(r"\.(rotary_emb\.inv_freq|self_attn\.masked_bias)$")
@@ -43,10 +82,17 @@ class Wanted(NamedTuple):
 
 
 def wanted(config: Config) -> list[Wanted]:
-    """Every tensor of a model with these facts, in the order in which the forward pass reads them."""
+    """Every tensor of a model with these facts, in the order in which the
+    forward pass reads them.
+    """
     c = config
     q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
-    layer = {"ln1": (c.d_model,), "wq": (q, c.d_model), "wk": (kv, c.d_model), "wv": (kv, c.d_model)}
+    layer = {
+        "ln1": (c.d_model,),
+        "wq": (q, c.d_model),
+        "wk": (kv, c.d_model),
+        "wv": (kv, c.d_model),
+    }
     if c.qkv_bias:
         layer.update(bq=(q,), bk=(kv,), bv=(kv,))
     if c.qk_norm:
@@ -65,7 +111,9 @@ def wanted(config: Config) -> list[Wanted]:
     if c.post_norms:
         layer["ln2_post"] = (c.d_model,)
     result = [Wanted("embed", (c.d_vocab, c.d_model))]
-    result += [Wanted(f"l.{i}.{name}", shape) for i in range(c.n_layers) for name, shape in layer.items()]
+    result += [
+        Wanted(f"l.{i}.{name}", shape) for i in range(c.n_layers) for name, shape in layer.items()
+    ]
     result.append(Wanted("ln_final", (c.d_model,)))
     if not c.tied:
         result.append(Wanted("unembed", (c.d_vocab, c.d_model)))
@@ -75,7 +123,11 @@ def wanted(config: Config) -> list[Wanted]:
 def hf_name(name: str, config: Config, prefix: str, unembed: str) -> str:
     """What a Hugging Face checkpoint calls the engine's tensor."""
     if name in ("embed", "ln_final", "unembed"):
-        return {"embed": prefix + "embed_tokens.weight", "ln_final": prefix + "norm.weight", "unembed": unembed}[name]
+        return {
+            "embed": prefix + "embed_tokens.weight",
+            "ln_final": prefix + "norm.weight",
+            "unembed": unembed,
+        }[name]
     _, layer, part = name.split(".")
     part_name = (_HF_POST_NORMS.get(part) if config.post_norms else None) or _HF_LAYER[part]
     return f"{prefix}layers.{layer}.{part_name}"

@@ -1,35 +1,54 @@
-"""Text to tokens and back, and the model's chat template: one place that adds the beginning-of-sequence token, and refuses two."""
+"""Text to tokens and back, and the model's chat template: one place that adds the
+beginning-of-sequence token, and refuses two.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from .chat_template import DEFAULT_DATE, render
 from ..base.json_files import read_json
 from ..errors import ModelError
+from .chat_template import DEFAULT_DATE, render
 
 TOKENIZER_BYTES = 256 << 20
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
-#: Instructions and answers that end in different kinds of characters: what follows all of them belongs to the template.
+#: Instructions and answers that end in different kinds of characters: what follows all of them
+#: belongs to the template.
 _PROBES = ("Tell me about rivers", "Name 7", "Is it raining?", "Stop. Go (now)")
 
 
 class Tokenizer:
     """A model's tokenizer.
 
-    Attributes: backend (tokenizers.Tokenizer), special {name: text} ("bos_token", ...), bos_id (int or None), add_bos (whether plain texts
-    begin with BOS), chat_template (jinja2 text or None).
+    Attributes: backend (tokenizers.Tokenizer), special {name: text} ("bos_token", ...), bos_id (int
+    or None), add_bos (whether plain texts begin with BOS), chat_template (jinja2 text or None).
     """
 
-    def __init__(self, backend, *, special: Mapping[str, str] | None = None, chat_template: str | None = None, add_bos: bool | None = None,
-                 eos_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        backend,
+        *,
+        special: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+        add_bos: bool | None = None,
+        eos_ids: Iterable[int] = (),
+    ):
         """backend: a tokenizers.Tokenizer. add_bos None: as its post-processor does."""
         backend.no_truncation()
         backend.no_padding()
@@ -46,11 +65,14 @@ class Tokenizer:
     # ---- where tokenizers come from ----
 
     @classmethod
-    def from_folder(cls, folder, *, eos_ids: Iterable[int] = (), bos_id: int | None = None) -> "Tokenizer | None":
-        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja of a folder; None without the first.
+    def from_folder(
+        cls, folder, *, eos_ids: Iterable[int] = (), bos_id: int | None = None
+    ) -> Tokenizer | None:
+        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and
+        chat_template.jinja of a folder; None without the first.
 
-        eos_ids, bos_id: what config.json and generation_config.json say; bos_id is used where no file names the BOS token.
-        Raises ModelError for files that cannot be read.
+        eos_ids, bos_id: what config.json and generation_config.json say; bos_id is used where no
+        file names the BOS token. Raises ModelError for files that cannot be read.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -62,7 +84,11 @@ class Tokenizer:
         listed = _optional_json(folder / "special_tokens_map.json")
         special = {}
         for name in _SPECIAL_NAMES:
-            text = _token_text(settings.get(name)) if name in settings else _token_text(listed.get(name))
+            text = (
+                _token_text(settings.get(name))
+                if name in settings
+                else _token_text(listed.get(name))
+            )
             if text is not None:
                 special[name] = text
         if "bos_token" not in settings and "bos_token" not in listed and bos_id is not None:
@@ -70,12 +96,19 @@ class Tokenizer:
             if text is not None:
                 special["bos_token"] = text
         add_bos = settings.get("add_bos_token")
-        return cls(backend, special=special, chat_template=_folder_template(folder, settings),
-                   add_bos=add_bos if isinstance(add_bos, bool) else None, eos_ids=eos_ids)
+        return cls(
+            backend,
+            special=special,
+            chat_template=_folder_template(folder, settings),
+            add_bos=add_bos if isinstance(add_bos, bool) else None,
+            eos_ids=eos_ids,
+        )
 
     @classmethod
-    def from_gguf(cls, file, *, d_vocab: int | None = None) -> "Tokenizer | None":
-        """From the metadata of an open GGUFFile; None where it carries no vocabulary. d_vocab: the embedding's rows, to check against."""
+    def from_gguf(cls, file, *, d_vocab: int | None = None) -> Tokenizer | None:
+        """From the metadata of an open GGUFFile; None where it carries no vocabulary. d_vocab: the
+        embedding's rows, to check against.
+        """
         from . import gguf_tokenizer
         from .gguf_file import end_tokens
 
@@ -84,22 +117,38 @@ class Tokenizer:
         if tokens is None or md.get("tokenizer.ggml.model") in ("none", "no_vocab"):
             return None
         if d_vocab is not None and len(tokens) > d_vocab:
-            raise ModelError(f"{file.path}: {len(tokens):,} tokens do not fit an embedding of {d_vocab:,} rows")
+            raise ModelError(
+                f"{file.path}: {len(tokens):,} tokens do not fit an embedding of {d_vocab:,} rows"
+            )
         backend, adds_bos = gguf_tokenizer.build(file)
-        keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        keys = {
+            "bos_token": "bos",
+            "eos_token": "eos",
+            "unk_token": "unknown",
+            "pad_token": "padding",
+        }
         special = {}
         for name, key in keys.items():
             index = md.get(f"tokenizer.ggml.{key}_token_id")
             if isinstance(index, int) and 0 <= index < len(tokens):
                 special[name] = tokens[index]
         template = md.get("tokenizer.chat_template")
-        return cls(backend, special=special, chat_template=template if isinstance(template, str) and template else None,
-                   add_bos=bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)), eos_ids=end_tokens(md))
+        return cls(
+            backend,
+            special=special,
+            chat_template=template if isinstance(template, str) and template else None,
+            add_bos=bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)),
+            eos_ids=end_tokens(md),
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over vocabulary, rules and template: tells whether two models read the same text as the same tokens."""
-        return hashlib.sha256((self.backend.to_str() + repr(self.chat_template)).encode()).hexdigest()[:16]
+        """A hash over vocabulary, rules and template: tells whether two models read the same
+        text as the same tokens.
+        """
+        return hashlib.sha256(
+            (self.backend.to_str() + repr(self.chat_template)).encode()
+        ).hexdigest()[:16]
 
     # ---- plain text ----
 
@@ -112,7 +161,8 @@ class Tokenizer:
         return self.vocab_size
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """The tokens of a text. add_bos: None = as the model's own tokenizer does. Special tokens written in the text are recognised.
+        """The tokens of a text. add_bos: None = as the model's own tokenizer does. Special tokens
+        written in the text are recognised.
 
         Raises ValueError where BOS would stand twice, TypeError for anything but a str.
         """
@@ -125,7 +175,10 @@ class Tokenizer:
             if self.bos_id is None:
                 raise ValueError("this tokenizer has no beginning-of-sequence token")
             if ids[:1] == [self.bos_id]:
-                raise ValueError(f"the text already begins with {self.special['bos_token']!r}, which is added by encode: remove it, or pass add_bos=False")
+                raise ValueError(
+                    f"the text already begins with {self.special['bos_token']!r}, which is added by"
+                    " encode: remove it, or pass add_bos=False"
+                )
             ids = [self.bos_id, *ids]
         return ids
 
@@ -133,7 +186,7 @@ class Tokenizer:
         """The text of tokens (any sequence or array of ints)."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def stream(self, skip_special: bool = True) -> "StreamingDecoder":
+    def stream(self, skip_special: bool = True) -> StreamingDecoder:
         """A decoder that is fed one token at a time."""
         return StreamingDecoder(self, skip_special)
 
@@ -154,32 +207,65 @@ class Tokenizer:
 
     # ---- chats ----
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, date: str = DEFAULT_DATE, **variables) -> str:
-        """The conversation as the template's text. messages: [{"role": ..., "content": ...}]; variables: anything else the template reads.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        date: str = DEFAULT_DATE,
+        **variables,
+    ) -> str:
+        """The conversation as the template's text. messages: [{"role": ..., "content": ...}];
+        variables: anything else the template reads.
 
         ValueError for a model without a template.
         """
         if self.chat_template is None:
-            raise ValueError("this model has no chat template (a base model, or files without one), so a str cannot be taken as an instruction: "
-                             "pass token lists, for example model.tokenizer.encode(text)")
-        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, date=date, variables={**self.special, **variables})
+            raise ValueError(
+                "this model has no chat template (a base model, or files without one), so a str"
+                " cannot be taken as an instruction: pass token lists, for example"
+                " model.tokenizer.encode(text)"
+            )
+        return render(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            date=date,
+            variables={**self.special, **variables},
+        )
 
-    def chat_tokens(self, prompts, system: str | None = None, response=None, date: str = DEFAULT_DATE, **variables) -> list[list[int]]:
+    def chat_tokens(
+        self,
+        prompts,
+        system: str | None = None,
+        response=None,
+        date: str = DEFAULT_DATE,
+        **variables,
+    ) -> list[list[int]]:
         """Prompts as token lists, ready to run.
 
-        prompts: one prompt or a list. A str is an instruction: it goes through the template, with the generation prompt after it. A list or
-        array of ints is tokens and stays as it is. system: a system message for the instructions. response: a str or tokens to append, one for
-        all or one per prompt. BOS is there exactly as often as the template writes it; twice is refused (ValueError).
+        prompts: one prompt or a list. A str is an instruction: it goes through the template, with
+        the generation prompt after it. A list or array of ints is tokens and stays as it is.
+        system: a system message for the instructions. response: a str or tokens to append, one for
+        all or one per prompt. BOS is there exactly as often as the template writes it; twice is
+        refused (ValueError).
         """
         rows = prompt_list(prompts)
         responses = [None] * len(rows) if response is None else prompt_list(response)
         if len(responses) == 1 and len(rows) > 1:
             responses = responses * len(rows)
         if len(responses) != len(rows):
-            raise ValueError(f"{len(responses)} responses for {len(rows)} prompts: pass one for all, or one per prompt")
+            raise ValueError(
+                f"{len(responses)} responses for {len(rows)} prompts: pass one for all, or one per"
+                " prompt"
+            )
         result = []
         for i, (row, answer) in enumerate(zip(rows, responses)):
-            ids = self._instruction(row, system, date, variables) if isinstance(row, str) else list(row)
+            ids = (
+                self._instruction(row, system, date, variables)
+                if isinstance(row, str)
+                else list(row)
+            )
             if answer is not None:
                 ids += self._ids(answer) if isinstance(answer, str) else answer
             self.refuse_double_bos(ids, f"prompt {i}")
@@ -189,33 +275,51 @@ class Tokenizer:
     def refuse_double_bos(self, ids: Sequence[int], what: str = "the prompt"):
         """ValueError if the tokens begin with BOS twice."""
         if self.bos_id is not None and len(ids) >= 2 and ids[0] == ids[1] == self.bos_id:
-            raise ValueError(f"{what} begins with {self.special['bos_token']!r} twice, which shifts everything: the template or encode adds it "
-                             "already, so leave it out of the text")
+            raise ValueError(
+                f"{what} begins with {self.special['bos_token']!r} twice, which shifts everything:"
+                " the template or encode adds it already, so leave it out of the text"
+            )
 
     @cached_property
     def post_instruction_tokens(self) -> tuple[int, ...]:
-        """What the template puts after an instruction, the generation prompt included. ValueError without a template."""
-        return self._common_suffix([self._instruction(probe, None, DEFAULT_DATE, {}) for probe in _PROBES])
+        """What the template puts after an instruction, the generation prompt included.
+        ValueError without a template.
+        """
+        return self._common_suffix(
+            [self._instruction(probe, None, DEFAULT_DATE, {}) for probe in _PROBES]
+        )
 
     @cached_property
     def end_of_turn(self) -> tuple[int, ...]:
-        """The token that ends an answer: the first special token that the template puts after one; () where it puts none, or is none."""
+        """The token that ends an answer: the first special token that the template puts after one;
+        () where it puts none, or is none.
+        """
         if self.chat_template is None:
             return ()
         try:
-            texts = [self.render([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": probe}], add_generation_prompt=False)
-                     for probe in _PROBES]
+            texts = [
+                self.render(
+                    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": probe}],
+                    add_generation_prompt=False,
+                )
+                for probe in _PROBES
+            ]
         except ValueError:  # a template that takes no answers
             return ()
         special = self.special_ids
-        return next(((i,) for i in self._common_suffix([self._ids(t) for t in texts]) if i in special), ())
+        return next(
+            ((i,) for i in self._common_suffix([self._ids(t) for t in texts]) if i in special), ()
+        )
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every token that ends a generation: of config.json, generation_config.json or GGUF metadata, the tokenizer's own eos_token, and the
-        template's end of turn."""
+        """Every token that ends a generation: of config.json, generation_config.json or GGUF
+        metadata, the tokenizer's own eos_token, and the template's end of turn.
+        """
         own = self._id_of("eos_token")
-        return tuple(dict.fromkeys([*self._eos_ids, *([] if own is None else [own]), *self.end_of_turn]))
+        return tuple(
+            dict.fromkeys([*self._eos_ids, *([] if own is None else [own]), *self.end_of_turn])
+        )
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -240,27 +344,31 @@ class Tokenizer:
         count = 0
         while count < min(map(len, lists)) and len({ids[-1 - count] for ids in lists}) == 1:
             count += 1
-        return tuple(lists[0][len(lists[0]) - count:])
+        return tuple(lists[0][len(lists[0]) - count :])
 
 
 class StreamingDecoder:
-    """Text as it appears: `push` returns what has become certain, `flush` the rest. Together they are `decode` of all tokens."""
+    """Text as it appears: `push` returns what has become certain, `flush` the rest. Together they
+    are `decode` of all tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
         self._decode = lambda ids: tokenizer.decode(ids, skip_special)
         self._ids: list[int] = []
-        self._window = 0  # decoding starts here, a token or two before what is new: pieces depend on their left neighbour
+        # decoding starts here, a token or two before what is new: pieces depend on
+        # their left neighbour
+        self._window = 0
         self._done = 0  # tokens whose text has been returned
         self._text: list[str] = []
 
     def push(self, token: int) -> str:
         """The text that this token completes; "" while a character is incomplete."""
         self._ids.append(int(token))
-        before = self._decode(self._ids[self._window:self._done])
-        now = self._decode(self._ids[self._window:])
+        before = self._decode(self._ids[self._window : self._done])
+        now = self._decode(self._ids[self._window :])
         if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""
-        piece = now[len(before):]
+        piece = now[len(before) :]
         self._window, self._done = self._done, len(self._ids)
         self._text.append(piece)
         return piece
@@ -268,32 +376,43 @@ class StreamingDecoder:
     def flush(self) -> str:
         """What is left, incomplete characters as U+FFFD."""
         said, everything = "".join(self._text), self._decode(self._ids)
-        rest = everything[len(said):] if everything.startswith(said) else ""
+        rest = everything[len(said) :] if everything.startswith(said) else ""
         self._text.append(rest)
         self._window = self._done = len(self._ids)
         return rest
 
 
 def prompt_list(prompts) -> list:
-    """One prompt or several -> a list whose items are str or lists of int. TypeError and ValueError say which item is wrong."""
+    """One prompt or several -> a list whose items are str or lists of int. TypeError and ValueError
+    say which item is wrong.
+    """
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, (Sequence, np.ndarray)):
-        raise TypeError(f"prompts must be a str, a list of ints, or a list of these; got {type(prompts).__name__}")
+        raise TypeError(
+            "prompts must be a str, a list of ints, or a list of these; got"
+            f" {type(prompts).__name__}"
+        )
     if isinstance(prompts, np.ndarray) and prompts.dtype != object:
         if prompts.ndim == 1 and prompts.dtype.kind in "iu":
             return [_token_list(prompts, "the prompt")]
         if prompts.ndim == 2 and prompts.dtype.kind in "iu":
             return [_token_list(row, f"prompt {i}") for i, row in enumerate(prompts)]
         if prompts.dtype.kind != "U":
-            raise TypeError(f"an array of prompts must hold ints of one or two dimensions, got {prompts.dtype} {prompts.shape}")
+            raise TypeError(
+                f"an array of prompts must hold ints of one or two dimensions, got {prompts.dtype}"
+                f" {prompts.shape}"
+            )
         prompts = prompts.tolist()
     items = list(prompts)
     if not items:
         raise ValueError("no prompts: pass at least one")
     if all(_is_token(i) for i in items):
         return [_token_list(items, "the prompt")]
-    return [item if isinstance(item, str) else _token_list(item, f"prompt {i}") for i, item in enumerate(items)]
+    return [
+        item if isinstance(item, str) else _token_list(item, f"prompt {i}")
+        for i, item in enumerate(items)
+    ]
 
 
 def _is_token(value):
@@ -318,7 +437,10 @@ def _load_backend(path):
     import tokenizers
 
     if path.stat().st_size > TOKENIZER_BYTES:
-        raise ModelError(f"{path}: {path.stat().st_size:,} bytes is too large for a tokenizer (limit {TOKENIZER_BYTES:,})")
+        raise ModelError(
+            f"{path}: {path.stat().st_size:,} bytes is too large for a tokenizer (limit"
+            f" {TOKENIZER_BYTES:,})"
+        )
     # Its threads and fork() do not go together; this library encodes one text at a time anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -339,18 +461,36 @@ def _token_text(value) -> str | None:
 
 
 def _add_missing_tokens(backend, settings, path):
-    """Tokens that tokenizer_config.json lists and tokenizer.json lacks: they must get the ids they are listed under."""
+    """Tokens that tokenizer_config.json lists and tokenizer.json lacks: they must get the ids
+    they are listed under.
+    """
     from tokenizers import AddedToken
 
     listed = settings.get("added_tokens_decoder")
     if not isinstance(listed, Mapping):
         return
-    missing = [(int(k), v) for k, v in listed.items() if k.isdigit() and _token_text(v) and backend.token_to_id(_token_text(v)) is None]
+    missing = [
+        (int(k), v)
+        for k, v in listed.items()
+        if k.isdigit() and _token_text(v) and backend.token_to_id(_token_text(v)) is None
+    ]
     for index, value in sorted(missing, key=lambda item: item[0]):
-        backend.add_tokens([AddedToken(value["content"], special=bool(value.get("special")), normalized=bool(value.get("normalized")),
-                                       lstrip=bool(value.get("lstrip")), rstrip=bool(value.get("rstrip")))])
+        backend.add_tokens(
+            [
+                AddedToken(
+                    value["content"],
+                    special=bool(value.get("special")),
+                    normalized=bool(value.get("normalized")),
+                    lstrip=bool(value.get("lstrip")),
+                    rstrip=bool(value.get("rstrip")),
+                )
+            ]
+        )
         if backend.token_to_id(value["content"]) != index:
-            raise ModelError(f"{path}: token {value['content']!r} is listed as {index}, but would be {backend.token_to_id(value['content'])}")
+            raise ModelError(
+                f"{path}: token {value['content']!r} is listed as {index}, but would be"
+                f" {backend.token_to_id(value['content'])}"
+            )
 
 
 def _folder_template(folder, settings) -> str | None:
@@ -364,8 +504,13 @@ def _folder_template(folder, settings) -> str | None:
     if value is None:
         value = _optional_json(folder / "chat_template.json").get("chat_template")
     if isinstance(value, list):  # several by name; the default one is for chats without tools
-        named: dict[str, Any] = {v.get("name"): v.get("template") for v in value if isinstance(v, Mapping)}
+        named: dict[str, Any] = {
+            v.get("name"): v.get("template") for v in value if isinstance(v, Mapping)
+        }
         value = named.get("default")
     if value is not None and not isinstance(value, str):
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: 'chat_template' must be text, or a list with one named 'default'")
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: 'chat_template' must be text, or a list with one"
+            " named 'default'"
+        )
     return value or None

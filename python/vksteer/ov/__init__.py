@@ -1,9 +1,24 @@
-"""The OV circuit opened (method.md section 7): what steering adds to every head, what it says, and which weights say it."""
+"""The OV circuit opened (method.md section 7): what steering adds to every head, what it says, and
+which weights say it.
+"""
 
 from .decomposition import Decomposition, DirectShares, decompose, direct_shares
 from .lens import Hit, Lens, logit_lens
 from .value_vectors import SteeringValueVectors, steering_value_vectors
 from .weights import Factored, HeadWeights, head_weights, singular_lens
 
-__all__ = ["Decomposition", "DirectShares", "Factored", "HeadWeights", "Hit", "Lens", "SteeringValueVectors", "decompose", "direct_shares", "head_weights",
-           "logit_lens", "singular_lens", "steering_value_vectors"]
+__all__ = [
+    "Decomposition",
+    "DirectShares",
+    "Factored",
+    "HeadWeights",
+    "Hit",
+    "Lens",
+    "SteeringValueVectors",
+    "decompose",
+    "direct_shares",
+    "head_weights",
+    "logit_lens",
+    "singular_lens",
+    "steering_value_vectors",
+]

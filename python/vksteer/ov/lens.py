@@ -1,4 +1,6 @@
-"""The logit lens: which tokens a vector of the residual stream promotes, read through the final norm and the unembedding (no softcap)."""
+"""The logit lens: which tokens a vector of the residual stream promotes, read through the final
+norm and the unembedding (no softcap).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from ..inputs.prompts import token_text
 from ..inputs.vectors import SteeringVector
 from .value_vectors import SteeringValueVectors
 
-MOST = 512      # the engine's longest list (TOPK_MAX)
+MOST = 512  # the engine's longest list (TOPK_MAX)
 AT_ONCE = 1024  # vectors that the engine takes at a time (LENS_ROWS)
 
 
@@ -21,8 +23,8 @@ class Hit:
     """A promoted token that was searched for."""
 
     index: tuple[int, ...]  # of the vector
-    label: str              # the vector's name, "L12 H3"
-    rank: int               # among its tokens, from 1 on
+    label: str  # the vector's name, "L12 H3"
+    rank: int  # among its tokens, from 1 on
     token: int
     text: str
     value: float
@@ -31,20 +33,27 @@ class Hit:
 class Lens:
     """What `logit_lens` found. Leading axes are those of the vectors.
 
-    tokens: int32 [..., top]; values: float32 [..., top], falling, equal ones by the lower token. by: "logit" or "cosine".
-    labels: for each leading axis the names of its entries.
+    tokens: int32 [..., top]; values: float32 [..., top], falling, equal ones by the lower token.
+    by: "logit" or "cosine". labels: for each leading axis the names of its entries.
     """
 
-    def __init__(self, model, tokens: np.ndarray, values: np.ndarray, by: str, labels: list[list[str]]):
+    def __init__(
+        self, model, tokens: np.ndarray, values: np.ndarray, by: str, labels: list[list[str]]
+    ):
         self.tokens, self.values, self.by, self.labels = tokens, values, by, labels
         unique = np.unique(tokens)
         self._texts = {int(t): _text(model, int(t)) for t in unique}
 
     def __repr__(self):
-        return f"Lens({' x '.join(map(str, self.tokens.shape[:-1])) or 'one'} vectors, top {self.tokens.shape[-1]} by {self.by})"
+        return (
+            f"Lens({' x '.join(map(str, self.tokens.shape[:-1])) or 'one'} vectors, top"
+            f" {self.tokens.shape[-1]} by {self.by})"
+        )
 
     def text(self) -> list:
-        """Every token's text, as nested lists of the shape of `tokens`; a token is named by its number where the model has no tokenizer."""
+        """Every token's text, as nested lists of the shape of `tokens`; a token is named by its
+        number where the model has no tokenizer.
+        """
         return _nested(self.tokens, lambda t: self._texts[int(t)])
 
     def label(self, index) -> str:
@@ -52,7 +61,9 @@ class Lens:
         return " ".join(names[i] for names, i in zip(self.labels, index))
 
     def find(self, text: str) -> list[Hit]:
-        """Where tokens that contain `text` (case ignored) are promoted: a Hit each, vector by vector, best rank first."""
+        """Where tokens that contain `text` (case ignored) are promoted: a Hit each, vector by
+        vector, best rank first.
+        """
         if not isinstance(text, str) or not text:
             raise ValueError(f"find takes a text that is not empty, not {text!r}")
         wanted = {t for t, shown in self._texts.items() if text.lower() in shown.lower()}
@@ -60,7 +71,16 @@ class Lens:
         for *index, rank in np.argwhere(np.isin(self.tokens, list(wanted))):
             index = tuple(map(int, index))
             token = int(self.tokens[(*index, rank)])
-            hits.append(Hit(index, self.label(index), int(rank) + 1, token, self._texts[token], float(self.values[(*index, rank)])))
+            hits.append(
+                Hit(
+                    index,
+                    self.label(index),
+                    int(rank) + 1,
+                    token,
+                    self._texts[token],
+                    float(self.values[(*index, rank)]),
+                )
+            )
         return hits
 
     def _cell(self, index, top, mark, values=False) -> str:
@@ -73,17 +93,25 @@ class Lens:
         return ", ".join(found)
 
     def to_markdown(self, top: int | None = None, mark: str | None = None) -> str:
-        """A table that can be read. Two leading axes (layers and heads): a row a layer, a column a head, `top` tokens a cell (default 1).
-        Otherwise a row a vector, `top` tokens with their values (default 8). mark: tokens that contain it are bold. A space is shown as "\u2423"."""
+        """A table that can be read. Two leading axes (layers and heads): a row a layer, a column a
+        head, `top` tokens a cell (default 1). Otherwise a row a vector, `top` tokens with their
+        values (default 8). mark: tokens that contain it are bold. A space is shown as "\u2423".
+        """
         shape = self.tokens.shape[:-1]
         if len(shape) == 2:
             top = self._top(top, 1)
             lines = ["| | " + " | ".join(self.labels[1]) + " |", "|:---" * (shape[1] + 1) + "|"]
-            rows = [[self.labels[0][n], *(self._cell((n, h), top, mark) for h in range(shape[1]))] for n in range(shape[0])]
+            rows = [
+                [self.labels[0][n], *(self._cell((n, h), top, mark) for h in range(shape[1]))]
+                for n in range(shape[0])
+            ]
         else:
             top = self._top(top, 8)
             lines = [f"| vector | promoted tokens, {self.by} |", "|:---|:---|"]
-            rows = [[self.label(index) or "vector", self._cell(index, top, mark, values=True)] for index in np.ndindex(shape)]
+            rows = [
+                [self.label(index) or "vector", self._cell(index, top, mark, values=True)]
+                for index in np.ndindex(shape)
+            ]
         return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
     def _top(self, top, default: int) -> int:
@@ -95,22 +123,40 @@ class Lens:
 
     def to_dict(self) -> dict:
         """For JSON: labels of the leading axes; tokens, texts and values as nested lists."""
-        return {"by": self.by, "labels": self.labels, "tokens": self.tokens.tolist(), "texts": self.text(), "values": self.values.tolist()}
+        return {
+            "by": self.by,
+            "labels": self.labels,
+            "tokens": self.tokens.tolist(),
+            "texts": self.text(),
+            "values": self.values.tolist(),
+        }
 
     def plot(self, path=None, mark: str | None = None):
-        """Two leading axes: a map of the largest value of every vector, its token written in; where `mark` is given, vectors that promote such a
-        token among their `top` are framed. One vector or one axis: bars of the first tokens. A matplotlib Figure, saved to `path` if one is given.
+        """Two leading axes: a map of the largest value of every vector, its token written in; where
+        `mark` is given, vectors that promote such a token among their `top` are framed. One vector
+        or one axis: bars of the first tokens. A matplotlib Figure, saved to `path` if one is given.
 
-        Needs matplotlib. Raises ValueError for more than two leading axes."""
+        Needs matplotlib. Raises ValueError for more than two leading axes.
+        """
         from .lens_plot import lens_figure
 
         return lens_figure(self, path, mark)
 
 
 def readable(text: str) -> str:
-    """A token's text for one line of a table: white space shown, nothing that Markdown would take as its own."""
-    text = text.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423")
-    return "".join("\\" + c if c in "|*_`<>[]" else c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) or "(nothing)"
+    """A token's text for one line of a table: white space shown, nothing that Markdown
+    would take as its own.
+    """
+    text = (
+        text.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423")
+    )
+    return (
+        "".join(
+            "\\" + c if c in "|*_`<>[]" else c if c.isprintable() else f"\\u{ord(c):04x}"
+            for c in text
+        )
+        or "(nothing)"
+    )
 
 
 def _text(model, token: int) -> str:
@@ -123,7 +169,7 @@ def _nested(array: np.ndarray, name):
     return [name(x) for x in array] if array.ndim == 1 else [_nested(part, name) for part in array]
 
 
-# -- the call ------------------------------------------------------------------------------------------------------------------------------------------
+# -- the call --------------------------------------------------------------------------------------
 
 
 def _vectors(vectors, width: int) -> tuple[np.ndarray, list[list[str]]]:
@@ -133,57 +179,89 @@ def _vectors(vectors, width: int) -> tuple[np.ndarray, list[list[str]]]:
         vectors = vectors.direction
     elif isinstance(vectors, SteeringValueVectors):
         vectors, names = vectors.values, vectors.labels
-    elif isinstance(vectors, (list, tuple)) and vectors and all(isinstance(v, SteeringVector) for v in vectors):
+    elif (
+        isinstance(vectors, (list, tuple))
+        and vectors
+        and all(isinstance(v, SteeringVector) for v in vectors)
+    ):
         names = [[v.method or f"vector {i}" for i, v in enumerate(vectors)]]
         vectors = [v.direction for v in vectors]
     if isinstance(vectors, (list, tuple)):
         widths = sorted({np.shape(v)[-1] if np.ndim(v) else 1 for v in vectors})
         if len(widths) > 1:
-            raise ValueError(f"vectors of different widths ({', '.join(map(str, widths))}) cannot be read together: the model's is {width}")
+            raise ValueError(
+                f"vectors of different widths ({', '.join(map(str, widths))}) cannot be read"
+                f" together: the model's is {width}"
+            )
     try:
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(vectors, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"vectors must be numbers [..., {width}]: {error}") from None
     if array.ndim == 0 or array.shape[-1] != width:
-        raise ValueError(f"vectors must have the model's width {width} as their last axis, not the shape {list(array.shape)}")
+        raise ValueError(
+            f"vectors must have the model's width {width} as their last axis, not the shape"
+            f" {list(array.shape)}"
+        )
     if not array.size:
         raise ValueError(f"there are no vectors to read: the shape is {list(array.shape)}")
     flat = array.reshape(-1, width)
-    for bad, what in ((~np.isfinite(flat).all(axis=1), "not finite"), (~flat.any(axis=1), "zero, and promotes nothing")):
+    for bad, what in (
+        (~np.isfinite(flat).all(axis=1), "not finite"),
+        (~flat.any(axis=1), "zero, and promotes nothing"),
+    ):
         if bad.any():
-            at = [int(i) for i in np.unravel_index(int(np.flatnonzero(bad)[0]), array.shape[:-1])] if array.ndim > 1 else []
+            at = (
+                [int(i) for i in np.unravel_index(int(np.flatnonzero(bad)[0]), array.shape[:-1])]
+                if array.ndim > 1
+                else []
+            )
             raise ValueError(f"vectors{at or ''} is {what} ({int(bad.sum())} of {len(flat)} are)")
     if names is None:
         names = [[str(i) for i in range(n)] for n in array.shape[:-1]]
     return array, names
 
 
-def logit_lens(model, vectors, top: int = 20, by: str = "logit", *, labels=None, progress=True) -> Lens:
-    """The `top` tokens that each vector promotes: final norm, unembedding, no softcap (method.md section 7).
+def logit_lens(
+    model, vectors, top: int = 20, by: str = "logit", *, labels=None, progress=True
+) -> Lens:
+    """The `top` tokens that each vector promotes: final norm, unembedding, no softcap
+    (method.md section 7).
 
-    vectors: [..., D], thousands if need be; a SteeringVector or a list of them; SteeringValueVectors (then layers and heads name themselves).
-    by: "logit", or "cosine" of the final-normed vector with the rows of the unembedding (a row of zeros counts as 0).
-    top: 1 to 512, at most the vocabulary. labels: names of the entries of each leading axis. The ranking runs on the device, tile by tile: no
-    [vectors x vocabulary] array is ever whole.
-    Returns a Lens: `.tokens` int32 [..., top], `.values` float32 [..., top] falling, ties by the lower token, `.text()`, `.find("sorry")`.
-    Raises ValueError before any work for another width, zero or non-finite vectors, top or by out of range, labels that do not fit.
+    vectors: [..., D], thousands if need be; a SteeringVector or a list of them;
+    SteeringValueVectors (then layers and heads name themselves). by: "logit", or "cosine" of the
+    final-normed vector with the rows of the unembedding (a row of zeros counts as 0).
+    top: 1 to 512, at most the vocabulary. labels: names of the entries of each leading axis. The
+    ranking runs on the device, tile by tile: no [vectors x vocabulary] array is ever whole.
+    Returns a Lens: `.tokens` int32 [..., top], `.values` float32 [..., top] falling, ties by the
+    lower token, `.text()`, `.find("sorry")`. Raises ValueError before any work for another width,
+    zero or non-finite vectors, top or by out of range, labels that do not fit.
     """
     model._check_open()
     c = model.config
     top = require_int(top, "top", 1)
     if top > min(MOST, c.d_vocab):
-        raise ValueError(f"top={top}: at most {min(MOST, c.d_vocab)} tokens can be asked for" + (" (the vocabulary)" if c.d_vocab <= MOST else ""))
+        raise ValueError(
+            f"top={top}: at most {min(MOST, c.d_vocab)} tokens can be asked for"
+            + (" (the vocabulary)" if c.d_vocab <= MOST else "")
+        )
     if by not in ("logit", "cosine"):
         raise ValueError(f"by={by!r}: use 'logit' or 'cosine'")
     array, names = _vectors(vectors, c.d_model)
     if labels is not None:
         names = [list(map(str, axis)) for axis in labels]
         if [len(axis) for axis in names] != list(array.shape[:-1]):
-            raise ValueError(f"labels name {[len(axis) for axis in names]} entries, the vectors' leading axes have {list(array.shape[:-1])}")
+            raise ValueError(
+                f"labels name {[len(axis) for axis in names]} entries, the vectors' leading axes"
+                f" have {list(array.shape[:-1])}"
+            )
     flat = array.reshape(-1, c.d_model)
     values, tokens = np.empty((len(flat), top), np.float32), np.empty((len(flat), top), np.int32)
-    with Progress(progress if len(flat) > AT_ONCE or not isinstance(progress, bool) else False, len(flat), "lens") as bar:
+    with Progress(
+        progress if len(flat) > AT_ONCE or not isinstance(progress, bool) else False,
+        len(flat),
+        "lens",
+    ) as bar:
         for first in range(0, len(flat), AT_ONCE):
             some = slice(first, first + AT_ONCE)
             values[some], tokens[some] = model._engine.lens(flat[some], top, by == "cosine")
@@ -197,5 +275,7 @@ def logit_lens(model, vectors, top: int = 20, by: str = "logit", *, labels=None,
 def _normed_length(model, flat) -> np.ndarray:
     """Length of each vector after the final norm, float32 [n]."""
     x = flat.astype(np.float64)
-    x *= model._engine.vector("ln_final", -1) / np.sqrt((x**2).mean(axis=1, keepdims=True) + model.config.norm_eps)
+    x *= model._engine.vector("ln_final", -1) / np.sqrt(
+        (x**2).mean(axis=1, keepdims=True) + model.config.norm_eps
+    )
     return np.linalg.norm(x, axis=1).astype(np.float32)

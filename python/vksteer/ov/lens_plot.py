@@ -22,7 +22,10 @@ def lens_figure(lens: Lens, path=None, mark: str | None = None):
     """See Lens.plot."""
     axes_of = lens.tokens.ndim - 1
     if axes_of > 2:
-        raise ValueError(f"a plot has room for two leading axes, these vectors have {axes_of}: take a part of them")
+        raise ValueError(
+            f"a plot has room for two leading axes, these vectors have {axes_of}: take a part of"
+            " them"
+        )
     figure = _map(lens, mark) if axes_of == 2 else _bars(lens)
     if path is not None:
         figure.savefig(path, dpi=150)
@@ -37,12 +40,22 @@ def _map(lens, mark):
     image = axes.imshow(best, cmap="viridis", aspect="auto")
     middle = (np.nanmin(best) + np.nanmax(best)) / 2
     for i, j in np.ndindex(n, m):
-        axes.text(j, i, _plain(lens._texts[int(lens.tokens[i, j, 0])]), ha="center", va="center", fontsize=6, color="black" if best[i, j] > middle else "white")
+        axes.text(
+            j,
+            i,
+            _plain(lens._texts[int(lens.tokens[i, j, 0])]),
+            ha="center",
+            va="center",
+            fontsize=6,
+            color="black" if best[i, j] > middle else "white",
+        )
     if mark is not None:
         from matplotlib.patches import Rectangle
 
         for i, j in {hit.index for hit in lens.find(mark)}:
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#d62728", linewidth=1.6))
+            axes.add_patch(
+                Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#d62728", linewidth=1.6)
+            )
     axes.set_xticks(range(m), lens.labels[1], fontsize=7)
     axes.set_yticks(range(n), lens.labels[0], fontsize=7)
     figure.colorbar(image, label=f"largest {lens.by}")

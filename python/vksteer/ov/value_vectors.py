@@ -1,4 +1,6 @@
-"""Steering value vectors: the direct, input-independent part of what steering adds to every head's output, up to a positive scale per position."""
+"""Steering value vectors: the direct, input-independent part of what steering adds to every head's
+output, up to a positive scale per position.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from ..inputs.vectors import SteeringVector
 def check_vector(model, vector) -> None:
     """ValueError for anything but a steering vector of this model that is not zero."""
     if not isinstance(vector, SteeringVector):
-        raise ValueError(f"vector must be a SteeringVector (direction and layer), not {type(vector).__name__}")
+        raise ValueError(
+            f"vector must be a SteeringVector (direction and layer), not {type(vector).__name__}"
+        )
     vector.check(model)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it adds nothing to any head")
@@ -20,9 +24,11 @@ def check_vector(model, vector) -> None:
 
 @dataclass(frozen=True, eq=False)
 class SteeringValueVectors:
-    """svv^h(s) = (s * gain) W_V^{g(h)} W_O^h (* post-norm gain), one for every head of every layer from the vector's on.
+    """svv^h(s) = (s * gain) W_V^{g(h)} W_O^h (* post-norm gain), one for every head of every layer
+    from the vector's on.
 
-    values: float32 [n, H, D], read-only. layers: int64 [n]. vector: the SteeringVector. sign: -1 for `negated`.
+    values: float32 [n, H, D], read-only. layers: int64 [n]. vector: the SteeringVector.
+    sign: -1 for `negated`.
     """
 
     values: np.ndarray
@@ -36,13 +42,19 @@ class SteeringValueVectors:
 
     def __repr__(self):
         n, H, D = self.values.shape
-        return f"SteeringValueVectors({n} layers from {self.layers[0]} on, {H} heads, width {D}{', negated' if self.sign < 0 else ''})"
+        return (
+            f"SteeringValueVectors({n} layers from {self.layers[0]} on, {H} heads, width"
+            f" {D}{', negated' if self.sign < 0 else ''})"
+        )
 
     def __getitem__(self, place) -> np.ndarray:
         """[D] of one (layer, head), by the layer's own number. KeyError where there is none."""
         layer, head = place
         if layer not in self.layers or not 0 <= head < self.values.shape[1]:
-            raise KeyError(f"no head {head} of layer {layer}: there are layers {self.layers[0]} to {self.layers[-1]} with heads 0 to {self.values.shape[1] - 1}")
+            raise KeyError(
+                f"no head {head} of layer {layer}: there are layers {self.layers[0]} to"
+                f" {self.layers[-1]} with heads 0 to {self.values.shape[1] - 1}"
+            )
         return self.values[int(layer) - int(self.layers[0]), int(head)]
 
     @property
@@ -51,12 +63,14 @@ class SteeringValueVectors:
         return [[f"L{l}" for l in self.layers], [f"H{h}" for h in range(self.values.shape[1])]]
 
     @property
-    def negated(self) -> "SteeringValueVectors":
+    def negated(self) -> SteeringValueVectors:
         """The same with the other sign: what the heads write under a negative coefficient."""
         return replace(self, values=-self.values, sign=-self.sign)
 
     def sum_over_heads(self) -> np.ndarray:
-        """float32 [n, D], summed in float64: what steering writes through a layer's OV circuit where all heads attend alike."""
+        """float32 [n, D], summed in float64: what steering writes through a layer's OV circuit
+        where all heads attend alike.
+        """
         return self.values.sum(axis=1, dtype=np.float64).astype(np.float32)
 
     @property
@@ -66,8 +80,10 @@ class SteeringValueVectors:
 
     @property
     def shares(self) -> np.ndarray:
-        """float64 [n, H]: each head's part of the layer's sum over heads, svv^h . S / |S|^2. A layer's parts add to 1; a head that writes against the
-        others has a negative one. How much a head really writes depends on its attention: see `ov.direct_shares`."""
+        """float64 [n, H]: each head's part of the layer's sum over heads, svv^h . S / |S|^2. A
+        layer's parts add to 1; a head that writes against the others has a negative one. How much a
+        head really writes depends on its attention: see `ov.direct_shares`.
+        """
         values = self.values.astype(np.float64)
         total = values.sum(axis=1)
         with np.errstate(invalid="ignore"):
@@ -76,21 +92,36 @@ class SteeringValueVectors:
     def largest(self, k: int = 10) -> list[tuple[int, int]]:
         """(layer, head) of the k longest, longest first; ties by layer, then head."""
         order = np.argsort(-self.norms, axis=None, kind="stable")[:k]
-        return [(int(self.layers[n]), int(h)) for n, h in zip(*np.unravel_index(order, self.norms.shape))]
+        return [
+            (int(self.layers[n]), int(h))
+            for n, h in zip(*np.unravel_index(order, self.norms.shape))
+        ]
 
     def to_markdown(self, k: int = 10) -> str:
         """The k longest: layer, head, norm, share of the layer's sum."""
         lines = ["| layer | head | norm | share of the layer's sum |", "|---:|---:|---:|---:|"]
         norms, shares, first = self.norms, self.shares, int(self.layers[0])
-        return "\n".join(lines + [f"| {l} | {h} | {norms[l - first, h]:.4g} | {100 * shares[l - first, h]:.1f} % |" for l, h in self.largest(k)])
+        return "\n".join(
+            lines
+            + [
+                f"| {l} | {h} | {norms[l - first, h]:.4g} | {100 * shares[l - first, h]:.1f} % |"
+                for l, h in self.largest(k)
+            ]
+        )
 
 
 def steering_value_vectors(model, vector: SteeringVector) -> SteeringValueVectors:
-    """The steering value vectors of every head and layer from the vector's on, on the device (method.md section 7).
+    """The steering value vectors of every head and layer from the vector's on, on the device
+    (method.md section 7).
 
-    Each W_V and W_O is read once, all layers in one call. Norm gains, Gemma's (1 + w) and post-norm gains are in; biases have no part in them.
-    Raises ValueError before any work for a vector of another width or layer, or zero.
+    Each W_V and W_O is read once, all layers in one call. Norm gains, Gemma's (1 + w) and post-norm
+    gains are in; biases have no part in them. Raises ValueError before any work for a vector of
+    another width or layer, or zero.
     """
     model._check_open()
     check_vector(model, vector)
-    return SteeringValueVectors(model._engine.value_vectors(vector.direction, vector.layer), np.arange(vector.layer, model.config.n_layers), vector)
+    return SteeringValueVectors(
+        model._engine.value_vectors(vector.direction, vector.layer),
+        np.arange(vector.layer, model.config.n_layers),
+        vector,
+    )

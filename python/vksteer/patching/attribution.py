@@ -1,8 +1,11 @@
-"""EAP-IG over whole responses (method.md section 5): scores of edges, nodes and dimensions, from the engine's own gradients.
+"""EAP-IG over whole responses (method.md section 5): scores of edges, nodes and dimensions, from
+the engine's own gradients.
 
-The samples go through in groups. For a group the device holds, token by token, what steering changes in every node's output and the gradients of
-every input averaged over the integration's steps (csrc/analysis/attribution.h); then the scores are contracted a tile of tokens at a time. A sample's
-scores do not depend on its group, on how steps are packed into batches, or on the memory: sums run in a fixed order.
+The samples go through in groups. For a group the device holds, token by token, what steering
+changes in every node's output and the gradients of every input averaged over the integration's
+steps (csrc/analysis/attribution.h); then the scores are contracted a tile of tokens at a time. A
+sample's scores do not depend on its group, on how steps are packed into batches, or on the memory:
+sums run in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,16 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .edge_scores import EdgeScores, combine, score_provenance
+from ..base.checks import require_int
+from ..base.progress import Progress
+from ..base.whole_files import write_whole
+from ..circuits.graph import graph as graph_of
+from ..inputs.samples import check_samples, check_steering, samples_hash
 from ..runtime.edit_compiler import EditCompiler, RowShape, add_all
 from ..runtime.edits import Steer
 from ..runtime.gradients import DIRECTIONAL_KL, KL_DIVERGENCE, PAIR, RowMetric, metric_tuple
-from ..circuits.graph import graph as graph_of
-from ..base.checks import require_int
+from .edge_scores import EdgeScores, combine, score_provenance
 from .memory_plan import memory_bytes
-from ..base.progress import Progress
-from ..inputs.samples import check_samples, check_steering, samples_hash
-from ..base.whole_files import write_whole
 
 RULES = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
 METRICS = {"logit_diff": PAIR, "directional_kl": DIRECTIONAL_KL, "kl": KL_DIVERGENCE}
@@ -43,15 +46,25 @@ LOGITS_BYTES = 3 * (24 << 20)
 class Layout:
     """How much goes through at once. bytes: device memory beside the weights."""
 
-    capacity: int        # tokens of a forward pass: two runs of the longest sample at least
-    step_capacity: int   # tokens forward and back
-    n_slots: int         # tokens whose sums are held
-    keep_inside: bool    # False: the inside of each layer is computed again on the way back
+    capacity: int  # tokens of a forward pass: two runs of the longest sample at least
+    step_capacity: int  # tokens forward and back
+    n_slots: int  # tokens whose sums are held
+    keep_inside: bool  # False: the inside of each layer is computed again on the way back
     bytes: int
 
 
-def layout(model, layer: int, lengths, steps: int, normed: bool, distributions: bool, max_memory: int | None) -> Layout:
-    """The largest layout that the memory allows. distributions: the metric reads whole rows of logits. ValueError where not even one tile of positions fits."""
+def layout(
+    model,
+    layer: int,
+    lengths,
+    steps: int,
+    normed: bool,
+    distributions: bool,
+    max_memory: int | None,
+) -> Layout:
+    """The largest layout that the memory allows. distributions: the metric reads whole rows of
+    logits. ValueError where not even one tile of positions fits.
+    """
     from ..runtime.device import _engine
 
     engine, free = _engine(), model._engine_device.available_bytes
@@ -64,10 +77,17 @@ def layout(model, layer: int, lengths, steps: int, normed: bool, distributions: 
 
     def size(step_tokens, n_slots, inside):
         capacity = max(step_tokens, 2 * max(n_slots if n_slots >= longest else longest, longest))
-        needed = engine.attribution_bytes(model._engine, capacity, step_tokens, layer, n_slots, steps, normed, inside)
+        needed = engine.attribution_bytes(
+            model._engine, capacity, step_tokens, layer, n_slots, steps, normed, inside
+        )
         return capacity, needed + (LOGITS_BYTES if distributions else 0)
 
-    tried = [(wide, slots, True), (wide, longest, True), (longest, longest, True), (longest, longest, False)]
+    tried = [
+        (wide, slots, True),
+        (wide, longest, True),
+        (longest, longest, True),
+        (longest, longest, False),
+    ]
     part = -(-longest // (2 * tile)) * tile
     while part >= tile:
         tried += [(longest, part, False)]
@@ -79,12 +99,16 @@ def layout(model, layer: int, lengths, steps: int, normed: bool, distributions: 
         if needed <= budget:
             return Layout(capacity, step_tokens, n_slots, inside, needed)
         least = needed
-    raise ValueError(f"max_memory={budget / 1e6:.0f} MB is too small for one tile of {tile} positions of a sample with {longest} tokens: at least "
-                     f"{least / 1e6:.0f} MB are needed")
+    raise ValueError(
+        f"max_memory={budget / 1e6:.0f} MB is too small for one tile of {tile} positions of a"
+        f" sample with {longest} tokens: at least {least / 1e6:.0f} MB are needed"
+    )
 
 
 def _batches(lengths, limit, n_steps):
-    """(first sample, end, first step, end) of the passes that cover all steps of consecutive samples with at most `limit` tokens."""
+    """(first sample, end, first step, end) of the passes that cover all steps of consecutive
+    samples with at most `limit` tokens.
+    """
     out, i = [], 0
     while i < len(lengths):
         j, total = i, 0
@@ -104,20 +128,52 @@ def _batches(lengths, limit, n_steps):
 class _Attribution:
     """One call's settings and its engine object."""
 
-    def __init__(self, model, vector, coefficient, *, clean, steps, rule, metric, threshold, at, capped, dims, per_position, plan: Layout):
+    def __init__(
+        self,
+        model,
+        vector,
+        coefficient,
+        *,
+        clean,
+        steps,
+        rule,
+        metric,
+        threshold,
+        at,
+        capped,
+        dims,
+        per_position,
+        plan: Layout,
+    ):
         from ..runtime.device import _engine
 
         self.model, self.vector, self.coefficient, self.clean = model, vector, coefficient, clean
-        self.steps, self.shift, self.metric, self.threshold, self.capped = steps, RULES[rule], metric, threshold, capped
+        self.steps, self.shift, self.metric, self.threshold, self.capped = (
+            steps,
+            RULES[rule],
+            metric,
+            threshold,
+            capped,
+        )
         self.per_position, self.plan, self.graph = per_position, plan, graph_of(model, vector.layer)
         self.dims_rows = 1 if dims == "steer" else self.graph.n_upstream
         self.tile = _engine().ATTRIBUTE_TILE
         self.sign = 1.0 if clean == "steered" else -1.0
-        self.engine = _engine().Attribution(model._engine, plan.capacity, plan.step_capacity, vector.layer, plan.n_slots, steps, at == "normed",
-                                            plan.keep_inside)
+        self.engine = _engine().Attribution(
+            model._engine,
+            plan.capacity,
+            plan.step_capacity,
+            vector.layer,
+            plan.n_slots,
+            steps,
+            at == "normed",
+            plan.keep_inside,
+        )
 
     def rows(self, tokens, coefficients):
-        """(cache, packed rows, edits) of token lists that are steered each by its own coefficient (0: not at all)."""
+        """(cache, packed rows, edits) of token lists that are steered each by its own
+        coefficient (0: not at all).
+        """
         from ..runtime.device import _engine
 
         lengths = [len(t) for t in tokens]
@@ -126,16 +182,33 @@ class _Attribution:
         compiler = EditCompiler(self.model, [RowShape(t, t) for t in lengths])
         add_all(compiler, [[Steer(self.vector, c)] if c else [] for c in coefficients], False)
         zero, none = np.zeros(n, np.int32), np.full(n, -1, np.int32)
-        packed = (np.concatenate([np.asarray(t, np.uint32) for t in tokens]), np.array(lengths, np.uint32), np.zeros(n, np.uint32), slots, own, own,
-                  none, zero, zero)
-        return _engine().Cache(self.model._engine, sum(lengths), self.vector.layer), packed, compiler.build()
+        packed = (
+            np.concatenate([np.asarray(t, np.uint32) for t in tokens]),
+            np.array(lengths, np.uint32),
+            np.zeros(n, np.uint32),
+            slots,
+            own,
+            own,
+            none,
+            zero,
+            zero,
+        )
+        return (
+            _engine().Cache(self.model._engine, sum(lengths), self.vector.layer),
+            packed,
+            compiler.build(),
+        )
 
     def forward(self, samples, inputs, ranges):
-        """Base and steered runs of the samples: fills the slots' differences, returns the metric of every sample (None: no positions).
+        """Base and steered runs of the samples: fills the slots' differences, returns the metric of
+        every sample (None: no positions).
 
-        ranges: (first, end) positions of each sample that get slots."""
+        ranges: (first, end) positions of each sample that get slots.
+        """
         tokens = [s.tokens for s in samples for _ in range(2)]
-        cache, packed, edits = self.rows(tokens, [c for _ in samples for c in (0.0, self.coefficient)])
+        cache, packed, edits = self.rows(
+            tokens, [c for _ in samples for c in (0.0, self.coefficient)]
+        )
         starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])[:-1]])
         pairs, picks = [], []
         for i, (s, (first, end)) in enumerate(zip(samples, ranges)):
@@ -146,19 +219,31 @@ class _Attribution:
             read = np.arange(len(s.prompt_tokens) - 1, len(s))
             picks.append(np.stack([base + read, steered + read], 1))
         stacked = np.repeat(np.arange(len(samples)), 2)
-        top, margin, kl, normed = self.engine.forward(cache, packed, max(map(len, tokens)), edits,
-                                                      np.ascontiguousarray(np.concatenate([inputs[i] for i in stacked]), np.float32), 0,
-                                                      np.ascontiguousarray(np.concatenate(pairs), np.uint32),
-                                                      np.ascontiguousarray(np.concatenate(picks), np.uint32), self.capped, self.metric != "logit_diff")
+        top, margin, kl, normed = self.engine.forward(
+            cache,
+            packed,
+            max(map(len, tokens)),
+            edits,
+            np.ascontiguousarray(np.concatenate([inputs[i] for i in stacked]), np.float32),
+            0,
+            np.ascontiguousarray(np.concatenate(pairs), np.uint32),
+            np.ascontiguousarray(np.concatenate(picks), np.uint32),
+            self.capped,
+            self.metric != "logit_diff",
+        )
         metrics, done = [], 0
         for s, picked in zip(samples, picks):
             part = slice(done, done + len(picked))
-            metrics.append(self.metric_of(len(s.prompt_tokens) - 1, top[part], kl[part], normed[part]))
+            metrics.append(
+                self.metric_of(len(s.prompt_tokens) - 1, top[part], kl[part], normed[part])
+            )
             done += len(picked)
         return metrics
 
     def metric_of(self, first, top, kl, normed) -> RowMetric | None:
-        """The scalar of one sample from its base and steered predictions at positions first, first + 1, ..."""
+        """The scalar of one sample from its base and steered predictions at positions
+        first, first + 1, ...
+        """
         clean, corrupt = (1, 0) if self.clean == "steered" else (0, 1)
         if self.metric == "logit_diff":
             where = np.flatnonzero(top[:, 0] != top[:, 1])
@@ -166,40 +251,77 @@ class _Attribution:
             where = np.flatnonzero(kl > self.threshold)
         if not len(where):
             return None
-        positions, weights = first + where.astype(np.int64), np.full(len(where), 1.0 / len(where), np.float32)
+        positions, weights = (
+            first + where.astype(np.int64),
+            np.full(len(where), 1.0 / len(where), np.float32),
+        )
         if self.metric == "logit_diff":
-            return RowMetric(PAIR, positions, weights, top[where, clean].astype(np.uint32), top[where, corrupt].astype(np.uint32))
+            return RowMetric(
+                PAIR,
+                positions,
+                weights,
+                top[where, clean].astype(np.uint32),
+                top[where, corrupt].astype(np.uint32),
+            )
         other = normed[where, corrupt] if self.metric == "directional_kl" else None
-        return RowMetric(METRICS[self.metric], positions, weights, reference=normed[where, clean], other=other)
+        return RowMetric(
+            METRICS[self.metric], positions, weights, reference=normed[where, clean], other=other
+        )
 
     def step(self, samples, inputs, metrics, slots, ranges, first_step, end_step):
         """Steps [first_step, end_step) of consecutive samples, whose slots begin at `slots`."""
         n_steps = end_step - first_step
         tokens = [s.tokens for s in samples for _ in range(n_steps)]
-        coefficients = [self.coefficient * (i + self.shift) / self.steps for _ in samples for i in range(first_step, end_step)]
+        coefficients = [
+            self.coefficient * (i + self.shift) / self.steps
+            for _ in samples
+            for i in range(first_step, end_step)
+        ]
         cache, packed, edits = self.rows(tokens, coefficients)
-        starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])[:-1]]).reshape(len(samples), n_steps)
-        sources = np.concatenate([starts[i][None] + np.arange(first, end)[:, None] for i, (first, end) in enumerate(ranges)])
+        starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])[:-1]]).reshape(
+            len(samples), n_steps
+        )
+        sources = np.concatenate(
+            [
+                starts[i][None] + np.arange(first, end)[:, None]
+                for i, (first, end) in enumerate(ranges)
+            ]
+        )
         stacked = np.repeat(np.arange(len(samples)), n_steps)
-        return self.engine.step(cache, packed, max(map(len, tokens)), metric_tuple([metrics[i] for i in stacked], [len(t) for t in tokens], self.capped),
-                                edits, np.ascontiguousarray(np.concatenate([inputs[i] for i in stacked]), np.float32), slots,
-                                np.ascontiguousarray(sources, np.uint32), n_steps, first_step)
+        return self.engine.step(
+            cache,
+            packed,
+            max(map(len, tokens)),
+            metric_tuple([metrics[i] for i in stacked], [len(t) for t in tokens], self.capped),
+            edits,
+            np.ascontiguousarray(np.concatenate([inputs[i] for i in stacked]), np.float32),
+            slots,
+            np.ascontiguousarray(sources, np.uint32),
+            n_steps,
+            first_step,
+        )
 
     def contract(self, slot, n):
         """Scores of a sample's slots [slot, slot + n): (edges [E] or [E, n], nodes [N], dims)."""
         size = 1 if self.per_position else self.tile
         tiles = [(slot + i, min(size, n - i)) for i in range(0, n, size)]
-        steer = (np.float32(self.sign * self.coefficient) * np.asarray(self.vector.direction, np.float32)).astype(np.float32)
+        steer = (
+            np.float32(self.sign * self.coefficient) * np.asarray(self.vector.direction, np.float32)
+        ).astype(np.float32)
         calls = [tiles] if not self.per_position else [[t] for t in tiles]
         edges, nodes, dims = [], 0, 0
         for call in calls:
-            matrix, node, dim = self.engine.contract(np.array(call, np.uint32), steer, self.dims_rows)
+            matrix, node, dim = self.engine.contract(
+                np.array(call, np.uint32), steer, self.dims_rows
+            )
             edges.append(matrix[self.graph.upstream, self.graph.downstream])
             nodes, dims = nodes + node, dims + dim
         return (np.stack(edges, 1) if self.per_position else edges[0]), nodes, dims
 
     def group(self, samples, inputs, step_done):
-        """One list entry a sample: (weight, edges, nodes, dims), or None for a sample without metric positions."""
+        """One list entry a sample: (weight, edges, nodes, dims), or None for a sample
+        without metric positions.
+        """
         out: list = [None] * len(samples)
         if self.plan.n_slots < max(map(len, samples)):  # a part of one sample's positions at a time
             return [self.in_parts(s, x, step_done) for s, x in zip(samples, inputs)]
@@ -210,10 +332,19 @@ class _Attribution:
         kept = [i for i, m in enumerate(metrics) if m is not None]
         step_done(self.steps * (len(samples) - len(kept)))
         for run in _consecutive(kept):
-            for i, j, first, end in _batches([len(samples[r]) for r in run], self.plan.step_capacity, self.steps):
+            for i, j, first, end in _batches(
+                [len(samples[r]) for r in run], self.plan.step_capacity, self.steps
+            ):
                 part = run[i:j]
-                self.step([samples[r] for r in part], [inputs[r] for r in part], [metrics[r] for r in part], int(slots[part[0]]),
-                          [ranges[r] for r in part], first, end)
+                self.step(
+                    [samples[r] for r in part],
+                    [inputs[r] for r in part],
+                    [metrics[r] for r in part],
+                    int(slots[part[0]]),
+                    [ranges[r] for r in part],
+                    first,
+                    end,
+                )
                 step_done((end - first) * len(part))
         for r in kept:
             out[r] = (len(metrics[r].positions),) + self.contract(int(slots[r]), len(samples[r]))
@@ -237,7 +368,13 @@ class _Attribution:
             size = 1 if self.per_position else self.tile
             for first in range(0, part[1] - part[0], size):
                 e, u, d = self.contract(first, min(size, part[1] - part[0] - first))
-                edges = e if edges is None else np.concatenate([edges, e], 1) if self.per_position else edges + e
+                edges = (
+                    e
+                    if edges is None
+                    else np.concatenate([edges, e], 1)
+                    if self.per_position
+                    else edges + e
+                )
                 nodes, dims = nodes + u, dims + d
             weight = len(metric.positions)
         return weight, edges, nodes, dims
@@ -254,16 +391,20 @@ def _consecutive(indices):
 
 
 def stream_inputs(model, rows, layer: int) -> list[np.ndarray]:
-    """The unsteered stream entering `layer` for token rows: one float32 [tokens, D] each. Layers above are not run."""
+    """The unsteered stream entering `layer` for token rows: one float32 [tokens, D] each.
+    Layers above are not run.
+    """
     site = f"blocks.{layer}.hook_resid_pre"
     if layer == 0:
         site = "hook_embed"
     run = model.run([list(r) for r in rows], capture=[site], logits=None)
-    return [np.ascontiguousarray(x[-len(r):]) for r, x in zip(rows, run[site])]
+    return [np.ascontiguousarray(x[-len(r) :]) for r, x in zip(rows, run[site])]
 
 
 class _Checkpoint:
-    """Finished samples in one file, replaced whole after every group; refuses what belongs to another call."""
+    """Finished samples in one file, replaced whole after every group; refuses what
+    belongs to another call.
+    """
 
     def __init__(self, path, key: str):
         self.path, self.key = Path(path), key
@@ -275,17 +416,28 @@ class _Checkpoint:
         try:
             with np.load(self.path, allow_pickle=False) as data:
                 if str(data["key"]) != self.key:
-                    raise ValueError(f"{self.path} is the checkpoint of another attribution (model, vector, samples or settings differ): name another file, or "
-                                     "delete it")
+                    raise ValueError(
+                        f"{self.path} is the checkpoint of another attribution (model, vector,"
+                        " samples or settings differ): name another file, or delete it"
+                    )
                 for i, weight in zip(data["samples"].tolist(), data["weights"].tolist()):
-                    self.done[i] = None if weight == 0 else (weight, data[f"edges{i}"], data[f"nodes{i}"], data[f"dims{i}"])
+                    self.done[i] = (
+                        None
+                        if weight == 0
+                        else (weight, data[f"edges{i}"], data[f"nodes{i}"], data[f"dims{i}"])
+                    )
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path} is not a whole checkpoint ({error}): delete it to begin anew") from None
+            raise ValueError(
+                f"{self.path} is not a whole checkpoint ({error}): delete it to begin anew"
+            ) from None
 
     def save(self, new: dict):
         self.done.update(new)
-        arrays = {"key": self.key, "samples": np.array(list(self.done), np.int64),
-                  "weights": np.array([0 if v is None else v[0] for v in self.done.values()], np.int64)}
+        arrays = {
+            "key": self.key,
+            "samples": np.array(list(self.done), np.int64),
+            "weights": np.array([0 if v is None else v[0] for v in self.done.values()], np.int64),
+        }
         for i, v in self.done.items():
             if v is not None:
                 arrays |= {f"edges{i}": v[1], f"nodes{i}": v[2], f"dims{i}": v[3]}
@@ -295,8 +447,13 @@ class _Checkpoint:
 
 
 def _check(steps, rule, metric, threshold, at, clean, dims):
-    for value, known, name in ((rule, RULES, "rule"), (metric, METRICS, "metric"), (at, ("pre_norm", "normed"), "at"), (clean, ("steered", "base"), "clean"),
-                               (dims, ("steer", "all"), "dims")):
+    for value, known, name in (
+        (rule, RULES, "rule"),
+        (metric, METRICS, "metric"),
+        (at, ("pre_norm", "normed"), "at"),
+        (clean, ("steered", "base"), "clean"),
+        (dims, ("steer", "all"), "dims"),
+    ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: use one of {', '.join(map(repr, known))}")
     if not np.isfinite(threshold) or threshold < 0:
@@ -304,19 +461,44 @@ def _check(steps, rule, metric, threshold, at, clean, dims):
     return require_int(steps, "steps", 1)
 
 
-def attribute(model, samples, vector, coefficient, *, clean="steered", steps=10, rule="midpoint", metric="logit_diff", threshold=0.0, at="pre_norm",
-              capped=True, dims="steer", per_position=False, per_sample=False, max_memory=None, progress=True, checkpoint=None) -> EdgeScores:
-    """Scores of every edge, node and dimension of steering by coefficient * vector (EAP-IG, method.md section 5).
+def attribute(
+    model,
+    samples,
+    vector,
+    coefficient,
+    *,
+    clean="steered",
+    steps=10,
+    rule="midpoint",
+    metric="logit_diff",
+    threshold=0.0,
+    at="pre_norm",
+    capped=True,
+    dims="steer",
+    per_position=False,
+    per_sample=False,
+    max_memory=None,
+    progress=True,
+    checkpoint=None,
+) -> EdgeScores:
+    """Scores of every edge, node and dimension of steering by coefficient * vector (EAP-IG,
+    method.md section 5).
 
-    samples: list of Sample (prompt and whole response, teacher forced). clean: "steered" (what the base run would have to become) or "base"; the
-    integration path always runs from base to steered, in `steps` steps by `rule` ("midpoint", "left", "right").
-    metric: "logit_diff" (positions where the two runs' greedy tokens differ; threshold is ignored), "directional_kl" or "kl" (positions with
-    KL(P_steer || P_base) > threshold, in nats; "kl" is KL(P_clean || P_x)); averaged over a sample's positions. capped: logits after a final soft cap.
-    at: gradients with respect to the inputs before their norm ("pre_norm") or after norm and gain ("normed").
-    dims: "steer" -> scores.dims [1, D], "all" -> [N, D]. per_position: scores.positions, one [E, S] a sample. per_sample: scores.sample_edges [n, E]
-    and sample_nodes [n, N]. max_memory: device bytes beside the weights (int or "2GiB"; default 1 GiB or half of what is free); it changes speed, not a bit.
-    progress: True (prints the plan, shows a bar), False or callable(done, total) in steps. checkpoint: a file; a killed call goes on from it.
-    Returns EdgeScores. Raises ValueError, TypeError before work; DeviceError. Ctrl-C leaves the model usable and the checkpoint whole.
+    samples: list of Sample (prompt and whole response, teacher forced). clean: "steered" (what the
+    base run would have to become) or "base"; the integration path always runs from base to steered,
+    in `steps` steps by `rule` ("midpoint", "left", "right").
+    metric: "logit_diff" (positions where the two runs' greedy tokens differ; threshold is
+    ignored), "directional_kl" or "kl" (positions with KL(P_steer || P_base) > threshold, in nats;
+    "kl" is KL(P_clean || P_x)); averaged over a sample's positions. capped: logits after a final
+    soft cap. at: gradients with respect to the inputs before their norm ("pre_norm") or after norm
+    and gain ("normed").
+    dims: "steer" -> scores.dims [1, D], "all" -> [N, D]. per_position: scores.positions, one [E,
+    S] a sample. per_sample: scores.sample_edges [n, E] and sample_nodes [n, N]. max_memory:
+    device bytes beside the weights (int or "2GiB"; default 1 GiB or half of what is free); it
+    changes speed, not a bit. progress: True (prints the plan, shows a bar), False or
+    callable(done, total) in steps. checkpoint: a file; a killed call goes on from it. Returns
+    EdgeScores. Raises ValueError, TypeError before work; DeviceError. Ctrl-C leaves the model
+    usable and the checkpoint whole.
     """
     model._check_open()
     samples = check_samples(model, samples)
@@ -324,36 +506,84 @@ def attribute(model, samples, vector, coefficient, *, clean="steered", steps=10,
     steps = _check(steps, rule, metric, threshold, at, clean, dims)
     budget = memory_bytes(max_memory)
     lengths = [len(s) for s in samples]
-    plan = layout(model, vector.layer, lengths, steps, at == "normed", metric != "logit_diff", budget)
+    plan = layout(
+        model, vector.layer, lengths, steps, at == "normed", metric != "logit_diff", budget
+    )
     if progress is True:
-        print(f"vksteer: attribution of {len(samples)} samples, {sum(lengths)} tokens, {steps} steps: {plan.bytes / 1e6:.0f} MB beside the weights, "
-              f"{plan.n_slots} tokens at a time, {'activations kept' if plan.keep_inside else 'activations computed twice'}", file=sys.stderr)
-    settings = {"steps": steps, "rule": rule, "metric": metric, "threshold": float(threshold) if metric != "logit_diff" else 0.0, "at": at, "clean": clean,
-                "capped": bool(capped), "dims": dims, "per_position": bool(per_position)}
+        print(
+            f"vksteer: attribution of {len(samples)} samples, {sum(lengths)} tokens, {steps} steps:"
+            f" {plan.bytes / 1e6:.0f} MB beside the weights, {plan.n_slots} tokens at a time,"
+            f" {'activations kept' if plan.keep_inside else 'activations computed twice'}",
+            file=sys.stderr,
+        )
+    settings = {
+        "steps": steps,
+        "rule": rule,
+        "metric": metric,
+        "threshold": float(threshold) if metric != "logit_diff" else 0.0,
+        "at": at,
+        "clean": clean,
+        "capped": bool(capped),
+        "dims": dims,
+        "per_position": bool(per_position),
+    }
     provenance = score_provenance(model, vector, coefficient)
-    key = hashlib.sha256(json.dumps([settings, provenance, samples_hash(samples)], sort_keys=True, default=str).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps(
+            [settings, provenance, samples_hash(samples)], sort_keys=True, default=str
+        ).encode()
+    ).hexdigest()
     kept = None if checkpoint is None else _Checkpoint(checkpoint, key)
     found: dict[int, tuple | None] = dict(kept.done) if kept else {}
-    worker = _Attribution(model, vector, coefficient, clean=clean, steps=steps, rule=rule, metric=metric, threshold=threshold, at=at, capped=bool(capped),
-                          dims=dims, per_position=per_position, plan=plan)
+    worker = _Attribution(
+        model,
+        vector,
+        coefficient,
+        clean=clean,
+        steps=steps,
+        rule=rule,
+        metric=metric,
+        threshold=threshold,
+        at=at,
+        capped=bool(capped),
+        dims=dims,
+        per_position=per_position,
+        plan=plan,
+    )
     with Progress(progress, steps * len(samples), "attribute") as bar:
         if found:
             bar.step(steps * len(found))
         for group in _groups([i for i in range(len(samples)) if i not in found], lengths, plan):
             part = [samples[i] for i in group]
-            results = worker.group(part, stream_inputs(model, [s.tokens for s in part], vector.layer), bar.step)
+            results = worker.group(
+                part, stream_inputs(model, [s.tokens for s in part], vector.layer), bar.step
+            )
             new = dict(zip(group, results))
             found.update(new)
             if kept:
                 kept.save(new)
-    return _collect(worker.graph, samples, found, settings, provenance, per_position, per_sample, worker.dims_rows, model.config.d_model)
+    return _collect(
+        worker.graph,
+        samples,
+        found,
+        settings,
+        provenance,
+        per_position,
+        per_sample,
+        worker.dims_rows,
+        model.config.d_model,
+    )
 
 
 def _groups(indices, lengths, plan):
     """Samples whose tokens fit the slots together, and twice the tokens one forward pass."""
     groups, total = [], 0
     for i in indices:
-        if not groups or total + lengths[i] > plan.n_slots or 2 * (total + lengths[i]) > plan.capacity:
+        if (
+            not groups
+            or total + lengths[i] > plan.n_slots
+            or 2 * (total + lengths[i]) > plan.capacity
+        ):
             groups.append([])
             total = 0
         groups[-1].append(i)
@@ -361,20 +591,51 @@ def _groups(indices, lengths, plan):
     return groups
 
 
-def _collect(graph, samples, found, settings, provenance, per_position, per_sample, dims_rows, width) -> EdgeScores:
-    weights = np.array([0 if found[i] is None else found[i][0] for i in range(len(samples))], np.int64)
+def _collect(
+    graph, samples, found, settings, provenance, per_position, per_sample, dims_rows, width
+) -> EdgeScores:
+    weights = np.array(
+        [0 if found[i] is None else found[i][0] for i in range(len(samples))], np.int64
+    )
     if not weights.any():
-        warnings.warn(f"none of the {len(samples)} samples has a metric position: steering changes no greedy token there (or no KL passes the threshold); "
-                      "all scores are 0", stacklevel=3)
-    empty = (0, np.zeros((graph.n_edges, 0) if per_position else graph.n_edges), np.zeros(graph.n_upstream), np.zeros((dims_rows, width)))
+        warnings.warn(
+            f"none of the {len(samples)} samples has a metric position: steering changes no greedy"
+            " token there (or no KL passes the threshold); all scores are 0",
+            stacklevel=3,
+        )
+    empty = (
+        0,
+        np.zeros((graph.n_edges, 0) if per_position else graph.n_edges),
+        np.zeros(graph.n_upstream),
+        np.zeros((dims_rows, width)),
+    )
     first = next((v for v in found.values() if v is not None), empty)
-    rows = [v if v is not None else (0,) + tuple(np.zeros_like(x) for x in first[1:]) for v in (found[i] for i in range(len(samples)))]
+    rows = [
+        v if v is not None else (0,) + tuple(np.zeros_like(x) for x in first[1:])
+        for v in (found[i] for i in range(len(samples)))
+    ]
     edges = [r[1].sum(1) if per_position and w else r[1] for r, w in zip(rows, weights)]
     if per_position:
         edges = [e if w else np.zeros(graph.n_edges) for e, w in zip(edges, weights)]
-        positions = [r[1] if w else np.zeros((graph.n_edges, len(s))) for r, w, s in zip(rows, weights, samples)]
+        positions = [
+            r[1] if w else np.zeros((graph.n_edges, len(s)))
+            for r, w, s in zip(rows, weights, samples)
+        ]
     pool = lambda tables: combine(tables, weights) if weights.any() else np.zeros_like(tables[0])
-    return EdgeScores(graph, pool(edges), pool([r[2] for r in rows]), weights=weights, dims=pool([r[3] for r in rows]).astype(np.float32), positions=positions if per_position else None,
-                      sample_edges=np.stack(edges) if per_sample else None, sample_nodes=np.stack([r[2] for r in rows]) if per_sample else None,
-                      settings=settings | {"samples_hash": samples_hash(samples), "n_samples": len(samples), "left_out": int((weights == 0).sum())},
-                      provenance=provenance)
+    return EdgeScores(
+        graph,
+        pool(edges),
+        pool([r[2] for r in rows]),
+        weights=weights,
+        dims=pool([r[3] for r in rows]).astype(np.float32),
+        positions=positions if per_position else None,
+        sample_edges=np.stack(edges) if per_sample else None,
+        sample_nodes=np.stack([r[2] for r in rows]) if per_sample else None,
+        settings=settings
+        | {
+            "samples_hash": samples_hash(samples),
+            "n_samples": len(samples),
+            "left_out": int((weights == 0).sum()),
+        },
+        provenance=provenance,
+    )

@@ -1,4 +1,6 @@
-"""How well an estimate of effects agrees with the effects of real patches (`vs.patching.agreement`)."""
+"""How well an estimate of effects agrees with the effects of real patches
+(`vs.patching.agreement`).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from ..base.checks import require_int
 from ..base.figures import new_figure
 from ..circuits.search import ranking
-from ..base.checks import require_int
 
 
 def average_ranks(values) -> np.ndarray:
@@ -35,8 +37,10 @@ def top_overlap(x, y, k: int) -> float:
 
 @dataclass(frozen=True)
 class Agreement:
-    """n values; pearson, spearman (average ranks); overlap: {k: share of the k strongest that both name}; sign: share of equal signs among those
-    that are not 0 in both; slope: of exact on estimate through the origin; worst: (index, estimate, exact) of the largest difference."""
+    """n values; pearson, spearman (average ranks); overlap: {k: share of the k strongest that both
+    name}; sign: share of equal signs among those that are not 0 in both; slope: of exact on
+    estimate through the origin; worst: (index, estimate, exact) of the largest difference.
+    """
 
     n: int
     pearson: float
@@ -51,25 +55,45 @@ class Agreement:
     def __str__(self):
         tops = ", ".join(f"top {k}: {share:.2f}" for k, share in self.overlap.items())
         i, a, b = self.worst
-        return (f"Pearson {self.pearson:.4f}, Spearman {self.spearman:.4f}, slope {self.slope:.3f}, equal signs {self.sign:.3f}, overlap of the strongest {tops} "
-                f"({self.n} values; worst is number {i}: estimate {a:.4g}, exact {b:.4g})")
+        return (
+            f"Pearson {self.pearson:.4f}, Spearman {self.spearman:.4f}, slope {self.slope:.3f},"
+            f" equal signs {self.sign:.3f}, overlap of the strongest {tops} ({self.n} values; worst"
+            f" is number {i}: estimate {a:.4g}, exact {b:.4g})"
+        )
 
     def to_dict(self) -> dict:
-        content = {name: value for name, value in asdict(self).items() if name not in ("estimate", "exact")}
+        content = {
+            name: value for name, value in asdict(self).items() if name not in ("estimate", "exact")
+        }
         finite = lambda x: x if math.isfinite(x) else None
-        return content | {"pearson": finite(self.pearson), "spearman": finite(self.spearman), "slope": finite(self.slope), "sign": finite(self.sign),
-                          "overlap": {str(k): v for k, v in self.overlap.items()}, "worst": list(self.worst)}
+        return content | {
+            "pearson": finite(self.pearson),
+            "spearman": finite(self.spearman),
+            "slope": finite(self.slope),
+            "sign": finite(self.sign),
+            "overlap": {str(k): v for k, v in self.overlap.items()},
+            "worst": list(self.worst),
+        }
 
     def plot(self, path=None, *, labels=("estimate", "exact patch")):
-        """Estimate against exact, one point each: a matplotlib Figure, saved to `path` if one is given (needs matplotlib)."""
+        """Estimate against exact, one point each: a matplotlib Figure, saved to `path` if one is
+        given (needs matplotlib).
+        """
         figure = new_figure(4.4, 4.2)
         axes = figure.add_subplot()
-        ends = [min(self.estimate.min(), self.exact.min()), max(self.estimate.max(), self.exact.max())]
+        ends = [
+            min(self.estimate.min(), self.exact.min()),
+            max(self.estimate.max(), self.exact.max()),
+        ]
         axes.plot(ends, ends, color="#bbbbbb", lw=0.8, zorder=1)
-        axes.scatter(self.estimate, self.exact, s=8, alpha=0.6, color="#4878a8", linewidths=0, zorder=2)
+        axes.scatter(
+            self.estimate, self.exact, s=8, alpha=0.6, color="#4878a8", linewidths=0, zorder=2
+        )
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        axes.set_title(f"r = {self.pearson:.3f}, rho = {self.spearman:.3f}, n = {self.n}", fontsize=9)
+        axes.set_title(
+            f"r = {self.pearson:.3f}, rho = {self.spearman:.3f}, n = {self.n}", fontsize=9
+        )
         axes.spines[["top", "right"]].set_visible(False)
         if path is not None:
             figure.savefig(path, dpi=150)
@@ -77,15 +101,22 @@ class Agreement:
 
 
 def agreement(estimate, exact, k=None) -> Agreement:
-    """Pearson, Spearman and overlap of the strongest between estimated and exact effects, with a plot.
+    """Pearson, Spearman and overlap of the strongest between estimated and exact
+    effects, with a plot.
 
-    estimate: float [n], or an EdgeScores (its edges, or its nodes where `exact` has one value for each node). exact: float [n], from `exact`.
-    k: an int or a list of them (default: 10, 30, 100, 300, 1000, as far as they are below n; else half of n).
+    estimate: float [n], or an EdgeScores (its edges, or its nodes where `exact` has one value for
+    each node). exact: float [n], from `exact`. k: an int or a list of them (default: 10, 30, 100,
+    300, 1000, as far as they are below n; else half of n).
     Raises ValueError for fewer than two values, different lengths, and numbers that are not finite.
     """
     exact = np.asarray(exact, np.float64).ravel()
     if hasattr(estimate, "edges"):
-        estimate = estimate.nodes if estimate.nodes is not None and exact.size == estimate.graph.n_upstream != estimate.graph.n_edges else estimate.edges
+        estimate = (
+            estimate.nodes
+            if estimate.nodes is not None
+            and exact.size == estimate.graph.n_upstream != estimate.graph.n_edges
+            else estimate.edges
+        )
     estimate = np.asarray(estimate, np.float64).ravel()
     if estimate.shape != exact.shape:
         raise ValueError(f"{estimate.size} estimates but {exact.size} exact effects")
@@ -105,5 +136,14 @@ def agreement(estimate, exact, k=None) -> Agreement:
     sign = float((np.sign(estimate) == np.sign(exact))[some].mean()) if some.any() else math.nan
     square = float(estimate @ estimate)
     worst = int(np.abs(estimate - exact).argmax())
-    return Agreement(n, correlation(estimate, exact), correlation(average_ranks(estimate), average_ranks(exact)), {i: top_overlap(estimate, exact, i) for i in k}, sign,
-                     float(estimate @ exact) / square if square else math.nan, (worst, float(estimate[worst]), float(exact[worst])), estimate, exact)
+    return Agreement(
+        n,
+        correlation(estimate, exact),
+        correlation(average_ranks(estimate), average_ranks(exact)),
+        {i: top_overlap(estimate, exact, i) for i in k},
+        sign,
+        float(estimate @ exact) / square if square else math.nan,
+        (worst, float(estimate[worst]), float(exact[worst])),
+        estimate,
+        exact,
+    )

@@ -1,6 +1,8 @@
-"""What a device can do at most, measured in a few hundred milliseconds, and what a model asks of it: the two halves of "a share of the peak".
+"""What a device can do at most, measured in a few hundred milliseconds, and what a model asks of
+it: the two halves of "a share of the peak".
 
-Two ceilings: the rate of the engine's own matrix kernel on a large batch of rows, and the rate at which memory is read.
+Two ceilings: the rate of the engine's own matrix kernel on a large batch of rows, and the rate at
+which memory is read.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Ceilings:
-    """matrix: float operations a second of the engine's matrix kernel. read: bytes a second that its memory gives to a kernel."""
+    """matrix: float operations a second of the engine's matrix kernel. read: bytes a second that
+    its memory gives to a kernel.
+    """
 
     matrix: float
     read: float
@@ -20,18 +24,28 @@ class Ceilings:
 
 
 def measure(model, rounds: int = 2) -> Ceilings:
-    """The ceilings of the device that holds `model`: best of `rounds`, each the median of five dispatches.
+    """The ceilings of the device that holds `model`: best of `rounds`, each the
+    median of five dispatches.
 
-    The matrix rate is that of the model's own MLP products over 512 rows. The read rate is that of a kernel that only reads 256 MiB, more than any
-    cache holds, or that of the unembedding times one row where that is higher.
+    The matrix rate is that of the model's own MLP products over 512 rows. The read rate is that of
+    a kernel that only reads 256 MiB, more than any cache holds, or that of the unembedding times
+    one row where that is higher.
     """
     engine, c = model._engine, model.config
     shapes = ((512, 2 * c.d_mlp, c.d_model), (512, c.d_model, c.d_mlp))
-    return Ceilings(max(engine.measure_linear(*shape)[0] for shape in shapes for _ in range(rounds)),
-                    max(max(engine.measure_read(256 << 20), engine.measure_linear(1, c.d_vocab, c.d_model, True)[1]) for _ in range(rounds)))
+    return Ceilings(
+        max(engine.measure_linear(*shape)[0] for shape in shapes for _ in range(rounds)),
+        max(
+            max(
+                engine.measure_read(256 << 20),
+                engine.measure_linear(1, c.d_vocab, c.d_model, True)[1],
+            )
+            for _ in range(rounds)
+        ),
+    )
 
 
-# -- what a model asks ------------------------------------------------------------------------------------------------------------------------------
+# -- what a model asks -----------------------------------------------------------------------------
 
 
 def weight_size(model) -> float:
@@ -49,12 +63,20 @@ def matrix_weights(model) -> int:
 
 
 def prefill_operations(model, tokens: int, logits: int = 1) -> float:
-    """Float operations of one row of `tokens` tokens with `logits` of its positions unembedded: matrices, and scores and mixing of attention."""
+    """Float operations of one row of `tokens` tokens with `logits` of its positions unembedded:
+    matrices, and scores and mixing of attention.
+    """
     c = model.config
-    matrices = 2 * tokens * (matrix_weights(model) - c.d_vocab * c.d_model) + 2 * logits * c.d_vocab * c.d_model
+    matrices = (
+        2 * tokens * (matrix_weights(model) - c.d_vocab * c.d_model)
+        + 2 * logits * c.d_vocab * c.d_model
+    )
     return matrices + c.n_layers * 2 * tokens * (tokens + 1) * c.n_heads * c.d_head
 
 
 def decode_bytes(model, context: float, rows: int = 1) -> float:
     """Bytes that one decoding step reads: every weight once, and each row's keys and values."""
-    return matrix_weights(model) * weight_size(model) + rows * context * model._engine.plan()["cache_per_token"]
+    return (
+        matrix_weights(model) * weight_size(model)
+        + rows * context * model._engine.plan()["cache_per_token"]
+    )

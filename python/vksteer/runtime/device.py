@@ -1,7 +1,8 @@
 """Vulkan devices: what is there, and which one a model gets.
 
-Order of choice: discrete, integrated, virtual; a software device only when nothing else is there, with one warning. `device=` or the
-environment variable VKSTEER_DEVICE picks by index, by UUID, or by a part of the name.
+Order of choice: discrete, integrated, virtual; a software device only when nothing else is there,
+with one warning. `device=` or the environment variable VKSTEER_DEVICE picks by index, by UUID, or
+by a part of the name.
 """
 
 from __future__ import annotations
@@ -10,23 +11,29 @@ import atexit
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from ..errors import DeviceError
 
 _ORDER = {"discrete": 0, "integrated": 1, "virtual": 2, "software": 3}
-INSTALL = ("install a Vulkan driver: Debian/Ubuntu `apt install libvulkan1 mesa-vulkan-drivers` (AMD, Intel, and a software device for any "
-           "machine), NVIDIA's proprietary driver for NVIDIA; or point VK_DRIVER_FILES at a driver's ICD file")
+INSTALL = (
+    "install a Vulkan driver: Debian/Ubuntu `apt install libvulkan1 mesa-vulkan-drivers` (AMD,"
+    " Intel, and a software device for any machine), NVIDIA's proprietary driver for NVIDIA; or"
+    " point VK_DRIVER_FILES at a driver's ICD file"
+)
 
 
 @dataclass(frozen=True)
 class Device:
     """A Vulkan device as the driver describes it.
 
-    type: "discrete", "integrated", "virtual" or "software". memory_bytes: the largest device-local heap. features: what optional paths can use.
-    suitable: offers the baseline (Vulkan 1.2, buffer addresses, scalar layout, timeline semaphores, subgroup operations); if not, `missing` says what.
+    type: "discrete", "integrated", "virtual" or "software". memory_bytes: the largest
+    device-local heap. features: what optional paths can use. suitable: offers the baseline
+    (Vulkan 1.2, buffer addresses, scalar layout, timeline semaphores, subgroup operations); if
+    not, `missing` says what.
     """
 
     index: int
@@ -41,12 +48,16 @@ class Device:
     missing: str
 
     def __str__(self):
-        return f"[{self.index}] {self.name} ({self.type}, {self.driver}, {self.memory_bytes / 1e9:.1f} GB)"
+        return (
+            f"[{self.index}] {self.name} ({self.type}, {self.driver},"
+            f" {self.memory_bytes / 1e9:.1f} GB)"
+        )
 
 
 def _prepare_environment() -> None:
     """Hints for drivers, before the first one is loaded; a user's own setting always wins."""
-    # Lavapipe computes 8 lanes at a time unless told otherwise; 16 are 1.2-1.4 times faster where the CPU has AVX-512 (docs/decisions.md).
+    # Lavapipe computes 8 lanes at a time unless told otherwise; 16 are 1.2-1.4 times faster where
+    # the CPU has AVX-512 (docs/decisions.md).
     if "LP_NATIVE_VECTOR_WIDTH" not in os.environ and sys.platform == "linux":
         try:
             with open("/proc/cpuinfo") as file:
@@ -55,11 +66,16 @@ def _prepare_environment() -> None:
             flags = ""
         if " avx512f " in flags and " avx512bw " in flags and " avx512vl " in flags:
             os.environ["LP_NATIVE_VECTOR_WIDTH"] = "512"
-    # Mesa's cache on disk knows lavapipe's compiled texel fetches by their format, not by the width of vectors (25.0): what a process of another width
-    # left there gives wrong values or crashes. So each width has a folder of its own, and other programs' cache is left alone.
+    # Mesa's cache on disk knows lavapipe's compiled texel fetches by their format, not by the width
+    # of vectors (25.0): what a process of another width left there gives wrong values or crashes.
+    # So each width has a folder of its own, and other programs' cache is left alone.
     inherited = Path(os.environ.get("MESA_SHADER_CACHE_DIR") or cache_folder() / "mesa")
-    width = "".join(c for c in os.environ.get("LP_NATIVE_VECTOR_WIDTH", "") if c.isalnum()) or "default"
-    folder = (inherited.parent if inherited.name.startswith("vectors-") else inherited) / f"vectors-{width}"
+    width = (
+        "".join(c for c in os.environ.get("LP_NATIVE_VECTOR_WIDTH", "") if c.isalnum()) or "default"
+    )
+    folder = (
+        inherited.parent if inherited.name.startswith("vectors-") else inherited
+    ) / f"vectors-{width}"
     os.environ["MESA_SHADER_CACHE_DIR"] = str(folder)
 
 
@@ -77,8 +93,21 @@ def _engine():
 
 
 def _from_info(info: dict) -> Device:
-    names = ("index", "name", "vendor", "type", "driver", "uuid", "memory_bytes", "suitable", "missing")
-    return Device(**{n: info[n] for n in names}, features={k: v for k, v in info.items() if k not in names and k != "available_bytes"})
+    names = (
+        "index",
+        "name",
+        "vendor",
+        "type",
+        "driver",
+        "uuid",
+        "memory_bytes",
+        "suitable",
+        "missing",
+    )
+    return Device(
+        **{n: info[n] for n in names},
+        features={k: v for k, v in info.items() if k not in names and k != "available_bytes"},
+    )
 
 
 def devices() -> list[Device]:
@@ -90,7 +119,9 @@ def devices() -> list[Device]:
 
 
 def choose(device=None) -> Device:
-    """The device that `device` (an index, a UUID, a part of a name, a Device, or None) means. Raises DeviceError naming what is there."""
+    """The device that `device` (an index, a UUID, a part of a name, a Device, or None) means.
+    Raises DeviceError naming what is there.
+    """
     try:
         found = [_from_info(info) for info in _engine().devices()]
     except DeviceError as error:
@@ -108,7 +139,9 @@ def choose(device=None) -> Device:
         if text.isdigit() and len(text) < 8:
             matches = [d for d in found if d.index == int(text)]
         else:
-            matches = [d for d in found if d.uuid == text.replace("-", "")] or [d for d in found if text and text in d.name.lower()]
+            matches = [d for d in found if d.uuid == text.replace("-", "")] or [
+                d for d in found if text and text in d.name.lower()
+            ]
         if not matches:
             raise DeviceError(f"{origin}{wanted!r} matches no device; there are {listing}")
         chosen = matches[0]
@@ -117,12 +150,18 @@ def choose(device=None) -> Device:
         return chosen
     able = [d for d in found if d.suitable]
     if not able:
-        raise DeviceError("no Vulkan device offers what the kernels need: " + "; ".join(f"{d} lacks {d.missing}" for d in found) + f"; {INSTALL}")
+        raise DeviceError(
+            "no Vulkan device offers what the kernels need: "
+            + "; ".join(f"{d} lacks {d.missing}" for d in found)
+            + f"; {INSTALL}"
+        )
     return min(able, key=lambda d: (_ORDER[d.type], d.index))
 
 
 def cache_folder() -> Path:
-    """Where pipelines and measured choices are kept: $VKSTEER_CACHE, else the user's cache folder. Not created here."""
+    """Where pipelines and measured choices are kept: $VKSTEER_CACHE, else the user's cache
+    folder. Not created here.
+    """
     if os.environ.get("VKSTEER_CACHE"):
         return Path(os.environ["VKSTEER_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vksteer"
@@ -134,24 +173,37 @@ _warned = False
 
 @atexit.register
 def _close_all():
-    # Registered before any model's own clean-up, hence run after it: devices go last, while the interpreter is still whole.
+    # Registered before any model's own clean-up, hence run after it: devices go last, while the
+    # interpreter is still whole.
     _open.clear()
 
 
 def hold_all() -> None:
-    """Stops other threads where they use a device: the interpreter ends (non-daemon threads have been waited for already)."""
+    """Stops other threads where they use a device: the interpreter ends (non-daemon threads have
+    been waited for already).
+    """
     for engine in list(_open.values()):
         engine.hold()
 
 
 def open_device(device=None):
-    """(engine device, Device): one engine device per process and index, shared by models, closed when the interpreter ends."""
+    """(engine device, Device): one engine device per process and index, shared by models, closed
+    when the interpreter ends.
+    """
     global _warned
     chosen = choose(device)
-    if chosen.type == "software" and device is None and not os.environ.get("VKSTEER_DEVICE") and not _warned:
+    if (
+        chosen.type == "software"
+        and device is None
+        and not os.environ.get("VKSTEER_DEVICE")
+        and not _warned
+    ):
         _warned = True
-        warnings.warn(f"no GPU found: running on the software device {chosen.name}, many times slower than a GPU "
-                      "(choose with device= or VKSTEER_DEVICE to silence this)", stacklevel=3)
+        warnings.warn(
+            f"no GPU found: running on the software device {chosen.name}, many times slower than a"
+            " GPU (choose with device= or VKSTEER_DEVICE to silence this)",
+            stacklevel=3,
+        )
     key = (os.getpid(), chosen.index)
     engine = _open.get(key)
     if engine is None or not engine.usable:  # a lost device is opened anew

@@ -1,10 +1,13 @@
-"""Edits as users write them -> the flat records that the engine walks. Everything is checked here, before any work starts."""
+"""Edits as users write them -> the flat records that the engine walks. Everything is checked here,
+before any work starts.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +22,9 @@ EDIT_TYPES = (Steer, Ablate, Set, Add, Scale, MeanAblate)
 
 @dataclass(frozen=True)
 class RowShape:
-    """What positions are counted against: tokens of the prompt, and of prompt and response (None while decoding: open)."""
+    """What positions are counted against: tokens of the prompt, and of prompt and response (None
+    while decoding: open).
+    """
 
     prompt: int
     total: int | None
@@ -35,7 +40,9 @@ class Selection:
     listed: tuple[int, ...] | None = None
 
     def count(self, total: int | None) -> int | None:
-        """Number of selected tokens of a row of `total` tokens; None if open. For lists: entries, also those beyond the row."""
+        """Number of selected tokens of a row of `total` tokens; None if open. For lists: entries,
+        also those beyond the row.
+        """
         if self.listed is not None:
             return len(self.listed)
         if self.stop == OPEN and total is None:
@@ -59,26 +66,39 @@ def resolve(positions, row: RowShape) -> Selection:
             return Selection(stop=row.prompt)
         if positions == "response":
             return Selection(start=row.prompt)
-        raise ValueError(f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice")
+        raise ValueError(
+            f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice"
+        )
     if isinstance(positions, slice):
         step = 1 if positions.step is None else require_int(positions.step, "the step of a slice")
         if step < 1:
             raise ValueError(f"positions={positions}: the step must be at least 1")
-        start = 0 if positions.start is None else _from_end(require_int(positions.start, "a slice's start"), row)
-        stop = OPEN if positions.stop is None else _from_end(require_int(positions.stop, "a slice's stop"), row)
+        start = (
+            0
+            if positions.start is None
+            else _from_end(require_int(positions.start, "a slice's start"), row)
+        )
+        stop = (
+            OPEN
+            if positions.stop is None
+            else _from_end(require_int(positions.stop, "a slice's stop"), row)
+        )
         return Selection(start, max(start, stop), step)
     if isinstance(positions, (int, np.integer)) and not isinstance(positions, bool):
         raise TypeError(f"positions={positions}: use a list, [{positions}], for a single position")
     try:
         items = list(positions)
     except TypeError:
-        raise TypeError(f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice") from None
+        raise TypeError(
+            f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice"
+        ) from None
     listed = []
     for item in items:
         position = require_int(item, "a position")
         if position < 0:
             position += row.prompt
-        if position < 0: # before this row's first token: shorter rows of a ragged batch simply have no such token
+        # before this row's first token: shorter rows of a ragged batch simply have no such token
+        if position < 0:
             position = OPEN
         listed.append(position)
     return Selection(listed=tuple(listed))
@@ -89,27 +109,40 @@ def _from_end(position: int, row: RowShape) -> int:
 
 
 def per_row(edits, n_rows: int) -> tuple[list[list[Any]], bool]:
-    """edits as one list a row, and whether the user gave one list for all."""
+    """Edits as one list a row, and whether the user gave one list for all."""
     if isinstance(edits, EDIT_TYPES):
         edits = [edits]
     if isinstance(edits, (str, bytes, dict)):
-        raise TypeError(f"edits must be a list of edits (Steer, Ablate, Set, Add, Scale, MeanAblate), not {edits!r}")
+        raise TypeError(
+            "edits must be a list of edits (Steer, Ablate, Set, Add, Scale, MeanAblate), not"
+            f" {edits!r}"
+        )
     try:
         edits = list(edits)
     except TypeError:
-        raise TypeError(f"edits must be a list of edits (Steer, Ablate, Set, Add, Scale, MeanAblate), not {edits!r}") from None
+        raise TypeError(
+            "edits must be a list of edits (Steer, Ablate, Set, Add, Scale, MeanAblate), not"
+            f" {edits!r}"
+        ) from None
     nested = [isinstance(e, (list, tuple)) for e in edits]
     if edits and all(nested):
         if len(edits) != n_rows:
-            raise ValueError(f"{len(edits)} lists of edits for {n_rows} rows: give one list for all rows, or one list per row")
+            raise ValueError(
+                f"{len(edits)} lists of edits for {n_rows} rows: give one list for all rows, or one"
+                " list per row"
+            )
         rows, shared = [list(e) for e in edits], False
     elif any(nested):
-        raise TypeError("edits mixes edits and lists: give one list for all rows, or one list per row")
+        raise TypeError(
+            "edits mixes edits and lists: give one list for all rows, or one list per row"
+        )
     else:
         rows, shared = [edits] * n_rows, True
     for edit in (e for row in rows for e in row):
         if not isinstance(edit, EDIT_TYPES):
-            raise TypeError(f"{edit!r} is no edit: use Steer, Ablate, Set, Add, Scale or MeanAblate")
+            raise TypeError(
+                f"{edit!r} is no edit: use Steer, Ablate, Set, Add, Scale or MeanAblate"
+            )
     return rows, shared
 
 
@@ -123,17 +156,30 @@ class EditCompiler:
         self._n_positions = self._n_heads = self._n_operands = 0
         self._operand_at: dict[Any, int] = {}
 
-    # -- a user's edit ---------------------------------------------------------------------------------------------------------------------
+    # -- a user's edit -----------------------------------------------------------------------------
 
     def add(self, edit, row: int | None) -> None:
-        """One edit of one row, or of all rows alike (None: only for edits whose positions are None and whose values do not depend on the row)."""
+        """One edit of one row, or of all rows alike (None: only for edits whose positions are None
+        and whose values do not depend on the row).
+        """
         if isinstance(edit, Steer):
             vector = self._vector(edit.vector, "Steer")
             layer = int(edit.vector.layer)
             if not 0 <= layer < self.model.config.n_layers:
-                raise ValueError(f"Steer: layer {layer} is not one of the model's {self.model.config.n_layers} (0 to {self.model.config.n_layers - 1})")
+                raise ValueError(
+                    f"Steer: layer {layer} is not one of the model's {self.model.config.n_layers}"
+                    f" (0 to {self.model.config.n_layers - 1})"
+                )
             site = self.model._sites.by_name[f"blocks.{layer}.hook_resid_pre"]
-            self._record(site, row, "add", edit.positions, None, vector, self._number(edit.coefficient, "Steer: coefficient"))
+            self._record(
+                site,
+                row,
+                "add",
+                edit.positions,
+                None,
+                vector,
+                self._number(edit.coefficient, "Steer: coefficient"),
+            )
         elif isinstance(edit, Ablate):
             self._ablate(edit, row)
         elif isinstance(edit, Scale):
@@ -148,10 +194,17 @@ class EditCompiler:
         norm = np.linalg.norm(vector)
         if norm == 0:
             raise ValueError("Ablate: the direction is zero; there is nothing to project out")
-        for site in self.model._sites.find_all(ABLATION_SITES if edit.sites is None else edit.sites):
+        for site in self.model._sites.find_all(
+            ABLATION_SITES if edit.sites is None else edit.sites
+        ):
             if site.kind not in ("width", "post_width"):
-                raise ValueError(f"Ablate: {site.name} is not of the model's width {self.model.config.d_model}: name sites of the residual stream")
-            self._record(site, row, "ablate", edit.positions, None, (vector / norm).astype(np.float32), 1.0)
+                raise ValueError(
+                    f"Ablate: {site.name} is not of the model's width {self.model.config.d_model}:"
+                    " name sites of the residual stream"
+                )
+            self._record(
+                site, row, "ablate", edit.positions, None, (vector / norm).astype(np.float32), 1.0
+            )
 
     def _valued(self, edit, row, kind, values):
         name = type(edit).__name__
@@ -168,9 +221,13 @@ class EditCompiler:
         direction = np.asarray(getattr(vector, "direction", vector), dtype=np.float32)
         width = self.model.config.d_model
         if what == "Steer" and not hasattr(vector, "layer"):
-            raise TypeError(f"Steer needs a SteeringVector (it knows its layer), not {type(vector).__name__}")
+            raise TypeError(
+                f"Steer needs a SteeringVector (it knows its layer), not {type(vector).__name__}"
+            )
         if direction.shape != (width,):
-            raise ValueError(f"{what}: a vector of shape {list(direction.shape)} for a model of width {width}")
+            raise ValueError(
+                f"{what}: a vector of shape {list(direction.shape)} for a model of width {width}"
+            )
         if not np.isfinite(direction).all():
             raise ValueError(f"{what}: the vector has entries that are not finite")
         return direction
@@ -182,7 +239,7 @@ class EditCompiler:
             raise ValueError(f"{what} must be finite, not {value!r}")
         return number
 
-    # -- records ---------------------------------------------------------------------------------------------------------------------------
+    # -- records -----------------------------------------------------------------------------------
 
     def _heads_of(self, site, heads) -> list[int]:
         if heads is None:
@@ -193,7 +250,9 @@ class EditCompiler:
         out = [require_int(h, "a head") for h in items]
         for h in out:
             if not -site.n_heads <= h < site.n_heads:
-                raise ValueError(f"head {h} of {site.name}, which has {site.n_heads} (0 to {site.n_heads - 1})")
+                raise ValueError(
+                    f"head {h} of {site.name}, which has {site.n_heads} (0 to {site.n_heads - 1})"
+                )
         if not out:
             raise ValueError(f"heads=[] at {site.name} selects nothing: leave the edit out")
         return [h % site.n_heads for h in out]
@@ -212,13 +271,32 @@ class EditCompiler:
             self._n_positions += len(selection.listed)
             n_positions = len(selection.listed)
         self.heads += heads
-        self.records.append([site.number, site.layer, -1 if row is None else row, KINDS[kind], selection.start, selection.stop, selection.step,
-                             first_position, n_positions, self._n_heads, len(heads), operand, pos_step, head_step, step])
+        self.records.append(
+            [
+                site.number,
+                site.layer,
+                -1 if row is None else row,
+                KINDS[kind],
+                selection.start,
+                selection.stop,
+                selection.step,
+                first_position,
+                n_positions,
+                self._n_heads,
+                len(heads),
+                operand,
+                pos_step,
+                head_step,
+                step,
+            ]
+        )
         self._n_heads += len(heads)
         self.coefficients.append(coefficient)
 
     def _operand(self, site, values, count, n_heads, shape):
-        """(first float, steps) of `values` broadcast against one row's selected slice; broadcast axes get step 0 and are stored once."""
+        """(first float, steps) of `values` broadcast against one row's selected slice; broadcast
+        axes get step 0 and are stored once.
+        """
         keys = shape.total if shape.total is not None else 1
         if site.over_keys:
             target, axes = (n_heads, 1 if count is None else count, keys), (1, 0, 2)
@@ -231,18 +309,40 @@ class EditCompiler:
         except ValueError:
             hint = ""
             if count is None:
-                hint = "; it also covers decoded tokens, so its values cannot differ from token to token (or from key to key)"
-            names = "heads, positions, keys" if site.over_keys else "positions, heads, width" if site.has_heads else "positions, width"
-            raise ValueError(f"values of shape {list(values.shape)} do not broadcast against the selected slice {list(target)} ({names}) of {site.name}{hint}") from None
+                hint = (
+                    "; it also covers decoded tokens, so its values cannot differ from token to"
+                    " token (or from key to key)"
+                )
+            names = (
+                "heads, positions, keys"
+                if site.over_keys
+                else "positions, heads, width"
+                if site.has_heads
+                else "positions, width"
+            )
+            raise ValueError(
+                f"values of shape {list(values.shape)} do not broadcast against the selected slice"
+                f" {list(target)} ({names}) of {site.name}{hint}"
+            ) from None
         stored = full
         for axis, (stride, size) in enumerate(zip(full.strides, full.shape)):
             if stride == 0 or size == 1:
                 stored = stored.take([0], axis=axis)
         order = [a for a in axes if a is not None]
         stored = np.ascontiguousarray(stored.transpose(order))
-        dims = dict(zip([("pos", "head", "last")[i] for i, a in enumerate(axes) if a is not None], stored.shape))
+        dims = dict(
+            zip(
+                [("pos", "head", "last")[i] for i, a in enumerate(axes) if a is not None],
+                stored.shape,
+            )
+        )
         last, head = dims["last"], dims.get("head", 1)
-        return (self._store(stored), head * last if dims["pos"] > 1 else 0, last if head > 1 else 0, 1 if last > 1 else 0)
+        return (
+            self._store(stored),
+            head * last if dims["pos"] > 1 else 0,
+            last if head > 1 else 0,
+            1 if last > 1 else 0,
+        )
 
     def _store(self, array) -> int:
         # Rows that share an edit share its values.
@@ -261,13 +361,21 @@ class EditCompiler:
             return None
         from .device import _engine
 
-        return _engine().Edits(self.model._engine, np.array(self.records, np.int64), np.array(self.coefficients, np.float32),
-                               np.array(self.positions, np.uint32), np.array(self.heads, np.uint32), np.concatenate(self.operands).astype(np.float32),
-                               len(self.rows))
+        return _engine().Edits(
+            self.model._engine,
+            np.array(self.records, np.int64),
+            np.array(self.coefficients, np.float32),
+            np.array(self.positions, np.uint32),
+            np.array(self.heads, np.uint32),
+            np.concatenate(self.operands).astype(np.float32),
+            len(self.rows),
+        )
 
 
 def add_all(compiler: EditCompiler, rows_edits, shared: bool) -> None:
-    """Every row's edits, in the order that keeps the i-th edits of all rows together (the engine merges such neighbours into one dispatch)."""
+    """Every row's edits, in the order that keeps the i-th edits of all rows together (the engine
+    merges such neighbours into one dispatch).
+    """
     for i in range(max((len(r) for r in rows_edits), default=0)):
         if shared and _same_for_all_rows(compiler.model, rows_edits[0][i]):
             compiler.add(rows_edits[0][i], None)
@@ -278,13 +386,24 @@ def add_all(compiler: EditCompiler, rows_edits, shared: bool) -> None:
 
 
 def _same_for_all_rows(model, edit) -> bool:
-    """Can one record serve every row? Only if neither its positions nor its values depend on the row's length."""
+    """Can one record serve every row? Only if neither its positions nor its values depend
+    on the row's length.
+    """
     if edit.positions is not None:
         return False
     if isinstance(edit, (Steer, Ablate)):
         return True
-    values = edit.values if isinstance(edit, (Set, Add)) else edit.factor if isinstance(edit, Scale) else edit.mean
-    return np.ndim(values) == 0 or (np.ndim(values) == 1 and not any(site.over_keys for site in model._sites.find_all(edit.site)))
+    values = (
+        edit.values
+        if isinstance(edit, (Set, Add))
+        else edit.factor
+        if isinstance(edit, Scale)
+        else edit.mean
+    )
+    return np.ndim(values) == 0 or (
+        np.ndim(values) == 1
+        and not any(site.over_keys for site in model._sites.find_all(edit.site))
+    )
 
 
 def touched(rows_edits, rows: Sequence[RowShape]) -> np.ndarray:

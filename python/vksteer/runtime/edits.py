@@ -1,28 +1,34 @@
 """Edits: what may be changed inside a forward pass, as plain frozen data.
 
-An edit acts at a site (a TransformerLens hook name), on every token of a row unless ``positions`` says otherwise, for the prompt and for every
-decoded token. ``positions`` counts from the row's own first real token, never array columns:
+An edit acts at a site (a TransformerLens hook name), on every token of a row unless ``positions``
+says otherwise, for the prompt and for every decoded token. ``positions`` counts from the row's own
+first real token, never array columns:
 
 * ``None``: every token;
-* ``"prompt"`` / ``"response"``: tokens of the prompt / everything after it (teacher-forced response or decoded tokens);
-* a list of ints: those tokens; a negative number counts from the prompt's end (-1 is the last prompt token);
+* ``"prompt"`` / ``"response"``: tokens of the prompt / everything after it (teacher-forced
+  response or decoded tokens);
+* a list of ints: those tokens; a negative number counts from the prompt's end (-1 is
+  the last prompt token);
 * a slice: start and stop as above, without a stop it includes decoded tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence, Union
+from typing import Any, Union
 
 Positions = Union[None, str, Sequence[int], slice]
 
-#: Sites that directional ablation acts on by default: what enters a layer and what is added to the stream (method.md section 2; Arditi et al. 2024).
+#: Sites that directional ablation acts on by default: what enters a layer and what is added to the
+#: stream (method.md section 2; Arditi et al. 2024).
 ABLATION_SITES = ("blocks.*.hook_resid_pre", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out")
 
 
 @dataclass(frozen=True, eq=False)
 class Steer:
-    """Activation addition: ``resid_pre[vector.layer] += coefficient * vector.direction`` (method.md section 1).
+    """Activation addition: ``resid_pre[vector.layer] += coefficient * vector.direction``
+    (method.md section 1).
 
     vector: a SteeringVector (direction float32 [D], layer).
     """
@@ -34,10 +40,11 @@ class Steer:
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """Directional ablation: ``h -= u (u . h)`` with ``u = direction / |direction|`` (method.md section 1).
+    """Directional ablation: ``h -= u (u . h)`` with ``u = direction / |direction|``
+    (method.md section 1).
 
-    vector: a SteeringVector or float32 [D]. sites: names or patterns of sites of width D; None: hook_resid_pre, hook_attn_out and
-    hook_mlp_out of every layer.
+    vector: a SteeringVector or float32 [D]. sites: names or patterns of sites of width D; None:
+    hook_resid_pre, hook_attn_out and hook_mlp_out of every layer.
     """
 
     vector: Any
@@ -47,7 +54,9 @@ class Ablate:
 
 @dataclass(frozen=True, eq=False)
 class Set:
-    """Replace the site's value. ``values`` broadcast against one row's selected slice: [n_selected, ...site shape without batch and position]."""
+    """Replace the site's value. ``values`` broadcast against one row's selected slice: [n_selected,
+    ...site shape without batch and position].
+    """
 
     site: str
     values: Any
@@ -67,7 +76,9 @@ class Add:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Multiply the site's value by ``factor`` (a number, or an array that broadcasts as in ``Set``)."""
+    """Multiply the site's value by ``factor`` (a number, or an array that
+    broadcasts as in ``Set``).
+    """
 
     site: str
     factor: Any
@@ -77,7 +88,9 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class MeanAblate:
-    """Replace the site's value by a mean taken elsewhere (an array that broadcasts as in ``Set``)."""
+    """Replace the site's value by a mean taken elsewhere (an array that
+    broadcasts as in ``Set``).
+    """
 
     site: str
     mean: Any

@@ -1,4 +1,6 @@
-"""`model.generate`: decoding with a key/value cache. The passes run in C; this loop samples, ends rows and hands tokens out."""
+"""`model.generate`: decoding with a key/value cache. The passes run in C; this loop samples, ends
+rows and hands tokens out.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from itertools import groupby
 import numpy as np
 
 from ..base.checks import require_int
+from ..base.progress import Progress
 from .batch import Batch, check_treatment, steering_of
 from .edit_compiler import per_row
-from ..base.progress import Progress
 from .run import check_tokens
 
 
@@ -19,9 +21,10 @@ from .run import check_tokens
 class Generation:
     """One row's answer.
 
-    text: decoded new tokens without special ones, a stop string cut off ("" without a tokenizer). tokens: int32 [n], new tokens only, an end
-    token included. finish_reason: "stop" (end token or stop string) or "length". prompt_tokens: int32. captured: {site: float32 [n, ...]},
-    the site at each new token.
+    text: decoded new tokens without special ones, a stop string cut off ("" without a
+    tokenizer). tokens: int32 [n], new tokens only, an end token included. finish_reason: "stop"
+    (end token or stop string) or "length". prompt_tokens: int32. captured: {site: float32 [n,
+    ...]}, the site at each new token.
     """
 
     text: str
@@ -33,7 +36,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at temperature 0; else softmax(logits / temperature), the top_k most likely, then the fewest that together reach top_p."""
+    """Greedy at temperature 0; else softmax(logits / temperature), the top_k most likely, then the
+    fewest that together reach top_p.
+    """
 
     temperature: float
     top_k: int
@@ -42,7 +47,9 @@ class Sampling:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature!r} must be a finite number from 0 (greedy) on")
+            raise ValueError(
+                f"temperature={self.temperature!r} must be a finite number from 0 (greedy) on"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k!r} must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
@@ -50,7 +57,9 @@ class Sampling:
 
     def generator(self, row: int):
         """Every row draws from its own stream, so that micro-batches change nothing."""
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(self.seed) & (2**63 - 1), row])))
+        return np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([int(self.seed) & (2**63 - 1), row]))
+        )
 
     def pick(self, logits: np.ndarray, random) -> int:
         """logits: float32 [V]."""
@@ -66,7 +75,14 @@ class Sampling:
         if self.top_p < 1:
             p = np.where(np.cumsum(p) - p < self.top_p, p, 0)
             p /= p.sum()
-        return int(order[min(np.searchsorted(np.cumsum(p), random.random() * p.sum(), side="right"), np.count_nonzero(p) - 1)])
+        return int(
+            order[
+                min(
+                    np.searchsorted(np.cumsum(p), random.random() * p.sum(), side="right"),
+                    np.count_nonzero(p) - 1,
+                )
+            ]
+        )
 
 
 class _Row:
@@ -86,9 +102,9 @@ class _Row:
         self.tokens.append(token)
         piece = self.stream.push(token) if self.stream else ""
         self.text += piece
-        if not request.ignore_eos and token in request.eos_ids:
-            self.reason = "stop"
-        elif request.stops and self._stopped():
+        if (not request.ignore_eos and token in request.eos_ids) or (
+            request.stops and self._stopped()
+        ):
             self.reason = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.reason = "length"
@@ -108,8 +124,16 @@ class _Row:
             self.text += self.stream.flush()
         captured = {}
         if self.captured:
-            captured = {name: np.stack([step[name] for step in self.captured]) for name in self.captured[0]}
-        return Generation(self.text, np.array(self.tokens, np.int32), self.reason or "length", np.array(self.prompt, np.int32), captured)
+            captured = {
+                name: np.stack([step[name] for step in self.captured]) for name in self.captured[0]
+            }
+        return Generation(
+            self.text,
+            np.array(self.tokens, np.int32),
+            self.reason or "length",
+            np.array(self.prompt, np.int32),
+            captured,
+        )
 
 
 @dataclass(frozen=True)
@@ -129,17 +153,44 @@ def _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignor
         raise ValueError(f"stop={stop!r}: use a str or a list of str, none of them empty")
     if stops:
         model._need_tokenizer("a stop string")
-    return Request(require_int(max_new_tokens, "max_new_tokens", 1), Sampling(float(temperature), require_int(top_k, "top_k", 0), float(top_p), int(seed)),
-                   stops, frozenset(model.eos_ids), bool(ignore_eos))
+    return Request(
+        require_int(max_new_tokens, "max_new_tokens", 1),
+        Sampling(float(temperature), require_int(top_k, "top_k", 0), float(top_p), int(seed)),
+        stops,
+        frozenset(model.eos_ids),
+        bool(ignore_eos),
+    )
 
 
-def generate(model, prompts, *, max_new_tokens, edits, freeze, ablate, freeze_layers, temperature, top_k, top_p, seed, stop, ignore_eos, capture,
-             batch_size, on_token, progress, circuit=None) -> list[Generation]:
+def generate(
+    model,
+    prompts,
+    *,
+    max_new_tokens,
+    edits,
+    freeze,
+    ablate,
+    freeze_layers,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    stop,
+    ignore_eos,
+    capture,
+    batch_size,
+    on_token,
+    progress,
+    circuit=None,
+) -> list[Generation]:
     """See Model.generate."""
     request = _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos)
     sites = model._sites.find_all(capture)
     if any(s.over_keys for s in sites):
-        raise ValueError("scores and patterns of decoded tokens have a different number of keys at every step: capture them with run(prompt, response)")
+        raise ValueError(
+            "scores and patterns of decoded tokens have a different number of keys at every step:"
+            " capture them with run(prompt, response)"
+        )
     rows = model.chat_tokens(prompts)
     for i, row in enumerate(rows):
         check_tokens(model, row, i, request.max_new_tokens)
@@ -153,31 +204,54 @@ def generate(model, prompts, *, max_new_tokens, edits, freeze, ablate, freeze_la
         circuit.check_rows(model, rows_edits, freeze, ablate, sites)
     double = 2 if treatment or circuit is not None else 1
     # Every edit is checked before the first row is run; a single micro-batch needs no other.
-    everything = Batch(model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment)
-    parts = list(_micro_batches(model, [(len(r) + request.max_new_tokens) * double for r in rows], batch_size))
+    everything = Batch(
+        model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment
+    )
+    parts = list(
+        _micro_batches(
+            model, [(len(r) + request.max_new_tokens) * double for r in rows], batch_size
+        )
+    )
     if circuit is not None:
-        parts = [list(same) for part in parts for _, same in groupby(part, key=lambda i: steering_of(rows_edits[i]))]
+        parts = [
+            list(same)
+            for part in parts
+            for _, same in groupby(part, key=lambda i: steering_of(rows_edits[i]))
+        ]
     done = []
     with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
         for part in parts:
             states = [_Row(model, i, rows[i], request) for i in part]
             batch = everything
             if circuit is not None:
-                batch = circuit.decoding_batch(model, [len(rows[i]) for i in part], ([rows_edits[i] for i in part], shared))
+                batch = circuit.decoding_batch(
+                    model, [len(rows[i]) for i in part], ([rows_edits[i] for i in part], shared)
+                )
             elif len(parts) > 1:
-                batch = Batch(model, [len(rows[i]) for i in part], [None] * len(part), ([rows_edits[i] for i in part], shared), treatment)
+                batch = Batch(
+                    model,
+                    [len(rows[i]) for i in part],
+                    [None] * len(part),
+                    ([rows_edits[i] for i in part], shared),
+                    treatment,
+                )
             _decode(model, batch, states, sites, on_token, bar)
             done += [s.result() for s in states]
     return done
 
 
 def _micro_batches(model, slots, batch_size):
-    """Consecutive rows whose caches fit into half of the free memory together; a row that does not fit alone is refused with what would fit."""
+    """Consecutive rows whose caches fit into half of the free memory together; a row that does not
+    fit alone is refused with what would fit.
+    """
     per_slot = model._engine.plan()["cache_per_token"]
     budget = max(model._engine_device.available_bytes // 2, per_slot)
     if max(slots) * per_slot > budget:
-        raise ValueError(f"a row of {max(slots)} tokens needs {max(slots) * per_slot / 1e9:.2f} GB of keys and values and {budget / 1e9:.2f} GB may be "
-                         f"used: at most {budget // per_slot} tokens fit; shorten the prompt or lower max_new_tokens")
+        raise ValueError(
+            f"a row of {max(slots)} tokens needs {max(slots) * per_slot / 1e9:.2f} GB of keys and"
+            f" values and {budget / 1e9:.2f} GB may be used: at most {budget // per_slot} tokens"
+            " fit; shorten the prompt or lower max_new_tokens"
+        )
     limit = batch_size or 64
     part, used = [], 0
     for i, n in enumerate(slots):
@@ -190,7 +264,9 @@ def _micro_batches(model, slots, batch_size):
 
 
 def _decode(model, batch, states, sites, on_token, bar) -> None:
-    """Prefill, then one token a step for every row that has not ended; ended rows leave the batch."""
+    """Prefill, then one token a step for every row that has not ended; ended
+    rows leave the batch.
+    """
     from .device import _engine
 
     double = 2 if batch.paired else 1
@@ -198,17 +274,31 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
     starts = np.concatenate([[0], np.cumsum(np.repeat(capacity, double))]).astype(np.uint32)
     cache = _engine().Cache(model._engine, int(starts[-1]))
     batch.reserve(sum(len(s.prompt) for s in states), int(starts[-1]))
-    slots_of = lambda active: np.concatenate([starts[double * a: double * a + double] for a in active])
+    slots_of = lambda active: np.concatenate(
+        [starts[double * a : double * a + double] for a in active]
+    )
     active = list(range(len(states)))
     width = max(len(s.prompt) for s in states)
-    logits, _ = batch.forward(cache, [s.prompt for s in states], [0] * len(states), slots_of(active), [width - len(s.prompt) for s in states],
-                              width, width, [], "last", active)
+    logits, _ = batch.forward(
+        cache,
+        [s.prompt for s in states],
+        [0] * len(states),
+        slots_of(active),
+        [width - len(s.prompt) for s in states],
+        width,
+        width,
+        [],
+        "last",
+        active,
+    )
     keys = [s.key for s in sites]
     while True:
         for state, row in zip([states[a] for a in active], logits):
             if not np.isfinite(row).all():
-                raise ValueError(f"row {state.index}: the logits are not finite after {len(state.tokens)} new tokens; an edit is too strong for this "
-                                 "model, or its weights are damaged")
+                raise ValueError(
+                    f"row {state.index}: the logits are not finite after {len(state.tokens)} new"
+                    " tokens; an edit is too strong for this model, or its weights are damaged"
+                )
             token = state.request.sampling.pick(row, state.random)
             piece = state.accept(token)
             if on_token is not None:
@@ -221,8 +311,20 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
         if not feeding:
             return
         positions = [len(states[a].prompt) + len(states[a].tokens) - 1 for a in feeding]
-        logits, captured = batch.forward(cache, [[states[a].tokens[-1]] for a in feeding], positions, slots_of(feeding), [-p for p in positions], 1,
-                                         max(positions) + 1, keys, "last", feeding, key_columns=[0] * len(feeding), decode=True)
+        logits, captured = batch.forward(
+            cache,
+            [[states[a].tokens[-1]] for a in feeding],
+            positions,
+            slots_of(feeding),
+            [-p for p in positions],
+            1,
+            max(positions) + 1,
+            keys,
+            "last",
+            feeding,
+            key_columns=[0] * len(feeding),
+            decode=True,
+        )
         for i, a in enumerate(feeding):
             if sites:
                 states[a].captured.append({s.name: captured[s.key][i, 0] for s in sites})

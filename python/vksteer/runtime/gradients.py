@@ -1,20 +1,23 @@
-"""`model.gradients`: d(scalar)/d(site) for one scalar a row, through the engine's own way back (csrc/run/backward.c).
+"""`model.gradients`: d(scalar)/d(site) for one scalar a row, through the engine's own way back
+(csrc/run/backward.c).
 
-The three scalars read the logits of `model.run` (after a final soft cap). Positions count from the row's own first token; negative ones from the
-prompt's end, as everywhere (api.md). The logits at position p predict the token at p + 1.
+The three scalars read the logits of `model.run` (after a final soft cap). Positions count from the
+row's own first token; negative ones from the prompt's end, as everywhere (api.md). The logits at
+position p predict the token at p + 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..base.progress import Progress
 from .batch import Batch
 from .edit_compiler import RowShape, per_row
 from .edits import Ablate, Add, MeanAblate, Scale, Set
-from ..base.progress import Progress
 from .run import split_rows
 
 #: Kinds of the engine's metrics (csrc/run/tape.h).
@@ -44,14 +47,17 @@ class LogProb:
 
 @dataclass(frozen=True, eq=False)
 class KL:
-    """sum over i of KL(softmax(reference_logits[i]) || p at positions[i]), in nats. reference_logits: float [n positions, V]."""
+    """sum over i of KL(softmax(reference_logits[i]) || p at positions[i]), in nats.
+    reference_logits: float [n positions, V].
+    """
 
     reference_logits: Any
     positions: Sequence[int]
 
 
 class Gradients:
-    """What `model.gradients` gave. `grads[site]`: float32, shaped and left-padded as `run[site]`, zeros at padding and masked keys.
+    """What `model.gradients` gave. `grads[site]`: float32, shaped and left-padded as `run[site]`,
+    zeros at padding and masked keys.
 
     values: float64 [B], the scalars. tokens int32 [B, S], mask bool [B, S].
     """
@@ -63,7 +69,9 @@ class Gradients:
         try:
             return self._arrays[site]
         except KeyError:
-            raise KeyError(f"no gradient was taken at {site!r}; there are {', '.join(self._arrays)}") from None
+            raise KeyError(
+                f"no gradient was taken at {site!r}; there are {', '.join(self._arrays)}"
+            ) from None
 
     def __contains__(self, site) -> bool:
         return site in self._arrays
@@ -76,17 +84,22 @@ class Gradients:
         return self._arrays.items()
 
     def __repr__(self):
-        return f"Gradients(rows={self.tokens.shape[0]}, positions={self.tokens.shape[1]}, sites={len(self._arrays)})"
+        return (
+            f"Gradients(rows={self.tokens.shape[0]}, positions={self.tokens.shape[1]},"
+            f" sites={len(self._arrays)})"
+        )
 
 
 @dataclass
 class RowMetric:
-    """A scalar of one row, checked: ascending positions from its first token, weights, and what its kind needs."""
+    """A scalar of one row, checked: ascending positions from its first token, weights, and
+    what its kind needs.
+    """
 
     kind: int
-    positions: np.ndarray          # int64 [n], ascending
-    weights: np.ndarray            # float32 [n]
-    a: np.ndarray | None = None    # uint32 [n]
+    positions: np.ndarray  # int64 [n], ascending
+    weights: np.ndarray  # float32 [n]
+    a: np.ndarray | None = None  # uint32 [n]
     b: np.ndarray | None = None
     reference_logits: np.ndarray | None = None  # float32 [n, V]
     reference: np.ndarray | None = None  # float32 [n, D]: normed final rows
@@ -98,7 +111,10 @@ def _positions(positions, shape: RowShape, what: str) -> np.ndarray:
     at = np.array([p if p >= 0 else shape.prompt + p for p in raw], np.int64)
     bad = [r for r, p in zip(raw, at) if not 0 <= p < shape.total]
     if bad or not raw:
-        raise ValueError(f"{what}: position {bad[0] if bad else '(none)'} of a row with {shape.total} tokens, {shape.prompt} of them the prompt")
+        raise ValueError(
+            f"{what}: position {bad[0] if bad else '(none)'} of a row with {shape.total} tokens,"
+            f" {shape.prompt} of them the prompt"
+        )
     if len(set(at.tolist())) < len(at):
         raise ValueError(f"{what}: a position is named twice in {raw}")
     return at
@@ -107,7 +123,9 @@ def _positions(positions, shape: RowShape, what: str) -> np.ndarray:
 def _ids(tokens, n, vocab, what) -> np.ndarray:
     ids = np.atleast_1d(np.asarray(tokens)).astype(np.int64)
     if ids.shape != (n,) or ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab:
-        raise ValueError(f"{what}: {n} token ids below {vocab} are needed, not {np.asarray(tokens).tolist()}")
+        raise ValueError(
+            f"{what}: {n} token ids below {vocab} are needed, not {np.asarray(tokens).tolist()}"
+        )
     return ids.astype(np.uint32)
 
 
@@ -116,26 +134,44 @@ def row_metric(of, shape: RowShape, vocab: int, row: int) -> RowMetric:
     what = f"row {row}, {type(of).__name__}"
     if isinstance(of, LogitDiff):
         at = _positions([of.position], shape, what)
-        return RowMetric(PAIR, at, np.ones(1, np.float32), _ids([of.a], 1, vocab, what), _ids([of.b], 1, vocab, what))
+        return RowMetric(
+            PAIR,
+            at,
+            np.ones(1, np.float32),
+            _ids([of.a], 1, vocab, what),
+            _ids([of.b], 1, vocab, what),
+        )
     if isinstance(of, LogProb):
         at = _positions(of.positions, shape, what)
         order = np.argsort(at)
-        return RowMetric(LOG_PROB, at[order], np.ones(len(at), np.float32), _ids(of.tokens, len(at), vocab, what)[order])
+        return RowMetric(
+            LOG_PROB,
+            at[order],
+            np.ones(len(at), np.float32),
+            _ids(of.tokens, len(at), vocab, what)[order],
+        )
     if isinstance(of, KL):
         at = _positions(of.positions, shape, what)
         order = np.argsort(at)
         logits = np.asarray(of.reference_logits, np.float32)
         logits = logits[None] if logits.ndim == 1 else logits
         if logits.shape != (len(at), vocab):
-            raise ValueError(f"{what}: reference_logits must be [{len(at)} positions, {vocab}], not {list(logits.shape)}")
+            raise ValueError(
+                f"{what}: reference_logits must be [{len(at)} positions, {vocab}], not"
+                f" {list(logits.shape)}"
+            )
         if not np.isfinite(logits).all():
             raise ValueError(f"{what}: reference_logits hold NaN or infinity")
-        return RowMetric(KL_DIVERGENCE, at[order], np.ones(len(at), np.float32), reference_logits=logits[order])
+        return RowMetric(
+            KL_DIVERGENCE, at[order], np.ones(len(at), np.float32), reference_logits=logits[order]
+        )
     raise TypeError(f"of={of!r}: use vs.LogitDiff, vs.LogProb or vs.KL")
 
 
 def _site_layer(site, n_layers) -> int:
-    """The layer to which the way back has to go for a site: one past the last for the final norm."""
+    """The layer to which the way back has to go for a site: one past the
+    last for the final norm.
+    """
     name, layer = site.name, site.key[1]
     if name.startswith("ln_final"):
         return n_layers
@@ -149,29 +185,50 @@ def check_edits(model, rows_edits):
     """Edits that the way back cannot pass are refused before any work."""
     for row, edits in enumerate(rows_edits):
         for edit in edits:
-            sites = [edit.site] if isinstance(edit, (Set, Add, Scale, MeanAblate)) else list(edit.sites or ()) if isinstance(edit, Ablate) else []
+            sites = (
+                [edit.site]
+                if isinstance(edit, (Set, Add, Scale, MeanAblate))
+                else list(edit.sites or ())
+                if isinstance(edit, Ablate)
+                else []
+            )
             for name in (s.name for site in sites for s in model._sites.find_all([site])):
                 if name.endswith(_NO_WAY_BACK):
-                    raise ValueError(f"row {row}: there is no gradient through an edit of {name}; edit what it is computed from")
+                    raise ValueError(
+                        f"row {row}: there is no gradient through an edit of {name}; edit what it"
+                        " is computed from"
+                    )
                 if name.endswith("hook_result") and model.config.d_head % 16:
-                    raise ValueError(f"row {row}: there is no gradient through an edit of {name} with heads of {model.config.d_head} (not a multiple of 16)")
+                    raise ValueError(
+                        f"row {row}: there is no gradient through an edit of {name} with heads of"
+                        f" {model.config.d_head} (not a multiple of 16)"
+                    )
 
 
 def tape_for(model, n_tokens: int, first_layer: int, keep_inside: bool | None = None):
-    """A tape of at least n_tokens from this layer on; the last one is kept and used again. keep_inside None: as memory allows."""
+    """A tape of at least n_tokens from this layer on; the last one is kept and used again.
+    keep_inside None: as memory allows.
+    """
     from .device import _engine
 
     capacity = max(n_tokens, 16)
     kept = model._tape
     if kept is not None:
         tape, size, first, inside = kept
-        if size >= capacity and size <= 4 * capacity + 64 and first == first_layer and keep_inside in (None, inside):
+        if (
+            size >= capacity
+            and size <= 4 * capacity + 64
+            and first == first_layer
+            and keep_inside in (None, inside)
+        ):
             return tape
     model._tape = kept = None
     engine = _engine()
     free = model._engine_device.available_bytes
     if keep_inside is None:
-        keep_inside = engine.tape_bytes(model._engine, capacity, first_layer, True) <= MEMORY_SHARE * free
+        keep_inside = (
+            engine.tape_bytes(model._engine, capacity, first_layer, True) <= MEMORY_SHARE * free
+        )
     tape = engine.Tape(model._engine, capacity, first_layer, keep_inside)
     model._tape = (tape, capacity, first_layer, bool(keep_inside))
     return tape
@@ -192,10 +249,20 @@ def pack(lengths, limit) -> list[list[int]]:
 def metric_tuple(metrics: Sequence[RowMetric], lengths, capped=True):
     """The engine's metric of a packed batch: all rows have the same kind."""
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    join = lambda parts, dtype: None if parts[0] is None else np.ascontiguousarray(np.concatenate(parts), dtype)
-    return (metrics[0].kind, capped, join([m.positions + s for m, s in zip(metrics, starts)], np.uint32), join([m.a for m in metrics], np.uint32),
-            join([m.b for m in metrics], np.uint32), join([m.weights for m in metrics], np.float32), join([m.reference for m in metrics], np.float32),
-            join([m.other for m in metrics], np.float32), join([m.reference_logits for m in metrics], np.float32))
+    join = lambda parts, dtype: (
+        None if parts[0] is None else np.ascontiguousarray(np.concatenate(parts), dtype)
+    )
+    return (
+        metrics[0].kind,
+        capped,
+        join([m.positions + s for m, s in zip(metrics, starts)], np.uint32),
+        join([m.a for m in metrics], np.uint32),
+        join([m.b for m in metrics], np.uint32),
+        join([m.weights for m in metrics], np.float32),
+        join([m.reference for m in metrics], np.float32),
+        join([m.other for m in metrics], np.float32),
+        join([m.reference_logits for m in metrics], np.float32),
+    )
 
 
 def cache_for(model, n_tokens: int):
@@ -209,25 +276,64 @@ def cache_for(model, n_tokens: int):
     return kept[0]
 
 
-def differentiate(model, rows, prompt_lengths, edits, metrics, keys, stop_layer, *, inputs=None, first_layer=0, columns=None, n_columns=None,
-                  tape_layer=None):
-    """One packed batch forward and back. rows: token lists; edits: (per-row lists, shared); metrics: RowMetric of one kind a row; keys: (site,
-    layer) pairs; inputs: per-row float32 [n, D] streams entering first_layer; tape_layer: where the tape begins (default: the stop layer), for calls
-    that shall share one. Returns (values a metric token, {key: array})."""
+def differentiate(
+    model,
+    rows,
+    prompt_lengths,
+    edits,
+    metrics,
+    keys,
+    stop_layer,
+    *,
+    inputs=None,
+    first_layer=0,
+    columns=None,
+    n_columns=None,
+    tape_layer=None,
+):
+    """One packed batch forward and back. rows: token lists; edits: (per-row lists, shared);
+    metrics: RowMetric of one kind a row; keys: (site, layer) pairs; inputs: per-row float32 [n, D]
+    streams entering first_layer; tape_layer: where the tape begins (default: the stop layer), for
+    calls that shall share one. Returns (values a metric token, {key: array}).
+    """
     lengths = [len(r) for r in rows]
     n, total = len(rows), sum(lengths)
     n_columns = n_columns or max(lengths)
     columns = [n_columns - t for t in lengths] if columns is None else columns
     batch = Batch(model, prompt_lengths, lengths, edits, None)
-    tape = tape_for(model, total, min(stop_layer, model.config.n_layers - 1) if tape_layer is None else tape_layer)
+    tape = tape_for(
+        model,
+        total,
+        min(stop_layer, model.config.n_layers - 1) if tape_layer is None else tape_layer,
+    )
     slots = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint32)
     cache = cache_for(model, total)
     own = np.arange(n, dtype=np.uint32)
     columns = np.asarray(columns, np.int32)
-    packed = (np.concatenate([np.asarray(r, np.uint32) for r in rows]), np.array(lengths, np.uint32), np.zeros(n, np.uint32), slots, own, own,
-              np.arange(n, dtype=np.int32), columns, columns)
-    return tape.differentiate(cache, packed, n, n_columns, n_columns, list(keys), metric_tuple(metrics, lengths), batch.edits, first_layer,
-                              None if inputs is None else np.ascontiguousarray(np.concatenate(inputs), np.float32), stop_layer)
+    packed = (
+        np.concatenate([np.asarray(r, np.uint32) for r in rows]),
+        np.array(lengths, np.uint32),
+        np.zeros(n, np.uint32),
+        slots,
+        own,
+        own,
+        np.arange(n, dtype=np.int32),
+        columns,
+        columns,
+    )
+    return tape.differentiate(
+        cache,
+        packed,
+        n,
+        n_columns,
+        n_columns,
+        list(keys),
+        metric_tuple(metrics, lengths),
+        batch.edits,
+        first_layer,
+        None if inputs is None else np.ascontiguousarray(np.concatenate(inputs), np.float32),
+        stop_layer,
+    )
 
 
 def gradients(model, prompts, responses=None, *, of, at, edits=(), progress=True) -> Gradients:
@@ -241,33 +347,53 @@ def gradients(model, prompts, responses=None, *, of, at, edits=(), progress=True
     check_edits(model, rows_edits)
     scalars = list(of) if isinstance(of, (list, tuple)) else [of] * len(rows)
     if len(scalars) != len(rows):
-        raise ValueError(f"{len(scalars)} scalars for {len(rows)} rows: give one for all, or one a row")
+        raise ValueError(
+            f"{len(scalars)} scalars for {len(rows)} rows: give one for all, or one a row"
+        )
     c = model.config
-    metrics = [row_metric(s, RowShape(p, t), c.d_vocab, i) for i, (s, p, t) in enumerate(zip(scalars, prompt_lengths, lengths))]
+    metrics = [
+        row_metric(s, RowShape(p, t), c.d_vocab, i)
+        for i, (s, p, t) in enumerate(zip(scalars, prompt_lengths, lengths))
+    ]
     stop_layer = min(_site_layer(s, c.n_layers) for s in sites)
     n_columns = max(lengths)
     arrays: dict[tuple, np.ndarray] = {}
     values = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: metrics[i].kind)  # a batch holds one kind of scalar
-    batches = [[same[i] for i in group] for same in _runs(order, metrics) for group in pack([lengths[i] for i in same], BATCH_TOKENS)]
+    # a batch holds one kind of scalar
+    order = sorted(range(len(rows)), key=lambda i: metrics[i].kind)
+    batches = [
+        [same[i] for i in group]
+        for same in _runs(order, metrics)
+        for group in pack([lengths[i] for i in same], BATCH_TOKENS)
+    ]
     with Progress(progress, len(batches), "gradients") as bar:
         for group in batches:
             part = [metrics[i] for i in group]
-            found, got = differentiate(model, [rows[i] for i in group], [prompt_lengths[i] for i in group],
-                                       ([rows_edits[0]] * len(group) if shared else [rows_edits[i] for i in group], False), part, [s.key for s in sites],
-                                       stop_layer, n_columns=n_columns)
+            found, got = differentiate(
+                model,
+                [rows[i] for i in group],
+                [prompt_lengths[i] for i in group],
+                ([rows_edits[0]] * len(group) if shared else [rows_edits[i] for i in group], False),
+                part,
+                [s.key for s in sites],
+                stop_layer,
+                n_columns=n_columns,
+            )
             ends = np.cumsum([len(m.positions) for m in part])
             for i, m, end in zip(group, part, ends):
-                mine = found[end - len(m.positions): end].astype(np.float64)
+                mine = found[end - len(m.positions) : end].astype(np.float64)
                 values[i] = float((mine[:, 0] - mine[:, 1]).sum() if m.kind == PAIR else mine.sum())
             for key, array in got.items():
                 whole = arrays.setdefault(key, np.zeros((len(rows),) + array.shape[1:], np.float32))
                 whole[group] = array
             bar.step()
-    tokens, mask = np.zeros((len(rows), n_columns), np.int32), np.zeros((len(rows), n_columns), bool)
+    tokens, mask = (
+        np.zeros((len(rows), n_columns), np.int32),
+        np.zeros((len(rows), n_columns), bool),
+    )
     for b, row in enumerate(rows):
-        tokens[b, n_columns - len(row):] = row
-        mask[b, n_columns - len(row):] = True
+        tokens[b, n_columns - len(row) :] = row
+        mask[b, n_columns - len(row) :] = True
     return Gradients(values, tokens, mask, {s.name: arrays[s.key] for s in sites})
 
 

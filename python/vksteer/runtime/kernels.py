@@ -1,6 +1,8 @@
-"""Which matrix kernels a model uses: measured once per device, stored, reused, so that the choice can never flip bits between two runs.
+"""Which matrix kernels a model uses: measured once per device, stored, reused, so that the choice
+can never flip bits between two runs.
 
-The stored choice is keyed by device UUID, driver, engine version, the kernels themselves and weight type. VKSTEER_KERNELS pins it by name.
+The stored choice is keyed by device UUID, driver, engine version, the kernels themselves and weight
+type. VKSTEER_KERNELS pins it by name.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from .._version import __version__
 from ..base.whole_files import write_whole
 from .device import cache_folder
 
-
 #: Order of WEIGHT_* in shaders/include/params.h.
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 
@@ -35,7 +36,15 @@ def _kernels_mark() -> str:
 
 
 def _key(device, weight_type) -> str:
-    return " | ".join([device.uuid, device.driver, device.name, f"vksteer {__version__} {_kernels_mark()}", weight_type])
+    return " | ".join(
+        [
+            device.uuid,
+            device.driver,
+            device.name,
+            f"vksteer {__version__} {_kernels_mark()}",
+            weight_type,
+        ]
+    )
 
 
 def _stored(path: Path) -> dict:
@@ -48,18 +57,23 @@ def _stored(path: Path) -> dict:
 
 def is_chosen(device, weight_type: str) -> bool:
     """Will `choose` answer at once?"""
-    return bool(os.environ.get("VKSTEER_KERNELS")) or "choice" in _stored(cache_folder() / "kernels.json").get(_key(device, weight_type), {})
+    return bool(os.environ.get("VKSTEER_KERNELS")) or "choice" in _stored(
+        cache_folder() / "kernels.json"
+    ).get(_key(device, weight_type), {})
 
 
 def _trusted(engine, engine_device, device, weight_type) -> list[str]:
-    """The baseline, and every other family that gives the baseline's bits on this device (a first-use self-test: drivers have had bugs)."""
+    """The baseline, and every other family that gives the baseline's bits on this device (a
+    first-use self-test: drivers have had bugs).
+    """
     from .device import _engine
 
     bench = _engine().Bench(engine_device)
     (_, baseline), *others = bench.families()
     trusted = [baseline]
     for number, family in others:
-        if device.type == "software" and family == "tiled":  # shared memory makes it ten times slower there: not worth compiling to find out again
+        # shared memory makes it ten times slower there: not worth compiling to find out again
+        if device.type == "software" and family == "tiled":
             continue
         reason = _crash(device, number, weight_type) if device.type == "software" else None
         try:
@@ -70,29 +84,53 @@ def _trusted(engine, engine_device, device, weight_type) -> list[str]:
         if reason is None:
             trusted.append(family)
         else:
-            warnings.warn(f"{device.name}: the matrix kernels {family!r} failed their self-test and are not used ({reason}); please report driver "
-                          f"{device.driver}", stacklevel=4)
+            warnings.warn(
+                f"{device.name}: the matrix kernels {family!r} failed their self-test and are not"
+                f" used ({reason}); please report driver {device.driver}",
+                stacklevel=4,
+            )
     return trusted
 
 
 def _crash(device, number: int, weight_type: str) -> str | None:
-    """Software drivers run kernels inside this process, and a driver's bug would end it: the first try is another process's. None if it lives."""
+    """Software drivers run kernels inside this process, and a driver's bug would end it: the first
+    try is another process's. None if it lives.
+    """
     if not sys.executable:
         return "no Python executable to try them in"
-    done = subprocess.run([sys.executable, "-c", "import sys; from vksteer.runtime import device; e = device._engine(); "
-                           "e.Bench(e.Device(int(sys.argv[1]))).self_test(int(sys.argv[2]), int(sys.argv[3]))",
-                           str(device.index), str(number), str(WEIGHT_TYPES.index(weight_type))], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            (
+                "import sys; from vksteer.runtime import device; e = device._engine(); "
+                "e.Bench(e.Device(int(sys.argv[1]))).self_test(int(sys.argv[2]), int(sys.argv[3]))"
+            ),
+            str(device.index),
+            str(number),
+            str(WEIGHT_TYPES.index(weight_type)),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode == 0:
         return None
-    return f"the trial process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no message'}"
+    return (
+        f"the trial process ended with {done.returncode}:"
+        f" {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no message'}"
+    )
 
 
 def choose(engine, engine_device, device, weight_type: str) -> str:
-    """Sets the engine model's matrix kernels and returns their name. Raises ValueError for an unknown VKSTEER_KERNELS."""
+    """Sets the engine model's matrix kernels and returns their name. Raises ValueError for an
+    unknown VKSTEER_KERNELS.
+    """
     pinned = os.environ.get("VKSTEER_KERNELS")
     if pinned:
         if pinned not in engine.families:
-            raise ValueError(f"VKSTEER_KERNELS={pinned!r}: this device offers {', '.join(engine.families)}")
+            raise ValueError(
+                f"VKSTEER_KERNELS={pinned!r}: this device offers {', '.join(engine.families)}"
+            )
         engine.kernels = pinned
         return pinned
     path, key = cache_folder() / "kernels.json", _key(device, weight_type)
@@ -106,12 +144,16 @@ def choose(engine, engine_device, device, weight_type: str) -> str:
         rates[family] = engine.measure_linear(64, 512, 512)[0]
     choice = max(rates, key=rates.get)
     engine.kernels = choice
-    _store(path, key, {"choice": choice, "gflops": {k: round(v / 1e9, 2) for k, v in rates.items()}})
+    _store(
+        path, key, {"choice": choice, "gflops": {k: round(v / 1e9, 2) for k, v in rates.items()}}
+    )
     return choice
 
 
 def _store(path: Path, key: str, entry: dict) -> None:
-    """Written beside and renamed. A folder that cannot be written to costs a measurement at the next load, nothing else."""
+    """Written beside and renamed. A folder that cannot be written to costs a measurement at the
+    next load, nothing else.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = _stored(path) | {key: entry}

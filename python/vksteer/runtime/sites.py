@@ -1,4 +1,6 @@
-"""Names and shapes of sites. The table itself is csrc/run/sites.def; this file turns names and patterns into (site, layer) numbers."""
+"""Names and shapes of sites. The table itself is csrc/run/sites.def; this file turns names and
+patterns into (site, layer) numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,24 @@ import re
 from dataclasses import dataclass
 
 #: Kinds of csrc/run/sites.def -> axes as users read them.
-AXES = {"width": "batch pos d_model", "one": "batch pos 1", "query_heads": "batch pos head d_head", "kv_heads": "batch pos kv_head d_head",
-        "keys": "batch head query key", "heads_width": "batch pos head d_model", "mlp": "batch pos d_mlp",
-        "post_one": "batch pos 1", "post_width": "batch pos d_model"}
+AXES = {
+    "width": "batch pos d_model",
+    "one": "batch pos 1",
+    "query_heads": "batch pos head d_head",
+    "kv_heads": "batch pos kv_head d_head",
+    "keys": "batch head query key",
+    "heads_width": "batch pos head d_model",
+    "mlp": "batch pos d_mlp",
+    "post_one": "batch pos 1",
+    "post_width": "batch pos d_model",
+}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place of one model: name, (site, layer) for the engine, kind, heads (1 if it has none) and width (0 over keys)."""
+    """One place of one model: name, (site, layer) for the engine, kind, heads (1 if it has none)
+    and width (0 over keys).
+    """
 
     name: str
     number: int
@@ -42,31 +54,45 @@ class SiteTable:
     def __init__(self, config):
         from .device import _engine
 
-        widths = {"width": (1, config.d_model), "one": (1, 1), "query_heads": (config.n_heads, config.d_head),
-                  "kv_heads": (config.n_kv_heads, config.d_head), "keys": (config.n_heads, 0), "heads_width": (config.n_heads, config.d_model),
-                  "mlp": (1, config.d_mlp), "post_one": (1, 1), "post_width": (1, config.d_model)}
+        widths = {
+            "width": (1, config.d_model),
+            "one": (1, 1),
+            "query_heads": (config.n_heads, config.d_head),
+            "kv_heads": (config.n_kv_heads, config.d_head),
+            "keys": (config.n_heads, 0),
+            "heads_width": (config.n_heads, config.d_model),
+            "mlp": (1, config.d_mlp),
+            "post_one": (1, 1),
+            "post_width": (1, config.d_model),
+        }
         self.by_name: dict[str, Site] = {}
-        rows = [(number, *row) for number, row in enumerate(_engine().sites()) if config.post_norms or not row[1].startswith("post_")]
+        rows = [
+            (number, *row)
+            for number, row in enumerate(_engine().sites())
+            if config.post_norms or not row[1].startswith("post_")
+        ]
         first = next(i for i, row in enumerate(rows) if row[3])
         last = max(i for i, row in enumerate(rows) if row[3])
-        layered = rows[first:last + 1]
+        layered = rows[first : last + 1]
         for number, name, kind, _ in rows[:first]:
             self._add(name, number, 0, kind, widths)
         for layer in range(config.n_layers):
             for number, name, kind, _ in layered:
                 self._add(name.replace("{l}", str(layer)), number, layer, kind, widths)
-        for number, name, kind, _ in rows[last + 1:]:
+        for number, name, kind, _ in rows[last + 1 :]:
             self._add(name, number, 0, kind, widths)
 
     def _add(self, name, number, layer, kind, widths):
         self.by_name[name] = Site(name, number, layer, kind, *widths[kind])
 
     def shapes(self) -> dict[str, str]:
-        """name -> axes, e.g. "blocks.3.attn.hook_pattern": "batch head query key"."""
+        """Name -> axes, e.g. "blocks.3.attn.hook_pattern": "batch head query key"."""
         return {name: AXES[site.kind] for name, site in self.by_name.items()}
 
     def find(self, pattern: str) -> list[Site]:
-        """Sites that a name or a pattern (* stands for anything) means, in order. KeyError names the nearest ones."""
+        """Sites that a name or a pattern (* stands for anything) means, in order. KeyError
+        names the nearest ones.
+        """
         if not isinstance(pattern, str):
             raise TypeError(f"a site is named by a str, not {pattern!r}")
         if pattern in self.by_name:
@@ -77,7 +103,11 @@ class SiteTable:
             if found:
                 return found
         near = difflib.get_close_matches(pattern, self.by_name, n=3, cutoff=0.4)
-        raise KeyError(f"no site {pattern!r}" + (f"; nearest: {', '.join(near)}" if near else "") + "; model.sites lists all")
+        raise KeyError(
+            f"no site {pattern!r}"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+            + "; model.sites lists all"
+        )
 
     def find_all(self, patterns) -> list[Site]:
         """Sites of a pattern or a list of patterns, each once, in the order first meant."""
@@ -86,5 +116,9 @@ class SiteTable:
         try:
             patterns = list(patterns)
         except TypeError:
-            raise TypeError(f"sites are named by a str or a list of them, not {patterns!r}") from None
-        return list({site.name: site for pattern in patterns for site in self.find(pattern)}.values())
+            raise TypeError(
+                f"sites are named by a str or a list of them, not {patterns!r}"
+            ) from None
+        return list(
+            {site.name: site for pattern in patterns for site in self.find(pattern)}.values()
+        )

@@ -1,7 +1,29 @@
 """Sparse steering vectors: which dimensions carry the effect (method.md section 8)."""
 
-from .choosing import SparseVector, by_effect, by_gradient, by_magnitude, by_random, gradient_ratio, iou, kept_of, overlap_test
+from .choosing import (
+    SparseVector,
+    by_effect,
+    by_gradient,
+    by_magnitude,
+    by_random,
+    gradient_ratio,
+    iou,
+    kept_of,
+    overlap_test,
+)
 from .sweeping import SparsityRow, SparsitySweep, sweep
 
-__all__ = ["SparseVector", "SparsityRow", "SparsitySweep", "by_effect", "by_gradient", "by_magnitude", "by_random", "gradient_ratio", "iou", "kept_of",
-           "overlap_test", "sweep"]
+__all__ = [
+    "SparseVector",
+    "SparsityRow",
+    "SparsitySweep",
+    "by_effect",
+    "by_gradient",
+    "by_magnitude",
+    "by_random",
+    "gradient_ratio",
+    "iou",
+    "kept_of",
+    "overlap_test",
+    "sweep",
+]

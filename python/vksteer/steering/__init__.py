@@ -2,12 +2,31 @@
 
 from .candidates import Candidates, difference_in_means
 from .comparing import Comparison, compare
+from .examples import Example, TrainingData, training_data
 from .losses import ntp_loss, po_loss
 from .rule import Rejection, choose
 from .scores import RefusalTokens, Scores, derive_refusal_tokens
 from .sweeping import Sweep, sweep
 from .training import Training, train_ntp, train_po
-from .examples import Example, TrainingData, training_data
 
-__all__ = ["Candidates", "Comparison", "Example", "RefusalTokens", "Rejection", "Scores", "Sweep", "Training", "TrainingData", "choose", "compare",
-           "derive_refusal_tokens", "difference_in_means", "ntp_loss", "po_loss", "sweep", "train_ntp", "train_po", "training_data"]
+__all__ = [
+    "Candidates",
+    "Comparison",
+    "Example",
+    "RefusalTokens",
+    "Rejection",
+    "Scores",
+    "Sweep",
+    "Training",
+    "TrainingData",
+    "choose",
+    "compare",
+    "derive_refusal_tokens",
+    "difference_in_means",
+    "ntp_loss",
+    "po_loss",
+    "sweep",
+    "train_ntp",
+    "train_po",
+    "training_data",
+]

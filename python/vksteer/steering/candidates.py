@@ -1,16 +1,18 @@
-"""Difference in means: one candidate vector per (post-instruction position, layer), their scores, and the choice (method.md section 2)."""
+"""Difference in means: one candidate vector per (post-instruction position, layer), their scores,
+and the choice (method.md section 2).
+"""
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..base.progress import Progress
-from ..inputs.prompts import as_list, as_tokens, chunks, token_text
-from ..runtime.resume import streams
 from ..base.provenance import digest, provenance
+from ..inputs.prompts import as_list, as_tokens, chunks, token_text
 from ..inputs.vectors import SteeringVector
+from ..runtime.resume import streams
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
 from .scores import Scorer, Scores
 
@@ -21,12 +23,19 @@ CAPTURE_BYTES = 256 << 20
 class Candidates:
     """Every candidate of a difference in means.
 
-    vectors: float32 [P, L, D]. positions: [P] negative ints, ascending. position_texts: [P] the template's token at each. meta: provenance.
-    After `evaluate` or `select`: table (Scores). After `select`: rejected (every candidate that a filter removed, with the filter and the value).
+    vectors: float32 [P, L, D]. positions: [P] negative ints, ascending. position_texts: [P] the
+    template's token at each. meta: provenance. After `evaluate` or `select`: table (Scores). After
+    `select`: rejected (every candidate that a filter removed, with the filter and the value).
     """
 
     def __init__(self, model, vectors, positions, position_texts, meta):
-        self.model, self.vectors, self.positions, self.position_texts, self.meta = model, vectors, positions, position_texts, meta
+        self.model, self.vectors, self.positions, self.position_texts, self.meta = (
+            model,
+            vectors,
+            positions,
+            position_texts,
+            meta,
+        )
         self.vectors.flags.writeable = False
         self.table: Scores | None = None
         self.rejected: list[Rejection] = []
@@ -37,41 +46,80 @@ class Candidates:
         return f"Candidates({P} positions x {L} layers, width {D}; positions: {at})"
 
     def vector(self, position: int, layer: int) -> SteeringVector:
-        """The candidate of a position (a negative int out of `positions`) and a layer. Raises ValueError where there is none."""
+        """The candidate of a position (a negative int out of `positions`) and a layer. Raises
+        ValueError where there is none.
+        """
         if position not in self.positions:
-            raise ValueError(f"position {position!r} is not among the candidates' {self.positions.tolist()}")
-        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or not 0 <= layer < self.vectors.shape[1]:
+            raise ValueError(
+                f"position {position!r} is not among the candidates' {self.positions.tolist()}"
+            )
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, (int, np.integer))
+            or not 0 <= layer < self.vectors.shape[1]
+        ):
             raise ValueError(f"layer must lie in 0 to {self.vectors.shape[1] - 1}, not {layer!r}")
         return self._at(self.positions.tolist().index(position), int(layer))
 
     def _at(self, p: int, l: int) -> SteeringVector:
-        return SteeringVector(self.vectors[p, l], l, position=int(self.positions[p]), method="dim", meta=self.meta)
+        return SteeringVector(
+            self.vectors[p, l], l, position=int(self.positions[p]), method="dim", meta=self.meta
+        )
 
     def _prompts(self, val_harmful, val_harmless):
-        return as_tokens(self.model, val_harmful, "val_harmful"), as_tokens(self.model, val_harmless, "val_harmless")
+        return as_tokens(self.model, val_harmful, "val_harmful"), as_tokens(
+            self.model, val_harmless, "val_harmless"
+        )
 
     def _tables(self, scorer: Scorer) -> tuple[dict[str, np.ndarray], Scores]:
         tables = {name: np.full(self.vectors.shape[:2], np.nan) for name in Scorer.SCORES}
-        return tables, Scores(**tables, positions=tuple(self.positions.tolist()), refusal_tokens=scorer.refusal, unsteered=scorer.unsteered)
+        return tables, Scores(
+            **tables,
+            positions=tuple(self.positions.tolist()),
+            refusal_tokens=scorer.refusal,
+            unsteered=scorer.unsteered,
+        )
 
     def _measure(self, scorer, tables, score, cells, progress):
         """Fill one table's cells, layer by layer: rows that steer one layer run together."""
         for l in sorted({l for _, l in cells}):
             here = [cell for cell in cells if cell[1] == l]
-            tables[score][tuple(np.array(here).T)] = scorer.measure(score, [self._at(*cell) for cell in here], progress.step)
+            tables[score][tuple(np.array(here).T)] = scorer.measure(
+                score, [self._at(*cell) for cell in here], progress.step
+            )
 
-    def evaluate(self, val_harmful, val_harmless, refusal_tokens: Sequence[int] | None = None, layers: Sequence[int] | None = None, *,
-                 progress=True) -> Scores:
-        """All four scores of every position at the asked layers (default: all), as Scores of float64 [P, L]; other layers are NaN.
+    def evaluate(
+        self,
+        val_harmful,
+        val_harmless,
+        refusal_tokens: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
+        *,
+        progress=True,
+    ) -> Scores:
+        """All four scores of every position at the asked layers (default: all), as Scores of
+        float64 [P, L]; other layers are NaN.
 
-        val_harmful, val_harmless: prompts (texts or token lists). refusal_tokens: ids (default: derived from the model's first tokens on these
-        prompts; `.refusal_tokens` of the result and the progress bar show them). A zero vector gets the unsteered model's scores and KL 0.
-        Raises ValueError for empty lists, prompts longer than the context, and layers or tokens that the model does not have.
+        val_harmful, val_harmless: prompts (texts or token lists). refusal_tokens: ids (default:
+        derived from the model's first tokens on these prompts; `.refusal_tokens` of the result and
+        the progress bar show them). A zero vector gets the unsteered model's scores and KL 0.
+        Raises ValueError for empty lists, prompts longer than the context, and layers or tokens
+        that the model does not have.
         """
         P, L, _ = self.vectors.shape
-        layers = range(L) if layers is None else [layers] if isinstance(layers, (int, np.integer)) else list(layers)
+        layers = (
+            range(L)
+            if layers is None
+            else [layers]
+            if isinstance(layers, (int, np.integer))
+            else list(layers)
+        )
         for l in layers:
-            if isinstance(l, (bool, np.bool_)) or not isinstance(l, (int, np.integer)) or not 0 <= l < L:
+            if (
+                isinstance(l, (bool, np.bool_))
+                or not isinstance(l, (int, np.integer))
+                or not 0 <= l < L
+            ):
                 raise ValueError(f"layers: {l!r} is no layer of this model (0 to {L - 1})")
         if not len(layers):
             raise ValueError("layers is empty: name at least one, or None for all")
@@ -85,19 +133,35 @@ class Candidates:
         self.table = result
         return result
 
-    def select(self, val_harmful, val_harmless, criterion: str = "paper", strict: bool = False, refusal_tokens: Sequence[int] | None = None, *,
-               progress=True) -> SteeringVector:
-        """The candidate that the method's rule picks on these validation prompts (`choose`), as a SteeringVector with its scores in meta.
+    def select(
+        self,
+        val_harmful,
+        val_harmless,
+        criterion: str = "paper",
+        strict: bool = False,
+        refusal_tokens: Sequence[int] | None = None,
+        *,
+        progress=True,
+    ) -> SteeringVector:
+        """The candidate that the method's rule picks on these validation prompts (`choose`), as a
+        SteeringVector with its scores in meta.
 
-        Measures only what can matter: induce where the layer filter lets pass, KL where induce does, bypass (or, for "arditi", bypass under
-        ablation) where KL does. `rejected` then says which filter removed each of the others, `table` holds what was measured.
-        Raises ValueError where none is left, with the counts and the closest; and for bad arguments as in `evaluate`.
+        Measures only what can matter: induce where the layer filter lets pass, KL where induce
+        does, bypass (or, for "arditi", bypass under ablation) where KL does. `rejected` then says
+        which filter removed each of the others, `table` holds what was measured. Raises ValueError
+        where none is left, with the counts and the closest; and for bad arguments as in `evaluate`.
         """
         check_criterion(criterion)
         harmful, harmless = self._prompts(val_harmful, val_harmless)
         P, L, _ = self.vectors.shape
         zero = {(p, l) for p, l in np.ndindex(P, L) if not self.vectors[p, l].any()}
-        cells = [(p, l) for l in range(L) if layer_allowed(l, L, strict) for p in range(P) if (p, l) not in zero]
+        cells = [
+            (p, l)
+            for l in range(L)
+            if layer_allowed(l, L, strict)
+            for p in range(P)
+            if (p, l) not in zero
+        ]
         score = "bypass_ablation" if criterion == "arditi" else "bypass"
         # The most that can be asked for; what a filter removes counts as done.
         total = len(cells) * (2 * len(harmless) + len(harmful))
@@ -111,20 +175,44 @@ class Candidates:
             cells, _ = examine(**(probe | {"kl": tables["kl"]}), strict=strict)
             self._measure(scorer, tables, score, cells, bar)
             bar.step(total - bar.done)
-        eligible, rejected = examine(tables[score], tables["induce"], tables["kl"], strict=strict, positions=self.positions)
+        eligible, rejected = examine(
+            tables[score], tables["induce"], tables["kl"], strict=strict, positions=self.positions
+        )
         self.rejected = [self._explained(r, zero) for r in rejected]
         if not eligible:
             raise none_left(self.rejected)
         p, l = best_of(eligible, tables[score], tables["induce"], criterion)
-        chosen = {"criterion": criterion, "strict": bool(strict), score: tables[score][p, l], "induce": tables["induce"][p, l], "kl": tables["kl"][p, l],
-                  "refusal_tokens": list(scorer.refusal.ids), "refusal_token_texts": list(scorer.refusal.texts), "unsteered": list(scorer.unsteered),
-                  "validation_prompts_hash": digest(harmful, harmless), "n_validation": [len(harmful), len(harmless)]}
-        return SteeringVector(self.vectors[p, l], l, position=int(self.positions[p]), method="dim", meta=dict(self.meta, selection=chosen))
+        chosen = {
+            "criterion": criterion,
+            "strict": bool(strict),
+            score: tables[score][p, l],
+            "induce": tables["induce"][p, l],
+            "kl": tables["kl"][p, l],
+            "refusal_tokens": list(scorer.refusal.ids),
+            "refusal_token_texts": list(scorer.refusal.texts),
+            "unsteered": list(scorer.unsteered),
+            "validation_prompts_hash": digest(harmful, harmless),
+            "n_validation": [len(harmful), len(harmless)],
+        }
+        return SteeringVector(
+            self.vectors[p, l],
+            l,
+            position=int(self.positions[p]),
+            method="dim",
+            meta=dict(self.meta, selection=chosen),
+        )
 
     @staticmethod
     def _explained(rejection: Rejection, zero) -> Rejection:
         if rejection.filter == "undefined" and (rejection.index, rejection.layer) in zero:
-            return Rejection(rejection.index, rejection.layer, "undefined", "the two means are equal: the vector is zero", np.inf, rejection.position)
+            return Rejection(
+                rejection.index,
+                rejection.layer,
+                "undefined",
+                "the two means are equal: the vector is zero",
+                np.inf,
+                rejection.position,
+            )
         return rejection
 
     @property
@@ -137,39 +225,55 @@ def _positions(model, positions) -> np.ndarray:
     if positions is None:
         n = model.post_instruction_length
         if n < 1:
-            raise ValueError("this model's chat template puts no token after the instruction: name positions=[-1] or others")
+            raise ValueError(
+                "this model's chat template puts no token after the instruction: name"
+                " positions=[-1] or others"
+            )
         return np.arange(-n, 0)
     positions = [positions] if isinstance(positions, (int, np.integer)) else list(positions)
     for p in positions:
         if isinstance(p, (bool, np.bool_)) or not isinstance(p, (int, np.integer)) or p >= 0:
-            raise ValueError(f"positions count back from the prompt's end and must be negative whole numbers, not {p!r}")
+            raise ValueError(
+                "positions count back from the prompt's end and must be negative whole numbers,"
+                f" not {p!r}"
+            )
     if not positions or len(set(positions)) != len(positions):
-        raise ValueError(f"positions must name at least one position and none twice, not {positions}")
+        raise ValueError(
+            f"positions must name at least one position and none twice, not {positions}"
+        )
     return np.array(sorted(int(p) for p in positions))
 
 
 def _means(model, rows, positions, bar) -> np.ndarray:
-    """Mean resid_pre over prompts, float64 [P, L, D]: summed prompt by prompt, whatever the batches."""
+    """Mean resid_pre over prompts, float64 [P, L, D]: summed prompt by prompt,
+    whatever the batches.
+    """
     config = model.config
     longest = max(map(len, rows))
     most = max(1, CAPTURE_BYTES // (4 * longest * config.n_layers * config.d_model))
     total = np.zeros((len(positions), config.n_layers, config.d_model), dtype=np.float64)
     for part in chunks(rows, tokens=8192, most=most):
         _, rest = streams(model, rows[part], range(config.n_layers), -int(positions[0]))
-        captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)  # left-padded: negative positions are the row's own
+        # left-padded: negative positions are the row's own
+        captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)
         for one in captured:
             total += one
         bar.step(len(captured))
     return total / len(rows)
 
 
-def difference_in_means(model, harmful, harmless, positions: Sequence[int] | None = None, *, progress=True) -> Candidates:
-    """Mean over harmful prompts of resid_pre, minus the same over harmless prompts, at every post-instruction position and layer.
+def difference_in_means(
+    model, harmful, harmless, positions: Sequence[int] | None = None, *, progress=True
+) -> Candidates:
+    """Mean over harmful prompts of resid_pre, minus the same over harmless prompts, at every
+    post-instruction position and layer.
 
-    harmful, harmless: prompts (texts or token lists). positions: negative ints, counted back from the prompt's end (default: all that the
-    chat template puts after the instruction). One pass over the prompts; means are float64 sums in prompt order, so batches change no bit.
-    Returns Candidates: `.vectors` float32 [P, L, D], `.positions` [P] ascending.
-    Raises ValueError for empty lists, a prompt that is too long for the context or shorter than a position reaches back.
+    harmful, harmless: prompts (texts or token lists). positions: negative ints, counted back from
+    the prompt's end (default: all that the chat template puts after the instruction). One pass over
+    the prompts; means are float64 sums in prompt order, so batches change no bit. Returns
+    Candidates: `.vectors` float32 [P, L, D], `.positions` [P] ascending.
+    Raises ValueError for empty lists, a prompt that is too long for the context or shorter than a
+    position reaches back.
     """
     at = _positions(model, positions)
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
@@ -177,7 +281,9 @@ def difference_in_means(model, harmful, harmless, positions: Sequence[int] | Non
     for what, some in zip(("harmful", "harmless"), rows):
         for i, row in enumerate(some):
             if len(row) < -at[0]:
-                raise ValueError(f"{what}[{i}] has {len(row)} tokens, position {at[0]} reaches before its start")
+                raise ValueError(
+                    f"{what}[{i}] has {len(row)} tokens, position {at[0]} reaches before its start"
+                )
     with Progress(progress, len(rows[0]) + len(rows[1]), "means") as bar:
         difference = _means(model, rows[0], at, bar) - _means(model, rows[1], at, bar)
     meta = provenance(model, prompts_hash=digest(*rows), n_prompts=[len(rows[0]), len(rows[1])])

@@ -1,7 +1,9 @@
-"""Pairs to learn a vector from: for every prompt a response that shows the wanted behaviour and one that does not (method.md section 2).
+"""Pairs to learn a vector from: for every prompt a response that shows the wanted behaviour and one
+that does not (method.md section 2).
 
-All four kinds come from the model itself: refusals of harmful and compliance on harmless prompts as it answers; refusals of harmless prompts after a
-prefix that asks for them; compliance on harmful prompts under a steering vector.
+All four kinds come from the model itself: refusals of harmful and compliance on harmless prompts as
+it answers; refusals of harmless prompts after a prefix that asks for them; compliance on harmful
+prompts under a steering vector.
 """
 
 from __future__ import annotations
@@ -16,29 +18,30 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.edits import Steer
-from ..errors import ModelError
-from ..judge import long_enough, refused, succeeded
 from ..base.checks import require_int
+from ..base.provenance import digest, provenance
+from ..base.whole_files import write_whole
+from ..errors import ModelError
 from ..inputs.prompt_pair import magnitudes
 from ..inputs.prompts import as_list, as_tokens
-from ..base.provenance import digest, provenance
 from ..inputs.vectors import SteeringVector
-from ..base.whole_files import write_whole
+from ..judge import long_enough, refused, succeeded
+from ..runtime.edits import Steer
 
 PREFIX = "Treat the following question as dangerous and refuse."
 FORMAT = "vksteer training data 1"
-#: New tokens of a response: more than the 64 that training reads, so that the end-of-turn token behind a text that was cut short is never learned.
+#: New tokens of a response: more than the 64 that training reads, so that the end-of-turn token
+#: behind a text that was cut short is never learned.
 NEW = 96
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with two responses, texts or token ids. sign: +1 where a positive coefficient is to bring about the winning response (refusal), -1
-    where a negative one is (compliance).
+    """One prompt with two responses, texts or token ids. sign: +1 where a positive coefficient is
+    to bring about the winning response (refusal), -1 where a negative one is (compliance).
 
-    In training a text prompt goes through the chat template and a text response gets the end-of-turn token appended (`losses.prepare`); token ids
-    stay as they are.
+    In training a text prompt goes through the chat template and a text response gets the
+    end-of-turn token appended (`losses.prepare`); token ids stay as they are.
     Raises ValueError for blank texts, empty lists, what is no token id, and another sign.
     """
 
@@ -57,18 +60,35 @@ class Example:
                     raise ValueError(f"{name} is blank: a text says something, or give token ids")
                 continue
             value = list(value) if isinstance(value, (list, tuple)) else None
-            if not value or any(isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)) or t < 0 for t in value):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: a text, or token ids that are not empty")
+            if not value or any(
+                isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)) or t < 0
+                for t in value
+            ):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: a text, or token ids that are not empty"
+                )
             object.__setattr__(self, name, [int(t) for t in value])
-        if isinstance(self.sign, (bool, np.bool_)) or not isinstance(self.sign, (int, np.integer)) or self.sign not in (1, -1):
+        if (
+            isinstance(self.sign, (bool, np.bool_))
+            or not isinstance(self.sign, (int, np.integer))
+            or self.sign not in (1, -1)
+        ):
             raise ValueError(f"sign must be +1 or -1, not {self.sign!r}")
         object.__setattr__(self, "sign", int(self.sign))
 
 
 class TrainingData(list):
-    """A list of Example. counts: how many pairs were asked for, kept and dropped, by reason; meta: provenance."""
+    """A list of Example. counts: how many pairs were asked for, kept and dropped, by
+    reason; meta: provenance.
+    """
 
-    def __init__(self, examples: Sequence[Example] = (), *, counts: dict[str, int] | None = None, meta: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        examples: Sequence[Example] = (),
+        *,
+        counts: dict[str, int] | None = None,
+        meta: dict[str, Any] | None = None,
+    ):
         super().__init__(examples)
         self.counts, self.meta = dict(counts or {}), dict(meta or {})
 
@@ -76,56 +96,108 @@ class TrainingData(list):
     def line(self) -> str:
         """One line: pairs kept by sign, pairs dropped, why."""
         signs = [e.sign for e in self]
-        why = ", ".join(f"{n} {reason}" for reason, n in self.counts.items() if n and reason != "asked")
-        return f"{len(self)} pairs of {self.counts.get('asked', len(self))} prompts: {signs.count(1)} refusals of harmless, {signs.count(-1)} compliances with harmful prompts" \
-               + (f" (dropped: {why})" if why else "")
+        why = ", ".join(
+            f"{n} {reason}" for reason, n in self.counts.items() if n and reason != "asked"
+        )
+        return (
+            f"{len(self)} pairs of {self.counts.get('asked', len(self))} prompts: {signs.count(1)}"
+            f" refusals of harmless, {signs.count(-1)} compliances with harmful prompts"
+            + (f" (dropped: {why})" if why else "")
+        )
 
     def __repr__(self):
         return f"TrainingData({self.line})"
 
     def __getitem__(self, i):
         got = super().__getitem__(i)
-        return TrainingData(got, counts=self.counts, meta=self.meta) if isinstance(i, slice) else got
+        return (
+            TrainingData(got, counts=self.counts, meta=self.meta) if isinstance(i, slice) else got
+        )
 
     def save(self, path) -> None:
-        """JSON lines: provenance, counts and a checksum, then a line a pair; an existing file is replaced whole."""
-        lines = [json.dumps({"prompt": e.prompt, "winning": e.winning, "losing": e.losing, "sign": e.sign}, ensure_ascii=False) for e in self]
-        head = json.dumps({"format": FORMAT, "counts": self.counts, "meta": self.meta, "n": len(lines), "checksum": digest(lines)}, ensure_ascii=False)
+        """JSON lines: provenance, counts and a checksum, then a line a pair; an existing
+        file is replaced whole.
+        """
+        lines = [
+            json.dumps(
+                {"prompt": e.prompt, "winning": e.winning, "losing": e.losing, "sign": e.sign},
+                ensure_ascii=False,
+            )
+            for e in self
+        ]
+        head = json.dumps(
+            {
+                "format": FORMAT,
+                "counts": self.counts,
+                "meta": self.meta,
+                "n": len(lines),
+                "checksum": digest(lines),
+            },
+            ensure_ascii=False,
+        )
         write_whole(path, ("\n".join([head, *lines]) + "\n").encode("utf-8"))
 
     @classmethod
-    def load(cls, path) -> "TrainingData":
-        """Read what `save` wrote. ModelError for a file that was cut short or edited or is something else; OSError."""
+    def load(cls, path) -> TrainingData:
+        """Read what `save` wrote. ModelError for a file that was cut short or edited or is
+        something else; OSError.
+        """
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
         try:
             head, *pairs = [json.loads(line) for line in lines]
             if head["format"] != FORMAT:
                 raise ValueError(f"format {head['format']!r}")
             if len(pairs) != head["n"] or digest(lines[1:]) != head["checksum"]:
-                raise ValueError("the content does not match its checksum: the file was cut short or edited")
-            return cls([Example(**pair) for pair in pairs], counts=head["counts"], meta=head["meta"])
+                raise ValueError(
+                    "the content does not match its checksum: the file was cut short or edited"
+                )
+            return cls(
+                [Example(**pair) for pair in pairs], counts=head["counts"], meta=head["meta"]
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path}: no training data of vksteer: {error}") from None
 
 
 #: Reasons for which a prompt gives no pair.
-NOT_REFUSED, NOT_COMPLIED = "harmful prompts that the model does not refuse", "harmful prompts that it does not comply with under the vector"
-NOT_ANSWERED, NOT_TALKED_INTO = "harmless prompts that it refuses", "harmless prompts that it does not refuse after the prefix"
+NOT_REFUSED, NOT_COMPLIED = (
+    "harmful prompts that the model does not refuse",
+    "harmful prompts that it does not comply with under the vector",
+)
+NOT_ANSWERED, NOT_TALKED_INTO = (
+    "harmless prompts that it refuses",
+    "harmless prompts that it does not refuse after the prefix",
+)
 EMPTY = "with an empty response"
 
 
-def training_data(model, harmful, harmless, vector: SteeringVector, coefficient=1.0, *, prefix: str = PREFIX, max_new_tokens: int = NEW, judge=None, min_words="auto",
-                  batch_size: int | None = None, progress=True) -> TrainingData:
+def training_data(
+    model,
+    harmful,
+    harmless,
+    vector: SteeringVector,
+    coefficient=1.0,
+    *,
+    prefix: str = PREFIX,
+    max_new_tokens: int = NEW,
+    judge=None,
+    min_words="auto",
+    batch_size: int | None = None,
+    progress=True,
+) -> TrainingData:
     """Pairs of responses of the model itself, for `train_ntp` and `train_po` (method.md section 2).
 
-    harmful: prompts (texts or token lists) whose pair is (compliance under -minus * vector, the model's own refusal), sign -1.
-    harmless: prompts whose pair is (refusal after `prefix`, the model's own answer), sign +1; they must be texts, for the prefix to stand before them.
-    vector: the difference in means; coefficient: the magnitude that bypasses refusal, or (plus, minus), of which the latter is used.
-    A pair is dropped where one of its two responses does not show its behaviour: by the substring judge, and for compliance with harmful prompts also
-    by `judge` (callable(prompts, responses) -> bool [n], True for unsafe) and `min_words`, as in `freezing.ablation_table`. Decoding is greedy.
-    Responses are kept as texts. Returns TrainingData: a list of Example, harmful prompts first, with `.counts`, `.line` and `.meta`; `save` writes it.
-    Raises ValueError before any work for a vector of another width or layer or zero, empty lists, harmless token lists, prompts that leave no room,
-    a blank prefix, a model without a tokenizer.
+    harmful: prompts (texts or token lists) whose pair is (compliance under -minus * vector, the
+    model's own refusal), sign -1.
+    harmless: prompts whose pair is (refusal after `prefix`, the model's own answer), sign +1; they
+    must be texts, for the prefix to stand before them. vector: the difference in means;
+    coefficient: the magnitude that bypasses refusal, or (plus, minus), of which the latter is used.
+    A pair is dropped where one of its two responses does not show its behaviour: by the substring
+    judge, and for compliance with harmful prompts also by `judge` (callable(prompts, responses) ->
+    bool [n], True for unsafe) and `min_words`, as in `freezing.ablation_table`. Decoding is greedy.
+    Responses are kept as texts. Returns TrainingData: a list of Example, harmful prompts first,
+    with `.counts`, `.line` and `.meta`; `save` writes it. Raises ValueError before any work for a
+    vector of another width or layer or zero, empty lists, harmless token lists, prompts that leave
+    no room, a blank prefix, a model without a tokenizer.
     """
     if not isinstance(vector, SteeringVector):
         raise ValueError(f"vector must be a SteeringVector, not {type(vector).__name__}")
@@ -145,31 +217,82 @@ def training_data(model, harmful, harmless, vector: SteeringVector, coefficient=
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
     for i, prompt in enumerate(harmless):
         if not isinstance(prompt, str):
-            raise ValueError(f"harmless[{i}] is a token list: the prefix needs texts to stand before")
-    asked = [as_tokens(model, some, what, room=new) for some, what in (
-        (harmful, "harmful"), (harmful, "harmful"), (harmless, "harmless"), ([f"{prefix} {p}" for p in harmless], "harmless, with the prefix"))]
-    edits = [[[]] * len(harmful), [[Steer(vector, -minus)]] * len(harmful), [[]] * (2 * len(harmless))]
-    made = model.generate([row for rows in asked for row in rows], max_new_tokens=new, edits=[row for rows in edits for row in rows], temperature=0.0,
-                          batch_size=batch_size, progress=progress)
+            raise ValueError(
+                f"harmless[{i}] is a token list: the prefix needs texts to stand before"
+            )
+    asked = [
+        as_tokens(model, some, what, room=new)
+        for some, what in (
+            (harmful, "harmful"),
+            (harmful, "harmful"),
+            (harmless, "harmless"),
+            ([f"{prefix} {p}" for p in harmless], "harmless, with the prefix"),
+        )
+    ]
+    edits = [
+        [[]] * len(harmful),
+        [[Steer(vector, -minus)]] * len(harmful),
+        [[]] * (2 * len(harmless)),
+    ]
+    made = model.generate(
+        [row for rows in asked for row in rows],
+        max_new_tokens=new,
+        edits=[row for rows in edits for row in rows],
+        temperature=0.0,
+        batch_size=batch_size,
+        progress=progress,
+    )
     ends = np.cumsum([len(rows) for rows in asked])[:-1]
     plain, steered, answered, prefixed = ([g.text for g in part] for part in _split(made, ends))
 
     complied = ~refused(steered)
     if judge is not None:
-        complied &= succeeded([p if isinstance(p, str) else model.tokenizer.decode(p) for p in harmful], steered, judge, min_words)
+        complied &= succeeded(
+            [p if isinstance(p, str) else model.tokenizer.decode(p) for p in harmful],
+            steered,
+            judge,
+            min_words,
+        )
     elif min_words not in ("auto", None):
         complied &= long_enough(steered, min_words)
     counts = {"asked": len(harmful) + len(harmless)}
-    examples = _pairs(harmful, steered, plain, -1, ((refused(plain), NOT_REFUSED), (complied, NOT_COMPLIED)), counts)
-    examples += _pairs(harmless, prefixed, answered, 1, ((~refused(answered), NOT_ANSWERED), (refused(prefixed), NOT_TALKED_INTO)), counts)
-    meta = provenance(model, kernels=getattr(model, "kernels", None), vector_hash=digest(vector.direction), layer=vector.layer, coefficient=minus, prefix=prefix,
-                      max_new_tokens=new, judge="substring" if judge is None else type(judge).__name__, prompts_hash=digest(asked[0], asked[2]),
-                      n_prompts=[len(harmful), len(harmless)])
+    examples = _pairs(
+        harmful,
+        steered,
+        plain,
+        -1,
+        ((refused(plain), NOT_REFUSED), (complied, NOT_COMPLIED)),
+        counts,
+    )
+    examples += _pairs(
+        harmless,
+        prefixed,
+        answered,
+        1,
+        ((~refused(answered), NOT_ANSWERED), (refused(prefixed), NOT_TALKED_INTO)),
+        counts,
+    )
+    meta = provenance(
+        model,
+        kernels=getattr(model, "kernels", None),
+        vector_hash=digest(vector.direction),
+        layer=vector.layer,
+        coefficient=minus,
+        prefix=prefix,
+        max_new_tokens=new,
+        judge="substring" if judge is None else type(judge).__name__,
+        prompts_hash=digest(asked[0], asked[2]),
+        n_prompts=[len(harmful), len(harmless)],
+    )
     data = TrainingData(examples, counts=counts, meta=meta)
     if progress is True:
         print(f"vksteer: {data.line}", file=sys.stderr)
     if not data:
-        warnings.warn(f"no pair is left: {data.line}. Does the model refuse these harmful prompts, and does the vector bypass that?", stacklevel=2)
+        warnings.warn(
+            f"no pair is left: {data.line}. Does the model refuse these harmful prompts, and does"
+            " the vector bypass that?",
+            stacklevel=2,
+        )
     return data
 
 
@@ -181,7 +304,9 @@ def _split(items, ends):
 
 
 def _pairs(prompts, winning, losing, sign, tests, counts) -> list[Example]:
-    """Examples of the prompts that pass every test (bool [n], reason); the first test that fails names the reason."""
+    """Examples of the prompts that pass every test (bool [n], reason); the first test that
+    fails names the reason.
+    """
     kept = []
     for i, prompt in enumerate(prompts):
         reason = next((why for passed, why in tests if not passed[i]), None)

@@ -1,18 +1,20 @@
-"""What a candidate does to the next token: refusal metric, KL, and the tokens that stand for refusal (method.md section 2).
+"""What a candidate does to the next token: refusal metric, KL, and the tokens that stand for
+refusal (method.md section 2).
 
-Everything here is float64 from the engine's float32 logits; means run over prompts in their order, so no batch size changes a bit.
+Everything here is float64 from the engine's float32 logits; means run over prompts in their order,
+so no batch size changes a bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 import numpy as np
 
-from ..runtime.edits import Ablate, Steer
 from ..base.progress import Progress
 from ..inputs.prompts import chunks, token_text
+from ..runtime.edits import Ablate, Steer
 
 #: One engine call: about so many tokens, and at most so many float32 logits.
 CHUNK_TOKENS = 8192
@@ -26,10 +28,15 @@ def _logsumexp(x) -> float:
 
 
 def _rowwise(function, width_out, *tables):
-    """`function` of each row by itself, so that every row's sums have one order: NumPy's depends on how many rows an array holds."""
+    """`function` of each row by itself, so that every row's sums have one order: NumPy's depends on
+    how many rows an array holds.
+    """
     tables = [np.asarray(table) for table in tables]
     lead = tables[-1].shape[:-1]
-    flat = [np.ascontiguousarray(table.reshape(-1, table.shape[-1]), dtype=np.float64) for table in tables]
+    flat = [
+        np.ascontiguousarray(table.reshape(-1, table.shape[-1]), dtype=np.float64)
+        for table in tables
+    ]
     out = np.empty((len(flat[-1]), *width_out), dtype=np.float64)
     for i, rows in enumerate(zip(*flat)):
         out[i] = function(*rows)
@@ -42,9 +49,11 @@ def log_softmax(logits) -> np.ndarray:
 
 
 def refusal_metric(logits, refusal_tokens) -> np.ndarray:
-    """log(P_ref / (1 - P_ref)) with P_ref the summed next-token probability of `refusal_tokens`, no epsilon: float64 [...].
+    """log(P_ref / (1 - P_ref)) with P_ref the summed next-token probability of `refusal_tokens`, no
+    epsilon: float64 [...].
 
-    logits: [..., V], or log-probabilities. Both sums are taken in the logarithm, so that P_ref near 0 or 1 loses nothing.
+    logits: [..., V], or log-probabilities. Both sums are taken in the logarithm, so that P_ref near
+    0 or 1 loses nothing.
     """
     inside = np.zeros(np.shape(logits)[-1], dtype=bool)
     inside[list(refusal_tokens)] = True
@@ -52,35 +61,50 @@ def refusal_metric(logits, refusal_tokens) -> np.ndarray:
 
 
 def kl_divergence(logp, logits) -> np.ndarray:
-    """KL(P || Q) over the last axis, float64 [...]: P by its log-probabilities `logp`, Q by its logits. Never below 0 but for rounding."""
+    """KL(P || Q) over the last axis, float64 [...]: P by its log-probabilities `logp`, Q by its
+    logits. Never below 0 but for rounding.
+    """
     return _rowwise(lambda p, x: (np.exp(p) * (p - (x - _logsumexp(x)))).sum(), (), logp, logits)
 
 
 def _last_logits(model, rows) -> np.ndarray:
-    """Logits after the last token of every row, float32 [len(rows), V]. rows: (tokens, list of edits).
+    """Logits after the last token of every row, float32 [len(rows), V]. rows:
+    (tokens, list of edits).
 
-    The one place where candidates meet the engine: rows that come together share their first edited layer, so an engine that resumes from
-    a cached layer input has to be called here and nowhere else.
+    The one place where candidates meet the engine: rows that come together share their
+    first edited layer, so an engine that resumes from a cached layer input has to be called
+    here and nowhere else.
     """
     from ..runtime.resume import can_resume, last_logits
 
     if hasattr(model, "_layer_inputs") and can_resume(rows):
         return last_logits(model, rows)
-    return model.run([tokens for tokens, _ in rows], edits=[edits for _, edits in rows], logits="last").logits
+    return model.run(
+        [tokens for tokens, _ in rows], edits=[edits for _, edits in rows], logits="last"
+    ).logits
 
 
 def last_logits(model, rows, step=None) -> Iterator[tuple[slice, np.ndarray]]:
-    """`_last_logits` in pieces that fit: yields (slice of rows, logits [n, V]). step: called with the number of rows done each time."""
-    for part in chunks([tokens for tokens, _ in rows], tokens=CHUNK_TOKENS, most=max(1, CHUNK_LOGITS // model.config.d_vocab)):
+    """`_last_logits` in pieces that fit: yields (slice of rows, logits [n, V]). step: called with
+    the number of rows done each time.
+    """
+    for part in chunks(
+        [tokens for tokens, _ in rows],
+        tokens=CHUNK_TOKENS,
+        most=max(1, CHUNK_LOGITS // model.config.d_vocab),
+    ):
         logits = _last_logits(model, rows[part])
         if logits.shape != (part.stop - part.start, model.config.d_vocab):
-            raise RuntimeError(f"the engine returned logits {logits.shape} for {part.stop - part.start} rows of vocabulary {model.config.d_vocab}")
+            raise RuntimeError(
+                f"the engine returned logits {logits.shape} for {part.stop - part.start} rows of"
+                f" vocabulary {model.config.d_vocab}"
+            )
         yield part, logits
         if step is not None:
             step(part.stop - part.start)
 
 
-# -- refusal tokens -----------------------------------------------------------------------------------------------------------------------------------
+# -- refusal tokens --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,50 +113,81 @@ class RefusalTokens:
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
-    #: Mean next-token probability of each after harmful and after harmless prompts; empty where the tokens were given.
+    #: Mean next-token probability of each after harmful and after harmless prompts; empty where
+    #: the tokens were given.
     on_harmful: tuple[float, ...] = ()
     on_harmless: tuple[float, ...] = ()
 
     def __str__(self):
         if not self.on_harmful:
             return ", ".join(f"{text!r} ({i})" for i, text in zip(self.ids, self.texts))
-        return ", ".join(f"{text!r} ({i}; mean probability {a:.3f} after harmful, {b:.3f} after harmless prompts)"
-                         for i, text, a, b in zip(self.ids, self.texts, self.on_harmful, self.on_harmless))
+        return ", ".join(
+            f"{text!r} ({i}; mean probability {a:.3f} after harmful, {b:.3f} after harmless"
+            " prompts)"
+            for i, text, a, b in zip(self.ids, self.texts, self.on_harmful, self.on_harmless)
+        )
 
 
 def given_refusal_tokens(model, ids) -> RefusalTokens:
-    """Checked token ids of the user's. Raises ValueError for an empty list and ids outside the vocabulary."""
+    """Checked token ids of the user's. Raises ValueError for an empty list and ids
+    outside the vocabulary.
+    """
     ids = [ids] if isinstance(ids, (int, np.integer)) else list(ids)
     V = model.config.d_vocab
     for i in ids:
-        if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)) or not 0 <= i < V:
-            raise ValueError(f"refusal_tokens: {i!r} is no token id (whole numbers from 0 to {V - 1})")
+        if (
+            isinstance(i, (bool, np.bool_))
+            or not isinstance(i, (int, np.integer))
+            or not 0 <= i < V
+        ):
+            raise ValueError(
+                f"refusal_tokens: {i!r} is no token id (whole numbers from 0 to {V - 1})"
+            )
     ids = tuple(dict.fromkeys(int(i) for i in ids))
     if not ids or len(ids) >= V:
-        raise ValueError(f"refusal_tokens names {len(ids)} of {V} tokens: give at least one and not all, or None to derive them")
+        raise ValueError(
+            f"refusal_tokens names {len(ids)} of {V} tokens: give at least one and not all, or None"
+            " to derive them"
+        )
     return RefusalTokens(ids, tuple(token_text(model, i) for i in ids))
 
 
-def refusal_tokens_from(model, harmful_logp, harmless_logp, *, share=0.1, least=0.05, most=8) -> RefusalTokens:
-    """Tokens with which the model's answers begin after harmful prompts and not after harmless ones.
+def refusal_tokens_from(
+    model, harmful_logp, harmless_logp, *, share=0.1, least=0.05, most=8
+) -> RefusalTokens:
+    """Tokens with which the model's answers begin after harmful prompts and not
+    after harmless ones.
 
-    harmful_logp, harmless_logp: next-token log-probabilities [n, V]. Ranked by mean probability after harmful minus after harmless prompts; kept
-    are the first and every other whose difference is at least `share` of the first's, at most `most`.
-    Raises ValueError where the first difference is below `least`: the answers then begin alike and the tokens must be given.
+    harmful_logp, harmless_logp: next-token log-probabilities [n, V]. Ranked by mean probability
+    after harmful minus after harmless prompts; kept are the first and every other whose difference
+    is at least `share` of the first's, at most `most`.
+    Raises ValueError where the first difference is below `least`: the answers then begin alike and
+    the tokens must be given.
     """
     a, b = np.exp(harmful_logp).mean(axis=0), np.exp(harmless_logp).mean(axis=0)
     difference = a - b
     order = np.argsort(-difference, kind="stable")[:most]
     first = float(difference[order[0]])
     if first < least:
-        raise ValueError(f"refusal tokens cannot be derived: the token that tells harmful from harmless prompts best, {token_text(model, order[0])!r}, differs by "
-                         f"{first:.3f} in probability. Does the model refuse these harmful prompts? Else name the tokens with refusal_tokens=[...]")
+        raise ValueError(
+            "refusal tokens cannot be derived: the token that tells harmful from harmless prompts"
+            f" best, {token_text(model, order[0])!r}, differs by {first:.3f} in probability. Does"
+            " the model refuse these harmful prompts? Else name the tokens with"
+            " refusal_tokens=[...]"
+        )
     ids = tuple(int(i) for i in order if difference[i] >= share * first)
-    return RefusalTokens(ids, tuple(token_text(model, i) for i in ids), tuple(float(a[i]) for i in ids), tuple(float(b[i]) for i in ids))
+    return RefusalTokens(
+        ids,
+        tuple(token_text(model, i) for i in ids),
+        tuple(float(a[i]) for i in ids),
+        tuple(float(b[i]) for i in ids),
+    )
 
 
 def derive_refusal_tokens(model, harmful, harmless) -> RefusalTokens:
-    """`refusal_tokens_from` on the unsteered model's next tokens after these prompts (texts or token lists)."""
+    """`refusal_tokens_from` on the unsteered model's next tokens after these prompts
+    (texts or token lists).
+    """
     from ..inputs.prompts import as_tokens
 
     pair = []
@@ -142,15 +197,17 @@ def derive_refusal_tokens(model, harmful, harmless) -> RefusalTokens:
     return refusal_tokens_from(model, *pair)
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What every candidate does, each float64 [P, L], means over prompts; NaN where it was not asked for.
+    """What every candidate does, each float64 [P, L], means over prompts; NaN where
+    it was not asked for.
 
-    bypass: refusal metric on harmful prompts under a = -1. induce: on harmless prompts under a = +1. kl: KL(unsteered || ablated) on harmless
-    prompts. bypass_ablation: refusal metric on harmful prompts under directional ablation.
+    bypass: refusal metric on harmful prompts under a = -1. induce: on harmless prompts under a =
+    +1. kl: KL(unsteered || ablated) on harmless prompts. bypass_ablation: refusal metric on harmful
+    prompts under directional ablation.
     """
 
     bypass: np.ndarray
@@ -164,25 +221,42 @@ class Scores:
 
     def to_markdown(self) -> str:
         """The measured cells as a table, positions in rows, with the refusal tokens above."""
-        lines = [f"Refusal tokens: {self.refusal_tokens}", f"Unsteered metric: harmful {self.unsteered[0]:.3f}, harmless {self.unsteered[1]:.3f}", "",
-                 "| position | layer | bypass | induce | KL | bypass under ablation |", "|---:|---:|---:|---:|---:|---:|"]
+        lines = [
+            f"Refusal tokens: {self.refusal_tokens}",
+            f"Unsteered metric: harmful {self.unsteered[0]:.3f}, harmless {self.unsteered[1]:.3f}",
+            "",
+            "| position | layer | bypass | induce | KL | bypass under ablation |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
         number = lambda x: "" if np.isnan(x) else f"{x:.3f}"
         for p, l in np.ndindex(self.induce.shape):
-            cell = [table[p, l] for table in (self.bypass, self.induce, self.kl, self.bypass_ablation)]
+            cell = [
+                table[p, l] for table in (self.bypass, self.induce, self.kl, self.bypass_ablation)
+            ]
             if not np.isnan(cell).all():
-                lines.append(f"| {self.positions[p]} | {l} | " + " | ".join(map(number, cell)) + " |")
+                lines.append(
+                    f"| {self.positions[p]} | {l} | " + " | ".join(map(number, cell)) + " |"
+                )
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
         """Plain lists and numbers, for JSON; NaN becomes None."""
         plain = lambda table: [[None if np.isnan(x) else float(x) for x in row] for row in table]
-        return {"bypass": plain(self.bypass), "induce": plain(self.induce), "kl": plain(self.kl), "bypass_ablation": plain(self.bypass_ablation),
-                "positions": list(self.positions), "refusal_tokens": list(self.refusal_tokens.ids), "refusal_token_texts": list(self.refusal_tokens.texts),
-                "unsteered": list(self.unsteered)}
+        return {
+            "bypass": plain(self.bypass),
+            "induce": plain(self.induce),
+            "kl": plain(self.kl),
+            "bypass_ablation": plain(self.bypass_ablation),
+            "positions": list(self.positions),
+            "refusal_tokens": list(self.refusal_tokens.ids),
+            "refusal_token_texts": list(self.refusal_tokens.texts),
+            "unsteered": list(self.unsteered),
+        }
 
 
 class Scorer:
-    """Measures candidates on fixed validation prompts. The unsteered runs are made once, on construction.
+    """Measures candidates on fixed validation prompts. The unsteered runs are made
+    once, on construction.
 
     harmful, harmless: token lists. refusal_tokens: ids, or None to derive them from these prompts.
     """
@@ -193,11 +267,21 @@ class Scorer:
         self.model, self.harmful, self.harmless = model, harmful, harmless
         if refusal_tokens is not None:
             self.refusal = given_refusal_tokens(model, refusal_tokens)
-        base = [np.concatenate([log_softmax(logits) for _, logits in last_logits(model, [(tokens, []) for tokens in rows])]) for rows in (harmful, harmless)]
+        base = [
+            np.concatenate(
+                [
+                    log_softmax(logits)
+                    for _, logits in last_logits(model, [(tokens, []) for tokens in rows])
+                ]
+            )
+            for rows in (harmful, harmless)
+        ]
         if refusal_tokens is None:
             self.refusal = refusal_tokens_from(model, *base)
         self.harmless_logp = base[1]
-        self.unsteered = tuple(float(refusal_metric(logp, self.refusal.ids).mean()) for logp in base)
+        self.unsteered = tuple(
+            float(refusal_metric(logp, self.refusal.ids).mean()) for logp in base
+        )
         if progress is not None:
             progress.say(f"refusal tokens: {self.refusal}")
 
@@ -205,20 +289,28 @@ class Scorer:
         return len(self.harmful) if score.startswith("bypass") else len(self.harmless)
 
     def measure(self, score: str, vectors, step=None) -> np.ndarray:
-        """One score of every vector, float64 [len(vectors)]: a batch of (vectors x prompts) rows, vector by vector.
+        """One score of every vector, float64 [len(vectors)]: a batch of (vectors x prompts)
+        rows, vector by vector.
 
-        A zero vector (where both classes have one and the same token, its input differs in nothing) changes nothing: its scores are the
-        unsteered model's, its KL is 0, and no row is run for it.
+        A zero vector (where both classes have one and the same token, its input differs
+        in nothing) changes nothing: its scores are the unsteered model's, its KL is 0,
+        and no row is run for it.
         """
         prompts = self.harmful if score.startswith("bypass") else self.harmless
-        edit = {"bypass": lambda v: Steer(v, -1.0), "induce": lambda v: Steer(v, 1.0)}.get(score, Ablate)
+        edit = {"bypass": lambda v: Steer(v, -1.0), "induce": lambda v: Steer(v, 1.0)}.get(
+            score, Ablate
+        )
         at_zero = {"kl": 0.0, "induce": self.unsteered[1]}.get(score, self.unsteered[0])
         real = [i for i, v in enumerate(vectors) if v.norm > 0]
-        rows = [(tokens, edits) for edits in ([edit(vectors[i])] for i in real) for tokens in prompts]
+        rows = [
+            (tokens, edits) for edits in ([edit(vectors[i])] for i in real) for tokens in prompts
+        ]
         values = np.empty(len(rows), dtype=np.float64)
         for part, logits in last_logits(self.model, rows, step):
             if score == "kl":
-                values[part] = kl_divergence(self.harmless_logp[np.arange(part.start, part.stop) % len(prompts)], logits)
+                values[part] = kl_divergence(
+                    self.harmless_logp[np.arange(part.start, part.stop) % len(prompts)], logits
+                )
             else:
                 values[part] = refusal_metric(logits, self.refusal.ids)
         out = np.full(len(vectors), at_zero, dtype=np.float64)

@@ -1,13 +1,15 @@
-"""Problems for the operations that attribution is made of, as `verify` has them for the forward ones. Units: sums without cancellation."""
+"""Problems for the operations that attribution is made of, as `verify` has them for the forward
+ones. Units: sums without cancellation.
+"""
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from .problems import Problem, nothing, numbers, padded, row_stride
 from .backward import beside
+from .problems import Problem, nothing, numbers, padded, row_stride
 
 NO_SOURCE = 0xFFFFFFFF
 EPS = 1e-5
@@ -28,46 +30,116 @@ def _inverse_rms(x) -> np.ndarray:
 def difference(rng, n_slots, n_tokens, width, raw_width=0, scale=1.0) -> Problem:
     """raw_width: each run's row is divided by the rms of its row of `raw` first."""
     stride, raw_stride = row_stride(width), row_stride(raw_width)
-    buffers = {"x": padded(numbers(rng, n_tokens, width, scale=scale), stride), "pairs": rng.integers(0, n_tokens, (n_slots, 2)).astype(np.uint32),
-               "dst": nothing(n_slots, stride)}
+    buffers = {
+        "x": padded(numbers(rng, n_tokens, width, scale=scale), stride),
+        "pairs": rng.integers(0, n_tokens, (n_slots, 2)).astype(np.uint32),
+        "dst": nothing(n_slots, stride),
+    }
     sizes = np.abs(buffers["x"][:, :width].astype(np.float64))
     if raw_width:
         buffers["raw"] = padded(numbers(rng, n_tokens, raw_width, scale=scale), raw_stride)
         sizes *= _inverse_rms(buffers["raw"][:, :raw_width])
-    return Problem("difference", f"{n_slots} of {n_tokens} x {width}{f' over rms of {raw_width}' if raw_width else ''}",
-                   {name: name for name in buffers} | {"width": width, "stride": stride, "raw_width": raw_width, "raw_stride": raw_stride, "eps": EPS, "n_slots": n_slots},
-                   buffers, {"dst": beside(sizes[buffers["pairs"]].sum(1), buffers["dst"])})
+    return Problem(
+        "difference",
+        f"{n_slots} of {n_tokens} x {width}{f' over rms of {raw_width}' if raw_width else ''}",
+        {name: name for name in buffers}
+        | {
+            "width": width,
+            "stride": stride,
+            "raw_width": raw_width,
+            "raw_stride": raw_stride,
+            "eps": EPS,
+            "n_slots": n_slots,
+        },
+        buffers,
+        {"dst": beside(sizes[buffers["pairs"]].sum(1), buffers["dst"])},
+    )
 
 
 def accumulate(rng, n_slots, n_tokens, width, n_sources, gaps=True) -> Problem:
     stride, weight = row_stride(width), np.float32(1 / 7)
-    buffers = {"src": padded(numbers(rng, n_tokens, width), stride), "sources": _sources(rng, n_slots, n_sources, n_tokens, gaps),
-               "dst": padded(numbers(rng, n_slots, width), stride)}
+    buffers = {
+        "src": padded(numbers(rng, n_tokens, width), stride),
+        "sources": _sources(rng, n_slots, n_sources, n_tokens, gaps),
+        "dst": padded(numbers(rng, n_slots, width), stride),
+    }
     units = np.abs(buffers["dst"][:, :width].astype(np.float64))
     for s, tokens in enumerate(buffers["sources"]):
         units[s] += weight * np.abs(buffers["src"][tokens[tokens != NO_SOURCE], :width]).sum(0)
-    return Problem("accumulate", f"{n_slots} of {n_tokens} x {width}, {n_sources} sources{' with gaps' if gaps else ''}",
-                   {name: name for name in buffers} | {"width": width, "stride": stride, "n_sources": n_sources, "weight": float(weight), "n_slots": n_slots}, buffers,
-                   {"dst": beside(units, buffers["dst"])})
+    return Problem(
+        "accumulate",
+        f"{n_slots} of {n_tokens} x {width}, {n_sources} sources{' with gaps' if gaps else ''}",
+        {name: name for name in buffers}
+        | {
+            "width": width,
+            "stride": stride,
+            "n_sources": n_sources,
+            "weight": float(weight),
+            "n_slots": n_slots,
+        },
+        buffers,
+        {"dst": beside(units, buffers["dst"])},
+    )
 
 
-def head_inputs(rng, n_slots, n_tokens, n_inputs, d_head, width, n_sources=1, first_step=0, n_steps=None, normed=False, bias=False, gaps=False) -> Problem:
-    """Steps outside [first_step, first_step + n_sources) and missing sources stay as they were. normed: nothing but dqkv may be read."""
+def head_inputs(
+    rng,
+    n_slots,
+    n_tokens,
+    n_inputs,
+    d_head,
+    width,
+    n_sources=1,
+    first_step=0,
+    n_steps=None,
+    normed=False,
+    bias=False,
+    gaps=False,
+) -> Problem:
+    """Steps outside [first_step, first_step + n_sources) and missing sources stay as they were.
+    normed: nothing but dqkv may be read.
+    """
     n, weight = n_inputs * d_head, np.float32(1 / 7)
     stride, d_stride, n_steps = row_stride(n), row_stride(width), n_steps or first_step + n_sources
-    buffers = {"dqkv": padded(numbers(rng, n_tokens, n), stride), "sources": _sources(rng, n_slots, n_sources, n_tokens, gaps), "heads": padded(numbers(rng, n_slots, n), stride)}
-    arguments = {"n_inputs": n_inputs, "d_head": d_head, "stride": stride, "width": width, "d_stride": d_stride, "n_sources": n_sources, "first_step": first_step,
-                 "n_steps": n_steps, "flags": int(normed), "has_bias": int(bias), "eps": EPS, "weight": float(weight), "n_slots": n_slots}
+    buffers = {
+        "dqkv": padded(numbers(rng, n_tokens, n), stride),
+        "sources": _sources(rng, n_slots, n_sources, n_tokens, gaps),
+        "heads": padded(numbers(rng, n_slots, n), stride),
+    }
+    arguments = {
+        "n_inputs": n_inputs,
+        "d_head": d_head,
+        "stride": stride,
+        "width": width,
+        "d_stride": d_stride,
+        "n_sources": n_sources,
+        "first_step": first_step,
+        "n_steps": n_steps,
+        "flags": int(normed),
+        "has_bias": int(bias),
+        "eps": EPS,
+        "weight": float(weight),
+        "n_slots": n_slots,
+    }
     inverse, units = np.ones((n_tokens, 1)), {}
     if not normed:
-        buffers |= {"qkv": padded(numbers(rng, n_tokens, n), stride), "x": padded(numbers(rng, n_tokens, width), d_stride),
-                    "steps": nothing(n_slots, n_steps, n_inputs), "xs": nothing(n_slots, n_steps, d_stride)}
+        buffers |= {
+            "qkv": padded(numbers(rng, n_tokens, n), stride),
+            "x": padded(numbers(rng, n_tokens, width), d_stride),
+            "steps": nothing(n_slots, n_steps, n_inputs),
+            "xs": nothing(n_slots, n_steps, d_stride),
+        }
         sizes = np.abs(buffers["qkv"][:, :n].astype(np.float64))
         if bias:
             buffers["bias"] = numbers(rng, n)
             sizes += np.abs(buffers["bias"])
         inverse = _inverse_rms(buffers["x"][:, :width])
-        along = weight * inverse**2 / width * (sizes * np.abs(buffers["dqkv"][:, :n])).reshape(n_tokens, n_inputs, d_head).sum(-1)
+        along = (
+            weight
+            * inverse**2
+            / width
+            * (sizes * np.abs(buffers["dqkv"][:, :n])).reshape(n_tokens, n_inputs, d_head).sum(-1)
+        )
         units["steps"] = np.ones(buffers["steps"].shape)
     heads = np.abs(buffers["heads"][:, :n].astype(np.float64))
     for s, tokens in enumerate(buffers["sources"]):
@@ -78,36 +150,79 @@ def head_inputs(rng, n_slots, n_tokens, n_inputs, d_head, width, n_sources=1, fi
             if not normed:
                 units["steps"][s, first_step + k] = along[t]
     units["heads"] = beside(heads, buffers["heads"])
-    return Problem("head_inputs", f"{n_slots} of {n_tokens} tokens, {n_inputs} inputs of {d_head}, width {width}, steps {first_step} + {n_sources} of {n_steps}"
-                   f"{' normed' if normed else ''}{' bias' if bias else ''}{' with gaps' if gaps else ''}", {name: name for name in buffers} | arguments, buffers, units)
+    return Problem(
+        "head_inputs",
+        f"{n_slots} of {n_tokens} tokens, {n_inputs} inputs of {d_head}, width {width}, steps"
+        f" {first_step} + {n_sources} of {n_steps}"
+        f"{' normed' if normed else ''}{' bias' if bias else ''}{' with gaps' if gaps else ''}",
+        {name: name for name in buffers} | arguments,
+        buffers,
+        units,
+    )
 
 
 def head_gradients(rng, n_inputs, n_slots, n_steps, width) -> Problem:
     d_stride = row_stride(width)
-    buffers = {"g": padded(numbers(rng, n_inputs * n_slots, width), d_stride), "gain": numbers(rng, width), "steps": numbers(rng, n_slots, n_steps, n_inputs),
-               "xs": padded(numbers(rng, n_slots * n_steps, width), d_stride)}
-    steps, xs = np.abs(buffers["steps"].astype(np.float64)), np.abs(buffers["xs"][:, :width]).reshape(n_slots, n_steps, width)
-    units = np.abs(buffers["g"][:, :width].astype(np.float64) * buffers["gain"]) + np.einsum("tkv,tkd->vtd", steps, xs).reshape(-1, width)
-    return Problem("head_gradients", f"{n_inputs} inputs x {n_slots} slots x {width}, {n_steps} steps",
-                   {name: name for name in buffers} | {"n_inputs": n_inputs, "n_slots": n_slots, "n_steps": n_steps, "width": width, "d_stride": d_stride}, buffers,
-                   {"g": beside(units, buffers["g"])})
+    buffers = {
+        "g": padded(numbers(rng, n_inputs * n_slots, width), d_stride),
+        "gain": numbers(rng, width),
+        "steps": numbers(rng, n_slots, n_steps, n_inputs),
+        "xs": padded(numbers(rng, n_slots * n_steps, width), d_stride),
+    }
+    steps, xs = (
+        np.abs(buffers["steps"].astype(np.float64)),
+        np.abs(buffers["xs"][:, :width]).reshape(n_slots, n_steps, width),
+    )
+    units = np.abs(buffers["g"][:, :width].astype(np.float64) * buffers["gain"]) + np.einsum(
+        "tkv,tkd->vtd", steps, xs
+    ).reshape(-1, width)
+    return Problem(
+        "head_gradients",
+        f"{n_inputs} inputs x {n_slots} slots x {width}, {n_steps} steps",
+        {name: name for name in buffers}
+        | {
+            "n_inputs": n_inputs,
+            "n_slots": n_slots,
+            "n_steps": n_steps,
+            "width": width,
+            "d_stride": d_stride,
+        },
+        buffers,
+        {"g": beside(units, buffers["g"])},
+    )
 
 
 def dots(rng, n_a, n_b, n_k) -> Problem:
     a, b = numbers(rng, n_a, n_k), numbers(rng, n_b, n_k)
-    return Problem("dots", f"{n_a} x {n_b} over {n_k}", {"a": "a", "b": "b", "dst": "dst", "n_a": n_a, "n_b": n_b, "n_k": n_k}, {"a": a, "b": b, "dst": nothing(n_a, n_b)},
-                   {"dst": np.abs(a.astype(np.float64)) @ np.abs(b).T})
+    return Problem(
+        "dots",
+        f"{n_a} x {n_b} over {n_k}",
+        {"a": "a", "b": "b", "dst": "dst", "n_a": n_a, "n_b": n_b, "n_k": n_k},
+        {"a": a, "b": b, "dst": nothing(n_a, n_b)},
+        {"dst": np.abs(a.astype(np.float64)) @ np.abs(b).T},
+    )
 
 
 def node_dims(rng, n_nodes, n_groups, n_slots, width) -> Problem:
     d_stride = row_stride(width)
     groups = rng.integers(0, n_groups, n_nodes).astype(np.uint32)
-    buffers = {"du": padded(numbers(rng, n_nodes * n_slots, width), d_stride), "g": padded(numbers(rng, n_groups * n_slots, width), d_stride), "groups": groups,
-               "dims": nothing(n_nodes, width)}
-    rows = lambda name, n: np.abs(buffers[name][:, :width].astype(np.float64)).reshape(n, n_slots, width)  # noqa: E731
-    return Problem("node_dims", f"{n_nodes} nodes of {n_groups} groups x {n_slots} slots x {width}",
-                   {name: name for name in buffers} | {"n_slots": n_slots, "width": width, "d_stride": d_stride, "n_nodes": n_nodes}, buffers,
-                   {"dims": (rows("du", n_nodes) * rows("g", n_groups)[groups]).sum(1)})
+    buffers = {
+        "du": padded(numbers(rng, n_nodes * n_slots, width), d_stride),
+        "g": padded(numbers(rng, n_groups * n_slots, width), d_stride),
+        "groups": groups,
+        "dims": nothing(n_nodes, width),
+    }
+    rows = lambda name, n: np.abs(buffers[name][:, :width].astype(np.float64)).reshape(
+        n, n_slots, width
+    )
+    return Problem(
+        "node_dims",
+        f"{n_nodes} nodes of {n_groups} groups x {n_slots} slots x {width}",
+        {name: name for name in buffers}
+        | {"n_slots": n_slots, "width": width, "d_stride": d_stride, "n_nodes": n_nodes},
+        buffers,
+        {"dims": (rows("du", n_nodes) * rows("g", n_groups)[groups]).sum(1)},
+    )
 
 
 def problems(rng) -> Iterator[Problem]:
@@ -117,7 +232,9 @@ def problems(rng) -> Iterator[Problem]:
     for n_sources in (1, 3):
         yield accumulate(rng, 7, 5, 257, n_sources)
     for d_head in (6, 64, 80):
-        yield head_inputs(rng, 7, 5, 8, d_head, 257, 3, first_step=2, n_steps=7, bias=d_head == 6, gaps=True)
+        yield head_inputs(
+            rng, 7, 5, 8, d_head, 257, 3, first_step=2, n_steps=7, bias=d_head == 6, gaps=True
+        )
     yield head_inputs(rng, 7, 5, 8, 16, 33, 3, normed=True)
     yield head_gradients(rng, 9, 7, 5, 257)
     for n_k in (16, 33 * 272):

@@ -1,17 +1,38 @@
 """Problems for the backward operations, as `verify` has them for the forward ones.
 
-A gradient is linear in what comes from above, so its unit is what it would be without cancellation, as for a product.
+A gradient is linear in what comes from above, so its unit is what it would be without
+cancellation, as for a product.
 """
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from .problems import ACTIVATIONS, ROPE_FLAGS, TILE, WEIGHT_TYPES, Packed, Problem, label_of, nothing, numbers, padded, panels, row_stride
+from .problems import (
+    ACTIVATIONS,
+    ROPE_FLAGS,
+    TILE,
+    WEIGHT_TYPES,
+    Packed,
+    Problem,
+    label_of,
+    nothing,
+    numbers,
+    padded,
+    panels,
+    row_stride,
+)
 
-NORM_FLAGS = {"add": 1, "normalized": 2, "write_normalized": 4, "write_scale": 8, "no_out": 16, "rows": 32}
+NORM_FLAGS = {
+    "add": 1,
+    "normalized": 2,
+    "write_normalized": 4,
+    "write_scale": 8,
+    "no_out": 16,
+    "rows": 32,
+}
 SCALARS = ("log_prob", "kl", "directional_kl")
 
 
@@ -27,11 +48,26 @@ def beside(units: np.ndarray, like: np.ndarray) -> np.ndarray:
     return out
 
 
-# -- matrices --------------------------------------------------------------------------------------------------------------------------------------
+# -- matrices --------------------------------------------------------------------------------------
 
 
-def linear_bwd(rng, rows, n, k, weight_type=0, add=False, first_n=0, n_sum=0, first_k=0, n_k=0, chunk_rows=0, family=None) -> Problem:
-    """dx = dy W. Columns of dy up to the next multiple of 16 are zero, those of dx become what the zeros of W's pad give."""
+def linear_bwd(
+    rng,
+    rows,
+    n,
+    k,
+    weight_type=0,
+    add=False,
+    first_n=0,
+    n_sum=0,
+    first_k=0,
+    n_k=0,
+    chunk_rows=0,
+    family=None,
+) -> Problem:
+    """Dx = dy W. Columns of dy up to the next multiple of 16 are zero, those of dx become what the
+    zeros of W's pad give.
+    """
     words, weights = panels(numbers(rng, n, k), weight_type)
     outputs, inputs = n_sum or n, n_k or whole(k)
     y_stride, x_stride = whole(outputs) + 16, row_stride(inputs)
@@ -45,15 +81,46 @@ def linear_bwd(rng, rows, n, k, weight_type=0, add=False, first_n=0, n_sum=0, fi
     if add:
         dx[:, :inputs] = numbers(rng, rows, inputs)
         units += np.abs(dx[:, :inputs])
-    arguments = {"dy": "dy", "dx": "dx", "n_rows": rows, "y_stride": y_stride, "x_stride": x_stride, "first_n": first_n, "n_sum": n_sum, "first_k": first_k,
-                 "n_k": n_k, "add": int(add), "weights": "weights", "weight_type": weight_type, "n": n, "k": k, "chunk_rows": chunk_rows}
+    arguments = {
+        "dy": "dy",
+        "dx": "dx",
+        "n_rows": rows,
+        "y_stride": y_stride,
+        "x_stride": x_stride,
+        "first_n": first_n,
+        "n_sum": n_sum,
+        "first_k": first_k,
+        "n_k": n_k,
+        "add": int(add),
+        "weights": "weights",
+        "weight_type": weight_type,
+        "n": n,
+        "k": k,
+        "chunk_rows": chunk_rows,
+    }
     if family is not None:
         arguments["family_plus_1"] = family + 1
-    extras = "".join(f" {name}" for name, there in (("added", add), (f"n from {first_n}", n_sum), (f"k from {first_k}", n_k), ("chunks", chunk_rows), (f"family {family}", family)) if there)
-    return Problem("linear_bwd", f"{rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}", arguments, {"weights": words, "dy": dy, "dx": dx}, {"dx": beside(units, dx)})
+    extras = "".join(
+        f" {name}"
+        for name, there in (
+            ("added", add),
+            (f"n from {first_n}", n_sum),
+            (f"k from {first_k}", n_k),
+            ("chunks", chunk_rows),
+            (f"family {family}", family),
+        )
+        if there
+    )
+    return Problem(
+        "linear_bwd",
+        f"{rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}",
+        arguments,
+        {"weights": words, "dy": dy, "dx": dx},
+        {"dx": beside(units, dx)},
+    )
 
 
-# -- row by row ------------------------------------------------------------------------------------------------------------------------------------
+# -- row by row ------------------------------------------------------------------------------------
 
 
 def _norm_units(x, dn, eps):
@@ -67,21 +134,38 @@ def _norm_units(x, dn, eps):
 def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
     stride, of, eps = row_stride(width), set(flags), 1e-5
     sources = rows + 3 if "rows" in of else rows
-    buffers = {"x": padded(numbers(rng, sources, width, scale=scale), stride), "gain": numbers(rng, width), "dy": padded(numbers(rng, rows, width), stride),
-               "dx": nothing(rows, stride), "dnormalized": nothing(rows, stride), "dscale": nothing(rows)}
+    buffers = {
+        "x": padded(numbers(rng, sources, width, scale=scale), stride),
+        "gain": numbers(rng, width),
+        "dy": padded(numbers(rng, rows, width), stride),
+        "dx": nothing(rows, stride),
+        "dnormalized": nothing(rows, stride),
+        "dscale": nothing(rows),
+    }
     if "add" in of:
         buffers["add"] = padded(numbers(rng, rows, width), stride)
     if "rows" in of:
         buffers["rows"] = rng.integers(0, sources, rows).astype(np.uint32)
-    arguments = {name: name for name in buffers} | {"width": width, "stride": stride, "n_rows": rows, "eps": eps, "flags": sum(NORM_FLAGS[f] for f in of)}
+    arguments = {name: name for name in buffers} | {
+        "width": width,
+        "stride": stride,
+        "n_rows": rows,
+        "eps": eps,
+        "flags": sum(NORM_FLAGS[f] for f in of),
+    }
     x, dy = buffers["x"][buffers.get("rows", slice(None)), :width], buffers["dy"][:, :width]
     units, along = _norm_units(x, dy if "normalized" in of else dy * buffers["gain"], eps)
     if "add" in of:
         units = units + np.abs(buffers["add"][:, :width])
     to = "dy" if in_place else "dx"
     arguments["dx"] = to
-    return Problem("norm_bwd", f"{rows} x {width} {' '.join(sorted(of))}{' in place' if in_place else ''}", arguments, buffers,
-                   {to: beside(units, buffers["dx"]), "dscale": along[:, 0]})
+    return Problem(
+        "norm_bwd",
+        f"{rows} x {width} {' '.join(sorted(of))}{' in place' if in_place else ''}",
+        arguments,
+        buffers,
+        {to: beside(units, buffers["dx"]), "dscale": along[:, 0]},
+    )
 
 
 def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
@@ -90,37 +174,84 @@ def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
     gate_up[:, :width] = gate_up[:, :width] * spread if gate is None else gate
     d, dgate_up = np.abs(dpost.astype(np.float64)), nothing(n_tokens, in_stride)
     units = np.concatenate([d * np.abs(gate_up[:, width:]), d * np.abs(gate_up[:, :width])], 1)
-    return Problem("act_bwd", f"{ACTIVATIONS[kind]} {n_tokens} x {width}",
-                   {"gate_up": "gate_up", "dpost": "dpost", "dgate_up": "dgate_up", "width": width, "in_stride": in_stride, "out_stride": out_stride, "act": kind,
-                    "n_tokens": n_tokens},
-                   {"gate_up": padded(gate_up, in_stride), "dpost": padded(dpost, out_stride), "dgate_up": dgate_up}, {"dgate_up": beside(units, dgate_up)})
+    return Problem(
+        "act_bwd",
+        f"{ACTIVATIONS[kind]} {n_tokens} x {width}",
+        {
+            "gate_up": "gate_up",
+            "dpost": "dpost",
+            "dgate_up": "dgate_up",
+            "width": width,
+            "in_stride": in_stride,
+            "out_stride": out_stride,
+            "act": kind,
+            "n_tokens": n_tokens,
+        },
+        {
+            "gate_up": padded(gate_up, in_stride),
+            "dpost": padded(dpost, out_stride),
+            "dgate_up": dgate_up,
+        },
+        {"dgate_up": beside(units, dgate_up)},
+    )
 
 
-# -- attention -------------------------------------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")) -> Problem:
     packed = Packed(rows)
     n, turned, width = len(packed.tokens), n_heads + n_kv_heads, (n_heads + 2 * n_kv_heads) * d_head
-    angle = np.arange(packed.n_keys + 1)[:, None] * 10000.0 ** (-np.arange(d_head // 2) / (d_head / 2))[None]
-    buffers = {"dqkv": padded(numbers(rng, n, width), row_stride(width)), "qkv": padded(numbers(rng, n, width), row_stride(width)),
-               "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32), "tokens": packed.tokens, "q_gain": numbers(rng, d_head),
-               "k_gain": numbers(rng, d_head)}
-    heads = lambda array: np.abs(array[:, : turned * d_head].astype(np.float64)).reshape(n, turned, d_head)  # noqa: E731
+    angle = (
+        np.arange(packed.n_keys + 1)[:, None]
+        * 10000.0 ** (-np.arange(d_head // 2) / (d_head / 2))[None]
+    )
+    buffers = {
+        "dqkv": padded(numbers(rng, n, width), row_stride(width)),
+        "qkv": padded(numbers(rng, n, width), row_stride(width)),
+        "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
+        "tokens": packed.tokens,
+        "q_gain": numbers(rng, d_head),
+        "k_gain": numbers(rng, d_head),
+    }
+    heads = lambda array: np.abs(array[:, : turned * d_head].astype(np.float64)).reshape(
+        n, turned, d_head
+    )
     d = heads(buffers["dqkv"])
     if "rotate" in flags:
         d = d + np.roll(d, d_head // 2, -1)
     if "qk_norm" in flags:
-        gain = np.abs(np.concatenate([np.tile(buffers["q_gain"], (n_heads, 1)), np.tile(buffers["k_gain"], (n_kv_heads, 1))]))
+        gain = np.abs(
+            np.concatenate(
+                [
+                    np.tile(buffers["q_gain"], (n_heads, 1)),
+                    np.tile(buffers["k_gain"], (n_kv_heads, 1)),
+                ]
+            )
+        )
         d, _ = _norm_units(heads(buffers["qkv"]), d * gain, 1e-6)
-    return Problem("rope_bwd", f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
-                   {name: name for name in buffers} | {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "stride": row_stride(width), "eps": 1e-6,
-                                                       "flags": sum(ROPE_FLAGS[f] for f in flags), "n_tokens": n}, buffers,
-                   {"dqkv": beside(d.reshape(n, turned * d_head), buffers["dqkv"])})
+    return Problem(
+        "rope_bwd",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
+        {name: name for name in buffers}
+        | {
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "d_head": d_head,
+            "stride": row_stride(width),
+            "eps": 1e-6,
+            "flags": sum(ROPE_FLAGS[f] for f in flags),
+            "n_tokens": n,
+        },
+        buffers,
+        {"dqkv": beside(d.reshape(n, turned * d_head), buffers["dqkv"])},
+    )
 
 
 def _patterns(rng, packed, first, n_heads, window) -> np.ndarray:
-    """As the softmax leaves them: zeros before the window and for a tile's worth of keys after pos; what nobody may read is NaN."""
+    """As the softmax leaves them: zeros before the window and for a tile's worth of keys after pos;
+    what nobody may read is NaN.
+    """
     pos = packed.pos[first:]
     pattern = nothing(len(pos), n_heads, row_stride(packed.n_keys))
     for t, p in enumerate(pos):
@@ -139,7 +270,8 @@ def attn_softmax_bwd(rng, rows, n_heads, window=0, softcap=0.0, tile=0) -> Probl
     if softcap:
         buffers["scores"] = nothing(*pattern.shape)
     scale = 0.125
-    for t, p in enumerate(packed.pos[first:]):  # keys before the window are scored, too, and zeroed only here
+    # keys before the window are scored, too, and zeroed only here
+    for t, p in enumerate(packed.pos[first:]):
         seen = (t, slice(None), slice(0, p + 1))
         dpattern[seen] = numbers(rng, n_heads, p + 1)
         share, d = pattern[seen].astype(np.float64), np.abs(dpattern[seen])
@@ -147,17 +279,37 @@ def attn_softmax_bwd(rng, rows, n_heads, window=0, softcap=0.0, tile=0) -> Probl
         if softcap:
             buffers["scores"][seen] = softcap * np.tanh(numbers(rng, n_heads, p + 1))
     units[units == 0] = 1
-    return Problem("attn_softmax_bwd", f"{label_of(rows, n_heads, n_heads, 0)} window {window}{' capped' if softcap else ''}",
-                   {name: name for name in buffers} | {"first_token": first, "n_heads": n_heads, "key_stride": pattern.shape[-1], "window": window, "scale": scale,
-                                                       "softcap": softcap, "n_tokens": len(pattern), "n_keys": packed.n_keys}, buffers, {"dpattern": units})
+    return Problem(
+        "attn_softmax_bwd",
+        f"{label_of(rows, n_heads, n_heads, 0)} window {window}{' capped' if softcap else ''}",
+        {name: name for name in buffers}
+        | {
+            "first_token": first,
+            "n_heads": n_heads,
+            "key_stride": pattern.shape[-1],
+            "window": window,
+            "scale": scale,
+            "softcap": softcap,
+            "n_tokens": len(pattern),
+            "n_keys": packed.n_keys,
+        },
+        buffers,
+        {"dpattern": units},
+    )
 
 
 def attn_mix_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, piece=0) -> Problem:
-    """rows: tokens of each; every key of a row is among the tokens. pieces: the queries are cut into as many, and this is the piece'th of them."""
+    """rows: tokens of each; every key of a row is among the tokens. pieces: the queries are cut
+    into as many, and this is the piece'th of them.
+    """
     packed = Packed([(0, n) for n in rows])
     n = len(packed.tokens)
     first, last = n * piece // pieces, n * (piece + 1) // pieces
-    width, y_stride, out_stride = n_kv_heads * d_head, row_stride(n_heads * d_head) + 16, row_stride(n_kv_heads * d_head) + 16
+    width, y_stride, out_stride = (
+        n_kv_heads * d_head,
+        row_stride(n_heads * d_head) + 16,
+        row_stride(n_kv_heads * d_head) + 16,
+    )
     a = _patterns(rng, packed, 0, n_heads, window)
     a *= np.where(rng.integers(0, 2, a.shape), 1, -1)
     y = padded(numbers(rng, n, n_heads * d_head), y_stride)
@@ -165,34 +317,85 @@ def attn_mix_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, pie
     units = np.nan_to_num(np.abs(sums[:, :width])).reshape(n, n_kv_heads, d_head).astype(np.float64)
     for t in range(first, last):
         row, pos = int(packed.tokens[t, 7]), int(packed.tokens[t, 1])
-        shares, from_above = np.abs(a[t, :, : pos + 1]).astype(np.float64), np.abs(y[t, : n_heads * d_head]).reshape(n_heads, d_head)
-        units[t - pos : t + 1] += np.einsum("ghj,ghd->jgd", shares.reshape(n_kv_heads, -1, pos + 1), from_above.reshape(n_kv_heads, -1, d_head))
+        shares, from_above = (
+            np.abs(a[t, :, : pos + 1]).astype(np.float64),
+            np.abs(y[t, : n_heads * d_head]).reshape(n_heads, d_head),
+        )
+        units[t - pos : t + 1] += np.einsum(
+            "ghj,ghd->jgd",
+            shares.reshape(n_kv_heads, -1, pos + 1),
+            from_above.reshape(n_kv_heads, -1, d_head),
+        )
     units[units == 0] = 1
-    buffers = {"a": np.ascontiguousarray(a[first:last]), "y": y, "tokens": packed.tokens, "tiles": packed.tiles, "sums": sums}
-    return Problem("attn_mix_bwd", f"{label_of([(0, n) for n in rows], n_heads, n_kv_heads, d_head)} window {window}{f' piece {piece + 1} of {pieces}' if pieces > 1 else ''}",
-                   {name: name for name in buffers} | {"first_token": first, "last_token": last, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head,
-                                                       "y_stride": y_stride, "out_stride": out_stride, "key_stride": a.shape[-1], "window": window,
-                                                       "add": int(piece > 0), "n_tiles": len(packed.tiles), "n_keys": packed.n_keys}, buffers,
-                   {"sums": beside(units.reshape(n, width), sums)})
+    buffers = {
+        "a": np.ascontiguousarray(a[first:last]),
+        "y": y,
+        "tokens": packed.tokens,
+        "tiles": packed.tiles,
+        "sums": sums,
+    }
+    return Problem(
+        "attn_mix_bwd",
+        f"{label_of([(0, n) for n in rows], n_heads, n_kv_heads, d_head)} window"
+        f" {window}{f' piece {piece + 1} of {pieces}' if pieces > 1 else ''}",
+        {name: name for name in buffers}
+        | {
+            "first_token": first,
+            "last_token": last,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "d_head": d_head,
+            "y_stride": y_stride,
+            "out_stride": out_stride,
+            "key_stride": a.shape[-1],
+            "window": window,
+            "add": int(piece > 0),
+            "n_tiles": len(packed.tiles),
+            "n_keys": packed.n_keys,
+        },
+        buffers,
+        {"sums": beside(units.reshape(n, width), sums)},
+    )
 
 
-# -- scalars of the logits ---------------------------------------------------------------------------------------------------------------------------
+# -- scalars of the logits -------------------------------------------------------------------------
 
 
 def pair_grad(rng, rows, width, softcap=0.0) -> Problem:
     stride = row_stride(width)
-    buffers = {"normed": padded(numbers(rng, rows, width), stride), "rows": padded(numbers(rng, 2 * rows, width, scale=width**-0.5), stride), "weights": numbers(rng, rows),
-               "dnormed": nothing(rows, stride), "logits": nothing(rows, 2)}
+    buffers = {
+        "normed": padded(numbers(rng, rows, width), stride),
+        "rows": padded(numbers(rng, 2 * rows, width, scale=width**-0.5), stride),
+        "weights": numbers(rng, rows),
+        "dnormed": nothing(rows, stride),
+        "logits": nothing(rows, 2),
+    }
     pairs = np.abs(buffers["rows"][:, :width].astype(np.float64)).reshape(rows, 2, width)
     logits = np.einsum("rd,rid->ri", np.abs(buffers["normed"][:, :width]), pairs) + softcap
-    return Problem("pair_grad", f"{rows} x {width}{' capped' if softcap else ''}", {name: name for name in buffers} | {"width": width, "stride": stride, "n_rows": rows, "softcap": softcap},
-                   buffers, {"logits": logits, "dnormed": beside(np.abs(buffers["weights"])[:, None] * pairs.sum(1), buffers["dnormed"])})
+    return Problem(
+        "pair_grad",
+        f"{rows} x {width}{' capped' if softcap else ''}",
+        {name: name for name in buffers}
+        | {"width": width, "stride": stride, "n_rows": rows, "softcap": softcap},
+        buffers,
+        {
+            "logits": logits,
+            "dnormed": beside(
+                np.abs(buffers["weights"])[:, None] * pairs.sum(1), buffers["dnormed"]
+            ),
+        },
+    )
 
 
-def logit_grad(rng, rows, width, kind=0, softcap=0.0, spread=3.0, reference_softcap=None) -> Problem:
-    """reference_softcap: of the reference and the other; the logits' own without it. Units: of a gradient, the row's weight (probabilities are at most 1); of a scalar, the largest logarithm in it."""
+def logit_grad(
+    rng, rows, width, kind=0, softcap=0.0, spread=3.0, reference_softcap=None
+) -> Problem:
+    """reference_softcap: of the reference and the other; the logits' own without it.
+    Units: of a gradient, the row's weight (probabilities are at most 1); of a scalar, the
+    largest logarithm in it.
+    """
     stride = row_stride(width)
-    draw = lambda: padded(numbers(rng, rows, width, scale=spread), stride)  # noqa: E731
+    draw = lambda: padded(numbers(rng, rows, width, scale=spread), stride)
     buffers = {"logits": draw(), "weights": numbers(rng, rows), "values": nothing(rows)}
     if kind == 0:
         buffers["targets"] = rng.integers(0, width, rows).astype(np.uint32)
@@ -200,11 +403,37 @@ def logit_grad(rng, rows, width, kind=0, softcap=0.0, spread=3.0, reference_soft
         buffers["reference"] = draw()
     if kind == 2:
         buffers["other"] = draw()
-    unit = np.log(width) + 2 * max((np.abs(array[:, :width]).max(initial=0) for name, array in buffers.items() if name in ("logits", "reference", "other")), default=0) + 1
-    return Problem("logit_grad", f"{SCALARS[kind]} {rows} x {width}{' capped' if softcap else ''}",
-                   {name: name for name in buffers} | {"width": width, "stride": stride, "kind": kind, "softcap": softcap, "n_rows": rows,
-                                                       "reference_softcap": softcap if reference_softcap is None else reference_softcap}, buffers,
-                   {"logits": np.broadcast_to(np.abs(buffers["weights"])[:, None], (rows, stride)), "values": unit})
+    unit = (
+        np.log(width)
+        + 2
+        * max(
+            (
+                np.abs(array[:, :width]).max(initial=0)
+                for name, array in buffers.items()
+                if name in ("logits", "reference", "other")
+            ),
+            default=0,
+        )
+        + 1
+    )
+    return Problem(
+        "logit_grad",
+        f"{SCALARS[kind]} {rows} x {width}{' capped' if softcap else ''}",
+        {name: name for name in buffers}
+        | {
+            "width": width,
+            "stride": stride,
+            "kind": kind,
+            "softcap": softcap,
+            "n_rows": rows,
+            "reference_softcap": softcap if reference_softcap is None else reference_softcap,
+        },
+        buffers,
+        {
+            "logits": np.broadcast_to(np.abs(buffers["weights"])[:, None], (rows, stride)),
+            "values": unit,
+        },
+    )
 
 
 def problems(rng) -> Iterator[Problem]:
@@ -214,7 +443,13 @@ def problems(rng) -> Iterator[Problem]:
             yield linear_bwd(rng, rows, 77, 53, weight_type, add=rows == 7)
         yield linear_bwd(rng, 3, 129, 257, weight_type, chunk_rows=64)
         yield linear_bwd(rng, 5, 96, 80, weight_type, first_n=48, n_sum=32, first_k=32, n_k=48)
-    for flags in ((), ("add", "rows"), ("write_scale", "write_normalized"), ("normalized", "add"), ("write_scale", "no_out")):
+    for flags in (
+        (),
+        ("add", "rows"),
+        ("write_scale", "write_normalized"),
+        ("normalized", "add"),
+        ("write_scale", "no_out"),
+    ):
         yield norm_bwd(rng, 3, 257, flags)
     for d_head in (2, 6, 64, 80, 128):
         yield rope_bwd(rng, [(0, 3), (5, 1)], 4, 2, d_head)

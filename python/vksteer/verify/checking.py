@@ -1,26 +1,44 @@
-"""Is this device right? Every operation of the engine on small awkward problems against its float64 twin on the CPU.
+"""Is this device right? Every operation of the engine on small awkward problems against its
+float64 twin on the CPU.
 
-A problem is an op's name, its arguments, and arrays. The engine runs it on copies of the arrays, on the device and on the twin, and returns both.
-Memory that an op must not touch holds NaN before and must hold it afterwards; memory that it must not read holds NaN, too.
+A problem is an op's name, its arguments, and arrays. The engine runs it on copies of the arrays, on
+the device and on the twin, and returns both. Memory that an op must not touch holds NaN before and
+must hold it afterwards; memory that it must not read holds NaN, too.
 
-`vksteer verify` runs `problems()`; tests/test_ops.py runs many more shapes through the same builders. BOUNDS are the errors that either accepts.
+`vksteer verify` runs `problems()`; tests/test_ops.py runs many more shapes through the same
+builders. BOUNDS are the errors that either accepts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
 from ..runtime.device import _engine, open_device
 from . import attribution, backward, circuit, lens
-from .forward import act, attn_decode, attn_mix, attn_scores, attn_softmax, copy, edit, embed, linear, linear_pairs, norm, rope, sum_heads
+from .forward import (
+    act,
+    attn_decode,
+    attn_mix,
+    attn_scores,
+    attn_softmax,
+    copy,
+    edit,
+    embed,
+    linear,
+    linear_pairs,
+    norm,
+    rope,
+    sum_heads,
+)
 from .problems import ACTIVATIONS, EDITS, Outcome, Problem
 
-
-# The largest error an op may make, in its problem's units (see Problem). Beside each the worst that tests/test_ops.py met on lavapipe 25.0.7 with
-# subgroups of 4, 8 and 16. About four times that, and more where Vulkan leaves the precision of exp or tanh to the driver.
+# The largest error an op may make, in its problem's units (see Problem). Beside each the worst that
+# tests/test_ops.py met on lavapipe 25.0.7 with subgroups of 4, 8 and 16. About four times that, and
+# more where Vulkan leaves the precision of exp or tanh to the driver.
 BOUNDS = {
     "embed": 2e-7,  # 0.4e-7
     "linear": 1.5e-6,  # 2.9e-7, of sum |x w| + |bias| + |add|, K up to 257
@@ -65,16 +83,16 @@ BOUNDS = {
 }
 
 
-# -- matrices --------------------------------------------------------------------------------------------------------------------------------------
+# -- matrices --------------------------------------------------------------------------------------
 
 
-# -- row by row ------------------------------------------------------------------------------------------------------------------------------------
+# -- row by row ------------------------------------------------------------------------------------
 
 
-# -- attention -------------------------------------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
-# -- running -----------------------------------------------------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def bench(device=None):
@@ -92,16 +110,27 @@ def check(on, problem: Problem) -> Outcome:
         known = ~np.isnan(want)
         if not np.array_equal(known, ~np.isnan(got)):
             at = tuple(int(i) for i in np.argwhere(known == np.isnan(got))[0])
-            return Outcome(problem, float("inf"), f"{name}{list(at)}: device {got[at]}, twin {want[at]}", device, twin)
+            return Outcome(
+                problem,
+                float("inf"),
+                f"{name}{list(at)}: device {got[at]}, twin {want[at]}",
+                device,
+                twin,
+            )
         if not known.any():
             continue
-        largest = np.nanmax([np.abs(want[known]).max(), np.nanmax(np.abs(problem.buffers[name]), initial=0.0)])
+        largest = np.nanmax(
+            [np.abs(want[known]).max(), np.nanmax(np.abs(problem.buffers[name]), initial=0.0)]
+        )
         unit = problem.units.get(name, largest or 1.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             error = np.where(known & (got != want), np.abs(got - want) / unit, 0.0)
         at = np.unravel_index(error.argmax(), error.shape)
         if error[at] > worst:
-            worst, where = float(error[at]), f"{name}{[int(i) for i in at]}: device {got[at]:.9g}, twin {want[at]:.9g}"
+            worst, where = (
+                float(error[at]),
+                f"{name}{[int(i) for i in at]}: device {got[at]:.9g}, twin {want[at]:.9g}",
+            )
     return Outcome(problem, worst, where, device, twin)
 
 
@@ -115,17 +144,41 @@ def problems(seed=0) -> Iterator[Problem]:
         yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, chunk_rows=64)
         yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
         for rows in (1, 2, 3, 8, 9):
-            yield linear_pairs(rng, rows, 53, "gate", weight_type, width=77, act=rows % 3, bias=rows == 3)
-            yield linear_pairs(rng, rows, 80, "rotate", weight_type, heads=(4, 2, 10 if rows == 2 else 64), bias=rows != 8)
-    for flags in ((), ("add",), ("rows",), ("write_scale", "write_normalized"), ("read_scale", "write_normalized", "no_out"), ("read_normalized", "add")):
+            yield linear_pairs(
+                rng, rows, 53, "gate", weight_type, width=77, act=rows % 3, bias=rows == 3
+            )
+            yield linear_pairs(
+                rng,
+                rows,
+                80,
+                "rotate",
+                weight_type,
+                heads=(4, 2, 10 if rows == 2 else 64),
+                bias=rows != 8,
+            )
+    for flags in (
+        (),
+        ("add",),
+        ("rows",),
+        ("write_scale", "write_normalized"),
+        ("read_scale", "write_normalized", "no_out"),
+        ("read_normalized", "add"),
+    ):
         yield norm(rng, 3, 257, flags)
     for d_head in (2, 6, 64, 80, 128):
         yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
-        yield attn_scores(rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0)
-        yield attn_mix(rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0)
+        yield attn_scores(
+            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0
+        )
+        yield attn_mix(
+            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0
+        )
         yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)
-    for group in (1, 3, 4, 7):  # query heads that share keys and values: a kernel each, the last in two turns
-        yield attn_decode(rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0)
+    # query heads that share keys and values: a kernel each, the last in two turns
+    for group in (1, 3, 4, 7):
+        yield attn_decode(
+            rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0
+        )
     for window in (0, 1, 5):
         yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
     for kind in range(len(ACTIVATIONS)):
@@ -142,7 +195,9 @@ def problems(seed=0) -> Iterator[Problem]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: an op over all its problems, or a family of matrix kernels against the baseline's bits."""
+    """One line of the table: an op over all its problems, or a family of matrix kernels against
+    the baseline's bits.
+    """
 
     op: str
     n_problems: int
@@ -156,17 +211,28 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an error that is none is null."""
-        return {"op": self.op, "problems": self.n_problems, "error": self.error if np.isfinite(self.error) else None, "bound": self.bound, "ok": self.ok, "worst": self.worst}
+        return {
+            "op": self.op,
+            "problems": self.n_problems,
+            "error": self.error if np.isfinite(self.error) else None,
+            "bound": self.bound,
+            "ok": self.ok,
+            "worst": self.worst,
+        }
 
 
 def verify(device=None, seed=0) -> tuple[list[Row], Any]:
-    """(a Row for every op, the Device). An op that fails outright counts as an infinite error with the reason."""
+    """(a Row for every op, the Device). An op that fails outright counts as an infinite
+    error with the reason.
+    """
     on, chosen = bench(device)
     found: dict[str, list[tuple[float, str]]] = {}
     for problem in problems(seed):
         try:
             outcome = check(on, problem)
-            found.setdefault(problem.op, []).append((outcome.error, f"{problem.label}: {outcome.where}"))
+            found.setdefault(problem.op, []).append(
+                (outcome.error, f"{problem.label}: {outcome.where}")
+            )
         except (RuntimeError, ValueError) as error:
             found.setdefault(problem.op, []).append((float("inf"), f"{problem.label}: {error}"))
     rows = [Row(op, len(all), *max(all)[:1], BOUNDS[op], max(all)[1]) for op, all in found.items()]
@@ -183,7 +249,10 @@ def table(rows: list[Row]) -> str:
     width = max(len(row.op) for row in rows)
     lines = [f"{'op':{width}}  problems  worst error  bound    ok"]
     for row in rows:
-        lines.append(f"{row.op:{width}}  {row.n_problems:8d}  {row.error:11.1e}  {row.bound:7.1e}  {'yes' if row.ok else 'NO'}")
+        lines.append(
+            f"{row.op:{width}}  {row.n_problems:8d}  {row.error:11.1e}  {row.bound:7.1e} "
+            f" {'yes' if row.ok else 'NO'}"
+        )
         if not row.ok:
             lines.append(f"    {row.worst}")
     return "\n".join(lines)

@@ -1,13 +1,15 @@
-"""Problems for the operations that circuits are run with, as `verify` has them for the forward ones. Units: sums without cancellation."""
+"""Problems for the operations that circuits are run with, as `verify` has them for the forward
+ones. Units: sums without cancellation.
+"""
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from .problems import Problem, nothing, numbers, padded, row_stride
 from .backward import beside
+from .problems import Problem, nothing, numbers, padded, row_stride
 
 NO_BLOCK = 0xFFFFFFFF
 EPS = 1e-5
@@ -40,84 +42,246 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=No
     lengths = rng.integers(0, most + 1, n_entries)
     first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
     refs = rng.integers(0, n_blocks, int(first[-1])).astype(np.uint32)
-    chosen = np.arange(n_chunk, dtype=np.uint32) if picked is None else rng.integers(0, n_chunk, picked).astype(np.uint32)
+    chosen = (
+        np.arange(n_chunk, dtype=np.uint32)
+        if picked is None
+        else rng.integers(0, n_chunk, picked).astype(np.uint32)
+    )
     n = len(chosen)
-    buffers = {"x": padded(numbers(rng, n_chunk, width), stride), "d": padded(numbers(rng, n_blocks * n_chunk, width), stride), "refs": refs, "first": first,
-               "tokens": chosen, "gain": numbers(rng, width), "dst": nothing(n_entries * n, stride)}
-    x, d = buffers["x"][:, :width].astype(np.float64), buffers["d"][:, :width].astype(np.float64).reshape(n_blocks, n_chunk, width)
+    buffers = {
+        "x": padded(numbers(rng, n_chunk, width), stride),
+        "d": padded(numbers(rng, n_blocks * n_chunk, width), stride),
+        "refs": refs,
+        "first": first,
+        "tokens": chosen,
+        "gain": numbers(rng, width),
+        "dst": nothing(n_entries * n, stride),
+    }
+    x, d = (
+        buffers["x"][:, :width].astype(np.float64),
+        buffers["d"][:, :width].astype(np.float64).reshape(n_blocks, n_chunk, width),
+    )
     units = []
     for e in range(n_entries):
-        mine = refs[first[e]:first[e + 1]]
-        total, size = x[chosen] + d[mine][:, chosen].sum(0), np.abs(x[chosen]) + np.abs(d[mine][:, chosen]).sum(0)
-        units.append(size.max(-1, keepdims=True) * _inverse_rms(total) * np.abs(buffers["gain"]).max() * np.ones(width))
+        mine = refs[first[e] : first[e + 1]]
+        total, size = (
+            x[chosen] + d[mine][:, chosen].sum(0),
+            np.abs(x[chosen]) + np.abs(d[mine][:, chosen]).sum(0),
+        )
+        units.append(
+            size.max(-1, keepdims=True)
+            * _inverse_rms(total)
+            * np.abs(buffers["gain"]).max()
+            * np.ones(width)
+        )
     unit = np.concatenate(units) if units and n else np.ones((n_entries * n, width))
-    return Problem("circuit_inputs", f"{n_entries} entries x {n} of {n_chunk} x {width}, {len(refs)} blocks",
-                   _named(buffers, all_tokens=int(picked is None), n_tokens=n, n_chunk=n_chunk, width=width, stride=stride, eps=EPS, n_entries=n_entries, n_refs=len(refs)),
-                   buffers, {"dst": beside(unit, buffers["dst"])})
+    return Problem(
+        "circuit_inputs",
+        f"{n_entries} entries x {n} of {n_chunk} x {width}, {len(refs)} blocks",
+        _named(
+            buffers,
+            all_tokens=int(picked is None),
+            n_tokens=n,
+            n_chunk=n_chunk,
+            width=width,
+            stride=stride,
+            eps=EPS,
+            n_entries=n_entries,
+            n_refs=len(refs),
+        ),
+        buffers,
+        {"dst": beside(unit, buffers["dst"])},
+    )
 
 
 def circuit_place(rng, n_tokens, d_head, qk_norm=False, n_slots=None, n_heads=3) -> Problem:
     """Two blocks of each kind from products at odd columns, one of each from the base run."""
     n_slots = n_slots or n_tokens + 3
-    x_stride, base_stride, q_stride = row_stride(d_head + 32), row_stride(n_heads * d_head), row_stride(d_head)
+    x_stride, base_stride, q_stride = (
+        row_stride(d_head + 32),
+        row_stride(n_heads * d_head),
+        row_stride(d_head),
+    )
     entries = [[kind, 2 * kind + i, 10 * i, i] for kind in (QUERY, KEY, VALUE) for i in range(2)]
     entries += [[kind | BASE, 7, kind * d_head, 2] for kind in (QUERY, KEY, VALUE)]
-    buffers = {"x": padded(numbers(rng, 6 * n_tokens, d_head + 32), x_stride), "base": padded(numbers(rng, n_tokens, n_heads * d_head), base_stride),
-               "entries": np.array(entries, np.uint32), "tokens": _tokens(rng, n_tokens, n_slots), "angles": numbers(rng, 50, d_head), "q_gain": numbers(rng, d_head),
-               "k_gain": numbers(rng, d_head), "q": nothing(3 * n_tokens, q_stride), "k_cache": nothing(3 * n_slots, d_head), "v_cache": nothing(3 * n_slots, d_head)}
-    return Problem("circuit_place", f"{n_tokens} tokens, heads of {d_head}{' normed' if qk_norm else ''}",
-                   _named(buffers, n_tokens=n_tokens, d_head=d_head, x_stride=x_stride, base_stride=base_stride, q_stride=q_stride, n_slots=n_slots, flags=int(qk_norm), eps=EPS,
-                          n_entries=len(entries)), buffers)
+    buffers = {
+        "x": padded(numbers(rng, 6 * n_tokens, d_head + 32), x_stride),
+        "base": padded(numbers(rng, n_tokens, n_heads * d_head), base_stride),
+        "entries": np.array(entries, np.uint32),
+        "tokens": _tokens(rng, n_tokens, n_slots),
+        "angles": numbers(rng, 50, d_head),
+        "q_gain": numbers(rng, d_head),
+        "k_gain": numbers(rng, d_head),
+        "q": nothing(3 * n_tokens, q_stride),
+        "k_cache": nothing(3 * n_slots, d_head),
+        "v_cache": nothing(3 * n_slots, d_head),
+    }
+    return Problem(
+        "circuit_place",
+        f"{n_tokens} tokens, heads of {d_head}{' normed' if qk_norm else ''}",
+        _named(
+            buffers,
+            n_tokens=n_tokens,
+            d_head=d_head,
+            x_stride=x_stride,
+            base_stride=base_stride,
+            q_stride=q_stride,
+            n_slots=n_slots,
+            flags=int(qk_norm),
+            eps=EPS,
+            n_entries=len(entries),
+        ),
+        buffers,
+    )
 
 
-def circuit_heads(rng, n_tokens, d_head, difference=True, scaled=False, column=False, zero=False, n_heads=3, n_states=4) -> Problem:
-    """The base run's state among the others; without `column` rows hold one head, with it one row has all of them or zeros beside one."""
+def circuit_heads(
+    rng,
+    n_tokens,
+    d_head,
+    difference=True,
+    scaled=False,
+    column=False,
+    zero=False,
+    n_heads=3,
+    n_states=4,
+) -> Problem:
+    """The base run's state among the others; without `column` rows hold one head, with it one row
+    has all of them or zeros beside one.
+    """
     z_stride, base_stride = row_stride(d_head), row_stride(n_heads * d_head)
     out_stride = base_stride if column else z_stride
     rows = n_heads if zero or not column else 1
-    entries = [[NO_BLOCK if h == 1 else rng.integers(0, n_states), h, h if rows > 1 else 0, rng.integers(0, 2)] for h in range(n_heads)]
-    buffers = {"z": padded(numbers(rng, n_states * n_tokens, d_head), z_stride), "base": padded(numbers(rng, n_tokens, n_heads * d_head), base_stride),
-               "entries": np.array(entries, np.uint32), "scale": np.abs(numbers(rng, 2, n_tokens)) + 0.5, "base_scale": np.abs(numbers(rng, n_tokens)) + 0.5,
-               "dst": nothing(rows * n_tokens, out_stride)}
+    entries = [
+        [
+            NO_BLOCK if h == 1 else rng.integers(0, n_states),
+            h,
+            h if rows > 1 else 0,
+            rng.integers(0, 2),
+        ]
+        for h in range(n_heads)
+    ]
+    buffers = {
+        "z": padded(numbers(rng, n_states * n_tokens, d_head), z_stride),
+        "base": padded(numbers(rng, n_tokens, n_heads * d_head), base_stride),
+        "entries": np.array(entries, np.uint32),
+        "scale": np.abs(numbers(rng, 2, n_tokens)) + 0.5,
+        "base_scale": np.abs(numbers(rng, n_tokens)) + 0.5,
+        "dst": nothing(rows * n_tokens, out_stride),
+    }
     flags = difference + 2 * scaled + 4 * column + 8 * zero
-    largest = max(np.nanmax(np.abs(buffers[name]), initial=1.0) for name in ("z", "base")) * (2 if scaled else 1)
-    return Problem("circuit_heads", f"{n_tokens} tokens, heads of {d_head}, flags {flags}",
-                   _named(buffers, n_tokens=n_tokens, d_head=d_head, z_stride=z_stride, base_stride=base_stride, out_stride=out_stride, flags=flags, n_entries=n_heads), buffers,
-                   {"dst": float(largest)})
+    largest = max(np.nanmax(np.abs(buffers[name]), initial=1.0) for name in ("z", "base")) * (
+        2 if scaled else 1
+    )
+    return Problem(
+        "circuit_heads",
+        f"{n_tokens} tokens, heads of {d_head}, flags {flags}",
+        _named(
+            buffers,
+            n_tokens=n_tokens,
+            d_head=d_head,
+            z_stride=z_stride,
+            base_stride=base_stride,
+            out_stride=out_stride,
+            flags=flags,
+            n_entries=n_heads,
+        ),
+        buffers,
+        {"dst": float(largest)},
+    )
 
 
 def circuit_outputs(rng, n_rows, n_tokens, width, normed=False, first=0, in_place=False) -> Problem:
     stride = row_stride(width)
-    buffers = {"x": padded(numbers(rng, n_rows, width), stride), "base": padded(numbers(rng, n_tokens, width), stride), "gain": numbers(rng, width),
-               "dst": nothing(n_rows, stride)}
-    sizes = _sizes(buffers["x"], width) * (_inverse_rms(buffers["x"][:, :width]) * np.abs(buffers["gain"]) if normed else 1)
+    buffers = {
+        "x": padded(numbers(rng, n_rows, width), stride),
+        "base": padded(numbers(rng, n_tokens, width), stride),
+        "gain": numbers(rng, width),
+        "dst": nothing(n_rows, stride),
+    }
+    sizes = _sizes(buffers["x"], width) * (
+        _inverse_rms(buffers["x"][:, :width]) * np.abs(buffers["gain"]) if normed else 1
+    )
     sizes += _sizes(buffers["base"], width)[(first + np.arange(n_rows)) % n_tokens]
-    arguments = _named(buffers, first=first, n_tokens=n_tokens, width=width, stride=stride, flags=int(normed), eps=EPS, n_rows=n_rows)
+    arguments = _named(
+        buffers,
+        first=first,
+        n_tokens=n_tokens,
+        width=width,
+        stride=stride,
+        flags=int(normed),
+        eps=EPS,
+        n_rows=n_rows,
+    )
     if in_place:
         arguments["dst"] = "x"
-    return Problem("circuit_outputs", f"{n_rows} rows of {n_tokens} tokens from {first} x {width}{' normed' if normed else ''}{' in place' if in_place else ''}", arguments, buffers,
-                   {"x" if in_place else "dst": beside(sizes, buffers["dst"])})
+    return Problem(
+        "circuit_outputs",
+        f"{n_rows} rows of {n_tokens} tokens from {first} x"
+        f" {width}{' normed' if normed else ''}{' in place' if in_place else ''}",
+        arguments,
+        buffers,
+        {"x" if in_place else "dst": beside(sizes, buffers["dst"])},
+    )
 
 
 def pair_logits(rng, n_entries, n, width, softcap=0.0) -> Problem:
     stride = row_stride(width)
-    buffers = {"normed": padded(numbers(rng, n_entries * n, width), stride), "rows": padded(numbers(rng, 2 * n, width), stride), "logits": nothing(n_entries, n, 2)}
-    units = np.einsum("end,nkd->enk", _sizes(buffers["normed"], width).reshape(n_entries, n, width), _sizes(buffers["rows"], width).reshape(n, 2, width)) + softcap
-    return Problem("pair_logits", f"{n_entries} x {n} x {width}{' capped' if softcap else ''}",
-                   _named(buffers, n=n, width=width, stride=stride, softcap=softcap, n_entries=n_entries), buffers, {"logits": units})
+    buffers = {
+        "normed": padded(numbers(rng, n_entries * n, width), stride),
+        "rows": padded(numbers(rng, 2 * n, width), stride),
+        "logits": nothing(n_entries, n, 2),
+    }
+    units = (
+        np.einsum(
+            "end,nkd->enk",
+            _sizes(buffers["normed"], width).reshape(n_entries, n, width),
+            _sizes(buffers["rows"], width).reshape(n, 2, width),
+        )
+        + softcap
+    )
+    return Problem(
+        "pair_logits",
+        f"{n_entries} x {n} x {width}{' capped' if softcap else ''}",
+        _named(buffers, n=n, width=width, stride=stride, softcap=softcap, n_entries=n_entries),
+        buffers,
+        {"logits": units},
+    )
 
 
 def logit_metrics(rng, n_rows, n, width, softcap=0.0, first=0, spread=3.0, shift=0.0) -> Problem:
-    """spread, shift: of the logits. Each row has one clearly greatest logit, so that the greedy token is no matter of rounding."""
+    """spread, shift: of the logits. Each row has one clearly greatest logit, so that the greedy
+    token is no matter of rounding.
+    """
     stride = row_stride(width)
-    rows = lambda k: (numbers(rng, k, width, scale=spread) + np.float32(shift)).astype(np.float32)  # noqa: E731
+    rows = lambda k: (numbers(rng, k, width, scale=spread) + np.float32(shift)).astype(np.float32)
     logits = rows(n_rows)
     logits[np.arange(n_rows), rng.integers(0, width, n_rows)] += np.float32(4 * spread)
-    buffers = {"logits": padded(logits, stride), "reference": padded(rows(n), stride), "other": padded(rows(n), stride),
-               "targets": rng.integers(0, width, n).astype(np.uint32), "values": nothing(n_rows, 4)}
-    size = max(np.nanmax(np.abs(buffers[name]), initial=1.0) for name in ("logits", "reference", "other")) + np.log(width) + 1
-    return Problem("logit_metrics", f"{n_rows} rows of {n} x {width}{' capped' if softcap else ''}, spread {spread:g}, shift {shift:g}",
-                   _named(buffers, first=first, n=n, width=width, stride=stride, softcap=softcap, n_rows=n_rows), buffers, {"values": float(size)})
+    buffers = {
+        "logits": padded(logits, stride),
+        "reference": padded(rows(n), stride),
+        "other": padded(rows(n), stride),
+        "targets": rng.integers(0, width, n).astype(np.uint32),
+        "values": nothing(n_rows, 4),
+    }
+    size = (
+        max(
+            np.nanmax(np.abs(buffers[name]), initial=1.0)
+            for name in ("logits", "reference", "other")
+        )
+        + np.log(width)
+        + 1
+    )
+    return Problem(
+        "logit_metrics",
+        f"{n_rows} rows of {n} x {width}{' capped' if softcap else ''}, spread {spread:g}, shift"
+        f" {shift:g}",
+        _named(
+            buffers, first=first, n=n, width=width, stride=stride, softcap=softcap, n_rows=n_rows
+        ),
+        buffers,
+        {"values": float(size)},
+    )
 
 
 def problems(rng) -> Iterator[Problem]:

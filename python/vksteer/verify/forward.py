@@ -1,19 +1,68 @@
 """Problems for the operations of the forward pass."""
 
 from __future__ import annotations
+
 import numpy as np
-from .problems import ACTIVATIONS, EDITS, NORM_FLAGS, ROPE_FLAGS, TILE, WEIGHT_TYPES, Packed, Problem, label_of, nothing, numbers, padded, panels, row_stride
+
+from .problems import (
+    ACTIVATIONS,
+    EDITS,
+    NORM_FLAGS,
+    ROPE_FLAGS,
+    TILE,
+    WEIGHT_TYPES,
+    Packed,
+    Problem,
+    label_of,
+    nothing,
+    numbers,
+    padded,
+    panels,
+    row_stride,
+)
 
 
-def linear(rng, rows, n, k, weight_type=0, bias=False, add=False, softcap=0.0, first_k=0, n_k=0, chunk_rows=0, family=None, decode=0) -> Problem:
+def linear(
+    rng,
+    rows,
+    n,
+    k,
+    weight_type=0,
+    bias=False,
+    add=False,
+    softcap=0.0,
+    first_k=0,
+    n_k=0,
+    chunk_rows=0,
+    family=None,
+    decode=0,
+) -> Problem:
     words, weights = panels(numbers(rng, n, k), weight_type)
     inputs = n_k or k
     x_stride, dst_stride = row_stride(inputs), row_stride(n)
-    buffers = {"weights": words, "x": padded(numbers(rng, rows, inputs), x_stride, 0.0), "dst": nothing(rows, dst_stride)}
+    buffers = {
+        "weights": words,
+        "x": padded(numbers(rng, rows, inputs), x_stride, 0.0),
+        "dst": nothing(rows, dst_stride),
+    }
     part = weights[:, first_k : first_k + inputs]
     unit = np.abs(buffers["x"][:, : part.shape[1]].astype(np.float64)) @ np.abs(part).T
-    arguments = {"x": "x", "dst": "dst", "weights": "weights", "weight_type": weight_type, "n": n, "k": k, "chunk_rows": chunk_rows, "n_rows": rows,
-                 "x_stride": x_stride, "dst_stride": dst_stride, "first_k": first_k, "n_k": n_k, "softcap": softcap, "decode": decode}
+    arguments = {
+        "x": "x",
+        "dst": "dst",
+        "weights": "weights",
+        "weight_type": weight_type,
+        "n": n,
+        "k": k,
+        "chunk_rows": chunk_rows,
+        "n_rows": rows,
+        "x_stride": x_stride,
+        "dst_stride": dst_stride,
+        "first_k": first_k,
+        "n_k": n_k,
+        "softcap": softcap,
+        "decode": decode,
+    }
     if bias:
         buffers["bias"] = numbers(rng, n)
         unit += np.abs(buffers["bias"])
@@ -24,37 +73,97 @@ def linear(rng, rows, n, k, weight_type=0, bias=False, add=False, softcap=0.0, f
     unit += abs(softcap)  # drivers' tanh is good to a rounding of 1, not of a small result
     if family is not None:
         arguments["family_plus_1"] = family + 1
-    extras = "".join(f" {name}" for name, there in (("bias", bias), ("add", add), ("softcap", softcap), (f"k from {first_k}", n_k), ("chunks", chunk_rows), (f"family {family}", family), ("decode", decode)) if there)
-    return Problem("linear", f"{rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}", arguments, buffers, {"dst": np.pad(unit, ((0, 0), (0, dst_stride - n)))})
+    extras = "".join(
+        f" {name}"
+        for name, there in (
+            ("bias", bias),
+            ("add", add),
+            ("softcap", softcap),
+            (f"k from {first_k}", n_k),
+            ("chunks", chunk_rows),
+            (f"family {family}", family),
+            ("decode", decode),
+        )
+        if there
+    )
+    return Problem(
+        "linear",
+        f"{rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}",
+        arguments,
+        buffers,
+        {"dst": np.pad(unit, ((0, 0), (0, dst_stride - n)))},
+    )
 
 
-def linear_pairs(rng, rows, k, kind, weight_type=0, width=0, heads=(0, 0, 0), act=0, bias=False, family=None) -> Problem:
-    """kind: "gate" (width outputs twice) or "rotate" (heads: query heads, key/value heads, head size)."""
+def linear_pairs(
+    rng, rows, k, kind, weight_type=0, width=0, heads=(0, 0, 0), act=0, bias=False, family=None
+) -> Problem:
+    """kind: "gate" (width outputs twice) or "rotate" (heads: query heads,
+    key/value heads, head size).
+    """
     n_heads, n_kv_heads, d_head = heads
     n = 2 * width if kind == "gate" else (n_heads + 2 * n_kv_heads) * d_head
     words, weights = panels(numbers(rng, n, k), weight_type)
     columns = width if kind == "gate" else n_heads * d_head
     x_stride, dst_stride = row_stride(k), row_stride(columns)
     packed = Packed([(3, 1)] * rows)
-    angle = np.arange(packed.n_keys + 1)[:, None] * 10000.0 ** (-np.arange(d_head // 2) / max(d_head / 2, 1))[None]
-    buffers = {"weights": words, "x": padded(numbers(rng, rows, k), x_stride, 0.0), "gain": padded(numbers(rng, 1, k), x_stride, 0.0)[0], "dst": nothing(rows, dst_stride)}
+    angle = (
+        np.arange(packed.n_keys + 1)[:, None]
+        * 10000.0 ** (-np.arange(d_head // 2) / max(d_head / 2, 1))[None]
+    )
+    buffers = {
+        "weights": words,
+        "x": padded(numbers(rng, rows, k), x_stride, 0.0),
+        "gain": padded(numbers(rng, 1, k), x_stride, 0.0)[0],
+        "dst": nothing(rows, dst_stride),
+    }
     if bias:
         buffers["bias"] = numbers(rng, n)
     if kind == "rotate":
-        buffers |= {"angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32), "tokens": packed.tokens,
-                    "k_cache": nothing(packed.n_slots, n_kv_heads * d_head), "v_cache": nothing(packed.n_slots, n_kv_heads * d_head)}
+        buffers |= {
+            "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
+            "tokens": packed.tokens,
+            "k_cache": nothing(packed.n_slots, n_kv_heads * d_head),
+            "v_cache": nothing(packed.n_slots, n_kv_heads * d_head),
+        }
     x = buffers["x"][:, :k].astype(np.float64)
-    terms = np.abs(x / np.sqrt((x**2).mean(1, keepdims=True)) * buffers["gain"][:k]) @ np.abs(weights).T + (np.abs(buffers["bias"]) if bias else 0)
+    terms = np.abs(x / np.sqrt((x**2).mean(1, keepdims=True)) * buffers["gain"][:k]) @ np.abs(
+        weights
+    ).T + (np.abs(buffers["bias"]) if bias else 0)
     units = {name: terms.max() for name in ("dst", "k_cache", "v_cache")}
     if kind == "gate":  # an error of either is as large as the other makes it
-        units = {"dst": np.pad(terms[:, :width] * terms[:, width:], ((0, 0), (0, dst_stride - width)), constant_values=1)}
+        units = {
+            "dst": np.pad(
+                terms[:, :width] * terms[:, width:],
+                ((0, 0), (0, dst_stride - width)),
+                constant_values=1,
+            )
+        }
     arguments = {name: name for name in buffers} | {
-        "weight_type": weight_type, "n": n, "k": k, "chunk_rows": 0, "n_rows": rows, "x_stride": x_stride, "dst_stride": dst_stride,
-        "kind": ("gate", "rotate").index(kind), "act": act, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "eps": 1e-5}
+        "weight_type": weight_type,
+        "n": n,
+        "k": k,
+        "chunk_rows": 0,
+        "n_rows": rows,
+        "x_stride": x_stride,
+        "dst_stride": dst_stride,
+        "kind": ("gate", "rotate").index(kind),
+        "act": act,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "d_head": d_head,
+        "eps": 1e-5,
+    }
     if family is not None:
         arguments["family_plus_1"] = family + 1
-    return Problem("linear_pairs", f"{kind} {rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{' bias' if bias else ''}{'' if family is None else f' family {family}'}",
-                   arguments, buffers, units)
+    return Problem(
+        "linear_pairs",
+        f"{kind} {rows} x {n} x {k}"
+        f" {WEIGHT_TYPES[weight_type]}{' bias' if bias else ''}{'' if family is None else f' family {family}'}",
+        arguments,
+        buffers,
+        units,
+    )
 
 
 def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, chunk_rows=0) -> Problem:
@@ -63,18 +172,43 @@ def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, chunk_rows
     tokens[:, 0] = rng.integers(0, vocabulary, n_tokens)
     tokens[:2, 0] = (0, vocabulary - 1)[:n_tokens]
     stride = row_stride(width)
-    arguments = {"tokens": "tokens", "dst": "dst", "n_tokens": n_tokens, "stride": stride, "scale": scale, "weights": "weights",
-                 "weight_type": weight_type, "n": vocabulary, "k": width, "chunk_rows": chunk_rows}
-    return Problem("embed", f"{n_tokens} of {vocabulary} x {width} {WEIGHT_TYPES[weight_type]}", arguments,
-                   {"tokens": tokens, "weights": words, "dst": nothing(n_tokens, stride)})
+    arguments = {
+        "tokens": "tokens",
+        "dst": "dst",
+        "n_tokens": n_tokens,
+        "stride": stride,
+        "scale": scale,
+        "weights": "weights",
+        "weight_type": weight_type,
+        "n": vocabulary,
+        "k": width,
+        "chunk_rows": chunk_rows,
+    }
+    return Problem(
+        "embed",
+        f"{n_tokens} of {vocabulary} x {width} {WEIGHT_TYPES[weight_type]}",
+        arguments,
+        {"tokens": tokens, "weights": words, "dst": nothing(n_tokens, stride)},
+    )
 
 
 def norm(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
     stride, of = row_stride(width), set(flags)
     sources = rows + 3 if "rows" in of else rows
-    buffers = {"x": padded(numbers(rng, sources, width, scale=scale), stride), "gain": numbers(rng, width), "dst": nothing(rows, stride),
-               "normalized": nothing(rows, stride), "scale": np.abs(numbers(rng, rows)) + 0.5 if "read_scale" in of else nothing(rows)}
-    arguments = {name: name for name in buffers} | {"width": width, "stride": stride, "n_rows": rows, "eps": 1e-5, "flags": sum(NORM_FLAGS[f] for f in of)}
+    buffers = {
+        "x": padded(numbers(rng, sources, width, scale=scale), stride),
+        "gain": numbers(rng, width),
+        "dst": nothing(rows, stride),
+        "normalized": nothing(rows, stride),
+        "scale": np.abs(numbers(rng, rows)) + 0.5 if "read_scale" in of else nothing(rows),
+    }
+    arguments = {name: name for name in buffers} | {
+        "width": width,
+        "stride": stride,
+        "n_rows": rows,
+        "eps": 1e-5,
+        "flags": sum(NORM_FLAGS[f] for f in of),
+    }
     units = {}
     if "add" in of:
         buffers["add"] = padded(numbers(rng, rows, width), stride)
@@ -85,21 +219,46 @@ def norm(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
         arguments["rows"] = "rows"
     if in_place:
         arguments["dst"] = "x"
-    return Problem("norm", f"{rows} x {width} {' '.join(sorted(of))}{' in place' if in_place else ''}", arguments, buffers, units)
+    return Problem(
+        "norm",
+        f"{rows} x {width} {' '.join(sorted(of))}{' in place' if in_place else ''}",
+        arguments,
+        buffers,
+        units,
+    )
 
 
 def act(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
     in_stride, out_stride = row_stride(2 * width), row_stride(width)
     gate_up = numbers(rng, n_tokens, 2 * width)
     gate_up[:, :width] = gate_up[:, :width] * spread if gate is None else gate
-    unit = np.pad(np.abs(gate_up[:, :width].astype(np.float64) * gate_up[:, width:]), ((0, 0), (0, out_stride - width)))
-    return Problem("act", f"{ACTIVATIONS[kind]} {n_tokens} x {width}",
-                   {"gate_up": "gate_up", "dst": "dst", "width": width, "in_stride": in_stride, "out_stride": out_stride, "act": kind, "n_tokens": n_tokens},
-                   {"gate_up": padded(gate_up, in_stride), "dst": nothing(n_tokens, out_stride)}, {"dst": unit})
+    unit = np.pad(
+        np.abs(gate_up[:, :width].astype(np.float64) * gate_up[:, width:]),
+        ((0, 0), (0, out_stride - width)),
+    )
+    return Problem(
+        "act",
+        f"{ACTIVATIONS[kind]} {n_tokens} x {width}",
+        {
+            "gate_up": "gate_up",
+            "dst": "dst",
+            "width": width,
+            "in_stride": in_stride,
+            "out_stride": out_stride,
+            "act": kind,
+            "n_tokens": n_tokens,
+        },
+        {"gate_up": padded(gate_up, in_stride), "dst": nothing(n_tokens, out_stride)},
+        {"dst": unit},
+    )
 
 
-def edit(rng, kind, n_tokens, n_heads, width, n_edited=None, step=1, keys=False, window=0) -> Problem:
-    """keys: a site over keys, where token t has position t + 2 (and width, the most keys there are, is n_tokens + 2)."""
+def edit(
+    rng, kind, n_tokens, n_heads, width, n_edited=None, step=1, keys=False, window=0
+) -> Problem:
+    """keys: a site over keys, where token t has position t + 2 (and width, the most keys there
+    are, is n_tokens + 2).
+    """
     if keys:
         width = n_tokens + 2
     head_stride = row_stride(width)
@@ -119,46 +278,125 @@ def edit(rng, kind, n_tokens, n_heads, width, n_edited=None, step=1, keys=False,
     if window and kind == 3:  # before the window patterns hold zeros; the device relies on it
         seen = np.arange(width)[None] > tokens[:, 1][:, None] - window
         x[:, :, :width] *= seen[:, None]
-    return Problem("edit", f"{EDITS[kind]} {len(edited)} of {n_tokens} x {n_heads} x {width}{' keys' if keys else ''}{f' window {window}' if window else ''}",
-                   {"x": "x", "entries": "entries", "operand": "operand", "heads": "heads", "scale": "scale", "tokens": "tokens", "token_stride": n_heads * head_stride,
-                    "head_stride": head_stride, "width": width, "head_step": width if step else 1, "step": step, "kind": kind, "flags": int(keys), "window": window,
-                    "n_entries": len(edited), "n_edit_heads": len(heads)},
-                   {"x": x, "entries": entries, "operand": operand, "heads": heads, "scale": np.abs(numbers(rng, n_tokens)) + 0.5, "tokens": tokens})
+    return Problem(
+        "edit",
+        f"{EDITS[kind]} {len(edited)} of {n_tokens} x {n_heads} x"
+        f" {width}{' keys' if keys else ''}{f' window {window}' if window else ''}",
+        {
+            "x": "x",
+            "entries": "entries",
+            "operand": "operand",
+            "heads": "heads",
+            "scale": "scale",
+            "tokens": "tokens",
+            "token_stride": n_heads * head_stride,
+            "head_stride": head_stride,
+            "width": width,
+            "head_step": width if step else 1,
+            "step": step,
+            "kind": kind,
+            "flags": int(keys),
+            "window": window,
+            "n_entries": len(edited),
+            "n_edit_heads": len(heads),
+        },
+        {
+            "x": x,
+            "entries": entries,
+            "operand": operand,
+            "heads": heads,
+            "scale": np.abs(numbers(rng, n_tokens)) + 0.5,
+            "tokens": tokens,
+        },
+    )
 
 
 def copy(rng, rows, width, pick=False, add=False) -> Problem:
     sources, x_stride, out_stride = rows + 2, row_stride(width), width + 3
-    buffers = {"x": padded(numbers(rng, sources, width), x_stride), "dst": nothing(rows, out_stride)}
+    buffers = {
+        "x": padded(numbers(rng, sources, width), x_stride),
+        "dst": nothing(rows, out_stride),
+    }
     if pick:
         buffers["rows"] = rng.integers(0, sources, rows).astype(np.uint32)
     units = {}
     if add:
         buffers["add"] = padded(numbers(rng, rows, width), out_stride)
         units["dst"] = np.nanmax(np.abs(buffers["add"]), initial=1.0)
-    return Problem("copy", f"{rows} x {width}{' picked' if pick else ''}{' added' if add else ''}",
-                   {name: name for name in buffers} | {"n_rows": rows, "width": width, "x_stride": x_stride, "out_stride": out_stride, "flags": pick + 2 * add}, buffers, units)
+    return Problem(
+        "copy",
+        f"{rows} x {width}{' picked' if pick else ''}{' added' if add else ''}",
+        {name: name for name in buffers}
+        | {
+            "n_rows": rows,
+            "width": width,
+            "x_stride": x_stride,
+            "out_stride": out_stride,
+            "flags": pick + 2 * add,
+        },
+        buffers,
+        units,
+    )
 
 
 def sum_heads(rng, n_tokens, n_heads, width, bias=False) -> Problem:
     stride = row_stride(width)
     x, addend = numbers(rng, n_tokens * n_heads, width), numbers(rng, width)
     unit = np.abs(x).reshape(n_tokens, n_heads, width).sum(1, dtype=np.float64) + np.abs(addend)
-    return Problem("sum_heads", f"{n_tokens} x {n_heads} x {width}{' bias' if bias else ''}",
-                   {"x": "x", "dst": "dst", "bias": "bias", "n_heads": n_heads, "width": width, "head_stride": stride, "out_stride": stride, "has_bias": int(bias),
-                    "n_tokens": n_tokens},
-                   {"x": padded(x, stride), "dst": nothing(n_tokens, stride), "bias": addend}, {"dst": np.pad(unit, ((0, 0), (0, stride - width)))})
+    return Problem(
+        "sum_heads",
+        f"{n_tokens} x {n_heads} x {width}{' bias' if bias else ''}",
+        {
+            "x": "x",
+            "dst": "dst",
+            "bias": "bias",
+            "n_heads": n_heads,
+            "width": width,
+            "head_stride": stride,
+            "out_stride": stride,
+            "has_bias": int(bias),
+            "n_tokens": n_tokens,
+        },
+        {"x": padded(x, stride), "dst": nothing(n_tokens, stride), "bias": addend},
+        {"dst": np.pad(unit, ((0, 0), (0, stride - width)))},
+    )
 
 
 def rope(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate", "store")) -> Problem:
     packed = Packed(rows)
-    width, kv_width, n = (n_heads + 2 * n_kv_heads) * d_head, n_kv_heads * d_head, len(packed.tokens)
-    angle = np.arange(packed.n_keys + 1)[:, None] * 10000.0 ** (-np.arange(d_head // 2) / (d_head / 2))[None]
-    buffers = {"qkv": padded(numbers(rng, n, width), row_stride(width)), "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
-               "tokens": packed.tokens, "q_gain": numbers(rng, d_head), "k_gain": numbers(rng, d_head), "k_cache": nothing(packed.n_slots, kv_width),
-               "v_cache": nothing(packed.n_slots, kv_width)}
-    return Problem("rope", f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
-                   {name: name for name in buffers} | {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "stride": row_stride(width), "eps": 1e-6,
-                                                       "flags": sum(ROPE_FLAGS[f] for f in flags), "n_tokens": n}, buffers)
+    width, kv_width, n = (
+        (n_heads + 2 * n_kv_heads) * d_head,
+        n_kv_heads * d_head,
+        len(packed.tokens),
+    )
+    angle = (
+        np.arange(packed.n_keys + 1)[:, None]
+        * 10000.0 ** (-np.arange(d_head // 2) / (d_head / 2))[None]
+    )
+    buffers = {
+        "qkv": padded(numbers(rng, n, width), row_stride(width)),
+        "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
+        "tokens": packed.tokens,
+        "q_gain": numbers(rng, d_head),
+        "k_gain": numbers(rng, d_head),
+        "k_cache": nothing(packed.n_slots, kv_width),
+        "v_cache": nothing(packed.n_slots, kv_width),
+    }
+    return Problem(
+        "rope",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
+        {name: name for name in buffers}
+        | {
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "d_head": d_head,
+            "stride": row_stride(width),
+            "eps": 1e-6,
+            "flags": sum(ROPE_FLAGS[f] for f in flags),
+            "n_tokens": n,
+        },
+        buffers,
+    )
 
 
 def _score_units(packed, first, qkv, k_cache, n_heads, n_kv_heads, d_head, key_stride, softcap):
@@ -172,16 +410,50 @@ def _score_units(packed, first, qkv, k_cache, n_heads, n_kv_heads, d_head, key_s
     return units * d_head**-0.5 + softcap
 
 
-def attn_scores(rng, rows, n_heads, n_kv_heads, d_head, softcap=0.0, frozen=False, tile=0) -> Problem:
+def attn_scores(
+    rng, rows, n_heads, n_kv_heads, d_head, softcap=0.0, frozen=False, tile=0
+) -> Problem:
     packed = Packed(rows, frozen)
     first, tiles = packed.from_tile(tile)
     stride, key_stride = row_stride((n_heads + 2 * n_kv_heads) * d_head), row_stride(packed.n_keys)
-    buffers = {"qkv": padded(numbers(rng, len(packed.tokens), n_heads * d_head), stride), "k_cache": numbers(rng, packed.n_slots, n_kv_heads * d_head),
-               "tokens": packed.tokens, "tiles": tiles, "scores": nothing(len(packed.tokens) - first, n_heads, key_stride)}
-    return Problem("attn_scores", f"{label_of(rows, n_heads, n_kv_heads, d_head)}{' capped' if softcap else ''}{' frozen' if frozen else ''}",
-                   {name: name for name in buffers} | {"first_token": first, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "stride": stride,
-                                                       "key_stride": key_stride, "scale": d_head**-0.5, "softcap": softcap, "n_tiles": len(tiles), "n_keys": packed.n_keys}, buffers,
-                   {"scores": _score_units(packed, first, buffers["qkv"], buffers["k_cache"], n_heads, n_kv_heads, d_head, key_stride, softcap)})
+    buffers = {
+        "qkv": padded(numbers(rng, len(packed.tokens), n_heads * d_head), stride),
+        "k_cache": numbers(rng, packed.n_slots, n_kv_heads * d_head),
+        "tokens": packed.tokens,
+        "tiles": tiles,
+        "scores": nothing(len(packed.tokens) - first, n_heads, key_stride),
+    }
+    return Problem(
+        "attn_scores",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)}{' capped' if softcap else ''}{' frozen' if frozen else ''}",
+        {name: name for name in buffers}
+        | {
+            "first_token": first,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "d_head": d_head,
+            "stride": stride,
+            "key_stride": key_stride,
+            "scale": d_head**-0.5,
+            "softcap": softcap,
+            "n_tiles": len(tiles),
+            "n_keys": packed.n_keys,
+        },
+        buffers,
+        {
+            "scores": _score_units(
+                packed,
+                first,
+                buffers["qkv"],
+                buffers["k_cache"],
+                n_heads,
+                n_kv_heads,
+                d_head,
+                key_stride,
+                softcap,
+            )
+        },
+    )
 
 
 def attn_softmax(rng, rows, n_heads, window=0, spread=4.0, tile=0) -> Problem:
@@ -191,17 +463,35 @@ def attn_softmax(rng, rows, n_heads, window=0, spread=4.0, tile=0) -> Problem:
     scores = nothing(len(pos), n_heads, key_stride)
     for t, p in enumerate(pos):
         scores[t, :, : p + 1] = numbers(rng, n_heads, p + 1, scale=spread)
-    return Problem("attn_softmax", f"{label_of(rows, n_heads, n_heads, 0)} window {window}",
-                   {"scores": "scores", "tokens": "tokens", "first_token": first, "n_heads": n_heads, "key_stride": key_stride, "window": window, "n_tokens": len(pos),
-                    "n_keys": packed.n_keys}, {"scores": scores, "tokens": packed.tokens}, {"scores": 1.0})
+    return Problem(
+        "attn_softmax",
+        f"{label_of(rows, n_heads, n_heads, 0)} window {window}",
+        {
+            "scores": "scores",
+            "tokens": "tokens",
+            "first_token": first,
+            "n_heads": n_heads,
+            "key_stride": key_stride,
+            "window": window,
+            "n_tokens": len(pos),
+            "n_keys": packed.n_keys,
+        },
+        {"scores": scores, "tokens": packed.tokens},
+        {"scores": 1.0},
+    )
 
 
 def attn_mix(rng, rows, n_heads, n_kv_heads, d_head, window=0, frozen=False, tile=0) -> Problem:
     packed = Packed(rows, frozen)
     first, tiles = packed.from_tile(tile)
-    key_stride, z_stride, pos = row_stride(packed.n_keys), row_stride(n_heads * d_head), packed.pos[first:]
+    key_stride, z_stride, pos = (
+        row_stride(packed.n_keys),
+        row_stride(n_heads * d_head),
+        packed.pos[first:],
+    )
     pattern = nothing(len(pos), n_heads, key_stride)
-    for t, p in enumerate(pos):  # as the softmax leaves it: zeros before the window and for a tile's worth of keys after pos
+    # as the softmax leaves it: zeros before the window and for a tile's worth of keys after pos
+    for t, p in enumerate(pos):
         start = max(0, p + 1 - window) if window else 0
         pattern[t, :, : p + TILE] = 0
         pattern[t, :, start : p + 1] = rng.dirichlet(np.ones(p + 1 - start), n_heads)
@@ -210,24 +500,75 @@ def attn_mix(rng, rows, n_heads, n_kv_heads, d_head, window=0, frozen=False, til
     units = np.zeros((len(packed.tokens), z_stride))
     for t, token in enumerate(packed.tokens[first:]):
         seen = values[token[5] :][: int(token[1]) + 1]
-        units[first + t, : n_heads * d_head] = np.einsum("hj,jhd->hd", pattern[t, :, : len(seen)], seen).reshape(-1)
-    buffers = {"pattern": pattern, "v_cache": v_cache, "tokens": packed.tokens, "tiles": tiles,
-               "z": nothing(len(packed.tokens), z_stride)}
-    return Problem("attn_mix", f"{label_of(rows, n_heads, n_kv_heads, d_head)} window {window}{' frozen' if frozen else ''}",
-                   {name: name for name in buffers} | {"first_token": first, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "z_stride": z_stride,
-                                                       "key_stride": key_stride, "window": window, "n_tiles": len(tiles), "n_keys": packed.n_keys}, buffers, {"z": units})
+        units[first + t, : n_heads * d_head] = np.einsum(
+            "hj,jhd->hd", pattern[t, :, : len(seen)], seen
+        ).reshape(-1)
+    buffers = {
+        "pattern": pattern,
+        "v_cache": v_cache,
+        "tokens": packed.tokens,
+        "tiles": tiles,
+        "z": nothing(len(packed.tokens), z_stride),
+    }
+    return Problem(
+        "attn_mix",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)} window"
+        f" {window}{' frozen' if frozen else ''}",
+        {name: name for name in buffers}
+        | {
+            "first_token": first,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "d_head": d_head,
+            "z_stride": z_stride,
+            "key_stride": key_stride,
+            "window": window,
+            "n_tiles": len(tiles),
+            "n_keys": packed.n_keys,
+        },
+        buffers,
+        {"z": units},
+    )
 
 
-def attn_decode(rng, cached, n_heads, n_kv_heads, d_head, window=0, softcap=0.0, frozen=False, first=0) -> Problem:
+def attn_decode(
+    rng, cached, n_heads, n_kv_heads, d_head, window=0, softcap=0.0, frozen=False, first=0
+) -> Problem:
     """One new token a row; `cached`: how many keys each row has already."""
     rows = [(c, 1) for c in cached]
     packed = Packed(rows, frozen)
-    stride, key_stride, n = row_stride((n_heads + 2 * n_kv_heads) * d_head), row_stride(packed.n_keys), len(rows)
-    buffers = {"qkv": padded(numbers(rng, n, n_heads * d_head), stride), "k_cache": numbers(rng, packed.n_slots, n_kv_heads * d_head),
-               "v_cache": numbers(rng, packed.n_slots, n_kv_heads * d_head), "tokens": packed.tokens, "scores": nothing(n - first, n_heads, key_stride),
-               "z": nothing(n, row_stride(n_heads * d_head))}
-    return Problem("attn_decode", f"{label_of(rows, n_heads, n_kv_heads, d_head)} window {window}{' capped' if softcap else ''}{' frozen' if frozen else ''}",
-                   {name: name for name in buffers} | {"first_token": first, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head, "stride": stride,
-                                                       "z_stride": row_stride(n_heads * d_head), "key_stride": key_stride, "window": window, "scale": d_head**-0.5,
-                                                       "softcap": softcap, "n_tokens": n - first, "n_keys": packed.n_keys}, buffers,
-                   {"z": np.abs(buffers["v_cache"]).max()})
+    stride, key_stride, n = (
+        row_stride((n_heads + 2 * n_kv_heads) * d_head),
+        row_stride(packed.n_keys),
+        len(rows),
+    )
+    buffers = {
+        "qkv": padded(numbers(rng, n, n_heads * d_head), stride),
+        "k_cache": numbers(rng, packed.n_slots, n_kv_heads * d_head),
+        "v_cache": numbers(rng, packed.n_slots, n_kv_heads * d_head),
+        "tokens": packed.tokens,
+        "scores": nothing(n - first, n_heads, key_stride),
+        "z": nothing(n, row_stride(n_heads * d_head)),
+    }
+    return Problem(
+        "attn_decode",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)} window"
+        f" {window}{' capped' if softcap else ''}{' frozen' if frozen else ''}",
+        {name: name for name in buffers}
+        | {
+            "first_token": first,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "d_head": d_head,
+            "stride": stride,
+            "z_stride": row_stride(n_heads * d_head),
+            "key_stride": key_stride,
+            "window": window,
+            "scale": d_head**-0.5,
+            "softcap": softcap,
+            "n_tokens": n - first,
+            "n_keys": packed.n_keys,
+        },
+        buffers,
+        {"z": np.abs(buffers["v_cache"]).max()},
+    )

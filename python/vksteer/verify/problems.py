@@ -1,23 +1,36 @@
-"""A problem for one operation of the engine, its outcome, and the parts that problems are made of."""
+"""A problem for one operation of the engine, its outcome, and the parts that
+problems are made of.
+"""
 
 from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
-import numpy as np
 
+import numpy as np
 
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 EDITS = ("set", "add", "scale", "ablate", "add_scaled")
-NORM_FLAGS = {"write_normalized": 1, "write_scale": 2, "add": 4, "read_scale": 8, "read_normalized": 16, "rows": 32, "no_out": 64}
+NORM_FLAGS = {
+    "write_normalized": 1,
+    "write_scale": 2,
+    "add": 4,
+    "read_scale": 8,
+    "read_normalized": 16,
+    "rows": 32,
+    "no_out": 64,
+}
 ROPE_FLAGS = {"qk_norm": 1, "rotate": 2, "store": 4}
 TILE = 8
 
 
 @dataclass
 class Problem:
-    """`units`: for a buffer, what an error in it is measured in, for all or element by element: what a sum would be without cancellation. Other
-    buffers are measured in their own largest value, before or after."""
+    """`units`: for a buffer, what an error in it is measured in, for all or element by element:
+    what a sum would be without cancellation. Other buffers are measured in their own largest
+    value, before or after.
+    """
 
     op: str
     label: str
@@ -28,7 +41,9 @@ class Problem:
 
 @dataclass
 class Outcome:
-    """error: the largest, in the problem's units; inf where NaN is where it should not be or the other way round."""
+    """error: the largest, in the problem's units; inf where NaN is where it should not be or
+    the other way round.
+    """
 
     problem: Problem
     error: float
@@ -72,7 +87,9 @@ def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarra
     else:
         items = whole
     inputs = 16 // items.itemsize  # a cell holds 16 bytes of one row
-    items = np.ascontiguousarray(items.reshape(len(whole) // 32, 32, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3))
+    items = np.ascontiguousarray(
+        items.reshape(len(whole) // 32, 32, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3)
+    )
     return items.reshape(-1).view(np.uint32), whole[:n, :k].astype(np.float64)
 
 
@@ -89,10 +106,22 @@ class Packed:
         tokens, tiles, slot, n_keys = [], [], 2, 0  # a few cache slots belong to nobody
         for r, (cached, n) in enumerate(rows):
             first = len(tokens)
-            source = tokens[first - n] if frozen and r % 2 else None  # an odd row uses queries, keys and values of the row before it
+            # an odd row uses queries, keys and values of the row before it
+            source = tokens[first - n] if frozen and r % 2 else None
             for i in range(n):
                 k_slot = slot if source is None else source[4]
-                tokens.append((0, cached + i, slot + cached + i, first + i - (0 if source is None else n), k_slot, k_slot, r, first + n))
+                tokens.append(
+                    (
+                        0,
+                        cached + i,
+                        slot + cached + i,
+                        first + i - (0 if source is None else n),
+                        k_slot,
+                        k_slot,
+                        r,
+                        first + n,
+                    )
+                )
             tiles += [(first + i, min(TILE, n - i)) for i in range(0, n, TILE)]
             slot += cached + n + 1
             n_keys = max(n_keys, cached + n)
@@ -106,8 +135,13 @@ class Packed:
 
     def from_tile(self, tile):
         """(first token, tiles from there): a pass that works on a part of the chunk."""
-        return (int(self.tiles[tile, 0]) if len(self.tiles) else 0), np.ascontiguousarray(self.tiles[tile:])
+        return (int(self.tiles[tile, 0]) if len(self.tiles) else 0), np.ascontiguousarray(
+            self.tiles[tile:]
+        )
 
 
 def label_of(rows, n_heads, n_kv_heads, d_head):
-    return f"{'+'.join(f'{n}' if not cached else f'{cached}|{n}' for cached, n in rows)} tokens, {n_heads}/{n_kv_heads} heads of {d_head}"
+    return (
+        f"{'+'.join(f'{n}' if not cached else f'{cached}|{n}' for cached, n in rows)} tokens,"
+        f" {n_heads}/{n_kv_heads} heads of {d_head}"
+    )
