@@ -50,7 +50,7 @@ ALSO = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 }
-ALSO |= {".clang-format", ".editorconfig", ".pre-commit-config.yaml"}
+ALSO |= {".git-blame-ignore-revs", ".clang-format", ".editorconfig", ".pre-commit-config.yaml"}
 
 
 def tracked(*patterns: str) -> list[Path]:
