@@ -1,0 +1,19 @@
+"""Names for the kinds of arrays that the package passes around."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+#: An array whose dtype and shape the docstring states.
+Array: TypeAlias = npt.NDArray[Any]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+#: What names a file or a folder.
+PathLike: TypeAlias = "str | os.PathLike[str]"
