@@ -36,7 +36,7 @@ test-all: setup-test engine  ## also the long tests: every subgroup size, real m
 FORMATTED_C = git ls-files -z --cached --others --exclude-standard 'csrc/*.[ch]' 'shaders/*.h' \
     'shaders/*.comp' 'shaders/*.glsl' 'tests/*.c'
 
-lint: setup-test  ## ruff, clang-format, and the limits of lines, functions and files (tools/lint.py)
+lint: setup-test  ## ruff, clang-format, and the limits of columns, functions and files
 	.venv/bin/ruff check python tests tools benchmarks cmake setup.py
 	.venv/bin/ruff format --check python tests tools benchmarks cmake setup.py
 	$(FORMATTED_C) | xargs -0 .venv/bin/clang-format --dry-run -Werror
