@@ -83,10 +83,12 @@ def test_side_by_side():
     )
 
 
-def test_bad_input_is_said(capsys):
-    assert demo.main(["--real", "--harmful", "no/such/file.txt"]) in (1, 2)
-    said = capsys.readouterr()
-    assert "no/such/file.txt" in said.out + said.err
+def test_bad_input_is_said(tmp_path, capsys):
+    arguments = ["--real", "--out", str(tmp_path), "--harmful", "no/such/file.txt"]
+    missing = ["--harmless", "no/such/file.txt"]
+    for more, message in (([], "belong together"), (missing, "no/such/file.txt")):
+        assert demo.main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_bundled_part(tmp_path, capsys):

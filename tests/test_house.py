@@ -373,6 +373,12 @@ def test_argument_block_is_what_c_fills(row, params_sizes):
 
 
 def test_spirv_is_valid():
+    env = json.loads((ROOT / ".tools/env.json").read_text())
+    if not env["spirv_val"] and not (ROOT / ".tools/bin/glslc").exists():
+        pytest.skip(
+            "the system's glslc is recent, so the set-up fetched no shader tools, and the system"
+            " has no spirv-val (package spirv-tools)"
+        )
     spirv_val = tool("spirv_val")
     for row in ROWS:
         path = SPIRV / f"{row.name}.spv"

@@ -78,6 +78,7 @@ def check_logits(name, model, answers):
 
 def check_sites(name, model, answers):
     wanted = answers.sites()
+    assert len(wanted) > 50
     run = model.run([answers.tokens(0)], capture=list(wanted))
     worst = (0.0, "")
     for site, value in wanted.items():

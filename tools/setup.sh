@@ -272,7 +272,7 @@ test_drivers() {
         [[ -z $layer ]] || sed -i "s|\"library_path\": *\"[^\"]*\"|\"library_path\": \"$(find "$TOOLS/validation" -name 'libVkLayer_khronos_validation.so')\"|" "$layer"
         rm -rf "$TOOLS/apt"
     fi
-    return 0   # what is missing was said, and the tests that need it skip by name
+    return 0   # what is missing was said, and the tests that need it fail by name
 }
 
 system_mesa_is_recent() {
