@@ -138,7 +138,7 @@ int attribution_create(struct attribution **out, struct model *model, uint32_t c
     return 0;
 fail:
     if (a && a->work)
-        gpu_stream_abandon(model->ops.stream);
+        gpu_queue_abandon(model->ops.queue);
     attribution_destroy(a);
     return -1;
 }
@@ -147,7 +147,7 @@ void attribution_destroy(struct attribution *a) {
     if (!a)
         return;
     if (a->work && a->work->model)
-        gpu_stream_wait(a->work->model->ops.stream, NULL);
+        gpu_queue_wait(a->work->model->ops.queue, NULL);
     for (uint32_t i = 0; a->layers && i < a->depth; i++) {
         struct attribution_layer *layer = &a->layers[i];
         struct gpu_buffer *buffers[] = {layer->dz, layer->dmlp, layer->heads, layer->steps,
@@ -165,15 +165,15 @@ void attribution_destroy(struct attribution *a) {
 }
 
 int attribution_reset(struct attribution *a, struct error *error) {
-    struct gpu_stream *stream = a->work->model->ops.stream;
+    struct gpu_queue *queue = a->work->model->ops.queue;
     struct gpu_buffer *sums[] = {a->pre, a->logits};
     for (int j = 0; j < 2; j++)
-        RUN(gpu_stream_zero(stream, sums[j], 0, gpu_buffer_size(sums[j]), error));
+        RUN(gpu_queue_zero(queue, sums[j], 0, gpu_buffer_size(sums[j]), error));
     for (uint32_t i = 0; i < a->depth; i++) { /* steps and xs are written, not added to */
         struct gpu_buffer *layer[] = {a->layers[i].heads, a->layers[i].mlp, a->layers[i].mid,
                                       a->layers[i].post};
         for (int j = 0; j < 4; j++)
-            RUN(gpu_stream_zero(stream, layer[j], 0, gpu_buffer_size(layer[j]), error));
+            RUN(gpu_queue_zero(queue, layer[j], 0, gpu_buffer_size(layer[j]), error));
     }
     return 0;
 }
@@ -465,7 +465,7 @@ static int picks_read(struct attribution *a, const struct attribution_picks *pic
     uint32_t v_stride = op_row_stride(f->d_vocab),
              at_once = (uint32_t)(PICKS_BYTES / (8 * (uint64_t)(v_stride + work->d_stride)));
     if (!picks || picks->m == 0)
-        return gpu_stream_wait(work->model->ops.stream, error);
+        return gpu_queue_wait(work->model->ops.queue, error);
     at_once = at_once < PICKS_ROWS ? PICKS_ROWS : at_once;
     at_once = at_once > picks->m ? picks->m : at_once;
     float *host = malloc(2 * (size_t)at_once * (f->d_model + (size_t)f->d_vocab) * sizeof *host);
@@ -489,7 +489,7 @@ int attribution_forward(struct attribution *a, struct run_cache *cache,
     const struct run_observer observer = {a, see};
     RUN(slots_check(a, batch, slot, n, pairs, 2, 0, error));
     /* nothing may read the old list any more */
-    RUN(gpu_stream_wait(a->work->model->ops.stream, error));
+    RUN(gpu_queue_wait(a->work->model->ops.queue, error));
     RUN(sources_set(a, slot, n, pairs, 2, error));
     a->collecting = 1;
     a->work->observer = &observer;
@@ -509,7 +509,7 @@ int attribution_step(struct attribution *a, struct run_cache *cache, const struc
     if (n_sources == 0 || first_step > a->n_steps || n_sources > a->n_steps - first_step)
         return error_set(error, ERROR_VALUE, "steps %u to %u of %u", first_step,
                          first_step + n_sources, a->n_steps);
-    RUN(gpu_stream_wait(a->work->model->ops.stream, error));
+    RUN(gpu_queue_wait(a->work->model->ops.queue, error));
     RUN(sources_set(a, slot, n, sources, n_sources, error));
     a->first_step = first_step;
     a->collecting = 2;

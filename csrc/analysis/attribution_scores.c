@@ -38,8 +38,8 @@ static int copy(struct attribution *a, uint64_t from, uint32_t from_stride, uint
 static int expand(struct attribution *a, const struct tile *tile, uint64_t from, uint32_t n_heads,
                   uint32_t stride, struct error *error) {
     uint32_t d_head = a->work->model->facts.d_head;
-    RUN(gpu_stream_zero(a->work->model->ops.stream, a->expanded, 0, gpu_buffer_size(a->expanded),
-                        error));
+    RUN(gpu_queue_zero(a->work->model->ops.queue, a->expanded, 0, gpu_buffer_size(a->expanded),
+                       error));
     for (uint32_t h = 0; h < n_heads; h++) {
         uint64_t column = 4 * (uint64_t)h * d_head;
         RUN(copy(a, from + column, stride,
@@ -289,7 +289,7 @@ int attribution_contract(struct attribution *a, uint32_t slot, uint32_t n, const
     a->work->readback_used = 0;
     int failed = work_upload_reset(a->work, error) || tile_run(a, &tile, steer, &products, error);
     if (failed)
-        gpu_stream_abandon(a->work->model->ops.stream);
+        gpu_queue_abandon(a->work->model->ops.queue);
     else
         add(a, &products, edges, nodes, dims, dims_rows);
     free(memory);

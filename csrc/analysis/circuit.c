@@ -54,7 +54,7 @@ void circuit_destroy(struct circuit_run *run) {
     if (!run)
         return;
     if (run->work && run->model)
-        gpu_stream_wait(run->model->ops.stream, NULL);
+        gpu_queue_wait(run->model->ops.queue, NULL);
     struct gpu_buffer *buffers[] = {
         run->tables,   run->d,   run->normed, run->product, run->q,    run->z,      run->heads,
         run->gathered, run->raw, run->scale,  run->gate_up, run->post, run->scores, run->steer};

@@ -94,7 +94,7 @@ static int zeroed(struct circuit_run *run, struct gpu_buffer **out, uint64_t byt
         return 0;
     if (gpu_buffer_create(out, run->model->ops.device, bytes, GPU_DEVICE_LOCAL, name, error))
         return -1;
-    return gpu_stream_zero(run->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
+    return gpu_queue_zero(run->model->ops.queue, *out, 0, gpu_buffer_size(*out), error);
 }
 
 /* Words and the steering vector: copied as bytes, because a kernel that copies floats may flush
@@ -106,10 +106,10 @@ static int bytes_upload(struct circuit_run *run, const void *data, uint64_t byte
                           error))
         return -1;
     memcpy(gpu_buffer_map(from), data, bytes);
-    int failed = gpu_stream_copy(run->model->ops.stream, from, 0, to, 0, bytes, error) ||
-                 gpu_stream_wait(run->model->ops.stream, error);
+    int failed = gpu_queue_copy(run->model->ops.queue, from, 0, to, 0, bytes, error) ||
+                 gpu_queue_wait(run->model->ops.queue, error);
     if (failed)
-        gpu_stream_abandon(run->model->ops.stream);
+        gpu_queue_abandon(run->model->ops.queue);
     gpu_buffer_destroy(from);
     return failed ? -1 : 0;
 }
@@ -142,6 +142,6 @@ int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots
         goto fail;
     return 0;
 fail:
-    gpu_stream_abandon(run->model->ops.stream);
+    gpu_queue_abandon(run->model->ops.queue);
     return -1;
 }

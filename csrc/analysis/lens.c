@@ -31,8 +31,8 @@ static int memory_make(struct run_work *work, uint32_t rows, uint32_t k, struct 
     return gpu_buffer_create(&m->input, device, stream, GPU_UPLOAD, "lens vectors", error) ||
                    gpu_buffer_create(&m->normed, device, stream, GPU_DEVICE_LOCAL, "lens, normed",
                                      error) ||
-                   gpu_stream_zero(work->model->ops.stream, m->normed, 0,
-                                   gpu_buffer_size(m->normed), error) ||
+                   gpu_queue_zero(work->model->ops.queue, m->normed, 0, gpu_buffer_size(m->normed),
+                                  error) ||
                    gpu_buffer_create(&m->tile, device,
                                      4 * (uint64_t)rows * op_row_stride(tile_columns(work)),
                                      GPU_DEVICE_LOCAL, "lens logits", error) ||
@@ -54,8 +54,8 @@ static int norms_make(struct run_work *work, struct error *error) {
         return -1;
     if (op_row_norms(&model->ops, &model->unembed, gpu_buffer_address(work->unembed_norms),
                      error) ||
-        gpu_stream_wait(model->ops.stream, error)) {
-        gpu_stream_abandon(model->ops.stream);
+        gpu_queue_wait(model->ops.queue, error)) {
+        gpu_queue_abandon(model->ops.queue);
         gpu_buffer_destroy(work->unembed_norms);
         work->unembed_norms = NULL;
         return -1;
@@ -111,8 +111,8 @@ static int rows_run(struct run_work *work, const struct ov_lens *lens, uint32_t 
             op_linear(ops, &part, &product, error) || op_topk(ops, &merge, error))
             return -1;
     }
-    if (gpu_stream_copy(ops->stream, m->lists, 0, m->back, 0, 2 * half, error) ||
-        gpu_stream_wait(ops->stream, error))
+    if (gpu_queue_copy(ops->queue, m->lists, 0, m->back, 0, 2 * half, error) ||
+        gpu_queue_wait(ops->queue, error))
         return -1;
     memcpy(lens->values + (size_t)first * lens->k, gpu_buffer_map(m->back), half);
     memcpy(lens->indices + (size_t)first * lens->k, (const char *)gpu_buffer_map(m->back) + half,
@@ -137,7 +137,7 @@ int ov_lens_run(struct run_work *work, const struct ov_lens *lens, struct error 
         failed = rows_run(work, lens, first, n, &memory, error);
     }
     if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
+        gpu_queue_abandon(work->model->ops.queue);
     memory_free(&memory);
     return failed;
 }

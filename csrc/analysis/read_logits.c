@@ -220,7 +220,7 @@ int read_measure(struct run_work *work, const struct read_request *read, const f
     work->readback_used = 0;
     int failed = measure(work, &memory, read, rows, n_runs, error);
     if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
+        gpu_queue_abandon(work->model->ops.queue);
     read_memory_free(&memory);
     return failed;
 }

@@ -55,7 +55,7 @@ static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_
         if (layer_vectors(work, l + i, x, post,
                           gpu_buffer_address(work->readback) + 4 * i * layer_floats, error))
             return -1;
-    if (gpu_stream_wait(work->model->ops.stream, error))
+    if (gpu_queue_wait(work->model->ops.queue, error))
         return -1;
     const float *from = gpu_buffer_map(work->readback);
     for (uint64_t row = 0; row < (uint64_t)n * f->n_heads; row++)
@@ -78,7 +78,7 @@ int ov_value_vectors(struct run_work *work, const float *direction, uint32_t fir
         n = f->n_layers - l < room ? f->n_layers - l : (uint32_t)room;
         if (layers_vectors(work, l, n, x, post,
                            out + (uint64_t)(l - first_layer) * f->n_heads * f->d_model, error)) {
-            gpu_stream_abandon(work->model->ops.stream);
+            gpu_queue_abandon(work->model->ops.queue);
             return -1;
         }
     }

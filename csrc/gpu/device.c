@@ -42,7 +42,7 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
         .features = {.shaderInt64 = device->info.has_int64 ? VK_TRUE : VK_FALSE},
     };
     const float priority = 1.0f;
-    device->queue_family = gpu_queue_family_find(device->physical);
+    device->queue_family = gpu_compute_family_find(device->physical);
     VkDeviceQueueCreateInfo queue = {
         .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO,
         .queueFamilyIndex = device->queue_family,

@@ -43,7 +43,7 @@ static int device_extension_offered(VkPhysicalDevice physical, const char *name)
 }
 
 /* The first queue family that computes; UINT32_MAX if none. */
-uint32_t gpu_queue_family_find(VkPhysicalDevice physical) {
+uint32_t gpu_compute_family_find(VkPhysicalDevice physical) {
     VkQueueFamilyProperties families[32];
     uint32_t count = 32;
     vkGetPhysicalDeviceQueueFamilyProperties(physical, &count, families);
@@ -84,7 +84,7 @@ static const char *baseline_missing(VkPhysicalDevice physical,
         return "a subgroup size of 4 to 64";
     if (properties->limits.maxPushConstantsSize < GPU_PUSH_BYTES)
         return "128 bytes of push constants";
-    if (gpu_queue_family_find(physical) == UINT32_MAX)
+    if (gpu_compute_family_find(physical) == UINT32_MAX)
         return "a compute queue";
     return NULL;
 }

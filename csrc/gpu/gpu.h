@@ -1,4 +1,4 @@
-/* The device as the rest of the engine sees it: devices, buffers, kernels, one stream of work. No
+/* The device as the rest of the engine sees it: devices, buffers, kernels, one queue of work. No
  * Vulkan type leaves this room.
  *
  * Ownership: `_create`/`_open` give an object to the caller, `_destroy`/`_close` take it (NULL and
@@ -44,7 +44,7 @@ struct gpu_kernel {
 
 struct gpu_device;
 struct gpu_buffer;
-struct gpu_stream;
+struct gpu_queue;
 
 /* Fills up to `capacity` entries, sets *count to the number of devices. No driver at all:
  * *count = 0 and success. */
@@ -75,35 +75,34 @@ uint64_t gpu_buffer_size(const struct gpu_buffer *buffer);
 /* NULL for device-local memory that the host cannot see */
 void *gpu_buffer_map(struct gpu_buffer *buffer);
 
-/* A stream records work in order; every dispatch sees the results of those before it. Recorded work
+/* A queue records work in order; every dispatch sees the results of those before it. Recorded work
  * is submitted when its estimated time passes a bound (watchdogs), on flush, and on wait. */
-int gpu_stream_create(struct gpu_stream **out, struct gpu_device *device, struct error *error);
-void gpu_stream_destroy(struct gpu_stream *stream);
-int gpu_stream_dispatch(struct gpu_stream *stream, int kernel, const void *params,
-                        size_t params_bytes, uint32_t x, uint32_t y, uint32_t z, double flops,
-                        struct error *error);
+int gpu_queue_create(struct gpu_queue **out, struct gpu_device *device, struct error *error);
+void gpu_queue_destroy(struct gpu_queue *queue);
+int gpu_queue_dispatch(struct gpu_queue *queue, int kernel, const void *params, size_t params_bytes,
+                       uint32_t x, uint32_t y, uint32_t z, double flops, struct error *error);
 /* The next dispatch sees `bytes` from device address `address` (in one buffer) as a texel buffer of
  * 16-byte texels, at set 0, binding 0. Views are made once and kept with the buffer. */
-int gpu_stream_texels(struct gpu_stream *stream, uint64_t address, uint64_t bytes,
-                      struct error *error);
-int gpu_stream_copy(struct gpu_stream *stream, struct gpu_buffer *from, uint64_t from_offset,
-                    struct gpu_buffer *to, uint64_t to_offset, uint64_t bytes, struct error *error);
+int gpu_queue_texels(struct gpu_queue *queue, uint64_t address, uint64_t bytes,
+                     struct error *error);
+int gpu_queue_copy(struct gpu_queue *queue, struct gpu_buffer *from, uint64_t from_offset,
+                   struct gpu_buffer *to, uint64_t to_offset, uint64_t bytes, struct error *error);
 /* Zeros `bytes` (a multiple of 4) from `offset` (a multiple of 4). */
-int gpu_stream_zero(struct gpu_stream *stream, struct gpu_buffer *buffer, uint64_t offset,
-                    uint64_t bytes, struct error *error);
-int gpu_stream_flush(struct gpu_stream *stream, struct error *error);
+int gpu_queue_zero(struct gpu_queue *queue, struct gpu_buffer *buffer, uint64_t offset,
+                   uint64_t bytes, struct error *error);
+int gpu_queue_flush(struct gpu_queue *queue, struct error *error);
 /* Waits for all submitted work. `poll` (may be NULL) is asked between waits; non-zero: the work
  * under way is waited for, then ERROR_INTERRUPTED. */
-int gpu_stream_wait(struct gpu_stream *stream, struct error *error);
+int gpu_queue_wait(struct gpu_queue *queue, struct error *error);
 /* After a failure: forgets what was recorded but not submitted and waits for the rest, so that
  * buffers may be freed and a new run begun. */
-void gpu_stream_abandon(struct gpu_stream *stream);
-void gpu_stream_poll(struct gpu_stream *stream, int (*poll)(void *), void *context);
+void gpu_queue_abandon(struct gpu_queue *queue);
+void gpu_queue_poll(struct gpu_queue *queue, int (*poll)(void *), void *context);
 /* Floating point operations that one submission may hold: split what is larger, or a watchdog (and
  * Ctrl-C) has to wait for all of it. */
-double gpu_stream_flops_bound(const struct gpu_stream *stream);
+double gpu_queue_flops_bound(const struct gpu_queue *queue);
 /* since creation, for benchmarks */
-uint64_t gpu_stream_dispatches(const struct gpu_stream *stream);
+uint64_t gpu_queue_dispatches(const struct gpu_queue *queue);
 
 /* Whether this device offers what the kernel's code asks for (64-bit integers),
  * and this build has it. */

@@ -69,7 +69,7 @@ struct gpu_buffer {
 VkInstance gpu_instance_get(struct error *error);
 int gpu_instance_has_debug_names(void);
 /* device_info.c */
-uint32_t gpu_queue_family_find(VkPhysicalDevice physical);
+uint32_t gpu_compute_family_find(VkPhysicalDevice physical);
 void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info);
 void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device_info *info);
 int gpu_physical_devices(VkPhysicalDevice *list, uint32_t *count, struct error *error);

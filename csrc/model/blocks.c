@@ -50,7 +50,7 @@ void model_blocks_destroy(struct model *model) {
 }
 
 int model_blocks_finish(struct model *model, struct error *error) {
-    if (gpu_stream_wait(model->ops.stream, error))
+    if (gpu_queue_wait(model->ops.queue, error))
         return -1;
     for (int i = 0; i < 2; i++) {
         gpu_buffer_destroy(model->staging[i]);
@@ -98,6 +98,6 @@ int model_staging_next(struct model *model, struct gpu_buffer **out, struct erro
     *out = model->staging[model->next_staging];
     model->next_staging ^= 1;
     if (model->next_staging == 1) /* both may be in flight: wait once for the pair */
-        return gpu_stream_wait(model->ops.stream, error);
+        return gpu_queue_wait(model->ops.queue, error);
     return 0;
 }

@@ -96,8 +96,8 @@ int model_angles_prepare(struct model *model, uint32_t n, struct error *error) {
                 *out++ = (float)(cos(angle) * model->rope_factor[i]);
                 *out++ = (float)(sin(angle) * model->rope_factor[i]);
             }
-        if (gpu_stream_copy(model->ops.stream, upload, 0, table, 0, bytes, error) ||
-            gpu_stream_wait(model->ops.stream, error))
+        if (gpu_queue_copy(model->ops.queue, upload, 0, table, 0, bytes, error) ||
+            gpu_queue_wait(model->ops.queue, error))
             goto fail;
         gpu_buffer_destroy(upload);
         gpu_buffer_destroy(model->angles[i]);

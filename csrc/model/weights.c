@@ -216,9 +216,9 @@ int model_matrix_load(struct model *model, const char *name, int layer,
                 .out = gpu_buffer_map(staging),
             };
             panels_pack_parallel(&pack);
-            if (gpu_stream_copy(model->ops.stream, staging, 0, buffer,
-                                offset + row / OP_PANEL * panel_bytes,
-                                op_matrix_bytes(made.type, rows, k), error))
+            if (gpu_queue_copy(model->ops.queue, staging, 0, buffer,
+                               offset + row / OP_PANEL * panel_bytes,
+                               op_matrix_bytes(made.type, rows, k), error))
                 return -1;
         }
     }
@@ -246,7 +246,7 @@ int model_vector_load(struct model *model, const char *name, int layer,
     for (int i = 0; i < n_sources; i++)
         for (uint32_t j = 0; j < sources[i].rows; j++)
             out[at++] = source_float(&sources[i], j) + shift;
-    if (gpu_stream_copy(model->ops.stream, staging, 0, buffer, offset, bytes, error))
+    if (gpu_queue_copy(model->ops.queue, staging, 0, buffer, offset, bytes, error))
         return -1;
     *vector = gpu_buffer_address(buffer) + offset;
     return 0;

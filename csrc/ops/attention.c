@@ -11,32 +11,32 @@ static uint32_t blocks(const struct ops *ops, uint32_t n) {
 
 int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens,
             struct error *error) {
-    return gpu_stream_dispatch(
-        ops->stream, KERNEL_rope, params, sizeof *params, n_tokens, 1, 1,
+    return gpu_queue_dispatch(
+        ops->queue, KERNEL_rope, params, sizeof *params, n_tokens, 1, 1,
         10.0 * n_tokens * params->d_head * (params->n_heads + 2 * params->n_kv_heads), error);
 }
 
 int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles,
                    uint32_t n_keys, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_attn_scores, params, sizeof *params,
-                               blocks(ops, n_keys), n_tiles, params->n_heads,
-                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
-                               error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_scores, params, sizeof *params,
+                              blocks(ops, n_keys), n_tiles, params->n_heads,
+                              2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
+                              error);
 }
 
 int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens,
                     uint32_t n_keys, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_attn_softmax, params, sizeof *params, n_tokens,
-                               params->n_heads, 1, 20.0 * n_tokens * n_keys * params->n_heads,
-                               error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_softmax, params, sizeof *params, n_tokens,
+                              params->n_heads, 1, 20.0 * n_tokens * n_keys * params->n_heads,
+                              error);
 }
 
 int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys,
                 struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_attn_mix, params, sizeof *params,
-                               blocks(ops, params->d_head), n_tiles, params->n_heads,
-                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
-                               error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_mix, params, sizeof *params,
+                              blocks(ops, params->d_head), n_tiles, params->n_heads,
+                              2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
+                              error);
 }
 
 /* The kernel that takes so many query heads at once, or four of them. */
@@ -48,24 +48,24 @@ int op_attn_decode_kernel(uint32_t group) {
 
 int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens,
                    uint32_t n_keys, struct error *error) {
-    return gpu_stream_dispatch(ops->stream,
-                               op_attn_decode_kernel(params->n_heads / params->n_kv_heads), params,
-                               sizeof *params, n_tokens, params->n_kv_heads, 1,
-                               4.0 * n_tokens * n_keys * params->n_heads * params->d_head, error);
+    return gpu_queue_dispatch(ops->queue,
+                              op_attn_decode_kernel(params->n_heads / params->n_kv_heads), params,
+                              sizeof *params, n_tokens, params->n_kv_heads, 1,
+                              4.0 * n_tokens * n_keys * params->n_heads * params->d_head, error);
 }
 
 int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens,
                 struct error *error) {
-    return gpu_stream_dispatch(
-        ops->stream, KERNEL_rope_bwd, params, sizeof *params, n_tokens, 1, 1,
+    return gpu_queue_dispatch(
+        ops->queue, KERNEL_rope_bwd, params, sizeof *params, n_tokens, 1, 1,
         16.0 * n_tokens * params->d_head * (params->n_heads + params->n_kv_heads), error);
 }
 
 int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens,
                         uint32_t n_keys, struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_attn_softmax_bwd, params, sizeof *params,
-                               n_tokens, params->n_heads, 1,
-                               10.0 * n_tokens * n_keys * params->n_heads, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_softmax_bwd, params, sizeof *params, n_tokens,
+                              params->n_heads, 1, 10.0 * n_tokens * n_keys * params->n_heads,
+                              error);
 }
 
 /* n_keys: the most keys of a row, hence the most queries of one. */
@@ -73,8 +73,8 @@ int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32
                     uint32_t n_keys, struct error *error) {
     /* RN of the shader */
     uint32_t columns = (ops->subgroup <= 16 ? 4 : ops->subgroup == 32 ? 2 : 1) * ops->workgroup;
-    return gpu_stream_dispatch(
-        ops->stream, KERNEL_attn_mix_bwd, params, sizeof *params,
-        (params->d_head + columns - 1) / columns, n_tiles, params->n_kv_heads,
-        2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_mix_bwd, params, sizeof *params,
+                              (params->d_head + columns - 1) / columns, n_tiles, params->n_kv_heads,
+                              2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
+                              error);
 }

@@ -17,8 +17,8 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
             .weight_type = embedding->type,
             .scale = scale,
         };
-        if (gpu_stream_dispatch(ops->stream, KERNEL_embed, &params, sizeof params, n_tokens, 1, 1,
-                                4.0 * n_tokens * embedding->k, error))
+        if (gpu_queue_dispatch(ops->queue, KERNEL_embed, &params, sizeof params, n_tokens, 1, 1,
+                               4.0 * n_tokens * embedding->k, error))
             return -1;
     }
     return 0;
@@ -30,32 +30,32 @@ int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
            struct error *error) {
     uint32_t columns = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? params->width
                                                                               : 4 * ops->workgroup;
-    return gpu_stream_dispatch(ops->stream, KERNEL_act, params, sizeof *params, n_tokens,
-                               (params->width + columns - 1) / columns, 1,
-                               30.0 * n_tokens * params->width, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_act, params, sizeof *params, n_tokens,
+                              (params->width + columns - 1) / columns, 1,
+                              30.0 * n_tokens * params->width, error);
 }
 
 int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens,
                struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_act_bwd, params, sizeof *params, n_tokens, 1, 1,
-                               60.0 * n_tokens * params->width, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_act_bwd, params, sizeof *params, n_tokens, 1, 1,
+                              60.0 * n_tokens * params->width, error);
 }
 
 int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads,
             struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_edit, params, sizeof *params, n_entries, n_heads,
-                               1, 8.0 * n_entries * n_heads * params->width, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_edit, params, sizeof *params, n_entries, n_heads,
+                              1, 8.0 * n_entries * n_heads * params->width, error);
 }
 
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error) {
     uint32_t x = params->n_rows < 32768 ? params->n_rows : 32768;
-    return gpu_stream_dispatch(ops->stream, KERNEL_copy, params, sizeof *params, x,
-                               x ? (params->n_rows + x - 1) / x : 0, 1,
-                               4.0 * params->n_rows * params->width, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_copy, params, sizeof *params, x,
+                              x ? (params->n_rows + x - 1) / x : 0, 1,
+                              4.0 * params->n_rows * params->width, error);
 }
 
 int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens,
                  struct error *error) {
-    return gpu_stream_dispatch(ops->stream, KERNEL_sum_heads, params, sizeof *params, n_tokens, 1,
-                               1, 2.0 * n_tokens * params->n_heads * params->width, error);
+    return gpu_queue_dispatch(ops->queue, KERNEL_sum_heads, params, sizeof *params, n_tokens, 1, 1,
+                              2.0 * n_tokens * params->n_heads * params->width, error);
 }

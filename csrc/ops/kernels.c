@@ -42,10 +42,10 @@ int ops_create(struct ops *ops, struct gpu_device *device, struct error *error) 
     ops->subgroup = gpu_device_get_info(device)->subgroup_size;
     ops->workgroup = gpu_device_workgroup(device);
     ops->linear_family = LINEAR_BROADCAST; /* until one was chosen */
-    return gpu_stream_create(&ops->stream, device, error);
+    return gpu_queue_create(&ops->queue, device, error);
 }
 
 void ops_destroy(struct ops *ops) {
-    gpu_stream_destroy(ops->stream);
-    ops->stream = NULL;
+    gpu_queue_destroy(ops->queue);
+    ops->queue = NULL;
 }

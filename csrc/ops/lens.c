@@ -42,12 +42,12 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix,
             .out_stride = args->dst_stride,
             .has_gain = args->gain != 0,
         };
-        if (texels && gpu_stream_texels(ops->stream, params.weights,
-                                        op_matrix_bytes(matrix->type, n_out, matrix->k), error))
+        if (texels && gpu_queue_texels(ops->queue, params.weights,
+                                       op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
-        if (gpu_stream_dispatch(ops->stream, kernels[texels][matrix->type], &params, sizeof params,
-                                (args->n_heads + each - 1) / each, (n_out + columns - 1) / columns,
-                                1, 2.0 * n_out * matrix->k, error))
+        if (gpu_queue_dispatch(ops->queue, kernels[texels][matrix->type], &params, sizeof params,
+                               (args->n_heads + each - 1) / each, (n_out + columns - 1) / columns,
+                               1, 2.0 * n_out * matrix->k, error))
             return -1;
     }
     return 0;
@@ -65,9 +65,9 @@ int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
             .n_out = n_out,
             .panel_cells = matrix->k_cells,
         };
-        if (gpu_stream_dispatch(ops->stream, kernels[matrix->type], &params, sizeof params,
-                                (n_out + ops->workgroup - 1) / ops->workgroup, 1, 1,
-                                2.0 * n_out * matrix->k, error))
+        if (gpu_queue_dispatch(ops->queue, kernels[matrix->type], &params, sizeof params,
+                               (n_out + ops->workgroup - 1) / ops->workgroup, 1, 1,
+                               2.0 * n_out * matrix->k, error))
             return -1;
     }
     return 0;
@@ -93,7 +93,7 @@ int op_topk(struct ops *ops, const struct topk_params *params, struct error *err
                          params->x_stride, TOPK_MAX);
     if (params->n_columns == 0 && !(params->flags & TOPK_BEGIN))
         return 0;
-    double at_once = gpu_stream_flops_bound(ops->stream) / topk_work(params);
+    double at_once = gpu_queue_flops_bound(ops->queue) / topk_work(params);
     uint32_t step = at_once < 1 ? 1 : at_once < params->n_rows ? (uint32_t)at_once : params->n_rows;
     for (uint32_t row = 0, n; row < params->n_rows; row += n) {
         struct topk_params part = *params;
@@ -102,8 +102,8 @@ int op_topk(struct ops *ops, const struct topk_params *params, struct error *err
         part.x += 4 * (uint64_t)row * params->x_stride;
         part.values += 4 * (uint64_t)row * params->k;
         part.indices += 4 * (uint64_t)row * params->k;
-        if (gpu_stream_dispatch(ops->stream, KERNEL_topk, &part, sizeof part, (n + rows - 1) / rows,
-                                1, 1, n * topk_work(params), error))
+        if (gpu_queue_dispatch(ops->queue, KERNEL_topk, &part, sizeof part, (n + rows - 1) / rows,
+                               1, 1, n * topk_work(params), error))
             return -1;
     }
     return 0;

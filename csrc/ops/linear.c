@@ -108,7 +108,7 @@ static uint32_t variant_columns(const struct ops *ops, const struct variant *var
  * Rows are independent: no bit changes. */
 static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out,
                              uint32_t n_inputs) {
-    double rows = gpu_stream_flops_bound(ops->stream) / (2.0 * n_out * n_inputs);
+    double rows = gpu_queue_flops_bound(ops->queue) / (2.0 * n_out * n_inputs);
     if (rows >= 65536.0 * variant->rows)
         return 65535 * variant->rows;
     uint32_t groups = (uint32_t)(rows / variant->rows);
@@ -147,13 +147,13 @@ static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint3
             .eps = args->eps,
         };
         if (ops->linear_family == LINEAR_TEXELS &&
-            gpu_stream_texels(ops->stream, params.weights,
-                              op_matrix_bytes(matrix->type, n_out, matrix->k), error))
+            gpu_queue_texels(ops->queue, params.weights,
+                             op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
-        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params,
-                                (n + variant->rows - 1) / variant->rows,
-                                (n_out + columns - 1) / columns, 1, 2.0 * n * n_out * n_inputs,
-                                error))
+        if (gpu_queue_dispatch(ops->queue, variant->kernel, &params, sizeof params,
+                               (n + variant->rows - 1) / variant->rows,
+                               (n_out + columns - 1) / columns, 1, 2.0 * n * n_out * n_inputs,
+                               error))
             return -1;
     }
     return 0;
@@ -183,7 +183,7 @@ int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matri
                             uint32_t n_rows) {
     double flops = 2.0 * n_rows * matrix->n * matrix->k;
     return op_linear_norms(ops, n_rows) && matrix->n_chunks == 1 &&
-           flops <= gpu_stream_flops_bound(ops->stream);
+           flops <= gpu_queue_flops_bound(ops->queue);
 }
 
 int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
@@ -229,13 +229,13 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
         .n_heads = args->n_heads,
         .n_kv_heads = args->n_kv_heads,
     };
-    if (texels && gpu_stream_texels(ops->stream, params.weights,
-                                    op_matrix_bytes(matrix->type, matrix->n, matrix->k), error))
+    if (texels && gpu_queue_texels(ops->queue, params.weights,
+                                   op_matrix_bytes(matrix->type, matrix->n, matrix->k), error))
         return -1;
-    return gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params,
-                               (n_rows + variant->rows - 1) / variant->rows,
-                               (n_pairs + columns - 1) / columns, 1,
-                               2.0 * n_rows * matrix->n * matrix->k, error);
+    return gpu_queue_dispatch(ops->queue, variant->kernel, &params, sizeof params,
+                              (n_rows + variant->rows - 1) / variant->rows,
+                              (n_pairs + columns - 1) / columns, 1,
+                              2.0 * n_rows * matrix->n * matrix->k, error);
 }
 
 int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count,
@@ -324,13 +324,13 @@ static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, 
             .flags = add ? LINEAR_ADD : 0,
         };
         if (ops->linear_family == LINEAR_TEXELS &&
-            gpu_stream_texels(ops->stream, params.weights,
-                              op_matrix_bytes(matrix->type, matrix->chunks[chunk].count, matrix->k),
-                              error))
+            gpu_queue_texels(ops->queue, params.weights,
+                             op_matrix_bytes(matrix->type, matrix->chunks[chunk].count, matrix->k),
+                             error))
             return -1;
-        if (gpu_stream_dispatch(ops->stream, variant->kernel, &params, sizeof params,
-                                (n + variant->rows - 1) / variant->rows,
-                                (n_k + columns - 1) / columns, 1, 2.0 * n * n_sum * n_k, error))
+        if (gpu_queue_dispatch(ops->queue, variant->kernel, &params, sizeof params,
+                               (n + variant->rows - 1) / variant->rows,
+                               (n_k + columns - 1) / columns, 1, 2.0 * n * n_sum * n_k, error))
             return -1;
     }
     return 0;

@@ -22,7 +22,7 @@ static double best(const double *seconds) {
 
 static int buffer(struct ops *ops, struct gpu_buffer **out, uint64_t bytes, struct error *error) {
     return gpu_buffer_create(out, ops->device, bytes, GPU_DEVICE_LOCAL, "measurement", error) ||
-                   gpu_stream_zero(ops->stream, *out, 0, gpu_buffer_size(*out), error)
+                   gpu_queue_zero(ops->queue, *out, 0, gpu_buffer_size(*out), error)
                ? -1
                : 0;
 }
@@ -61,12 +61,12 @@ static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t 
         .x_stride = args.x_stride,
     };
     for (int i = -1; i < REPEATS; i++) { /* the first compiles */
-        if (gpu_stream_wait(ops->stream, error))
+        if (gpu_queue_wait(ops->queue, error))
             goto done;
         double start = now();
         if ((backward ? op_linear_bwd(ops, &matrix, &back, error)
                       : op_linear(ops, &matrix, &args, error)) ||
-            gpu_stream_wait(ops->stream, error))
+            gpu_queue_wait(ops->queue, error))
             goto done;
         if (i >= 0)
             seconds[i] = now() - start;
@@ -75,7 +75,7 @@ static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t 
     failed = 0;
 done:
     if (failed)
-        gpu_stream_abandon(ops->stream);
+        gpu_queue_abandon(ops->queue);
     gpu_buffer_destroy(w);
     gpu_buffer_destroy(x);
     gpu_buffer_destroy(y);
@@ -118,15 +118,15 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second,
     };
     uint32_t subgroups = (n_cells + each - 1) / each, per_group = ops->workgroup / ops->subgroup;
     for (int i = -1; i < REPEATS; i++) {
-        if (gpu_stream_wait(ops->stream, error))
+        if (gpu_queue_wait(ops->queue, error))
             goto done;
         double start = now();
-        if (texels && gpu_stream_texels(ops->stream, params.x, bytes, error))
+        if (texels && gpu_queue_texels(ops->queue, params.x, bytes, error))
             goto done;
-        if (gpu_stream_dispatch(ops->stream, texels ? KERNEL_read_texels : KERNEL_read, &params,
-                                sizeof params, (subgroups + per_group - 1) / per_group, 1, 1, 1e6,
-                                error) ||
-            gpu_stream_wait(ops->stream, error))
+        if (gpu_queue_dispatch(ops->queue, texels ? KERNEL_read_texels : KERNEL_read, &params,
+                               sizeof params, (subgroups + per_group - 1) / per_group, 1, 1, 1e6,
+                               error) ||
+            gpu_queue_wait(ops->queue, error))
             goto done;
         if (i >= 0)
             seconds[i] = now() - start;
@@ -135,7 +135,7 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second,
     failed = 0;
 done:
     if (failed)
-        gpu_stream_abandon(ops->stream);
+        gpu_queue_abandon(ops->queue);
     gpu_buffer_destroy(from);
     gpu_buffer_destroy(to);
     return failed;

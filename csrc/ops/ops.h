@@ -25,7 +25,7 @@ int op_kernel_find(const char *name); /* -1 if there is none */
 
 struct ops {
     struct gpu_device *device;
-    struct gpu_stream *stream;
+    struct gpu_queue *queue;
     uint32_t subgroup, workgroup; /* invocations */
     int linear_family;            /* enum op_linear_family, measured once per device or pinned */
 };

@@ -137,7 +137,7 @@ static int product(struct ops *ops, const struct test *test, const struct job *j
     failed = job->phase == BACKWARD
                  ? product_back(ops, test, job, &matrix, n_rows, args.add, out, error)
                  : op_linear(ops, &matrix, &args, error);
-    failed = failed || gpu_stream_wait(ops->stream, error);
+    failed = failed || gpu_queue_wait(ops->queue, error);
     ops->linear_family = before;
     return failed ? -1 : 0;
 }
@@ -201,7 +201,7 @@ int op_linear_self_test(struct ops *ops, int family, int only_type, struct error
                              error);
     }
     if (failed)
-        gpu_stream_abandon(ops->stream);
+        gpu_queue_abandon(ops->queue);
     test_free(&test);
     return failed ? -1 : 0;
 }

@@ -51,7 +51,7 @@ static void attribution_dealloc(PyObject *object) {
     if (self->owner)
         engine_lock(self->owner->owner);
     if (self->attribution && !self->owner->model)
-        self->attribution->work->model = NULL; /* closed meanwhile: its stream is idle and gone */
+        self->attribution->work->model = NULL; /* closed meanwhile: its queue is idle and gone */
     attribution_destroy(self->attribution);
     if (self->owner)
         engine_unlock(self->owner->owner);

@@ -38,7 +38,7 @@ static void cache_dealloc(PyObject *object) {
     if (self->owner)
         engine_lock(self->owner->owner);
     if (self->owner && self->owner->model) /* copies may be recorded that nobody has waited for */
-        gpu_stream_wait(self->owner->model->ops.stream, NULL);
+        gpu_queue_wait(self->owner->model->ops.queue, NULL);
     run_cache_destroy(self->cache);
     if (self->owner)
         engine_unlock(self->owner->owner);

@@ -90,7 +90,7 @@ static void circuits_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     if (self->owner)
         engine_lock(self->owner->owner);
-    if (self->run && !self->owner->model) { /* closed meanwhile: its stream is idle and gone */
+    if (self->run && !self->owner->model) { /* closed meanwhile: its queue is idle and gone */
         self->run->model = NULL;
         if (self->run->work)
             self->run->work->model = NULL;

@@ -100,7 +100,7 @@ void engine_end(struct model_object *model); /* with or without the GIL */
  * because the interpreter ends stands still. */
 PyObject *engine_fail(struct model_object *model, const struct error *error);
 
-/* For gpu_stream_poll, context: the device object. Non-zero when a signal handler raised (its
+/* For gpu_queue_poll, context: the device object. Non-zero when a signal handler raised (its
  * exception stays set) or the interpreter ends. */
 int engine_poll(void *context);
 
@@ -109,9 +109,9 @@ int engine_poll(void *context);
 #define ENGINE_WORK(self, failed, call) \
     do { \
         Py_BEGIN_ALLOW_THREADS \
-        gpu_stream_poll((self)->model->ops.stream, engine_poll, (self)->owner); \
+        gpu_queue_poll((self)->model->ops.queue, engine_poll, (self)->owner); \
         failed = (call); \
-        gpu_stream_poll((self)->model->ops.stream, NULL, NULL); \
+        gpu_queue_poll((self)->model->ops.queue, NULL, NULL); \
         engine_end(self); \
         Py_END_ALLOW_THREADS \
     } while (0)

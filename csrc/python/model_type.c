@@ -330,7 +330,7 @@ static PyObject *model_get_dispatches(PyObject *object, void *unused) {
     struct model_object *self = (struct model_object *)object;
     return model_check(self)
                ? NULL
-               : PyLong_FromUnsignedLongLong(gpu_stream_dispatches(self->model->ops.stream));
+               : PyLong_FromUnsignedLongLong(gpu_queue_dispatches(self->model->ops.queue));
 }
 
 static PyMethodDef model_methods[] = {

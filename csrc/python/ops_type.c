@@ -179,8 +179,8 @@ static int run_both(struct bench_object *self, struct bench_run *run, struct err
     for (uint32_t i = 0; i < run->memory.n_buffers; i++)
         memcpy(arena + run->offset[i], run->given[i], 4 * run->memory.buffers[i].n);
     if (run->call->run(&self->ops, run->device_block, error) ||
-        gpu_stream_wait(self->ops.stream, error)) {
-        gpu_stream_abandon(self->ops.stream);
+        gpu_queue_wait(self->ops.queue, error)) {
+        gpu_queue_abandon(self->ops.queue);
         return -1;
     }
     for (uint32_t i = 0; i < run->memory.n_buffers; i++)

@@ -49,9 +49,9 @@ static void tape_dealloc(PyObject *object) {
     if (self->owner)
         engine_lock(self->owner->owner);
     if (self->work && self->owner && !self->owner->model)
-        self->work->model = NULL; /* closed meanwhile: its stream is idle and gone */
+        self->work->model = NULL; /* closed meanwhile: its queue is idle and gone */
     if (self->work && self->work->model)
-        gpu_stream_wait(self->work->model->ops.stream, NULL);
+        gpu_queue_wait(self->work->model->ops.queue, NULL);
     run_tape_destroy(self->tape);
     run_work_destroy(self->work);
     if (self->owner)

@@ -27,7 +27,7 @@ static int apply_some(struct run_work *work, const struct op_matrix *matrix, con
         .dst_stride = y_stride,
     };
     if (op_linear(&work->model->ops, matrix, &args, error) ||
-        gpu_stream_wait(work->model->ops.stream, error))
+        gpu_queue_wait(work->model->ops.queue, error))
         goto done;
     const float *from = gpu_buffer_map(output);
     for (uint32_t i = 0; i < n; i++)
@@ -35,7 +35,7 @@ static int apply_some(struct run_work *work, const struct op_matrix *matrix, con
     failed = 0;
 done:
     if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
+        gpu_queue_abandon(work->model->ops.queue);
     gpu_buffer_destroy(input);
     gpu_buffer_destroy(output);
     return failed;
@@ -73,7 +73,7 @@ static int rows_some(struct run_work *work, const struct op_matrix *matrix, uint
     if (failed ||
         op_embed(&work->model->ops, matrix, tokens, n, 1, gpu_buffer_address(work->readback),
                  matrix->k, error) ||
-        gpu_stream_wait(work->model->ops.stream, error))
+        gpu_queue_wait(work->model->ops.queue, error))
         return -1;
     memcpy(out, gpu_buffer_map(work->readback), 4 * (size_t)n * matrix->k);
     return 0;
@@ -90,7 +90,7 @@ int run_rows_read(struct run_work *work, const char *name, int layer, uint32_t f
     for (uint32_t done = 0, some; done < n; done += some) {
         some = n - done < at_once ? n - done : at_once;
         if (rows_some(work, matrix, first + done, some, out + (size_t)done * columns, error)) {
-            gpu_stream_abandon(work->model->ops.stream);
+            gpu_queue_abandon(work->model->ops.queue);
             return -1;
         }
     }
@@ -109,9 +109,8 @@ int run_vector_read(struct run_work *work, const char *name, int layer, float *o
         .n_rows = 1,
         .width = n,
     };
-    if (op_copy(&work->model->ops, &copy, error) ||
-        gpu_stream_wait(work->model->ops.stream, error)) {
-        gpu_stream_abandon(work->model->ops.stream);
+    if (op_copy(&work->model->ops, &copy, error) || gpu_queue_wait(work->model->ops.queue, error)) {
+        gpu_queue_abandon(work->model->ops.queue);
         return -1;
     }
     memcpy(out, gpu_buffer_map(work->readback), 4 * (size_t)n);

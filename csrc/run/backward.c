@@ -491,7 +491,7 @@ int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_c
     backward.n_captures = back->n_captures;
     failed = failed || (!values_only && way_back(work, cache, back, error)) ||
              (work->n_pending ? work_readback_drain(work, error)
-                              : gpu_stream_wait(work->model->ops.stream, error));
+                              : gpu_queue_wait(work->model->ops.queue, error));
     run_whole_end(work, failed);
     work->tape = NULL;
     return failed ? -1 : 0;

@@ -195,7 +195,7 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
             chunk_run(work, cache, lists->meta, lists->frozen, lists->mlp_rows, mlp_frozen, error))
             return -1;
     }
-    return gpu_stream_wait(work->model->ops.stream, error);
+    return gpu_queue_wait(work->model->ops.queue, error);
 }
 
 /* Checks, and the rotation tables for the longest row. */
@@ -222,7 +222,7 @@ int run_forward(struct run_work *work, struct run_cache *cache, const struct run
                  batch_begin(work, cache, batch, &mlp_frozen, error) ||
                  batch_run(work, cache, batch, &lists, mlp_frozen, error);
     if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
+        gpu_queue_abandon(work->model->ops.queue);
     work->chunk.batch = NULL;
     lists_free(&lists);
     return failed ? -1 : 0;
@@ -260,6 +260,6 @@ int run_whole(struct run_work *work, struct run_cache *cache, const struct run_b
 
 void run_whole_end(struct run_work *work, int failed) {
     if (failed)
-        gpu_stream_abandon(work->model->ops.stream);
+        gpu_queue_abandon(work->model->ops.queue);
     work->chunk.batch = NULL;
 }

@@ -187,7 +187,7 @@ int metric_gradient(struct run_work *work, struct run_tape *tape, const struct r
     RUN(work_grow(work, &tape->metric, (2 * (uint64_t)metric->n + 1) * row, "metric rows", error));
     rows.normed = run_address(tape->metric);
     rows.dnormed = rows.normed + metric->n * row;
-    RUN(gpu_stream_zero(work->model->ops.stream, tape->metric, 2 * metric->n * row, row, error));
+    RUN(gpu_queue_zero(work->model->ops.queue, tape->metric, 2 * metric->n * row, row, error));
     RUN(work_upload(work, metric->weights, 4 * (uint64_t)metric->n, &rows.weights, error));
     RUN(work_upload(work, metric->tokens, 4 * (uint64_t)metric->n, &rows.tokens, error));
     RUN(run_final_norm(work, error)); /* with its edits; captures were taken by the forward pass */

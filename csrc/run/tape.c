@@ -33,7 +33,7 @@ static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buf
     if (gpu_buffer_create(out, work->model->ops.device, 4 * (uint64_t)capacity * stride,
                           GPU_DEVICE_LOCAL, name, error))
         return -1;
-    return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
+    return gpu_queue_zero(work->model->ops.queue, *out, 0, gpu_buffer_size(*out), error);
 }
 
 static int inside_make(const struct run_work *work, uint32_t capacity, struct tape_layer *layer,
@@ -90,7 +90,7 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
     *out = tape;
     return 0;
 fail:
-    gpu_stream_abandon(work->model->ops.stream);
+    gpu_queue_abandon(work->model->ops.queue);
     run_tape_destroy(tape);
     return -1;
 }

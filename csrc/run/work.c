@@ -29,7 +29,7 @@ static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_
                          const char *name, struct error *error) {
     if (gpu_buffer_create(out, work->model->ops.device, bytes, GPU_DEVICE_LOCAL, name, error))
         return -1;
-    return gpu_stream_zero(work->model->ops.stream, *out, 0, gpu_buffer_size(*out), error);
+    return gpu_queue_zero(work->model->ops.queue, *out, 0, gpu_buffer_size(*out), error);
 }
 
 int run_work_create(struct run_work **out, struct model *model, uint32_t capacity,
@@ -106,7 +106,7 @@ void run_work_destroy(struct run_work *work) {
     if (!work)
         return;
     if (work->model)
-        gpu_stream_wait(work->model->ops.stream, NULL);
+        gpu_queue_wait(work->model->ops.queue, NULL);
     struct gpu_buffer *buffers[] = {
         work->x,      work->norm,     work->normalized,    work->out,     work->scale,
         work->qkv,    work->z,        work->gate_up,       work->post,    work->scores,
@@ -125,7 +125,7 @@ int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes,
               struct error *error) {
     if (*buffer && gpu_buffer_size(*buffer) >= bytes)
         return 0;
-    if (*buffer && gpu_stream_wait(work->model->ops.stream, error))
+    if (*buffer && gpu_queue_wait(work->model->ops.queue, error))
         return -1;
     gpu_buffer_destroy(*buffer);
     *buffer = NULL;
@@ -160,7 +160,7 @@ int work_upload_reset(struct run_work *work, struct error *error) {
     struct upload_block *block = work->uploads;
     if (!block || (!block->next && block->used < gpu_buffer_size(block->buffer) / 2))
         return 0; /* still room behind what may be in use */
-    if (gpu_stream_wait(work->model->ops.stream, error))
+    if (gpu_queue_wait(work->model->ops.queue, error))
         return -1;
     uploads_destroy(block->next);
     block->next = NULL;
@@ -265,7 +265,7 @@ static void piece_place(const struct run_work *work, const struct readback *piec
 }
 
 int work_readback_drain(struct run_work *work, struct error *error) {
-    int failed = gpu_stream_wait(work->model->ops.stream, error);
+    int failed = gpu_queue_wait(work->model->ops.queue, error);
     for (uint32_t i = 0; i < work->n_pending && !failed; i++)
         piece_place(work, &work->pending[i]);
     work->n_pending = 0;
@@ -325,11 +325,11 @@ int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from
     for (uint32_t i = 0; i < n_to; i++)
         for (uint32_t l = first_layer > cache->first_layer ? first_layer : cache->first_layer;
              l < cache->n_layers; l++)
-            if (gpu_stream_copy(work->model->ops.stream, cache->k[l], from * slot, cache->k[l],
-                                to[i] * slot, n * slot, error) ||
-                gpu_stream_copy(work->model->ops.stream, cache->v[l], from * slot, cache->v[l],
-                                to[i] * slot, n * slot, error)) {
-                gpu_stream_abandon(work->model->ops.stream);
+            if (gpu_queue_copy(work->model->ops.queue, cache->k[l], from * slot, cache->k[l],
+                               to[i] * slot, n * slot, error) ||
+                gpu_queue_copy(work->model->ops.queue, cache->v[l], from * slot, cache->v[l],
+                               to[i] * slot, n * slot, error)) {
+                gpu_queue_abandon(work->model->ops.queue);
                 return -1;
             }
     return 0;
