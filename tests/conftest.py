@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("op_bench")
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -104,6 +105,23 @@ def zoo(tmp_path_factory):
     zoo = Zoo(tmp_path_factory.mktemp("zoo"))
     yield zoo
     zoo.close()
+
+
+@pytest.fixture(scope="module")
+def on():
+    """The bench of the default device, on which single ops run (op_bench.py)."""
+    import op_bench
+
+    bench, _ = op_bench.verify.bench(None)
+    yield bench
+    for op, (error, label) in sorted(op_bench.WORST.items()):  # shown with pytest -s
+        print(f"\n{op}: {error:.1e} at {label}", end="")
+
+
+@pytest.fixture(scope="module")
+def families(on):
+    """The numbers of the kernel families that this device runs."""
+    return [number for number, _ in on.families()]
 
 
 @pytest.fixture

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from test_ops import SIZES, agree, on, same_bits, seeds  # noqa: F401  a fixture among them
+from op_bench import SIZES, agree, few, same_bits, seeds
 from vksteer.verify import attribution, backward, problems
-
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 @pytest.mark.parametrize("raw_width", [0, *SIZES, 576])

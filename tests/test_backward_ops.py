@@ -6,25 +6,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from test_ops import (
-    BATCHES,
-    HEADS,
-    ROWS,
-    SIZES,
-    agree,
-    families,
-    on,
-    same_bits,
-    seeds,
-)
+from op_bench import BATCHES, HEADS, ROWS, SIZES, agree, few, same_bits, seeds
 from vksteer.verify import backward, problems
 from vksteer.verify import forward as forward_problems
-
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-
 
 # -- matrices --------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from test_ops import SIZES, agree, on, same_bits  # noqa: F401  a fixture among them
+from op_bench import SIZES, agree, same_bits
 from vksteer.verify import circuit
 
 

@@ -6,35 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from vksteer.verify import checking as verify
+from op_bench import SIZES, agree, few, seeds
 from vksteer.verify import lens, problems
-
-SIZES = (1, 3, 7, 33, 257)
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(scope="module")
-def on():
-    bench, _ = verify.bench(None)
-    return bench
-
-
-@pytest.fixture(scope="module")
-def families(on):
-    return [number for number, _ in on.families()]
-
-
-def agree(on, problem):
-    outcome = verify.check(on, problem)
-    assert outcome.error <= verify.BOUNDS[problem.op], (
-        f"{problem.op}, {problem.label}: error {outcome.error:.2e} at {outcome.where}"
-    )
-    return outcome
-
 
 # -- heads -----------------------------------------------------------------------------------------
 

@@ -1,9 +1,7 @@
 """Every op against its float64 twin over awkward shapes: 1, 3, 7, 33, 257, ragged tiles,
 empty lists, every flag.
 
-The builders, what is compared and the bounds (measured, with the measurement beside them) are
-vksteer.verify's; here are the shapes. NaN fills all memory that an op must neither read nor write,
-so reading a pad or writing one fails a test by itself.
+op_bench.py has the comparison and the shapes that these tests share with those of other ops.
 """
 
 from __future__ import annotations
@@ -18,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from child import tool
+from op_bench import BATCHES, D_HEADS, HEADS, ROWS, SIZES, agree, few, same_bits, seeds
 from vksteer import _engine
 from vksteer.cli import commands as cli
 from vksteer.errors import DeviceError
@@ -30,20 +29,6 @@ from vksteer.verify import checking as verify
 from vksteer.verify import forward, problems
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = (1, 3, 7, 33, 257)
-ROWS = (1, 2, 3, 7, 8, 9, 16, 17, 33)
-BATCHES = [[], [(0, 1)], [(0, 3), (0, 7)], [(0, 33)], [(5, 1), (0, 17), (30, 9), (256, 1), (0, 8)]]
-HEADS = [(1, 1), (4, 1), (6, 2), (5, 5), (9, 3), (4, 2), (14, 2)]
-D_HEADS = (2, 6, 16, 64, 80, 128, 256)
-WORST: dict[str, tuple[float, str]] = {}
-
-
-@pytest.fixture(scope="module")
-def on():
-    bench, _ = verify.bench(None)
-    yield bench
-    for op, (error, label) in sorted(WORST.items()):  # shown with pytest -s
-        print(f"\n{op}: {error:.1e} at {label}", end="")
 
 
 @pytest.fixture
@@ -56,26 +41,6 @@ def fusing():
             "only software devices fuse: a GPU's workgroup is not one subgroup, and it is refused"
             " there"
         )
-
-
-@pytest.fixture(scope="module")
-def families(on):
-    return [number for number, _ in on.families()]
-
-
-def agree(on, problem):
-    outcome = verify.check(on, problem)
-    WORST[problem.op] = max(WORST.get(problem.op, (0.0, "")), (outcome.error, problem.label))
-    assert outcome.error <= verify.BOUNDS[problem.op], (
-        f"{problem.op}, {problem.label}: error {outcome.error:.2e} at {outcome.where}"
-    )
-    return outcome
-
-
-def same_bits(a, b):
-    return np.array_equal(
-        np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32)
-    )
 
 
 # -- the table of calls ----------------------------------------------------------------------------
@@ -618,9 +583,6 @@ def test_decode_in_one_step_has_the_bits_of_three(on, rng, d_head, window, softc
 
 
 # -- any shape -------------------------------------------------------------------------------------
-
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-seeds = st.integers(0, 2**32 - 1)
 
 
 @few
