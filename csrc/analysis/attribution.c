@@ -8,11 +8,6 @@
 #define PICKS_BYTES (UINT64_C(12) << 20) /* logits of two runs at once */
 #define PICKS_ROWS 8
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 
 uint32_t attribution_nodes(const struct attribution *a) {
     return 1 + a->depth * (a->work->model->facts.n_heads + 1);
@@ -184,8 +179,8 @@ static uint64_t slot_at(const struct attribution *a, const struct gpu_buffer *bu
 }
 
 /* Differences: z and MLP outputs of the two runs. */
-static int see_forward(struct attribution *a, struct run_work *work, enum run_seen what, int l,
-                       uint64_t address, uint32_t stride, struct error *error) {
+static int hook_forward(struct attribution *a, struct run_work *work, enum run_hook_point what,
+                        int l, uint64_t address, uint32_t stride, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
     struct difference_params params = {
@@ -194,10 +189,10 @@ static int see_forward(struct attribution *a, struct run_work *work, enum run_se
         .stride = stride,
         .eps = f->norm_eps,
     };
-    if (what == SEEN_MLP_OUT) {
+    if (what == HOOK_MLP_OUT) {
         params.dst = slot_at(a, layer->dmlp, stride);
         params.width = f->d_model;
-    } else if (what == (f->post_norms ? SEEN_ATTN_RAW : SEEN_Z)) {
+    } else if (what == (f->post_norms ? HOOK_ATTN_RAW : HOOK_Z)) {
         params.x = run_address(work->z);
         params.stride = work->z_stride;
         params.width = f->n_heads * f->d_head;
@@ -213,8 +208,8 @@ static int see_forward(struct attribution *a, struct run_work *work, enum run_se
     return op_difference(&work->model->ops, &params, a->batch_slots, error);
 }
 
-static int see_heads(struct attribution *a, struct run_work *work, int l, uint64_t address,
-                     struct error *error) {
+static int hook_heads(struct attribution *a, struct run_work *work, int l, uint64_t address,
+                      struct error *error) {
     const struct model_facts *f = &work->model->facts;
     struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
     uint32_t n = inputs_of_layer(f);
@@ -246,19 +241,19 @@ static int see_heads(struct attribution *a, struct run_work *work, int l, uint64
 }
 
 /* Gradients: of inputs and of the stream, averaged over the steps. */
-static int see_back(struct attribution *a, struct run_work *work, enum run_seen what, int l,
-                    uint64_t address, uint32_t stride, struct error *error) {
+static int hook_backward(struct attribution *a, struct run_work *work, enum run_hook_point what,
+                         int l, uint64_t address, uint32_t stride, struct error *error) {
     struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
     const struct gpu_buffer *to = NULL;
     switch (what) {
-    case SEEN_D_QKV: return see_heads(a, work, l, address, error);
-    case SEEN_D_RESID_POST: to = layer->post; break;
-    case SEEN_D_RESID_MID: to = layer->mid; break;
-    case SEEN_D_RESID_PRE: to = l == (int)a->first_layer ? a->pre : NULL; break;
-    case SEEN_D_MLP_NORMED: to = a->normed ? layer->mlp : NULL; break;
-    case SEEN_D_MLP_INPUT: to = a->normed ? NULL : layer->mlp; break;
-    case SEEN_D_FINAL_NORMED: to = a->normed ? a->logits : NULL; break;
-    case SEEN_D_FINAL_INPUT: to = a->normed ? NULL : a->logits; break;
+    case HOOK_D_QKV: return hook_heads(a, work, l, address, error);
+    case HOOK_D_RESID_POST: to = layer->post; break;
+    case HOOK_D_RESID_MID: to = layer->mid; break;
+    case HOOK_D_RESID_PRE: to = l == (int)a->first_layer ? a->pre : NULL; break;
+    case HOOK_D_MLP_NORMED: to = a->normed ? layer->mlp : NULL; break;
+    case HOOK_D_MLP_INPUT: to = a->normed ? NULL : layer->mlp; break;
+    case HOOK_D_FINAL_NORMED: to = a->normed ? a->logits : NULL; break;
+    case HOOK_D_FINAL_INPUT: to = a->normed ? NULL : a->logits; break;
     default: break;
     }
     if (!to)
@@ -275,16 +270,16 @@ static int see_back(struct attribution *a, struct run_work *work, enum run_seen 
     return op_accumulate(&work->model->ops, &params, a->batch_slots, error);
 }
 
-static int see(void *context, struct run_work *work, enum run_seen what, int layer,
-               uint64_t address, uint32_t stride, struct error *error) {
+static int hook_call(void *context, struct run_work *work, enum run_hook_point what, int layer,
+                     uint64_t address, uint32_t stride, struct error *error) {
     struct attribution *a = context;
-    int back = what >= SEEN_D_RESID_POST;
-    if (a->collecting == 1 && !back)
-        return what == SEEN_FINAL || layer < (int)a->first_layer
+    int backward = what >= HOOK_D_RESID_POST;
+    if (a->collecting == 1 && !backward)
+        return what == HOOK_FINAL || layer < (int)a->first_layer
                    ? 0
-                   : see_forward(a, work, what, layer, address, stride, error);
-    if (a->collecting == 2 && back)
-        return see_back(a, work, what, layer, address, stride, error);
+                   : hook_forward(a, work, what, layer, address, stride, error);
+    if (a->collecting == 2 && backward)
+        return hook_backward(a, work, what, layer, address, stride, error);
     return 0;
 }
 
@@ -486,16 +481,16 @@ int attribution_forward(struct attribution *a, struct run_cache *cache,
                         const struct run_batch *batch, uint32_t slot, uint32_t n,
                         const uint32_t *pairs, const struct attribution_picks *picks,
                         struct error *error) {
-    const struct run_observer observer = {a, see};
+    const struct run_hook hook = {.context = a, .call = hook_call};
     RUN(slots_check(a, batch, slot, n, pairs, 2, 0, error));
     /* nothing may read the old list any more */
     RUN(gpu_queue_wait(a->work->model->ops.queue, error));
     RUN(sources_set(a, slot, n, pairs, 2, error));
     a->collecting = 1;
-    a->work->observer = &observer;
+    a->work->hook = &hook;
     int failed = run_whole(a->work, cache, batch, error) || picks_read(a, picks, error);
     run_whole_end(a->work, failed);
-    a->work->observer = NULL;
+    a->work->hook = NULL;
     return failed ? -1 : 0;
 }
 
@@ -503,8 +498,8 @@ int attribution_step(struct attribution *a, struct run_cache *cache, const struc
                      const struct run_metric *metric, uint32_t slot, uint32_t n,
                      const uint32_t *sources, uint32_t n_sources, uint32_t first_step,
                      struct error *error) {
-    const struct run_observer observer = {a, see};
-    const struct run_way_back back = {.metric = metric, .stop_layer = a->first_layer};
+    const struct run_hook hook = {.context = a, .call = hook_call};
+    const struct run_backward backward = {.metric = metric, .stop_layer = a->first_layer};
     RUN(slots_check(a, batch, slot, n, sources, n_sources, 1, error));
     if (n_sources == 0 || first_step > a->n_steps || n_sources > a->n_steps - first_step)
         return error_set(error, ERROR_VALUE, "steps %u to %u of %u", first_step,
@@ -513,8 +508,8 @@ int attribution_step(struct attribution *a, struct run_cache *cache, const struc
     RUN(sources_set(a, slot, n, sources, n_sources, error));
     a->first_step = first_step;
     a->collecting = 2;
-    a->work->observer = &observer;
-    int failed = run_differentiate(a->work, a->tape, cache, batch, &back, error);
-    a->work->observer = NULL;
+    a->work->hook = &hook;
+    int failed = run_differentiate(a->work, a->tape, cache, batch, &backward, error);
+    a->work->hook = NULL;
     return failed;
 }

@@ -35,7 +35,7 @@ struct attribution {
     struct gpu_buffer *du, *g, *expanded; /* a tile's rows */
     struct gpu_buffer *picks;             /* rows and logits of two runs */
     struct gpu_buffer *lists;             /* the tokens of the slots of the batch under way */
-    /* the batch under way, for the observer */
+    /* the batch under way, for the hook */
     uint64_t sources; /* device: pairs (forward) or sources (steps) of the batch's slots */
     uint32_t batch_slot, batch_slots, n_sources, first_step;
     int collecting; /* 1: forward pass, differences; 2: steps, gradients */

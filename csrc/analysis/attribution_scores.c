@@ -5,11 +5,6 @@
 
 #include "analysis/attribution.h"
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 
 struct tile {
     uint32_t slot, n; /* slots */

@@ -1,13 +1,8 @@
-/* Circuits made and destroyed, and the pass that looks on while the base run goes by. */
+/* Circuits made and destroyed, and the pass that hooks the base run. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 
 int circuit_create(struct circuit_run **out, struct model *model, const struct circuit_plan *plan,
                    struct error *error) {
@@ -135,28 +130,28 @@ static int finish(struct circuit_run *run, struct error *error) {
     return 0;
 }
 
-static int see(void *context, struct run_work *work, enum run_seen what, int layer,
-               uint64_t address, uint32_t stride, struct error *error) {
+static int hook_call(void *context, struct run_work *work, enum run_hook_point what, int layer,
+                     uint64_t address, uint32_t stride, struct error *error) {
     struct circuit_run *run = context;
     int post_norms = run->model->facts.post_norms;
     (void)stride;
-    if (what == SEEN_FINAL)
+    if (what == HOOK_FINAL)
         return finish(run, error);
     if (layer < (int)run->first_layer)
         return 0;
-    if (what == SEEN_Z && layer == (int)run->first_layer)
+    if (what == HOOK_Z && layer == (int)run->first_layer)
         RUN(steer(run, error));
-    if (what == SEEN_Z && !post_norms)
+    if (what == HOOK_Z && !post_norms)
         return circuit_attention(run, layer, address, 0, error);
     /* a post-norm's statistic is needed, too; the mixes are still there */
-    if (what == SEEN_ATTN_RAW)
+    if (what == HOOK_ATTN_RAW)
         return circuit_attention(run, layer, run_address(work->z), address, error);
-    return what == SEEN_MLP_OUT ? circuit_mlp(run, layer, address, error) : 0;
+    return what == HOOK_MLP_OUT ? circuit_mlp(run, layer, address, error) : 0;
 }
 
 int circuit_forward(struct circuit_run *run, struct run_cache *cache, const struct run_batch *batch,
                     const struct read_request *read, const uint8_t *mask, struct error *error) {
-    struct run_observer observer = {.context = run, .see = see};
+    struct run_hook hook = {.context = run, .call = hook_call};
     if (!run->work)
         return error_set(error, ERROR_VALUE, "these circuits have no memory yet");
     if (cache->n_slots > run->n_slots || batch->first_layer > run->first_layer || batch->frozen)
@@ -166,9 +161,9 @@ int circuit_forward(struct circuit_run *run, struct run_cache *cache, const stru
             run->first_layer, run->n_slots, batch->first_layer, cache->n_slots);
     run->read = read;
     run->mask = mask;
-    run->work->observer = &observer;
+    run->work->hook = &hook;
     int failed = run_forward(run->work, cache, batch, error);
-    run->work->observer = NULL;
+    run->work->hook = NULL;
     run->read = NULL;
     run->mask = NULL;
     return failed;

@@ -14,8 +14,8 @@
  * family of circuits costs little more than what they differ in. Which circuit is which, and how
  * many there are, nobody here knows.
  *
- * The base run is an ordinary forward pass; this room looks on (struct run_observer) and computes
- * its rows where the values that it needs pass by. */
+ * The base run is an ordinary forward pass; this module hooks its values (struct run_hook) and
+ * computes its rows where the values that it needs pass by. */
 #ifndef VKSTEER_CIRCUIT_H
 #define VKSTEER_CIRCUIT_H
 

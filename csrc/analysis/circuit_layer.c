@@ -5,11 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 #define ROWS_A_GRID 32768 /* rows of one dispatch with a workgroup a row */
 
 static struct circuit_layer *layer_of(const struct circuit_run *run, int layer) {

@@ -4,11 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 
 /* first[0..n]: ascending from 0 to total. */
 static int firsts_check(const uint32_t *first, uint32_t n, uint32_t total, const char *what,

@@ -4,11 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 #define LOGITS_BYTES (UINT64_C(16) << 20)   /* logits of one piece of rows */
 #define REFERENCE_BYTES (UINT64_C(8) << 20) /* reference logits of one tile of tokens */
 #define ROWS_A_GRID 32768

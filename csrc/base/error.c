@@ -42,22 +42,3 @@ int error_add_context(struct error *error, const char *format, ...) {
     error->message[length + 2 + kept] = '\0';
     return -1;
 }
-
-void error_clear(struct error *error) {
-    if (error)
-        memset(error, 0, sizeof *error);
-}
-
-const char *error_kind_name(int kind) {
-    switch (kind) {
-    case ERROR_NONE: return "none";
-    case ERROR_DEVICE: return "device";
-    case ERROR_MODEL: return "model";
-    case ERROR_VALUE: return "value";
-    case ERROR_TYPE: return "type";
-    case ERROR_KEY: return "key";
-    case ERROR_MEMORY: return "memory";
-    case ERROR_INTERRUPTED: return "interrupted";
-    default: return "unknown";
-    }
-}

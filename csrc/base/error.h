@@ -45,10 +45,11 @@ int error_set_at(struct error *error, int kind, const char *file, int line, cons
  * those of the first failure. Returns -1. */
 int error_add_context(struct error *error, const char *format, ...) ERROR_PRINTF(2, 3);
 
-/* Forgets a failure that was dealt with. */
-void error_clear(struct error *error);
-
-/* "device", "model", ...: for logs and tests. */
-const char *error_kind_name(int kind);
+/* Passes a failure on: the caller returns -1, and the error is filled already. */
+#define RUN(call) \
+    do { \
+        if (call) \
+            return -1; \
+    } while (0)
 
 #endif

@@ -1,4 +1,4 @@
-/* Tape: memory for forward passes with a way back, and the gradients that they give. */
+/* Tape: memory for the backward pass, and the gradients that they give. */
 #include "engine.h"
 
 #include <stdlib.h>
@@ -121,7 +121,7 @@ static PyObject *tape_differentiate(PyObject *object, PyObject *args, PyObject *
     unsigned int stop_layer = 0;
     struct batch_arguments a = {0};
     struct run_metric metric = {0};
-    struct run_way_back back = {.metric = &metric};
+    struct run_backward backward = {.metric = &metric};
     struct run_capture *gradients = NULL;
     struct error error = {0};
     int failed = 1;
@@ -140,13 +140,13 @@ static PyObject *tape_differentiate(PyObject *object, PyObject *args, PyObject *
     dict = PyDict_New();
     if (!dict || batch_rows_read(&a, owner->model, in) || batch_places_check(&a) ||
         batch_inputs_read(&a, owner->model, inputs) ||
-        batch_captures_read(owner->model, &a, list, dict, &gradients, &back.n_captures) ||
+        batch_captures_read(owner->model, &a, list, dict, &gradients, &backward.n_captures) ||
         !(values = batch_metric_read(&a, owner->model, tuple, &metric)))
         goto done;
-    back.captures = gradients;
-    back.stop_layer = stop_layer;
+    backward.captures = gradients;
+    backward.stop_layer = stop_layer;
     ENGINE_WORK(owner, failed,
-                run_differentiate(self->work, self->tape, a.cache, &a.batch, &back, &error));
+                run_differentiate(self->work, self->tape, a.cache, &a.batch, &backward, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -164,7 +164,7 @@ done:
 
 static PyMethodDef tape_methods[] = {
     {"differentiate", (PyCFunction)(void (*)(void))tape_differentiate, METH_VARARGS | METH_KEYWORDS,
-     "differentiate(...): a batch forward and back; see csrc/run/tape.h."},
+     "differentiate(...): a batch's forward and backward pass; see csrc/run/tape.h."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -9,17 +9,12 @@
 
 #include "run/tape.h"
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 #define address(buffer) run_address(buffer)
 
 static int back_rows(struct run_work *work, int site, int layer, uint64_t at, uint32_t stride,
                      struct error *error) {
     struct site_view view = site_view_rows(work, site, layer, at, stride);
-    return site_visit_back(work, &view, error);
+    return site_visit_backward(work, &view, error);
 }
 
 static int product_back(struct run_work *work, const struct op_matrix *matrix, uint64_t dy,
@@ -110,7 +105,7 @@ static int mlp_back(struct run_work *work, int l, struct error *error) {
     const struct tape_layer *kept = &tape->layers[l];
     uint64_t dx = address(tape->dx), dgate = address(tape->dgate_up), dpost = address(tape->dpost),
              dnorm = address(tape->dnorm), d;
-    RUN(run_see(work, SEEN_D_RESID_POST, l, dx, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_D_RESID_POST, l, dx, work->d_stride, error));
     RUN(output_back(work, l, SITE_MLP_OUT, SITE_LN2_POST_SCALE, SITE_LN2_POST_NORMALIZED,
                     layer->ln2_post, kept->mlp_raw, &d, error));
     RUN(product_back(work, &layer->down, d, work->d_stride, dpost, work->mlp_stride, error));
@@ -130,14 +125,14 @@ static int mlp_back(struct run_work *work, int l, struct error *error) {
     RUN(back_rows(work, SITE_MLP_PRE, l, dgate, work->gate_up_stride, error));
     RUN(product_back(work, &layer->gate_up, dgate, work->gate_up_stride, dnorm, work->d_stride,
                      error));
-    RUN(run_see(work, SEEN_D_MLP_NORMED, l, dnorm, work->d_stride, error));
-    if (!work->observer)
+    RUN(run_hook_call(work, HOOK_D_MLP_NORMED, l, dnorm, work->d_stride, error));
+    if (!work->hook)
         return norm_back(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, address(kept->mid),
                          layer->ln2, dnorm, dx, dx, error);
     uint64_t input = address(tape->draw);
     RUN(norm_back(work, SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, address(kept->mid), layer->ln2,
                   dnorm, 0, input, error));
-    RUN(run_see(work, SEEN_D_MLP_INPUT, l, input, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_D_MLP_INPUT, l, input, work->d_stride, error));
     return copy_rows(work, input, dx, dx, error);
 }
 
@@ -180,7 +175,7 @@ static int results_back(struct run_work *work, int l, uint64_t d, int edited, st
             .head_stride = work->d_stride,
             .width = f->d_model,
         };
-        RUN(site_visit_back(work, &view, error));
+        RUN(site_visit_backward(work, &view, error));
         for (uint32_t h = 0; edited && h < f->n_heads; h++) {
             struct op_linear_bwd_args args = {
                 .dy = result + 4 * (uint64_t)h * work->d_stride,
@@ -245,7 +240,7 @@ static int scores_back(struct run_work *work, struct run_cache *cache, int l,
     RUN(op_attn_scores(ops, &dpattern, piece->end - piece->tile, chunk->max_keys, error));
     struct site_view view = piece_view(work, piece, SITE_PATTERN, l, address(tape->dscores));
     if (!as_site)
-        RUN(site_visit_back(work, &view, error));
+        RUN(site_visit_backward(work, &view, error));
     struct softmax_bwd_params softmax = {
         .pattern = address(work->scores),
         .dpattern = address(tape->dscores),
@@ -260,7 +255,7 @@ static int scores_back(struct run_work *work, struct run_cache *cache, int l,
     };
     RUN(op_attn_softmax_bwd(ops, &softmax, piece->n, chunk->max_keys, error));
     view.site = SITE_SCORES;
-    return as_site ? site_visit_back(work, &view, error) : 0;
+    return as_site ? site_visit_backward(work, &view, error) : 0;
 }
 
 /* dq, and what the piece's queries add to dk and dv. */
@@ -388,7 +383,7 @@ static int attention_block_back(struct run_work *work, struct run_cache *cache, 
     uint64_t dk = dq + 4 * (uint64_t)f->n_heads * f->d_head,
              dv = dk + 4 * (uint64_t)f->n_kv_heads * f->d_head;
     int edited = site_edited(work, SITE_RESULT, l);
-    RUN(run_see(work, SEEN_D_RESID_MID, l, dx, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_D_RESID_MID, l, dx, work->d_stride, error));
     RUN(output_back(work, l, SITE_ATTN_OUT, SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED,
                     layer->ln1_post, kept->attn_raw, &d, error));
     if (site_wanted(work, SITE_RESULT, l))
@@ -417,7 +412,7 @@ static int attention_block_back(struct run_work *work, struct run_cache *cache, 
     RUN(back_rows(work, SITE_V, l, dv, work->qkv_stride, error));
     RUN(back_rows(work, SITE_K, l, dk, work->qkv_stride, error));
     RUN(back_rows(work, SITE_Q, l, dq, work->qkv_stride, error));
-    RUN(run_see(work, SEEN_D_QKV, l, dq, work->qkv_stride, error));
+    RUN(run_hook_call(work, HOOK_D_QKV, l, dq, work->qkv_stride, error));
     RUN(product_back(work, &layer->qkv, dq, work->qkv_stride, dnorm, work->d_stride, error));
     return norm_back(work, SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l, address(kept->x), layer->ln1,
                      dnorm, dx, dx, error);
@@ -427,15 +422,15 @@ static int attention_block_back(struct run_work *work, struct run_cache *cache, 
 static int inside_again(struct run_work *work, struct run_cache *cache, int l,
                         struct error *error) {
     const struct run_batch *batch = work->chunk.batch;
-    const struct run_observer *observer = work->observer;
+    const struct run_hook *hook = work->hook;
     struct run_batch silent = *batch;
     RUN(copy_rows(work, address(work->tape->layers[l].x), address(work->x), 0, error));
     silent.n_captures = 0;
     work->chunk.batch = &silent;
-    work->observer = NULL;
+    work->hook = NULL;
     int failed = run_layer(work, cache, l, error);
     work->chunk.batch = batch;
-    work->observer = observer;
+    work->hook = hook;
     return failed;
 }
 
@@ -448,18 +443,18 @@ static int layer_back(struct run_work *work, struct run_cache *cache, int l, str
     RUN(mlp_back(work, l, error));
     RUN(back_rows(work, SITE_RESID_MID, l, dx, work->d_stride, error));
     RUN(attention_block_back(work, cache, l, error));
-    RUN(run_see(work, SEEN_D_RESID_PRE, l, dx, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_D_RESID_PRE, l, dx, work->d_stride, error));
     return back_rows(work, SITE_RESID_PRE, l, dx, work->d_stride, error);
 }
 
-static int way_back(struct run_work *work, struct run_cache *cache, const struct run_way_back *back,
+static int way_back(struct run_work *work, struct run_cache *cache, const struct run_backward *back,
                     struct error *error) {
     struct run_tape *tape = work->tape;
     uint64_t dx = address(tape->dx), dnorm = address(tape->dnorm);
-    RUN(run_see(work, SEEN_D_FINAL_NORMED, 0, dnorm, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_D_FINAL_NORMED, 0, dnorm, work->d_stride, error));
     RUN(norm_back(work, SITE_FINAL_SCALE, SITE_FINAL_NORMALIZED, 0, address(work->x),
                   work->model->ln_final, dnorm, 0, dx, error));
-    RUN(run_see(work, SEEN_D_FINAL_INPUT, 0, dx, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_D_FINAL_INPUT, 0, dx, work->d_stride, error));
     for (int l = (int)work->model->facts.n_layers - 1; l >= (int)back->stop_layer; l--)
         RUN(layer_back(work, cache, l, error));
     if (back->stop_layer == 0)
@@ -468,7 +463,7 @@ static int way_back(struct run_work *work, struct run_cache *cache, const struct
 }
 
 int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache,
-                      const struct run_batch *batch, const struct run_way_back *back,
+                      const struct run_batch *batch, const struct run_backward *back,
                       struct error *error) {
     struct run_batch backward = *batch;
     uint64_t total = 0;
@@ -485,7 +480,7 @@ int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_c
     int failed = run_whole(work, cache, batch, error);
     backward.n_captures = 0;
     work->chunk.batch = &backward;
-    int values_only = back->stop_layer >= tape->n_layers && !back->n_captures && !work->observer;
+    int values_only = back->stop_layer >= tape->n_layers && !back->n_captures && !work->hook;
     failed = failed || metric_gradient(work, tape, back->metric, values_only, error);
     backward.captures = back->captures; /* gradients go to their own arrays */
     backward.n_captures = back->n_captures;

@@ -7,11 +7,6 @@
 
 #include "run/tape.h"
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 
 #define address(buffer) run_address(buffer)
 
@@ -122,7 +117,7 @@ static int unseen(const struct run_work *work, const int *sites, int n, int laye
     for (int i = 0; i < n; i++)
         if (site_wanted(work, sites[i], layer))
             return 0;
-    return !work->tape && !work->observer;
+    return !work->tape && !work->hook;
 }
 
 static int frozen(const struct run_work *work, int layer) {
@@ -398,7 +393,7 @@ static int block_output(struct run_work *work, int l, int out_site, int scale_si
                         struct error *error) {
     struct ops *ops = &work->model->ops;
     uint64_t x = address(work->x), out = work->at_out;
-    int looked_at = site_wanted(work, out_site, l) || rows || work->observer;
+    int looked_at = site_wanted(work, out_site, l) || rows || work->hook;
     if (post_gain) {
         uint64_t normed = address(work->norm);
         if (!looked_at)
@@ -416,7 +411,7 @@ static int block_output(struct run_work *work, int l, int out_site, int scale_si
         .out_stride = work->d_stride,
         .flags = COPY_ADD,
     };
-    if (rows && !site_wanted(work, out_site, l) && !work->observer) { /* picked and added in one */
+    if (rows && !site_wanted(work, out_site, l) && !work->hook) { /* picked and added in one */
         add.rows = rows;
         add.flags |= COPY_ROWS;
         return op_copy(ops, &add, error);
@@ -437,7 +432,7 @@ static int block_output(struct run_work *work, int l, int out_site, int scale_si
     }
     RUN(visit_rows(work, out_site, l, add.x, work->d_stride, 0, error));
     if (out_site == SITE_MLP_OUT)
-        RUN(run_see(work, SEEN_MLP_OUT, l, add.x, work->d_stride, error));
+        RUN(run_hook_call(work, HOOK_MLP_OUT, l, add.x, work->d_stride, error));
     return op_copy(ops, &add, error);
 }
 
@@ -451,7 +446,7 @@ static int attention_block(struct run_work *work, struct run_cache *cache, int l
     RUN(attention(work, cache, l, error));
     if (results)
         RUN(visit_results(work, l, summed ? out : 0, error));
-    RUN(run_see(work, SEEN_Z, l, address(work->z), work->z_stride, error));
+    RUN(run_hook_call(work, HOOK_Z, l, address(work->z), work->z_stride, error));
     if (!summed && !f->post_norms && !site_wanted(work, SITE_ATTN_OUT, l))
         return product(work, &layer->o, address(work->z), work->z_stride, layer->b_o, x, x,
                        work->d_stride, error);
@@ -459,7 +454,7 @@ static int attention_block(struct run_work *work, struct run_cache *cache, int l
         RUN(product(work, &layer->o, address(work->z), work->z_stride, layer->b_o, 0, out,
                     work->d_stride, error));
     if (f->post_norms)
-        RUN(run_see(work, SEEN_ATTN_RAW, l, out, work->d_stride, error));
+        RUN(run_hook_call(work, HOOK_ATTN_RAW, l, out, work->d_stride, error));
     return block_output(work, l, SITE_ATTN_OUT, SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED,
                         layer->ln1_post, 0, error);
 }
@@ -510,7 +505,7 @@ static int mlp_block(struct run_work *work, int l, struct error *error) {
     uint64_t rows = frozen(work, l) ? work->chunk.mlp_rows : 0;
     RUN(mlp_post(work, l, error));
     RUN(visit_rows(work, SITE_MLP_POST, l, post, work->mlp_stride, 0, error));
-    if (!f->post_norms && !rows && !work->observer && !site_wanted(work, SITE_MLP_OUT, l))
+    if (!f->post_norms && !rows && !work->hook && !site_wanted(work, SITE_MLP_OUT, l))
         return product(work, &layer->down, post, work->mlp_stride, layer->b_down, x, x,
                        work->d_stride, error);
     RUN(product(work, &layer->down, post, work->mlp_stride, layer->b_down, 0, work->at_out,
@@ -657,6 +652,6 @@ int run_layers(struct run_work *work, struct run_cache *cache, struct error *err
         return stop < model->facts.n_layers
                    ? visit_rows(work, SITE_RESID_PRE, (int)stop, x, work->d_stride, 0, error)
                    : 0;
-    RUN(run_see(work, SEEN_FINAL, 0, x, work->d_stride, error));
+    RUN(run_hook_call(work, HOOK_FINAL, 0, x, work->d_stride, error));
     return logits(work, error);
 }

@@ -6,11 +6,6 @@
 
 #include "run/tape.h"
 
-#define RUN(call) \
-    do { \
-        if (call) \
-            return -1; \
-    } while (0)
 #define TILE_BYTES (UINT64_C(64) << 20) /* logits at once */
 
 /* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */

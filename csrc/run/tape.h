@@ -57,7 +57,7 @@ struct run_metric {
     float *values;                 /* out: PAIR: [n, 2] the logits; else [n] the values */
 };
 
-struct run_way_back {
+struct run_backward {
     const struct run_metric *metric;
     /* the last layer gone back through; >= the tape's first. The number of layers, and no
      * captures: values only */
@@ -69,7 +69,7 @@ struct run_way_back {
 /* Forward and back: the batch (whole rows, at most the work's capacity of tokens) with its own
  * captures and logits, then the gradients. */
 int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache,
-                      const struct run_batch *batch, const struct run_way_back *back,
+                      const struct run_batch *batch, const struct run_backward *back,
                       struct error *error);
 
 /* metric.c: values to the host after a drain; unless they are all that is wanted, also the gradient

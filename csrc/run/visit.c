@@ -205,7 +205,7 @@ static int edit_undo(struct run_work *work, const struct site_view *view, const 
     return op_edit(&work->model->ops, &params, n, edit->n_heads, error);
 }
 
-int site_visit_back(struct run_work *work, const struct site_view *view, struct error *error) {
+int site_visit_backward(struct run_work *work, const struct site_view *view, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
     const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
     if (capture && capture_record(work, view, capture, 0, error))

@@ -86,11 +86,10 @@ uint64_t run_address(const struct gpu_buffer *buffer) {
     return buffer ? gpu_buffer_address(buffer) : 0;
 }
 
-int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride,
-            struct error *error) {
-    return work->observer ? work->observer->see(work->observer->context, work, what, layer, address,
-                                                stride, error)
-                          : 0;
+int run_hook_call(struct run_work *work, enum run_hook_point point, int layer, uint64_t address,
+                  uint32_t stride, struct error *error) {
+    const struct run_hook *hook = work->hook;
+    return hook ? hook->call(hook->context, work, point, layer, address, stride, error) : 0;
 }
 
 static void uploads_destroy(struct upload_block *block) {

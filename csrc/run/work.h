@@ -63,36 +63,37 @@ struct run_work {
     /* Where the present layer's values lie: this work's own buffers, or
      * those of a tape (tape.h). */
     uint64_t at_qkv, at_gate_up, at_out;
-    struct run_tape *tape;               /* NULL: nothing is kept for a way back */
-    const struct run_observer *observer; /* NULL: nobody looks on */
+    struct run_tape *tape;       /* NULL: nothing is kept for a backward pass */
+    const struct run_hook *hook; /* NULL: none */
 };
 
-/* What passes by while a batch runs, for whoever computes with it on the device (csrc/analysis).
- * `address`: [T, stride] rows. */
-enum run_seen {
-    SEEN_Z,        /* per-head mixes */
-    SEEN_ATTN_RAW, /* attention's output before the post-norm (post-norm models only) */
-    SEEN_MLP_OUT,  /* what the MLP adds to the stream */
-    SEEN_FINAL,    /* the stream after the last layer */
-    /* on the way back, gradients with respect to: */
-    SEEN_D_RESID_POST,
-    SEEN_D_RESID_MID,
-    SEEN_D_RESID_PRE, /* the stream */
+/* Points at which a hook receives the address of a value [T, stride] on the device, for what is
+ * computed beside the run (csrc/analysis). */
+enum run_hook_point {
+    HOOK_Z,        /* attention outputs per head, before W_O */
+    HOOK_ATTN_RAW, /* attention's output before the post-norm (post-norm models only) */
+    HOOK_MLP_OUT,  /* what the MLP adds to the residual stream */
+    HOOK_FINAL,    /* the residual stream after the last layer */
+    /* backward pass, gradients with respect to: */
+    HOOK_D_RESID_POST,
+    HOOK_D_RESID_MID,
+    HOOK_D_RESID_PRE, /* the residual stream */
     /* logits' input after / before norm and gain */
-    SEEN_D_FINAL_NORMED,
-    SEEN_D_FINAL_INPUT,
+    HOOK_D_FINAL_NORMED,
+    HOOK_D_FINAL_INPUT,
     /* the MLP's input after / before norm and gain, through the MLP alone */
-    SEEN_D_MLP_NORMED,
-    SEEN_D_MLP_INPUT,
-    SEEN_D_QKV, /* q, k, v before norm per head and rotation */
+    HOOK_D_MLP_NORMED,
+    HOOK_D_MLP_INPUT,
+    HOOK_D_QKV, /* q, k, v before norm per head and rotation */
 };
-struct run_observer {
+struct run_hook {
     void *context;
-    int (*see)(void *context, struct run_work *work, enum run_seen what, int layer,
-               uint64_t address, uint32_t stride, struct error *error);
+    int (*call)(void *context, struct run_work *work, enum run_hook_point point, int layer,
+                uint64_t address, uint32_t stride, struct error *error);
 };
-int run_see(struct run_work *work, enum run_seen what, int layer, uint64_t address, uint32_t stride,
-            struct error *error);
+/* Calls the run's hook, if it has one. */
+int run_hook_call(struct run_work *work, enum run_hook_point point, int layer, uint64_t address,
+                  uint32_t stride, struct error *error);
 
 /* Bytes that scores (or their gradients) of a chunk take at most. */
 uint64_t work_scratch_bytes(const struct model_facts *facts, uint32_t capacity);
@@ -146,7 +147,7 @@ int site_visit(struct run_work *work, const struct site_view *view, struct error
 /* On the way back: the view holds the gradient with respect to the site after its
  * edits. It is captured (chunk.batch->captures), then becomes the gradient with respect
  * to the site before them. */
-int site_visit_back(struct run_work *work, const struct site_view *view, struct error *error);
+int site_visit_backward(struct run_work *work, const struct site_view *view, struct error *error);
 struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at,
                                 uint32_t stride);
 
