@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,3 +18,9 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 #: What names a file or a folder.
 PathLike: TypeAlias = "str | os.PathLike[str]"
+
+#: `progress` of a long call: False, True (a bar on stderr), or callable(done, total).
+ProgressLike: TypeAlias = bool | Callable[[int, int], object]
+
+#: Prompts of a call: texts, or lists of token ids.
+Prompts: TypeAlias = Sequence[str | Sequence[int]]

@@ -14,9 +14,7 @@ import hashlib
 import io
 import json
 import sys
-import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,100 +27,13 @@ from ..inputs.samples import check_samples, check_steering, samples_hash
 from ..runtime.edit_compiler import EditCompiler, RowShape, add_all
 from ..runtime.edits import Steer
 from ..runtime.gradients import DIRECTIONAL_KL, KL_DIVERGENCE, PAIR, RowMetric, metric_tuple
-from .edge_scores import EdgeScores, combine, score_provenance
+from .attribution_layout import Layout, consecutive, group_samples, layout, passes
+from .attribution_pooling import pool
+from .edge_scores import EdgeScores, score_provenance
 from .memory_plan import memory_bytes
 
 RULES = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
 METRICS = {"logit_diff": PAIR, "directional_kl": DIRECTIONAL_KL, "kl": KL_DIVERGENCE}
-#: Tokens that go forward and back together, and slots of a group, where memory allows.
-STEP_TOKENS, GROUP_TOKENS = 512, 512
-#: Without max_memory: this much, or half of what is free.
-DEFAULT_MEMORY = 1 << 30
-#: Tiles of logits of three runs (csrc/run/metric.c).
-LOGITS_BYTES = 3 * (24 << 20)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How much goes through at once. bytes: device memory beside the weights."""
-
-    capacity: int  # tokens of a forward pass: two runs of the longest sample at least
-    step_capacity: int  # tokens forward and back
-    n_slots: int  # tokens whose sums are held
-    keep_inside: bool  # False: the inside of each layer is computed again on the way back
-    bytes: int
-
-
-def layout(
-    model,
-    layer: int,
-    lengths,
-    steps: int,
-    normed: bool,
-    distributions: bool,
-    max_memory: int | None,
-) -> Layout:
-    """The largest layout that the memory allows. distributions: the metric reads whole rows of
-    logits. ValueError where not even one tile of positions fits.
-    """
-    from ..runtime.device import _engine
-
-    engine, free = _engine(), model._engine_device.available_bytes
-    budget = min(DEFAULT_MEMORY, free // 2) if max_memory is None else max_memory
-    longest = max(lengths)
-    tile = engine.ATTRIBUTE_TILE
-    wide = max(longest, min(STEP_TOKENS, longest * steps))
-    slots = max(longest, min(GROUP_TOKENS, sum(lengths)))
-    least = None
-
-    def size(step_tokens, n_slots, inside):
-        capacity = max(step_tokens, 2 * max(n_slots if n_slots >= longest else longest, longest))
-        needed = engine.attribution_bytes(
-            model._engine, capacity, step_tokens, layer, n_slots, steps, normed, inside
-        )
-        return capacity, needed + (LOGITS_BYTES if distributions else 0)
-
-    tried = [
-        (wide, slots, True),
-        (wide, longest, True),
-        (longest, longest, True),
-        (longest, longest, False),
-    ]
-    part = -(-longest // (2 * tile)) * tile
-    while part >= tile:
-        tried += [(longest, part, False)]
-        if part == tile:
-            break
-        part = max(tile, -(-part // (2 * tile)) * tile)
-    for step_tokens, n_slots, inside in tried:
-        capacity, needed = size(step_tokens, n_slots, inside)
-        if needed <= budget:
-            return Layout(capacity, step_tokens, n_slots, inside, needed)
-        least = needed
-    raise ValueError(
-        f"max_memory={budget / 1e6:.0f} MB is too small for one tile of {tile} positions of a"
-        f" sample with {longest} tokens: at least {least / 1e6:.0f} MB are needed"
-    )
-
-
-def _batches(lengths, limit, n_steps):
-    """(first sample, end, first step, end) of the passes that cover all steps of consecutive
-    samples with at most `limit` tokens.
-    """
-    out, i = [], 0
-    while i < len(lengths):
-        j, total = i, 0
-        while j < len(lengths) and total + lengths[j] * n_steps <= limit:
-            total += lengths[j] * n_steps
-            j += 1
-        if j > i:
-            out.append((i, j, 0, n_steps))
-            i = j
-            continue
-        k = max(1, limit // lengths[i])
-        out += [(i, i + 1, s, min(s + k, n_steps)) for s in range(0, n_steps, k)]
-        i += 1
-    return out
 
 
 class _Attribution:
@@ -219,7 +130,7 @@ class _Attribution:
             read = np.arange(len(s.prompt_tokens) - 1, len(s))
             picks.append(np.stack([base + read, steered + read], 1))
         stacked = np.repeat(np.arange(len(samples)), 2)
-        top, margin, kl, normed = self.engine.forward(
+        top, _, kl, normed = self.engine.forward(
             cache,
             packed,
             max(map(len, tokens)),
@@ -331,8 +242,8 @@ class _Attribution:
         slots = np.concatenate([[0], np.cumsum([len(s) for s in samples])]).astype(int)
         kept = [i for i, m in enumerate(metrics) if m is not None]
         step_done(self.steps * (len(samples) - len(kept)))
-        for run in _consecutive(kept):
-            for i, j, first, end in _batches(
+        for run in consecutive(kept):
+            for i, j, first, end in passes(
                 [len(samples[r]) for r in run], self.plan.step_capacity, self.steps
             ):
                 part = run[i:j]
@@ -360,7 +271,7 @@ class _Attribution:
                 step_done(self.steps)
                 return None
             self.engine.reset()
-            for _, _, first, end in _batches([len(sample)], self.plan.step_capacity, self.steps):
+            for _, _, first, end in passes([len(sample)], self.plan.step_capacity, self.steps):
                 self.step([sample], [inputs], [metric], 0, [part], first, end)
                 if which == 0:
                     step_done(end - first)
@@ -378,16 +289,6 @@ class _Attribution:
                 nodes, dims = nodes + u, dims + d
             weight = len(metric.positions)
         return weight, edges, nodes, dims
-
-
-def _consecutive(indices):
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and runs[-1][-1] == i - 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return runs
 
 
 def stream_inputs(model, rows, layer: int) -> list[np.ndarray]:
@@ -553,7 +454,9 @@ def attribute(
     with Progress(progress, steps * len(samples), "attribute") as bar:
         if found:
             bar.step(steps * len(found))
-        for group in _groups([i for i in range(len(samples)) if i not in found], lengths, plan):
+        for group in group_samples(
+            [i for i in range(len(samples)) if i not in found], lengths, plan
+        ):
             part = [samples[i] for i in group]
             results = worker.group(
                 part, stream_inputs(model, [s.tokens for s in part], vector.layer), bar.step
@@ -562,7 +465,7 @@ def attribute(
             found.update(new)
             if kept:
                 kept.save(new)
-    return _collect(
+    return pool(
         worker.graph,
         samples,
         found,
@@ -572,70 +475,4 @@ def attribute(
         per_sample,
         worker.dims_rows,
         model.config.d_model,
-    )
-
-
-def _groups(indices, lengths, plan):
-    """Samples whose tokens fit the slots together, and twice the tokens one forward pass."""
-    groups, total = [], 0
-    for i in indices:
-        if (
-            not groups
-            or total + lengths[i] > plan.n_slots
-            or 2 * (total + lengths[i]) > plan.capacity
-        ):
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += lengths[i]
-    return groups
-
-
-def _collect(
-    graph, samples, found, settings, provenance, per_position, per_sample, dims_rows, width
-) -> EdgeScores:
-    weights = np.array(
-        [0 if found[i] is None else found[i][0] for i in range(len(samples))], np.int64
-    )
-    if not weights.any():
-        warnings.warn(
-            f"none of the {len(samples)} samples has a metric position: steering changes no greedy"
-            " token there (or no KL passes the threshold); all scores are 0",
-            stacklevel=3,
-        )
-    empty = (
-        0,
-        np.zeros((graph.n_edges, 0) if per_position else graph.n_edges),
-        np.zeros(graph.n_upstream),
-        np.zeros((dims_rows, width)),
-    )
-    first = next((v for v in found.values() if v is not None), empty)
-    rows = [
-        v if v is not None else (0,) + tuple(np.zeros_like(x) for x in first[1:])
-        for v in (found[i] for i in range(len(samples)))
-    ]
-    edges = [r[1].sum(1) if per_position and w else r[1] for r, w in zip(rows, weights)]
-    if per_position:
-        edges = [e if w else np.zeros(graph.n_edges) for e, w in zip(edges, weights)]
-        positions = [
-            r[1] if w else np.zeros((graph.n_edges, len(s)))
-            for r, w, s in zip(rows, weights, samples)
-        ]
-    pool = lambda tables: combine(tables, weights) if weights.any() else np.zeros_like(tables[0])
-    return EdgeScores(
-        graph,
-        pool(edges),
-        pool([r[2] for r in rows]),
-        weights=weights,
-        dims=pool([r[3] for r in rows]).astype(np.float32),
-        positions=positions if per_position else None,
-        sample_edges=np.stack(edges) if per_sample else None,
-        sample_nodes=np.stack([r[2] for r in rows]) if per_sample else None,
-        settings=settings
-        | {
-            "samples_hash": samples_hash(samples),
-            "n_samples": len(samples),
-            "left_out": int((weights == 0).sum()),
-        },
-        provenance=provenance,
     )

@@ -22,122 +22,8 @@ from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, provenance
 from ..inputs.vectors import SteeringVector
 from .checkpoints import Checkpoint
-from .losses import (
-    LIMIT,
-    LogProbs,
-    Objective,
-    check_number,
-    check_phi,
-    check_reduction,
-    mean_gradient,
-    prepare,
-)
-
-#: Factors of the authors' code, one of which is drawn for every sample of every step.
-AUTHORS_FACTORS = tuple(range(2, 21, 2))
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a training computes, besides model and examples."""
-
-    loss: str  # "ntp" or "po"
-    layer: int
-    phi: float | None = None
-    # each example is steered by coefficient * sign; not used with factors
-    coefficient: float = 1.0
-    factors: tuple[float, ...] | None = None
-    epochs: int = 10
-    batch_size: int = 6
-    lr: float = 0.01
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    optimizer: str = "adamw"
-    seed: int = 42
-    init: float = 0.01  # standard deviation of the first vector
-    limit: int = LIMIT
-    reduction: str = "mean"
-
-    def check(self, model) -> Settings:
-        """The same with plain types. ValueError for what is out of range."""
-        layer = require_int(self.layer, "layer", 0)
-        if layer >= model.config.n_layers:
-            raise ValueError(
-                f"layer {layer}: the model has layers 0 to {model.config.n_layers - 1}"
-            )
-        positive = lambda value, what: _above(check_number(value, what), what)
-        factors = self.factors
-        if factors is not None:
-            factors = (
-                AUTHORS_FACTORS if isinstance(factors, str) and factors == "authors" else factors
-            )
-            if isinstance(factors, str) or not hasattr(factors, "__iter__"):
-                raise ValueError(
-                    f"factors={factors!r}: None, 'authors' (2, 4, ..., 20), or a list of numbers"
-                )
-            factors = tuple(positive(f, "factors") for f in factors)
-            if not factors:
-                raise ValueError("factors is empty: name at least one, or None for the coefficient")
-        if self.optimizer not in ("adam", "adamw"):
-            raise ValueError(
-                f"optimizer={self.optimizer!r}: use 'adamw' or 'adam' (they differ in weight_decay"
-                " only)"
-            )
-        decay = check_number(self.weight_decay, "weight_decay")
-        if decay < 0:
-            raise ValueError(f"weight_decay must be 0 or more, not {decay}")
-        return Settings(
-            self.loss,
-            layer,
-            None if self.loss == "ntp" else check_phi(self.phi),
-            positive(self.coefficient, "coefficient"),
-            factors,
-            require_int(self.epochs, "epochs", 1),
-            require_int(self.batch_size, "batch_size", 1),
-            positive(self.lr, "lr"),
-            decay,
-            None if self.clip is None else positive(self.clip, "clip"),
-            self.optimizer,
-            require_int(self.seed, "seed", 0),
-            positive(self.init, "init"),
-            require_int(self.limit, "limit", 1),
-            check_reduction(self.reduction),
-        )
-
-
-def _above(value: float, what: str) -> float:
-    if value <= 0:
-        raise ValueError(f"{what} must be above 0, not {value}")
-    return value
-
-
-@dataclass(frozen=True)
-class Adam:
-    """Adam or AdamW on one float64 vector, as PyTorch writes it; gradients are clipped by norm
-    first. A step gives a new one: no state is half done.
-    """
-
-    vector: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    steps: int = 0
-
-    def step(self, s: Settings, gradient, lr: float) -> tuple[Adam, float]:
-        """(the state after a step, the gradient's norm before clipping)."""
-        norm, vector, steps = float(np.sqrt(gradient @ gradient)), self.vector, self.steps + 1
-        if s.clip is not None:
-            gradient = gradient * min(1.0, s.clip / (norm + 1e-6))
-        if s.optimizer == "adamw":
-            vector = vector * (1 - lr * s.weight_decay)
-        elif s.weight_decay:
-            gradient = gradient + s.weight_decay * vector
-        first = BETAS[0] * self.first + (1 - BETAS[0]) * gradient
-        second = BETAS[1] * self.second + (1 - BETAS[1]) * gradient * gradient
-        move = (
-            first / (1 - BETAS[0] ** steps) / (np.sqrt(second / (1 - BETAS[1] ** steps)) + EPSILON)
-        )
-        return Adam(vector - lr * move, first, second, steps), norm
+from .losses import LIMIT, LogProbs, Objective, check_number, mean_gradient, prepare
+from .settings import Adam, Settings
 
 
 @dataclass
@@ -264,7 +150,7 @@ class _Trainer:
             "kernels": str(getattr(model, "kernels", "")),
             "examples_hash": digest([asdict(e) for e in self.examples]),
             "validation_hash": digest([asdict(e) for e in self.held_out]),
-            **{k: v for k, v in asdict(settings).items()},
+            **asdict(settings),
         }
         rng = np.random.default_rng([settings.seed, 0])
         width = model.config.d_model
