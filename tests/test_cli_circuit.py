@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from test_circuits import Result
+from test_circuit_curves import Result
 from test_samples import Answers
 from vksteer import patching
 from vksteer.circuits.circuit import Circuit

@@ -193,8 +193,10 @@ def test_no_kernel_spills_on_amd(chip):
 SUITE = [
     "test_forward_parity.py",
     "test_edits.py",
+    "test_edit_refusals.py",
     "test_bits.py",
     "test_generate.py",
+    "test_generate_sampling.py",
     "test_freezing.py",
     "test_ops.py",
     "test_resume.py",

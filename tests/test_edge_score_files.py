@@ -1,0 +1,301 @@
+"""Edge scores in files (cut short, edited, hostile), and their export to EAP-IG against a reader
+written from its schema.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from made_scores import SMALL, E, N, make, same
+from vksteer import patching
+from vksteer.circuits.circuit import Circuit
+from vksteer.circuits.graph import Graph
+from vksteer.errors import ModelError
+from vksteer.inputs.vectors import SteeringVector
+from vksteer.patching.edge_scores import EdgeScores
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path, rng):
+    path = tmp_path / "scores.safetensors"
+    bare = EdgeScores(SMALL, rng.standard_normal(E), n_positions=3)
+    one = make(
+        rng, dims=rng.standard_normal((1, 6)), positions=None, sample_edges=None, sample_nodes=None
+    )
+    for s in (make(rng), bare, one, make(rng, positions=[rng.standard_normal((E, 0))] * 3)):
+        s.save(path)
+        same(EdgeScores.load(str(path)), s)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="another graph"):
+        EdgeScores.load(path, SimpleNamespace(n_layers=3, n_heads=4, n_kv_heads=4))
+    from safetensors.numpy import load_file  # others read it, too
+
+    np.testing.assert_array_equal(load_file(path)["edges"], make_edges(path))
+
+
+def make_edges(path):
+    return EdgeScores.load(path).edges
+
+
+def test_a_file_cut_short_is_refused(tmp_path, rng):
+    path = tmp_path / "s"
+    make(rng).save(path)
+    data = path.read_bytes()
+    for cut in [*range(0, 200, 7), *rng.integers(200, len(data), 60).tolist(), len(data) - 1]:
+        path.write_bytes(data[:cut])
+        with pytest.raises(ModelError):
+            EdgeScores.load(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(ModelError):
+        EdgeScores.load(path)
+    path.write_bytes(data)
+    EdgeScores.load(path)
+
+
+def test_an_edited_file_is_refused(tmp_path, rng):
+    path = tmp_path / "s"
+    make(rng).save(path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    changed = 0
+    for at in [*range(8, 8 + length, 11), *rng.integers(8 + length, len(data), 80).tolist()]:
+        edited = bytearray(data)
+        edited[at] ^= 1 << int(rng.integers(0, 7))
+        path.write_bytes(edited)
+        with pytest.raises(ModelError):
+            EdgeScores.load(path)
+        changed += 1
+    assert changed > 100
+    for old, new in (
+        (b"-1.0", b"-2.0"),
+        (b"pre_norm", b"pre_nurm"),
+        (b'"n_positions":"8"', b'"n_positions":"9"'),
+    ):
+        assert old in data
+        path.write_bytes(data.replace(old, new, 1))
+        with pytest.raises(ModelError, match="checksum"):
+            EdgeScores.load(path)
+
+
+def test_files_of_others_are_refused(tmp_path, rng):
+    from safetensors.numpy import save
+
+    path = tmp_path / "s"
+    SteeringVector(np.ones(6), 1).save(tmp_path / "v.safetensors")
+    for data in (
+        (tmp_path / "v.safetensors").read_bytes(),
+        save({"edges": np.zeros(3)}),
+        b"PK\3\4" + b"\0" * 50,
+        b"",
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ModelError):
+            EdgeScores.load(path)
+    with pytest.raises(ModelError):
+        EdgeScores.load(tmp_path / "none")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_right_checksum_wrong_content(tmp_path_factory, data):
+    """A file made by somebody who knows the checksum: still checked against the graph."""
+    from safetensors.numpy import save
+
+    from vksteer.patching.edge_score_files import _checksum
+
+    arrays = {"edges": np.zeros(data.draw(st.sampled_from([E, E - 1, 0])))}
+    if data.draw(st.booleans()):
+        arrays[
+            data.draw(st.sampled_from(["nodes", "weights", "dims", "positions.1", "sample_edges"]))
+        ] = data.draw(
+            st.sampled_from(
+                [
+                    np.zeros(3),
+                    np.zeros((2, E)),
+                    np.zeros(3, np.int64),
+                    np.full(N, np.nan),
+                    np.zeros((1, 4), np.float32),
+                ]
+            )
+        )
+    facts = {
+        "format": "vksteer.edge_scores",
+        "version": "1",
+        "graph": data.draw(
+            st.sampled_from(
+                [
+                    '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}',
+                    "[]",
+                    '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 0, "layer": 1}',
+                    "{",
+                ]
+            )
+        ),
+        "n_positions": data.draw(st.sampled_from(["3", "x", "-1"])),
+        "has_positions": data.draw(st.sampled_from(["0", "1"])),
+        "settings": data.draw(st.sampled_from(["{}", "3", "nul"])),
+        "provenance": "{}",
+    }
+    facts["checksum"] = _checksum(facts, arrays)
+    path = tmp_path_factory.mktemp("hostile") / "s"
+    path.write_bytes(save(arrays, metadata=facts))
+    plain = (
+        len(arrays["edges"]) == E
+        and "n_heads" in facts["graph"]
+        and '"n_kv_heads": 2' in facts["graph"]
+        and facts["n_positions"] == "3"
+        and facts["settings"] == "{}"
+    )
+    if not plain:
+        with pytest.raises(ModelError):
+            EdgeScores.load(path)
+        return
+    if len(arrays) == 1 and facts["has_positions"] == "0":
+        s = EdgeScores.load(path)
+        assert s.graph == SMALL and s.n_positions == 3
+        return
+    try:  # what the other array is decides
+        s = EdgeScores.load(path)
+    except ModelError:
+        return
+    assert (
+        s.graph == SMALL
+        and s.n_positions == 3
+        and all(
+            np.isfinite(x).all()
+            for x in (s.edges, s.nodes, s.dims, s.sample_edges)
+            if x is not None
+        )
+    )
+
+
+def test_right_checksum_right_content(tmp_path):
+    """The same way of writing, with nothing wrong: it is what is wrong above that is refused."""
+    from safetensors.numpy import save
+
+    from vksteer.patching.edge_score_files import _checksum
+
+    facts = {
+        "format": "vksteer.edge_scores",
+        "version": "1",
+        "graph": '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}',
+        "n_positions": "3",
+        "has_positions": "0",
+        "settings": "{}",
+        "provenance": "{}",
+    }
+    arrays = {"edges": np.arange(E, dtype=np.float64)}
+    (tmp_path / "s").write_bytes(
+        save(arrays, metadata={**facts, "checksum": _checksum(facts, arrays)})
+    )
+    s = EdgeScores.load(tmp_path / "s")
+    assert s.graph == SMALL and s.n_positions == 3 and np.array_equal(s.edges, arrays["edges"])
+
+
+# -- EAP-IG ----------------------------------------------------------------------------------------
+
+
+def eap_ig_edges(cfg):
+    """All edge names of EAP-IG's graph of a sequential model, from its schema: a source reaches q,
+    k and v of every later head, MLPs and logits.
+    """
+    names, stream = [], ["input"]
+    for l in range(cfg["n_layers"]):
+        heads = [f"a{l}.h{h}" for h in range(cfg["n_heads"])]
+        names += [f"{s}->{h}<{x}>" for s in stream for h in heads for x in "qkv"]
+        stream = stream + heads
+        names += [f"{s}->m{l}" for s in stream]
+        stream = stream + [f"m{l}"]
+    return set(names + [f"{s}->logits" for s in stream]), set(stream + ["logits"])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 1), (3, 4, 2, 0), (2, 3, 3, 0), (2, 4, 1, 1)])
+def test_export_round_trip(tmp_path, rng, shape):
+    g = Graph(*shape)
+    s = make(rng, g)
+    c = s.circuit(g.n_edges // 3)
+    s.to_eap_ig_json(tmp_path / "g.json", c)
+    content = json.loads((tmp_path / "g.json").read_text())
+    assert content["cfg"] == {
+        "n_layers": shape[0],
+        "n_heads": shape[1],
+        "parallel_attn_mlp": False,
+        "d_model": 6,
+    }
+    edges, nodes = eap_ig_edges(content["cfg"])
+    assert set(content["edges"]) <= edges and set(content["nodes"]) <= nodes
+    if shape[3] == 0:
+        assert set(content["edges"]) == edges and set(content["nodes"]) == nodes
+    size = g.n_heads // g.n_kv_heads
+
+    def ours(name):  # back to our edge
+        source, to = name.replace("input", "steer").split("->")
+        if "<" in to and to[-2] in "kv":
+            layer, head = to[1:].split("<")[0].split(".h")
+            to = f"a{layer}.h{int(head) // size}<{to[-2]}>"
+        return f"{source}->{to}"
+
+    found = {}
+    for name, edge in content["edges"].items():
+        assert set(edge) == {"score", "in_graph"}
+        assert found.setdefault(ours(name), edge) == edge  # all heads of a group say the same
+    assert {name: edge["score"] for name, edge in found.items()} == dict(zip(g.edge_names, s.edges))
+    assert {name for name, edge in found.items() if edge["in_graph"]} == c.edge_names
+    assert all(
+        content["nodes"][name.replace("steer", "input")]["score"] == x
+        for name, x in zip(g.node_names, s.nodes)
+    )
+    assert {name for name, node in content["nodes"].items() if node["in_graph"]} == {
+        "input",
+        "logits",
+    } | {n for n in c.node_names if n != "steer"}
+    assert content["vksteer"]["graph"]["n_kv_heads"] == shape[2]
+    # Equal parts keep the sum.
+    s.to_eap_ig_json(tmp_path / "g.json", shared="split")
+    content = json.loads((tmp_path / "g.json").read_text())
+    assert sum(e["score"] for e in content["edges"].values()) == pytest.approx(
+        s.edges.sum()
+    ) and not any(e["in_graph"] for e in content["edges"].values())
+
+
+def test_export_refuses(tmp_path, rng):
+    s = make(rng)
+    for options, says in (
+        (dict(circuit=Circuit(Graph(3, 4, 4, 1))), "another graph"),
+        (dict(shared="both"), "shared"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            s.to_eap_ig_json(tmp_path / "g.json", **options)
+    bare = EdgeScores(SMALL, s.edges, n_positions=1)
+    with pytest.raises(ValueError, match="d_model"):
+        bare.to_eap_ig_json(tmp_path / "g.json")
+    bare.to_eap_ig_json(tmp_path / "g.json", d_model=8)
+    assert json.loads((tmp_path / "g.json").read_text())["cfg"]["d_model"] == 8
+
+
+def test_networkx(rng):
+    s = make(rng)
+    out = s.to_networkx()
+    assert {data["name"]: data["score"] for *_, data in out.edges(data=True)} == dict(
+        zip(s.edge_names, s.edges)
+    ) and out.number_of_nodes() == N + 1
+
+
+def test_front_door():
+    assert patching.EdgeScores is EdgeScores and {
+        "attribute",
+        "exact",
+        "plan",
+        "agreement",
+        "make_samples",
+        "Sample",
+    } <= set(dir(patching))
+    with pytest.raises(AttributeError, match="nothing"):
+        patching.nothing
