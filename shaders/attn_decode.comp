@@ -1,12 +1,12 @@
-// Attention of single tokens (decoding) in one step: a workgroup takes a (token, key/value head)
-// with its query heads through scores, softmax and mix. Every value is computed by the same chain
-// as in the three separate kernels, so that looking at a pattern changes no bit. Grid: x = tokens,
-// y = key/value heads.
+// Attention of single tokens (decoding) in one step: a workgroup takes one (token, key/value head)
+// with its query heads through scores, softmax and output. Every value is computed by the same
+// chain as in the three separate kernels, so capturing a pattern does not alter any value.
+// Grid: x = tokens, y = key/value heads.
 //
-// Define    HEADS   query heads that share what is loaded of keys and values; a larger group comes
-//           in several turns. Loads in a loop are what costs on
-//                   software drivers: SmolLM2's 9 heads in groups of 3 at 256 tokens took 700 us a
-//                   layer one by one, two rows on two AVX2 cores
+// Define    HEADS   query heads that share what is loaded of keys and values; a larger group takes
+//                   several turns. Loads in a loop are what costs on software drivers: SmolLM2's 9
+//                   heads in groups of 3 at 256 tokens took 700 us a layer one by one, two rows on
+//                   two AVX2 cores
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

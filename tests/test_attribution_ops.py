@@ -1,4 +1,4 @@
-"""The ops of attribution against their float64 twins, as test_ops.py does it; and that they are
+"""The ops of attribution against their float64 references, as in test_ops.py; and that they are
 what the scores rest on: exact zeros of equal runs, bits that do not depend on how tokens are cut
 into calls, and the gradient of a norm kept small.
 """
@@ -207,8 +207,8 @@ def test_dots_do_not_depend_on_the_rows_beside(on, rng):
 
 @pytest.mark.parametrize("n_steps", [1, 4])
 def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
-    """head_inputs, the product with W^T and head_gradients, on their twins and on the device,
-    against the norm's own backward twin, step by step, for every input alone.
+    """head_inputs, the product with W^T and head_gradients, on their references and on the device,
+    against the norm's own backward reference, step by step, for every input alone.
     """
     n_slots, n_inputs, d_head, width = 3, 5, 16, 33
     kept = attribution.head_inputs(
@@ -249,7 +249,7 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
             .reshape(n_slots, n_steps, width)
             .mean(1)
         )
-    for which, bound in ((1, 2e-6), (0, 5e-6)):  # the twins, the device
+    for which, bound in ((1, 2e-6), (0, 5e-6)):  # the references, the device
         sums = on.run("head_inputs", kept.arguments, kept.buffers)[which]
         g = np.stack(
             [

@@ -13,7 +13,7 @@ import pytest
 from vksteer.verify import backward, problems
 from vksteer.verify import forward as forward_problems
 
-# -- twins against differences ---------------------------------------------------------------------
+# -- references against differences ---------------------------------------------------------------------
 
 
 #
@@ -32,12 +32,14 @@ def slope(on, op, arguments, buffers, name, direction, weights) -> float:
     """
 
     def value(h):
-        twin = on.run(
+        reference = on.run(
             op,
             arguments,
             buffers | {name: buffers[name] + np.float32(h * STEP) * direction.astype(np.float32)},
         )[1]
-        return sum(float((w * np.nan_to_num(twin[output])).sum()) for output, w in weights.items())
+        return sum(
+            float((w * np.nan_to_num(reference[output])).sum()) for output, w in weights.items()
+        )
 
     return (value(-2) - 8 * value(-1) + 8 * value(1) - value(2)) / (12 * STEP)
 
@@ -95,15 +97,15 @@ def test_differences_of_norm(on, rng, flags):
     back.buffers["x"][:, :33] = on_grid(rng, len(back.buffers["x"]), 33)
     if "normalized" in flags:
         back.buffers["gain"][:] = 1
-    twin = on.run(back.op, back.arguments, back.buffers)[1]
+    reference = on.run(back.op, back.arguments, back.buffers)[1]
     dy = {"dst": np.nan_to_num(back.buffers["dy"]).astype(np.float64)}
     forward = forward_problems.norm(rng, 3, 33, [f for f in flags if f == "rows"])
     shared = {name: back.buffers[name] for name in ("x", "gain", "rows") if name in back.buffers}
     if "rows" in flags:  # a source may be read twice
         dx = np.zeros(shared["x"].shape)
-        np.add.at(dx, shared["rows"], np.nan_to_num(twin["dx"]))
+        np.add.at(dx, shared["rows"], np.nan_to_num(reference["dx"]))
     else:
-        dx = twin["dx"]
+        dx = reference["dx"]
     matches(on, rng, "norm", forward.arguments, forward.buffers | shared, "x", dy, dx)
     if flags:
         return
@@ -124,12 +126,19 @@ def test_differences_of_norm(on, rng, flags):
         dy,
         -(dn * x).sum(-1) / scale.astype(np.float64) ** 2,
     )
-    # ... and the twin's is at the row's own
+    # ... and the reference's is at the row's own
     own = np.sqrt((x**2).mean(-1) + np.float64(np.float32(1e-5)))
-    np.testing.assert_allclose(twin["dscale"], -(dn * x).sum(-1) / own**2, rtol=1e-12)
+    np.testing.assert_allclose(reference["dscale"], -(dn * x).sum(-1) / own**2, rtol=1e-12)
     normed = forward_problems.norm(rng, 3, 33, ("read_normalized",))
     matches(
-        on, rng, "norm", normed.arguments, normed.buffers | shared, "x", dy, twin["dnormalized"]
+        on,
+        rng,
+        "norm",
+        normed.arguments,
+        normed.buffers | shared,
+        "x",
+        dy,
+        reference["dnormalized"],
     )
 
 
@@ -181,7 +190,7 @@ def test_differences_of_rope(on, rng, flags):
 )
 def test_differences_of_attention(on, rng, n_heads, n_kv_heads, d_head, window, softcap):
     """The whole of it: gradients of q, k and v by the steps that a backward pass takes, against
-    attention's fused twin.
+    attention's fused reference.
     """
     lengths = (11, 1, 9)
     packed = problems.Packed([(0, n) for n in lengths])
@@ -206,7 +215,9 @@ def test_differences_of_attention(on, rng, n_heads, n_kv_heads, d_head, window, 
     index = {"tokens": packed.tokens, "tiles": packed.tiles}
     blank = problems.nothing(n, n_heads, key_stride)
 
-    def step(op, arguments, **buffers):  # the twin's result, rounded to what the next step takes
+    def step(
+        op, arguments, **buffers
+    ):  # the reference's result, rounded to what the next step takes
         return {
             name: array.astype(np.float32)
             for name, array in on.run(op, arguments, index | buffers)[1].items()
@@ -251,7 +262,7 @@ def test_differences_of_attention(on, rng, n_heads, n_kv_heads, d_head, window, 
         scores=scores,
     )["dpattern"]
     mix = tiles | {"pattern": "a", "v_cache": "k", "z": "z", "z_stride": z_stride, "window": window}
-    dq = step("attn_mix", mix, a=dscores, k=cache(k), z=problems.nothing(n, z_stride))["z"]
+    dq = step("attn_output", mix, a=dscores, k=cache(k), z=problems.nothing(n, z_stride))["z"]
     sums = tiles | {
         "a": "a",
         "y": "y",
@@ -262,14 +273,14 @@ def test_differences_of_attention(on, rng, n_heads, n_kv_heads, d_head, window, 
         "window": window,
     }
     dk = step(
-        "attn_mix_bwd",
+        "attn_output_bwd",
         sums,
         a=dscores,
         y=problems.padded(q, stride),
         sums=problems.nothing(n, problems.row_stride(kv_width)),
     )["sums"]
     dv = step(
-        "attn_mix_bwd",
+        "attn_output_bwd",
         sums,
         a=pattern,
         y=dz,
@@ -340,7 +351,7 @@ def test_differences_of_scalars(on, rng, kind, softcap, reference_softcap):
     for name in ("logits", "reference", "other"):
         if name in problem.buffers:
             problem.buffers[name][:, :33] = on_grid(rng, 3, 33, scale=2.0)
-    twin = on.run(problem.op, problem.arguments, problem.buffers)[1]
+    reference = on.run(problem.op, problem.arguments, problem.buffers)[1]
     matches(
         on,
         rng,
@@ -349,7 +360,7 @@ def test_differences_of_scalars(on, rng, kind, softcap, reference_softcap):
         problem.buffers,
         "logits",
         {"values": problem.buffers["weights"].astype(np.float64)},
-        twin["logits"],
+        reference["logits"],
     )
 
     def log_p(name):
@@ -370,4 +381,4 @@ def test_differences_of_scalars(on, rng, kind, softcap, reference_softcap):
             else kl("other", "logits") - kl("reference", "logits")
         )
     )
-    np.testing.assert_allclose(twin["values"], want, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(reference["values"], want, rtol=1e-12, atol=1e-12)

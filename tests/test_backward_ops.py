@@ -91,36 +91,36 @@ LENGTHS = [(), (1,), (3, 7), (33,), (1, 17, 9, 70, 8)]
 
 
 @pytest.mark.parametrize("d_head", [2, 6, 16, 64, 80, 128, 256])
-def test_attn_mix_bwd_over_head_sizes(on, rng, d_head):
+def test_attn_output_bwd_over_head_sizes(on, rng, d_head):
     for rows in LENGTHS:
-        agree(on, backward.attn_mix_bwd(rng, rows, 4, 2, d_head))
+        agree(on, backward.attn_output_bwd(rng, rows, 4, 2, d_head))
 
 
 @pytest.mark.parametrize("n_heads, n_kv_heads", HEADS)
-def test_attn_mix_bwd_over_head_groups(on, rng, n_heads, n_kv_heads):
+def test_attn_output_bwd_over_head_groups(on, rng, n_heads, n_kv_heads):
     for rows in LENGTHS:
         for window in (0, 4):
-            agree(on, backward.attn_mix_bwd(rng, rows, n_heads, n_kv_heads, 16, window))
+            agree(on, backward.attn_output_bwd(rng, rows, n_heads, n_kv_heads, 16, window))
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 8, 1000])
-def test_attn_mix_bwd_windows_and_pieces(on, rng, window):
+def test_attn_output_bwd_windows_and_pieces(on, rng, window):
     for rows in LENGTHS + [(257,)]:
         for pieces in (1, 2, 3):
             for piece in range(pieces):
-                agree(on, backward.attn_mix_bwd(rng, rows, 2, 1, 6, window, pieces, piece))
+                agree(on, backward.attn_output_bwd(rng, rows, 2, 1, 6, window, pieces, piece))
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_attn_mix_bwd_in_pieces_has_the_whole_bits(on, rng, window):
-    problem = backward.attn_mix_bwd(rng, (17, 1, 33), 6, 2, 80, window)
+def test_attn_output_bwd_in_pieces_has_the_whole_bits(on, rng, window):
+    problem = backward.attn_output_bwd(rng, (17, 1, 33), 6, 2, 80, window)
     n, buffers, arguments = 51, problem.buffers, problem.arguments
-    want = on.run("attn_mix_bwd", arguments, buffers)[0]["sums"]
+    want = on.run("attn_output_bwd", arguments, buffers)[0]["sums"]
     for cuts in ((25,), (1, 17, 18), (8, 16, 24, 50)):
         sums = buffers["sums"]
         for first, last in zip((0, *cuts), (*cuts, n)):
             sums = on.run(
-                "attn_mix_bwd",
+                "attn_output_bwd",
                 arguments | {"first_token": first, "last_token": last, "add": int(first > 0)},
                 buffers | {"a": buffers["a"][first:last].copy(), "sums": sums},
             )[0]["sums"]
@@ -128,7 +128,7 @@ def test_attn_mix_bwd_in_pieces_has_the_whole_bits(on, rng, window):
     for skip in (1, 2, 4):  # from a later tile of keys on
         later = buffers["tiles"][skip:].copy()
         got = on.run(
-            "attn_mix_bwd", arguments | {"n_tiles": len(later)}, buffers | {"tiles": later}
+            "attn_output_bwd", arguments | {"n_tiles": len(later)}, buffers | {"tiles": later}
         )[0]["sums"]
         assert (
             same_bits(got[later[0, 0] :], want[later[0, 0] :])
@@ -145,7 +145,7 @@ def test_attn_mix_bwd_in_pieces_has_the_whole_bits(on, rng, window):
             "tiles": packed.tiles,
         }
         got = on.run(
-            "attn_mix_bwd",
+            "attn_output_bwd",
             arguments
             | {
                 "first_token": 0,
@@ -247,7 +247,9 @@ def test_any_attention_bwd(on, seed, rows, kv, group, half, window, pieces):
     agree(on, backward.rope_bwd(rng, [(0, n) for n in rows], kv * group, kv, 2 * half))
     agree(on, backward.attn_softmax_bwd(rng, [(0, n) for n in rows], kv * group, window))
     for piece in range(pieces):
-        agree(on, backward.attn_mix_bwd(rng, rows, kv * group, kv, 2 * half, window, pieces, piece))
+        agree(
+            on, backward.attn_output_bwd(rng, rows, kv * group, kv, 2 * half, window, pieces, piece)
+        )
 
 
 @few
@@ -292,9 +294,9 @@ def test_any_row_op_bwd(on, seed, n_tokens, width, kind, softcap):
         (lambda rng: backward.linear_bwd(rng, 3, 45, 33), {"dy": ("dy", 1)}),
         (lambda rng: backward.linear_bwd(rng, 3, 45, 33), {"n": 300}),
         (lambda rng: backward.linear_bwd(rng, 3, 45, 33), {"family_plus_1": 99}),
-        (lambda rng: backward.attn_mix_bwd(rng, (9,), 4, 2, 6), {"n_kv_heads": 3}),
-        (lambda rng: backward.attn_mix_bwd(rng, (9,), 4, 2, 6), {"key_stride": 8}),
-        (lambda rng: backward.attn_mix_bwd(rng, (9,), 4, 2, 6), {"n_tiles": 9}),
+        (lambda rng: backward.attn_output_bwd(rng, (9,), 4, 2, 6), {"n_kv_heads": 3}),
+        (lambda rng: backward.attn_output_bwd(rng, (9,), 4, 2, 6), {"key_stride": 8}),
+        (lambda rng: backward.attn_output_bwd(rng, (9,), 4, 2, 6), {"n_tiles": 9}),
         (lambda rng: backward.attn_softmax_bwd(rng, [(0, 9)], 4), {"key_stride": 4}),
         (lambda rng: backward.rope_bwd(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}),
         (lambda rng: backward.act_bwd(rng, 3, 7), {"act": 3}),

@@ -1,4 +1,4 @@
-"""The ops of circuits against their float64 twins, as test_ops.py does it; and what circuits rest
+"""The ops of circuits against their float64 references, as in test_ops.py; and what circuits rest
 on: exact zeros of equal states, rows whose bits do not depend on what is beside them.
 """
 

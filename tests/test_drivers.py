@@ -91,8 +91,10 @@ import numpy as np
 from vksteer.verify import forward
 from vksteer.runtime.device import _engine
 problem = forward.linear(np.random.default_rng(0), 1, 33, 16, 1)
-device, twin = _engine().Bench(_engine().Device(0)).run("linear", problem.arguments | {"family_plus_1": 2}, problem.buffers)
-assert np.allclose(device["dst"], twin["dst"], atol=1e-3, equal_nan=True), "another width's fetches"
+bench = _engine().Bench(_engine().Device(0))
+arguments = problem.arguments | {"family_plus_1": 2}
+device, reference = (result["dst"] for result in bench.run("linear", arguments, problem.buffers))
+assert np.allclose(device, reference, atol=1e-3, equal_nan=True), "another width's fetches"
 print(os.environ["MESA_SHADER_CACHE_DIR"])
 """
     given = tmp_path / "users"

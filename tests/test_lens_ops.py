@@ -1,5 +1,5 @@
-"""The ops of the OV circuit against their float64 twins: heads' outputs, norms of rows, the largest
-of many columns. See test_ops.py.
+"""The ops of the OV circuit against their float64 references: heads' outputs, norms of rows,
+the largest of many columns. See test_ops.py.
 """
 
 from __future__ import annotations

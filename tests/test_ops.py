@@ -1,4 +1,4 @@
-"""Every op against its float64 twin over awkward shapes: 1, 3, 7, 33, 257, ragged tiles,
+"""Every op against its float64 reference over awkward shapes: 1, 3, 7, 33, 257, ragged tiles,
 empty lists, every flag.
 
 op_bench.py has the comparison and the shapes that these tests share with those of other ops.
@@ -46,14 +46,14 @@ def fusing():
 # -- the table of calls ----------------------------------------------------------------------------
 
 
-def test_every_op_can_be_called_and_has_a_twin():
+def test_every_op_can_be_called_and_has_a_reference():
     header = (ROOT / "csrc/ops/ops.h").read_text()
     declared = set(re.findall(r"^int op_(\w+)\(struct ops \*ops, const struct", header, re.M))
     assert {name for name, _, _ in _engine.ops()} == declared
     assert (
         set(
             re.findall(
-                r"^void twin_(\w+)\(", (ROOT / "csrc/reference/reference.h").read_text(), re.M
+                r"^void reference_(\w+)\(", (ROOT / "csrc/reference/reference.h").read_text(), re.M
             )
         )
         == declared
@@ -318,9 +318,9 @@ def test_linear_of_extreme_weights(on, rng):
         problem.buffers["x"] = problems.padded(
             np.eye(64, dtype=np.float32), problems.row_stride(64), 0.0
         )
-        device, twin = on.run(problem.op, problem.arguments, problem.buffers)
+        device, reference = on.run(problem.op, problem.arguments, problem.buffers)
         np.testing.assert_array_equal(device["dst"][:, :40], values.T)
-        np.testing.assert_array_equal(twin["dst"][:, :40], values.T)
+        np.testing.assert_array_equal(reference["dst"][:, :40], values.T)
 
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
@@ -492,7 +492,7 @@ def test_rope_in_steps_has_the_fused_bits(on, rng):
 def test_attention_over_head_sizes(on, rng, d_head):
     for rows in BATCHES:
         agree(on, forward.attn_scores(rng, rows, 4, 2, d_head))
-        agree(on, forward.attn_mix(rng, rows, 4, 2, d_head))
+        agree(on, forward.attn_output(rng, rows, 4, 2, d_head))
     agree(on, forward.attn_decode(rng, [0, 7, 36, 129], 4, 2, d_head))
 
 
@@ -508,7 +508,7 @@ def test_attention_over_head_groups(on, rng, n_heads, n_kv_heads):
                     rng, rows, n_heads, n_kv_heads, 16, softcap=5.0 * frozen, frozen=frozen
                 ),
             )
-            agree(on, forward.attn_mix(rng, rows, n_heads, n_kv_heads, 16, frozen=frozen))
+            agree(on, forward.attn_output(rng, rows, n_heads, n_kv_heads, 16, frozen=frozen))
             agree(
                 on,
                 forward.attn_decode(
@@ -527,7 +527,7 @@ def test_attention_over_head_groups(on, rng, n_heads, n_kv_heads):
 def test_attention_windows(on, rng, window):
     for rows in BATCHES + [[(0, 257)]]:
         agree(on, forward.attn_softmax(rng, rows, 3, window))
-        agree(on, forward.attn_mix(rng, rows, 2, 1, 6, window))
+        agree(on, forward.attn_output(rng, rows, 2, 1, 6, window))
     agree(on, forward.attn_decode(rng, [0, 3, 4, 5, 36, 256], 2, 1, 6, window))
 
 
@@ -537,7 +537,7 @@ def test_attention_on_a_part_of_the_chunk(on, rng):
     for tile in (1, 3, 5):
         agree(on, forward.attn_scores(rng, rows, 4, 2, 16, tile=tile))
         agree(on, forward.attn_softmax(rng, rows, 4, tile=tile))
-        agree(on, forward.attn_mix(rng, rows, 4, 2, 16, window=5, tile=tile))
+        agree(on, forward.attn_output(rng, rows, 4, 2, 16, window=5, tile=tile))
     agree(on, forward.attn_decode(rng, [5, 1, 30], 4, 2, 16, first=1))
 
 
@@ -573,7 +573,7 @@ def test_decode_in_one_step_has_the_bits_of_three(on, rng, d_head, window, softc
     )[0]
     assert same_bits(buffers["scores"], fused["scores"])
     buffers |= on.run(
-        "attn_mix",
+        "attn_output",
         {"pattern": "scores", "v_cache": "v_cache", "tokens": "tokens", "tiles": "tiles", "z": "z"}
         | sizes
         | names("z_stride", "window"),
@@ -628,7 +628,7 @@ def test_any_attention(on, seed, rows, kv, group, half, window):
     agree(on, forward.rope(rng, rows, kv * group, kv, 2 * half))
     agree(on, forward.attn_scores(rng, rows, kv * group, kv, 2 * half))
     agree(on, forward.attn_softmax(rng, rows, kv * group, window))
-    agree(on, forward.attn_mix(rng, rows, kv * group, kv, 2 * half, window))
+    agree(on, forward.attn_output(rng, rows, kv * group, kv, 2 * half, window))
     agree(
         on,
         forward.attn_decode(rng, [cached for cached, _ in rows], kv * group, kv, 2 * half, window),
@@ -707,7 +707,7 @@ def test_wrong_arguments_never_reach_the_device(on, rng, change, error):
         (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 3}),
         (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_tiles": 9}),
         (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"key_stride": 8}),
-        (lambda rng: forward.attn_mix(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}),
+        (lambda rng: forward.attn_output(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}),
         (lambda rng: forward.attn_softmax(rng, [(0, 9)], 4), {"key_stride": 4}),
         (lambda rng: forward.rope(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}),
         (lambda rng: forward.act(rng, 3, 7), {"act": 3}),
@@ -749,11 +749,11 @@ def test_inputs_stay_as_they_were_and_nothing_is_kept(on, rng):
     before = {name: array.copy() for name, array in problem.buffers.items()}
     counts = {name: sys.getrefcount(array) for name, array in problem.buffers.items()}
     for _ in range(3):
-        device, twin = on.run(problem.op, problem.arguments, problem.buffers)
+        device, reference = on.run(problem.op, problem.arguments, problem.buffers)
     assert all(same_bits(problem.buffers[name], before[name]) for name in before)
     assert {name: sys.getrefcount(array) for name, array in problem.buffers.items()} == counts
     assert all(a.flags.owndata and a.dtype == np.float32 for a in device.values()) and all(
-        a.flags.owndata and a.dtype == np.float64 for a in twin.values()
+        a.flags.owndata and a.dtype == np.float64 for a in reference.values()
     )
 
 
@@ -805,10 +805,10 @@ class Broken:
         self.bench, self.op, self.harm = bench, op, harm
 
     def run(self, op, arguments, buffers):
-        device, twin = self.bench.run(op, arguments, buffers)
+        device, reference = self.bench.run(op, arguments, buffers)
         if op == self.op:
             self.harm(device)
-        return device, twin
+        return device, reference
 
     def __getattr__(self, name):
         return getattr(self.bench, name)
@@ -827,7 +827,7 @@ def test_verify_command(on, capsys):
         ("linear", lambda d: d["dst"].__imul__(np.float32(1 + 1e-4))),
         ("norm", lambda d: d["dst"].__setitem__((0, 0), np.nan)),
         ("copy", lambda d: d["x"].__iadd__(np.float32(1e-3))),
-        ("attn_mix", lambda d: d["z"].__setitem__((0, -1), 0.0)),
+        ("attn_output", lambda d: d["z"].__setitem__((0, -1), 0.0)),
     ],
 )
 def test_verify_notices_a_wrong_device(on, monkeypatch, capsys, op, harm):
@@ -919,7 +919,7 @@ def test_a_norm_inside_the_product_is_the_norm_before_it(
                 problem.arguments | {"family_plus_1": family + 1},
                 problem.buffers | {"x": before},
             )[0]["dst"]
-            device, twin = on.run(
+            device, reference = on.run(
                 "linear",
                 problem.arguments | {"family_plus_1": family + 1, "gain": "gain", "eps": 1e-5},
                 problem.buffers | {"gain": gain},
@@ -927,8 +927,8 @@ def test_a_norm_inside_the_product_is_the_norm_before_it(
             assert same_bits(device["dst"], apart), f"{rows} rows, family {family}"
             np.testing.assert_allclose(
                 device["dst"][:, :n],
-                twin["dst"][:, :n],
-                atol=2e-5 * np.abs(twin["dst"][:, :n]).max(),
+                reference["dst"][:, :n],
+                atol=2e-5 * np.abs(reference["dst"][:, :n]).max(),
             )
     problem = forward.linear(rng, 9, n, k, weight_type)
     with pytest.raises(ValueError, match="9 rows"):

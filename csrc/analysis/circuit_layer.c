@@ -206,7 +206,7 @@ static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, 
         .key_stride = key_stride,
         .window = window,
     };
-    struct mix_params mix = {
+    struct attn_output_params mix = {
         .pattern = pattern,
         .v_cache = v,
         .tokens = lists->tokens,
@@ -222,7 +222,7 @@ static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, 
     };
     RUN(op_attn_scores(ops, &scores, to - from, chunk->max_keys, error));
     RUN(op_attn_softmax(ops, &softmax, n, chunk->max_keys, error));
-    return op_attn_mix(ops, &mix, to - from, chunk->max_keys, error);
+    return op_attn_output(ops, &mix, to - from, chunk->max_keys, error);
 }
 
 static int mixes(struct circuit_run *run, int l, struct error *error) {

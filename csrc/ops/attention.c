@@ -31,9 +31,9 @@ int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32
                               error);
 }
 
-int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys,
-                struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_attn_mix, params, sizeof *params,
+int op_attn_output(struct ops *ops, const struct attn_output_params *params, uint32_t n_tiles,
+                   uint32_t n_keys, struct error *error) {
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_output, params, sizeof *params,
                               blocks(ops, params->d_head), n_tiles, params->n_heads,
                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
                               error);
@@ -69,11 +69,11 @@ int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params
 }
 
 /* n_keys: the most keys of a row, hence the most queries of one. */
-int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32_t n_tiles,
-                    uint32_t n_keys, struct error *error) {
+int op_attn_output_bwd(struct ops *ops, const struct attn_output_bwd_params *params,
+                       uint32_t n_tiles, uint32_t n_keys, struct error *error) {
     /* RN of the shader */
     uint32_t columns = (ops->subgroup <= 16 ? 4 : ops->subgroup == 32 ? 2 : 1) * ops->workgroup;
-    return gpu_queue_dispatch(ops->queue, KERNEL_attn_mix_bwd, params, sizeof *params,
+    return gpu_queue_dispatch(ops->queue, KERNEL_attn_output_bwd, params, sizeof *params,
                               (params->d_head + columns - 1) / columns, n_tiles, params->n_kv_heads,
                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
                               error);

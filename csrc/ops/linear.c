@@ -373,7 +373,7 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
 
 int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error) {
     static const int always[] = {KERNEL_embed,       KERNEL_norm,         KERNEL_rope,
-                                 KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_mix,
+                                 KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_output,
                                  KERNEL_act,         KERNEL_edit,         KERNEL_copy};
     int kernels[32], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
@@ -389,8 +389,8 @@ int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct er
 }
 
 int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
-    static const int always[] = {KERNEL_norm_bwd,     KERNEL_rope_bwd, KERNEL_attn_softmax_bwd,
-                                 KERNEL_attn_mix_bwd, KERNEL_act_bwd,  KERNEL_pair_grad,
+    static const int always[] = {KERNEL_norm_bwd,        KERNEL_rope_bwd, KERNEL_attn_softmax_bwd,
+                                 KERNEL_attn_output_bwd, KERNEL_act_bwd,  KERNEL_pair_grad,
                                  KERNEL_logit_grad};
     int kernels[16], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)

@@ -174,8 +174,8 @@ int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t
                    uint32_t n_keys, struct error *error);
 int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens,
                     uint32_t n_keys, struct error *error);
-int op_attn_mix(struct ops *ops, const struct mix_params *params, uint32_t n_tiles, uint32_t n_keys,
-                struct error *error);
+int op_attn_output(struct ops *ops, const struct attn_output_params *params, uint32_t n_tiles,
+                   uint32_t n_keys, struct error *error);
 
 int op_attn_decode_kernel(uint32_t group);
 int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens,
@@ -185,8 +185,8 @@ int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t 
                 struct error *error);
 int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens,
                         uint32_t n_keys, struct error *error);
-int op_attn_mix_bwd(struct ops *ops, const struct mix_bwd_params *params, uint32_t n_tiles,
-                    uint32_t n_keys, struct error *error);
+int op_attn_output_bwd(struct ops *ops, const struct attn_output_bwd_params *params,
+                       uint32_t n_tiles, uint32_t n_keys, struct error *error);
 
 /* --- elementwise.c ---------------------------------------------------------------------------- */
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,

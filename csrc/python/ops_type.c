@@ -1,5 +1,5 @@
-/* Bench: one op at a time on the device and on its float64 twin, with NumPy arrays as memory. For
- * the tests and `vksteer verify`. */
+/* Bench: one op at a time on the device and on its float64 reference, with NumPy arrays as memory.
+ * For the tests and `vksteer verify`. */
 #include "engine.h"
 
 #include <stdlib.h>
@@ -11,7 +11,7 @@
 #define GUARD 4096
 /* as a float it is NaN, so that a kernel that reads there and uses it shows */
 #define GUARD_BYTE 0xff
-#define NUMBER_MAX (1u << 20) /* no honest test needs more, and a twin's loops end in time */
+#define NUMBER_MAX (1u << 20) /* no honest test needs more, and a reference's loops end in time */
 
 struct bench_object {
     PyObject_HEAD
@@ -22,14 +22,14 @@ struct bench_object {
 
 struct bench_run {
     const struct op_call *call;
-    void *device_block, *twin_block; /* the same arguments with either's addresses */
-    struct twin_memory memory;
-    PyObject *arrays[TWIN_BUFFERS]; /* as they were given; held */
-    const void *given[TWIN_BUFFERS];
-    float *returned[TWIN_BUFFERS]; /* of the arrays in `on_device`; NULL for words */
-    uint64_t offset[TWIN_BUFFERS]; /* in the arena */
-    uint64_t bytes;                /* of the arena */
-    PyObject *on_device, *on_twin; /* dicts of name -> array */
+    void *device_block, *reference_block; /* the same arguments with either's addresses */
+    struct reference_memory memory;
+    PyObject *arrays[REFERENCE_BUFFERS]; /* as they were given; held */
+    const void *given[REFERENCE_BUFFERS];
+    float *returned[REFERENCE_BUFFERS]; /* of the arrays in `on_device`; NULL for words */
+    uint64_t offset[REFERENCE_BUFFERS]; /* in the arena */
+    uint64_t bytes;                     /* of the arena */
+    PyObject *on_device, *on_reference; /* dicts of name -> array */
 };
 
 /* --- arguments -------------------------------------------------------------------------------- */
@@ -44,9 +44,9 @@ static int copy_add(PyObject *dict, PyObject *name, PyObject *array, char type, 
 
 static int buffer_read(struct bench_run *run, PyObject *name, PyObject *array) {
     uint32_t i = run->memory.n_buffers;
-    struct twin_buffer *buffer = &run->memory.buffers[i];
-    if (i == TWIN_BUFFERS) {
-        PyErr_Format(PyExc_ValueError, "more than %d buffers", TWIN_BUFFERS);
+    struct reference_buffer *buffer = &run->memory.buffers[i];
+    if (i == REFERENCE_BUFFERS) {
+        PyErr_Format(PyExc_ValueError, "more than %d buffers", REFERENCE_BUFFERS);
         return -1;
     }
     char type = array_is(array, 'I') ? 'I' : 'f';
@@ -65,7 +65,7 @@ static int buffer_read(struct bench_run *run, PyObject *name, PyObject *array) {
         return 0;
     }
     void *doubles = NULL, *floats = NULL;
-    if (copy_add(run->on_twin, name, array, 'd', &doubles) ||
+    if (copy_add(run->on_reference, name, array, 'd', &doubles) ||
         copy_add(run->on_device, name, array, 'f', &floats))
         return -1;
     buffer->floats = doubles;
@@ -96,7 +96,7 @@ static int address_read(const struct bench_run *run, const char *field, PyObject
 static int field_write(struct bench_run *run, const struct op_field *field, PyObject *value,
                        uint64_t arena) {
     char *device = (char *)run->device_block + field->offset,
-         *twin = (char *)run->twin_block + field->offset;
+         *reference = (char *)run->reference_block + field->offset;
     if (field->kind == FIELD_ADDRESS) {
         uint32_t buffer;
         uint64_t item;
@@ -105,9 +105,9 @@ static int field_write(struct bench_run *run, const struct op_field *field, PyOb
         if (address_read(run, field->name, value, &buffer, &item))
             return -1;
         uint64_t on_device = arena + run->offset[buffer] + 4 * item,
-                 on_twin = twin_address(buffer, item);
+                 on_reference = reference_address(buffer, item);
         memcpy(device, &on_device, 8);
-        memcpy(twin, &on_twin, 8);
+        memcpy(reference, &on_reference, 8);
         return 0;
     }
     double number = PyFloat_AsDouble(value);
@@ -116,7 +116,7 @@ static int field_write(struct bench_run *run, const struct op_field *field, PyOb
     if (field->kind == FIELD_FLOAT) {
         float f = (float)number;
         memcpy(device, &f, 4);
-        memcpy(twin, &f, 4);
+        memcpy(reference, &f, 4);
         return 0;
     }
     if (!(number >= 0 && number <= NUMBER_MAX) || number != (double)(uint32_t)number) {
@@ -126,7 +126,7 @@ static int field_write(struct bench_run *run, const struct op_field *field, PyOb
     }
     uint32_t u = (uint32_t)number;
     memcpy(device, &u, 4);
-    memcpy(twin, &u, 4);
+    memcpy(reference, &u, 4);
     return 0;
 }
 
@@ -167,9 +167,9 @@ static int arena_check(const struct bench_run *run, const unsigned char *arena,
     return 0;
 }
 
-/* The twin first: it checks every access, and the device then sees only what stays inside. */
+/* The reference first: it checks every access, and the device then sees only what stays inside. */
 static int run_both(struct bench_object *self, struct bench_run *run, struct error *error) {
-    run->call->twin(&run->memory, run->twin_block);
+    run->call->reference(&run->memory, run->reference_block);
     if (run->memory.failed) {
         *error = run->memory.error;
         return error_add_context(error, "%s", run->call->name);
@@ -206,10 +206,10 @@ static int run_read(struct bench_run *run, const char *name, PyObject *buffers) 
         return -1;
     }
     run->device_block = calloc(1, run->call->bytes);
-    run->twin_block = calloc(1, run->call->bytes);
+    run->reference_block = calloc(1, run->call->bytes);
     run->on_device = PyDict_New();
-    run->on_twin = PyDict_New();
-    if (!run->device_block || !run->twin_block || !run->on_device || !run->on_twin) {
+    run->on_reference = PyDict_New();
+    if (!run->device_block || !run->reference_block || !run->on_device || !run->on_reference) {
         PyErr_NoMemory();
         return -1;
     }
@@ -248,14 +248,14 @@ static PyObject *bench_run(PyObject *object, PyObject *args) {
         if (failed)
             engine_raise(object, &error);
         else if (filled)
-            result = PyTuple_Pack(2, run->on_device, run->on_twin);
+            result = PyTuple_Pack(2, run->on_device, run->on_reference);
     }
-    for (uint32_t i = 0; i < TWIN_BUFFERS; i++)
+    for (uint32_t i = 0; i < REFERENCE_BUFFERS; i++)
         Py_XDECREF(run->arrays[i]);
     Py_XDECREF(run->on_device);
-    Py_XDECREF(run->on_twin);
+    Py_XDECREF(run->on_reference);
     free(run->device_block);
-    free(run->twin_block);
+    free(run->reference_block);
     free(run);
     return result;
 }
@@ -357,8 +357,9 @@ PyObject *engine_ops(PyObject *module, PyObject *unused) {
 
 static PyMethodDef bench_methods[] = {
     {"run", bench_run, METH_VARARGS,
-     "run(op, arguments, buffers) -> (device, twin)\n\nRuns one op on copies of `buffers` (name -> "
-     "float32 or uint32 array) on the device, and its twin on\n"
+     "run(op, arguments, buffers) -> (device, reference)\n\nRuns one op on copies of `buffers` "
+     "(name -> "
+     "float32 or uint32 array) on the device, and its reference on\n"
      "float64 copies. `arguments`: field -> number, or for an address a buffer's name or (name, "
      "first item); what is not named is 0 or absent.\n"
      "Returns the float arrays as they are afterwards. An access outside its buffer is a "
@@ -375,7 +376,7 @@ static PyType_Slot bench_slots[] = {
     {Py_tp_new, bench_new},
     {Py_tp_dealloc, bench_dealloc},
     {Py_tp_methods, bench_methods},
-    {Py_tp_doc, "Bench(device): runs single ops and their float64 twins."},
+    {Py_tp_doc, "Bench(device): runs single ops and their float64 references."},
     {0, NULL}};
 PyType_Spec bench_spec = {
     .name = "vksteer._engine.Bench",

@@ -1,44 +1,46 @@
-/* Twins of attention's steps and their backward. */
+/* Reference implementations of attention's steps and their backward. */
 #include <math.h>
 
 #include "reference/reference.h"
 
-int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
+int reference_heads_check(struct reference_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
     if (n_kv_heads == 0 || n_heads % n_kv_heads)
-        twin_fail(memory, "%u query heads cannot share %u key heads", n_heads, n_kv_heads);
+        reference_fail(memory, "%u query heads cannot share %u key heads", n_heads, n_kv_heads);
     return memory->failed;
 }
 
-static void head_norm(struct twin_memory *memory, const struct rope_params *p, uint64_t base,
+static void head_norm(struct reference_memory *memory, const struct rope_params *p, uint64_t base,
                       uint64_t gain) {
     double sum = 0;
     for (uint32_t i = 0; i < p->d_head; i++)
-        sum += *twin_float(memory, p->qkv, base + i) * *twin_float(memory, p->qkv, base + i);
+        sum += *reference_float(memory, p->qkv, base + i) *
+               *reference_float(memory, p->qkv, base + i);
     for (uint32_t i = 0; i < p->d_head; i++)
-        *twin_float(memory, p->qkv, base + i) *= *twin_float(memory, gain, i) /
-                                                 sqrt(sum / p->d_head + p->eps);
+        *reference_float(memory, p->qkv, base + i) *= *reference_float(memory, gain, i) /
+                                                      sqrt(sum / p->d_head + p->eps);
 }
 
 /* (a, b) = (x[i], x[i + dh/2]) turned by the angle of (position, i). */
-static void head_rotate(struct twin_memory *memory, const struct rope_params *p, uint64_t base,
+static void head_rotate(struct reference_memory *memory, const struct rope_params *p, uint64_t base,
                         uint32_t pos) {
     uint32_t half = p->d_head / 2;
     for (uint32_t i = 0; i < half; i++) {
-        double *a = twin_float(memory, p->qkv, base + i),
-               *b = twin_float(memory, p->qkv, base + half + i), old_a = *a, old_b = *b;
-        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
-               s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
+        double *a = reference_float(memory, p->qkv, base + i),
+               *b = reference_float(memory, p->qkv, base + half + i), old_a = *a, old_b = *b;
+        double c = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
+               s = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
         *a = old_a * c - old_b * s;
         *b = old_b * c + old_a * s;
     }
 }
 
-void twin_rope(struct twin_memory *memory, const struct rope_params *p, uint32_t n_tokens) {
+void reference_rope(struct reference_memory *memory, const struct rope_params *p,
+                    uint32_t n_tokens) {
     uint64_t kv_width = (uint64_t)p->n_kv_heads * p->d_head;
     if (p->d_head == 0 || p->d_head % 2)
-        twin_fail(memory, "a head of %u cannot be rotated", p->d_head);
+        reference_fail(memory, "a head of %u cannot be rotated", p->d_head);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
-        struct token_meta token = twin_token(memory, p->tokens, t);
+        struct token_meta token = reference_token(memory, p->tokens, t);
         for (uint32_t h = 0; h < p->n_heads + 2 * p->n_kv_heads && !memory->failed; h++) {
             uint64_t base = (uint64_t)t * p->stride + (uint64_t)h * p->d_head;
             int is_q = h < p->n_heads, is_v = h >= p->n_heads + p->n_kv_heads;
@@ -48,126 +50,132 @@ void twin_rope(struct twin_memory *memory, const struct rope_params *p, uint32_t
                 head_rotate(memory, p, base, token.pos);
             if (p->flags & ROPE_STORE && !is_q)
                 for (uint32_t i = 0; i < p->d_head; i++)
-                    *twin_float(memory, is_v ? p->v_cache : p->k_cache,
-                                token.slot * kv_width +
-                                    (uint64_t)(h - p->n_heads - (is_v ? p->n_kv_heads : 0)) *
-                                        p->d_head +
-                                    i) = *twin_float(memory, p->qkv, base + i);
+                    *reference_float(memory, is_v ? p->v_cache : p->k_cache,
+                                     token.slot * kv_width +
+                                         (uint64_t)(h - p->n_heads - (is_v ? p->n_kv_heads : 0)) *
+                                             p->d_head +
+                                         i) = *reference_float(memory, p->qkv, base + i);
         }
     }
 }
 
-struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles,
-                            uint32_t index, uint32_t first_token, uint32_t key_stride) {
+struct query_tile reference_tile(struct reference_memory *memory, uint64_t tokens, uint64_t tiles,
+                                 uint32_t index, uint32_t first_token, uint32_t key_stride) {
     struct query_tile tile = {
-        .first = twin_word(memory, tiles, 2 * (uint64_t)index),
-        .count = twin_word(memory, tiles, 2 * (uint64_t)index + 1),
+        .first = reference_word(memory, tiles, 2 * (uint64_t)index),
+        .count = reference_word(memory, tiles, 2 * (uint64_t)index + 1),
     };
-    struct token_meta first = twin_token(memory, tokens, tile.first);
+    struct token_meta first = reference_token(memory, tokens, tile.first);
     if (tile.count == 0 || tile.count > OP_TILE || tile.first < first_token)
-        twin_fail(memory, "tile %u: %u tokens from %u", index, tile.count, tile.first);
+        reference_fail(memory, "tile %u: %u tokens from %u", index, tile.count, tile.first);
     for (uint32_t i = 0; i < tile.count && !memory->failed; i++) {
-        struct token_meta token = twin_token(memory, tokens, (uint64_t)tile.first + i);
+        struct token_meta token = reference_token(memory, tokens, (uint64_t)tile.first + i);
         if (token.pos != first.pos + i || token.k_slot != first.k_slot ||
             token.v_slot != first.v_slot || token.pos >= key_stride)
-            twin_fail(memory,
-                      "tile %u: token %u is not of the tile's row, or has more than %u keys", index,
-                      i, key_stride);
+            reference_fail(memory,
+                           "tile %u: token %u is not of the tile's row, or has more than %u keys",
+                           index, i, key_stride);
     }
     return tile;
 }
 
 /* Scores of query t and head h with the first `n_keys` keys. */
-static void query_scores(struct twin_memory *memory, const struct scores_params *p, uint32_t t,
+static void query_scores(struct reference_memory *memory, const struct scores_params *p, uint32_t t,
                          uint32_t h, uint32_t n_keys) {
-    struct token_meta token = twin_token(memory, p->tokens, t);
+    struct token_meta token = reference_token(memory, p->tokens, t);
     uint64_t kv_stride = (uint64_t)p->n_kv_heads * p->d_head,
              kv_head = (uint64_t)(h / (p->n_heads / p->n_kv_heads)) * p->d_head;
     uint64_t q = (uint64_t)token.q_token * p->stride + (uint64_t)h * p->d_head;
     for (uint32_t j = 0; j < n_keys && !memory->failed; j++) {
         double score = 0;
         for (uint32_t d = 0; d < p->d_head; d++)
-            score += *twin_float(memory, p->qkv, q + d) *
-                     *twin_float(memory, p->k_cache,
-                                 ((uint64_t)token.k_slot + j) * kv_stride + kv_head + d);
+            score += *reference_float(memory, p->qkv, q + d) *
+                     *reference_float(memory, p->k_cache,
+                                      ((uint64_t)token.k_slot + j) * kv_stride + kv_head + d);
         score *= p->scale;
         if (p->softcap != 0)
             score = p->softcap * tanh(score / p->softcap);
-        *twin_float(memory, p->scores,
-                    ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride + j) = score;
+        *reference_float(memory, p->scores,
+                         ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride + j) =
+            score;
     }
 }
 
-static void query_softmax(struct twin_memory *memory, const struct softmax_params *p, uint32_t t,
-                          uint32_t h) {
-    uint32_t pos = twin_token(memory, p->tokens, t).pos, start = twin_window_start(pos, p->window);
+static void query_softmax(struct reference_memory *memory, const struct softmax_params *p,
+                          uint32_t t, uint32_t h) {
+    uint32_t pos = reference_token(memory, p->tokens, t).pos,
+             start = reference_window_start(pos, p->window);
     uint64_t row = ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride;
     double top = -INFINITY, sum = 0;
     if (pos >= p->key_stride)
-        twin_fail(memory, "token %u has more than %u keys", t, p->key_stride);
+        reference_fail(memory, "token %u has more than %u keys", t, p->key_stride);
     for (uint32_t j = start; j <= pos && !memory->failed; j++)
-        top = fmax(top, *twin_float(memory, p->scores, row + j));
+        top = fmax(top, *reference_float(memory, p->scores, row + j));
     for (uint32_t j = start; j <= pos && !memory->failed; j++)
-        sum += exp(*twin_float(memory, p->scores, row + j) - top);
+        sum += exp(*reference_float(memory, p->scores, row + j) - top);
     for (uint32_t j = 0; j < p->key_stride && j < pos + OP_TILE && !memory->failed; j++) {
-        double *score = twin_float(memory, p->scores, row + j);
+        double *score = reference_float(memory, p->scores, row + j);
         *score = j < start || j > pos ? 0 : exp(*score - top) / sum;
     }
 }
 
-static void query_mix(struct twin_memory *memory, const struct mix_params *p, uint32_t t,
-                      uint32_t h) {
-    struct token_meta token = twin_token(memory, p->tokens, t);
+static void query_output(struct reference_memory *memory, const struct attn_output_params *p,
+                         uint32_t t, uint32_t h) {
+    struct token_meta token = reference_token(memory, p->tokens, t);
     uint64_t kv_stride = (uint64_t)p->n_kv_heads * p->d_head,
              kv_head = (uint64_t)(h / (p->n_heads / p->n_kv_heads)) * p->d_head;
     uint64_t row = ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride;
     for (uint32_t d = 0; d < p->d_head && !memory->failed; d++) {
         double sum = 0;
-        for (uint32_t j = twin_window_start(token.pos, p->window); j <= token.pos; j++)
-            sum += *twin_float(memory, p->pattern, row + j) *
-                   *twin_float(memory, p->v_cache,
-                               ((uint64_t)token.v_slot + j) * kv_stride + kv_head + d);
-        *twin_float(memory, p->z, (uint64_t)t * p->z_stride + (uint64_t)h * p->d_head + d) = sum;
+        for (uint32_t j = reference_window_start(token.pos, p->window); j <= token.pos; j++)
+            sum += *reference_float(memory, p->pattern, row + j) *
+                   *reference_float(memory, p->v_cache,
+                                    ((uint64_t)token.v_slot + j) * kv_stride + kv_head + d);
+        *reference_float(memory, p->z,
+                         (uint64_t)t * p->z_stride + (uint64_t)h * p->d_head + d) = sum;
     }
 }
 
 /* Every key up to the tile's last position gets a score from every query of the tile; the softmax
  * zeroes those a query must not see. */
-void twin_attn_scores(struct twin_memory *memory, const struct scores_params *p, uint32_t n_tiles) {
-    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
+void reference_attn_scores(struct reference_memory *memory, const struct scores_params *p,
+                           uint32_t n_tiles) {
+    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token,
-                                           p->key_stride);
+        struct query_tile tile = reference_tile(memory, p->tokens, p->tiles, y, p->first_token,
+                                                p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
                 query_scores(memory, p, tile.first + i, h,
-                             twin_token(memory, p->tokens, tile.first + tile.count - 1).pos + 1);
+                             reference_token(memory, p->tokens, tile.first + tile.count - 1).pos +
+                                 1);
     }
 }
 
-void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *p,
-                       uint32_t n_tokens) {
+void reference_attn_softmax(struct reference_memory *memory, const struct softmax_params *p,
+                            uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
             query_softmax(memory, p, p->first_token + t, h);
 }
 
-void twin_attn_mix(struct twin_memory *memory, const struct mix_params *p, uint32_t n_tiles) {
-    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
+void reference_attn_output(struct reference_memory *memory, const struct attn_output_params *p,
+                           uint32_t n_tiles) {
+    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, p->first_token,
-                                           p->key_stride);
+        struct query_tile tile = reference_tile(memory, p->tokens, p->tiles, y, p->first_token,
+                                                p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
-                query_mix(memory, p, tile.first + i, h);
+                query_output(memory, p, tile.first + i, h);
     }
 }
 
-void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p,
-                      uint32_t n_tokens) {
-    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
+void reference_attn_decode(struct reference_memory *memory, const struct decode_params *p,
+                           uint32_t n_tokens) {
+    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     struct scores_params scores = {
         .qkv = p->qkv,
@@ -191,7 +199,7 @@ void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p,
         .key_stride = p->key_stride,
         .window = p->window,
     };
-    struct mix_params mix = {
+    struct attn_output_params output = {
         .pattern = p->scores,
         .v_cache = p->v_cache,
         .tokens = p->tokens,
@@ -206,89 +214,92 @@ void twin_attn_decode(struct twin_memory *memory, const struct decode_params *p,
     };
     for (uint32_t t = p->first_token; t < p->first_token + n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++) {
-            if (twin_token(memory, p->tokens, t).pos >= p->key_stride)
-                twin_fail(memory, "token %u has more than %u keys", t, p->key_stride);
+            if (reference_token(memory, p->tokens, t).pos >= p->key_stride)
+                reference_fail(memory, "token %u has more than %u keys", t, p->key_stride);
             else
-                query_scores(memory, &scores, t, h, twin_token(memory, p->tokens, t).pos + 1);
+                query_scores(memory, &scores, t, h, reference_token(memory, p->tokens, t).pos + 1);
             query_softmax(memory, &softmax, t, h);
-            query_mix(memory, &mix, t, h);
+            query_output(memory, &output, t, h);
         }
 }
 
-static void head_rotate_back(struct twin_memory *memory, const struct rope_bwd_params *p,
+static void head_rotate_back(struct reference_memory *memory, const struct rope_bwd_params *p,
                              uint64_t base, uint32_t pos) {
     uint32_t half = p->d_head / 2;
     for (uint32_t i = 0; i < half; i++) {
-        double *a = twin_float(memory, p->dqkv, base + i),
-               *b = twin_float(memory, p->dqkv, base + half + i), old_a = *a, old_b = *b;
-        double c = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
-               s = *twin_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
+        double *a = reference_float(memory, p->dqkv, base + i),
+               *b = reference_float(memory, p->dqkv, base + half + i), old_a = *a, old_b = *b;
+        double c = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
+               s = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
         *a = old_a * c + old_b * s;
         *b = old_b * c - old_a * s;
     }
 }
 
-static void head_norm_back(struct twin_memory *memory, const struct rope_bwd_params *p,
+static void head_norm_back(struct reference_memory *memory, const struct rope_bwd_params *p,
                            uint64_t base, uint64_t gain) {
     struct norm_slope slope = {0};
     double squares = 0;
     for (uint32_t i = 0; i < p->d_head; i++)
-        squares += *twin_float(memory, p->qkv, base + i) * *twin_float(memory, p->qkv, base + i);
+        squares += *reference_float(memory, p->qkv, base + i) *
+                   *reference_float(memory, p->qkv, base + i);
     slope.scale = sqrt(squares / p->d_head + p->eps);
     for (uint32_t i = 0; i < p->d_head; i++)
-        slope.along += *twin_float(memory, p->dqkv, base + i) * *twin_float(memory, gain, i) *
-                       *twin_float(memory, p->qkv, base + i) / slope.scale;
+        slope.along += *reference_float(memory, p->dqkv, base + i) *
+                       *reference_float(memory, gain, i) *
+                       *reference_float(memory, p->qkv, base + i) / slope.scale;
     for (uint32_t i = 0; i < p->d_head; i++) {
-        double *d = twin_float(memory, p->dqkv, base + i);
-        *d = twin_norm_slope_at(&slope, *d * *twin_float(memory, gain, i),
-                                *twin_float(memory, p->qkv, base + i), p->d_head);
+        double *d = reference_float(memory, p->dqkv, base + i);
+        *d = reference_norm_slope_at(&slope, *d * *reference_float(memory, gain, i),
+                                     *reference_float(memory, p->qkv, base + i), p->d_head);
     }
 }
 
-void twin_rope_bwd(struct twin_memory *memory, const struct rope_bwd_params *p, uint32_t n_tokens) {
+void reference_rope_bwd(struct reference_memory *memory, const struct rope_bwd_params *p,
+                        uint32_t n_tokens) {
     if (p->d_head == 0 || p->d_head % 2)
-        twin_fail(memory, "a head of %u cannot be rotated", p->d_head);
+        reference_fail(memory, "a head of %u cannot be rotated", p->d_head);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads + p->n_kv_heads && !memory->failed; h++) {
             uint64_t base = (uint64_t)t * p->stride + (uint64_t)h * p->d_head;
             if (p->flags & ROPE_ROTATE)
-                head_rotate_back(memory, p, base, twin_token(memory, p->tokens, t).pos);
+                head_rotate_back(memory, p, base, reference_token(memory, p->tokens, t).pos);
             if (p->flags & ROPE_QK_NORM)
                 head_norm_back(memory, p, base, h < p->n_heads ? p->q_gain : p->k_gain);
         }
 }
 
-void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *p,
-                           uint32_t n_tokens) {
+void reference_attn_softmax_bwd(struct reference_memory *memory, const struct softmax_bwd_params *p,
+                                uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
-        uint32_t pos = twin_token(memory, p->tokens, (uint64_t)p->first_token + t).pos,
-                 start = twin_window_start(pos, p->window);
+        uint32_t pos = reference_token(memory, p->tokens, (uint64_t)p->first_token + t).pos,
+                 start = reference_window_start(pos, p->window);
         if (pos >= p->key_stride)
-            twin_fail(memory, "token %u has more than %u keys", t, p->key_stride);
+            reference_fail(memory, "token %u has more than %u keys", t, p->key_stride);
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++) {
             uint64_t row = ((uint64_t)t * p->n_heads + h) * p->key_stride;
             double mean = 0;
             for (uint32_t j = start; j <= pos; j++)
-                mean += *twin_float(memory, p->pattern, row + j) *
-                        *twin_float(memory, p->dpattern, row + j);
+                mean += *reference_float(memory, p->pattern, row + j) *
+                        *reference_float(memory, p->dpattern, row + j);
             for (uint32_t j = 0; j < p->key_stride && j < pos + OP_TILE; j++) {
-                double *d = twin_float(memory, p->dpattern, row + j);
+                double *d = reference_float(memory, p->dpattern, row + j);
                 if (j < start || j > pos) {
                     *d = 0;
                     continue;
                 }
-                *d = *twin_float(memory, p->pattern, row + j) * (*d - mean) * p->scale;
+                *d = *reference_float(memory, p->pattern, row + j) * (*d - mean) * p->scale;
                 if (p->softcap != 0)
-                    *d *= 1 - pow(*twin_float(memory, p->scores, row + j) / p->softcap, 2);
+                    *d *= 1 - pow(*reference_float(memory, p->scores, row + j) / p->softcap, 2);
             }
         }
     }
 }
 
 /* The sum of one key's column `d` of group g over the queries of its row that see it. */
-static double key_sum(struct twin_memory *memory, const struct mix_bwd_params *p, uint32_t key,
-                      uint32_t g, uint32_t d) {
-    struct token_meta meta = twin_token(memory, p->tokens, key);
+static double key_sum(struct reference_memory *memory, const struct attn_output_bwd_params *p,
+                      uint32_t key, uint32_t g, uint32_t d) {
+    struct token_meta meta = reference_token(memory, p->tokens, key);
     uint32_t group = p->n_heads / p->n_kv_heads,
              last = meta.row_end < p->last_token ? meta.row_end : p->last_token;
     double sum = 0;
@@ -297,37 +308,39 @@ static double key_sum(struct twin_memory *memory, const struct mix_bwd_params *p
         if (p->window && t - key >= p->window)
             break;
         for (uint32_t h = g * group; h < (g + 1) * group; h++)
-            sum += *twin_float(memory, p->a,
-                               ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride +
-                                   meta.pos) *
-                   *twin_float(memory, p->y,
-                               (uint64_t)t * p->y_stride + (uint64_t)h * p->d_head + d);
+            sum +=
+                *reference_float(memory, p->a,
+                                 ((uint64_t)(t - p->first_token) * p->n_heads + h) * p->key_stride +
+                                     meta.pos) *
+                *reference_float(memory, p->y,
+                                 (uint64_t)t * p->y_stride + (uint64_t)h * p->d_head + d);
     }
     return sum;
 }
 
-void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *p,
-                       uint32_t n_tiles) {
-    if (twin_heads_check(memory, p->n_heads, p->n_kv_heads))
+void reference_attn_output_bwd(struct reference_memory *memory,
+                               const struct attn_output_bwd_params *p, uint32_t n_tiles) {
+    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = twin_tile(memory, p->tokens, p->tiles, y, 0, p->key_stride);
-        struct token_meta first = twin_token(memory, p->tokens, tile.first);
+        struct query_tile tile = reference_tile(memory, p->tokens, p->tiles, y, 0, p->key_stride);
+        struct token_meta first = reference_token(memory, p->tokens, tile.first);
         if (first.row_end < tile.first + tile.count)
-            twin_fail(memory, "tile %u: its row ends at %u", y, first.row_end);
+            reference_fail(memory, "tile %u: its row ends at %u", y, first.row_end);
         for (uint32_t t = tile.first; t < first.row_end && !memory->failed; t++) {
-            struct token_meta token = twin_token(memory, p->tokens, t);
+            struct token_meta token = reference_token(memory, p->tokens, t);
             if (token.row != first.row || token.pos != first.pos + (t - tile.first) ||
                 token.pos >= p->key_stride)
-                twin_fail(memory, "tile %u: query %u is not of its row, or has more than %u keys",
-                          y, t, p->key_stride);
+                reference_fail(memory,
+                               "tile %u: query %u is not of its row, or has more than %u keys", y,
+                               t, p->key_stride);
         }
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t g = 0; g < p->n_kv_heads && !memory->failed; g++)
                 for (uint32_t d = 0; d < p->d_head && !memory->failed; d++) {
-                    double *sum = twin_float(memory, p->sums,
-                                             ((uint64_t)tile.first + i) * p->out_stride +
-                                                 (uint64_t)g * p->d_head + d);
+                    double *sum = reference_float(memory, p->sums,
+                                                  ((uint64_t)tile.first + i) * p->out_stride +
+                                                      (uint64_t)g * p->d_head + d);
                     *sum = (p->add ? *sum : 0) + key_sum(memory, p, tile.first + i, g, d);
                 }
     }

@@ -1,78 +1,78 @@
-/* Twins of the ops that attribution is made of. */
+/* Reference implementations of the ops that attribution is made of. */
 #include <math.h>
 
 #include "reference/reference.h"
 
 /* 1 / rms of a row, as a norm takes it. */
-static double inverse_rms(struct twin_memory *memory, uint64_t x, uint64_t row, uint32_t width,
+static double inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t row, uint32_t width,
                           double eps) {
     double squares = 0;
     for (uint32_t i = 0; i < width; i++)
-        squares += pow(*twin_float(memory, x, row + i), 2);
+        squares += pow(*reference_float(memory, x, row + i), 2);
     return 1 / sqrt(squares / width + eps);
 }
 
-void twin_difference(struct twin_memory *memory, const struct difference_params *p,
-                     uint32_t n_slots) {
+void reference_difference(struct reference_memory *memory, const struct difference_params *p,
+                          uint32_t n_slots) {
     for (uint32_t s = 0; s < n_slots && !memory->failed; s++) {
         uint64_t row[2];
         double factor[2] = {1, 1};
         for (uint32_t j = 0; j < 2; j++) {
-            uint32_t token = twin_word(memory, p->pairs, 2 * (uint64_t)s + j);
+            uint32_t token = reference_word(memory, p->pairs, 2 * (uint64_t)s + j);
             row[j] = (uint64_t)token * p->stride;
             if (p->raw_width)
                 factor[j] = inverse_rms(memory, p->raw, (uint64_t)token * p->raw_stride,
                                         p->raw_width, p->eps);
         }
         for (uint32_t i = 0; i < p->width && !memory->failed; i++)
-            *twin_float(memory, p->dst, (uint64_t)s * p->stride + i) =
-                factor[0] * *twin_float(memory, p->x, row[0] + i) -
-                factor[1] * *twin_float(memory, p->x, row[1] + i);
+            *reference_float(memory, p->dst, (uint64_t)s * p->stride + i) =
+                factor[0] * *reference_float(memory, p->x, row[0] + i) -
+                factor[1] * *reference_float(memory, p->x, row[1] + i);
     }
 }
 
-void twin_accumulate(struct twin_memory *memory, const struct accumulate_params *p,
-                     uint32_t n_slots) {
+void reference_accumulate(struct reference_memory *memory, const struct accumulate_params *p,
+                          uint32_t n_slots) {
     for (uint32_t s = 0; s < n_slots && !memory->failed; s++)
         for (uint32_t k = 0; k < p->n_sources && !memory->failed; k++) {
-            uint32_t t = twin_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
+            uint32_t t = reference_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
             for (uint32_t i = 0; t != NO_SOURCE && i < p->width && !memory->failed; i++)
-                *twin_float(memory, p->dst, (uint64_t)s * p->stride + i) +=
-                    p->weight * *twin_float(memory, p->src, (uint64_t)t * p->stride + i);
+                *reference_float(memory, p->dst, (uint64_t)s * p->stride + i) +=
+                    p->weight * *reference_float(memory, p->src, (uint64_t)t * p->stride + i);
         }
 }
 
 /* What the norm's statistic needs of token t at one step: the stream, and for every input how far
  * its gradient goes along it. */
-static void statistic_keep(struct twin_memory *memory, const struct head_inputs_params *p,
+static void statistic_keep(struct reference_memory *memory, const struct head_inputs_params *p,
                            uint32_t t, uint64_t step, double inverse) {
     for (uint32_t i = 0; i < p->width && !memory->failed; i++)
-        *twin_float(memory, p->xs, step * p->d_stride + i) =
-            *twin_float(memory, p->x, (uint64_t)t * p->d_stride + i);
+        *reference_float(memory, p->xs, step * p->d_stride + i) =
+            *reference_float(memory, p->x, (uint64_t)t * p->d_stride + i);
     for (uint32_t v = 0; v < p->n_inputs && !memory->failed; v++) {
         double dot = 0;
         for (uint32_t i = 0; i < p->d_head; i++) {
             uint64_t at = (uint64_t)v * p->d_head + i;
-            double bias = p->has_bias ? *twin_float(memory, p->bias, at) : 0;
-            dot += (*twin_float(memory, p->qkv, (uint64_t)t * p->stride + at) - bias) *
-                   *twin_float(memory, p->dqkv, (uint64_t)t * p->stride + at);
+            double bias = p->has_bias ? *reference_float(memory, p->bias, at) : 0;
+            dot += (*reference_float(memory, p->qkv, (uint64_t)t * p->stride + at) - bias) *
+                   *reference_float(memory, p->dqkv, (uint64_t)t * p->stride + at);
         }
-        *twin_float(memory, p->steps, step * p->n_inputs + v) = p->weight * inverse * inverse /
-                                                                p->width * dot;
+        *reference_float(memory, p->steps, step * p->n_inputs + v) = p->weight * inverse * inverse /
+                                                                     p->width * dot;
     }
 }
 
-void twin_head_inputs(struct twin_memory *memory, const struct head_inputs_params *p,
-                      uint32_t n_slots) {
+void reference_head_inputs(struct reference_memory *memory, const struct head_inputs_params *p,
+                           uint32_t n_slots) {
     int normed = (p->flags & HEAD_INPUTS_NORMED) != 0;
     uint32_t n = p->n_inputs * p->d_head;
     if (n > p->stride ||
         (!normed && (p->first_step > p->n_steps || p->n_sources > p->n_steps - p->first_step)))
-        twin_fail(memory, "%u columns in rows of %u, steps %u to %u of %u", n, p->stride,
-                  p->first_step, p->first_step + p->n_sources, p->n_steps);
+        reference_fail(memory, "%u columns in rows of %u, steps %u to %u of %u", n, p->stride,
+                       p->first_step, p->first_step + p->n_sources, p->n_steps);
     for (uint32_t s = 0; s < n_slots && !memory->failed; s++)
         for (uint32_t k = 0; k < p->n_sources && !memory->failed; k++) {
-            uint32_t t = twin_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
+            uint32_t t = reference_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
             if (t == NO_SOURCE)
                 continue;
             double inverse =
@@ -80,48 +80,50 @@ void twin_head_inputs(struct twin_memory *memory, const struct head_inputs_param
             if (!normed)
                 statistic_keep(memory, p, t, (uint64_t)s * p->n_steps + p->first_step + k, inverse);
             for (uint32_t i = 0; i < n && !memory->failed; i++)
-                *twin_float(memory, p->heads, (uint64_t)s * p->stride + i) +=
-                    p->weight * inverse * *twin_float(memory, p->dqkv, (uint64_t)t * p->stride + i);
+                *reference_float(memory, p->heads, (uint64_t)s * p->stride + i) +=
+                    p->weight * inverse *
+                    *reference_float(memory, p->dqkv, (uint64_t)t * p->stride + i);
         }
 }
 
-void twin_head_gradients(struct twin_memory *memory, const struct head_gradients_params *p) {
+void reference_head_gradients(struct reference_memory *memory,
+                              const struct head_gradients_params *p) {
     for (uint32_t v = 0; v < p->n_inputs && !memory->failed; v++)
         for (uint32_t t = 0; t < p->n_slots && !memory->failed; t++)
             for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-                double *g = twin_float(memory, p->g,
-                                       ((uint64_t)v * p->n_slots + t) * p->d_stride + i);
-                *g *= *twin_float(memory, p->gain, i);
+                double *g = reference_float(memory, p->g,
+                                            ((uint64_t)v * p->n_slots + t) * p->d_stride + i);
+                *g *= *reference_float(memory, p->gain, i);
                 for (uint32_t k = 0; k < p->n_steps; k++) {
                     uint64_t step = (uint64_t)t * p->n_steps + k;
-                    *g -= *twin_float(memory, p->steps, step * p->n_inputs + v) *
-                          *twin_float(memory, p->xs, step * p->d_stride + i);
+                    *g -= *reference_float(memory, p->steps, step * p->n_inputs + v) *
+                          *reference_float(memory, p->xs, step * p->d_stride + i);
                 }
             }
 }
 
-void twin_dots(struct twin_memory *memory, const struct dots_params *p) {
+void reference_dots(struct reference_memory *memory, const struct dots_params *p) {
     for (uint32_t i = 0; i < p->n_a && !memory->failed; i++)
         for (uint32_t j = 0; j < p->n_b && !memory->failed; j++) {
             double sum = 0;
             for (uint32_t k = 0; k < p->n_k && !memory->failed; k++)
-                sum += *twin_float(memory, p->a, (uint64_t)i * p->n_k + k) *
-                       *twin_float(memory, p->b, (uint64_t)j * p->n_k + k);
-            *twin_float(memory, p->dst, (uint64_t)i * p->n_b + j) = sum;
+                sum += *reference_float(memory, p->a, (uint64_t)i * p->n_k + k) *
+                       *reference_float(memory, p->b, (uint64_t)j * p->n_k + k);
+            *reference_float(memory, p->dst, (uint64_t)i * p->n_b + j) = sum;
         }
 }
 
-void twin_node_dims(struct twin_memory *memory, const struct node_dims_params *p,
-                    uint32_t n_nodes) {
+void reference_node_dims(struct reference_memory *memory, const struct node_dims_params *p,
+                         uint32_t n_nodes) {
     for (uint32_t u = 0; u < n_nodes && !memory->failed; u++) {
         uint64_t du = (uint64_t)u * p->n_slots,
-                 g = (uint64_t)twin_word(memory, p->groups, u) * p->n_slots;
+                 g = (uint64_t)reference_word(memory, p->groups, u) * p->n_slots;
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
             double sum = 0;
             for (uint32_t t = 0; t < p->n_slots && !memory->failed; t++)
-                sum += *twin_float(memory, p->du, (du + t) * p->d_stride + i) *
-                       *twin_float(memory, p->g, (g + t) * p->d_stride + i);
-            *twin_float(memory, p->dims, (uint64_t)u * p->width + i) = sum;
+                sum += *reference_float(memory, p->du, (du + t) * p->d_stride + i) *
+                       *reference_float(memory, p->g, (g + t) * p->d_stride + i);
+            *reference_float(memory, p->dims, (uint64_t)u * p->width + i) = sum;
         }
     }
 }

@@ -168,15 +168,15 @@ OP(head_out)
 
 /* rows: what comes in, which kernels may load in pairs. */
 #define OP(name, rows, stride) \
-    static void name##_twin(struct twin_memory *memory, const void *block) { \
+    static void name##_reference(struct reference_memory *memory, const void *block) { \
         const struct name##_block *b = block; \
         struct op_matrix matrix; \
         if (matrix_make(&b->matrix, &matrix, &memory->error)) \
             memory->failed = -1; \
         else if (b->params.rows % 8 || b->params.stride % 2) \
-            twin_fail(memory, "rows of " #rows " must begin at multiples of 8 bytes"); \
+            reference_fail(memory, "rows of " #rows " must begin at multiples of 8 bytes"); \
         else \
-            twin_##name(memory, &matrix, &b->params); \
+            reference_##name(memory, &matrix, &b->params); \
     }
 OP(linear, x, x_stride)
 OP(linear_pairs, x, x_stride)
@@ -191,22 +191,22 @@ static int embed_run(struct ops *ops, const void *block, struct error *error) {
     return op_embed(ops, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride, error);
 }
 
-static void embed_twin(struct twin_memory *memory, const void *block) {
+static void embed_reference(struct reference_memory *memory, const void *block) {
     const struct embed_block *b = block;
     struct op_matrix matrix;
     if (matrix_make(&b->matrix, &matrix, &memory->error))
         memory->failed = -1;
     else
-        twin_embed(memory, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride);
+        reference_embed(memory, &matrix, b->tokens, b->n_tokens, b->scale, b->dst, b->stride);
 }
 
-static void head_out_twin(struct twin_memory *memory, const void *block) {
+static void head_out_reference(struct reference_memory *memory, const void *block) {
     const struct head_out_block *b = block;
     struct op_matrix matrix;
     if (matrix_make(&b->matrix, &matrix, &memory->error))
         memory->failed = -1;
     else
-        twin_head_out(memory, &matrix, &b->params);
+        reference_head_out(memory, &matrix, &b->params);
 }
 
 static int row_norms_run(struct ops *ops, const void *block, struct error *error) {
@@ -216,13 +216,13 @@ static int row_norms_run(struct ops *ops, const void *block, struct error *error
                                                                                                 : 0;
 }
 
-static void row_norms_twin(struct twin_memory *memory, const void *block) {
+static void row_norms_reference(struct reference_memory *memory, const void *block) {
     const struct row_norms_block *b = block;
     struct op_matrix matrix;
     if (matrix_make(&b->matrix, &matrix, &memory->error))
         memory->failed = -1;
     else
-        twin_row_norms(memory, &matrix, b->dst);
+        reference_row_norms(memory, &matrix, b->dst);
 }
 
 /* --- ops that take their argument block and a few sizes --------------------------------------- */
@@ -243,8 +243,8 @@ struct attn_softmax_block {
     struct softmax_params params;
     uint32_t n_tokens, n_keys;
 };
-struct attn_mix_block {
-    struct mix_params params;
+struct attn_output_block {
+    struct attn_output_params params;
     uint32_t n_tiles, n_keys;
 };
 struct attn_decode_block {
@@ -281,8 +281,8 @@ struct attn_softmax_bwd_block {
     struct softmax_bwd_params params;
     uint32_t n_tokens, n_keys;
 };
-struct attn_mix_bwd_block {
-    struct mix_bwd_params params;
+struct attn_output_bwd_block {
+    struct attn_output_bwd_params params;
     uint32_t n_tiles, n_keys;
 };
 struct act_bwd_block {
@@ -365,8 +365,8 @@ static const struct op_field attn_softmax_fields[] = {
     A(scores),     A(tokens), U(first_token),  U(n_heads),
     U(key_stride), U(window), EXTRA(n_tokens), EXTRA(n_keys)};
 #undef BLOCK_NAME
-#define BLOCK_NAME attn_mix_block
-static const struct op_field attn_mix_fields[] = {
+#define BLOCK_NAME attn_output_block
+static const struct op_field attn_output_fields[] = {
     A(pattern),     A(v_cache), A(tokens),      A(tiles),     A(z),
     U(first_token), U(n_heads), U(n_kv_heads),  U(d_head),    U(z_stride),
     U(key_stride),  U(window),  EXTRA(n_tiles), EXTRA(n_keys)};
@@ -417,8 +417,8 @@ static const struct op_field attn_softmax_bwd_fields[] = {
     A(pattern),    A(dpattern), A(scores), A(tokens),  U(first_token),  U(n_heads),
     U(key_stride), U(window),   F(scale),  F(softcap), EXTRA(n_tokens), EXTRA(n_keys)};
 #undef BLOCK_NAME
-#define BLOCK_NAME attn_mix_bwd_block
-static const struct op_field attn_mix_bwd_fields[] = {
+#define BLOCK_NAME attn_output_bwd_block
+static const struct op_field attn_output_bwd_fields[] = {
     A(a),          A(y),       A(tokens),     A(tiles),       A(sums),      U(first_token),
     U(last_token), U(n_heads), U(n_kv_heads), U(d_head),      U(y_stride),  U(out_stride),
     U(key_stride), U(window),  U(add),        EXTRA(n_tiles), EXTRA(n_keys)};
@@ -497,13 +497,13 @@ static const struct op_field logit_metrics_fields[] = {
     U(n),      U(width),     U(stride), F(softcap), EXTRA(n_rows)};
 #undef BLOCK_NAME
 
-/* name, arguments of the op after its block, arguments of the twin after its block */
+/* name, arguments of the op after its block, arguments of the reference after its block */
 #define OPS_WITH_BLOCKS(OP) \
     OP(norm, COMMA b->n_rows, COMMA b->n_rows) \
     OP(rope, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(attn_scores, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
     OP(attn_softmax, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
-    OP(attn_mix, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
+    OP(attn_output, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
     OP(attn_decode, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
     OP(act, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(edit, COMMA b->n_entries COMMA b->n_edit_heads, COMMA b->n_entries COMMA b->n_edit_heads) \
@@ -513,7 +513,7 @@ static const struct op_field logit_metrics_fields[] = {
     OP(norm_bwd, COMMA b->n_rows, COMMA b->n_rows) \
     OP(rope_bwd, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(attn_softmax_bwd, COMMA b->n_tokens COMMA b->n_keys, COMMA b->n_tokens) \
-    OP(attn_mix_bwd, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
+    OP(attn_output_bwd, COMMA b->n_tiles COMMA b->n_keys, COMMA b->n_tiles) \
     OP(act_bwd, COMMA b->n_tokens, COMMA b->n_tokens) \
     OP(pair_grad, COMMA b->n_rows, COMMA b->n_rows) \
     OP(logit_grad, COMMA b->n_rows, COMMA b->n_rows) \
@@ -531,14 +531,14 @@ static const struct op_field logit_metrics_fields[] = {
     OP(node_dims, COMMA b->n_nodes, COMMA b->n_nodes)
 #define COMMA ,
 
-#define OP(name, run_arguments, twin_arguments) \
+#define OP(name, run_arguments, reference_arguments) \
     static int name##_run(struct ops *ops, const void *block, struct error *error) { \
         const struct name##_block *b = block; \
         return op_##name(ops, &b->params run_arguments, error); \
     } \
-    static void name##_twin(struct twin_memory *memory, const void *block) { \
+    static void name##_reference(struct reference_memory *memory, const void *block) { \
         const struct name##_block *b = block; \
-        twin_##name(memory, &b->params twin_arguments); \
+        reference_##name(memory, &b->params reference_arguments); \
     }
 OPS_WITH_BLOCKS(OP)
 #undef OP
@@ -550,8 +550,8 @@ OPS_WITH_BLOCKS(OP)
      name##_fields, \
      sizeof name##_fields / sizeof name##_fields[0], \
      name##_run, \
-     name##_twin}
-#define OP(name, run_arguments, twin_arguments) \
+     name##_reference}
+#define OP(name, run_arguments, reference_arguments) \
     ROW(name, sizeof(((struct name##_block *)0)->params)),
 const struct op_call op_calls[] = {ROW(embed, 0),      ROW(linear, 0),   ROW(linear_pairs, 0),
                                    ROW(linear_bwd, 0), ROW(head_out, 0), ROW(row_norms, 0),

@@ -1,5 +1,5 @@
 /* Every op as data: what it is called, which numbers and addresses it takes, how it runs on the
- * device and on its twin. One mechanism then fills, runs and compares any of them
+ * device and on its reference. One mechanism then fills, runs and compares any of them
  * (csrc/python/ops_type.c, tests/test_ops.py, `vksteer verify`). */
 #ifndef VKSTEER_CALLS_H
 #define VKSTEER_CALLS_H
@@ -22,7 +22,7 @@ struct op_call {
     const struct op_field *fields;
     int n_fields;
     int (*run)(struct ops *ops, const void *block, struct error *error);
-    void (*twin)(struct twin_memory *memory, const void *block);
+    void (*reference)(struct reference_memory *memory, const void *block);
 };
 
 extern const struct op_call op_calls[];

@@ -1,51 +1,55 @@
-/* Twins of the ops that circuits are run with. */
+/* Reference implementations of the ops that circuits are run with. */
 #include <math.h>
 
 #include "reference/reference.h"
 
 /* 1 / rms of `width` floats. */
-static double inverse_rms(struct twin_memory *memory, uint64_t x, uint64_t at, uint32_t width,
+static double inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t at, uint32_t width,
                           double eps) {
     double squares = 0;
     for (uint32_t i = 0; i < width && !memory->failed; i++)
-        squares += pow(*twin_float(memory, x, at + i), 2);
+        squares += pow(*reference_float(memory, x, at + i), 2);
     return 1 / sqrt(squares / width + eps);
 }
 
-void twin_circuit_inputs(struct twin_memory *memory, const struct circuit_inputs_params *p,
-                         uint32_t n_entries) {
+void reference_circuit_inputs(struct reference_memory *memory,
+                              const struct circuit_inputs_params *p, uint32_t n_entries) {
     if (p->all_tokens && p->n_tokens > p->n_chunk)
-        twin_fail(memory, "%u tokens of %u", p->n_tokens, p->n_chunk);
+        reference_fail(memory, "%u tokens of %u", p->n_tokens, p->n_chunk);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++)
         for (uint32_t j = 0; j < p->n_tokens && !memory->failed; j++) {
-            uint32_t t = p->all_tokens ? j : twin_word(memory, p->tokens, j),
-                     begin = twin_word(memory, p->first, e),
-                     end = twin_word(memory, p->first, e + 1);
+            uint32_t t = p->all_tokens ? j : reference_word(memory, p->tokens, j),
+                     begin = reference_word(memory, p->first, e),
+                     end = reference_word(memory, p->first, e + 1);
             uint64_t to = ((uint64_t)e * p->n_tokens + j) * p->stride;
             if (t >= p->n_chunk)
-                twin_fail(memory, "token %u of %u", t, p->n_chunk);
+                reference_fail(memory, "token %u of %u", t, p->n_chunk);
             for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-                double v = *twin_float(memory, p->x, (uint64_t)t * p->stride + i);
+                double v = *reference_float(memory, p->x, (uint64_t)t * p->stride + i);
                 for (uint32_t k = begin; k < end; k++)
-                    v += *twin_float(
+                    v += *reference_float(
                         memory, p->d,
-                        ((uint64_t)twin_word(memory, p->refs, k) * p->n_chunk + t) * p->stride + i);
-                *twin_float(memory, p->dst, to + i) = v;
+                        ((uint64_t)reference_word(memory, p->refs, k) * p->n_chunk + t) *
+                                p->stride +
+                            i);
+                *reference_float(memory, p->dst, to + i) = v;
             }
             double inverse = inverse_rms(memory, p->dst, to, p->width, p->eps);
             for (uint32_t i = 0; i < p->width && !memory->failed; i++)
-                *twin_float(memory, p->dst, to + i) *= inverse * *twin_float(memory, p->gain, i);
+                *reference_float(memory, p->dst, to + i) *= inverse *
+                                                            *reference_float(memory, p->gain, i);
         }
 }
 
 /* One head of one token, normed and rotated where it is a query or key that is not finished. */
-static void place(struct twin_memory *memory, const struct circuit_place_params *p, uint64_t entry,
-                  uint32_t t) {
-    uint32_t word = twin_word(memory, p->entries, entry), kind = word & 3, half = p->d_head / 2;
-    uint32_t from_block = twin_word(memory, p->entries, entry + 1),
-             column = twin_word(memory, p->entries, entry + 2);
-    uint32_t to_block = twin_word(memory, p->entries, entry + 3);
-    struct token_meta token = twin_token(memory, p->tokens, t);
+static void place(struct reference_memory *memory, const struct circuit_place_params *p,
+                  uint64_t entry, uint32_t t) {
+    uint32_t word = reference_word(memory, p->entries, entry), kind = word & 3,
+             half = p->d_head / 2;
+    uint32_t from_block = reference_word(memory, p->entries, entry + 1),
+             column = reference_word(memory, p->entries, entry + 2);
+    uint32_t to_block = reference_word(memory, p->entries, entry + 3);
+    struct token_meta token = reference_token(memory, p->tokens, t);
     int base = (word & PLACE_BASE) != 0, turned = !base && kind != PLACE_V;
     uint64_t source = base ? p->base : p->x, dst = kind == PLACE_Q   ? p->q
                                                    : kind == PLACE_K ? p->k_cache
@@ -60,75 +64,76 @@ static void place(struct twin_memory *memory, const struct circuit_place_params 
                          ? inverse_rms(memory, source, from, p->d_head, p->eps)
                          : 1;
     if (kind > PLACE_V || (kind != PLACE_Q && token.slot >= p->n_slots))
-        twin_fail(memory, "kind %u, slot %u of %u", kind, token.slot, p->n_slots);
+        reference_fail(memory, "kind %u, slot %u of %u", kind, token.slot, p->n_slots);
     for (uint32_t i = 0; i < half && !memory->failed; i++) {
-        double a = *twin_float(memory, source, from + i),
-               b = *twin_float(memory, source, from + half + i), c = 1, s = 0;
+        double a = *reference_float(memory, source, from + i),
+               b = *reference_float(memory, source, from + half + i), c = 1, s = 0;
         if (turned && p->flags & PLACE_QK_NORM) {
-            a *= inverse * *twin_float(memory, gain, i);
-            b *= inverse * *twin_float(memory, gain, half + i);
+            a *= inverse * *reference_float(memory, gain, i);
+            b *= inverse * *reference_float(memory, gain, half + i);
         }
         if (turned) {
-            c = *twin_float(memory, p->angles, ((uint64_t)token.pos * half + i) * 2);
-            s = *twin_float(memory, p->angles, ((uint64_t)token.pos * half + i) * 2 + 1);
+            c = *reference_float(memory, p->angles, ((uint64_t)token.pos * half + i) * 2);
+            s = *reference_float(memory, p->angles, ((uint64_t)token.pos * half + i) * 2 + 1);
         }
-        *twin_float(memory, dst, to + i) = a * c - b * s;
-        *twin_float(memory, dst, to + half + i) = b * c + a * s;
+        *reference_float(memory, dst, to + i) = a * c - b * s;
+        *reference_float(memory, dst, to + half + i) = b * c + a * s;
     }
 }
 
-void twin_circuit_place(struct twin_memory *memory, const struct circuit_place_params *p,
-                        uint32_t n_entries) {
+void reference_circuit_place(struct reference_memory *memory, const struct circuit_place_params *p,
+                             uint32_t n_entries) {
     if (p->d_head % 2)
-        twin_fail(memory, "a head of %u cannot be rotated", p->d_head);
+        reference_fail(memory, "a head of %u cannot be rotated", p->d_head);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++)
         for (uint32_t t = 0; t < p->n_tokens && !memory->failed; t++)
             place(memory, p, 4 * (uint64_t)e, t);
 }
 
-void twin_circuit_heads(struct twin_memory *memory, const struct circuit_heads_params *p,
-                        uint32_t n_entries) {
+void reference_circuit_heads(struct reference_memory *memory, const struct circuit_heads_params *p,
+                             uint32_t n_entries) {
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++)
         for (uint32_t t = 0; t < p->n_tokens && !memory->failed; t++) {
-            uint32_t state = twin_word(memory, p->entries, 4 * (uint64_t)e),
-                     head = twin_word(memory, p->entries, 4 * (uint64_t)e + 1);
-            uint32_t block = twin_word(memory, p->entries, 4 * (uint64_t)e + 3),
+            uint32_t state = reference_word(memory, p->entries, 4 * (uint64_t)e),
+                     head = reference_word(memory, p->entries, 4 * (uint64_t)e + 1);
+            uint32_t block = reference_word(memory, p->entries, 4 * (uint64_t)e + 3),
                      column = p->flags & HEADS_COLUMN ? head * p->d_head : 0;
             uint64_t row =
-                ((uint64_t)twin_word(memory, p->entries, 4 * (uint64_t)e + 2) * p->n_tokens + t) *
+                ((uint64_t)reference_word(memory, p->entries, 4 * (uint64_t)e + 2) * p->n_tokens +
+                 t) *
                 p->out_stride;
             uint64_t base = (uint64_t)t * p->base_stride + (uint64_t)head * p->d_head,
                      from = ((uint64_t)state * p->n_tokens + t) * p->z_stride;
             double scale = 1, base_scale = 1;
             if (p->flags & HEADS_SCALED) {
-                scale = *twin_float(memory, p->scale, (uint64_t)block * p->n_tokens + t);
-                base_scale = *twin_float(memory, p->base_scale, t);
+                scale = *reference_float(memory, p->scale, (uint64_t)block * p->n_tokens + t);
+                base_scale = *reference_float(memory, p->base_scale, t);
             }
             for (uint32_t i = 0; i < p->out_stride && p->flags & HEADS_ZERO && !memory->failed; i++)
-                *twin_float(memory, p->dst, row + i) = 0;
+                *reference_float(memory, p->dst, row + i) = 0;
             for (uint32_t i = 0; i < p->d_head && !memory->failed; i++) {
-                double there = *twin_float(memory, p->base, base + i),
-                       here = state == NO_BLOCK ? there : *twin_float(memory, p->z, from + i);
-                *twin_float(memory, p->dst, row + column + i) =
+                double there = *reference_float(memory, p->base, base + i),
+                       here = state == NO_BLOCK ? there : *reference_float(memory, p->z, from + i);
+                *reference_float(memory, p->dst, row + column + i) =
                     here / scale - (p->flags & HEADS_DIFFERENCE ? there / base_scale : 0);
             }
         }
 }
 
-void twin_circuit_outputs(struct twin_memory *memory, const struct circuit_outputs_params *p,
-                          uint32_t n_rows) {
+void reference_circuit_outputs(struct reference_memory *memory,
+                               const struct circuit_outputs_params *p, uint32_t n_rows) {
     if (p->n_tokens == 0)
-        twin_fail(memory, "rows of no tokens");
+        reference_fail(memory, "rows of no tokens");
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
         uint64_t at = (uint64_t)r * p->stride,
                  base = (uint64_t)((p->first + r) % p->n_tokens) * p->stride;
         double inverse = p->flags & OUTPUTS_NORM ? inverse_rms(memory, p->x, at, p->width, p->eps)
                                                  : 1;
         for (uint32_t i = 0; i < p->width && !memory->failed; i++)
-            *twin_float(memory, p->dst, at + i) =
-                *twin_float(memory, p->x, at + i) * inverse *
-                    (p->flags & OUTPUTS_NORM ? *twin_float(memory, p->gain, i) : 1) -
-                *twin_float(memory, p->base, base + i);
+            *reference_float(memory, p->dst, at + i) =
+                *reference_float(memory, p->x, at + i) * inverse *
+                    (p->flags & OUTPUTS_NORM ? *reference_float(memory, p->gain, i) : 1) -
+                *reference_float(memory, p->base, base + i);
     }
 }
 
@@ -136,47 +141,48 @@ static double cap(double x, double softcap) {
     return softcap != 0 ? softcap * tanh(x / softcap) : x;
 }
 
-void twin_pair_logits(struct twin_memory *memory, const struct pair_logits_params *p,
-                      uint32_t n_entries) {
+void reference_pair_logits(struct reference_memory *memory, const struct pair_logits_params *p,
+                           uint32_t n_entries) {
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++)
         for (uint32_t k = 0; k < 2 * p->n && !memory->failed; k++) {
             double sum = 0;
             for (uint32_t i = 0; i < p->width; i++)
-                sum += *twin_float(memory, p->normed,
-                                   ((uint64_t)e * p->n + k / 2) * p->stride + i) *
-                       *twin_float(memory, p->rows, (uint64_t)k * p->stride + i);
-            *twin_float(memory, p->logits, 2 * (uint64_t)e * p->n + k) = cap(sum, p->softcap);
+                sum += *reference_float(memory, p->normed,
+                                        ((uint64_t)e * p->n + k / 2) * p->stride + i) *
+                       *reference_float(memory, p->rows, (uint64_t)k * p->stride + i);
+            *reference_float(memory, p->logits, 2 * (uint64_t)e * p->n + k) = cap(sum, p->softcap);
         }
 }
 
 /* log sum exp of a row. */
-static double log_total(struct twin_memory *memory, uint64_t x, uint64_t row, uint32_t width,
+static double log_total(struct reference_memory *memory, uint64_t x, uint64_t row, uint32_t width,
                         double softcap) {
     double top = -INFINITY, sum = 0;
     for (uint32_t i = 0; i < width && !memory->failed; i++)
-        top = fmax(top, cap(*twin_float(memory, x, row + i), softcap));
+        top = fmax(top, cap(*reference_float(memory, x, row + i), softcap));
     for (uint32_t i = 0; i < width && !memory->failed; i++)
-        sum += exp(cap(*twin_float(memory, x, row + i), softcap) - top);
+        sum += exp(cap(*reference_float(memory, x, row + i), softcap) - top);
     return top + log(sum);
 }
 
-void twin_logit_metrics(struct twin_memory *memory, const struct logit_metrics_params *p,
-                        uint32_t n_rows) {
+void reference_logit_metrics(struct reference_memory *memory, const struct logit_metrics_params *p,
+                             uint32_t n_rows) {
     if (p->n == 0)
-        twin_fail(memory, "rows without references");
+        reference_fail(memory, "rows without references");
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
-        uint32_t j = (p->first + r) % p->n, target = twin_word(memory, p->targets, j), greedy = 0;
+        uint32_t j = (p->first + r) % p->n, target = reference_word(memory, p->targets, j),
+                 greedy = 0;
         uint64_t row = (uint64_t)r * p->stride, at = (uint64_t)j * p->stride;
         double x = log_total(memory, p->logits, row, p->width, p->softcap),
                reference = log_total(memory, p->reference, at, p->width, p->softcap);
         double other = log_total(memory, p->other, at, p->width, p->softcap), kl = 0, kl_other = 0,
                best = -INFINITY;
         if (target >= p->width)
-            twin_fail(memory, "target %u of %u", target, p->width);
+            reference_fail(memory, "target %u of %u", target, p->width);
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-            double logit = cap(*twin_float(memory, p->logits, row + i), p->softcap);
-            double a = cap(*twin_float(memory, p->reference, at + i), p->softcap) - reference,
-                   b = cap(*twin_float(memory, p->other, at + i), p->softcap) - other;
+            double logit = cap(*reference_float(memory, p->logits, row + i), p->softcap);
+            double a = cap(*reference_float(memory, p->reference, at + i), p->softcap) - reference,
+                   b = cap(*reference_float(memory, p->other, at + i), p->softcap) - other;
             kl += exp(a) * (a - (logit - x));
             kl_other += exp(b) * (b - (logit - x));
             if (logit > best) {
@@ -184,10 +190,10 @@ void twin_logit_metrics(struct twin_memory *memory, const struct logit_metrics_p
                 greedy = i;
             }
         }
-        const double values[4] = {kl, kl_other,
-                                  cap(*twin_float(memory, p->logits, row + target), p->softcap) - x,
-                                  greedy};
+        const double values[4] = {
+            kl, kl_other, cap(*reference_float(memory, p->logits, row + target), p->softcap) - x,
+            greedy};
         for (uint32_t k = 0; k < 4 && !memory->failed; k++)
-            *twin_float(memory, p->values, 4 * (uint64_t)r + k) = values[k];
+            *reference_float(memory, p->values, 4 * (uint64_t)r + k) = values[k];
     }
 }

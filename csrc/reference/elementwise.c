@@ -1,10 +1,10 @@
-/* Twins of what works element by element: the activation and its backward, edits,
- * copies, the sum over heads. */
+/* Reference implementations of what works element by element: the activation and its backward,
+ * edits, copies, the sum over heads. */
 #include <math.h>
 
 #include "reference/reference.h"
 
-double twin_activate(uint32_t act, double x) {
+double reference_activate(uint32_t act, double x) {
     switch (act) {
     case ACT_SILU: return x / (1 + exp(-x));
     case ACT_GELU_TANH:
@@ -15,88 +15,90 @@ double twin_activate(uint32_t act, double x) {
     }
 }
 
-void twin_act(struct twin_memory *memory, const struct act_params *p, uint32_t n_tokens) {
+void reference_act(struct reference_memory *memory, const struct act_params *p, uint32_t n_tokens) {
     if (p->act > ACT_GELU)
-        twin_fail(memory, "there is no activation %u", p->act);
+        reference_fail(memory, "there is no activation %u", p->act);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width; i++) {
-            double gate = *twin_float(memory, p->gate_up, (uint64_t)t * p->in_stride + i);
-            double up = *twin_float(memory, p->gate_up, (uint64_t)t * p->in_stride + p->width + i);
-            *twin_float(memory, p->dst,
-                        (uint64_t)t * p->out_stride + i) = twin_activate(p->act, gate) * up;
+            double gate = *reference_float(memory, p->gate_up, (uint64_t)t * p->in_stride + i);
+            double up = *reference_float(memory, p->gate_up,
+                                         (uint64_t)t * p->in_stride + p->width + i);
+            *reference_float(memory, p->dst, (uint64_t)t * p->out_stride + i) =
+                reference_activate(p->act, gate) * up;
         }
 }
 
 /* x[start : end] of one (token, head) with the operand at `operand`, which steps by p->step. */
-static void edit_one(struct twin_memory *memory, const struct edit_params *p,
+static void edit_one(struct reference_memory *memory, const struct edit_params *p,
                      const struct edit_entry *entry, uint64_t x, uint64_t operand, uint32_t start,
                      uint32_t end) {
     double factor = entry->coefficient;
     if (p->kind == EDIT_ADD_SCALED)
-        factor /= *twin_float(memory, p->scale, entry->token);
+        factor /= *reference_float(memory, p->scale, entry->token);
     if (p->kind == EDIT_ABLATE) {
         double along = 0;
         for (uint32_t i = start; i < end; i++)
-            along += *twin_float(memory, p->x, x + i) *
-                     *twin_float(memory, p->operand, operand + (uint64_t)i * p->step);
+            along += *reference_float(memory, p->x, x + i) *
+                     *reference_float(memory, p->operand, operand + (uint64_t)i * p->step);
         factor = -along;
     }
     for (uint32_t i = start; i < end; i++) {
-        double *to = twin_float(memory, p->x, x + i),
-               y = *twin_float(memory, p->operand, operand + (uint64_t)i * p->step);
+        double *to = reference_float(memory, p->x, x + i),
+               y = *reference_float(memory, p->operand, operand + (uint64_t)i * p->step);
         *to = p->kind == EDIT_SET ? y : p->kind == EDIT_SCALE ? *to * y : *to + factor * y;
     }
 }
 
-void twin_edit(struct twin_memory *memory, const struct edit_params *p, uint32_t n_entries,
-               uint32_t n_heads) {
+void reference_edit(struct reference_memory *memory, const struct edit_params *p,
+                    uint32_t n_entries, uint32_t n_heads) {
     if (p->kind > EDIT_ADD_SCALED)
-        twin_fail(memory, "there is no edit %u", p->kind);
+        reference_fail(memory, "there is no edit %u", p->kind);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++) {
         union {
             uint32_t bits;
             float value;
-        } coefficient = {.bits = twin_word(memory, p->entries, 4 * (uint64_t)e + 2)};
+        } coefficient = {.bits = reference_word(memory, p->entries, 4 * (uint64_t)e + 2)};
         struct edit_entry entry = {
-            .token = twin_word(memory, p->entries, 4 * (uint64_t)e),
-            .operand = twin_word(memory, p->entries, 4 * (uint64_t)e + 1),
+            .token = reference_word(memory, p->entries, 4 * (uint64_t)e),
+            .operand = reference_word(memory, p->entries, 4 * (uint64_t)e + 1),
             .coefficient = coefficient.value,
         };
         uint32_t start = 0, end = p->width;
         if (p->flags & EDIT_KEYS) { /* only the keys that this query sees */
-            uint32_t seen = twin_token(memory, p->tokens, entry.token).pos + 1;
+            uint32_t seen = reference_token(memory, p->tokens, entry.token).pos + 1;
             end = seen < p->width ? seen : p->width;
             start = p->window && end > p->window ? end - p->window : 0;
         }
         for (uint32_t h = 0; h < n_heads && !memory->failed; h++)
             edit_one(memory, p, &entry,
                      (uint64_t)entry.token * p->token_stride +
-                         (uint64_t)twin_word(memory, p->heads, h) * p->head_stride,
+                         (uint64_t)reference_word(memory, p->heads, h) * p->head_stride,
                      entry.operand + (uint64_t)h * p->head_step, start, end);
     }
 }
 
-void twin_copy(struct twin_memory *memory, const struct copy_params *p) {
+void reference_copy(struct reference_memory *memory, const struct copy_params *p) {
     for (uint32_t r = 0; r < p->n_rows && !memory->failed; r++) {
-        uint64_t from = (uint64_t)(p->flags & COPY_ROWS ? twin_word(memory, p->rows, r) : r) *
+        uint64_t from = (uint64_t)(p->flags & COPY_ROWS ? reference_word(memory, p->rows, r) : r) *
                         p->x_stride,
                  to = (uint64_t)r * p->out_stride;
         for (uint32_t i = 0; i < p->width; i++) {
-            double add = p->flags & COPY_ADD ? *twin_float(memory, p->add, to + i) : 0;
-            *twin_float(memory, p->dst, to + i) = *twin_float(memory, p->x, from + i) + add;
+            double add = p->flags & COPY_ADD ? *reference_float(memory, p->add, to + i) : 0;
+            *reference_float(memory, p->dst, to + i) = *reference_float(memory, p->x, from + i) +
+                                                       add;
         }
     }
 }
 
-void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *p,
-                    uint32_t n_tokens) {
+void reference_sum_heads(struct reference_memory *memory, const struct sum_heads_params *p,
+                         uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-            double sum = p->has_bias ? *twin_float(memory, p->bias, i) : 0;
+            double sum = p->has_bias ? *reference_float(memory, p->bias, i) : 0;
             for (uint32_t h = 0; h < p->n_heads; h++)
-                sum += *twin_float(memory, p->x,
-                                   ((uint64_t)t * p->n_heads + h) * p->head_stride + i);
-            *twin_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = sum;
+                sum += *reference_float(memory, p->x,
+                                        ((uint64_t)t * p->n_heads + h) * p->head_stride + i);
+            *reference_float(memory, p->dst, (uint64_t)t * p->out_stride + i) = sum;
         }
 }
 
@@ -118,16 +120,18 @@ static void activate(uint32_t act, double x, double *value, double *slope) {
     }
 }
 
-void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *p, uint32_t n_tokens) {
+void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_params *p,
+                       uint32_t n_tokens) {
     if (p->act > ACT_GELU)
-        twin_fail(memory, "there is no activation %u", p->act);
+        reference_fail(memory, "there is no activation %u", p->act);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
             uint64_t gate = (uint64_t)t * p->in_stride + i, up = gate + p->width;
-            double d = *twin_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), value, slope;
-            activate(p->act, *twin_float(memory, p->gate_up, gate), &value, &slope);
-            *twin_float(memory, p->dgate_up, gate) = d * *twin_float(memory, p->gate_up, up) *
-                                                     slope;
-            *twin_float(memory, p->dgate_up, up) = d * value;
+            double d = *reference_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), value,
+                   slope;
+            activate(p->act, *reference_float(memory, p->gate_up, gate), &value, &slope);
+            *reference_float(memory, p->dgate_up,
+                             gate) = d * *reference_float(memory, p->gate_up, up) * slope;
+            *reference_float(memory, p->dgate_up, up) = d * value;
         }
 }

@@ -1,74 +1,76 @@
-/* Twins of what the lens reads: the heads' outputs, the norms of rows, the largest of a row. */
+/* Reference implementations of what the lens reads: the heads' outputs, the norms of rows, the
+ * largest of a row. */
 #include <float.h>
 #include <math.h>
 
 #include "reference/reference.h"
 
 /* dst[h, n] = gain[n] * sum_i x[h / group, i] W[n, h * d_head + i] */
-void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix,
-                   const struct op_head_out_args *args) {
+void reference_head_out(struct reference_memory *memory, const struct op_matrix *matrix,
+                        const struct op_head_out_args *args) {
     if (args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads ||
         (uint64_t)args->n_heads * args->d_head != matrix->k)
-        twin_fail(memory, "%u heads of %u over %u do not make %u inputs", args->n_heads,
-                  args->d_head, args->n_kv_heads, matrix->k);
+        reference_fail(memory, "%u heads of %u over %u do not make %u inputs", args->n_heads,
+                       args->d_head, args->n_kv_heads, matrix->k);
     for (uint32_t h = 0; h < args->n_heads && !memory->failed; h++)
         for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
             uint64_t from = (uint64_t)(h / (args->n_heads / args->n_kv_heads)) * args->d_head;
             double sum = 0;
             for (uint32_t i = 0; i < args->d_head; i++)
-                sum += *twin_float(memory, args->x, from + i) *
-                       twin_weight(memory, matrix, n, h * args->d_head + i);
-            *twin_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) =
-                args->gain ? sum * *twin_float(memory, args->gain, n) : sum;
+                sum += *reference_float(memory, args->x, from + i) *
+                       reference_weight(memory, matrix, n, h * args->d_head + i);
+            *reference_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) =
+                args->gain ? sum * *reference_float(memory, args->gain, n) : sum;
         }
 }
 
 /* dst[n] = 1 / |W[n, :]| */
-void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, uint64_t dst) {
+void reference_row_norms(struct reference_memory *memory, const struct op_matrix *matrix,
+                         uint64_t dst) {
     for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
         double sum = 0;
         for (uint32_t k = 0; k < matrix->k; k++) {
-            double w = twin_weight(memory, matrix, n, k);
+            double w = reference_weight(memory, matrix, n, k);
             sum += w * w;
         }
-        *twin_float(memory, dst, n) = sum > 0 ? 1 / sqrt(sum) : 0;
+        *reference_float(memory, dst, n) = sum > 0 ? 1 / sqrt(sum) : 0;
     }
 }
 
 /* Where a value goes that is to stand behind all that are not smaller; k: it is
  * too small for the list. */
-static uint32_t topk_place(struct twin_memory *memory, const struct topk_params *p, uint64_t list,
-                           double value) {
+static uint32_t topk_place(struct reference_memory *memory, const struct topk_params *p,
+                           uint64_t list, double value) {
     uint32_t place = p->k;
-    while (place > 0 && *twin_float(memory, p->values, list + place - 1) < value)
+    while (place > 0 && *reference_float(memory, p->values, list + place - 1) < value)
         place--;
     return place;
 }
 
-void twin_topk(struct twin_memory *memory, const struct topk_params *p) {
+void reference_topk(struct reference_memory *memory, const struct topk_params *p) {
     if (p->k == 0 || p->k > TOPK_MAX || p->x_stride < p->n_columns ||
         (uint64_t)p->first + p->n_columns > 1u << 24)
-        twin_fail(memory, "no list of the %u largest of columns %u to %u", p->k, p->first,
-                  p->first + p->n_columns);
+        reference_fail(memory, "no list of the %u largest of columns %u to %u", p->k, p->first,
+                       p->first + p->n_columns);
     for (uint32_t r = 0; r < p->n_rows && !memory->failed; r++) {
         uint64_t list = (uint64_t)r * p->k;
         for (uint32_t j = 0; j < p->k && p->flags & TOPK_BEGIN; j++) {
-            *twin_float(memory, p->values, list + j) = -FLT_MAX;
-            *twin_float(memory, p->indices, list + j) = 0;
+            *reference_float(memory, p->values, list + j) = -FLT_MAX;
+            *reference_float(memory, p->indices, list + j) = 0;
         }
         for (uint32_t c = 0; c < p->n_columns && !memory->failed; c++) {
-            double value = *twin_float(memory, p->x, (uint64_t)r * p->x_stride + c) *
-                           (p->flags & TOPK_SCALED ? *twin_float(memory, p->factor, c) : 1);
+            double value = *reference_float(memory, p->x, (uint64_t)r * p->x_stride + c) *
+                           (p->flags & TOPK_SCALED ? *reference_float(memory, p->factor, c) : 1);
             uint32_t place = topk_place(memory, p, list, value);
             for (uint32_t j = p->k; j-- > place + 1;) {
-                *twin_float(memory, p->values, list + j) = *twin_float(memory, p->values,
-                                                                       list + j - 1);
-                *twin_float(memory, p->indices, list + j) = *twin_float(memory, p->indices,
-                                                                        list + j - 1);
+                *reference_float(memory, p->values, list + j) = *reference_float(memory, p->values,
+                                                                                 list + j - 1);
+                *reference_float(memory, p->indices,
+                                 list + j) = *reference_float(memory, p->indices, list + j - 1);
             }
             if (place < p->k) {
-                *twin_float(memory, p->values, list + place) = value;
-                *twin_float(memory, p->indices, list + place) = p->first + c;
+                *reference_float(memory, p->values, list + place) = value;
+                *reference_float(memory, p->indices, list + place) = p->first + c;
             }
         }
     }

@@ -1,4 +1,4 @@
-/* Twins of what reads a matrix: the product, its backward, the embedding. */
+/* Reference implementations of what reads a matrix: the product, its backward, the embedding. */
 #include <math.h>
 
 #include "reference/reference.h"
@@ -21,8 +21,8 @@ static double float_value(uint32_t bits) {
 
 /* W[n, k], 0 beyond the matrix. Panels of 32 rows; in a panel, each cell of 16 bytes holds the next
  * 4 (float32) or 8 (halves) inputs of one row. */
-double twin_weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n,
-                   uint32_t k) {
+double reference_weight(struct reference_memory *memory, const struct op_matrix *matrix, uint32_t n,
+                        uint32_t k) {
     uint32_t c = 0;
     if (n >= matrix->n || k >= matrix->k)
         return 0;
@@ -33,15 +33,15 @@ double twin_weight(struct twin_memory *memory, const struct op_matrix *matrix, u
     uint64_t cell = ((uint64_t)(row / OP_PANEL) * matrix->k_cells + k / inputs) * OP_PANEL +
                     row % OP_PANEL;
     if (matrix->type == WEIGHT_F32)
-        return float_value(twin_word(memory, matrix->chunks[c].address, 4 * cell + k % 4));
-    uint32_t word = twin_word(memory, matrix->chunks[c].address, 4 * cell + k % 8 / 2);
+        return float_value(reference_word(memory, matrix->chunks[c].address, 4 * cell + k % 4));
+    uint32_t word = reference_word(memory, matrix->chunks[c].address, 4 * cell + k % 8 / 2);
     uint32_t half = k % 2 ? word >> 16 : word & 0xffff;
     return matrix->type == WEIGHT_BF16 ? float_value(half << 16) : half_value(half);
 }
 
 /* dst[m, n] = cap(sum_k x[m, k] W[n, first_k + k] + bias[n]) + add[m, n] */
-void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix,
-                 const struct op_linear_args *args) {
+void reference_linear(struct reference_memory *memory, const struct op_matrix *matrix,
+                      const struct op_linear_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : matrix->k;
     /* a slice may reach into the pad, whose weights are zero */
     if (args->first_k + (uint64_t)n_k > matrix->k)
@@ -49,7 +49,7 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix,
     for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
         double inverse = 1, squares = 0;
         for (uint32_t k = 0; args->gain && k < matrix->k; k++) {
-            double x = *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k);
+            double x = *reference_float(memory, args->x, (uint64_t)m * args->x_stride + k);
             squares += x * x;
         }
         if (args->gain)
@@ -57,35 +57,35 @@ void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix,
         for (uint32_t n = 0; n < matrix->n && !memory->failed; n++) {
             double sum = 0;
             for (uint32_t k = 0; k < n_k; k++)
-                sum += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) * inverse *
-                       (args->gain ? *twin_float(memory, args->gain, k) : 1) *
-                       twin_weight(memory, matrix, n, args->first_k + k);
+                sum += *reference_float(memory, args->x, (uint64_t)m * args->x_stride + k) *
+                       inverse * (args->gain ? *reference_float(memory, args->gain, k) : 1) *
+                       reference_weight(memory, matrix, n, args->first_k + k);
             if (args->bias)
-                sum += *twin_float(memory, args->bias, n);
+                sum += *reference_float(memory, args->bias, n);
             if (args->softcap != 0)
                 sum = args->softcap * tanh(sum / args->softcap);
             if (args->add)
-                sum += *twin_float(memory, args->add, (uint64_t)m * args->dst_stride + n);
-            *twin_float(memory, args->dst, (uint64_t)m * args->dst_stride + n) = sum;
+                sum += *reference_float(memory, args->add, (uint64_t)m * args->dst_stride + n);
+            *reference_float(memory, args->dst, (uint64_t)m * args->dst_stride + n) = sum;
         }
     }
 }
 
 /* Outputs (n, n + half) of norm(x) W^T + bias: act(first) * second, or a head's halves rotated,
  * into dst (q) and the cache (k, v). */
-static void finish_pair(struct twin_memory *memory, const struct op_linear_pairs_args *args,
+static void finish_pair(struct reference_memory *memory, const struct op_linear_pairs_args *args,
                         uint32_t m, uint32_t pair, double first, double second) {
     if (args->kind == PAIRS_GATE) {
-        *twin_float(memory, args->dst, (uint64_t)m * args->dst_stride + pair) =
-            twin_activate(args->act, first) * second;
+        *reference_float(memory, args->dst, (uint64_t)m * args->dst_stride + pair) =
+            reference_activate(args->act, first) * second;
         return;
     }
     uint32_t half = args->d_head / 2, head = pair / half, i = pair % half;
-    struct token_meta token = twin_token(memory, args->tokens, m);
+    struct token_meta token = reference_token(memory, args->tokens, m);
     if (head < args->n_heads + args->n_kv_heads) {
         uint64_t angle = 2 * ((uint64_t)token.pos * half + i);
-        double c = *twin_float(memory, args->angles, angle),
-               s = *twin_float(memory, args->angles, angle + 1), a = first;
+        double c = *reference_float(memory, args->angles, angle),
+               s = *reference_float(memory, args->angles, angle + 1), a = first;
         first = a * c - second * s;
         second = second * c + a * s;
     }
@@ -95,24 +95,24 @@ static void finish_pair(struct twin_memory *memory, const struct op_linear_pairs
                           (is_v ? args->n_kv_heads : 0)) *
                              args->d_head;
     uint64_t to = is_q ? args->dst : is_v ? args->v_cache : args->k_cache;
-    *twin_float(memory, to, at + i) = first;
-    *twin_float(memory, to, at + half + i) = second;
+    *reference_float(memory, to, at + i) = first;
+    *reference_float(memory, to, at + half + i) = second;
 }
 
-void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matrix,
-                       const struct op_linear_pairs_args *args) {
+void reference_linear_pairs(struct reference_memory *memory, const struct op_matrix *matrix,
+                            const struct op_linear_pairs_args *args) {
     uint32_t half = args->kind == PAIRS_GATE ? matrix->n / 2 : args->d_head / 2,
              heads = args->n_heads + 2 * args->n_kv_heads;
     if (half == 0 || matrix->n % (2 * half) || args->kind > PAIRS_ROTATE ||
         (args->kind == PAIRS_GATE && args->act > ACT_GELU) ||
         (args->kind == PAIRS_ROTATE &&
          (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n)))
-        twin_fail(memory, "%u outputs do not pair: kind %u, %u heads of %u", matrix->n, args->kind,
-                  heads, args->d_head);
+        reference_fail(memory, "%u outputs do not pair: kind %u, %u heads of %u", matrix->n,
+                       args->kind, heads, args->d_head);
     for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
         double squares = 0;
         for (uint32_t k = 0; k < matrix->k; k++) {
-            double x = *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k);
+            double x = *reference_float(memory, args->x, (uint64_t)m * args->x_stride + k);
             squares += x * x;
         }
         double inverse = 1 / sqrt(squares / matrix->k + args->eps);
@@ -120,11 +120,12 @@ void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matri
             double sums[2];
             for (uint32_t set = 0; set < 2; set++) {
                 uint32_t n = pair / half * 2 * half + pair % half + set * half;
-                sums[set] = args->bias ? *twin_float(memory, args->bias, n) : 0;
+                sums[set] = args->bias ? *reference_float(memory, args->bias, n) : 0;
                 for (uint32_t k = 0; k < matrix->k; k++)
-                    sums[set] += *twin_float(memory, args->x, (uint64_t)m * args->x_stride + k) *
-                                 inverse * *twin_float(memory, args->gain, k) *
-                                 twin_weight(memory, matrix, n, k);
+                    sums[set] += *reference_float(memory, args->x,
+                                                  (uint64_t)m * args->x_stride + k) *
+                                 inverse * *reference_float(memory, args->gain, k) *
+                                 reference_weight(memory, matrix, n, k);
             }
             finish_pair(memory, args, m, pair, sums[0], sums[1]);
         }
@@ -133,32 +134,33 @@ void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matri
 
 /* dx[m, k] = sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), pad
  * columns of both included. */
-void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix,
-                     const struct op_linear_bwd_args *args) {
+void reference_linear_bwd(struct reference_memory *memory, const struct op_matrix *matrix,
+                          const struct op_linear_bwd_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : (matrix->k + 15) / 16 * 16,
              n_sum = args->n_sum ? args->n_sum : matrix->n;
     for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++)
         for (uint32_t k = 0; k < n_k && !memory->failed; k++) {
-            double *dx = twin_float(memory, args->dx, (uint64_t)m * args->x_stride + k),
+            double *dx = reference_float(memory, args->dx, (uint64_t)m * args->x_stride + k),
                    sum = args->add ? *dx : 0;
             for (uint32_t n = 0; n < (n_sum + 15) / 16 * 16; n++)
-                sum += *twin_float(memory, args->dy, (uint64_t)m * args->y_stride + n) *
+                sum += *reference_float(memory, args->dy, (uint64_t)m * args->y_stride + n) *
                        (n < n_sum
-                            ? twin_weight(memory, matrix, args->first_n + n, args->first_k + k)
+                            ? reference_weight(memory, matrix, args->first_n + n, args->first_k + k)
                             : 0);
             *dx = sum;
         }
 }
 
 /* dst[t, :] = scale * E[id(t), :] */
-void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens,
-                uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride) {
+void reference_embed(struct reference_memory *memory, const struct op_matrix *embedding,
+                     uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
+                     uint32_t stride) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
-        uint32_t id = twin_token(memory, tokens, t).id;
+        uint32_t id = reference_token(memory, tokens, t).id;
         if (id >= embedding->n)
             continue; /* no such row: left as it was */
         for (uint32_t k = 0; k < embedding->k; k++)
-            *twin_float(memory, dst,
-                        (uint64_t)t * stride + k) = scale * twin_weight(memory, embedding, id, k);
+            *reference_float(memory, dst, (uint64_t)t * stride + k) =
+                scale * reference_weight(memory, embedding, id, k);
     }
 }

@@ -1,29 +1,30 @@
-/* Float64 CPU twins: every op once more as plain loops, for the tests, `vksteer verify` and
- * whoever doubts a driver.
+/* Float64 reference implementations on the CPU: every op written a second time as plain loops, for
+ * the tests and for `vksteer verify`.
  *
- * A twin takes the op's own argument block and means by every field what the op means by it. Its
- * addresses point into a small memory of the host's, in which a float is a double, so that a twin
- * rounds nothing that matters. Every access is checked: a twin that runs without failing has shown
- * that the op's argument block stays inside its buffers, which is why tests run it before the
- * device sees the same block. */
-#ifndef VKSTEER_TWINS_H
-#define VKSTEER_TWINS_H
+ * A reference takes the same arguments as its op, and every field means what it means to the op.
+ * Addresses point into host memory in which each float of the device is a double, so that rounding
+ * in the reference is negligible. Every access is checked: a reference that returns without failing
+ * has shown that the arguments stay inside their buffers, which is why it runs before the device
+ * sees the same arguments. */
+#ifndef VKSTEER_REFERENCE_H
+#define VKSTEER_REFERENCE_H
 
 #include "ops/ops.h"
 
-#define TWIN_BUFFERS 16
-/* address = (buffer + 1) << TWIN_SHIFT | byte offset on the device, 4 for every item; 0: absent */
-#define TWIN_SHIFT 40
+#define REFERENCE_BUFFERS 16
+/* address = (buffer + 1) << REFERENCE_SHIFT | byte offset on the device, 4 for every item; 0:
+ * absent */
+#define REFERENCE_SHIFT 40
 
-struct twin_buffer {
+struct reference_buffer {
     const char *name;
     double *floats;        /* [n], or NULL where the buffer holds words */
     const uint32_t *words; /* [n], or NULL; no op writes words */
     uint64_t n;
 };
 
-struct twin_memory {
-    struct twin_buffer buffers[TWIN_BUFFERS]; /* borrowed */
+struct reference_memory {
+    struct reference_buffer buffers[REFERENCE_BUFFERS]; /* borrowed */
     uint32_t n_buffers;
     /* an access left its buffer, or an argument made no sense: `error` says which;
      * results are then worthless */
@@ -32,119 +33,126 @@ struct twin_memory {
     double no_float; /* what a refused access gets to read or write */
 };
 
-static inline uint64_t twin_address(uint32_t buffer, uint64_t item) {
-    return ((uint64_t)(buffer + 1) << TWIN_SHIFT) + 4 * item;
+static inline uint64_t reference_address(uint32_t buffer, uint64_t item) {
+    return ((uint64_t)(buffer + 1) << REFERENCE_SHIFT) + 4 * item;
 }
 
 /* Item `index` after `address`: where a float lies (never NULL), what a word is. */
-double *twin_float(struct twin_memory *memory, uint64_t address, uint64_t index);
-uint32_t twin_word(struct twin_memory *memory, uint64_t address, uint64_t index);
-struct token_meta twin_token(struct twin_memory *memory, uint64_t tokens, uint64_t index);
+double *reference_float(struct reference_memory *memory, uint64_t address, uint64_t index);
+uint32_t reference_word(struct reference_memory *memory, uint64_t address, uint64_t index);
+struct token_meta reference_token(struct reference_memory *memory, uint64_t tokens, uint64_t index);
 /* Sizes that a kernel divides by or takes for granted; nonzero: senseless. */
-int twin_heads_check(struct twin_memory *memory, uint32_t n_heads, uint32_t n_kv_heads);
-double twin_activate(uint32_t act, double x); /* act: one of ACT_* */
+int reference_heads_check(struct reference_memory *memory, uint32_t n_heads, uint32_t n_kv_heads);
+double reference_activate(uint32_t act, double x); /* act: one of ACT_* */
 /* A tile is 1 to 8 tokens of one row with positions that count up, and every key of its last one
  * fits a row of scores. */
-struct query_tile twin_tile(struct twin_memory *memory, uint64_t tokens, uint64_t tiles,
-                            uint32_t index, uint32_t first_token, uint32_t key_stride);
+struct query_tile reference_tile(struct reference_memory *memory, uint64_t tokens, uint64_t tiles,
+                                 uint32_t index, uint32_t first_token, uint32_t key_stride);
 /* Keys [start, pos] are what a query sees. */
-static inline uint32_t twin_window_start(uint32_t pos, uint32_t window) {
+static inline uint32_t reference_window_start(uint32_t pos, uint32_t window) {
     return window && pos + 1 > window ? pos + 1 - window : 0;
 }
 /* The first failure stays. */
-#define twin_fail(memory, ...) \
+#define reference_fail(memory, ...) \
     do { \
         if (!(memory)->failed) \
             (memory)->failed = error_set(&(memory)->error, ERROR_VALUE, __VA_ARGS__); \
     } while (0)
 
 /* W[n, k], 0 beyond the matrix. */
-double twin_weight(struct twin_memory *memory, const struct op_matrix *matrix, uint32_t n,
-                   uint32_t k);
+double reference_weight(struct reference_memory *memory, const struct op_matrix *matrix, uint32_t n,
+                        uint32_t k);
 
 /* linear.c: matrices lie in panels of words, as on the device. */
-void twin_linear(struct twin_memory *memory, const struct op_matrix *matrix,
-                 const struct op_linear_args *args);
-void twin_linear_pairs(struct twin_memory *memory, const struct op_matrix *matrix,
-                       const struct op_linear_pairs_args *args);
-void twin_linear_bwd(struct twin_memory *memory, const struct op_matrix *matrix,
-                     const struct op_linear_bwd_args *args);
-void twin_embed(struct twin_memory *memory, const struct op_matrix *embedding, uint64_t tokens,
-                uint32_t n_tokens, float scale, uint64_t dst, uint32_t stride);
+void reference_linear(struct reference_memory *memory, const struct op_matrix *matrix,
+                      const struct op_linear_args *args);
+void reference_linear_pairs(struct reference_memory *memory, const struct op_matrix *matrix,
+                            const struct op_linear_pairs_args *args);
+void reference_linear_bwd(struct reference_memory *memory, const struct op_matrix *matrix,
+                          const struct op_linear_bwd_args *args);
+void reference_embed(struct reference_memory *memory, const struct op_matrix *embedding,
+                     uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
+                     uint32_t stride);
 
 /* lens.c */
-void twin_head_out(struct twin_memory *memory, const struct op_matrix *matrix,
-                   const struct op_head_out_args *args);
-void twin_row_norms(struct twin_memory *memory, const struct op_matrix *matrix, uint64_t dst);
-void twin_topk(struct twin_memory *memory, const struct topk_params *params);
+void reference_head_out(struct reference_memory *memory, const struct op_matrix *matrix,
+                        const struct op_head_out_args *args);
+void reference_row_norms(struct reference_memory *memory, const struct op_matrix *matrix,
+                         uint64_t dst);
+void reference_topk(struct reference_memory *memory, const struct topk_params *params);
 
 /* norm.c */
-void twin_norm(struct twin_memory *memory, const struct norm_params *params, uint32_t n_rows);
-void twin_norm_bwd(struct twin_memory *memory, const struct norm_bwd_params *params,
-                   uint32_t n_rows);
+void reference_norm(struct reference_memory *memory, const struct norm_params *params,
+                    uint32_t n_rows);
+void reference_norm_bwd(struct reference_memory *memory, const struct norm_bwd_params *params,
+                        uint32_t n_rows);
 /* Gradient with respect to x of sum_i dn[i] x[i] / scale, scale = sqrt(mean x^2 + eps): dx[i] =
  * dn[i] / scale - n[i] (dn . n) / (width scale). */
 struct norm_slope {
     double scale, along; /* dn . n */
 };
-double twin_norm_slope_at(const struct norm_slope *slope, double dn, double x, uint32_t width);
+double reference_norm_slope_at(const struct norm_slope *slope, double dn, double x, uint32_t width);
 
 /* elementwise.c */
-void twin_act(struct twin_memory *memory, const struct act_params *params, uint32_t n_tokens);
-void twin_act_bwd(struct twin_memory *memory, const struct act_bwd_params *params,
-                  uint32_t n_tokens);
-void twin_edit(struct twin_memory *memory, const struct edit_params *params, uint32_t n_entries,
-               uint32_t n_heads);
-void twin_copy(struct twin_memory *memory, const struct copy_params *params);
-void twin_sum_heads(struct twin_memory *memory, const struct sum_heads_params *params,
-                    uint32_t n_tokens);
+void reference_act(struct reference_memory *memory, const struct act_params *params,
+                   uint32_t n_tokens);
+void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_params *params,
+                       uint32_t n_tokens);
+void reference_edit(struct reference_memory *memory, const struct edit_params *params,
+                    uint32_t n_entries, uint32_t n_heads);
+void reference_copy(struct reference_memory *memory, const struct copy_params *params);
+void reference_sum_heads(struct reference_memory *memory, const struct sum_heads_params *params,
+                         uint32_t n_tokens);
 
 /* attention.c */
-void twin_rope(struct twin_memory *memory, const struct rope_params *params, uint32_t n_tokens);
-void twin_attn_scores(struct twin_memory *memory, const struct scores_params *params,
-                      uint32_t n_tiles);
-void twin_attn_softmax(struct twin_memory *memory, const struct softmax_params *params,
-                       uint32_t n_tokens);
-void twin_attn_mix(struct twin_memory *memory, const struct mix_params *params, uint32_t n_tiles);
-void twin_attn_decode(struct twin_memory *memory, const struct decode_params *params,
-                      uint32_t n_tokens);
-void twin_rope_bwd(struct twin_memory *memory, const struct rope_bwd_params *params,
-                   uint32_t n_tokens);
-void twin_attn_softmax_bwd(struct twin_memory *memory, const struct softmax_bwd_params *params,
+void reference_rope(struct reference_memory *memory, const struct rope_params *params,
+                    uint32_t n_tokens);
+void reference_attn_scores(struct reference_memory *memory, const struct scores_params *params,
+                           uint32_t n_tiles);
+void reference_attn_softmax(struct reference_memory *memory, const struct softmax_params *params,
+                            uint32_t n_tokens);
+void reference_attn_output(struct reference_memory *memory, const struct attn_output_params *params,
+                           uint32_t n_tiles);
+void reference_attn_decode(struct reference_memory *memory, const struct decode_params *params,
                            uint32_t n_tokens);
-void twin_attn_mix_bwd(struct twin_memory *memory, const struct mix_bwd_params *params,
-                       uint32_t n_tiles);
+void reference_rope_bwd(struct reference_memory *memory, const struct rope_bwd_params *params,
+                        uint32_t n_tokens);
+void reference_attn_softmax_bwd(struct reference_memory *memory,
+                                const struct softmax_bwd_params *params, uint32_t n_tokens);
+void reference_attn_output_bwd(struct reference_memory *memory,
+                               const struct attn_output_bwd_params *params, uint32_t n_tiles);
 
 /* metric.c */
-void twin_pair_grad(struct twin_memory *memory, const struct pair_grad_params *params,
-                    uint32_t n_rows);
-void twin_logit_grad(struct twin_memory *memory, const struct logit_grad_params *params,
-                     uint32_t n_rows);
+void reference_pair_grad(struct reference_memory *memory, const struct pair_grad_params *params,
+                         uint32_t n_rows);
+void reference_logit_grad(struct reference_memory *memory, const struct logit_grad_params *params,
+                          uint32_t n_rows);
 
 /* attribution.c */
-void twin_difference(struct twin_memory *memory, const struct difference_params *params,
-                     uint32_t n_slots);
-void twin_accumulate(struct twin_memory *memory, const struct accumulate_params *params,
-                     uint32_t n_slots);
-void twin_head_inputs(struct twin_memory *memory, const struct head_inputs_params *params,
-                      uint32_t n_slots);
-void twin_head_gradients(struct twin_memory *memory, const struct head_gradients_params *params);
-void twin_dots(struct twin_memory *memory, const struct dots_params *params);
-void twin_node_dims(struct twin_memory *memory, const struct node_dims_params *params,
-                    uint32_t n_nodes);
+void reference_difference(struct reference_memory *memory, const struct difference_params *params,
+                          uint32_t n_slots);
+void reference_accumulate(struct reference_memory *memory, const struct accumulate_params *params,
+                          uint32_t n_slots);
+void reference_head_inputs(struct reference_memory *memory, const struct head_inputs_params *params,
+                           uint32_t n_slots);
+void reference_head_gradients(struct reference_memory *memory,
+                              const struct head_gradients_params *params);
+void reference_dots(struct reference_memory *memory, const struct dots_params *params);
+void reference_node_dims(struct reference_memory *memory, const struct node_dims_params *params,
+                         uint32_t n_nodes);
 
 /* circuit.c */
-void twin_circuit_inputs(struct twin_memory *memory, const struct circuit_inputs_params *params,
-                         uint32_t n_entries);
-void twin_circuit_place(struct twin_memory *memory, const struct circuit_place_params *params,
-                        uint32_t n_entries);
-void twin_circuit_heads(struct twin_memory *memory, const struct circuit_heads_params *params,
-                        uint32_t n_entries);
-void twin_circuit_outputs(struct twin_memory *memory, const struct circuit_outputs_params *params,
-                          uint32_t n_rows);
-void twin_pair_logits(struct twin_memory *memory, const struct pair_logits_params *params,
-                      uint32_t n_entries);
-void twin_logit_metrics(struct twin_memory *memory, const struct logit_metrics_params *params,
-                        uint32_t n_rows);
+void reference_circuit_inputs(struct reference_memory *memory,
+                              const struct circuit_inputs_params *params, uint32_t n_entries);
+void reference_circuit_place(struct reference_memory *memory,
+                             const struct circuit_place_params *params, uint32_t n_entries);
+void reference_circuit_heads(struct reference_memory *memory,
+                             const struct circuit_heads_params *params, uint32_t n_entries);
+void reference_circuit_outputs(struct reference_memory *memory,
+                               const struct circuit_outputs_params *params, uint32_t n_rows);
+void reference_pair_logits(struct reference_memory *memory, const struct pair_logits_params *params,
+                           uint32_t n_entries);
+void reference_logit_metrics(struct reference_memory *memory,
+                             const struct logit_metrics_params *params, uint32_t n_rows);
 
 #endif

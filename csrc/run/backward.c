@@ -299,7 +299,7 @@ static int piece_back(struct run_work *work, struct run_cache *cache, int l,
         .window = f->window[l],
     };
     RUN(op_attn_softmax(ops, &softmax, piece->n, chunk->max_keys, error));
-    struct mix_bwd_params mix = {
+    struct attn_output_bwd_params mix = {
         .a = address(work->scores),
         .y = address(tape->dz),
         .tokens = chunk->tokens,
@@ -316,11 +316,11 @@ static int piece_back(struct run_work *work, struct run_cache *cache, int l,
         .window = f->window[l],
         .add = piece->first > 0,
     };
-    RUN(op_attn_mix_bwd(ops, &mix, chunk->n_tiles, chunk->max_keys, error));
+    RUN(op_attn_output_bwd(ops, &mix, chunk->n_tiles, chunk->max_keys, error));
     if (site_wanted(work, SITE_SCORES, l))
         RUN(scores_back(work, cache, l, piece, 1, error));
     RUN(scores_back(work, cache, l, piece, 0, error));
-    struct mix_params queries = {
+    struct attn_output_params queries = {
         .pattern = address(tape->dscores),
         .v_cache = address(cache->k[l]),
         .tokens = chunk->tokens,
@@ -334,12 +334,12 @@ static int piece_back(struct run_work *work, struct run_cache *cache, int l,
         .key_stride = piece->key_stride,
         .window = f->window[l],
     };
-    RUN(op_attn_mix(ops, &queries, n_tiles, chunk->max_keys, error));
+    RUN(op_attn_output(ops, &queries, n_tiles, chunk->max_keys, error));
     mix.a = address(tape->dscores);
     mix.y = address(kept->qkv);
     mix.y_stride = work->qkv_stride;
     mix.sums = dk;
-    return op_attn_mix_bwd(ops, &mix, chunk->n_tiles, chunk->max_keys, error);
+    return op_attn_output_bwd(ops, &mix, chunk->n_tiles, chunk->max_keys, error);
 }
 
 /* dqkv from dz, in pieces of the queries whose patterns fit the scratch memory. */

@@ -260,7 +260,7 @@ static int attention_tiles(struct run_work *work, struct run_cache *cache, int l
     RUN(op_attn_softmax(ops, &softmax, n_tokens, chunk->max_keys, error));
     view.site = SITE_PATTERN;
     RUN(site_visit(work, &view, error));
-    struct mix_params mix = {
+    struct attn_output_params mix = {
         .pattern = address(work->scores),
         .v_cache = address(cache->v[l]),
         .tokens = tokens,
@@ -274,7 +274,7 @@ static int attention_tiles(struct run_work *work, struct run_cache *cache, int l
         .key_stride = key_stride,
         .window = f->window[l],
     };
-    return op_attn_mix(ops, &mix, last_tile - first_tile, chunk->max_keys, error);
+    return op_attn_output(ops, &mix, last_tile - first_tile, chunk->max_keys, error);
 }
 
 static int attention(struct run_work *work, struct run_cache *cache, int l, struct error *error) {

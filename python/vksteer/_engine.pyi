@@ -135,7 +135,7 @@ class Edits:
     def __init__(self, *args: Any, **keywords: Any) -> None: ...
 
 class Bench:
-    """Single ops and their float64 twins."""
+    """Single ops and their float64 references."""
 
     def __init__(self, device: Device) -> None: ...
     def run(

@@ -189,7 +189,7 @@ BLOCK(softmax_params) {
 };
 
 /* z[t, h, :] = sum_j pattern[t, h, j] v_j. */
-BLOCK(mix_params) {
+BLOCK(attn_output_params) {
     ADDRESS(FloatsIn) pattern;
     ADDRESS(FloatsIn) v_cache;
     ADDRESS(Tokens) tokens;
@@ -415,7 +415,7 @@ BLOCK(softmax_bwd_params) {
 /* sums[j, g, :] (+)= sum over queries t >= j of j's row and heads h of group g of a[t, h,
  * j] y[t, h, :]: values' gradient from pattern and dz, keys' from dscores and q. One chain
  * over ascending (t, h). */
-BLOCK(mix_bwd_params) {
+BLOCK(attn_output_bwd_params) {
     ADDRESS(FloatsIn) a; /* [T', H, key_stride], T' counted from token first_token */
     ADDRESS(FloatsIn) y; /* [T, y_stride] */
     ADDRESS(Tokens) tokens;

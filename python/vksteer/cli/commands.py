@@ -59,8 +59,8 @@ def _build() -> argparse.ArgumentParser:
         help="check that a device computes what it should",
         description=(
             "Run every operation of the engine on small awkward problems, compare it with its"
-            " float64 twin on the CPU, and print the worst\nerror beside the bound. Worth doing"
-            " once on a new device or driver. Exit status 1 if anything is out of bounds."
+            " float64 reference on the CPU, and print the worst\nerror beside the bound. Worth"
+            " doing once on a new device or driver. Exit status 1 if anything is out of bounds."
         ),
     )
     verify.add_argument(

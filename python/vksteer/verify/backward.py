@@ -298,7 +298,7 @@ def attn_softmax_bwd(rng, rows, n_heads, window=0, softcap=0.0, tile=0) -> Probl
     )
 
 
-def attn_mix_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, piece=0) -> Problem:
+def attn_output_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, piece=0) -> Problem:
     """rows: tokens of each; every key of a row is among the tokens. pieces: the queries are cut
     into as many, and this is the piece'th of them.
     """
@@ -335,7 +335,7 @@ def attn_mix_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, pie
         "sums": sums,
     }
     return Problem(
-        "attn_mix_bwd",
+        "attn_output_bwd",
         f"{label_of([(0, n) for n in rows], n_heads, n_kv_heads, d_head)} window"
         f" {window}{f' piece {piece + 1} of {pieces}' if pieces > 1 else ''}",
         {name: name for name in buffers}
@@ -453,7 +453,7 @@ def problems(rng) -> Iterator[Problem]:
         yield norm_bwd(rng, 3, 257, flags)
     for d_head in (2, 6, 64, 80, 128):
         yield rope_bwd(rng, [(0, 3), (5, 1)], 4, 2, d_head)
-        yield attn_mix_bwd(rng, (17, 1, 9), 4, 2, d_head, window=5 if d_head == 64 else 0)
+        yield attn_output_bwd(rng, (17, 1, 9), 4, 2, d_head, window=5 if d_head == 64 else 0)
     for window, softcap in ((0, 0.0), (1, 0.0), (5, 20.0)):
         yield attn_softmax_bwd(rng, [(0, 33), (0, 1), (0, 9)], 3, window, softcap)
     for kind in range(len(ACTIVATIONS)):

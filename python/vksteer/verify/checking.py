@@ -1,9 +1,9 @@
 """Is this device right? Every operation of the engine on small awkward problems against its
-float64 twin on the CPU.
+float64 reference on the CPU.
 
 A problem is an op's name, its arguments, and arrays. The engine runs it on copies of the arrays, on
-the device and on the twin, and returns both. Memory that an op must not touch holds NaN before and
-must hold it afterwards; memory that it must not read holds NaN, too.
+the device and on the reference, and returns both results. Memory that an op must not touch or read
+holds NaN before; what it must not touch still holds NaN afterwards.
 
 `vksteer verify` runs `problems()`; tests/test_ops.py runs many more shapes through the same
 builders. BOUNDS are the errors that either accepts.
@@ -22,7 +22,7 @@ from . import attribution, backward, circuit, lens
 from .forward import (
     act,
     attn_decode,
-    attn_mix,
+    attn_output,
     attn_scores,
     attn_softmax,
     copy,
@@ -47,7 +47,7 @@ BOUNDS = {
     "rope": 1e-6,  # 2.2e-7
     "attn_scores": 1.5e-6,  # 2.6e-7, of sum |q k|
     "attn_softmax": 2e-6,  # 3.2e-7
-    "attn_mix": 1.5e-6,  # 2.7e-7, of sum pattern |v|
+    "attn_output": 1.5e-6,  # 2.7e-7, of sum pattern |v|
     "attn_decode": 3e-6,  # 4.6e-7
     "act": 2e-6,  # 2.9e-7, of |gate up|
     "edit": 1e-6,  # 1.9e-7
@@ -58,7 +58,7 @@ BOUNDS = {
     "norm_bwd": 2e-6,  # 4.0e-7
     "rope_bwd": 2e-6,  # 5.0e-7
     "attn_softmax_bwd": 1e-6,  # 1.9e-7
-    "attn_mix_bwd": 4e-6,  # 9.8e-7, 257 queries
+    "attn_output_bwd": 4e-6,  # 9.8e-7, 257 queries
     "act_bwd": 3.5e-6,  # 8.4e-7
     "pair_grad": 1e-6,  # 1.9e-7
     "logit_grad": 3.5e-6,  # 8.3e-7
@@ -103,9 +103,9 @@ def bench(device=None):
 
 def check(on, problem: Problem) -> Outcome:
     """Runs a problem on the engine bench `on` and measures."""
-    device, twin = on.run(problem.op, problem.arguments, problem.buffers)
+    device, reference = on.run(problem.op, problem.arguments, problem.buffers)
     worst, where = 0.0, "nowhere"
-    for name, want in twin.items():
+    for name, want in reference.items():
         got = device[name].astype(np.float64)
         known = ~np.isnan(want)
         if not np.array_equal(known, ~np.isnan(got)):
@@ -113,9 +113,9 @@ def check(on, problem: Problem) -> Outcome:
             return Outcome(
                 problem,
                 float("inf"),
-                f"{name}{list(at)}: device {got[at]}, twin {want[at]}",
+                f"{name}{list(at)}: device {got[at]}, reference {want[at]}",
                 device,
-                twin,
+                reference,
             )
         if not known.any():
             continue
@@ -129,9 +129,9 @@ def check(on, problem: Problem) -> Outcome:
         if error[at] > worst:
             worst, where = (
                 float(error[at]),
-                f"{name}{[int(i) for i in at]}: device {got[at]:.9g}, twin {want[at]:.9g}",
+                f"{name}{[int(i) for i in at]}: device {got[at]:.9g}, reference {want[at]:.9g}",
             )
-    return Outcome(problem, worst, where, device, twin)
+    return Outcome(problem, worst, where, device, reference)
 
 
 def problems(seed=0) -> Iterator[Problem]:
@@ -170,7 +170,7 @@ def problems(seed=0) -> Iterator[Problem]:
         yield attn_scores(
             rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0
         )
-        yield attn_mix(
+        yield attn_output(
             rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0
         )
         yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)

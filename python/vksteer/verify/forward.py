@@ -481,7 +481,7 @@ def attn_softmax(rng, rows, n_heads, window=0, spread=4.0, tile=0) -> Problem:
     )
 
 
-def attn_mix(rng, rows, n_heads, n_kv_heads, d_head, window=0, frozen=False, tile=0) -> Problem:
+def attn_output(rng, rows, n_heads, n_kv_heads, d_head, window=0, frozen=False, tile=0) -> Problem:
     packed = Packed(rows, frozen)
     first, tiles = packed.from_tile(tile)
     key_stride, z_stride, pos = (
@@ -511,7 +511,7 @@ def attn_mix(rng, rows, n_heads, n_kv_heads, d_head, window=0, frozen=False, til
         "z": nothing(len(packed.tokens), z_stride),
     }
     return Problem(
-        "attn_mix",
+        "attn_output",
         f"{label_of(rows, n_heads, n_kv_heads, d_head)} window"
         f" {window}{' frozen' if frozen else ''}",
         {name: name for name in buffers}

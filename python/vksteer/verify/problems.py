@@ -49,7 +49,7 @@ class Outcome:
     error: float
     where: str
     device: dict[str, np.ndarray]
-    twin: dict[str, np.ndarray]
+    reference: dict[str, np.ndarray]
 
 
 def row_stride(width: int) -> int:

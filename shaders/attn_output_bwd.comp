@@ -11,7 +11,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
-layout(push_constant, scalar) uniform Params { mix_bwd_params p; };
+layout(push_constant, scalar) uniform Params { attn_output_bwd_params p; };
 
 const uint TILE = 8, RK = 2 * TILE, STEPS = 4;
 const uint RN_MAX = 4, RN = SG <= 16 ? RN_MAX : SG == 32 ? 2 : 1;

@@ -6,7 +6,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 
-layout(push_constant, scalar) uniform Params { mix_params p; };
+layout(push_constant, scalar) uniform Params { attn_output_params p; };
 
 const uint RQ = 8, RN = 2;
 
