@@ -124,6 +124,23 @@ def families(on):
     return [number for number, _ in on.families()]
 
 
+@pytest.fixture(scope="session")
+def llama(zoo):
+    """The folder of a small random Llama, for child processes that open a model of their own."""
+    return zoo.folder("llama2")
+
+
+@pytest.fixture
+def fusing():
+    """For tests of kernels that normalise their own input: the order of their sums is norm.comp's
+    only where a workgroup is one subgroup.
+    """
+    from vksteer.runtime.device import choose
+
+    if choose(None).type != "software":
+        pytest.skip("only software devices fuse: a GPU's workgroup has more than one subgroup")
+
+
 @pytest.fixture
 def rng(request):
     """A generator whose seed is the test's own name: independent of order and selection."""

@@ -201,6 +201,9 @@ SUITE = [
     "test_generate_sampling.py",
     "test_freezing.py",
     "test_ops.py",
+    "test_ops_attention.py",
+    "test_ops_calls.py",
+    "test_ops_linear.py",
     "test_resume.py",
 ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from child import child, quiet
-from test_robustness import llama  # noqa: F401  (a fixture)
 
 
 def test_ten_thousand_decode_steps_keep_memory_flat(llama):

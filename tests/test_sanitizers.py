@@ -1,8 +1,8 @@
-"""The C engine under AddressSanitizer and UndefinedBehaviorSanitizer: the driver cases, and what
-test_robustness.py does to it.
+"""The C engine under AddressSanitizer and UndefinedBehaviorSanitizer: the driver cases, and what the
+robustness tests do to it.
 
 Built apart, into build/sanitize; nothing in python/vksteer changes. Leaks are counted by
-test_robustness.py instead (Python itself is full of blocks that live until the end).
+test_leaks.py instead (Python itself is full of blocks that live until the end).
 """
 
 from __future__ import annotations
@@ -103,11 +103,12 @@ def test_driver_cases(sanitized, folders):
     [
         # Not a fork beside a running thread: the sanitizer's own allocator may be locked there,
         # which the C library's sees to.
+        ("test_robustness_driver.py", ""),
         (
-            "test_robustness.py",
+            "test_robustness_processes.py",
             (
-                "fail or lost or (fork and not busy) or bits or closing or interpreter or outlive"
-                " or interrupting or handler or damaged"
+                "(fork and not busy) or bits or closing or interpreter or outlive"
+                " or interrupting or handler"
             ),
         ),
         ("test_model_files.py", ""),
@@ -115,12 +116,12 @@ def test_driver_cases(sanitized, folders):
     ],
 )
 def test_the_suite(sanitized, file, chosen):
-    """Children of test_robustness.py, or the whole process where no torch is needed, run
+    """Children of the robustness tests, or the whole process where no torch is needed, run
     the sanitized engine.
     """
     env = (
         os.environ | {"CHILD_ENVIRONMENT": json.dumps(sanitized)}
-        if file == "test_robustness.py"
+        if file.startswith("test_robustness")
         else os.environ | sanitized
     )
     done = subprocess.run(
