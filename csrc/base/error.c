@@ -1,3 +1,4 @@
+/* Fills in errors and adds context to their messages. */
 #include "error.h"
 
 #include <stdio.h>
@@ -30,12 +31,12 @@ int error_add_context(struct error *error, const char *format, ...) {
     if (written < 0)
         return -1; /* keep the first message rather than lose it */
     size_t length = strlen(context);
-    size_t room = sizeof error->message - 1;
-    if (length + 2 > room)
-        return -1; /* no room for even one character of the first message, which matters more */
+    size_t capacity = sizeof error->message - 1;
+    if (length + 2 > capacity)
+        return -1; /* the first message matters more, and nothing of it would be left */
     size_t kept = strlen(error->message);
-    if (kept > room - length - 2)
-        kept = room - length - 2;
+    if (kept > capacity - length - 2)
+        kept = capacity - length - 2;
     memmove(error->message + length + 2, error->message, kept);
     memcpy(error->message, context, length);
     memcpy(error->message + length, ": ", 2);

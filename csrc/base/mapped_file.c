@@ -1,4 +1,5 @@
-#define _DEFAULT_SOURCE /* madvise */
+/* Files mapped with mmap, see mapped_file.h. */
+#define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 
 #include "mapped_file.h"
@@ -77,8 +78,7 @@ void mapped_file_close(struct mapped_file *file) {
 int mapped_file_range(const struct mapped_file *file, uint64_t offset, uint64_t length,
                       const uint8_t **pointer, struct error *error) {
     *pointer = NULL;
-    /* Written so that nothing can overflow: offset <= size first, then length
-     * against what is left. */
+    /* Written so that no sum can overflow. */
     if (offset > file->size || length > file->size - offset)
         return error_set(error, ERROR_MODEL,
                          "bytes %" PRIu64 "+%" PRIu64
@@ -88,26 +88,4 @@ int mapped_file_range(const struct mapped_file *file, uint64_t offset, uint64_t 
     static const uint8_t nothing[1] = {0};
     *pointer = file->bytes ? file->bytes + offset : nothing;
     return 0;
-}
-
-static void advise(const struct mapped_file *file, uint64_t offset, uint64_t length, int advice) {
-    if (!file->bytes || offset > file->size || length > file->size - offset || length == 0)
-        return;
-    long page = sysconf(_SC_PAGESIZE);
-    if (page <= 0)
-        return;
-    /* madvise wants a page boundary; the mapping itself begins on one. Whole pages
-     * only for DONTNEED would be tidier, but a clean private file mapping is simply
-     * read again when touched. */
-    size_t start = (size_t)offset - (size_t)offset % (size_t)page;
-    (void)madvise((void *)(uintptr_t)(file->bytes + start), (size_t)(offset + length) - start,
-                  advice);
-}
-
-void mapped_file_will_read(const struct mapped_file *file, uint64_t offset, uint64_t length) {
-    advise(file, offset, length, MADV_WILLNEED);
-}
-
-void mapped_file_done_reading(const struct mapped_file *file, uint64_t offset, uint64_t length) {
-    advise(file, offset, length, MADV_DONTNEED);
 }

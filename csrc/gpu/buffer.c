@@ -1,11 +1,12 @@
-/* Buffers: one allocation each (the engine makes few, large ones), every one with an address. */
+/* Buffers. Each has its own memory allocation, because the engine makes few and large ones, and a
+ * device address. */
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "gpu/internal.h"
 
-/* A memory type out of `allowed` with all of `required`, if possible with
- * `preferred`; UINT32_MAX if none. */
+/* A memory type of the bit set `allowed` that has all flags of `required` and, if one exists, those
+ * of `preferred`; UINT32_MAX if there is none. */
 static uint32_t memory_type_find(const struct gpu_device *device, uint32_t allowed,
                                  VkMemoryPropertyFlags required, VkMemoryPropertyFlags preferred) {
     uint32_t found = UINT32_MAX;
@@ -21,6 +22,8 @@ static uint32_t memory_type_find(const struct gpu_device *device, uint32_t allow
     return found;
 }
 
+/* Allocates and binds the buffer's memory, and maps it unless it is device-local. What was made
+ * before a failure is freed by gpu_buffer_destroy. */
 static int memory_allocate(struct gpu_buffer *buffer, enum gpu_memory kind, const char *name,
                            struct error *error) {
     struct gpu_device *device = buffer->device;
@@ -49,8 +52,7 @@ static int memory_allocate(struct gpu_buffer *buffer, enum gpu_memory kind, cons
     if (result == VK_ERROR_OUT_OF_DEVICE_MEMORY || result == VK_ERROR_OUT_OF_HOST_MEMORY)
         return error_set(error, ERROR_DEVICE,
                          "out of device memory: %s needs %.1f MB, %.1f MB are held already on %s; "
-                         "use a smaller batch, shorter prompts, fewer "
-                         "captures or a smaller dtype",
+                         "use a smaller batch, shorter prompts, fewer captures or a smaller dtype",
                          name, needs.size / 1e6, device->allocated / 1e6, device->info.name);
     if (gpu_result_check(device, result, "allocating memory", error))
         return -1;
@@ -78,8 +80,7 @@ int gpu_buffer_create(struct gpu_buffer **out, struct gpu_device *device, uint64
     if (bytes == 0 || bytes > GPU_BUFFER_MAX)
         return error_set(error, ERROR_DEVICE,
                          "%s needs %.1f MB in one buffer; a buffer holds 1 byte to %.0f MB: use a "
-                         "smaller batch or shorter "
-                         "prompts",
+                         "smaller batch or shorter prompts",
                          name, bytes / 1e6, GPU_BUFFER_MAX / 1e6);
     struct gpu_buffer *buffer = calloc(1, sizeof *buffer);
     if (!buffer)

@@ -1,4 +1,4 @@
-/* Results of Vulkan calls turned into errors, names for its objects, and whether a
+/* Turns results of Vulkan calls into errors, names Vulkan objects for debuggers, and checks that a
  * device may still be used. */
 #include <unistd.h>
 
@@ -9,8 +9,8 @@ int gpu_result_check(struct gpu_device *device, VkResult result, const char *wha
     switch (result) {
     case VK_SUCCESS: return 0;
     case VK_ERROR_DEVICE_LOST:
-        /* Nothing is freed while it may still be in use: a lost device answers this
-         * in finite time, too. */
+        /* Buffers may be freed next, so the device must be idle. Vulkan promises that this call
+         * returns in finite time on a lost device. */
         if (!device->lost && device->used)
             device->vk.vkDeviceWaitIdle(device->handle);
         device->lost = 1;

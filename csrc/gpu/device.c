@@ -1,19 +1,47 @@
-/* Devices: opening and closing, what an open one says of itself. */
+/* Opening and closing devices, and the facts of an open one. */
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "gpu/internal.h"
 
-static int logical_device_create(struct gpu_device *device, struct error *error) {
-    const char *extensions[4];
-    uint32_t n_extensions = 0;
-    if (device->info.has_budget)
-        extensions[n_extensions++] = VK_EXT_MEMORY_BUDGET_EXTENSION_NAME;
-    if (device->info.has_subgroup_control)
-        extensions[n_extensions++] = VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME;
-    if (device->info.has_executable_info)
-        extensions[n_extensions++] = VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME;
+/* Optional extensions that the device offers, at most four; returns their number. */
+static uint32_t extensions_list(const struct gpu_device_info *info, const char **extensions) {
+    uint32_t n = 0;
+    if (info->has_budget)
+        extensions[n++] = VK_EXT_MEMORY_BUDGET_EXTENSION_NAME;
+    if (info->has_subgroup_control)
+        extensions[n++] = VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME;
+    if (info->has_executable_info)
+        extensions[n++] = VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME;
+    return n;
+}
 
+/* vkCreateDevice with one compute queue and `features` (VkPhysicalDeviceFeatures2). */
+static int handle_create(struct gpu_device *device, const void *features, struct error *error) {
+    const char *extensions[4];
+    const float priority = 1.0f;
+    device->queue_family = gpu_compute_family_find(device->physical);
+    VkDeviceQueueCreateInfo queue = {
+        .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO,
+        .queueFamilyIndex = device->queue_family,
+        .queueCount = 1,
+        .pQueuePriorities = &priority,
+    };
+    VkDeviceCreateInfo create = {
+        .sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO,
+        .pNext = features,
+        .queueCreateInfoCount = 1,
+        .pQueueCreateInfos = &queue,
+        .enabledExtensionCount = extensions_list(&device->info, extensions),
+        .ppEnabledExtensionNames = extensions,
+    };
+    return gpu_result_check(device,
+                            vkCreateDevice(device->physical, &create, NULL, &device->handle),
+                            "opening the device", error);
+}
+
+/* The Vulkan device with the baseline features and the optional ones that `info` names. */
+static int logical_device_create(struct gpu_device *device, struct error *error) {
     VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR executable = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR,
         .pipelineExecutableInfo = VK_TRUE,
@@ -41,24 +69,7 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
         .pNext = &v12,
         .features = {.shaderInt64 = device->info.has_int64 ? VK_TRUE : VK_FALSE},
     };
-    const float priority = 1.0f;
-    device->queue_family = gpu_compute_family_find(device->physical);
-    VkDeviceQueueCreateInfo queue = {
-        .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO,
-        .queueFamilyIndex = device->queue_family,
-        .queueCount = 1,
-        .pQueuePriorities = &priority,
-    };
-    VkDeviceCreateInfo create = {
-        .sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO,
-        .pNext = &features,
-        .queueCreateInfoCount = 1,
-        .pQueueCreateInfos = &queue,
-        .enabledExtensionCount = n_extensions,
-        .ppEnabledExtensionNames = extensions,
-    };
-    if (gpu_result_check(device, vkCreateDevice(device->physical, &create, NULL, &device->handle),
-                         "opening the device", error))
+    if (handle_create(device, &features, error))
         return -1;
     volkLoadDeviceTable(&device->vk, device->handle);
     device->vk.vkGetDeviceQueue(device->handle, device->queue_family, 0, &device->queue);
@@ -94,8 +105,8 @@ int gpu_device_open(struct gpu_device **out, int index, const struct gpu_kernel 
                   device->info.name, device->info.missing);
         goto fail;
     }
-    /* Software devices run one workgroup on one core: one subgroup each. GPUs get four waves
-     * of 32, or two of 64. */
+    /* A software device runs a workgroup on one core, so one subgroup is enough. A GPU gets four
+     * subgroups of 32 or two of 64. */
     device->workgroup = device->info.type == GPU_SOFTWARE ? device->info.subgroup_size : 128;
     if (device->workgroup > device->info.max_invocations)
         device->workgroup = device->info.max_invocations / device->info.subgroup_size *
@@ -112,8 +123,9 @@ fail:
 void gpu_device_close(struct gpu_device *device) {
     if (!device)
         return;
-    if (device->owner == getpid()) { /* a forked child owns nothing of it */
-        /* Mesa's null devices compile kernels and crash when waited for */
+    if (device->owner == getpid()) { /* a forked child owns no Vulkan object */
+        /* Only a device that ran work is waited for: Mesa's null devices compile kernels, but
+         * crash in vkDeviceWaitIdle. */
         if (device->handle && device->used && !device->lost)
             device->vk.vkDeviceWaitIdle(device->handle);
         gpu_pipelines_destroy(device);

@@ -1,4 +1,5 @@
-/* Devices: what is there, and whether it offers the baseline. */
+/* The physical devices of this machine, their facts, and whether they offer the baseline that the
+ * kernels need. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,7 +43,6 @@ static int device_extension_offered(VkPhysicalDevice physical, const char *name)
     return found;
 }
 
-/* The first queue family that computes; UINT32_MAX if none. */
 uint32_t gpu_compute_family_find(VkPhysicalDevice physical) {
     VkQueueFamilyProperties families[32];
     uint32_t count = 32;
@@ -53,7 +53,7 @@ uint32_t gpu_compute_family_find(VkPhysicalDevice physical) {
     return UINT32_MAX;
 }
 
-/* The first missing piece of the baseline, or NULL. */
+/* Names the first part of the baseline that the device lacks; NULL if it has them all. */
 static const char *baseline_missing(VkPhysicalDevice physical,
                                     const VkPhysicalDeviceProperties *properties,
                                     const VkPhysicalDeviceSubgroupProperties *subgroup) {
@@ -110,8 +110,8 @@ void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info) {
                                         : 0;
     }
     if (info->type == GPU_SOFTWARE || info->type == GPU_INTEGRATED) {
-        /* Drivers on shared memory report all of RAM: what can really be had is what the
-         * kernel calls available. */
+        /* Drivers of devices that share the host's memory report all of RAM. What can be allocated
+         * is what the operating system calls available. */
         FILE *file = fopen("/proc/meminfo", "r");
         char line[128];
         unsigned long long kib;
@@ -124,7 +124,8 @@ void gpu_memory_info(VkPhysicalDevice physical, struct gpu_device_info *info) {
     }
 }
 
-/* An extension may be offered and its feature not. */
+/* The optional features. A driver may offer an extension without its feature, so both are
+ * checked. */
 static void optional_features(VkPhysicalDevice physical, struct gpu_device_info *info) {
     int control_offered = device_extension_offered(physical,
                                                    VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
@@ -198,7 +199,6 @@ void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device
     gpu_memory_info(physical, info);
 }
 
-/* Physical devices of this process; *count of them in `list` (capacity 64). */
 int gpu_physical_devices(VkPhysicalDevice *list, uint32_t *count, struct error *error) {
     VkInstance instance = gpu_instance_get(error);
     if (instance == VK_NULL_HANDLE)

@@ -1,5 +1,5 @@
-/* The Vulkan loader and the one instance of this process. Made at first use, never destroyed:
- * drivers must not be called from library destructors, and an instance holds no device memory. */
+/* The Vulkan loader and the one instance of this process. It is made at first use and never
+ * destroyed: library destructors must not call drivers, and an instance holds no device memory. */
 #include <string.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -8,7 +8,7 @@
 
 static pthread_mutex_t instance_lock = PTHREAD_MUTEX_INITIALIZER;
 static VkInstance instance;
-static _Atomic pid_t instance_owner; /* 0: nobody yet */
+static _Atomic pid_t instance_owner; /* 0: not made yet */
 static int debug_names;
 
 static int extension_offered(const char *name) {
@@ -28,8 +28,8 @@ static VkInstance instance_create(struct error *error) {
     if (volkInitialize() != VK_SUCCESS) {
         error_set(error, ERROR_DEVICE,
                   "no Vulkan loader (libvulkan.so.1) on this machine: install it together with a "
-                  "driver (Debian/Ubuntu: apt install libvulkan1 "
-                  "mesa-vulkan-drivers; NVIDIA: the proprietary driver)");
+                  "driver (Debian/Ubuntu: apt install libvulkan1 mesa-vulkan-drivers; NVIDIA: the "
+                  "proprietary driver)");
         return VK_NULL_HANDLE;
     }
     const char *extensions[1];
@@ -54,9 +54,8 @@ static VkInstance instance_create(struct error *error) {
     if (result != VK_SUCCESS) {
         error_set(error, ERROR_DEVICE,
                   "no Vulkan driver answered (vkCreateInstance: %d): install one (Debian/Ubuntu: "
-                  "apt install "
-                  "mesa-vulkan-drivers; NVIDIA: the proprietary driver) or point VK_DRIVER_FILES "
-                  "at its ICD file",
+                  "apt install mesa-vulkan-drivers; NVIDIA: the proprietary driver) or point "
+                  "VK_DRIVER_FILES at its ICD file",
                   (int)result);
         return VK_NULL_HANDLE;
     }
@@ -65,12 +64,11 @@ static VkInstance instance_create(struct error *error) {
 }
 
 VkInstance gpu_instance_get(struct error *error) {
-    /* Before the lock: in a forked child its holder may not exist. */
+    /* Checked before the lock is taken: in a forked child the thread that held it may not exist. */
     if (instance_owner != 0 && instance_owner != getpid()) {
         error_set(error, ERROR_DEVICE,
                   "Vulkan was opened by this process's parent before fork(): open devices after "
-                  "the fork, or start workers "
-                  "with multiprocessing's \"spawn\" method");
+                  "the fork, or start workers with multiprocessing's \"spawn\" method");
         return VK_NULL_HANDLE;
     }
     pthread_mutex_lock(&instance_lock);

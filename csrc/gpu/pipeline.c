@@ -1,8 +1,9 @@
-/* Compute pipelines: one per kernel, made when first asked for (or ahead, in parallel), with a
- * cache on disk per driver.
+/* Compute pipelines: one per kernel, made at its first dispatch or ahead of time in parallel, with
+ * a cache on disk for each driver.
  *
- * Every kernel sees two specialisation constants: 0 = subgroup size, 1 = workgroup size (a multiple
- * of it). All share one layout: 128 bytes of push constants and one texel buffer, which few use. */
+ * Every kernel gets two specialisation constants: 0 is the subgroup size, 1 the workgroup size (a
+ * multiple of it). All kernels share one layout: 128 bytes of push constants, and one texel buffer,
+ * which few of them read. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,8 @@
 
 #define CACHE_MAX (64u << 20)
 
+/* The contents of a file of at most CACHE_MAX bytes, for the caller to free; NULL if it is empty,
+ * too large or cannot be read. */
 static void *file_read(const char *path, size_t *size) {
     FILE *file = fopen(path, "rb");
     void *data = NULL;
@@ -64,8 +67,7 @@ int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, st
                  device->info.uuid);
         data = file_read(device->cache_path, &size);
     }
-    /* The driver checks the header (vendor, device, its own UUID) and ignores
-     * what is not its own. */
+    /* The driver checks the header (vendor, device, its own UUID) and ignores data of others. */
     VkPipelineCacheCreateInfo cache = {
         .sType = VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO,
         .initialDataSize = size,
@@ -77,8 +79,8 @@ int gpu_pipelines_create(struct gpu_device *device, const char *cache_folder, st
     return gpu_result_check(device, result, "creating the pipeline cache", error);
 }
 
-/* Written beside and renamed, so that a killed process leaves the old file whole. A cache that
- * cannot be written costs time only. */
+/* Writes the pipeline cache to a new file and renames it, so that a process killed meanwhile leaves
+ * the old file intact. Errors are ignored: without a cache, compiling takes time again. */
 static void cache_save(struct gpu_device *device) {
     size_t size = 0;
     if (!device->cache_path[0] ||
@@ -119,8 +121,9 @@ void gpu_pipelines_destroy(struct gpu_device *device) {
         pthread_mutex_destroy(&device->pipeline_lock);
 }
 
-/* What the module's capabilities ask for and this device lacks, or NULL. Capabilities stand first
- * in a module, after five words. */
+/* Names a capability that the SPIR-V module declares and this device lacks; NULL if there is none.
+ * The declarations (opcode 17) are the first instructions of a module, after its five-word header;
+ * capability 11 is Int64. */
 static const char *capability_missing(const struct gpu_device *device,
                                       const struct gpu_kernel *source) {
     const size_t n_words = source->spirv_bytes / 4;
@@ -136,12 +139,9 @@ int gpu_pipeline_possible(const struct gpu_device *device, int kernel) {
            capability_missing(device, &device->kernels[kernel]) == NULL;
 }
 
-/* flags: for vkCreateComputePipelines. */
-static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreateFlags flags,
-                         VkPipeline *out, struct error *error) {
-    const struct gpu_kernel *source = &device->kernels[kernel];
-    if (gpu_device_check(device, error))
-        return -1;
+/* The shader module of a kernel that this build contains and the device can run. */
+static int module_create(struct gpu_device *device, const struct gpu_kernel *source,
+                         VkShaderModule *module, struct error *error) {
     if (source->spirv_bytes == 0)
         return error_set(error, ERROR_DEVICE,
                          "kernel %s was left out of this build (its shader compiler was too old)",
@@ -150,15 +150,22 @@ static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreate
     if (missing)
         return error_set(error, ERROR_DEVICE, "kernel %s needs %s, which %s does not offer",
                          source->name, missing, device->info.name);
-    VkShaderModuleCreateInfo module_info = {
+    VkShaderModuleCreateInfo create = {
         .sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
         .codeSize = source->spirv_bytes,
         .pCode = source->spirv,
     };
+    return gpu_result_check(device,
+                            device->vk.vkCreateShaderModule(device->handle, &create, NULL, module),
+                            source->name, error);
+}
+
+/* Compiles a kernel. The caller owns *out; `flags` go to vkCreateComputePipelines. */
+static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreateFlags flags,
+                         VkPipeline *out, struct error *error) {
+    const struct gpu_kernel *source = &device->kernels[kernel];
     VkShaderModule module;
-    if (gpu_result_check(
-            device, device->vk.vkCreateShaderModule(device->handle, &module_info, NULL, &module),
-            source->name, error))
+    if (gpu_device_check(device, error) || module_create(device, source, &module, error))
         return -1;
     const uint32_t constants[2] = {device->info.subgroup_size, device->workgroup};
     const VkSpecializationMapEntry entries[2] = {{.constantID = 0, .offset = 0, .size = 4},
@@ -222,6 +229,7 @@ int gpu_pipeline_get(struct gpu_device *device, int kernel, VkPipeline *out, str
     return 0;
 }
 
+/* Kernels that several threads compile; `lock` guards `next` and `error`. */
 struct prepare {
     struct gpu_device *device;
     const int *kernels;
@@ -259,7 +267,7 @@ int gpu_pipelines_prepare(struct gpu_device *device, const int *kernels, int cou
            pthread_create(&threads[n_threads], NULL, prepare_run, &work) == 0)
         n_threads++;
     if (n_threads == 0)
-        prepare_run(&work); /* no threads to be had: do it here */
+        prepare_run(&work); /* no thread could be started: compile in this one */
     for (int i = 0; i < n_threads; i++)
         pthread_join(threads[i], NULL);
     pthread_mutex_destroy(&work.lock);
@@ -279,8 +287,8 @@ int gpu_pipeline_describe(struct gpu_device *device, int kernel, char *out, size
         out[0] = 0;
     if (!device->info.has_executable_info)
         return gpu_pipeline_get(device, kernel, &pipeline, error);
-    /* Made anew: with statistics some drivers (RADV) bypass their caches, so that the pipelines
-     * that run are made without. */
+    /* A second pipeline is compiled for the statistics. Some drivers (RADV) bypass their caches
+     * when statistics are captured, so the pipelines that run are compiled without. */
     if (pipeline_make(device, kernel, VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR, &pipeline,
                       error))
         return -1;

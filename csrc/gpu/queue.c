@@ -1,9 +1,9 @@
-/* The one queue of work of a device user: a ring of command buffers, a timeline semaphore, a bound
- * on what one submission may hold.
+/* A queue of commands for a device: a ring of command buffers, a timeline semaphore, and a bound on
+ * the work of one submission.
  *
- * Every command sees the results of those before it: a full compute/transfer barrier follows each
- * one. Measured on lavapipe, barriers cost nothing on top of a dispatch; on GPUs they are what
- * keeps the record readable as the model's equations. */
+ * Every command sees the results of those before it, because a full compute and transfer barrier
+ * follows each one. On lavapipe a barrier adds no measurable time to a dispatch; on GPUs it is the
+ * price of recording commands in the order of the model's equations. */
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -11,8 +11,8 @@
 #include "gpu/internal.h"
 
 #define RING 4
-/* A desktop watchdog kills a submission after about two seconds: this is the estimated time at
- * which recorded work is handed over. Also what keeps Ctrl-C within a second. */
+/* Recorded work is submitted when its estimated time reaches this bound. A desktop's watchdog kills
+ * a submission after about two seconds, and Ctrl-C has to wait for the submissions under way. */
 #define SUBMISSION_SECONDS 0.2
 #define SUBMISSION_COMMANDS 4096
 
@@ -105,12 +105,12 @@ void gpu_queue_destroy(struct gpu_queue *queue) {
     free(queue);
 }
 
-/* Waits until the timeline reaches `ticket`. The wait is cut into pieces so that Ctrl-C is seen;
- * work already submitted is always waited for, because its buffers may be freed next. */
+/* Waits until the timeline reaches `ticket`, and polls for Ctrl-C every 50 ms. An interrupt is
+ * reported only after the wait, because the caller may free the buffers of submitted work next. */
 static int ticket_wait(struct gpu_queue *queue, uint64_t ticket, struct error *error) {
     struct gpu_device *device = queue->device;
     int interrupted = 0;
-    if (gpu_device_check(device, error)) /* in a forked child nobody would ever answer */
+    if (gpu_device_check(device, error)) /* in a forked child the timeline never advances */
         return -1;
     for (;;) {
         VkSemaphoreWaitInfo wait = {
@@ -130,6 +130,8 @@ static int ticket_wait(struct gpu_queue *queue, uint64_t ticket, struct error *e
     }
 }
 
+/* Begins a command buffer unless one is being recorded. Waits if the ring's next entry is still in
+ * use by the device. */
 static int recording_begin(struct gpu_queue *queue, struct error *error) {
     if (queue->recording)
         return 0;
@@ -171,13 +173,56 @@ static void barrier(struct gpu_queue *queue) {
         0, 1, &memory, 0, NULL, 0, NULL);
 }
 
+/* Submits what was recorded; does nothing if nothing was. Waits while more than one earlier
+ * submission is unfinished. */
+static int submit(struct gpu_queue *queue, struct error *error) {
+    struct gpu_device *device = queue->device;
+    if (!queue->recording)
+        return 0;
+    if (gpu_device_check(device, error))
+        return -1;
+    struct ring_entry *entry = &queue->ring[queue->current];
+    queue->recording = 0;
+    if (gpu_result_check(device, device->vk.vkEndCommandBuffer(entry->commands), "ending commands",
+                         error))
+        return -1;
+    uint64_t ticket = queue->submitted + 1;
+    VkTimelineSemaphoreSubmitInfo timeline = {
+        .sType = VK_STRUCTURE_TYPE_TIMELINE_SEMAPHORE_SUBMIT_INFO,
+        .signalSemaphoreValueCount = 1,
+        .pSignalSemaphoreValues = &ticket,
+    };
+    VkSubmitInfo info = {
+        .sType = VK_STRUCTURE_TYPE_SUBMIT_INFO,
+        .pNext = &timeline,
+        .commandBufferCount = 1,
+        .pCommandBuffers = &entry->commands,
+        .signalSemaphoreCount = 1,
+        .pSignalSemaphores = &queue->timeline,
+    };
+    if (gpu_result_check(device, device->vk.vkQueueSubmit(device->queue, 1, &info, VK_NULL_HANDLE),
+                         "submitting work", error))
+        return -1;
+    device->used = 1;
+    queue->submitted = ticket;
+    entry->ticket = ticket;
+    queue->current = (queue->current + 1) % RING;
+    /* At most one submission waits behind the one that runs. The device stays busy, and an
+     * interrupt is handled within two submissions. */
+    if (ticket > 2)
+        return ticket_wait(queue, ticket - 2, error);
+    return 0;
+}
+
+/* Closes a command of the estimated length `seconds`: a barrier, and a submission if the bound is
+ * reached. */
 static int command_done(struct gpu_queue *queue, double seconds, struct error *error) {
     barrier(queue);
     queue->n_commands++;
     queue->seconds += seconds;
     if (queue->seconds < SUBMISSION_SECONDS && queue->n_commands < SUBMISSION_COMMANDS)
         return 0;
-    return gpu_queue_flush(queue, error);
+    return submit(queue, error);
 }
 
 int gpu_queue_dispatch(struct gpu_queue *queue, int kernel, const void *params, size_t params_bytes,
@@ -245,48 +290,8 @@ int gpu_queue_zero(struct gpu_queue *queue, struct gpu_buffer *buffer, uint64_t 
     return command_done(queue, bytes / 4e9, error);
 }
 
-int gpu_queue_flush(struct gpu_queue *queue, struct error *error) {
-    struct gpu_device *device = queue->device;
-    if (!queue->recording)
-        return 0;
-    if (gpu_device_check(device, error))
-        return -1;
-    struct ring_entry *entry = &queue->ring[queue->current];
-    queue->recording = 0;
-    if (gpu_result_check(device, device->vk.vkEndCommandBuffer(entry->commands), "ending commands",
-                         error))
-        return -1;
-    uint64_t ticket = queue->submitted + 1;
-    VkTimelineSemaphoreSubmitInfo timeline = {
-        .sType = VK_STRUCTURE_TYPE_TIMELINE_SEMAPHORE_SUBMIT_INFO,
-        .signalSemaphoreValueCount = 1,
-        .pSignalSemaphoreValues = &ticket,
-    };
-    VkSubmitInfo submit = {
-        .sType = VK_STRUCTURE_TYPE_SUBMIT_INFO,
-        .pNext = &timeline,
-        .commandBufferCount = 1,
-        .pCommandBuffers = &entry->commands,
-        .signalSemaphoreCount = 1,
-        .pSignalSemaphores = &queue->timeline,
-    };
-    if (gpu_result_check(device,
-                         device->vk.vkQueueSubmit(device->queue, 1, &submit, VK_NULL_HANDLE),
-                         "submitting work", error))
-        return -1;
-    device->used = 1;
-    queue->submitted = ticket;
-    entry->ticket = ticket;
-    queue->current = (queue->current + 1) % RING;
-    /* At most one submission waits behind the one that runs: bounded latency for an interrupt, and
-     * the device never idles. */
-    if (ticket > 2)
-        return ticket_wait(queue, ticket - 2, error);
-    return 0;
-}
-
 int gpu_queue_wait(struct gpu_queue *queue, struct error *error) {
-    if (gpu_queue_flush(queue, error)) {
+    if (submit(queue, error)) {
         if (error && error->kind == ERROR_INTERRUPTED && queue->submitted)
             ticket_wait(queue, queue->submitted, NULL);
         return -1;

@@ -1,5 +1,5 @@
-/* Texel buffers: parts of buffers seen as arrays of 16-byte texels. A view is made at first use and
- * dies with its buffer. */
+/* Texel buffers: views of parts of buffers as arrays of 16-byte texels. A view is made at its first
+ * use and destroyed with its buffer. */
 #include <stdlib.h>
 
 #include "gpu/internal.h"
@@ -31,7 +31,7 @@ void gpu_texels_layout_destroy(struct gpu_device *device) {
         device->vk.vkDestroyDescriptorSetLayout(device->handle, device->set_layout, NULL);
 }
 
-/* A pool with a free set: the first that has one, or a new one. */
+/* The index of the first descriptor pool with a free set; a new pool if all are full. */
 static int pool_find(struct gpu_device *device, uint32_t *index, struct error *error) {
     for (uint32_t i = 0; i < device->n_texel_pools; i++)
         if (device->texel_pools[i].used < SETS_A_POOL) {

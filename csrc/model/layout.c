@@ -1,8 +1,8 @@
-/* Facts checked, and names resolved to weights. */
+/* Checks facts and finds weights by name. */
 #include <math.h>
 #include <string.h>
 
-#include "model/blocks.h"
+#include "model/weight_buffers.h"
 
 int model_facts_check(const struct model_facts *f, struct error *error) {
     const struct {

@@ -1,9 +1,9 @@
-/* Making a model and finishing its loading; rotation tables. */
+/* Creates models, completes their loading, and computes rotation tables. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/blocks.h"
+#include "model/weight_buffers.h"
 
 int model_create(struct model **out, struct gpu_device *device, const struct model_facts *facts,
                  const double *const *inv_freq, const double *rope_factor, struct error *error) {
@@ -29,7 +29,7 @@ int model_create(struct model **out, struct gpu_device *device, const struct mod
         model->rope_factor[i] = rope_factor[i];
     }
     if (ops_create(&model->ops, device, error) ||
-        model_blocks_reserve(model, model_weight_bytes(facts), error))
+        weight_buffers_reserve(model, model_weight_bytes(facts), error))
         goto fail;
     *out = model;
     return 0;
@@ -41,8 +41,8 @@ fail:
 void model_destroy(struct model *model) {
     if (!model)
         return;
-    ops_destroy(&model->ops); /* waits for the device: nothing below is in use any more */
-    model_blocks_destroy(model);
+    ops_destroy(&model->ops); /* waits for the device, so that nothing below is in use */
+    weight_buffers_destroy(model);
     for (int i = 0; i < MODEL_ROPES_MAX; i++) {
         gpu_buffer_destroy(model->angles[i]);
         free(model->inv_freq[i]);
@@ -72,13 +72,13 @@ int model_load_finish(struct model *model, struct error *error) {
             (f->o_bias && !layer->b_o) || (f->mlp_bias && (!layer->b_gate_up || !layer->b_down)))
             return error_set(error, ERROR_MODEL, "layer %u: a norm or a bias was not loaded", l);
     }
-    return model_blocks_finish(model, error);
+    return weight_buffers_finish(model, error);
 }
 
 int model_angles_prepare(struct model *model, uint32_t n, struct error *error) {
     if (n <= model->n_angles)
         return 0;
-    /* grown in steps, so that decoding does not rebuild it at every token */
+    /* Grown by 256 positions, so that decoding does not rebuild the table at every token. */
     n = (n + 255) / 256 * 256;
     uint32_t half = model->facts.d_head / 2;
     for (uint32_t i = 0; i < model->facts.n_ropes; i++) {

@@ -1,5 +1,5 @@
-/* A model on a device: facts (architecture as data) and weights. Knows no file
- * format and runs nothing. */
+/* A model on a device: its facts, which describe the architecture as data, and its weights. Reading
+ * files and running the model are done elsewhere. */
 #ifndef VKSTEER_MODEL_H
 #define VKSTEER_MODEL_H
 
@@ -15,7 +15,7 @@ struct model_facts {
     uint32_t act;      /* ACT_* */
     float embed_scale, attn_scale, attn_softcap, final_softcap; /* soft caps: 0 = none */
     int post_norms, qk_norm, qkv_bias, o_bias, mlp_bias, tied;
-    uint32_t weight_type;              /* WEIGHT_*: how matrices lie on the device */
+    uint32_t weight_type;              /* WEIGHT_*: element type of the matrices on the device */
     uint32_t window[MODEL_LAYERS_MAX]; /* 0: full */
     uint32_t rope_table[MODEL_LAYERS_MAX];
     uint32_t n_ropes;
@@ -27,58 +27,69 @@ struct model_layer {
     struct op_matrix gate_up;               /* [2F, D]: gate, then up */
     struct op_matrix down;                  /* [D, F] */
     uint64_t ln1, ln2, ln1_post, ln2_post;  /* [D], offset already added */
-    uint64_t q_norm, k_norm;                /* [dh] */
+    uint64_t q_norm, k_norm;                /* [dh], offset already added; 0 if absent */
     uint64_t b_qkv, b_o, b_gate_up, b_down; /* biases, 0 if absent */
 };
 
-struct model_block; /* device memory that weights are cut from */
+struct weight_buffer; /* a large device buffer that weights are cut from, weight_buffers.c */
 
 struct model {
     struct model_facts facts;
     struct ops ops;
-    struct op_matrix embed, unembed; /* [V, D]; a tied unembedding is a copy of the handle */
+    struct op_matrix embed, unembed; /* [V, D]; a tied unembedding shares the embedding's memory */
     uint64_t ln_final;
     struct model_layer *layers;
     double *inv_freq[MODEL_ROPES_MAX]; /* [dh / 2] */
     double rope_factor[MODEL_ROPES_MAX];
     struct gpu_buffer *angles[MODEL_ROPES_MAX]; /* [n_angles, dh / 2, (cos, sin)] float32 */
     uint32_t n_angles;
-    struct model_block *blocks;
-    struct gpu_buffer *staging[2];
+    struct weight_buffer *weight_buffers; /* list, the current one first */
+    struct gpu_buffer *staging[2];        /* NULL once loading is finished */
     int next_staging;
-    uint64_t weight_bytes;
+    uint64_t weight_bytes; /* cut from the weight buffers so far */
 };
 
-/* Checks every fact; takes ownership of nothing in `facts`, copies inv_freq. The
- * device stays the caller's. */
+/* Checks the facts and reserves memory; the weights are loaded afterwards. inv_freq [n_ropes][dh /
+ * 2] and rope_factor [n_ropes] are copied. The device stays the caller's and must outlive the
+ * model. ERROR_MODEL if a fact is out of range, ERROR_DEVICE if the weights do not fit the device.
+ */
 int model_create(struct model **out, struct gpu_device *device, const struct model_facts *facts,
                  const double *const *inv_freq, const double *rope_factor, struct error *error);
+/* Waits for the device and frees the model; NULL is allowed. */
 void model_destroy(struct model *model);
 
-/* Bytes of device memory that all weights will take, from the facts alone. */
+/* Device bytes of all weights, computed from the facts alone. */
 uint64_t model_weight_bytes(const struct model_facts *facts);
 
-/* Rows of a matrix as they lie in a file: `rows` x `columns`, row-major, element type WEIGHT_*.
- * Borrowed during the call. */
+/* A matrix in host memory, row-major [rows, columns], element type WEIGHT_*, without alignment. It
+ * is borrowed during the call that it is given to. */
 struct weight_source {
     const void *data;
     uint32_t type, rows, columns;
 };
-/* name: "embed", "unembed", "qkv", "o", "gate_up", "down"; the sources are stacked along rows and
- * must give exactly its shape. */
+/* Loads a matrix, which may be done once: "embed" or "unembed" (`layer` is ignored), "qkv", "o",
+ * "gate_up" or "down". The sources are stacked along their rows, and their shape together must be
+ * the matrix's. ERROR_MODEL for an unknown name, another shape or a second call. */
 int model_matrix_load(struct model *model, const char *name, int layer,
                       const struct weight_source *sources, int n_sources, struct error *error);
-/* name: "ln_final", "ln1", ..., "q_norm", "b_qkv", ...: a vector, sources stacked;
- * gains get the offset. */
+/* Loads a vector: "ln_final" (`layer` is ignored), "ln1", "ln2", "ln1_post", "ln2_post", "q_norm",
+ * "k_norm", "b_qkv", "b_o", "b_gate_up" or "b_down". The sources, of one column each, are stacked;
+ * norm_offset is added to gains. ERROR_MODEL for an unknown name or another length. */
 int model_vector_load(struct model *model, const char *name, int layer,
                       const struct weight_source *sources, int n_sources, struct error *error);
-/* Everything there? Frees the staging memory. */
+/* Completes loading: ERROR_MODEL if a weight of the architecture is missing, else waits for the
+ * copies and frees the staging memory. */
 int model_load_finish(struct model *model, struct error *error);
+/* A matrix by name and layer, loaded or not, with its shape [*n, *k]; borrowed. NULL if there is no
+ * such matrix. */
 struct op_matrix *model_matrix_find(struct model *model, const char *name, int layer, uint32_t *n,
                                     uint32_t *k);
+/* Where the device address of a vector of *n floats is kept (the address is 0 while it is not
+ * loaded); borrowed. NULL if there is no such vector. */
 uint64_t *model_vector_find(struct model *model, const char *name, int layer, uint32_t *n);
 
-/* Rotation tables for positions below `n`. */
+/* Computes the rotation tables for positions below `n`, unless they reach so far already. Waits for
+ * the device when they grow. */
 int model_angles_prepare(struct model *model, uint32_t n, struct error *error);
 
 #endif

@@ -1,8 +1,8 @@
-/* Weights on their way to the device: converted, packed into panels, staged. */
+/* Loads weights: converts elements, packs rows into panels, copies them to the device. */
 #include <pthread.h>
 #include <string.h>
 
-#include "model/blocks.h"
+#include "model/weight_buffers.h"
 
 static float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023,
@@ -21,7 +21,7 @@ static float half_to_float(uint16_t h) {
     return f;
 }
 
-/* Nearest, ties to even. */
+/* Rounds to the nearest bfloat16, ties to even. */
 static uint16_t float_to_bfloat(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
@@ -30,6 +30,7 @@ static uint16_t float_to_bfloat(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* Rounds to the nearest float16, ties to even. */
 static uint16_t float_to_half(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
@@ -39,7 +40,7 @@ static uint16_t float_to_half(float f) {
         return (uint16_t)(sign | 0x7c00 | (bits > 0x7f800000u ? 0x200 : 0));
     if (bits >= 0x477ff000u)
         return (uint16_t)(sign | 0x7c00); /* rounds to infinity */
-    if (bits < 0x38800000u) {             /* subnormal or zero: let the float adder round */
+    if (bits < 0x38800000u) {             /* subnormal or zero: the addition rounds */
         float magnitude;
         memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;
@@ -53,7 +54,7 @@ static uint16_t float_to_half(float f) {
 static float source_float(const struct weight_source *source, size_t i) {
     if (source->type == WEIGHT_F32) {
         float f;
-        memcpy(&f, (const char *)source->data + 4 * i, 4); /* a file does not promise alignment */
+        memcpy(&f, (const char *)source->data + 4 * i, 4); /* files do not align their data */
         return f;
     }
     uint16_t h;
@@ -66,7 +67,7 @@ static float source_float(const struct weight_source *source, size_t i) {
     return f;
 }
 
-/* The source and local row of row `n` of the stacked sources. */
+/* The source that holds row *n of the stacked sources; *n becomes the row within it. */
 static const struct weight_source *source_find(const struct weight_source *sources, int n_sources,
                                                uint32_t *n) {
     for (int i = 0; i < n_sources; i++) {
@@ -77,7 +78,7 @@ static const struct weight_source *source_find(const struct weight_source *sourc
     return NULL;
 }
 
-/* One row of the matrix into its lane of a panel; the pad stays as it is (zero). */
+/* Writes one row of the matrix to its lane of a panel, where the pad stays zero. */
 static void row_pack(const struct weight_source *source, uint32_t row, uint32_t type, uint32_t k,
                      char *panel, uint32_t lane) {
     size_t first = (size_t)row * k;
@@ -116,7 +117,7 @@ static void *panels_pack(void *argument) {
     for (uint32_t n = 0; n < (pack->count + OP_PANEL - 1) / OP_PANEL * OP_PANEL; n++) {
         char *panel = pack->out + n / OP_PANEL * panel_bytes;
         if (n % OP_PANEL == 0 && (pack->k % 16 || n + OP_PANEL > pack->count))
-            memset(panel, 0, panel_bytes); /* only where a pad remains */
+            memset(panel, 0, panel_bytes); /* only panels that keep a pad */
         uint32_t row = pack->first + n;
         const struct weight_source *source = n < pack->count
                                                  ? source_find(pack->sources, pack->n_sources, &row)
@@ -127,7 +128,7 @@ static void *panels_pack(void *argument) {
     return NULL;
 }
 
-/* Rows [first, first + count) into staging memory, by two threads where there is enough to do. */
+/* Packs rows [first, first + count), with two threads unless the panels are few. */
 static void panels_pack_parallel(const struct pack *whole) {
     uint32_t n_panels = (whole->count + OP_PANEL - 1) / OP_PANEL;
     uint64_t panel_bytes = op_matrix_bytes(whole->type, OP_PANEL, whole->k);
@@ -196,7 +197,7 @@ int model_matrix_load(struct model *model, const char *name, int layer,
         if (made.n_chunks == OP_MATRIX_CHUNKS)
             return error_set(error, ERROR_MODEL, "%s is too large: more than %d chunks", name,
                              OP_MATRIX_CHUNKS);
-        if (model_block_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
+        if (weight_buffer_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
             return -1;
         made.chunks[made.n_chunks].address = gpu_buffer_address(buffer) + offset;
         made.chunks[made.n_chunks].first = first;
@@ -204,7 +205,7 @@ int model_matrix_load(struct model *model, const char *name, int layer,
         for (uint32_t row = 0; row < count; row += step_rows) {
             uint32_t rows = count - row < step_rows ? count - row : step_rows;
             struct gpu_buffer *staging = NULL;
-            if (model_staging_next(model, &staging, error))
+            if (staging_buffer_next(model, &staging, error))
                 return -1;
             struct pack pack = {
                 .sources = sources,
@@ -234,11 +235,11 @@ int model_vector_load(struct model *model, const char *name, int layer,
         return error_set(error, ERROR_MODEL, "no vector %s in layer %d", name, layer);
     if (shape_check(name, layer, sources, n_sources, n, 1, error))
         return -1;
-    /* Rounded up and zero-padded: kernels may read a whole row. */
+    /* Padded with zeros to the stride of a row, because kernels may read all of it. */
     uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
     struct gpu_buffer *buffer, *staging = NULL;
-    if (bytes > STAGING_BYTES || model_block_cut(model, bytes, &buffer, &offset, error) ||
-        model_staging_next(model, &staging, error))
+    if (bytes > STAGING_BYTES || weight_buffer_cut(model, bytes, &buffer, &offset, error) ||
+        staging_buffer_next(model, &staging, error))
         return -1;
     float *out = gpu_buffer_map(staging);
     memset(out, 0, bytes);

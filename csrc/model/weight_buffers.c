@@ -1,14 +1,16 @@
-/* Device memory that weights are cut from, and the staging buffers that fill it. */
+/* Weight buffers, the device memory that weights are cut from, and the staging buffers that fill
+ * them. */
 #include <stdlib.h>
 
-#include "model/blocks.h"
+#include "model/weight_buffers.h"
 
-struct model_block {
+struct weight_buffer {
     struct gpu_buffer *buffer;
     uint64_t used, size;
-    struct model_block *next;
+    struct weight_buffer *next;
 };
 
+/* Weights begin at multiples of 256 bytes. */
 static uint64_t align(uint64_t bytes) { return (bytes + 255) & ~UINT64_C(255); }
 
 uint64_t model_weight_bytes(const struct model_facts *f) {
@@ -23,7 +25,7 @@ uint64_t model_weight_bytes(const struct model_facts *f) {
            (1u << 20);
 }
 
-int model_blocks_reserve(struct model *model, uint64_t bytes, struct error *error) {
+int weight_buffers_reserve(struct model *model, uint64_t bytes, struct error *error) {
     uint64_t available = gpu_device_available(model->ops.device);
     if (bytes > available)
         return error_set(error, ERROR_DEVICE,
@@ -38,18 +40,18 @@ int model_blocks_reserve(struct model *model, uint64_t bytes, struct error *erro
     return 0;
 }
 
-void model_blocks_destroy(struct model *model) {
+void weight_buffers_destroy(struct model *model) {
     for (int i = 0; i < 2; i++)
         gpu_buffer_destroy(model->staging[i]);
-    while (model->blocks) {
-        struct model_block *next = model->blocks->next;
-        gpu_buffer_destroy(model->blocks->buffer);
-        free(model->blocks);
-        model->blocks = next;
+    while (model->weight_buffers) {
+        struct weight_buffer *next = model->weight_buffers->next;
+        gpu_buffer_destroy(model->weight_buffers->buffer);
+        free(model->weight_buffers);
+        model->weight_buffers = next;
     }
 }
 
-int model_blocks_finish(struct model *model, struct error *error) {
+int weight_buffers_finish(struct model *model, struct error *error) {
     if (gpu_queue_wait(model->ops.queue, error))
         return -1;
     for (int i = 0; i < 2; i++) {
@@ -59,45 +61,44 @@ int model_blocks_finish(struct model *model, struct error *error) {
     return 0;
 }
 
-/* `bytes` of device memory out of the current block, or of a new one. */
-int model_block_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer,
-                    uint64_t *offset, struct error *error) {
-    struct model_block *block = model->blocks;
+int weight_buffer_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer,
+                      uint64_t *offset, struct error *error) {
+    struct weight_buffer *current = model->weight_buffers;
     bytes = align(bytes);
-    if (!block || block->used + bytes > block->size) {
-        /* 64 MiB at a time wastes at most that, and a large matrix gets a block of its own. */
+    if (!current || current->used + bytes > current->size) {
+        /* A buffer of 64 MiB wastes at most that much. A larger matrix gets a buffer of its own,
+         * and small weights that come last a small one. */
         uint64_t size = bytes > (UINT64_C(64) << 20) ? bytes : UINT64_C(64) << 20;
         uint64_t total = model_weight_bytes(&model->facts);
         if (total - (model->weight_bytes < total ? model->weight_bytes : total) < size &&
             bytes <= (UINT64_C(1) << 20))
             size = UINT64_C(4) << 20;
-        block = calloc(1, sizeof *block);
-        if (!block)
-            return error_set(error, ERROR_MEMORY, "out of memory for a block");
-        if (gpu_buffer_create(&block->buffer, model->ops.device, size, GPU_DEVICE_LOCAL, "weights",
-                              error)) {
-            free(block);
+        current = calloc(1, sizeof *current);
+        if (!current)
+            return error_set(error, ERROR_MEMORY, "out of memory for a weight buffer");
+        if (gpu_buffer_create(&current->buffer, model->ops.device, size, GPU_DEVICE_LOCAL,
+                              "weights", error)) {
+            free(current);
             return -1;
         }
-        block->size = size;
-        block->next = model->blocks;
-        model->blocks = block;
+        current->size = size;
+        current->next = model->weight_buffers;
+        model->weight_buffers = current;
     }
-    *buffer = block->buffer;
-    *offset = block->used;
-    block->used += bytes;
+    *buffer = current->buffer;
+    *offset = current->used;
+    current->used += bytes;
     model->weight_bytes += bytes;
     return 0;
 }
 
-/* The staging buffer to fill next; its earlier copy has been waited for. */
-int model_staging_next(struct model *model, struct gpu_buffer **out, struct error *error) {
+int staging_buffer_next(struct model *model, struct gpu_buffer **out, struct error *error) {
     if (!model->staging[0])
         return error_set(error, ERROR_MODEL,
                          "weights can only be loaded before the model is finished");
     *out = model->staging[model->next_staging];
     model->next_staging ^= 1;
-    if (model->next_staging == 1) /* both may be in flight: wait once for the pair */
+    if (model->next_staging == 1) /* copies from both may be running: wait once for the pair */
         return gpu_queue_wait(model->ops.queue, error);
     return 0;
 }
