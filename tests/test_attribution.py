@@ -229,6 +229,46 @@ def test_bits_do_not_depend_on_max_memory(zoo, rng):
     assert levels >= 3
 
 
+def test_an_interrupted_attribution_goes_on_from_its_checkpoint(zoo, rng, tmp_path, monkeypatch):
+    """One group a sample: what is finished is not computed again, and the result is bit-identical;
+    the checkpoint of other settings is refused and left as it was.
+    """
+    import vksteer as vs
+    from vksteer.patching import attribution_layout
+
+    monkeypatch.setattr(attribution_layout, "GROUP_TOKENS", 1)
+    model, path = zoo.engine("gemma2"), tmp_path / "scores"
+    draw = lambda n: rng.integers(0, model.config.d_vocab, n).tolist()
+    vector = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
+    samples = [vs.patching.Sample(draw(p), draw(r)) for p, r in ((9, 20), (5, 8), (3, 26))]
+
+    def run(**more):
+        options = dict(steps=2, dims="all", per_position=True, progress=False) | more
+        return attribute(model, samples, vector, 1.0, **options)
+
+    def stop(done, total):
+        if done > 2:  # in the second sample
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=path, progress=stop)
+    reports = []
+    resumed = run(checkpoint=path, progress=lambda done, total: reports.append((done, total)))
+    assert reports[0] == (2, 6) and reports[-1] == (6, 6)
+    whole, kept = run(), path.read_bytes()
+    for got in (resumed, run(checkpoint=path)):
+        for what in ("edges", "nodes", "dims"):
+            np.testing.assert_array_equal(getattr(got, what), getattr(whole, what))
+        for i in range(3):
+            assert_same_bits(f"sample {i}", got.positions[i], whole.positions[i])
+    with pytest.raises(ValueError, match="another attribution"):
+        run(checkpoint=path, steps=3)
+    assert path.read_bytes() == kept
+    path.write_bytes(kept.replace(b"base64", b"base65", 1))
+    with pytest.raises(ValueError, match="no checkpoint of an attribution"):
+        run(checkpoint=path)
+
+
 @pytest.mark.parametrize("metric", ["logit_diff", "directional_kl", "kl"])
 @pytest.mark.parametrize("name", ["gemma2", "qwen3"])
 def test_identical_runs_give_exact_zeros(setting, name, metric):

@@ -4,10 +4,8 @@ unsteered run (method.md section 6).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,8 +13,7 @@ from .base.checks import require_int
 from .base.figures import new_figure
 from .base.progress import Progress
 from .base.provenance import digest, fingerprint, provenance
-from .base.whole_files import write_whole
-from .inputs.prompt_pair import Answer, PromptPair, magnitudes
+from .inputs.prompt_pair import Answer, AnswerStore, PromptPair, magnitudes
 from .inputs.vectors import SteeringVector
 from .judge import Rate
 
@@ -230,50 +227,6 @@ def _plans(vector, layers, random_control, seed) -> list[_Plan]:
     return plans + [_Plan("unsteered", None, {})]
 
 
-class _Store:
-    """Answers of finished rows in a JSON file, so that an interrupted table goes on where it
-    stopped. Without a path: in memory only.
-    """
-
-    def __init__(self, path, key: str):
-        self.path, self.key, self.rows = None if path is None else Path(path), key, {}
-        if self.path is None:
-            return
-        if not self.path.parent.is_dir():
-            raise ValueError(f"out: there is no folder {self.path.parent}")
-        if self.path.exists():
-            try:
-                content = json.loads(self.path.read_text(encoding="utf-8"))
-                stored, rows = content["key"], content["rows"]
-                self.rows = {
-                    name: {side: [Answer(**a) for a in some] for side, some in sides.items()}
-                    for name, sides in rows.items()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"out: {self.path} exists and is no file of an ablation table ({error}); name"
-                    " another or remove it"
-                ) from None
-            if stored != key:
-                raise ValueError(
-                    f"out: {self.path} holds answers of another model, vector, coefficient or other"
-                    " prompts; name another file or remove it"
-                )
-
-    def put(self, name, answers):
-        self.rows[name] = answers
-        if self.path is None:
-            return
-        content = {
-            "key": self.key,
-            "rows": {
-                n: {side: [asdict(a) for a in some] for side, some in sides.items()}
-                for n, sides in self.rows.items()
-            },
-        }
-        write_whole(self.path, json.dumps(content, ensure_ascii=False).encode())
-
-
 def ablation_table(
     model,
     vector: SteeringVector,
@@ -335,14 +288,21 @@ def ablation_table(
         pair.max_new_tokens,
         seed,
     )
-    store = _Store(out, key)
+    store = AnswerStore(
+        out,
+        format="vksteer.ablation_table",
+        key=key,
+        what="file of an ablation table",
+        other="another model, vector, coefficient or other prompts",
+        field="rows",
+    )
 
     with Progress(progress, len(plans) * len(pair), "Table 1") as bar:
         for plan in plans:
-            if plan.name not in store.rows:
+            if plan.name not in store.answers:
                 store.put(plan.name, pair.run(plan.vector, plus, minus, **plan.options))
             bar.step(len(pair))
-    answers = {plan.name: store.rows[plan.name] for plan in plans}
+    answers = {plan.name: store.answers[plan.name] for plan in plans}
 
     rates = {name: pair.rates(sides, judge, min_words) for name, sides in answers.items()}
     none = rates["none"]

@@ -8,7 +8,6 @@ curve and circuit from the folder. keys.json says what each was made from.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -213,21 +212,21 @@ def add_parser(commands, formatter, model_arguments, positive) -> None:
 
 
 class _Folder:
-    """A folder of results and keys.json: what each file was made from."""
+    """A folder of results. keys.json says what each file was made from."""
 
     def __init__(self, path: Path):
-        self.path, self._keys = path, path / "keys.json"
+        from ..base.store import Store
+
         path.mkdir(parents=True, exist_ok=True)
-        try:
-            self.keys = (
-                json.loads(self._keys.read_text(encoding="utf-8")) if self._keys.exists() else {}
-            )
-            if not isinstance(self.keys, dict):
-                raise ValueError("it holds no object")
-        except ValueError as error:
-            raise ValueError(
-                f"{self._keys} is damaged ({error}): remove the folder, or name another with --out"
-            ) from None
+        self.path = path
+        self._keys = Store(
+            path / "keys.json",
+            format="vksteer.circuit_folder",
+            key=None,
+            argument="--out",
+            what="list of what the folder's files were made from",
+            other="another command",
+        )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -238,7 +237,7 @@ class _Folder:
         """
         if not (self / name).exists():
             return False
-        if self.keys.get(name) == key:
+        if name in self._keys and self._keys[name] == key:
             return True
         if costly:
             raise ValueError(
@@ -248,10 +247,7 @@ class _Folder:
         return False
 
     def put(self, name: str, key: str) -> None:
-        from ..base.whole_files import write_whole
-
-        self.keys[name] = key
-        write_whole(self._keys, json.dumps(self.keys, indent=1).encode())
+        self._keys.put(name, key)
 
 
 def _sizes(text):

@@ -113,7 +113,7 @@ def _scores(model, vector, minus, harmful, out, progress, new_tokens):
         -minus,
         steps=10,
         dims="steer",
-        checkpoint=out / "inside_scores.npz",
+        checkpoint=out / "inside_scores.jsonl",
         progress=progress,
     )
     return scores, f"{len(samples)} answers that steering flips, {scores.graph.n_edges} edges"
@@ -169,7 +169,7 @@ def _trained(model, vector, strengths, splits, out, progress, new_tokens, candid
         batch_size=BATCH,
         lr=LR,
         limit=RESPONSE,
-        checkpoint=out / "inside_ntp.npz",
+        checkpoint=out / "inside_ntp.json",
         progress=progress,
     )
     learned = training.normalized_to(vector)

@@ -5,13 +5,15 @@ one batch of generation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..base.checks import require_int
+from ..base.store import Store
+from ..base.types import PathLike
 from ..judge import Rate, ended, succeeded
 from ..runtime.edits import Steer
 from .prompts import as_list, as_tokens
@@ -58,6 +60,53 @@ class Answer:
     text: str
     finish_reason: str
     n_tokens: int
+
+
+#: The answers of one run: "harmless" and "harmful".
+Answers: TypeAlias = dict[str, list[Answer]]
+
+
+class AnswerStore:
+    """Answers of finished runs by name, in a file from which an interrupted table goes on.
+
+    out: the file, or None to keep them in memory only. The other arguments and the errors are those
+    of `base.store.Store`.
+    """
+
+    def __init__(
+        self,
+        out: PathLike | None,
+        *,
+        format: str,
+        key: str,
+        what: str,
+        other: str,
+        field: str | None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._store = Store(
+            out,
+            format=format,
+            key=key,
+            argument="out",
+            what=what,
+            other=other,
+            field=field,
+            about=about,
+        )
+        try:
+            self.answers: dict[str, Answers] = {
+                name: {
+                    side: [Answer(**a) for a in some] for side, some in self._store[name].items()
+                }
+                for name in self._store
+            }
+        except (TypeError, AttributeError) as error:
+            self._store.refuse(error)
+
+    def put(self, name: str, answers: Answers) -> None:
+        self.answers[name] = answers
+        self._store.put(name, {side: [asdict(a) for a in some] for side, some in answers.items()})
 
 
 @dataclass

@@ -11,17 +11,14 @@ sums run in a fixed order.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
-from ..base.whole_files import write_whole
+from ..base.store import Store
 from ..circuits.graph import graph as graph_of
 from ..inputs.samples import check_samples, check_steering, samples_hash
 from ..runtime.edit_compiler import EditCompiler, RowShape, add_all
@@ -302,49 +299,23 @@ def stream_inputs(model, rows, layer: int) -> list[np.ndarray]:
     return [np.ascontiguousarray(x[-len(r) :]) for r, x in zip(rows, run[site])]
 
 
-class _Checkpoint:
-    """Finished samples in one file, replaced whole after every group; refuses what
-    belongs to another call.
+def _checkpoint(path, key: str) -> tuple[Store, dict[int, tuple | None]]:
+    """The store of finished samples and what it holds: (weight, edges, nodes, dims), or None for a
+    sample without metric positions.
     """
-
-    def __init__(self, path, key: str):
-        self.path, self.key = Path(path), key
-        self.done: dict[int, tuple | None] = {}
-        if self.path.exists():
-            self._read()
-
-    def _read(self):
-        try:
-            with np.load(self.path, allow_pickle=False) as data:
-                if str(data["key"]) != self.key:
-                    raise ValueError(
-                        f"{self.path} is the checkpoint of another attribution (model, vector,"
-                        " samples or settings differ): name another file, or delete it"
-                    )
-                for i, weight in zip(data["samples"].tolist(), data["weights"].tolist()):
-                    self.done[i] = (
-                        None
-                        if weight == 0
-                        else (weight, data[f"edges{i}"], data[f"nodes{i}"], data[f"dims{i}"])
-                    )
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{self.path} is not a whole checkpoint ({error}): delete it to begin anew"
-            ) from None
-
-    def save(self, new: dict):
-        self.done.update(new)
-        arrays = {
-            "key": self.key,
-            "samples": np.array(list(self.done), np.int64),
-            "weights": np.array([0 if v is None else v[0] for v in self.done.values()], np.int64),
-        }
-        for i, v in self.done.items():
-            if v is not None:
-                arrays |= {f"edges{i}": v[1], f"nodes{i}": v[2], f"dims{i}": v[3]}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_whole(self.path, buffer.getvalue())
+    store = Store(
+        path,
+        format="vksteer.attribution",
+        key=key,
+        argument="checkpoint",
+        what="checkpoint of an attribution",
+        other="another attribution (model, vector, samples or settings differ)",
+        field=None,
+    )
+    try:
+        return store, {int(i): None if store[i] is None else tuple(store[i]) for i in store}
+    except (TypeError, ValueError) as error:
+        store.refuse(error)
 
 
 def _check(steps, rule, metric, threshold, at, clean, dims):
@@ -434,8 +405,7 @@ def attribute(
             [settings, provenance, samples_hash(samples)], sort_keys=True, default=str
         ).encode()
     ).hexdigest()
-    kept = None if checkpoint is None else _Checkpoint(checkpoint, key)
-    found: dict[int, tuple | None] = dict(kept.done) if kept else {}
+    store, found = _checkpoint(checkpoint, key)
     worker = _Attribution(
         model,
         vector,
@@ -463,8 +433,8 @@ def attribute(
             )
             new = dict(zip(group, results))
             found.update(new)
-            if kept:
-                kept.save(new)
+            for i, result in new.items():
+                store.put(str(i), result)
     return pool(
         worker.graph,
         samples,

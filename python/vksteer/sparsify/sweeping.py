@@ -4,12 +4,9 @@ every way to choose them (method.md section 8).
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,14 @@ from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, provenance
 from ..freezing import random_vector
-from ..inputs.prompt_pair import Answer, PromptPair, magnitudes
+from ..inputs.prompt_pair import AnswerStore, PromptPair, magnitudes
 from ..inputs.vectors import SteeringVector
 from ..judge import Rate
 from .choosing import by_effect, by_gradient, by_magnitude, by_random, effects
 
 TAUS = (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5)
 METHODS = ("gradient", "effect", "magnitude", "random")
-FORMAT = "vksteer sparsity sweep 1"
+FORMAT = "vksteer.sparsity_sweep"
 
 
 @dataclass(frozen=True)
@@ -265,69 +262,6 @@ def _plans(
     return plans, left_out
 
 
-class _Store:
-    """Answers by run in a JSON-lines file, a line a finished run, so that an interrupted sweep goes
-    on where it stopped. Without a path: memory only.
-
-    A last line that was cut short is dropped; more vectors, taus or methods may be added to a file
-    as long as model and prompts are the same.
-    """
-
-    def __init__(self, path, key: str, kernels):
-        self.path, self.answers = None if path is None else Path(path), {}
-        if self.path is None:
-            return
-        if not self.path.parent.is_dir():
-            raise ValueError(f"out: there is no folder {self.path.parent}")
-        head = {"format": FORMAT, "key": key, "kernels": kernels}
-        if self.path.exists() and self.path.stat().st_size:
-            self._read(key)
-        else:
-            self._append(head)
-
-    def _read(self, key):
-        data = self.path.read_bytes()
-        whole_lines = data[: data.rfind(b"\n") + 1]
-        try:
-            head, *lines = [json.loads(line) for line in whole_lines.splitlines()]
-            if head["format"] != FORMAT:
-                raise ValueError(f"format {head['format']!r}")
-            self.answers = {
-                line["run"]: {
-                    side: [Answer(**a) for a in some] for side, some in line["answers"].items()
-                }
-                for line in lines
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"out: {self.path} exists and is no file of a sparsity sweep ({error}); name"
-                " another or remove it"
-            ) from None
-        if head["key"] != key:
-            raise ValueError(
-                f"out: {self.path} holds answers of another model or other prompts; name another"
-                " file or remove it"
-            )
-        if len(whole_lines) < len(data):  # killed while writing
-            os.truncate(self.path, len(whole_lines))
-
-    def _append(self, line: dict):
-        with open(self.path, "ab") as file:
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def put(self, run: str, answers):
-        self.answers[run] = answers
-        if self.path is not None:
-            self._append(
-                {
-                    "run": run,
-                    "answers": {side: [asdict(a) for a in some] for side, some in answers.items()},
-                }
-            )
-
-
 def sweep(
     model,
     vectors,
@@ -386,12 +320,16 @@ def sweep(
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
     plans, left_out = _plans(vectors, scores, strengths, taus, methods, controls, seed)
     kernels = getattr(model, "kernels", None)
-    store = _Store(
+    store = AnswerStore(
         out,
-        digest(
+        format=FORMAT,
+        key=digest(
             FORMAT, fingerprint(model), pair.harmful_rows, pair.harmless_rows, pair.max_new_tokens
         ),
-        kernels,
+        what="file of a sparsity sweep",
+        other="another model or other prompts",
+        field=None,
+        about={"kernels": kernels},
     )
 
     runs = {plan.key: plan for plan in plans}

@@ -21,7 +21,7 @@ from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, provenance
 from ..inputs.vectors import SteeringVector
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, State
 from .losses import LIMIT, LogProbs, Objective, check_number, mean_gradient, prepare
 from .settings import Adam, Settings
 
@@ -167,11 +167,18 @@ class _Trainer:
 
     def _save(self):
         if self.file is not None:
+            adam, done = self.adam, len(self.vectors)
+            curve, validation = self.curve[: adam.steps], self.validation[:done]
             self.file.write(
-                self.adam,
-                self.curve[: self.adam.steps],
-                self.vectors,
-                self.validation[: len(self.vectors)],
+                State(
+                    adam.steps,
+                    adam.vector,
+                    adam.first,
+                    adam.second,
+                    curve,
+                    self.vectors,
+                    validation,
+                )
             )
 
     def _coefficients(self, epoch: int, n: int, which: int):
