@@ -301,7 +301,7 @@ static int slots_check(const struct attribution *a, const struct run_batch *batc
     return 0;
 }
 
-/* Uploaded lists stay valid until the next work_upload_reset, which run_whole does at its start:
+/* Uploaded lists stay valid until the next work_upload_reset, which run_one_chunk does at its start:
  * they live in a buffer of their own. */
 static int sources_set(struct attribution *a, uint32_t slot, uint32_t n, const uint32_t *sources,
                        uint32_t each, struct error *error) {
@@ -488,8 +488,8 @@ int attribution_forward(struct attribution *a, struct run_cache *cache,
     RUN(sources_set(a, slot, n, pairs, 2, error));
     a->collecting = 1;
     a->work->hook = &hook;
-    int failed = run_whole(a->work, cache, batch, error) || picks_read(a, picks, error);
-    run_whole_end(a->work, failed);
+    int failed = run_one_chunk(a->work, cache, batch, error) || picks_read(a, picks, error);
+    run_one_chunk_end(a->work, failed);
     a->work->hook = NULL;
     return failed ? -1 : 0;
 }

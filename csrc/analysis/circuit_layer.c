@@ -149,17 +149,16 @@ static int lists_upload(struct circuit_run *run, const struct circuit_layer *lay
     return failed ? -1 : 0;
 }
 
-/* Mixes of the tiles [from, to), whose patterns fit the scratch memory. */
-static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, uint32_t from,
-                     uint32_t to, uint32_t key_stride, struct error *error) {
+/* Attention outputs of the span's queries. */
+static int attend(struct circuit_run *run, int l, const struct lists *lists,
+                  const struct query_span *span, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct circuit_layer *layer = layer_of(run, l);
     const struct chunk *chunk = &run->work->chunk;
     struct ops *ops = &run->model->ops;
-    uint32_t first = lists->tile[from].first,
-             n = lists->tile[to - 1].first + lists->tile[to - 1].count - first,
-             window = f->window[l];
-    uint64_t tiles = lists->tiles + from * sizeof(struct query_tile), q = run_address(run->q),
+    uint32_t first = span->first, n = span->n, n_tiles = span->end - span->tile,
+             key_stride = span->key_stride, window = f->window[l];
+    uint64_t tiles = lists->tiles + span->tile * sizeof(struct query_tile), q = run_address(run->q),
              k = run_address(layer->k), v = run_address(layer->v);
     uint64_t pattern = run_address(run->scores), z = run_address(run->z);
     if (chunk->n_tiles == chunk->n_tokens) { /* single tokens */
@@ -206,7 +205,7 @@ static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, 
         .key_stride = key_stride,
         .window = window,
     };
-    struct attn_output_params mix = {
+    struct attn_output_params output = {
         .pattern = pattern,
         .v_cache = v,
         .tokens = lists->tokens,
@@ -220,26 +219,22 @@ static int mix_tiles(struct circuit_run *run, int l, const struct lists *lists, 
         .key_stride = key_stride,
         .window = window,
     };
-    RUN(op_attn_scores(ops, &scores, to - from, chunk->max_keys, error));
+    RUN(op_attn_scores(ops, &scores, n_tiles, chunk->max_keys, error));
     RUN(op_attn_softmax(ops, &softmax, n, chunk->max_keys, error));
-    return op_attn_output(ops, &mix, to - from, chunk->max_keys, error);
+    return op_attn_output(ops, &output, n_tiles, chunk->max_keys, error);
 }
 
 static int mixes(struct circuit_run *run, int l, struct error *error) {
     const struct circuit_layer *layer = layer_of(run, l);
-    uint32_t key_stride = op_row_stride(run->work->chunk.max_keys);
-    uint64_t room = gpu_buffer_size(run->scores) / (4 * (uint64_t)key_stride);
-    uint32_t at_once = room < OP_TILE ? OP_TILE : room > ROWS_A_GRID ? ROWS_A_GRID : (uint32_t)room;
+    struct query_span span = {.key_stride = op_row_stride(run->work->chunk.max_keys)};
+    uint64_t query_bytes = 4 * (uint64_t)span.key_stride,
+             room = gpu_buffer_size(run->scores) / query_bytes;
+    uint32_t most = room < OP_TILE ? OP_TILE : room > ROWS_A_GRID ? ROWS_A_GRID : (uint32_t)room;
     struct lists lists = {0};
-    RUN(work_grow(run->work, &run->scores, 4 * (uint64_t)at_once * key_stride, "circuits' scores",
-                  error));
+    RUN(work_grow(run->work, &run->scores, most * query_bytes, "circuits' scores", error));
     int failed = lists_upload(run, layer, &lists, error);
-    for (uint32_t from = 0, to; from < lists.n_tiles && !failed; from = to) {
-        for (to = from + 1; to < lists.n_tiles; to++)
-            if (lists.tile[to].first + lists.tile[to].count - lists.tile[from].first > at_once)
-                break;
-        failed = mix_tiles(run, l, &lists, from, to, key_stride, error);
-    }
+    while (!failed && query_span_next(lists.tile, lists.n_tiles, most, &span))
+        failed = attend(run, l, &lists, &span, error);
     free(lists.tile);
     return failed;
 }

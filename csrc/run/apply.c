@@ -1,11 +1,11 @@
-/* Single weights applied to the caller's vectors: what steering value vectors, lenses and
- * ablations are made of. */
+/* Single weights applied to the caller's vectors, and weights read back: for steering value
+ * vectors, lenses and ablations. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "run/work.h"
 
-static int apply_some(struct run_work *work, const struct op_matrix *matrix, const float *x,
+static int apply_rows(struct run_work *work, const struct op_matrix *matrix, const float *x,
                       uint32_t n, float *y, struct error *error) {
     uint32_t x_stride = op_row_stride(matrix->k), y_stride = op_row_stride(matrix->n);
     struct gpu_buffer *input = NULL, *output = NULL;
@@ -51,7 +51,7 @@ int run_apply(struct run_work *work, const char *name, int layer, const float *x
                                   (4 * (uint64_t)op_row_stride(rows > columns ? rows : columns)));
     for (uint32_t done = 0, some; done < n; done += some) {
         some = n - done < at_once ? n - done : at_once;
-        if (apply_some(work, matrix, x + (size_t)done * columns, some, y + (size_t)done * rows,
+        if (apply_rows(work, matrix, x + (size_t)done * columns, some, y + (size_t)done * rows,
                        error))
             return -1;
     }
@@ -59,7 +59,7 @@ int run_apply(struct run_work *work, const char *name, int layer, const float *x
 }
 
 /* The embedding's kernel reads rows of any matrix. */
-static int rows_some(struct run_work *work, const struct op_matrix *matrix, uint32_t first,
+static int read_rows(struct run_work *work, const struct op_matrix *matrix, uint32_t first,
                      uint32_t n, float *out, struct error *error) {
     struct token_meta *rows = calloc(n, sizeof *rows);
     uint64_t tokens;
@@ -89,7 +89,7 @@ int run_rows_read(struct run_work *work, const char *name, int layer, uint32_t f
              at_once = room < 16384 ? room : 16384;
     for (uint32_t done = 0, some; done < n; done += some) {
         some = n - done < at_once ? n - done : at_once;
-        if (rows_some(work, matrix, first + done, some, out + (size_t)done * columns, error)) {
+        if (read_rows(work, matrix, first + done, some, out + (size_t)done * columns, error)) {
             gpu_queue_abandon(work->model->ops.queue);
             return -1;
         }

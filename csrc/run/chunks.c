@@ -1,4 +1,4 @@
-/* A batch cut into chunks: token lists, tiles, and what goes up before the layers run. */
+/* A batch cut into chunks: token lists and query tiles, uploaded before the layers run. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -73,8 +73,8 @@ static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uin
     }
 }
 
-/* Where rows of a group lie in the chunk: the group's first row begins at
- * `first`, each has n tokens. */
+/* In frozen layers a token reads queries, keys, values and MLP outputs of other rows of its row
+ * group. The group's first row begins at chunk token `first`; each row has n tokens. */
 static void freeze(const struct run_batch *batch, struct token_meta *meta, uint32_t *mlp_rows,
                    uint32_t first, uint32_t first_row, uint32_t n_rows, uint32_t n) {
     for (uint32_t r = first_row; r < first_row + n_rows; r++)
@@ -109,8 +109,8 @@ static int chunk_run(struct run_work *work, struct run_cache *cache, const struc
         return -1;
     if (run_layers(work, cache, error))
         return -1;
-    /* What was captured refers to this chunk's token list: hand it out before
-     * the next one is made. */
+    /* Pending readbacks refer to this chunk's token list: they are copied before the next is made.
+     */
     if (work->n_pending)
         return work_readback_drain(work, error);
     return 0;
@@ -141,32 +141,32 @@ static int groups_check(const struct run_batch *batch, uint32_t capacity, int *m
     return 0;
 }
 
-struct lists {
+struct token_lists {
     struct token_meta *meta, *frozen; /* [capacity] */
     uint32_t *mlp_rows;
 };
 
-static int lists_make(struct lists *lists, uint32_t capacity, struct error *error) {
-    *lists = (struct lists){malloc(capacity * sizeof *lists->meta),
-                            malloc(capacity * sizeof *lists->frozen),
-                            malloc(capacity * sizeof *lists->mlp_rows)};
+static int token_lists_make(struct token_lists *lists, uint32_t capacity, struct error *error) {
+    *lists = (struct token_lists){malloc(capacity * sizeof *lists->meta),
+                                  malloc(capacity * sizeof *lists->frozen),
+                                  malloc(capacity * sizeof *lists->mlp_rows)};
     return lists->meta && lists->frozen && lists->mlp_rows
                ? 0
                : error_set(error, ERROR_MEMORY, "out of memory for token lists");
 }
 
-static void lists_free(struct lists *lists) {
+static void token_lists_free(struct token_lists *lists) {
     free(lists->meta);
     free(lists->frozen);
     free(lists->mlp_rows);
 }
 
-/* Fills chunks group by group; a group's rows always advance by the same number of tokens. */
+/* Fills chunks group by group; the rows of a group always advance by the same number of tokens. */
 static int batch_run(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
-                     struct lists *lists, int mlp_frozen, struct error *error) {
+                     struct token_lists *lists, int mlp_frozen, struct error *error) {
     struct chunk *chunk = &work->chunk;
     const uint32_t *tokens = batch->tokens;
-    uint32_t row = 0, done = 0; /* done: tokens of the present group's rows that are finished */
+    uint32_t row = 0, done = 0; /* done: tokens of each row of this group that are finished */
     while (row < batch->n_rows) {
         if (work_upload_reset(work, error))
             return -1;
@@ -198,7 +198,7 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
     return gpu_queue_wait(work->model->ops.queue, error);
 }
 
-/* Checks, and the rotation tables for the longest row. */
+/* Checks the batch and prepares the rotation tables for its longest row. */
 static int batch_begin(struct run_work *work, struct run_cache *cache,
                        const struct run_batch *batch, int *mlp_frozen, struct error *error) {
     uint32_t last = 1;
@@ -217,35 +217,36 @@ static int batch_begin(struct run_work *work, struct run_cache *cache,
 int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
                 struct error *error) {
     int mlp_frozen;
-    struct lists lists;
-    int failed = lists_make(&lists, work->capacity, error) ||
+    struct token_lists lists;
+    int failed = token_lists_make(&lists, work->capacity, error) ||
                  batch_begin(work, cache, batch, &mlp_frozen, error) ||
                  batch_run(work, cache, batch, &lists, mlp_frozen, error);
     if (failed)
         gpu_queue_abandon(work->model->ops.queue);
     work->chunk.batch = NULL;
-    lists_free(&lists);
+    token_lists_free(&lists);
     return failed ? -1 : 0;
 }
 
-int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
-              struct error *error) {
+int run_one_chunk(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                  struct error *error) {
     struct chunk *chunk = &work->chunk;
-    struct lists lists;
+    struct token_lists lists;
     uint64_t total = 0;
     int mlp_frozen;
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         total += batch->n_tokens[r];
         if (batch->start[r])
             return error_set(error, ERROR_VALUE,
-                             "a way back needs whole rows; row %u starts at position %u", r,
+                             "a backward pass needs whole rows; row %u starts at position %u", r,
                              batch->start[r]);
     }
     if (total > work->capacity || batch->frozen)
         return error_set(
-            error, ERROR_VALUE, "a way back through %llu tokens%s, there is room for %u",
+            error, ERROR_VALUE, "a backward pass of %llu tokens%s, there is memory for %u",
             (unsigned long long)total, batch->frozen ? " of frozen rows" : "", work->capacity);
-    int failed = lists_make(&lists, work->capacity, error) || work_upload_reset(work, error) ||
+    int failed = token_lists_make(&lists, work->capacity, error) ||
+                 work_upload_reset(work, error) ||
                  batch_begin(work, cache, batch, &mlp_frozen, error);
     if (!failed) {
         const uint32_t *tokens = batch->tokens;
@@ -254,11 +255,11 @@ int run_whole(struct run_work *work, struct run_cache *cache, const struct run_b
             chunk_append(chunk, lists.meta, tokens, r, 0, batch->n_tokens[r]);
         failed = chunk_run(work, cache, lists.meta, lists.frozen, lists.mlp_rows, 0, error);
     }
-    lists_free(&lists);
+    token_lists_free(&lists);
     return failed ? -1 : 0;
 }
 
-void run_whole_end(struct run_work *work, int failed) {
+void run_one_chunk_end(struct run_work *work, int failed) {
     if (failed)
         gpu_queue_abandon(work->model->ops.queue);
     work->chunk.batch = NULL;

@@ -1,20 +1,20 @@
-/* Scalars of the final logits and their gradients with respect to the final norm's output. The
- * unembedding is only evaluated where it is read: two of its rows a token for a difference of
- * logits, tiles of a few tokens where the whole distribution counts. */
+/* Metrics of the final logits and their gradients with respect to the final norm's output. A
+ * difference of two logits needs two rows of the unembedding for each token; the other metrics need
+ * whole distributions, computed for a few tokens at a time. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "run/tape.h"
 
-#define TILE_BYTES (UINT64_C(64) << 20) /* logits at once */
+#define LOGITS_BYTES (UINT64_C(64) << 20) /* of logits at once */
 
 /* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */
-struct rows {
+struct metric_rows {
     uint64_t normed, dnormed, weights, tokens;
 };
 
 static int pairs(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
-                 const struct rows *rows, struct error *error) {
+                 const struct metric_rows *rows, struct error *error) {
     const struct model *model = work->model;
     uint32_t d = work->d_stride;
     uint64_t ids, values;
@@ -86,9 +86,17 @@ static int reference(struct run_work *work, const float *normed, const float *gi
     return op_linear(&work->model->ops, &model->unembed, &args, error);
 }
 
+/* Tokens whose logits are computed at once: equal shares of at most LOGITS_BYTES. */
+static uint32_t tokens_at_once(uint32_t n, uint32_t v_stride) {
+    uint32_t most = (uint32_t)(LOGITS_BYTES / (4 * (uint64_t)v_stride));
+    most = most < 16 ? 16 : most > n ? n : most;
+    uint32_t shares = (n + most - 1) / most;
+    return (n + shares - 1) / shares;
+}
+
 static int distributions(struct run_work *work, struct run_tape *tape,
-                         const struct run_metric *metric, int values_only, const struct rows *rows,
-                         struct error *error) {
+                         const struct run_metric *metric, int values_only,
+                         const struct metric_rows *rows, struct error *error) {
     static const uint32_t kinds[] = {
         [METRIC_LOG_PROB] = LOGIT_GRAD_LOG_PROB,
         [METRIC_KL] = LOGIT_GRAD_KL,
@@ -96,10 +104,7 @@ static int distributions(struct run_work *work, struct run_tape *tape,
     };
     const struct model *model = work->model;
     uint32_t v_stride = op_row_stride(model->facts.d_vocab),
-             at_once = (uint32_t)(TILE_BYTES / (4 * (uint64_t)v_stride));
-    at_once = at_once < 16 ? 16 : at_once > metric->n ? metric->n : at_once;
-    uint32_t tiles = (metric->n + at_once - 1) / at_once; /* of one size */
-    at_once = (metric->n + tiles - 1) / tiles;
+             at_once = tokens_at_once(metric->n, v_stride);
     float cap = metric->capped ? model->facts.final_softcap : 0;
     uint64_t bytes = 4 * (uint64_t)at_once * v_stride, targets = 0;
     RUN(work_grow(work, &tape->logits, bytes, "logits", error));
@@ -128,7 +133,7 @@ static int distributions(struct run_work *work, struct run_tape *tape,
             .softcap = cap,
             .reference_softcap = metric->reference_logits ? 0 : cap,
         };
-        struct op_linear_bwd_args back = {
+        struct op_linear_bwd_args backward = {
             .dy = forward.dst,
             .dx = rows->dnormed + 4 * (uint64_t)first * work->d_stride,
             .n_rows = n,
@@ -144,14 +149,14 @@ static int distributions(struct run_work *work, struct run_tape *tape,
         RUN(work_readback_floats(work, n, metric->values + first, &params.values, error));
         RUN(op_logit_grad(&work->model->ops, &params, n, error));
         if (!values_only)
-            RUN(op_linear_bwd(&work->model->ops, &model->unembed, &back, error));
+            RUN(op_linear_bwd(&work->model->ops, &model->unembed, &backward, error));
     }
     return 0;
 }
 
-/* tape->dnorm[t] = dnormed of the metric token t, zero for all others. */
+/* tape->dnorm[t] = dnormed of the metric token t, zero for every other token. */
 static int spread(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
-                  const struct rows *rows, struct error *error) {
+                  const struct metric_rows *rows, struct error *error) {
     uint32_t n_tokens = work->chunk.n_tokens, *sources = malloc(n_tokens * sizeof *sources);
     uint64_t uploaded;
     if (!sources)
@@ -178,14 +183,14 @@ static int spread(struct run_work *work, struct run_tape *tape, const struct run
 int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
                     int values_only, struct error *error) {
     uint64_t row = 4 * (uint64_t)work->d_stride;
-    struct rows rows;
+    struct metric_rows rows;
     RUN(work_grow(work, &tape->metric, (2 * (uint64_t)metric->n + 1) * row, "metric rows", error));
     rows.normed = run_address(tape->metric);
     rows.dnormed = rows.normed + metric->n * row;
     RUN(gpu_queue_zero(work->model->ops.queue, tape->metric, 2 * metric->n * row, row, error));
     RUN(work_upload(work, metric->weights, 4 * (uint64_t)metric->n, &rows.weights, error));
     RUN(work_upload(work, metric->tokens, 4 * (uint64_t)metric->n, &rows.tokens, error));
-    RUN(run_final_norm(work, error)); /* with its edits; captures were taken by the forward pass */
+    RUN(run_final_norm(work, error)); /* with its edits; the forward pass took the captures */
     struct copy_params pick = {
         .x = run_address(work->norm),
         .dst = rows.normed,

@@ -9,26 +9,27 @@
 
 struct run_work;
 
-/* Keys and values of every layer; slot s of layer l holds one token's G * dh floats. Rows
- * own ranges of slots. */
+/* Keys and values of every layer: slot s of a layer holds the G * dh floats of one token. A row
+ * owns a range of slots. */
 struct run_cache {
     struct gpu_device *device;
     uint32_t n_layers, n_slots, first_layer;
     struct gpu_buffer **k, **v; /* [n_layers] */
 };
-/* first_layer: layers below have no memory; only batches that resume there or above may use it. */
+/* first_layer: layers below it get no memory, so that only batches that resume at this layer or
+ * above may use the cache. */
 int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots,
                      uint32_t first_layer, struct error *error);
 void run_cache_destroy(struct run_cache *cache);
-/* Copies n slots' keys and values to each of n_to places, in layers >= first_layer: rows that begin
- * with the same tokens and edits need their prefix only once. Ranges must not overlap. */
+/* Copies keys and values of the n slots at `from` to each of n_to places, in layers >= first_layer:
+ * a shared prefix is computed once. Ranges must not overlap. */
 int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from,
                    const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
                    struct error *error);
 uint64_t run_cache_bytes(const struct model_facts *facts, uint32_t n_slots, uint32_t first_layer);
 
-/* Where captured values go: `to` is the caller's zeroed array. Sites of width W: [n_out_rows,
- * n_columns, W]; sites over keys: [n_out_rows, H, n_columns, n_keys]. */
+/* Captured values go to the caller's zeroed array `to`: [n_out_rows, n_columns, W] for a site of
+ * width W, [n_out_rows, H, n_columns, n_keys] for a site over keys. */
 struct run_capture {
     int site, layer;
     float *to;
@@ -43,9 +44,9 @@ struct run_batch {
     uint32_t n_rows;
     const uint32_t *tokens;                          /* packed, all rows */
     const uint32_t *n_tokens, *start, *slot, *group; /* [n_rows] */
-    const uint32_t *edit_row;                        /* [n_rows] the row that edits call it by */
-    /* [n_rows] whose patterns, values and MLP outputs a row uses in the frozen
-     * layers; NULL: its own */
+    const uint32_t *edit_row; /* [n_rows] the row of the edit list that a row is */
+    /* [n_rows] the rows whose patterns, values and MLP outputs a row takes in the frozen layers;
+     * NULL: its own */
     const uint32_t *q_row, *v_row, *mlp_row;
     const uint8_t *frozen; /* [n_layers], NULL: none */
     const struct edit_list *edits;
@@ -58,17 +59,18 @@ struct run_batch {
     const int32_t *column;
     const int32_t *key_column; /* [n_rows] the same for keys */
     uint32_t n_columns, n_keys;
-    /* layers from here on, the final norm and logits are left out; 0: none are */
+    /* layers >= stop_layer, the final norm and the logits are left out; 0: nothing is */
     uint32_t stop_layer;
-    uint32_t first_layer; /* resume here, */
-    /* from this residual stream [all tokens, D], packed as the tokens; NULL: from the embedding */
+    /* layers < first_layer are not run: their output is `inputs`, the residual stream [all tokens,
+     * D] packed as the tokens; NULL with first_layer 0 */
+    uint32_t first_layer;
     const float *inputs;
-    int decode; /* the phase: 1 when every row brings one token after its prompt */
+    int decode; /* the phase: 1 where every row brings one token after its prompt, else 0 */
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */
-/* capacity: tokens that go through the layers at once (run_chunk; a way back needs a whole batch).
- * readback: bytes through which results come back. */
+/* capacity: tokens that go through the layers at once (run_chunk); backward needs the batch in one
+ * chunk. readback: bytes of readback memory. */
 int run_work_create(struct run_work **out, struct model *model, uint32_t capacity,
                     uint64_t readback, struct error *error);
 void run_work_destroy(struct run_work *work);

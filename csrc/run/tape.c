@@ -3,7 +3,7 @@
 
 #include "run/tape.h"
 
-/* Strides of a layer's inside: mid, qkv_in, qkv, gate_up, attn_raw, mlp_raw. */
+/* Strides of what a layer keeps: mid, qkv_in, qkv, gate_up, attn_raw, mlp_raw. */
 static int inside_strides(const struct model_facts *f, uint32_t strides[6]) {
     uint32_t d = op_row_stride(f->d_model),
              qkv = op_row_stride((f->n_heads + 2 * f->n_kv_heads) * f->d_head);
@@ -52,7 +52,7 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
                     uint32_t first_layer, int keep_inside, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     *out = NULL;
-    /* at first use, in parallel */
+    /* the backward kernels are compiled at first use, in parallel */
     if (op_backward_prepare(&work->model->ops, f->weight_type, error))
         return -1;
     struct run_tape *tape = calloc(1, sizeof *tape);
@@ -80,12 +80,12 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
     const struct {
         struct gpu_buffer **buffer;
         uint32_t stride;
-    } wanted[] = {{&tape->dx, work->d_stride},     {&tape->dnorm, work->d_stride},
-                  {&tape->draw, work->d_stride},   {&tape->dqkv, work->qkv_stride},
-                  {&tape->dz, work->z_stride},     {&tape->dgate_up, work->gate_up_stride},
-                  {&tape->dpost, work->mlp_stride}};
-    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
-        if (zeroed(work, capacity, wanted[i].buffer, wanted[i].stride, "way back", error))
+    } own[] = {{&tape->dx, work->d_stride},     {&tape->dnorm, work->d_stride},
+               {&tape->draw, work->d_stride},   {&tape->dqkv, work->qkv_stride},
+               {&tape->dz, work->z_stride},     {&tape->dgate_up, work->gate_up_stride},
+               {&tape->dpost, work->mlp_stride}};
+    for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
+        if (zeroed(work, capacity, own[i].buffer, own[i].stride, "backward pass", error))
             goto fail;
     *out = tape;
     return 0;
@@ -102,7 +102,7 @@ void run_tape_destroy(struct run_tape *tape) {
         struct tape_layer *layer = &tape->layers[l];
         gpu_buffer_destroy(layer->x);
         if (!tape->keep_inside && l + 1 < tape->n_layers)
-            continue; /* the inside is the last layer's */
+            continue; /* these buffers are the last layer's */
         struct gpu_buffer *inside[] = {layer->mid,     layer->qkv_in,   layer->qkv,
                                        layer->gate_up, layer->attn_raw, layer->mlp_raw};
         for (size_t i = 0; i < sizeof inside / sizeof inside[0]; i++)

@@ -1,29 +1,30 @@
-/* What a forward pass keeps for the way back, and the way back itself.
+/* What a forward pass keeps for the backward pass, and the backward pass itself.
  *
- * A tape holds the stream before every layer from `first_layer` on, and of what is computed inside
- * of a layer either everything (keep_inside) or, in one layer's worth of memory, what was computed
- * last: the way back then runs each layer's inside again. Both give the same bits. */
+ * A tape holds the residual stream before every layer from `first_layer` on. Of what a layer
+ * computes it keeps either everything (keep_inside) or only the last layer run: the backward pass
+ * then runs each layer again. Both are bit-identical. */
 #ifndef VKSTEER_TAPE_H
 #define VKSTEER_TAPE_H
 
 #include "run/work.h"
 
 struct tape_layer {
-    struct gpu_buffer *x;       /* [N, d_stride] the stream before the layer, after edits */
-    struct gpu_buffer *mid;     /* [N, d_stride] before the MLP */
-    struct gpu_buffer *qkv_in;  /* [N, qkv_stride] before norm per head and rotation, after edits */
-    struct gpu_buffer *qkv;     /* [N, qkv_stride] after */
+    struct gpu_buffer *x;      /* [N, d_stride] the residual stream before the layer, after edits */
+    struct gpu_buffer *mid;    /* [N, d_stride] before the MLP */
+    struct gpu_buffer *qkv_in; /* [N, qkv_stride] before norm per head and rotation, after edits */
+    struct gpu_buffer *qkv;    /* [N, qkv_stride] after */
     struct gpu_buffer *gate_up; /* [N, gate_up_stride] */
-    /* [N, d_stride] block outputs before a post-norm; NULL without */
+    /* [N, d_stride] sublayer outputs before a post-norm; NULL without one */
     struct gpu_buffer *attn_raw, *mlp_raw;
 };
 
 struct run_tape {
     uint32_t capacity, first_layer, n_layers;
     int keep_inside;
-    /* [n_layers], used from first_layer on; without keep_inside all share the last one's inside */
+    /* [n_layers], used from first_layer on; without keep_inside all share the buffers of the last
+     * one, except x */
     struct tape_layer *layers;
-    /* the way back's own memory, [N, stride] each */
+    /* the backward pass's own memory, [N, stride] each */
     struct gpu_buffer *dx, *dnorm, *draw, *dqkv, *dz, *dgate_up, *dpost;
     struct gpu_buffer *dscores, *capped;            /* grown when needed */
     struct gpu_buffer *metric, *logits, *reference; /* rows of the scalar, grown when needed */
@@ -36,7 +37,8 @@ void run_tape_destroy(struct run_tape *tape);
 uint64_t run_tape_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer,
                         int keep_inside);
 
-/* For forward.c; nothing without a tape. begin: where the layer's values go; its input is kept. */
+/* For the forward pass; they do nothing without a tape. begin: sets work->at_*, keeps the layer's
+ * input. middle: keeps the MLP's input. */
 int tape_layer_begin(struct run_work *work, int layer, struct error *error);
 int tape_layer_middle(struct run_work *work, int layer, struct error *error);
 int tape_keep_qkv(struct run_work *work, int layer, struct error *error);
@@ -59,21 +61,21 @@ struct run_metric {
 
 struct run_backward {
     const struct run_metric *metric;
-    /* the last layer gone back through; >= the tape's first. The number of layers, and no
-     * captures: values only */
+    /* the lowest layer that is differentiated, at least the tape's first; the number of layers,
+     * without captures: only the metric's values */
     uint32_t stop_layer;
-    /* gradients wanted: as run_batch's, over the same output places */
+    /* gradients to capture: as run_batch's captures, in the same output places */
     const struct run_capture *captures;
     uint32_t n_captures;
 };
-/* Forward and back: the batch (whole rows, at most the work's capacity of tokens) with its own
- * captures and logits, then the gradients. */
+/* The forward pass of a batch of whole rows, at most work->capacity tokens, with its own captures
+ * and logits; then the backward pass. */
 int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache,
                       const struct run_batch *batch, const struct run_backward *back,
                       struct error *error);
 
-/* metric.c: values to the host after a drain; unless they are all that is wanted, also the gradient
- * with respect to the final norm's output [T, d_stride] into tape->dnorm. */
+/* metric.c: the values, on the host after a drain; unless values_only, also the gradient with
+ * respect to the final norm's output [T, d_stride], in tape->dnorm. */
 int metric_gradient(struct run_work *work, struct run_tape *tape, const struct run_metric *metric,
                     int values_only, struct error *error);
 

@@ -108,8 +108,8 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
     return failed ? -1 : 0;
 }
 
-/* Copies the view into readback memory, in as many pieces as that needs. masked: over keys, what a
- * key that is not seen gets. */
+/* Copies the view into readback memory, in as many ranges of tokens as that needs. masked: over
+ * keys, the value of keys outside the causal window. */
 static int capture_record(struct run_work *work, const struct site_view *view,
                           const struct run_capture *capture, float masked, struct error *error) {
     int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
@@ -119,7 +119,7 @@ static int capture_record(struct run_work *work, const struct site_view *view,
         uint64_t offset;
         if (work_readback_take(work, &n, token_floats, &offset, error))
             return -1;
-        /* Heads that lie one behind the other are one row of a copy. */
+        /* Consecutive heads are one row of the copy. */
         int dense = view->head_stride == view->width || view->n_heads == 1;
         struct copy_params params = {
             .x = view->address + 4 * (uint64_t)done * view->token_stride,
@@ -129,7 +129,7 @@ static int capture_record(struct run_work *work, const struct site_view *view,
             .x_stride = dense ? view->token_stride : view->head_stride,
             .out_stride = dense ? token_floats : view->width,
         };
-        struct readback piece = {
+        struct readback readback = {
             .to = capture->to,
             .offset = offset,
             .first = view->first + done,
@@ -142,7 +142,8 @@ static int capture_record(struct run_work *work, const struct site_view *view,
             .masked = masked,
             .window = work->model->facts.window[view->layer],
         };
-        if (op_copy(&work->model->ops, &params, error) || work_readback_push(work, &piece, error))
+        if (op_copy(&work->model->ops, &params, error) ||
+            work_readback_push(work, &readback, error))
             return -1;
         done += n;
     }
@@ -158,10 +159,10 @@ int site_visit(struct run_work *work, const struct site_view *view, struct error
                    : 0;
 }
 
-/* The adjoint of one edit on the view: what the edit overwrote gets no gradient, what it scaled
- * gets it scaled, a projection is its own adjoint, and what was added passes it on. */
-static int edit_undo(struct run_work *work, const struct site_view *view, const struct edit *edit,
-                     struct edit_entry *entries, struct error *error) {
+/* The adjoint of one edit: an overwritten value gets no gradient, a scaled value gets it scaled, a
+ * projection is its own adjoint, and an addition passes the gradient on. */
+static int edit_adjoint(struct run_work *work, const struct site_view *view,
+                        const struct edit *edit, struct edit_entry *entries, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
     uint32_t n = 0;
     uint64_t entries_address, heads_address, zero_address = 0;
@@ -224,8 +225,8 @@ int site_visit_backward(struct run_work *work, const struct site_view *view, str
     for (const struct edit *edit = edit_first(list, view->site, view->layer); !failed && edit;
          edit = edit_next(list, edit))
         edits[n++] = edit;
-    while (!failed && n > 0) /* the last edit is undone first */
-        failed = edit_undo(work, view, edits[--n], entries, error);
+    while (!failed && n > 0) /* the last edit comes first */
+        failed = edit_adjoint(work, view, edits[--n], entries, error);
     free(edits);
     free(entries);
     return failed ? -1 : 0;

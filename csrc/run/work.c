@@ -1,4 +1,4 @@
-/* Buffers of a run, uploads, and the way back into the caller's arrays. */
+/* Buffers of a run, uploads, readback into the caller's arrays, and key/value caches. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,18 +59,18 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
         struct gpu_buffer **buffer;
         uint32_t stride;
         const char *name;
-    } wanted[] = {{&work->x, work->d_stride, "residual stream"},
-                  {&work->norm, work->d_stride, "normed input"},
-                  {&work->normalized, work->d_stride, "normalized"},
-                  {&work->out, work->d_stride, "block output"},
-                  {&work->scale, 1, "norm scale"},
-                  {&work->qkv, work->qkv_stride, "q, k, v"},
-                  {&work->z, work->z_stride, "z"},
-                  {&work->gate_up, work->gate_up_stride, "gate and up"},
-                  {&work->post, work->mlp_stride, "mlp post"}};
-    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
-        if (buffer_zeroed(work, wanted[i].buffer, (uint64_t)capacity * wanted[i].stride * 4,
-                          wanted[i].name, error))
+    } sized[] = {{&work->x, work->d_stride, "residual stream"},
+                 {&work->norm, work->d_stride, "normed input"},
+                 {&work->normalized, work->d_stride, "normalized"},
+                 {&work->out, work->d_stride, "sublayer output"},
+                 {&work->scale, 1, "norm scale"},
+                 {&work->qkv, work->qkv_stride, "q, k, v"},
+                 {&work->z, work->z_stride, "z"},
+                 {&work->gate_up, work->gate_up_stride, "gate and up"},
+                 {&work->post, work->mlp_stride, "mlp post"}};
+    for (size_t i = 0; i < sizeof sized / sizeof sized[0]; i++)
+        if (buffer_zeroed(work, sized[i].buffer, (uint64_t)capacity * sized[i].stride * 4,
+                          sized[i].name, error))
             goto fail;
     if (gpu_buffer_create(&work->readback, model->ops.device, readback, GPU_READBACK, "readback",
                           error))
@@ -92,12 +92,12 @@ int run_hook_call(struct run_work *work, enum run_hook_point point, int layer, u
     return hook ? hook->call(hook->context, work, point, layer, address, stride, error) : 0;
 }
 
-static void uploads_destroy(struct upload_block *block) {
-    while (block) {
-        struct upload_block *next = block->next;
-        gpu_buffer_destroy(block->buffer);
-        free(block);
-        block = next;
+static void uploads_destroy(struct upload_buffer *upload) {
+    while (upload) {
+        struct upload_buffer *next = upload->next;
+        gpu_buffer_destroy(upload->buffer);
+        free(upload);
+        upload = next;
     }
 }
 
@@ -131,39 +131,39 @@ int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes,
     return buffer_zeroed(work, buffer, bytes, name, error);
 }
 
-#define UPLOAD_BLOCK (UINT64_C(1) << 20)
+#define UPLOAD_BUFFER_BYTES (UINT64_C(1) << 20)
 
 int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address,
                 struct error *error) {
-    struct upload_block *block = work->uploads;
-    if (!block || block->used + bytes > gpu_buffer_size(block->buffer)) {
-        block = calloc(1, sizeof *block);
-        if (!block)
+    struct upload_buffer *upload = work->uploads;
+    if (!upload || upload->used + bytes > gpu_buffer_size(upload->buffer)) {
+        upload = calloc(1, sizeof *upload);
+        if (!upload)
             return error_set(error, ERROR_MEMORY, "out of memory for uploads");
-        if (gpu_buffer_create(&block->buffer, work->model->ops.device,
-                              bytes > UPLOAD_BLOCK ? bytes : UPLOAD_BLOCK, GPU_UPLOAD, "uploads",
-                              error)) {
-            free(block);
+        if (gpu_buffer_create(&upload->buffer, work->model->ops.device,
+                              bytes > UPLOAD_BUFFER_BYTES ? bytes : UPLOAD_BUFFER_BYTES, GPU_UPLOAD,
+                              "uploads", error)) {
+            free(upload);
             return -1;
         }
-        block->next = work->uploads;
-        work->uploads = block;
+        upload->next = work->uploads;
+        work->uploads = upload;
     }
-    memcpy((char *)gpu_buffer_map(block->buffer) + block->used, data, bytes);
-    *address = gpu_buffer_address(block->buffer) + block->used;
-    block->used += (bytes + 63) & ~UINT64_C(63);
+    memcpy((char *)gpu_buffer_map(upload->buffer) + upload->used, data, bytes);
+    *address = gpu_buffer_address(upload->buffer) + upload->used;
+    upload->used += (bytes + 63) & ~UINT64_C(63);
     return 0;
 }
 
 int work_upload_reset(struct run_work *work, struct error *error) {
-    struct upload_block *block = work->uploads;
-    if (!block || (!block->next && block->used < gpu_buffer_size(block->buffer) / 2))
-        return 0; /* still room behind what may be in use */
+    struct upload_buffer *upload = work->uploads;
+    if (!upload || (!upload->next && upload->used < gpu_buffer_size(upload->buffer) / 2))
+        return 0; /* what may be in use stays; there is space behind it */
     if (gpu_queue_wait(work->model->ops.queue, error))
         return -1;
-    uploads_destroy(block->next);
-    block->next = NULL;
-    block->used = 0;
+    uploads_destroy(upload->next);
+    upload->next = NULL;
+    upload->used = 0;
     return 0;
 }
 
@@ -188,7 +188,8 @@ int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats
     return 0;
 }
 
-int work_readback_push(struct run_work *work, const struct readback *piece, struct error *error) {
+int work_readback_push(struct run_work *work, const struct readback *readback,
+                       struct error *error) {
     if (work->n_pending == work->pending_capacity) {
         uint32_t capacity = work->pending_capacity ? 2 * work->pending_capacity : 64;
         struct readback *grown = realloc(work->pending, capacity * sizeof *grown);
@@ -197,7 +198,7 @@ int work_readback_push(struct run_work *work, const struct readback *piece, stru
         work->pending = grown;
         work->pending_capacity = capacity;
     }
-    work->pending[work->n_pending++] = *piece;
+    work->pending[work->n_pending++] = *readback;
     return 0;
 }
 
@@ -207,7 +208,7 @@ int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t 
     uint64_t offset;
     if (work_readback_take(work, &one, n, &offset, error))
         return -1;
-    struct readback piece = {
+    struct readback readback = {
         .to = to,
         .offset = offset,
         .n = 1,
@@ -216,57 +217,59 @@ int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t 
         .plain = 1,
     };
     *address = run_address(work->readback) + 4 * offset;
-    return work_readback_push(work, &piece, error);
+    return work_readback_push(work, &readback, error);
 }
 
 /* One token's scores or pattern: [H, keys] into [H, columns, keys] with the row's own padding. */
-static void keys_place(const struct run_batch *batch, const struct readback *piece,
+static void keys_place(const struct run_batch *batch, const struct readback *readback,
                        struct token_place place, const float *from) {
     size_t n_columns = batch->n_columns, n_keys = batch->n_keys;
     uint32_t end = batch->start[place.row] + batch->n_tokens[place.row];
-    uint32_t start = piece->window && place.pos + 1 > piece->window ? place.pos + 1 - piece->window
-                                                                    : 0;
-    for (uint32_t h = 0; h < piece->n_heads; h++, from += piece->head_floats) {
-        float *to = piece->to +
-                    (((size_t)batch->out_row[place.row] * piece->n_heads + h) * n_columns +
+    uint32_t start = readback->window && place.pos + 1 > readback->window
+                         ? place.pos + 1 - readback->window
+                         : 0;
+    for (uint32_t h = 0; h < readback->n_heads; h++, from += readback->head_floats) {
+        float *to = readback->to +
+                    (((size_t)batch->out_row[place.row] * readback->n_heads + h) * n_columns +
                      (size_t)(batch->column[place.row] + (int32_t)place.pos)) *
                         n_keys +
                     batch->key_column[place.row];
         for (uint32_t j = 0; j < end; j++)
-            to[j] = j < start || j > place.pos ? piece->masked : from[j];
+            to[j] = j < start || j > place.pos ? readback->masked : from[j];
     }
 }
 
-static void piece_place(const struct run_work *work, const struct readback *piece) {
+static void readback_place(const struct run_work *work, const struct readback *readback) {
     const struct chunk *chunk = &work->chunk;
     const struct run_batch *batch = chunk->batch;
-    const float *from = (const float *)gpu_buffer_map(work->readback) + piece->offset;
-    if (piece->plain) {
-        memcpy(piece->to, from, (size_t)piece->n * piece->token_floats * sizeof *from);
+    const float *from = (const float *)gpu_buffer_map(work->readback) + readback->offset;
+    if (readback->plain) {
+        memcpy(readback->to, from, (size_t)readback->n * readback->token_floats * sizeof *from);
         return;
     }
-    for (uint32_t t = 0; t < piece->n; t++, from += piece->token_floats) {
+    for (uint32_t t = 0; t < readback->n; t++, from += readback->token_floats) {
         struct token_place place =
-            chunk->places[piece->by_row ? chunk->last_tokens[piece->first + t] : piece->first + t];
+            chunk->places[readback->by_row ? chunk->last_tokens[readback->first + t]
+                                           : readback->first + t];
         int32_t row = batch->out_row[place.row];
         if (row < 0)
             continue;
-        if (piece->over_keys) {
-            keys_place(batch, piece, place, from);
+        if (readback->over_keys) {
+            keys_place(batch, readback, place, from);
             continue;
         }
-        size_t width = (size_t)piece->n_heads * piece->width;
-        size_t at = piece->by_row ? (size_t)row
-                                  : (size_t)row * batch->n_columns +
-                                        (size_t)(batch->column[place.row] + (int32_t)place.pos);
-        memcpy(piece->to + at * width, from, width * sizeof *from);
+        size_t width = (size_t)readback->n_heads * readback->width;
+        size_t at = readback->by_row ? (size_t)row
+                                     : (size_t)row * batch->n_columns +
+                                           (size_t)(batch->column[place.row] + (int32_t)place.pos);
+        memcpy(readback->to + at * width, from, width * sizeof *from);
     }
 }
 
 int work_readback_drain(struct run_work *work, struct error *error) {
     int failed = gpu_queue_wait(work->model->ops.queue, error);
     for (uint32_t i = 0; i < work->n_pending && !failed; i++)
-        piece_place(work, &work->pending[i]);
+        readback_place(work, &work->pending[i]);
     work->n_pending = 0;
     work->readback_used = 0;
     return failed;

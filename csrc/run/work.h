@@ -1,21 +1,21 @@
-/* What a run works with: buffers for one chunk of tokens, memory for what goes up and what comes
- * back. Shared by the files of this room. */
+/* What a run works with: buffers for one chunk of tokens, upload memory and readback memory. Shared
+ * by the files of csrc/run and csrc/analysis. */
 #ifndef VKSTEER_WORK_H
 #define VKSTEER_WORK_H
 
 #include "run/run.h"
 
-/* scores, per-head results: cut into pieces of about this size */
+/* Scores and per-head results are computed in spans of tokens that take about this many bytes. */
 #define WORK_SCRATCH (UINT64_C(32) << 20)
 
-struct upload_block {
+struct upload_buffer {
     struct gpu_buffer *buffer;
     uint64_t used;
-    struct upload_block *next;
+    struct upload_buffer *next;
 };
 
-/* One piece of captured or computed floats that waits in readback memory: token t of the piece lies
- * at offset + t * token_floats. */
+/* Captured or computed floats that wait in readback memory: those of token t lie at
+ * offset + t * token_floats. */
 struct readback {
     float *to;
     uint64_t offset;         /* floats from the start of the readback memory */
@@ -23,11 +23,11 @@ struct readback {
     uint32_t token_floats;   /* floats from token to token in readback memory */
     uint32_t n_heads, width; /* what to take of it: n_heads x width, heads `head_floats` apart */
     uint32_t head_floats;
-    /* n values of token_floats each, one behind the other: no tokens of the chunk */
+    /* n consecutive runs of token_floats values that belong to no token, copied as they are */
     int plain;
     int by_row;    /* one value a row: the output has no column axis */
     int over_keys; /* scores or pattern: the output's last axis is keys */
-    float masked;  /* over keys: what a key that the query does not see gets */
+    float masked;  /* over keys: the value of keys outside the query's causal window */
     uint32_t window;
 };
 
@@ -42,7 +42,7 @@ struct chunk {
     struct token_place *places;                                 /* [capacity] */
     uint64_t tokens, frozen_tokens, tiles, last_rows, mlp_rows; /* device addresses */
     struct query_tile *tile_list;                               /* [capacity] */
-    /* [capacity] chunk tokens whose logits are asked for in LAST mode */
+    /* [capacity] chunk tokens that end a row: their logits are computed in LAST mode */
     uint32_t *last_tokens;
 };
 
@@ -51,17 +51,17 @@ struct run_work {
     uint32_t capacity; /* tokens that a chunk may hold */
     uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
-    struct gpu_buffer *scores, *result, *expanded; /* grown when asked for */
-    /* [V], made when first asked for (analysis/lens.c) */
+    struct gpu_buffer *scores, *result, *expanded; /* grown when needed */
+    /* [V], made at first use (analysis/lens.c) */
     struct gpu_buffer *unembed_norms;
     struct gpu_buffer *readback;
     uint64_t readback_bytes, readback_used; /* bytes; floats */
     struct readback *pending;
     uint32_t n_pending, pending_capacity;
-    struct upload_block *uploads;
+    struct upload_buffer *uploads;
     struct chunk chunk;
-    /* Where the present layer's values lie: this work's own buffers, or
-     * those of a tape (tape.h). */
+    /* Where the values of the layer being run lie: in buffers of this work or of a tape (tape.h).
+     */
     uint64_t at_qkv, at_gate_up, at_out;
     struct run_tape *tape;       /* NULL: nothing is kept for a backward pass */
     const struct run_hook *hook; /* NULL: none */
@@ -104,33 +104,44 @@ int work_upload_reset(struct run_work *work, struct error *error);
 /* At least `bytes`, zeroed when (re)made; contents are lost then. */
 int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes, const char *name,
               struct error *error);
-/* Room for `n` tokens of `token_floats`; fewer if the memory is short, *n says how many; waits for
- * what is pending if it must. */
+/* Reserves readback memory for *n tokens of token_floats, or for fewer where it is short (*n says
+ * how many). Drains what is pending where it must. */
 int work_readback_take(struct run_work *work, uint32_t *n, uint32_t token_floats, uint64_t *offset,
                        struct error *error);
-int work_readback_push(struct run_work *work, const struct readback *piece, struct error *error);
-/* Room for n floats that a kernel writes at *address and the next drain copies
- * to `to` as they are. */
+int work_readback_push(struct run_work *work, const struct readback *readback, struct error *error);
+/* Reserves readback memory for n floats: a kernel writes them at *address, and the next drain
+ * copies them to `to` as they are. */
 int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t *address,
                          struct error *error);
-/* Waits for the device and hands every pending piece to its array. */
+/* Waits for the device and copies every pending readback into its array. */
 int work_readback_drain(struct run_work *work, struct error *error);
 
 /* forward.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
-/* One layer, from the stream in work->x to the stream in work->x, without the sites
- * before and after it. */
+/* One layer on the residual stream in work->x, without the sites before and after it. */
 int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
-/* work->norm = final norm of the stream in work->x, with its sites. */
+/* logits.c: work->norm = final norm of the residual stream in work->x, with its sites. */
 int run_final_norm(struct run_work *work, struct error *error);
 uint64_t run_address(const struct gpu_buffer *buffer); /* 0 for none */
 
 /* chunks.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays
- * valid (and the uploads, until the next work_upload_reset) so that a way back can follow; call
- * run_whole_end after it, whatever happened. */
-int run_whole(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
-              struct error *error);
-void run_whole_end(struct run_work *work, int failed);
+ * valid (and the uploads, until the next work_upload_reset) so that a backward pass can follow.
+ * Call run_one_chunk_end afterwards, also after a failure. */
+int run_one_chunk(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                  struct error *error);
+void run_one_chunk_end(struct run_work *work, int failed);
+
+/* query_spans.c: the queries of a layer whose scores are in scratch memory together: tiles
+ * [tile, end) of a chunk, queries [first, first + n). key_stride: floats from head to head. */
+struct query_span {
+    uint32_t tile, end, first, n, key_stride;
+};
+/* Queries that fit the scratch memory, each with this many bytes of scores; at least a tile. */
+uint32_t query_span_most(const struct chunk *chunk, uint64_t query_bytes);
+/* Advances the span (zero at first) over the tiles, at most `most` queries at once; 0 at the end.
+ */
+int query_span_next(const struct query_tile *tiles, uint32_t n_tiles, uint32_t most,
+                    struct query_span *span);
 
 /* A site's values as they lie in memory. */
 struct site_view {
@@ -140,13 +151,13 @@ struct site_view {
     uint32_t token_stride, n_heads, head_stride, width;
     uint64_t scale; /* [n_tokens] of the norm before it, for EDIT_ADD_SCALED; 0: none */
 };
-/* visit.c: edits, then captures. */
+/* visit.c: does a site have edits or captures; its edits, then its captures. */
 int site_wanted(const struct run_work *work, int site, int layer);
 int site_edited(const struct run_work *work, int site, int layer);
 int site_visit(struct run_work *work, const struct site_view *view, struct error *error);
-/* On the way back: the view holds the gradient with respect to the site after its
- * edits. It is captured (chunk.batch->captures), then becomes the gradient with respect
- * to the site before them. */
+/* In the backward pass: the view holds the gradient with respect to the site's value after its
+ * edits. It is captured (chunk.batch->captures), then becomes the gradient with respect to the
+ * value before them. */
 int site_visit_backward(struct run_work *work, const struct site_view *view, struct error *error);
 struct site_view site_view_rows(const struct run_work *work, int site, int layer, uint64_t at,
                                 uint32_t stride);

@@ -1,0 +1,343 @@
+/* x += attention(x): the forward pass of one layer's attention. */
+#include "run/steps.h"
+
+/* --- queries, keys and values ----------------------------------------------------------------- */
+
+static struct rope_params rope_of(const struct run_work *work, const struct run_cache *cache,
+                                  int l) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    return (struct rope_params){
+        .qkv = work->at_qkv,
+        .angles = run_address(work->model->angles[f->rope_table[l]]),
+        .tokens = work->chunk.tokens,
+        .q_gain = layer->q_norm,
+        .k_gain = layer->k_norm,
+        .k_cache = run_address(cache->k[l]),
+        .v_cache = run_address(cache->v[l]),
+        .n_heads = f->n_heads,
+        .n_kv_heads = f->n_kv_heads,
+        .d_head = f->d_head,
+        .stride = work->qkv_stride,
+        .eps = f->norm_eps,
+        .flags = (f->qk_norm ? ROPE_QK_NORM : 0) | ROPE_ROTATE | ROPE_STORE,
+    };
+}
+
+/* q, k, v = rotate(ln1(x) W_qkv^T + b) in one kernel, k and v into the cache */
+static int rotated_fused(struct run_work *work, const struct rope_params *rope, int l,
+                         struct error *error) {
+    const struct model_layer *layer = &work->model->layers[l];
+    struct op_linear_pairs_args args = {
+        .x = run_address(work->x),
+        .gain = layer->ln1,
+        .dst = rope->qkv,
+        .bias = layer->b_qkv,
+        .angles = rope->angles,
+        .tokens = rope->tokens,
+        .k_cache = rope->k_cache,
+        .v_cache = rope->v_cache,
+        .n_rows = work->chunk.n_tokens,
+        .x_stride = work->d_stride,
+        .dst_stride = rope->stride,
+        .kind = PAIRS_ROTATE,
+        .n_heads = rope->n_heads,
+        .n_kv_heads = rope->n_kv_heads,
+        .d_head = rope->d_head,
+        .eps = rope->eps,
+    };
+    return op_linear_pairs(&work->model->ops, &layer->qkv, &args, error);
+}
+
+/* q, k = rotate([norm per head](q, k)); k and v into the cache */
+static int rotate(struct run_work *work, struct rope_params rope, int l, struct error *error) {
+    struct ops *ops = &work->model->ops;
+    struct qkv_rows at = qkv_rows_at(work, rope.qkv);
+    if (!site_wanted(work, SITE_ROT_Q, l) && !site_wanted(work, SITE_ROT_K, l))
+        return op_rope(ops, &rope, work->chunk.n_tokens, error);
+    rope.flags &= ~(uint32_t)ROPE_STORE;
+    RUN(op_rope(ops, &rope, work->chunk.n_tokens, error));
+    RUN(step_visit(work, SITE_ROT_Q, l, at.q, error));
+    RUN(step_visit(work, SITE_ROT_K, l, at.k, error));
+    rope.flags = ROPE_STORE;
+    return op_rope(ops, &rope, work->chunk.n_tokens, error);
+}
+
+/* q, k, v = rotate(ln1(x) W_qkv^T + b) */
+static int queries_keys_values(struct run_work *work, struct run_cache *cache, int l,
+                               struct error *error) {
+    static const int between[] = {SITE_LN1_SCALE, SITE_LN1_NORMALIZED, SITE_Q,    SITE_K,
+                                  SITE_V,         SITE_ROT_Q,          SITE_ROT_K};
+    const struct model_layer *layer = &work->model->layers[l];
+    struct norm_step ln1 = norm_step_of(work->model, LN1, l);
+    struct rope_params rope = rope_of(work, cache, l);
+    struct qkv_rows at = qkv_rows_at(work, rope.qkv);
+    int keep_scale = site_edited(work, SITE_V, l);
+    if (!work->model->facts.qk_norm && step_fusable(work, between, 7, l) &&
+        op_linear_pairs_offered(&work->model->ops, &layer->qkv, work->chunk.n_tokens))
+        return rotated_fused(work, &rope, l, error);
+    RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, at.q, keep_scale, error));
+    RUN(step_visit(work, SITE_Q, l, at.q, error));
+    RUN(step_visit(work, SITE_K, l, at.k, error));
+    RUN(step_visit_normed(work, SITE_V, l, at.v, run_address(work->scale), error));
+    RUN(tape_keep_qkv(work, l, error));
+    return rotate(work, rope, l, error);
+}
+
+/* --- z = softmax(scale q k^T) v --------------------------------------------------------------- */
+
+/* The token list of a layer: a frozen layer reads queries, keys and values of other rows. */
+static uint64_t token_list(const struct run_work *work, int l) {
+    return step_frozen(work, l) ? work->chunk.frozen_tokens : work->chunk.tokens;
+}
+
+struct site_view query_span_view(const struct run_work *work, const struct query_span *span,
+                                 int site, int layer, uint64_t at) {
+    uint32_t heads = work->model->facts.n_heads;
+    return (struct site_view){
+        .site = site,
+        .layer = layer,
+        .address = at,
+        .first = span->first,
+        .n_tokens = span->n,
+        .token_stride = heads * span->key_stride,
+        .n_heads = heads,
+        .head_stride = span->key_stride,
+        .width = work->chunk.max_keys,
+    };
+}
+
+struct scores_params query_span_scores(const struct run_work *work, const struct run_cache *cache,
+                                       int l, const struct query_span *span) {
+    const struct model_facts *f = &work->model->facts;
+    return (struct scores_params){
+        .qkv = work->at_qkv,
+        .k_cache = run_address(cache->k[l]),
+        .tokens = token_list(work, l),
+        .tiles = work->chunk.tiles + span->tile * sizeof(struct query_tile),
+        .scores = run_address(work->scores),
+        .first_token = span->first,
+        .n_heads = f->n_heads,
+        .n_kv_heads = f->n_kv_heads,
+        .d_head = f->d_head,
+        .stride = work->qkv_stride,
+        .key_stride = span->key_stride,
+        .scale = f->attn_scale,
+        .softcap = f->attn_softcap,
+    };
+}
+
+int query_span_softmax(struct run_work *work, int l, const struct query_span *span,
+                       struct error *error) {
+    struct softmax_params softmax = {
+        .scores = run_address(work->scores),
+        .tokens = token_list(work, l),
+        .first_token = span->first,
+        .n_heads = work->model->facts.n_heads,
+        .key_stride = span->key_stride,
+        .window = work->model->facts.window[l],
+    };
+    return op_attn_softmax(&work->model->ops, &softmax, span->n, work->chunk.max_keys, error);
+}
+
+/* scores, softmax and z of single tokens in one kernel */
+static int decode_fused(struct run_work *work, const struct run_cache *cache, int l,
+                        const struct query_span *span, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    struct decode_params decode = {
+        .qkv = work->at_qkv,
+        .k_cache = run_address(cache->k[l]),
+        .v_cache = run_address(cache->v[l]),
+        .tokens = token_list(work, l),
+        .scores = run_address(work->scores),
+        .z = run_address(work->z),
+        .first_token = span->first,
+        .n_heads = f->n_heads,
+        .n_kv_heads = f->n_kv_heads,
+        .d_head = f->d_head,
+        .stride = work->qkv_stride,
+        .z_stride = work->z_stride,
+        .key_stride = span->key_stride,
+        .window = f->window[l],
+        .scale = f->attn_scale,
+        .softcap = f->attn_softcap,
+    };
+    return op_attn_decode(&work->model->ops, &decode, span->n, work->chunk.max_keys, error);
+}
+
+/* z of a span's queries */
+static int attend(struct run_work *work, const struct run_cache *cache, int l,
+                  const struct query_span *span, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct chunk *chunk = &work->chunk;
+    uint32_t n_tiles = span->end - span->tile;
+    uint64_t pattern = run_address(work->scores);
+    int hooked = site_wanted(work, SITE_SCORES, l) || site_wanted(work, SITE_PATTERN, l);
+    if (chunk->n_tiles == chunk->n_tokens && !hooked)
+        return decode_fused(work, cache, l, span, error);
+    struct scores_params scores = query_span_scores(work, cache, l, span);
+    struct site_view scores_view = query_span_view(work, span, SITE_SCORES, l, pattern),
+                     pattern_view = query_span_view(work, span, SITE_PATTERN, l, pattern);
+    struct attn_output_params output = {
+        .pattern = pattern,
+        .v_cache = run_address(cache->v[l]),
+        .tokens = scores.tokens,
+        .tiles = scores.tiles,
+        .z = run_address(work->z),
+        .first_token = span->first,
+        .n_heads = f->n_heads,
+        .n_kv_heads = f->n_kv_heads,
+        .d_head = f->d_head,
+        .z_stride = work->z_stride,
+        .key_stride = span->key_stride,
+        .window = f->window[l],
+    };
+    RUN(op_attn_scores(&work->model->ops, &scores, n_tiles, chunk->max_keys, error));
+    RUN(site_visit(work, &scores_view, error));
+    RUN(query_span_softmax(work, l, span, error));
+    RUN(site_visit(work, &pattern_view, error));
+    return op_attn_output(&work->model->ops, &output, n_tiles, chunk->max_keys, error);
+}
+
+/* z = softmax(scale q k^T) v, span by span */
+static int heads(struct run_work *work, const struct run_cache *cache, int l, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    struct rows z = {run_address(work->z), work->z_stride};
+    struct query_span span = {.key_stride = op_row_stride(chunk->max_keys)};
+    uint64_t query_bytes = 4 * (uint64_t)work->model->facts.n_heads * span.key_stride;
+    uint32_t most = query_span_most(chunk, query_bytes);
+    RUN(work_grow(work, &work->scores, most * query_bytes, "attention scores", error));
+    while (query_span_next(chunk->tile_list, chunk->n_tiles, most, &span))
+        RUN(attend(work, cache, l, &span, error));
+    return step_visit(work, SITE_Z, l, z, error);
+}
+
+/* --- results of single heads ------------------------------------------------------------------ */
+
+struct site_view head_results_view(const struct run_work *work, int l, uint32_t first, uint32_t n) {
+    const struct model_facts *f = &work->model->facts;
+    return (struct site_view){
+        .site = SITE_RESULT,
+        .layer = l,
+        .address = run_address(work->result),
+        .first = first,
+        .n_tokens = n,
+        .token_stride = f->n_heads * work->d_stride,
+        .n_heads = f->n_heads,
+        .head_stride = work->d_stride,
+        .width = f->d_model,
+    };
+}
+
+int head_results_reserve(struct run_work *work, uint32_t *most, struct error *error) {
+    uint64_t token_bytes = 4 * (uint64_t)work->model->facts.n_heads * work->d_stride;
+    uint32_t fit = (uint32_t)(WORK_SCRATCH / token_bytes);
+    *most = fit < 1 ? 1 : fit > work->capacity ? work->capacity : fit;
+    return work_grow(work, &work->result, *most * token_bytes, "per-head results", error);
+}
+
+/* Heads whose size is a multiple of 16 are slices of W_O's inputs: a product for each head. */
+static int results_by_slice(struct run_work *work, int l, uint32_t first, uint32_t n,
+                            struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    uint64_t z = run_address(work->z) + 4 * (uint64_t)first * work->z_stride;
+    for (uint32_t h = 0; h < f->n_heads; h++) {
+        struct op_linear_args args = {
+            .x = z + 4 * (uint64_t)h * f->d_head,
+            .dst = run_address(work->result) + 4 * (uint64_t)h * work->d_stride,
+            .n_rows = n,
+            .x_stride = work->z_stride,
+            .dst_stride = f->n_heads * work->d_stride,
+            .first_k = h * f->d_head,
+            .n_k = f->d_head,
+            .decode = work->chunk.batch->decode,
+        };
+        RUN(op_linear(&work->model->ops, &work->model->layers[l].o, &args, error));
+    }
+    return 0;
+}
+
+/* Other head sizes: a row of W_O's whole width for each head, zero but for that head's part. */
+static int results_by_row(struct run_work *work, int l, uint32_t first, uint32_t n,
+                          struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    uint64_t z = run_address(work->z) + 4 * (uint64_t)first * work->z_stride;
+    RUN(work_grow(work, &work->expanded, 4 * (uint64_t)work->capacity * f->n_heads * work->z_stride,
+                  "expanded heads", error));
+    for (uint32_t h = 0; h < f->n_heads; h++) {
+        uint64_t at = 4 * (uint64_t)h * f->d_head;
+        struct copy_params copy = {
+            .x = z + at,
+            .dst = run_address(work->expanded) + 4 * (uint64_t)h * work->z_stride + at,
+            .n_rows = n,
+            .width = f->d_head,
+            .x_stride = work->z_stride,
+            .out_stride = f->n_heads * work->z_stride,
+        };
+        RUN(op_copy(&work->model->ops, &copy, error));
+    }
+    struct op_linear_args args = {
+        .x = run_address(work->expanded),
+        .dst = run_address(work->result),
+        .n_rows = n * f->n_heads,
+        .x_stride = work->z_stride,
+        .dst_stride = work->d_stride,
+        .decode = work->chunk.batch->decode,
+    };
+    return op_linear(&work->model->ops, &work->model->layers[l].o, &args, error);
+}
+
+/* result[t, h, :] = z_h W_O^h; where they are edited, their sum is the output at work->at_out. */
+static int head_results(struct run_work *work, int l, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    int edited = site_edited(work, SITE_RESULT, l), sliced = f->d_head % 16 == 0;
+    uint32_t most;
+    if (!site_wanted(work, SITE_RESULT, l))
+        return 0;
+    RUN(head_results_reserve(work, &most, error));
+    for (uint32_t first = 0, n; first < work->chunk.n_tokens; first += n) {
+        n = work->chunk.n_tokens - first < most ? work->chunk.n_tokens - first : most;
+        struct site_view view = head_results_view(work, l, first, n);
+        struct sum_heads_params sum = {
+            .x = view.address,
+            .dst = work->at_out + 4 * (uint64_t)first * work->d_stride,
+            .bias = work->model->layers[l].b_o,
+            .n_heads = f->n_heads,
+            .width = f->d_model,
+            .head_stride = work->d_stride,
+            .out_stride = work->d_stride,
+            .has_bias = f->o_bias,
+        };
+        RUN(sliced ? results_by_slice(work, l, first, n, error)
+                   : results_by_row(work, l, first, n, error));
+        RUN(site_visit(work, &view, error));
+        if (edited)
+            RUN(op_sum_heads(&work->model->ops, &sum, n, error));
+    }
+    return 0;
+}
+
+/* --- the layer -------------------------------------------------------------------------------- */
+
+/* x += [ln1_post](z W_O^T + b) */
+static int output(struct run_work *work, int l, struct error *error) {
+    const struct model_layer *layer = &work->model->layers[l];
+    struct rows x = {run_address(work->x), work->d_stride},
+                z = {run_address(work->z), work->z_stride}, out = {work->at_out, work->d_stride};
+    int post_norms = work->model->facts.post_norms, summed = site_edited(work, SITE_RESULT, l);
+    if (!summed && !post_norms && !site_wanted(work, SITE_ATTN_OUT, l))
+        return step_product(work, &layer->o, z, layer->b_o, x.address, x, error);
+    if (!summed)
+        RUN(step_product(work, &layer->o, z, layer->b_o, 0, out, error));
+    if (post_norms)
+        RUN(run_hook_call(work, HOOK_ATTN_RAW, l, out.address, out.stride, error));
+    return step_add_output(work, SITE_ATTN_OUT, norm_step_of(work->model, LN1_POST, l), 0, error);
+}
+
+int run_attention(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
+    RUN(queries_keys_values(work, cache, l, error));
+    RUN(heads(work, cache, l, error));
+    RUN(head_results(work, l, error));
+    RUN(run_hook_call(work, HOOK_Z, l, run_address(work->z), work->z_stride, error));
+    return output(work, l, error);
+}

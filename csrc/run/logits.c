@@ -1,0 +1,86 @@
+/* Logits of the residual stream after the last layer. */
+#include "run/steps.h"
+
+int run_final_norm(struct run_work *work, struct error *error) {
+    return step_norm(work, norm_step_of(work->model, LN_FINAL, 0), run_address(work->x), 0,
+                     run_address(work->norm), 0, error);
+}
+
+/* Logits of n_rows normed rows at x, straight into readback memory, in row ranges that fit it. */
+static int unembed(struct run_work *work, uint64_t x, uint32_t n_rows, int by_row,
+                   struct error *error) {
+    const struct model *model = work->model;
+    uint32_t stride = op_row_stride(model->facts.d_vocab);
+    for (uint32_t done = 0, n; done < n_rows; done += n) {
+        uint64_t offset;
+        n = n_rows - done;
+        RUN(work_readback_take(work, &n, stride, &offset, error));
+        struct op_linear_args args = {
+            .x = x + 4 * (uint64_t)done * work->d_stride,
+            .dst = run_address(work->readback) + 4 * offset,
+            .n_rows = n,
+            .x_stride = work->d_stride,
+            .dst_stride = stride,
+            .softcap = model->facts.final_softcap,
+            .decode = work->chunk.batch->decode,
+        };
+        struct readback logits = {
+            .to = work->chunk.batch->logits,
+            .offset = offset,
+            .first = done,
+            .n = n,
+            .token_floats = stride,
+            .n_heads = 1,
+            .width = model->facts.d_vocab,
+            .by_row = by_row,
+        };
+        RUN(op_linear(&work->model->ops, &model->unembed, &args, error));
+        RUN(work_readback_push(work, &logits, error));
+    }
+    return 0;
+}
+
+/* work->out = the final norm of every row's last token. normed: work->norm holds it for all. */
+static int last_normed(struct run_work *work, int normed, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    const struct model *model = work->model;
+    if (normed) {
+        struct copy_params pick = {
+            .x = run_address(work->norm),
+            .dst = run_address(work->out),
+            .rows = chunk->last_rows,
+            .n_rows = chunk->n_last,
+            .width = model->facts.d_model,
+            .x_stride = work->d_stride,
+            .out_stride = work->d_stride,
+            .flags = COPY_ROWS,
+        };
+        return op_copy(&work->model->ops, &pick, error);
+    }
+    struct norm_params norm = {
+        .x = run_address(work->x),
+        .gain = model->ln_final,
+        .dst = run_address(work->out),
+        .rows = chunk->last_rows,
+        .width = model->facts.d_model,
+        .stride = work->d_stride,
+        .eps = model->facts.norm_eps,
+        .flags = NORM_ROWS,
+    };
+    return op_norm(&work->model->ops, &norm, chunk->n_last, error);
+}
+
+int run_logits(struct run_work *work, struct error *error) {
+    const struct chunk *chunk = &work->chunk;
+    enum run_logits mode = chunk->batch->logits_mode;
+    int normed = mode == RUN_LOGITS_ALL || site_wanted(work, SITE_FINAL_SCALE, 0) ||
+                 site_wanted(work, SITE_FINAL_NORMALIZED, 0);
+    if (normed)
+        RUN(run_final_norm(work, error));
+    if (mode == RUN_LOGITS_ALL)
+        return unembed(work, run_address(work->norm), chunk->n_tokens, 0, error);
+    if (mode != RUN_LOGITS_LAST || chunk->n_last == 0)
+        return 0;
+    RUN(last_normed(work, normed, error));
+    return unembed(work, run_address(work->out), chunk->n_last, 1, error);
+}

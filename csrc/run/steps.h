@@ -1,0 +1,94 @@
+/* Steps that attention, MLP and logits share, forward and backward. Every step decides itself
+ * whether one fused kernel computes it: where no hook, edit or tape needs the intermediates, they
+ * are not materialised. The separate kernels do the same arithmetic in the same order, so both
+ * paths are bit-identical. */
+#ifndef VKSTEER_STEPS_H
+#define VKSTEER_STEPS_H
+
+#include "run/tape.h"
+
+/* [T, stride] rows on the device, T the tokens of the chunk. */
+struct rows {
+    uint64_t address;
+    uint32_t stride;
+};
+
+/* Where queries, keys and values of a row [q | k | v] begin. */
+struct qkv_rows {
+    struct rows q, k, v;
+};
+struct qkv_rows qkv_rows_at(const struct run_work *work, uint64_t address);
+
+/* A norm of the model: its gain [D], and the sites of its scale and its normalised value. */
+struct norm_step {
+    int scale_site, normalized_site, layer;
+    uint64_t gain;
+};
+enum norm_name { LN1, LN1_POST, LN2, LN2_POST, LN_FINAL };
+struct norm_step norm_step_of(const struct model *model, enum norm_name name, int layer);
+
+/* No hook, edit or tape needs what is computed between the sites, so the fused path may run. */
+int step_fusable(const struct run_work *work, const int *sites, int n_sites, int layer);
+/* Are attention patterns, values or MLP outputs of this layer taken from other rows? */
+int step_frozen(const struct run_work *work, int layer);
+
+/* Edits and captures of a site whose values are the given rows. */
+int step_visit(struct run_work *work, int site, int layer, struct rows rows, struct error *error);
+/* The same for rows that follow a norm with this scale [T], which EDIT_ADD_SCALED divides by. */
+int step_visit_normed(struct run_work *work, int site, int layer, struct rows rows, uint64_t scale,
+                      struct error *error);
+/* dst = [add +] gain * x / rms(x). keep_scale: rms(x) is left in work->scale. */
+int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t add, uint64_t dst,
+              int keep_scale, struct error *error);
+/* dst = x W^T [+ bias] [+ add]; add has the rows of dst. */
+int step_product(struct run_work *work, const struct op_matrix *matrix, struct rows x,
+                 uint64_t bias, uint64_t add, struct rows dst, struct error *error);
+/* dst = norm(the residual stream) W^T [+ bias]. */
+int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
+                      uint64_t bias, struct rows dst, int keep_scale, struct error *error);
+/* The residual stream += [post-norm of] a sublayer's output, which lies at work->at_out and stays
+ * there. rows (0: none): device address of the chunk tokens whose output each token takes. */
+int step_add_output(struct run_work *work, int out_site, struct norm_step post, uint64_t rows,
+                    struct error *error);
+
+/* The backward pass: the gradient with respect to the rows becomes that with respect to the values
+ * before the site's edits. */
+int step_visit_backward(struct run_work *work, int site, int layer, struct rows rows,
+                        struct error *error);
+/* dst = [add +] gradient with respect to x, dy with respect to the norm's output. */
+int step_norm_backward(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t dy,
+                       uint64_t add, uint64_t dst, struct error *error);
+/* dx = dy W */
+int step_product_backward(struct run_work *work, const struct op_matrix *matrix, struct rows dy,
+                          struct rows dx, struct error *error);
+/* *d: where the gradient with respect to a sublayer's output (before its post-norm) lies. raw: that
+ * output, NULL without a post-norm. */
+int step_add_output_backward(struct run_work *work, int out_site, struct norm_step post,
+                             const struct gpu_buffer *raw, struct rows *d, struct error *error);
+/* to = from [+ add], [T, D] each. */
+int step_copy(struct run_work *work, uint64_t from, uint64_t to, uint64_t add, struct error *error);
+
+/* Scores [queries, H, key_stride] of a span in work->scores; their sites; their softmax. */
+struct site_view query_span_view(const struct run_work *work, const struct query_span *span,
+                                 int site, int layer, uint64_t at);
+struct scores_params query_span_scores(const struct run_work *work, const struct run_cache *cache,
+                                       int layer, const struct query_span *span);
+int query_span_softmax(struct run_work *work, int layer, const struct query_span *span,
+                       struct error *error);
+/* Per-head results [tokens, H, d_stride] of n tokens in work->result, as many at once as *most. */
+struct site_view head_results_view(const struct run_work *work, int layer, uint32_t first,
+                                   uint32_t n);
+int head_results_reserve(struct run_work *work, uint32_t *most, struct error *error);
+
+/* attention.c, mlp.c: x += attention(x), x += mlp(x), x the residual stream. */
+int run_attention(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
+int run_mlp(struct run_work *work, int layer, struct error *error);
+/* logits.c: logits of the residual stream, as the batch asks for them. */
+int run_logits(struct run_work *work, struct error *error);
+/* attention_backward.c, mlp_backward.c: tape->dx, the gradient with respect to the residual stream
+ * after the sublayer, becomes that with respect to the one before it. */
+int run_attention_backward(struct run_work *work, struct run_cache *cache, int layer,
+                           struct error *error);
+int run_mlp_backward(struct run_work *work, int layer, struct error *error);
+
+#endif
