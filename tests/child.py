@@ -37,7 +37,8 @@ import numpy as np
 import vksteer as vs
 
 def load(i=1, **options):
-    return vs.Model.from_pretrained(sys.argv[i], **{"progress": False, "dtype": "float32", **options})
+    options = {"progress": False, "dtype": "float32", **options}
+    return vs.Model.from_pretrained(sys.argv[i], **options)
 
 def rows_of(model, *lengths, seed=0):
     rng = np.random.default_rng(seed)
@@ -71,6 +72,7 @@ def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environ
         text=True,
         timeout=timeout,
         cwd=ROOT,
+        check=False,
     )
 
 

@@ -145,9 +145,9 @@ def main(folders) -> None:
         # As stored: float32, bfloat16 and float16 kernels each have a family of models.
         with (
             vs.Model.from_pretrained(folder, progress=False) as model,
-            np.load(Path(folder) / "expected.npz") as expected,
+            np.load(Path(folder) / "expected.npz") as stored,
         ):
-            expected = dict(expected)
+            expected = dict(stored)
             for kernels in model._engine.families:
                 model._engine.kernels = kernels
                 n, worst = check(model, expected)
@@ -168,7 +168,7 @@ def main(folders) -> None:
                 alone = model.run([prompts(model.config.d_vocab)[0][2]], logits="last").logits[0]
                 batched = model.run(prompts(model.config.d_vocab)[0], logits="last").logits[2]
                 assert np.array_equal(alone, batched), (
-                    "a row alone is the row in a batch, to the last bit"
+                    "a row alone and the same row in a batch must be bit-identical"
                 )
 
 

@@ -105,10 +105,13 @@ def test_real_models_run(name):
         refused, enough, levels = 1, 1 << 30, 0
         while enough - refused > 1 << 26:  # a few layouts down to about the least that is enough
             limit = (refused + enough) // 2
+            message = None
             try:
                 less = real.attribute([i], per_sample=True, max_memory=limit)
             except ValueError as error:
-                assert "max_memory" in str(error)
+                message = str(error)
+            if message is not None:
+                assert "max_memory" in message
                 refused = limit
             else:
                 enough, levels = limit, levels + 1

@@ -114,7 +114,7 @@ def test_ties_go_to_the_first_position_then_the_lowest_layer():
 
 
 def test_saturated_values_still_differ_where_they_can():
-    bypass, induce, kl = tables(P=1, L=5)
+    bypass, induce, _kl = tables(P=1, L=5)
     bypass[:], induce[:] = -40.0, 0.0
     bypass[0, 2] = -41.0
     assert best_of([(0, 0), (0, 2)], bypass, np.full((1, 5), -1e6), "paper") == (0, 2)
@@ -139,7 +139,7 @@ def test_none_left_names_filters_and_the_closest():
     assert "position index 1, layer 2" in text and "-0.25" in text
     with pytest.raises(ValueError, match="every cell is NaN"):
         choose(np.full((1, 5), NAN), np.zeros((1, 5)), np.zeros((1, 5)))
-    with pytest.raises(ValueError, match="layer: 1.*None was measured"):
+    with pytest.raises(ValueError, match=r"layer: 1.*None was measured"):
         choose([[0.0]], [[1.0]], [[0.0]])  # int(0.8) = 0: no layer passes
 
 

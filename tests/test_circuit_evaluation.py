@@ -232,7 +232,7 @@ def test_decoding_under_a_circuit(setting, name):
                     f" {margin:.4g}"
                 )
                 if token != best:
-                    warnings.warn(f"{name} {circuit!r}, step {step}: a near tie")
+                    warnings.warn(f"{name} {circuit!r}, step {step}: a near tie", stacklevel=2)
     for circuit, plain in ((full, dict(options)), (full.complement(), {**options, "edits": []})):
         for with_it, without in zip(
             s.model.generate(prompts, circuit=circuit, **options),

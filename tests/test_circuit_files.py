@@ -50,7 +50,7 @@ def test_damaged_files_are_refused(tmp_path):
         {"checksum": "0" * 64},
     ):
         path.write_text(json.dumps({**content, **change}))
-        with pytest.raises(ModelError, match="checksum|version|format"):
+        with pytest.raises(ModelError, match=r"checksum|version|format"):
             Circuit.load(path)
     # A file whose checksum is right but whose content makes no sense.
     from vksteer.base.provenance import digest
@@ -77,15 +77,15 @@ def test_damaged_files_are_refused(tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(scored(), st.floats(0.05, 0.6))
 def test_networkx_has_the_paths_of_the_model(case, share):
-    import networkx
+    import networkx as nx
 
     g, scores = case
     kept = Circuit(g, np.abs(scores) >= np.quantile(np.abs(scores), 1 - share))
     out = kept.to_networkx()
     assert {data["name"] for *_, data in out.edges(data=True)} == kept.edge_names
     after, before = (
-        {"steer", *networkx.descendants(out, "steer")},
-        {"logits", *networkx.ancestors(out, "logits")},
+        {"steer", *nx.descendants(out, "steer")},
+        {"logits", *nx.ancestors(out, "logits")},
     )
     on = {data["name"] for a, b, data in out.edges(data=True) if a in after and b in before}
     assert on == kept.pruned().edge_names

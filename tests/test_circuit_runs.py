@@ -145,7 +145,7 @@ def test_alone_is_batched_and_memory_changes_no_bit(setting, name, monkeypatch):
 def test_max_memory(setting, monkeypatch):
     s = setting()
     want = s.evaluate()
-    with pytest.raises(ValueError, match="max_memory=1000000 is too small: .* needs") as caught:
+    with pytest.raises(ValueError, match=r"max_memory=1000000 is too small: .* needs") as caught:
         s.evaluate(max_memory=1_000_000)
     needed = int(str(caught.value).split("needs ")[1].split(" bytes")[0])
     alone = []
@@ -254,7 +254,8 @@ def test_decoding_alone_batched_and_at_the_ends(setting):
     """
     s = setting("gemma2")
     prompts = [list(x.prompt_tokens) for x in s.samples]
-    make = lambda rows, circuit=None, edits=(vs.Steer(s.vector, 1.0),): [
+    steer = (vs.Steer(s.vector, 1.0),)
+    make = lambda rows, circuit=None, edits=steer: [
         g.tokens.tolist()
         for g in s.model.generate(
             rows,

@@ -1,5 +1,5 @@
-"""Circuits: how they are found (against searches that follow the definition word by word), and their
-algebra as sets of edges.
+"""Circuits: how they are found, against searches that follow the definition word by word, and
+their algebra as sets of edges.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def by_definition(g, order, n):
         rest = brute_force(g, kept)
         if len(rest) >= n:
             return rest
+    raise AssertionError(f"no prefix leaves {n} edges on paths")
 
 
 def greedy_by_definition(g, scores, backward):
@@ -135,7 +136,7 @@ def test_sizes_at_the_ends(method):
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="greedy_backward.*'best'"):
+    with pytest.raises(ValueError, match=r"greedy_backward.*'best'"):
         EdgeScores(SMALL, np.zeros(SMALL.n_edges), n_positions=1).circuit(3, "best")
 
 

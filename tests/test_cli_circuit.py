@@ -37,22 +37,23 @@ class Opened(Answers):
         Opened.open -= 1
 
 
-@pytest.fixture
-def parts(monkeypatch):
-    """A model, an attribution and an evaluation that count their calls: an edge's
-    effect is its score.
+class Parts(SimpleNamespace):
+    """A model, an attribution and an evaluation that count their calls. The effect of an edge is
+    its score.
     """
-    model = Opened()
-    done = SimpleNamespace(attributed=[], evaluated=[], model=model)
-    g = graph(model, 2)
-    effects = np.abs(np.random.default_rng(0).standard_normal(g.n_edges))
 
-    def from_pretrained(source, *, device, dtype):
+    def __init__(self):
+        model = Opened()
+        effects = np.abs(np.random.default_rng(0).standard_normal(graph(model, 2).n_edges))
+        super().__init__(model=model, effects=effects, attributed=[], evaluated=[])
+
+    def from_pretrained(self, source, *, device, dtype):
         if source == "missing":
             raise ModelError("there is no model 'missing'")
-        return model
+        return self.model
 
     def attribute(
+        self,
         model,
         samples,
         vector,
@@ -68,16 +69,9 @@ def parts(monkeypatch):
         max_memory,
         progress,
     ):
-        done.attributed.append(
-            SimpleNamespace(
-                n=len(samples),
-                coefficient=coefficient,
-                steps=steps,
-                metric=metric,
-                max_memory=max_memory,
-            )
-        )
-        n, order = len(samples), np.roll(effects, int(10 * vector.norm) % 7)
+        n, order = len(samples), np.roll(self.effects, int(10 * vector.norm) % 7)
+        asked = dict(coefficient=coefficient, steps=steps, metric=metric, max_memory=max_memory)
+        self.attributed.append(SimpleNamespace(n=n, **asked))
         return EdgeScores(
             graph(model, vector.layer),
             order,
@@ -87,27 +81,27 @@ def parts(monkeypatch):
             provenance=score_provenance(model, vector, coefficient),
         )
 
-    def evaluate(some, model, samples, vector, coefficient, *, metrics, progress):
-        done.evaluated.append(len(some))
-        one = lambda c: Result(
-            value=effects[c.edges].sum(),
-            full=effects.sum(),
-            empty=0.0,
-            per_sample=dict(
-                value=np.full(len(samples), effects[c.edges].sum()),
-                full=np.full(len(samples), effects.sum()),
-                empty=np.zeros(len(samples)),
-                weight=np.ones(len(samples)),
-            ),
-        )
+    def evaluate(self, some, model, samples, vector, coefficient, *, metrics, progress):
+        self.evaluated.append(len(some))
+        n, full = len(samples), self.effects.sum()
+
+        def one(circuit):
+            value = self.effects[circuit.edges].sum()
+            parts = dict(value=np.full(n, value), full=np.full(n, full), empty=np.zeros(n))
+            per_sample = parts | dict(weight=np.ones(n))
+            return Result(value=value, full=full, empty=0.0, per_sample=per_sample)
+
         return [{m: one(c) for m in metrics} for c in some]
 
-    monkeypatch.setattr(patching, "attribute", attribute)
-    monkeypatch.setattr(
-        "vksteer.runtime.model.Model", SimpleNamespace(from_pretrained=from_pretrained)
-    )
-    monkeypatch.setattr("vksteer.circuits.runs.evaluate", evaluate)
-    return done
+
+@pytest.fixture
+def parts(monkeypatch):
+    parts = Parts()
+    monkeypatch.setattr(patching, "attribute", parts.attribute)
+    model_class = SimpleNamespace(from_pretrained=parts.from_pretrained)
+    monkeypatch.setattr("vksteer.runtime.model.Model", model_class)
+    monkeypatch.setattr("vksteer.circuits.runs.evaluate", parts.evaluate)
+    return parts
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def standins(model, vectors, monkeypatch):
     """Attribution and evaluation whose answers depend on which vector is asked about."""
     graph = patching.graph(SimpleNamespace(n_layers=5, n_heads=2, n_kv_heads=1), 3)
     asked = SimpleNamespace(samples=[], evaluated=[])
-    which = lambda v: [name for name in vectors if v.method == vectors[name].method][0]
+    which = lambda v: next(name for name in vectors if v.method == vectors[name].method)
     shift = {"dim": 0, "ntp": 4, "chance": 8}
 
     def make_samples(model, prompts, vector, coefficient, **options):

@@ -23,7 +23,7 @@ def test_unknown_keys_are_refused_by_name_and_neutral_ones_accepted(model_type):
     Config.from_hf(base(model_type, new_idea=None, other_idea=False))
     for value in (True, 1, 0, 0.5, "yes", [1], {"a": 1}):
         with pytest.raises(
-            ModelError, match="'new_idea'.*would change the numbers and is not understood"
+            ModelError, match=r"'new_idea'.*would change the numbers and is not understood"
         ):
             Config.from_hf(base(model_type, new_idea=value))
 

@@ -38,10 +38,10 @@ def write(folder, ending, rows=ROWS):
             encoding="utf-8",
         )
     elif ending == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
 
@@ -51,7 +51,9 @@ def test_every_format(tmp_path, ending):
     assert data.load(path) == data.load(str(path), column="prompt") == PROMPTS
     assert data.load(path, "kind") == ["a", "b", "b"]
     assert data.load(path, keep=lambda row: row["kind"] == "b", limit=1) == [PROMPTS[1]]
-    with pytest.raises(ValueError, match="'Prompt'; did you mean 'prompt'.*'id', 'prompt', 'kind'"):
+    with pytest.raises(
+        ValueError, match=r"'Prompt'; did you mean 'prompt'.*'id', 'prompt', 'kind'"
+    ):
         data.load(path, "Prompt")
     with pytest.raises(ValueError, match="left none of 3"):
         data.load(path, keep=lambda row: False)
@@ -97,7 +99,7 @@ def test_what_cannot_be_read(tmp_path, name, content, says):
 
 def test_rows_without_a_prompt_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": null}\n')
-    with pytest.raises(ValueError, match="row 1.*'prompt' holds None.*keep="):
+    with pytest.raises(ValueError, match=r"row 1.*'prompt' holds None.*keep="):
         data.load(tmp_path / "a.jsonl", "prompt")
     assert data.load(tmp_path / "a.jsonl", "prompt", keep=lambda row: row["prompt"]) == ["x"]
 
@@ -106,11 +108,11 @@ def test_names_and_limits(tmp_path):
     (tmp_path / "latin.csv").write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
         data.load(tmp_path / "latin.csv")
-    with pytest.raises(FileNotFoundError, match="none.csv"):
+    with pytest.raises(FileNotFoundError, match=r"none.csv"):
         data.load(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="folder"):
         data.load(tmp_path)
-    with pytest.raises(ValueError, match="owner/name.*jailbreakbench"):
+    with pytest.raises(ValueError, match=r"owner/name.*jailbreakbench"):
         data.load("nothing")
     for limit in (0, True, 1.5):
         with pytest.raises(ValueError, match="limit"):
@@ -156,7 +158,7 @@ def test_hub_names(tmp_path, monkeypatch):
     )
     assert hub.asked == [("owner/set", "data/bad.csv")] * 2
     with pytest.raises(
-        ValueError, match="more than one.*owner/set:PATH.*data/good.csv, data/bad.csv"
+        ValueError, match=r"more than one.*owner/set:PATH.*data/good.csv, data/bad.csv"
     ):
         data.load("owner/set")
     with pytest.raises(ValueError, match="no file matches"):
@@ -192,7 +194,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     with pytest.raises(
-        ValueError, match="the hub did not give it: ConnectError: .Errno 111. Connection refused"
+        ValueError, match=r"the hub did not give it: ConnectError: .Errno 111. Connection refused"
     ):
         data.load("owner/set:a.csv")
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: 1 / 0)

@@ -54,7 +54,7 @@ def test_splits_share_no_act():
     }
     everything = [p for pair in splits.values() for side in pair for p in side]
     assert len(set(everything)) == len(everything) == 256
-    for harmful, harmless in zip(*splits["test"]):  # twins have one form
+    for harmful, harmless in zip(*splits["test"]):  # the prompts of a pair have one form
         assert harmful.split()[:2] == harmless.split()[:2]
 
 
@@ -121,7 +121,8 @@ def test_bundled_part(tmp_path, capsys):
 
 def test_real_part(tmp_path, capsys, monkeypatch):
     assert SMOLLM2.exists(), (
-        f"{SMOLLM2} is not there: run .venv/bin/python tools/fetch_model.py smollm2 (make test does)"
+        f"{SMOLLM2} is not there: run .venv/bin/python tools/fetch_model.py smollm2"
+        " (make test does it)"
     )
     few = report.written()
     monkeypatch.setattr(

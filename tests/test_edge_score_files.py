@@ -102,57 +102,53 @@ def test_files_of_others_are_refused(tmp_path, rng):
         EdgeScores.load(tmp_path / "none")
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_right_checksum_wrong_content(tmp_path_factory, data):
-    """A file made by somebody who knows the checksum: still checked against the graph."""
+GRAPH = '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}'
+FACTS = {
+    "format": "vksteer.edge_scores",
+    "version": "1",
+    "graph": GRAPH,
+    "n_positions": "3",
+    "has_positions": "0",
+    "settings": "{}",
+    "provenance": "{}",
+}
+
+
+@st.composite
+def contents(draw):
+    """(facts, arrays) of a file, in which anything may be wrong."""
+    arrays = {"edges": np.zeros(draw(st.sampled_from([E, E - 1, 0])))}
+    if draw(st.booleans()):
+        names = ["nodes", "weights", "dims", "positions.1", "sample_edges"]
+        others = [np.zeros(3), np.zeros((2, E)), np.zeros(3, np.int64), np.full(N, np.nan)]
+        others.append(np.zeros((1, 4), np.float32))
+        arrays[draw(st.sampled_from(names))] = draw(st.sampled_from(others))
+    graphs = [GRAPH, "[]", GRAPH.replace('"n_kv_heads": 2', '"n_kv_heads": 0'), "{"]
+    changes = {
+        "graph": draw(st.sampled_from(graphs)),
+        "n_positions": draw(st.sampled_from(["3", "x", "-1"])),
+        "has_positions": draw(st.sampled_from(["0", "1"])),
+        "settings": draw(st.sampled_from(["{}", "3", "nul"])),
+    }
+    return FACTS | changes, arrays
+
+
+def write_with_checksum(path, facts, arrays):
     from safetensors.numpy import save
 
     from vksteer.patching.edge_score_files import _checksum
 
-    arrays = {"edges": np.zeros(data.draw(st.sampled_from([E, E - 1, 0])))}
-    if data.draw(st.booleans()):
-        arrays[
-            data.draw(st.sampled_from(["nodes", "weights", "dims", "positions.1", "sample_edges"]))
-        ] = data.draw(
-            st.sampled_from(
-                [
-                    np.zeros(3),
-                    np.zeros((2, E)),
-                    np.zeros(3, np.int64),
-                    np.full(N, np.nan),
-                    np.zeros((1, 4), np.float32),
-                ]
-            )
-        )
-    facts = {
-        "format": "vksteer.edge_scores",
-        "version": "1",
-        "graph": data.draw(
-            st.sampled_from(
-                [
-                    '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}',
-                    "[]",
-                    '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 0, "layer": 1}',
-                    "{",
-                ]
-            )
-        ),
-        "n_positions": data.draw(st.sampled_from(["3", "x", "-1"])),
-        "has_positions": data.draw(st.sampled_from(["0", "1"])),
-        "settings": data.draw(st.sampled_from(["{}", "3", "nul"])),
-        "provenance": "{}",
-    }
-    facts["checksum"] = _checksum(facts, arrays)
+    path.write_bytes(save(arrays, metadata={**facts, "checksum": _checksum(facts, arrays)}))
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents())
+def test_right_checksum_wrong_content(tmp_path_factory, content):
+    """A file made by somebody who knows the checksum is still checked against the graph."""
+    facts, arrays = content
     path = tmp_path_factory.mktemp("hostile") / "s"
-    path.write_bytes(save(arrays, metadata=facts))
-    plain = (
-        len(arrays["edges"]) == E
-        and "n_heads" in facts["graph"]
-        and '"n_kv_heads": 2' in facts["graph"]
-        and facts["n_positions"] == "3"
-        and facts["settings"] == "{}"
-    )
+    write_with_checksum(path, facts, arrays)
+    plain = {**facts, "has_positions": "0"} == FACTS and len(arrays["edges"]) == E
     if not plain:
         with pytest.raises(ModelError):
             EdgeScores.load(path)
@@ -161,40 +157,18 @@ def test_right_checksum_wrong_content(tmp_path_factory, data):
         s = EdgeScores.load(path)
         assert s.graph == SMALL and s.n_positions == 3
         return
-    try:  # what the other array is decides
+    try:  # the other array or the missing positions decide
         s = EdgeScores.load(path)
     except ModelError:
         return
-    assert (
-        s.graph == SMALL
-        and s.n_positions == 3
-        and all(
-            np.isfinite(x).all()
-            for x in (s.edges, s.nodes, s.dims, s.sample_edges)
-            if x is not None
-        )
-    )
+    given = [x for x in (s.edges, s.nodes, s.dims, s.sample_edges) if x is not None]
+    assert s.graph == SMALL and s.n_positions == 3 and all(np.isfinite(x).all() for x in given)
 
 
 def test_right_checksum_right_content(tmp_path):
-    """The same way of writing, with nothing wrong: it is what is wrong above that is refused."""
-    from safetensors.numpy import save
-
-    from vksteer.patching.edge_score_files import _checksum
-
-    facts = {
-        "format": "vksteer.edge_scores",
-        "version": "1",
-        "graph": '{"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "layer": 1}',
-        "n_positions": "3",
-        "has_positions": "0",
-        "settings": "{}",
-        "provenance": "{}",
-    }
+    """The same writer with nothing wrong: the refusals above have the reason they state."""
     arrays = {"edges": np.arange(E, dtype=np.float64)}
-    (tmp_path / "s").write_bytes(
-        save(arrays, metadata={**facts, "checksum": _checksum(facts, arrays)})
-    )
+    write_with_checksum(tmp_path / "s", FACTS, arrays)
     s = EdgeScores.load(tmp_path / "s")
     assert s.graph == SMALL and s.n_positions == 3 and np.array_equal(s.edges, arrays["edges"])
 
@@ -298,4 +272,4 @@ def test_front_door():
         "Sample",
     } <= set(dir(patching))
     with pytest.raises(AttributeError, match="nothing"):
-        patching.nothing
+        _ = patching.nothing

@@ -227,7 +227,7 @@ def test_check(rng):
     s, config = make(rng), SimpleNamespace(n_layers=3, n_heads=4, n_kv_heads=2)
     s.check(config)
     s.check(SimpleNamespace(config=config, fingerprint="ab"), layer=1)
-    with pytest.raises(ValueError, match="another model.*m, ab"):
+    with pytest.raises(ValueError, match=r"another model.*m, ab"):
         s.check(SimpleNamespace(config=config, fingerprint="cd"))
     with pytest.raises(ValueError, match="another graph"):
         s.check(config, layer=2)

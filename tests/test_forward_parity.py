@@ -8,6 +8,7 @@ One ragged, left-padded batch with rows of 1, 5, 17, 29 and 257 tokens, weights 
 from __future__ import annotations
 
 import fnmatch
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -128,19 +129,19 @@ def test_arrays_are_the_callers_own(zoo, name, rng):
     # One address range after the other: neighbours in this order are all that can overlap, since
     # every array is contiguous.
     spans = sorted(
-        (a.__array_interface__["data"][0], a.nbytes, f"{name} of run {i}")
+        (a.__array_interface__["data"][0], a.nbytes, f"{what} of run {i}")
         for i, some in enumerate((mine, others))
-        for name, a in some.items()
+        for what, a in some.items()
     )
-    for (start, n, what), (after, _, beside) in zip(spans, spans[1:]):
+    for (start, n, what), (after, _, beside) in pairwise(spans):
         assert start + n <= after, f"{what} and {beside} share memory"
     assert not np.shares_memory(first.logits, second.logits) and not np.shares_memory(
         first["hook_embed"], first["blocks.0.hook_resid_pre"]
     )
-    copies = {name: a.copy() for name, a in mine.items()}
-    # what is written into one array reaches no other and not the model
-    for name, a in others.items():
-        assert a.flags.writeable and a.flags.c_contiguous, name
+    copies = {what: a.copy() for what, a in mine.items()}
+    # What is written into one array reaches neither another array nor the model.
+    for what, a in others.items():
+        assert a.flags.writeable and a.flags.c_contiguous, what
         a[...] = 1 if a.dtype == bool else 7
     assert_same_bits(
         "a run after the writing", model.run(rows[::-1]).logits[::-1], copies["logits"]
@@ -148,8 +149,8 @@ def test_arrays_are_the_callers_own(zoo, name, rng):
     model.close()
     del model, first, second, others
     gc.collect()
-    for name, a in mine.items():
-        assert np.array_equal(a, copies[name]), f"{name} changed"
+    for what, a in mine.items():
+        assert np.array_equal(a, copies[what]), f"{what} changed"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -51,7 +51,7 @@ def greedy_check(ref, prompt, new, what, **options):
             )
             ties.append((step, token, best, margin))
     if ties:
-        warnings.warn(f"{what}: near ties (step, engine, oracle, margin): {ties}")
+        warnings.warn(f"{what}: near ties (step, engine, oracle, margin): {ties}", stacklevel=2)
     return ties
 
 
@@ -183,7 +183,8 @@ def test_generation_token_for_token(zoo, name, rng):
                 )
                 warnings.warn(
                     f"{name} {freeze} {ablate} row {b}: near tie at step {step}, margin"
-                    f" {margins[step]:.2g}"
+                    f" {margins[step]:.2g}",
+                    stacklevel=2,
                 )
 
 
@@ -304,7 +305,7 @@ def test_base_equal_to_steered_changes_nothing(zoo, name, rng):
     """
     import vksteer as vs
 
-    ref, model, prompts, vector = setting(zoo, name, rng)
+    _ref, model, prompts, vector = setting(zoo, name, rng)
     add = vs.Add("blocks.1.hook_resid_pre", np.asarray(vector.direction))
     steered = model.run(prompts, edits=[vs.Steer(vector, 1.0)]).logits
     assert share(steered, model.run(prompts).logits)[0] > 1e-3
@@ -369,7 +370,7 @@ def test_steering_at_the_first_and_last_layer(zoo, rng):
 def test_sampling_and_micro_batches(zoo, rng):
     import vksteer as vs
 
-    ref, model, prompts, vector = setting(zoo, "gemma3", rng)
+    _ref, model, prompts, vector = setting(zoo, "gemma3", rng)
     prompts = prompts * 2
     options = dict(
         edits=[vs.Steer(vector, 1.0)],
@@ -407,7 +408,7 @@ def test_sampling_and_micro_batches(zoo, rng):
 def test_contradictions_are_refused(zoo, rng, what):
     import vksteer as vs
 
-    ref, model, prompts, vector = setting(zoo, "llama2", rng)
+    _ref, model, prompts, vector = setting(zoo, "llama2", rng)
     s = vs.Steer(vector, 1.0)
     options = {
         "no steer": dict(freeze="qk", edits=[vs.Scale("blocks.1.hook_mlp_out", 0.5)]),

@@ -59,7 +59,7 @@ def test_greedy_token_for_token(zoo, name, rng):
 
 
 def test_one_prompt_comes_back_as_a_list(zoo, rng):
-    ref, model, prompts = setting(zoo, "llama3", rng)
+    _ref, model, prompts = setting(zoo, "llama3", rng)
     one = model.generate(prompts[0], max_new_tokens=3, ignore_eos=True, progress=False)
     assert isinstance(one, list) and len(one) == 1
     assert (
@@ -72,7 +72,7 @@ def test_one_prompt_comes_back_as_a_list(zoo, rng):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
 def test_batch_size_changes_nothing(zoo, size, rng):
-    ref, model, prompts = setting(zoo, "gemma2", rng, (9, 4, 21, 1, 3, 3, 12))
+    _ref, model, prompts = setting(zoo, "gemma2", rng, (9, 4, 21, 1, 3, 3, 12))
     want = model.generate(
         prompts, max_new_tokens=7, ignore_eos=True, progress=False, temperature=0.9, seed=11
     )
@@ -108,7 +108,7 @@ def test_batch_size_changes_nothing(zoo, size, rng):
 def test_end_tokens(zoo, several, rng):
     import vksteer as vs
 
-    ref, model, prompts = setting(zoo, "llama3", rng)
+    _ref, model, prompts = setting(zoo, "llama3", rng)
     free = [
         g.tokens.tolist()
         for g in model.generate(prompts, max_new_tokens=20, ignore_eos=True, progress=False)
@@ -339,7 +339,7 @@ def test_captures_of_decoded_tokens(zoo, name, rng):
 def test_captures_by_pattern_and_per_row_lengths(zoo, rng):
     import vksteer as vs
 
-    ref, model, prompts = setting(zoo, "llama3", rng)
+    _ref, model, prompts = setting(zoo, "llama3", rng)
     free = model.generate(prompts, max_new_tokens=10, ignore_eos=True, progress=False)
     end = int(free[0].tokens[4])
     with vs.Model.from_pretrained(
@@ -361,7 +361,7 @@ def test_captures_by_pattern_and_per_row_lengths(zoo, rng):
 
 
 def test_on_token_sees_every_token(zoo, rng):
-    ref, model, prompts = setting(zoo, "llama2", rng)
+    _ref, model, prompts = setting(zoo, "llama2", rng)
     calls = []
     gens = model.generate(
         prompts,
@@ -407,7 +407,7 @@ def test_an_exception_in_a_callback_comes_out_and_leaves_the_model_usable(zoo, w
 
 
 def test_progress_ends_at_its_total(zoo, rng):
-    ref, model, prompts = setting(zoo, "llama2", rng)
+    _ref, model, prompts = setting(zoo, "llama2", rng)
     calls = []
     model.generate(
         prompts,
@@ -436,10 +436,14 @@ def test_interrupt_within_a_second(zoo):
 
     timer = threading.Timer(0.4, interrupt)
     timer.start()
+
+    def decode_for_long():
+        for _ in range(100):
+            model.generate([[1, 2, 3]] * 8, max_new_tokens=500, ignore_eos=True, progress=False)
+
     try:
         with pytest.raises(KeyboardInterrupt):
-            for _ in range(100):
-                model.generate([[1, 2, 3]] * 8, max_new_tokens=500, ignore_eos=True, progress=False)
+            decode_for_long()
     finally:
         timer.cancel()
     assert time.monotonic() - sent[0] < 1.0

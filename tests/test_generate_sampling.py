@@ -104,7 +104,7 @@ def test_rows_and_steps_are_independent(zoo):
 
 
 def test_seeds(zoo, rng):
-    ref, model, prompts = setting(zoo, "qwen3", rng)
+    _ref, model, prompts = setting(zoo, "qwen3", rng)
     texts = lambda **o: [
         g.tokens.tolist()
         for g in model.generate(prompts, max_new_tokens=16, ignore_eos=True, progress=False, **o)

@@ -55,15 +55,14 @@ def want(ref, tokens, prompt_length, of, sites, edits):
         scalar(of, row.logits, prompt_length), [row.sites[s] for s in sites], allow_unused=True
     )
     out = {}
-    for site, g in zip(sites, found):
-        g = torch.zeros_like(row.sites[site]) if g is None else g
+    for site, of_site in zip(sites, found):
+        g = torch.zeros_like(row.sites[site]) if of_site is None else of_site
         if is_pattern(site):
             layer = int(site.split(".")[1])
             i = torch.arange(len(tokens))
             ahead = i[:, None] - i[None, :]
-            g = torch.where(
-                (ahead >= 0) & (ahead < (ref.facts.window[layer] or len(tokens))), g, 0.0
-            )
+            attended = (ahead >= 0) & (ahead < (ref.facts.window[layer] or len(tokens)))
+            g = torch.where(attended, g, 0.0)
         out[site] = g
     return out
 
@@ -214,7 +213,7 @@ def test_rows_do_not_touch_each_other(case):
     """A row's gradient is the same alone, and 0 at positions after the last
     that its scalar reads.
     """
-    ref, model, prompts, responses, _ = case("gemma2")
+    _ref, model, prompts, responses, _ = case("gemma2")
     of = [LogitDiff(2, 3, 7), LogitDiff(9, 1, 2), LogitDiff(-1, 5, 6)]
     sites = ["blocks.1.hook_resid_pre", "blocks.2.attn.hook_k"]
     together = model.gradients(prompts, responses, of=of, at=sites)
@@ -233,7 +232,7 @@ def test_a_difference_of_runs(case, rng):
     """
     import vksteer as vs
 
-    ref, model, prompts, _, _ = case("qwen3")
+    _ref, model, prompts, _, _ = case("qwen3")
     of = LogitDiff(-1, 3, 7)
     site = "blocks.1.hook_resid_mid"
     grad = model.gradients(prompts, of=of, at=[site])[site]

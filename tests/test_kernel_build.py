@@ -18,7 +18,7 @@ from child import tool
 from source_tree import ROOT, tracked
 
 sys.path.insert(0, str(ROOT / "cmake"))
-import kernels  # noqa: E402  the build's own reader of kernels.def
+import kernels  # the build's own reader of kernels.def
 
 SPIRV = ROOT / "build/generated/spirv"
 ROWS = kernels.read(ROOT / "csrc/ops/kernels.def")
@@ -139,6 +139,7 @@ def test_spirv_is_valid():
                 [spirv_val, "--target-env", "vulkan1.2", "--scalar-block-layout", path],
                 capture_output=True,
                 text=True,
+                check=False,
             )
             assert done.returncode == 0, f"{row.name}: {done.stdout}{done.stderr}"
 
@@ -196,6 +197,7 @@ def test_optional_row_is_left_out_loudly(tmp_path):
         ],
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode == 0 and "WARNING: optional kernel k left out" in done.stdout
     assert (tmp_path / "k.spv").read_bytes() == b""
@@ -240,7 +242,9 @@ def test_builds_without_a_warning(compiler, tmp_path):
         check=True,
         capture_output=True,
     )
-    done = subprocess.run([bin / "cmake", "--build", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [bin / "cmake", "--build", tmp_path], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "warning:" not in done.stdout, done.stdout[-4000:]
 
 

@@ -38,7 +38,8 @@ for i in range(50):
     with load() as model:
         device = model._engine_device
         model.run([[1, 2, 3]], capture=["blocks.0.hook_resid_post"])
-        model.gradients([[1, 2, 3]], of=vs.LogitDiff(-1, 1, 2), at=["blocks.0.hook_resid_post"], progress=False)
+        of, at = vs.LogitDiff(-1, 1, 2), ["blocks.0.hook_resid_post"]
+        model.gradients([[1, 2, 3]], of=of, at=at, progress=False)
     assert device.allocated_bytes == 0
     sizes.append(rss())
 print((sizes[-1] - sizes[14]) / 1e6)
@@ -141,7 +142,9 @@ def refused(call):
         assert False
     except (ValueError, TypeError, vs.ModelError):
         pass
-watched = [engine.MappedFile, engine.Cache, engine.Edits, engine.Model, engine.Device, engine.Tape, engine.Attribution, device, model._engine, None, vs.DeviceError, vs.ModelError]
+types = [engine.MappedFile, engine.Cache, engine.Edits, engine.Model, engine.Device, engine.Tape]
+types += [engine.Attribution, vs.DeviceError, vs.ModelError]
+watched = [*types, device, model._engine, None]
 def round(n):
     for _ in range(n):
         {code}
@@ -151,7 +154,8 @@ before, counts, held = rss(), [sys.getrefcount(w) for w in watched], device.allo
 round({n})
 gc.collect()
 after = [sys.getrefcount(w) for w in watched]
-# Growth is a leak. A reference given up a call too often would show as -{n}; the interpreter's caches drop a few dozen of None's in the first hundreds.
+# Growth is a leak. A call that gives up one reference too many would show as -{n}. The
+# interpreter's caches drop a few dozen references to None in the first hundreds of calls.
 assert all(-max(10, {n} // 4) < a - b < 10 for a, b in zip(after, counts)), (counts, after)
 assert device.allocated_bytes == held
 print((rss() - before) / 1e6)

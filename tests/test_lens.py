@@ -62,7 +62,9 @@ def agree(what, lens, want):
         )
         ties.append((int(i), int(rank), int(tokens[i, rank]), int(order[i, rank]), float(apart)))
     if ties:
-        warnings.warn(f"{what}: near ties (vector, rank, engine, oracle, apart): {ties}")
+        warnings.warn(
+            f"{what}: near ties (vector, rank, engine, oracle, apart): {ties}", stacklevel=2
+        )
     return error
 
 

@@ -21,6 +21,7 @@ Readings, where the page leaves room:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -156,7 +157,7 @@ def clear_threshold(cases, capped=True):
     """
     values = sorted(x for case in cases for x in case.divergence(capped).tolist())
     low, high = max(
-        zip(values, values[1:]),
+        pairwise(values),
         key=lambda pair: (
             pair[1] / pair[0] if pair[0] in values[len(values) // 4 : -len(values) // 4] else 0.0
         ),

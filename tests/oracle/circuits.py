@@ -120,8 +120,8 @@ def evaluate(
         for m in metrics:
             found[m].append(measure(case, logits, m, threshold, capped))
     results = [{} for _ in circuits]
-    for m, values in found.items():
-        values = [v for v in values if v.shape[1]]
+    for m, of_samples in found.items():
+        values = [v for v in of_samples if v.shape[1]]
         means = (
             torch.stack([v.mean(1) for v in values]).mean(0)
             if m == "logit_diff_per_sample"

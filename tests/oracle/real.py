@@ -162,7 +162,7 @@ def _compute(path, chat, thorough):
         for i in (1, 2):
             out[f"logits{i}"] = model(torch.tensor([tokens[i]])).logits[0].numpy()
         if thorough:  # 700 tokens, past Gemma 3's window of 512; every 20th position is kept
-            long = (sum(tokens, []) * 3)[:700]
+            long = ([t for row in tokens for t in row] * 3)[:700]
             out["long"] = np.array(long)
             out["long_logits"] = model(torch.tensor([long])).logits[0, 19::20].numpy()
         for i in range(len(PROMPTS) if thorough else 3):

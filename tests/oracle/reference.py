@@ -1,21 +1,20 @@
-"""An independent forward pass in torch float64, written from the project's method page and
-TransformerLens' definitions of its hook points.
+"""An independent forward pass in torch float64, written from docs/method.md and TransformerLens'
+definitions of its hook points.
 
-It shares no code with the engine or with transformers: it reads config.json and model.safetensors
-itself, works on one row of real tokens at a time (so there is no padding to get wrong), keeps every
-site, and knows the edits, the frozen runs and the ablations. test_oracle.py compares it with
-transformers. Nothing is changed in place: autograd can go through it.
+It shares no code with the engine or with transformers. It reads config.json and model.safetensors
+itself, works on one row of tokens without padding, keeps the value of every site, and knows edits,
+frozen runs and ablations. test_oracle.py compares it with transformers. Nothing is changed in
+place, so that autograd can go through it.
 
     ref = Reference(folder)
-    row = ref.forward(tokens, edits=[...], prompt_length=n)         # row.sites[name], row.logits
-    [S,V], row.touched ref.generate(tokens, 24, edits=[...], freeze="qk")              # greedy,
-    everything run again from the first token for every new token
+    row = ref.forward(tokens, edits=[...], prompt_length=n)
+    row.sites[name], row.logits, row.touched
+    ref.generate(tokens, 24, edits=[...], freeze="qk")
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-torch.set_num_threads(1)  # the tests share two cores with people who measure
+from .config import read_facts
+
+torch.set_num_threads(1)  # float64 sums do not depend on the number of cores
 
 
-# -- edits, with the fields of vksteer's own (which may be passed instead: only names and fields are
-# read) --------------------------------
+# -- edits -----------------------------------------------------------------------------------------
+#
+# They have the names and fields of vksteer's edits, and only these are read: either may be passed.
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ ABLATE_SITES = ("blocks.*.hook_resid_pre", "blocks.*.hook_attn_out", "blocks.*.h
 
 
 def selected(positions, prompt_length, n):
-    """The row's token indices that `positions` names, in its order, among `n` tokens of which the
+    """The token indices that `positions` selects, in its order, among `n` tokens of which the
     first `prompt_length` are the prompt.
     """
     if positions is None:
@@ -110,130 +112,6 @@ def is_pattern(site):
     return site.endswith(("hook_pattern", "hook_attn_scores"))
 
 
-# -- the architecture ------------------------------------------------------------------------------
-
-
-@dataclass
-class Facts:
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    eps: float
-    norm_offset: float
-    embed_scale: float
-    attn_scale: float
-    attn_softcap: float
-    final_softcap: float
-    act: str
-    post_norms: bool
-    qk_norm: bool
-    window: list
-    rope: list  # per layer: (inv_freq float64 tensor [d_head/2], attention_factor)
-
-
-def rope_table(rope, d_head, max_positions):
-    """Inverse frequencies from their published definitions. rope: theta, type and
-    the scaling's own keys.
-    """
-    theta = rope["rope_theta"]
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    i = torch.arange(d_head // 2, dtype=torch.float64)
-    freq = theta ** (-2.0 * i / d_head)
-    if kind == "default":
-        return freq, 1.0
-    factor = float(rope["factor"])
-    if kind == "linear":
-        return freq / factor, 1.0
-    original = rope.get("original_max_position_embeddings") or max_positions
-    # Llama 3.1: long waves are stretched by `factor`, short ones kept, blended between
-    if kind == "llama3":
-        turns = original * freq / (2 * math.pi)
-        blend = (
-            (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-        ).clamp(0, 1)
-        return freq * ((1 - blend) / factor + blend), 1.0
-    if kind == "yarn":  # Peng et al. 2023, with the correction range rounded outwards
-        at = lambda turns: (
-            d_head * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        )
-        low, high = at(rope.get("beta_fast") or 32), at(rope.get("beta_slow") or 1)
-        if rope.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, d_head - 1)
-        ramp = ((i - low) / ((high - low) or 0.001)).clamp(0, 1)
-        attention = rope.get("attention_factor")
-        if attention is None:
-            scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-            attention = scale(m) / scale(m_all) if m and m_all else scale(1)
-        return freq * (ramp / factor + (1 - ramp)), attention
-    raise NotImplementedError(kind)
-
-
-def read_facts(folder):
-    c = json.loads((Path(folder) / "config.json").read_text())
-    kind = c["model_type"]
-    gemma = kind.startswith("gemma")
-    n = c["num_hidden_layers"]
-    d_head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-
-    types = c.get("layer_types")
-    window = c.get("sliding_window")
-    if types is not None:
-        slides = [t == "sliding_attention" for t in types]
-    elif kind == "mistral":
-        slides = [True] * n
-    elif kind == "gemma2":
-        slides = [i % 2 == 0 for i in range(n)]
-    elif kind == "gemma3_text":
-        slides = [(i + 1) % c.get("sliding_window_pattern", 6) != 0 for i in range(n)]
-    else:
-        slides = [
-            bool(c.get("use_sliding_window")) and i >= c["max_window_layers"] for i in range(n)
-        ]
-    windows = [window if s and window else 0 for s in slides]
-
-    positions = c["max_position_embeddings"]
-    stored = c.get("rope_parameters")
-    if kind == "gemma3_text":
-        if stored is None:
-            full = dict(c.get("rope_scaling") or {}, rope_theta=c["rope_theta"])
-            stored = {
-                "full_attention": full,
-                "sliding_attention": {"rope_theta": c["rope_local_base_freq"]},
-            }
-        tables = {k: rope_table(v, d_head, positions) for k, v in stored.items()}
-        rope = [tables["sliding_attention" if s else "full_attention"] for s in slides]
-    else:
-        if stored is None:
-            stored = dict(c.get("rope_scaling") or {}, rope_theta=c.get("rope_theta", 10000.0))
-        rope = [rope_table(stored, d_head, positions)] * n
-    return Facts(
-        n_layers=n,
-        d_model=c["hidden_size"],
-        n_heads=c["num_attention_heads"],
-        n_kv_heads=c["num_key_value_heads"],
-        d_head=d_head,
-        d_mlp=c["intermediate_size"],
-        d_vocab=c["vocab_size"],
-        eps=c["rms_norm_eps"],
-        norm_offset=1.0 if gemma else 0.0,
-        embed_scale=math.sqrt(c["hidden_size"]) if gemma else 1.0,
-        attn_scale=(c["query_pre_attn_scalar"] if gemma else d_head) ** -0.5,
-        attn_softcap=c.get("attn_logit_softcapping") or 0.0,
-        final_softcap=c.get("final_logit_softcapping") or 0.0,
-        act="gelu_tanh" if gemma else "silu",
-        post_norms=gemma,
-        qk_norm=kind in ("qwen3", "gemma3_text"),
-        window=windows,
-        rope=rope,
-    )
-
-
 # -- one row ---------------------------------------------------------------------------------------
 
 
@@ -242,7 +120,7 @@ class Row:
     logits: torch.Tensor  # [S, V]
     sites: dict = field(default_factory=dict)  # name -> tensor without the batch axis
     touched: list = field(default_factory=list)  # per edit: how many tokens it changed
-    # what a frozen run takes from its base run: ("q"|"k"|"v"|"mlp", layer)
+    # What a frozen run takes from its base run, by ("q" | "k" | "v" | "mlp", layer).
     store: dict = field(default_factory=dict)
 
 
@@ -256,8 +134,8 @@ class Reference:
         self.embed = self.w["model.embed_tokens.weight"]
         self.unembed = self.w.get("lm_head.weight", self.embed)
 
-    # Names of all sites, in the order of the forward pass.
     def site_names(self):
+        """The names of all sites, in the order of the forward pass."""
         f, names = self.facts, ["hook_embed"]
         for l in range(f.n_layers):
             post1 = ["ln1_post.hook_scale", "ln1_post.hook_normalized"] if f.post_norms else []
@@ -303,7 +181,7 @@ class Reference:
         hooks=None,
         keep=True,
     ):
-        """One row. hooks: {site: function(value) -> value}, called after the edits (for
+        """Runs one row. hooks: {site: function(value) -> value}, called after the edits (for
         gradients and patches).
         """
         edits = list(edits)
@@ -326,8 +204,8 @@ class Reference:
         ).run()
 
     def generate(self, tokens, n_new, *, edits=(), freeze=None, ablate=None, eos=()):
-        """Greedy; prefix and base run are computed again from the first token for every new token.
-        Returns (new tokens, top-1 margins).
+        """Greedy decoding without a cache: for every new token, the row and its base run are
+        computed again from the first token. Returns (new tokens, top-1 margins).
         """
         tokens, prompt_length, margins = list(map(int, tokens)), len(tokens), []
         for _ in range(n_new):
@@ -358,11 +236,11 @@ class _Pass:
             None, touched=[len(selected(e.positions, prompt_length, self.n)) for e in edits]
         )
 
-    # A value arrives at its site: edits in their order, then hooks, then it is kept.
     def site(self, name, x, masked=None):
+        """The value of a site after edits in their order, then after hooks; kept if asked for."""
         for e in self.edits:
             x = self.edit(e, name, x)
-        # what a query may not see stays unseen, whatever an edit wrote there
+        # A masked key stays masked, whatever an edit wrote there.
         if masked is not None:
             x = torch.where(
                 masked, torch.full_like(x, float("-inf") if name.endswith("scores") else 0.0), x
@@ -409,8 +287,8 @@ class _Pass:
                 "Scale": lambda part: part * self.tensor(e.factor),
                 "MeanAblate": lambda part: self.tensor(e.mean).expand_as(part),
             }[kind]
-        # The selected slice, in the site's own layout: [position, head, ...], or [head, query, key]
-        # for scores and pattern.
+        # The selected slice in the layout of the site: [position, head, ...], or
+        # [head, query, key] for scores and pattern.
         index = [torch.arange(s) for s in x.shape]
         index[1 if is_pattern(name) else 0] = torch.tensor(
             selected(e.positions, self.prompt_length, self.n), dtype=torch.long
@@ -424,8 +302,8 @@ class _Pass:
         return x.index_put(grid, change(x[grid]))
 
     def norm(self, name, x, weight):
-        """RMS norm with its two sites. Returns (scale [S,1], what the next projection
-        multiplies [S,D], gain [D]).
+        """RMS norm with its two sites. Returns (scale [S, 1], input of the next projection
+        [S, D], gain [D]).
         """
         gain = self.ref.w[weight] + self.f.norm_offset
         scale = self.site(
@@ -454,7 +332,7 @@ class _Pass:
         )
 
     def without_steering(self, which, layer, x, scale, gain):
-        """method.md section 6: minus a*s*gain/RMS where the Steer acts, from its layer on."""
+        """docs/method.md section 6: minus a*s*gain/RMS where the Steer acts, from its layer on."""
         if self.ablate != which or layer < self.steer.vector.layer:
             return x
         acts = torch.zeros(self.n, 1, dtype=x.dtype)
@@ -462,8 +340,8 @@ class _Pass:
         return x - acts * (self.steer.coefficient * self.tensor(self.steer.vector) * gain / scale)
 
     def frozen(self, which, part, layer, x):
-        """The base run's value where this run is frozen; what a later frozen run may want
-        is kept in any case.
+        """The value of the base run where this run is frozen, else x; either is kept for a run
+        that has this one as its base.
         """
         if self.freeze == which and layer >= self.steer.vector.layer:
             x = self.base[part, layer]
@@ -537,7 +415,7 @@ class _Pass:
         out = self.linear(hf + "mlp.down_proj", self.site(block + "mlp.hook_post", act * up))
         if f.post_norms:
             out = self.norm(block + "ln2_post", out, hf + "post_feedforward_layernorm.weight")[1]
-        # what the base run added to the stream, its edits included
+        # What the base run added to the residual stream, its edits included.
         if self.freeze == "mlp" and l >= self.steer.vector.layer:
             out = self.base["mlp", l]
             self.row.sites[block + "hook_mlp_out"] = out
