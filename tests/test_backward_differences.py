@@ -224,7 +224,9 @@ class AttentionProblem:
         arguments = self.sizes | self.tiles | {"last_token": self.n, "window": self.window}
         arguments |= {"y_stride": self.stride, "out_stride": self.kv_stride}
         sums = problems.nothing(self.n, self.kv_stride)
-        return self.step("attn_output_bwd", "sums", arguments, a=a, y=y, sums=sums)[:, : self.kv_width]
+        return self.step("attn_output_bwd", "sums", arguments, a=a, y=y, sums=sums)[
+            :, : self.kv_width
+        ]
 
     def gradients(self):
         """{buffer of the fused op: gradient of z . dz}, by the ops that a backward pass runs."""
