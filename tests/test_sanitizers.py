@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from child import ROOT, child, quiet
+from file_lock import file_lock
 from test_drivers import folders  # noqa: F401  a fixture
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
@@ -41,23 +42,24 @@ def sanitized(tmp_path_factory) -> dict:
             " gcc's"
         )
     bin, build = Path(sys.executable).parent, ROOT / "build/sanitize"
-    subprocess.run(
-        [
-            bin / "cmake",
-            "-S",
-            ROOT,
-            "-B",
-            build,
-            "-G",
-            "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={bin / 'ninja'}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            "-DVKSTEER_SANITIZE=address,undefined",
-        ],
-        check=True,
-        capture_output=True,
-    )
-    subprocess.run([bin / "cmake", "--build", build, "-j2"], check=True, capture_output=True)
+    with file_lock(build.with_suffix(".lock")):
+        subprocess.run(
+            [
+                bin / "cmake",
+                "-S",
+                ROOT,
+                "-B",
+                build,
+                "-G",
+                "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={bin / 'ninja'}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                "-DVKSTEER_SANITIZE=address,undefined",
+            ],
+            check=True,
+            capture_output=True,
+        )
+        subprocess.run([bin / "cmake", "--build", build, "-j2"], check=True, capture_output=True)
     package = tmp_path_factory.mktemp("sanitized") / "vksteer"
     shutil.copytree(
         ROOT / "python/vksteer", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from file_lock import file_lock
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = Path(os.environ.get("VKSTEER_MODELS", ROOT / ".models"))
 
@@ -114,14 +116,14 @@ def answers(name, thorough):
     ).hexdigest()[:12]
     kept = MODELS / "reference" / f"{name}-{'all' if thorough else 'quick'}-{key}.npz"
     full = MODELS / "reference" / f"{name}-all-{key}.npz"
-    for file in (full, kept):
-        if file.exists():
-            return Answers(np.load(file))
-    arrays = _compute(path, REAL[name][1], thorough)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.npz")
-    np.savez(part, **arrays)
-    os.replace(part, kept)
+    with file_lock(kept.with_suffix(".lock")):
+        for file in (full, kept):
+            if file.exists():
+                return Answers(np.load(file))
+        arrays = _compute(path, REAL[name][1], thorough)
+        part = kept.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, **arrays)
+        os.replace(part, kept)
     return Answers(np.load(kept))
 
 
