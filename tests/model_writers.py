@@ -11,7 +11,7 @@ import numpy as np
 
 from vksteer.loading import dtypes
 from vksteer.loading.config import Config
-from vksteer.loading.tensor_names import HF_UNEMBED, gguf_name, hf_name, wanted
+from vksteer.loading.tensor_names import HF_UNEMBED, engine_tensors, gguf_name, hf_name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,7 +38,7 @@ def hf_arrays(config, seed=0, prefix="model.", dtype="float32", unembed=HF_UNEMB
             dtype,
             dtypes.from_float32(rng.standard_normal(shape, dtype=np.float32), dtype),
         )
-        for name, shape in wanted(config)
+        for name, shape in engine_tensors(config)
     }
 
 
@@ -198,7 +198,7 @@ def gguf_model(
     config = Config.from_hf(hf)
     rng = np.random.default_rng(seed)
     values, tensors = {}, []
-    for name, shape in wanted(config):
+    for name, shape in engine_tensors(config):
         part = name.split(".")[-1]
         array = rng.standard_normal(shape, dtype=np.float32)
         values[name] = array

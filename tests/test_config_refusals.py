@@ -124,7 +124,7 @@ def test_refusals_of_other_families(model_type, changes, message):
 
 
 def test_dynamic_is_said_once(monkeypatch):
-    monkeypatch.setattr(config_module, "_dynamic_said", False)
+    monkeypatch.setattr(config_module, "_warned_of", set())
     with pytest.warns(UserWarning, match="512"):
         c = Config.from_hf(base("llama", rope_scaling={"type": "dynamic", "factor": 4.0}))
     assert c.n_ctx == 512

@@ -57,7 +57,7 @@ def test_gguf_llama_values(tmp_path, dtype):
 def test_gguf_threads_and_chunks_do_not_matter(tmp_path, monkeypatch):
     gguf_model(tmp_path / "m.gguf", quantise=("wq", "wk", "wgate", "embed"))
     whole = {t.name: t.array() for t in source.open_model(tmp_path / "m.gguf").tensors}
-    monkeypatch.setattr(gguf_file, "CHUNK", 100)
+    monkeypatch.setattr(gguf_file, "DEQUANTISE_ELEMENTS", 100)
     for t in source.open_model(tmp_path / "m.gguf").tensors:
         np.testing.assert_array_equal(t.array(), whole[t.name])
 

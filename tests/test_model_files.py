@@ -17,7 +17,7 @@ from vksteer.errors import ModelError
 from vksteer.loading import dtypes, safetensors_files
 from vksteer.loading import model_files as source
 from vksteer.loading.config import Config
-from vksteer.loading.tensor_names import hf_name, wanted
+from vksteer.loading.tensor_names import engine_tensors, hf_name
 
 # ---- safetensors: good files ----
 
@@ -34,7 +34,7 @@ def test_every_tensor_is_found(tmp_path, dtype, shards):
     files = source.open_model(tmp_path)
     assert (
         files.config == config
-        and [t.name for t in files.tensors] == [w.name for w in wanted(config)]
+        and [t.name for t in files.tensors] == [w.name for w in engine_tensors(config)]
         and files.extra == ()
     )
     for t in files.tensors:

@@ -7,15 +7,16 @@ load when they are first touched.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from ._version import __version__ as __version__
 from .errors import DeviceError, ModelError
 
 #: Where a public name lives; resolved on first access, so that `import vksteer` stays fast.
 _LAZY = {
     "Model": "runtime.model",
     "Config": "loading.config",
+    "Tokenizer": "loading.tokenizer",
     "devices": "runtime.device",
     "Device": "runtime.device",
     "Run": "runtime.run",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from . import circuits, data, freezing, judge, ov, patching, sparsify, steering
     from .inputs.vectors import SteeringVector
     from .loading.config import Config
+    from .loading.tokenizer import Tokenizer
     from .runtime.device import Device, devices
     from .runtime.edits import Ablate, Add, MeanAblate, Scale, Set, Steer
     from .runtime.generation import Generation
@@ -45,10 +47,39 @@ if TYPE_CHECKING:
     from .runtime.model import Model
     from .runtime.run import Run
 
-__all__ = ["DeviceError", "ModelError", *_LAZY, *_MODULES]
+__all__ = [
+    "KL",
+    "Ablate",
+    "Add",
+    "Config",
+    "Device",
+    "DeviceError",
+    "Generation",
+    "Gradients",
+    "LogProb",
+    "LogitDiff",
+    "MeanAblate",
+    "Model",
+    "ModelError",
+    "Run",
+    "Scale",
+    "Set",
+    "Steer",
+    "SteeringVector",
+    "Tokenizer",
+    "circuits",
+    "data",
+    "devices",
+    "freezing",
+    "judge",
+    "ov",
+    "patching",
+    "sparsify",
+    "steering",
+]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     elif name in _MODULES:
@@ -59,5 +90,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

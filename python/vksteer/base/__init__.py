@@ -1,3 +1,1 @@
-"""What every other module may use: checks of arguments, JSON and whole files,
-progress, provenance.
-"""
+"""What every other module may use: checks of arguments, files, progress, provenance, types."""

@@ -1,18 +1,46 @@
-"""Checks of arguments that every module makes in the same words."""
+"""Checks of arguments, with one message for each."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import numpy as np
 
 
-def require_int(value, what: str, least: int | None = None) -> int:
+def is_int(value: Any) -> TypeGuard[int]:
+    """Whether `value` is an int or a NumPy integer; booleans are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite real number of Python or NumPy; booleans are not."""
+    kinds = (int, float, np.integer, np.floating)
+    return (
+        isinstance(value, kinds)
+        and not isinstance(value, (bool, np.bool_))
+        and math.isfinite(value)
+    )
+
+
+def require_int(value: Any, what: str, least: int | None = None) -> int:
     """`value` as an int.
 
     Raises ValueError naming `what` for booleans, texts, numbers with a fraction, and
     numbers below `least`.
     """
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-    if whole and (least is None or value >= least):
+    if is_int(value) and (least is None or value >= least):
         return int(value)
     bound = "" if least is None else f" from {least} on"
     raise ValueError(f"{what} must be a whole number{bound}, not {value!r}")
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that has occurred before; None where all are different."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

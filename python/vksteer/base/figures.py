@@ -1,4 +1,4 @@
-"""The one place that imports matplotlib's Figure, so that its absence is explained in one way."""
+"""Matplotlib's Figure, imported here only, so that one message says what to install."""
 
 from __future__ import annotations
 

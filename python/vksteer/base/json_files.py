@@ -1,20 +1,23 @@
-"""JSON files: read with limits and without surprises; saved with a format, a
-version and a checksum.
-"""
+"""JSON files: read with a limit on their size, saved with format, version and checksum."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError
+from .checks import first_repeated
 from .provenance import digest
+from .types import PathLike
 from .whole_files import write_whole
 
 
-def read_json(path, *, limit) -> dict:
-    """A JSON object from a file of at most `limit` bytes; ModelError naming the file otherwise.
-    Duplicate keys are refused.
+def read_json(path: PathLike, *, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises ModelError naming the file where it cannot be read, is larger, or is not what
+    `parse_json` accepts.
     """
     path = Path(path)
     try:
@@ -29,16 +32,17 @@ def read_json(path, *, limit) -> dict:
     return parse_json(text, str(path))
 
 
-def parse_json(text: bytes, what: str) -> dict:
-    """JSON bytes -> dict, refusing duplicate keys, anything that is not an object, and nesting that
-    would exhaust the stack.
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in UTF-8 bytes.
+
+    Raises ModelError naming `what` for duplicate keys, for anything that is not an object, and for
+    nesting that would exhaust the stack.
     """
 
-    def unique(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            twice = first_repeated(k for k, _ in pairs)
             raise ModelError(f"{what}: the key {twice!r} appears twice")
         return result
 
@@ -54,10 +58,14 @@ def parse_json(text: bytes, what: str) -> dict:
 
 
 def save_json(
-    path, content: dict, *, format: str, version: int = 1, indent: int | None = None
+    path: PathLike,
+    content: dict[str, Any],
+    *,
+    format: str,
+    version: int = 1,
+    indent: int | None = None,
 ) -> None:
-    """`content` with its format, version and a checksum over everything; an existing
-    file is replaced whole.
+    """Writes `content` with its format, version and a checksum over everything, as `write_whole`.
 
     content: what JSON can hold, without the keys "format", "version" and "checksum".
     """
@@ -66,7 +74,9 @@ def save_json(
     write_whole(path, (text + "\n").encode())
 
 
-def load_json(path, *, format: str, what: str, limit: int, version: int = 1) -> dict:
+def load_json(
+    path: PathLike, *, format: str, what: str, limit: int, version: int = 1
+) -> dict[str, Any]:
     """The content that `save_json` wrote, "format" and "version" included.
 
     what: the thing's name in messages, for example "circuit". limit: most bytes that the file may

@@ -1,35 +1,37 @@
-"""Where a result came from: hashes of what went into it, and the versions that made it."""
+"""Provenance of a result: hashes of what went into it, and the versions that made it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._version import __version__
 
+if TYPE_CHECKING:
+    from ..loading.config import Config
+    from ..runtime.model import Model
 
-def digest(*parts) -> str:
+
+def digest(*parts: Any) -> str:
     """SHA-256 (hex) of texts, numbers, lists and arrays, as JSON: the same on every machine."""
 
-    def plain(x):
+    def plain(x: Any) -> Any:
         return x.tolist() if isinstance(x, (np.ndarray, np.generic)) else str(x)
 
     return hashlib.sha256(json.dumps(parts, default=plain, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(model) -> str | None:
-    """What tells one model from another: a hash of weights and config. None for a bare Config."""
+def fingerprint(model: Model | Config) -> str | None:
+    """The model's hash over weights and config; None for a Config, which has no weights."""
     return getattr(model, "fingerprint", None)
 
 
-def provenance(model, **more) -> dict[str, Any]:
-    """What goes into a result's metadata: hashes of model and tokenizer, architecture,
-    versions, and `more`.
-    """
+def provenance(model: Model, **more: Any) -> dict[str, Any]:
+    """Metadata of a result: hashes of model and tokenizer, architecture, versions, and `more`."""
     tokenizer = getattr(model, "tokenizer", None)
     return {
         "model": str(getattr(model, "name", "") or ""),

@@ -1,14 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from .types import PathLike
 
-def write_whole(path, data: bytes) -> None:
-    """Writes under a temporary name beside it and renames: an interrupted save never leaves half a
-    file, and an existing one is replaced whole.
+
+def write_whole(path: PathLike, data: bytes) -> None:
+    """Writes `data` under a temporary name beside `path` and renames it.
+
+    An interrupted save never leaves half a file: an existing file is replaced completely or stays
+    as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -4,22 +4,25 @@ one batch of generation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..base.checks import require_int
+from ..base.checks import is_number, require_int
 from ..base.store import Store
 from ..base.types import PathLike
 from ..judge import Rate, ended, succeeded
 from ..runtime.edits import Steer
 from .prompts import as_list, as_tokens
 
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+    from .vectors import SteeringVector
 
-def magnitudes(coefficient) -> tuple[float, float]:
+
+def magnitudes(coefficient: Any) -> tuple[float, float]:
     """(plus, minus) from one magnitude or two: harmless prompts get +plus, harmful ones -minus.
 
     Raises ValueError for anything but one or two finite numbers from 0 on.
@@ -36,12 +39,7 @@ def magnitudes(coefficient) -> tuple[float, float]:
             f"coefficient must be a number or a pair (plus, minus), not {coefficient!r}"
         ) from None
     for value in pair:
-        if (
-            isinstance(value, (bool, np.bool_))
-            or not isinstance(value, (int, float, np.integer, np.floating))
-            or not math.isfinite(value)
-            or value < 0
-        ):
+        if not is_number(value) or value < 0:
             raise ValueError(
                 f"coefficient: {value!r} is no magnitude (a finite number from 0 on; the sign comes"
                 " from the prompts: harmless +, harmful -)"
@@ -115,9 +113,9 @@ class PromptPair:
     one call of the engine.
     """
 
-    model: Any
-    harmful: list
-    harmless: list
+    model: Model
+    harmful: list[str | list[int]]
+    harmless: list[str | list[int]]
     harmful_rows: list[list[int]]
     harmless_rows: list[list[int]]
     max_new_tokens: int
@@ -125,8 +123,16 @@ class PromptPair:
 
     @classmethod
     def of(
-        cls, model, harmful, harmless, max_new_tokens: int, batch_size: int | None = None
+        cls,
+        model: Model,
+        harmful: Any,
+        harmless: Any,
+        max_new_tokens: int,
+        batch_size: int | None = None,
     ) -> PromptPair:
+        """The pair of two lists of prompts, as `prompts.as_list` takes them. ValueError as there, and
+        for a prompt that leaves no room for the answer.
+        """
         new = require_int(max_new_tokens, "max_new_tokens", 1)
         harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
         return cls(
@@ -139,17 +145,21 @@ class PromptPair:
             batch_size,
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.harmful) + len(self.harmless)
 
     def run(
-        self, vector=None, plus: float = 0.0, minus: float = 0.0, **options
-    ) -> dict[str, list[Answer]]:
+        self,
+        vector: SteeringVector | None = None,
+        plus: float = 0.0,
+        minus: float = 0.0,
+        **options: Any,
+    ) -> Answers:
         """{"harmless": answers under +plus, "harmful": answers under -minus}, greedy; without a
         vector, unsteered. options: freeze and the like.
         """
         n = len(self.harmless_rows)
-        edits: Sequence = (
+        edits: Sequence[Any] = (
             ()
             if vector is None
             else [[Steer(vector, plus)]] * n + [[Steer(vector, -minus)]] * len(self.harmful_rows)
@@ -167,7 +177,7 @@ class PromptPair:
         return {"harmless": answers[:n], "harmful": answers[n:]}
 
     def rates(
-        self, answers: dict[str, list[Answer]], judge=None, min_words="auto"
+        self, answers: Answers, judge: Any = None, min_words: int | str | None = "auto"
     ) -> dict[str, Rate]:
         """A Rate for each side. The judge is asked about harmful prompts only; on harmless ones the
         substring judge decides (method.md section 3).

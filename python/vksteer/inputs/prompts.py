@@ -1,26 +1,26 @@
-"""Prompts as the scientific layer receives them (texts, requests of the toy world, token lists) and
-as the engine wants them (token lists).
+"""Prompts as users give them (texts, requests of the toy world, token lists) to prompts as the engine
+takes them (token lists).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
+from ..base.checks import is_int
 
-def _is_tokens(prompt) -> bool:
-    return (
-        isinstance(prompt, (list, tuple, np.ndarray))
-        and len(prompt) > 0
-        and all(
-            isinstance(t, (int, np.integer)) and not isinstance(t, (bool, np.bool_)) for t in prompt
-        )
-    )
+if TYPE_CHECKING:
+    from ..runtime.model import Model
 
 
-def as_list(prompts, what: str) -> list:
+def _is_tokens(prompt: Any) -> TypeGuard[Sequence[int]]:
+    kinds = (list, tuple, np.ndarray)
+    return isinstance(prompt, kinds) and len(prompt) > 0 and all(map(is_int, prompt))
+
+
+def as_list(prompts: Any, what: str) -> list[str | list[int]]:
     """A list of prompts, each a str or a list of ints. One prompt alone counts as a list of one;
     requests of `vksteer.data.world` become their texts.
 
@@ -35,9 +35,9 @@ def as_list(prompts, what: str) -> list:
         raise ValueError(f"{what} must be a list of prompts, not {prompts!r}") from None
     if not prompts:
         raise ValueError(f"{what} is empty: give at least one prompt")
-    out: list[Any] = []
-    for i, prompt in enumerate(prompts):
-        prompt = getattr(prompt, "prompt", prompt)
+    out: list[str | list[int]] = []
+    for i, given in enumerate(prompts):
+        prompt = getattr(given, "prompt", given)
         if isinstance(prompt, str) and prompt.strip():
             out.append(prompt)
         elif _is_tokens(prompt):
@@ -50,16 +50,16 @@ def as_list(prompts, what: str) -> list:
     return out
 
 
-def as_tokens(model, prompts, what: str, *, room: int = 0) -> list[list[int]]:
-    """Every prompt as token ids: texts go through the model's chat template, token
-    lists stay as they are.
+def as_tokens(model: Model, prompts: Any, what: str, *, room: int = 0) -> list[list[int]]:
+    """Every prompt as token ids: texts go through the model's chat template, token lists stay as
+    they are.
 
     room: how many more tokens each row must have place for. Raises ValueError as `as_list`, and for
     a prompt that is too long for the context.
     """
     prompts = as_list(prompts, what)
     texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
-    rows = list(prompts)
+    rows: list[Any] = list(prompts)
     if texts:
         for i, tokens in zip(texts, model.chat_tokens([prompts[i] for i in texts])):
             rows[i] = [int(t) for t in tokens]
@@ -74,15 +74,15 @@ def as_tokens(model, prompts, what: str, *, room: int = 0) -> list[list[int]]:
     return rows
 
 
-def token_text(model, token: int) -> str:
+def token_text(model: Model, token: int) -> str:
     """One token as text, control tokens included; its number where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     return str(token) if tokenizer is None else tokenizer.token(int(token))
 
 
-def chunks(rows: Sequence[Sequence[int]], *, tokens: int, most: int):
-    """Slices of `rows` in order, each with about `tokens` tokens and at most
-    `most` rows, never empty.
+def batches(rows: Sequence[Sequence[int]], *, tokens: int, most: int) -> Iterator[slice]:
+    """Slices of `rows` in order, each with about `tokens` tokens and at most `most` rows, never
+    empty.
     """
     start = n = 0
     for i, row in enumerate(rows):

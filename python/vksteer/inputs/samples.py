@@ -1,24 +1,31 @@
-"""Samples of multi-token patching: a prompt and a whole response, teacher forced
-(method.md section 5).
+"""Samples of multi-token patching: a prompt and a whole response, teacher forced (docs/method.md
+section 5).
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.checks import require_int
+from ..base.checks import is_int, is_number, require_int
 from ..base.json_files import load_json, save_json
 from ..base.provenance import digest, fingerprint
+from ..base.types import BoolArray, PathLike, ProgressLike
 from ..errors import ModelError
 from ..judge import succeeded
 from ..runtime.edits import Steer
 from .prompts import as_list, as_tokens
+
+if TYPE_CHECKING:
+    from ..loading.config import Config
+    from ..runtime.generation import Generation
+    from ..runtime.model import Model
+    from .vectors import SteeringVector
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Sample:
     prompt_tokens: tuple[int, ...]
     response_tokens: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("prompt_tokens", "response_tokens"):
             object.__setattr__(self, name, _tokens(getattr(self, name), name))
 
@@ -41,20 +48,20 @@ class Sample:
         """Prompt and response."""
         return self.prompt_tokens + self.response_tokens
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.prompt_tokens) + len(self.response_tokens)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Sample({len(self.prompt_tokens)} prompt tokens, {len(self.response_tokens)} response"
             " tokens)"
         )
 
-    def check(self, model, what: str = "sample") -> None:
-        """ValueError where it does not fit `model` (a Model or Config): a token outside the
-        vocabulary, more tokens than the context.
+    def check(self, model: Model | Config, what: str = "sample") -> None:
+        """Raises ValueError where it does not fit the model: a token outside the vocabulary, more
+        tokens than the context.
         """
-        c = getattr(model, "config", model)
+        c: Any = getattr(model, "config", model)
         if len(self) > c.n_ctx:
             raise ValueError(
                 f"{what} has {len(self.prompt_tokens)} prompt and {len(self.response_tokens)}"
@@ -68,12 +75,12 @@ class Sample:
             )
 
 
-def _tokens(values, name: str) -> tuple[int, ...]:
+def _tokens(values: Any, name: str) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, (Iterable, np.ndarray)):
         raise ValueError(f"{name} must be token ids, not {values!r}")
     values = list(values)
     for i, t in enumerate(values):
-        if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)) or t < 0:
+        if not is_int(t) or t < 0:
             raise ValueError(f"{name}[{i}] is {t!r}, not a token id")
     if not values:
         raise ValueError(
@@ -82,32 +89,31 @@ def _tokens(values, name: str) -> tuple[int, ...]:
     return tuple(int(t) for t in values)
 
 
-def check_samples(model, samples) -> list[Sample]:
-    """A list of Sample, each fitting `model` (a Model or Config); one Sample alone
-    counts as a list of one.
+def check_samples(model: Model | Config, samples: Any) -> list[Sample]:
+    """A list of Sample, each of which fits the model; one Sample alone counts as a list of one.
 
     Raises ValueError naming the sample for anything else, and for an empty list.
     """
-    samples = [samples] if isinstance(samples, Sample) else list(samples)
-    if not samples:
+    found = [samples] if isinstance(samples, Sample) else list(samples)
+    if not found:
         raise ValueError(
             "samples is empty: give at least one Sample (vs.patching.make_samples makes them)"
         )
-    for i, sample in enumerate(samples):
+    for i, sample in enumerate(found):
         if not isinstance(sample, Sample):
             raise ValueError(
                 f"samples[{i}] is {sample!r}, not a Sample(prompt_tokens, response_tokens)"
             )
         sample.check(model, f"samples[{i}]")
-    return samples
+    return found
 
 
-def samples_hash(samples) -> str:
+def samples_hash(samples: Iterable[Sample]) -> str:
     """SHA-256 of all tokens, in order."""
     return digest([[list(s.prompt_tokens), list(s.response_tokens)] for s in samples])
 
 
-class Samples(list):
+class Samples(list[Sample]):
     """What `make_samples` made: a list of Sample.
 
     dropped: {reason: how many prompts}; asked: prompts in all; index: which prompt each sample
@@ -118,21 +124,22 @@ class Samples(list):
 
     def __init__(
         self,
-        samples=(),
+        samples: Iterable[Sample] = (),
         *,
         dropped: dict[str, int] | None = None,
         asked: int | None = None,
         index: Sequence[int] = (),
-        texts: dict | None = None,
-        setting: dict | None = None,
-    ):
+        texts: dict[str, list[str]] | None = None,
+        setting: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(samples)
-        self.dropped, self.index, self.texts, self.setting = (
+        self.dropped, self.texts, self.setting = (
             dict(dropped or {}),
-            list(index),
             dict(texts or {}),
             dict(setting or {}),
         )
+        # the name hides list.index, which no caller of Samples needs
+        self.index: list[int] = list(index)  # type: ignore[assignment]
         self.asked = len(self) if asked is None else asked
 
     @property
@@ -143,10 +150,10 @@ class Samples(list):
             f" (dropped: {why})" if why else ""
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Samples({self.line})"
 
-    def save(self, path) -> None:
+    def save(self, path: PathLike) -> None:
         """JSON with a checksum; an existing file is replaced whole."""
         content = {
             "asked": self.asked,
@@ -159,9 +166,9 @@ class Samples(list):
         save_json(path, content, format="vksteer.samples")
 
     @classmethod
-    def load(cls, path) -> Samples:
-        """Read what `save` wrote. ModelError for a file that was cut short or edited
-        or is something else.
+    def load(cls, path: PathLike) -> Samples:
+        """Reads what `save` wrote. Raises ModelError for a file that was cut short or edited or is
+        something else.
         """
         content = load_json(path, format="vksteer.samples", what="samples", limit=1 << 30)
         try:
@@ -182,21 +189,21 @@ EMPTY, SAME = "with an empty response", "whose behaviour steering does not flip"
 
 
 def make_samples(
-    model,
-    prompts,
-    vector,
-    coefficient,
+    model: Model,
+    prompts: Any,
+    vector: SteeringVector,
+    coefficient: float,
     *,
     responses: str = "steered",
     max_new_tokens: int = 64,
     keep: str = "flipped",
-    judge=None,
-    min_words="auto",
+    judge: Any = None,
+    min_words: int | str | None = "auto",
     batch_size: int | None = None,
-    progress=True,
+    progress: ProgressLike = True,
 ) -> Samples:
     """Samples from prompts: greedy responses of the model, steered or not, of those prompts whose
-    behaviour steering flips (method.md section 5).
+    behaviour steering flips (docs/method.md section 5).
 
     prompts: texts or token lists; call it once for harmful and once for harmless prompts, with the
     sign that flips each.
@@ -211,13 +218,7 @@ def make_samples(
     leave no room for the response, bad arguments.
     """
     coefficient = check_steering(model, vector, coefficient)
-    if responses not in ("steered", "base"):
-        raise ValueError(f"responses must be 'steered' or 'base', not {responses!r}")
-    if keep not in ("flipped", "all"):
-        raise ValueError(f"keep must be 'flipped' or 'all', not {keep!r}")
-    if min_words != "auto" and min_words is not None:
-        require_int(min_words, "min_words", 0)
-    new = require_int(max_new_tokens, "max_new_tokens", 1)
+    new = _check_options(responses, keep, min_words, max_new_tokens)
     prompts = as_list(prompts, "prompts")
     rows = as_tokens(model, prompts, "prompts", room=new)
     if keep == "flipped" and getattr(model, "tokenizer", None) is None:
@@ -237,18 +238,6 @@ def make_samples(
         progress=progress,
     )
     answers = {side: made[i * len(rows) : (i + 1) * len(rows)] for i, side in enumerate(sides)}
-    texts = {side: [g.text for g in some] for side, some in answers.items()}
-
-    ends = set(getattr(model, "eos_ids", ()))
-    empty = [all(int(t) in ends for t in g.tokens) for g in answers[responses]]
-    flipped = np.ones(len(rows), bool)
-    if keep == "flipped":
-        asked = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]
-        flipped = succeeded(asked, texts["base"], judge, min_words) != succeeded(
-            asked, texts["steered"], judge, min_words
-        )
-    kept = [i for i in range(len(rows)) if not empty[i] and flipped[i]]
-    dropped = {EMPTY: sum(empty), SAME: sum(not e and not f for e, f in zip(empty, flipped))}
     setting = {
         "responses": responses,
         "keep": keep,
@@ -260,14 +249,11 @@ def make_samples(
         "model_hash": fingerprint(model),
         "prompts_hash": digest(rows),
     }
-    samples = Samples(
-        [Sample(rows[i], answers[responses][i].tokens) for i in kept],
-        dropped={r: int(n) for r, n in dropped.items() if n},
-        asked=len(rows),
-        index=kept,
-        texts={side: [some[i] for i in kept] for side, some in texts.items()},
-        setting=setting,
-    )
+    texts = {side: [g.text for g in some] for side, some in answers.items()}
+    flipped = np.ones(len(rows), bool)
+    if keep == "flipped":
+        flipped = _flipped(model, prompts, texts, judge, min_words)
+    samples = _kept(model, rows, answers, texts, flipped, setting)
     if progress is True:
         print(f"vksteer: {samples.line}", file=sys.stderr)
     if not samples:
@@ -279,17 +265,64 @@ def make_samples(
     return samples
 
 
-def check_steering(model, vector, coefficient) -> float:
+def _check_options(responses: str, keep: str, min_words: Any, max_new_tokens: Any) -> int:
+    """max_new_tokens as an int; ValueError for an option of `make_samples` that is out of range."""
+    if responses not in ("steered", "base"):
+        raise ValueError(f"responses must be 'steered' or 'base', not {responses!r}")
+    if keep not in ("flipped", "all"):
+        raise ValueError(f"keep must be 'flipped' or 'all', not {keep!r}")
+    if min_words != "auto" and min_words is not None:
+        require_int(min_words, "min_words", 0)
+    return require_int(max_new_tokens, "max_new_tokens", 1)
+
+
+def _flipped(
+    model: Model,
+    prompts: list[str | list[int]],
+    texts: dict[str, list[str]],
+    judge: Any,
+    min_words: int | str | None,
+) -> BoolArray:
+    """bool [prompts]: the judge's verdicts on the base and the steered response differ."""
+    assert model.tokenizer is not None  # make_samples has checked
+    decode = model.tokenizer.decode
+    asked = [p if isinstance(p, str) else decode(p) for p in prompts]
+    base, steered = (succeeded(asked, texts[s], judge, min_words) for s in ("base", "steered"))
+    return np.asarray(base != steered)
+
+
+def _kept(
+    model: Model,
+    rows: list[list[int]],
+    answers: dict[str, list[Generation]],
+    texts: dict[str, list[str]],
+    flipped: BoolArray,
+    setting: dict[str, Any],
+) -> Samples:
+    """The samples of flipped prompts whose response is more than end tokens."""
+    ends = set(getattr(model, "eos_ids", ()))
+    chosen = answers[setting["responses"]]
+    empty = [all(int(t) in ends for t in g.tokens) for g in chosen]
+    kept = [i for i in range(len(rows)) if not empty[i] and flipped[i]]
+    same = sum(not e and not f for e, f in zip(empty, flipped, strict=True))
+    dropped = {EMPTY: sum(empty), SAME: int(same)}
+    return Samples(
+        [Sample(tuple(rows[i]), tuple(chosen[i].tokens)) for i in kept],
+        dropped={reason: n for reason, n in dropped.items() if n},
+        asked=len(rows),
+        index=kept,
+        texts={side: [some[i] for i in kept] for side, some in texts.items()},
+        setting=setting,
+    )
+
+
+def check_steering(model: Model | Config, vector: SteeringVector, coefficient: Any) -> float:
     """The coefficient as a finite float; ValueError for a vector that does not fit the model, a
     zero vector, and any other coefficient.
     """
     vector.check(model)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing")
-    if (
-        isinstance(coefficient, (bool, np.bool_))
-        or not isinstance(coefficient, (int, float, np.integer, np.floating))
-        or not math.isfinite(coefficient)
-    ):
+    if not is_number(coefficient):
         raise ValueError(f"coefficient must be a finite number, not {coefficient!r}")
     return float(coefficient)

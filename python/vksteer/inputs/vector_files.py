@@ -1,9 +1,8 @@
 """Steering vectors in files: safetensors, npz without pickle, and GGUF control vectors.
 
-A file is hostile until shown otherwise: every count, length and offset is checked against the bytes
-that are there before anything is read or allocated, and what does not fit is a ModelError that
-names the file and the reason. Writing goes to a temporary name first, so that an interrupted save
-never leaves half a file.
+A file is untrusted: every count, length and offset is checked against the file's bytes before
+anything is read or allocated, and what does not fit is a ModelError that names the file and the
+reason. An interrupted save never leaves half a file.
 """
 
 from __future__ import annotations
@@ -14,24 +13,35 @@ import math
 import struct
 import tokenize
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.json_files import parse_json
+from ..base.types import Array, Float32Array, PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..loading.gguf_file import GGUFFile
 from ..loading.safetensors_files import read_header
+
+if TYPE_CHECKING:
+    from .vectors import SteeringVector
 
 ENDINGS = (".safetensors", ".npz", ".gguf")
 FORMAT = "vksteer.steering_vector"
 #: No steering vector needs more: a million numbers, or a few thousand layers of a wide model.
 MAX_BYTES = 1 << 30
 
+#: direction [D], layer, position, method, meta.
+Fields: TypeAlias = tuple[Float32Array, int, int | None, str, dict[str, Any]]
 
-def save(vector, path) -> None:
+
+def save(vector: SteeringVector, path: PathLike) -> None:
+    """See `SteeringVector.save`."""
     path = Path(path)
     ending = _ending(path)
     if vector.norm == 0:
@@ -40,7 +50,7 @@ def save(vector, path) -> None:
     write_whole(path, data)
 
 
-def load(path, layer=None) -> tuple:
+def load(path: PathLike, layer: int | None = None) -> Fields:
     """(direction, layer, position, method, meta) of a file, as `SteeringVector` takes them."""
     path = Path(path)
     ending = _ending(path)
@@ -51,9 +61,8 @@ def load(path, layer=None) -> tuple:
         raise ModelError(
             f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})"
         )
-    return {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}[ending](
-        path, layer
-    )
+    readers = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}
+    return readers[ending](path, layer)
 
 
 def _ending(path: Path) -> str:
@@ -69,7 +78,7 @@ def _ending(path: Path) -> str:
 # -- what all three write about a vector, as texts -------------------------------------------------
 
 
-def _facts(vector) -> dict[str, str]:
+def _facts(vector: SteeringVector) -> dict[str, str]:
     return {
         "format": FORMAT,
         "version": "1",
@@ -81,8 +90,10 @@ def _facts(vector) -> dict[str, str]:
     }
 
 
-def _read_facts(path, facts: dict[str, str], asked: int | None):
-    """layer, position, method, meta from the texts of `_facts`; each may lie."""
+def _read_facts(
+    path: Path, facts: Mapping[str, str], asked: int | None
+) -> tuple[int, int | None, str, dict[str, Any]]:
+    """layer, position, method, meta from the texts of `_facts`; none of them is trusted."""
     if facts.get("format") != FORMAT:
         raise ModelError(
             f"{path}: no steering vector of vksteer (its format is {facts.get('format')!r}, wanted"
@@ -112,18 +123,17 @@ def _read_facts(path, facts: dict[str, str], asked: int | None):
 # -- safetensors -----------------------------------------------------------------------------------
 
 
-def _to_safetensors(vector) -> bytes:
+def _to_safetensors(vector: SteeringVector) -> bytes:
     from safetensors.numpy import save as serialize
 
     return serialize({"direction": np.array(vector.direction)}, metadata=_facts(vector))
 
 
-def _from_safetensors(path, asked):
+def _from_safetensors(path: Path, asked: int | None) -> Fields:
     tensors = read_header(path)
     data = path.read_bytes()
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], path)
-    facts = header.get("__metadata__") or {}
-    facts = _read_facts(path, facts, asked)
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
+    facts = _read_facts(path, header.get("__metadata__") or {}, asked)
     if set(tensors) != {"direction"}:
         raise ModelError(f"{path}: wanted one tensor named 'direction', found {sorted(tensors)}")
     tensor = tensors["direction"]
@@ -134,21 +144,19 @@ def _from_safetensors(path, asked):
     return np.frombuffer(data, dtype="<f4", count=tensor.shape[0], offset=tensor.offset), *facts
 
 
-# -- npz: a zip of .npy members. np.load would allocate by a member's own header; here the header
-# must agree with the bytes first ----------------
+# -- npz: a zip of .npy members --------------------------------------------------------------------
+#
+# np.load would allocate what a member's header says; here the header must agree with the bytes.
 
 
-def _to_npz(vector) -> bytes:
+def _to_npz(vector: SteeringVector) -> bytes:
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        direction=vector.direction,
-        **{name: np.array(text) for name, text in _facts(vector).items()},
-    )
+    arrays: dict[str, Any] = {name: np.array(text) for name, text in _facts(vector).items()}
+    np.savez(buffer, direction=vector.direction, **arrays)
     return buffer.getvalue()
 
 
-def _npy(path, name, data: bytes) -> np.ndarray:
+def _npy(path: Path, name: str, data: bytes) -> Array:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -160,7 +168,7 @@ def _npy(path, name, data: bytes) -> np.ndarray:
             else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read(stream)
-    # the last from Python 3.12 on
+    # tokenize.TokenError is raised from Python 3.12 on
     except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ModelError(f"{path}: member {name!r} is damaged: {error}") from None
     rest = data[stream.tell() :]
@@ -173,15 +181,16 @@ def _npy(path, name, data: bytes) -> np.ndarray:
     return np.frombuffer(rest, dtype=dtype).reshape(shape)
 
 
-def _from_npz(path, asked):
-    data, members = path.read_bytes(), {}
+def _from_npz(path: Path, asked: int | None) -> Fields:
+    data = path.read_bytes()
+    members: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
                 name = entry.filename.removesuffix(".npy")
                 if name in members:
                     raise ModelError(f"{path}: member {name!r} occurs twice")
-                # Ours are stored or deflated once; a ratio beyond this is a bomb.
+                # The members that vksteer writes are stored or deflated once; a larger ratio is a bomb.
                 if entry.file_size > 4 * len(data) + (1 << 20):
                     raise ModelError(
                         f"{path}: member {name!r} claims {entry.file_size} bytes in a file of"
@@ -196,7 +205,7 @@ def _from_npz(path, asked):
         EOFError,
         OSError,
         struct.error,
-        zipfile.zlib.error,
+        zlib.error,
     ) as error:
         raise ModelError(f"{path}: damaged npz file: {error}") from None
     arrays = {name: _npy(path, name, member) for name, member in members.items()}
@@ -218,12 +227,12 @@ def _from_npz(path, asked):
     return direction, *_read_facts(path, texts, asked)
 
 
-# -- GGUF control vectors: general.architecture = "controlvector", one tensor direction.N [D] per
-# layer ------------------------------------------
+# -- GGUF control vectors --------------------------------------------------------------------------
 #
+# general.architecture is "controlvector", and there is one tensor direction.N [D] for each layer.
 # llama.cpp adds direction.N to the output of block N, N >= 1. The input of layer l is the output of
-# block l - 1, so N = l - 1 and l >= 2. The format has no word for what is done with a direction;
-# ours says `vksteer.operation = add` and carries the rest of the provenance.
+# block l - 1, so N = l - 1 and l >= 2. The format does not say what is done with a direction;
+# vksteer writes `vksteer.operation = add` and the rest of the provenance beside it.
 
 ALIGNMENT = 32
 _I32, _STRING = 5, 8  # value types
@@ -235,7 +244,7 @@ def _gguf_string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _to_gguf(vector) -> bytes:
+def _to_gguf(vector: SteeringVector) -> bytes:
     if vector.layer < 2:
         raise ValueError(
             f"a GGUF control vector cannot hold layer {vector.layer}: direction.N (N >= 1) is added"
@@ -258,11 +267,36 @@ def _to_gguf(vector) -> bytes:
     header += _gguf_string(f"direction.{vector.layer - 1}") + struct.pack(
         "<IQIQ", 1, vector.width, _F32, 0
     )
-    pad = lambda data: data + b"\0" * (-len(data) % ALIGNMENT)
-    return pad(pad(header) + vector.direction.astype("<f4").tobytes())
+    return _padded(_padded(header) + vector.direction.astype("<f4").tobytes())
 
 
-def _from_gguf(path, asked):
+def _padded(data: bytes) -> bytes:
+    return data + b"\0" * (-len(data) % ALIGNMENT)
+
+
+def _gguf_layers(path: Path, file: GGUFFile) -> dict[int, str]:
+    """{layer: name of its tensor}."""
+    layers = {}
+    for name, tensor in file.tensors.items():
+        number = name.removeprefix("direction.")
+        if (
+            number == name
+            or not (number.isascii() and number.isdigit())
+            or number != str(int(number[:9]))
+            or number == "0"
+        ):
+            raise ModelError(
+                f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from 1 on"
+            )
+        if len(tensor.shape) != 1:
+            raise ModelError(f"{path}: {name} must be one row [D], not {list(tensor.shape)}")
+        layers[int(number) + 1] = name
+    if not layers:
+        raise ModelError(f"{path}: the file holds no direction")
+    return layers
+
+
+def _from_gguf(path: Path, asked: int | None) -> Fields:
     with GGUFFile(path) as file:
         fields = file.metadata
         if fields.get("general.architecture") != "controlvector":
@@ -270,24 +304,7 @@ def _from_gguf(path, asked):
                 f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not"
                 " 'controlvector': it is no control vector"
             )
-        layers = {}
-        for name, tensor in file.tensors.items():
-            number = name.removeprefix("direction.")
-            if (
-                number == name
-                or not (number.isascii() and number.isdigit())
-                or number != str(int(number[:9]))
-                or number == "0"
-            ):
-                raise ModelError(
-                    f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from"
-                    " 1 on"
-                )
-            if len(tensor.shape) != 1:
-                raise ModelError(f"{path}: {name} must be one row [D], not {list(tensor.shape)}")
-            layers[int(number) + 1] = name
-        if not layers:
-            raise ModelError(f"{path}: the file holds no direction")
+        layers = _gguf_layers(path, file)
         if asked is None and len(layers) > 1:
             raise ValueError(
                 f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is"
@@ -306,16 +323,9 @@ def _from_gguf(path, asked):
         if key.startswith("vksteer.") and isinstance(text, str)
     }
     if not ours:
-        return (
-            direction,
-            layer,
-            None,
-            "",
-            {
-                "architecture": str(fields.get("controlvector.model_hint", "")),
-                "read_from": "gguf control vector",
-            },
-        )
+        hint = str(fields.get("controlvector.model_hint", ""))
+        meta = {"architecture": hint, "read_from": "gguf control vector"}
+        return direction, layer, None, "", meta
     stated, position, method, meta = _read_facts(path, ours, None)
     if stated != layer:
         raise ModelError(

@@ -1,7 +1,6 @@
-"""Steering vectors as objects: a direction, the layer whose input it is added to,
-and where it came from.
+"""Steering vectors as objects: a direction, the layer whose input it is added to, and its origin.
 
-This file owns the type, its algebra and its checks; `vector_files.py` owns the three file formats.
+This module owns the type, its algebra and its checks; `vector_files.py` owns the file formats.
 """
 
 from __future__ import annotations
@@ -12,19 +11,24 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.provenance import fingerprint
+from ..base.types import Array, Float32Array, PathLike
 from ..errors import ModelError
 from . import vector_files
+
+if TYPE_CHECKING:
+    from ..loading.config import Config
+    from ..runtime.model import Model
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """A direction that is added to `blocks.{layer}.hook_resid_pre` (method.md section 1).
+    """A direction that is added to `blocks.{layer}.hook_resid_pre` (docs/method.md section 1).
 
     direction: float32 [D], copied and read-only. layer: whose input it steers, counted from 0.
     position: the post-instruction position it was taken from (negative), or None. method: "dim",
@@ -35,13 +39,13 @@ class SteeringVector:
     layer, and for meta that JSON cannot hold.
     """
 
-    direction: np.ndarray
+    direction: Float32Array
     layer: int
     position: int | None = field(default=None, kw_only=True)
     method: str = field(default="", kw_only=True)
     meta: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         with np.errstate(over="ignore"):  # an overflow is reported as such below, with its index
             direction = np.array(self.direction, dtype=np.float32, order="C")
         if direction.ndim != 1 or direction.size == 0:
@@ -76,7 +80,7 @@ class SteeringVector:
         object.__setattr__(self, "meta", MappingProxyType(meta))
 
     # A mapping proxy cannot be pickled or deep-copied; the constructor's arguments can.
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (
             np.array(self.direction),
             self.layer,
@@ -85,7 +89,7 @@ class SteeringVector:
             dict(self.meta),
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         at = "" if self.position is None else f", position={self.position}"
         how = f", method={self.method!r}" if self.method else ""
         return (
@@ -111,30 +115,24 @@ class SteeringVector:
                 f"a steering vector can be scaled by a finite number only, not {factor}"
             )
         meta = dict(self.meta, scaled_by=self.meta.get("scaled_by", 1.0) * factor)
-        direction = self.direction.astype(np.float64) * factor
+        direction: Array = self.direction.astype(np.float64) * factor
         return SteeringVector(
             direction, self.layer, position=self.position, method=self.method, meta=meta
         )
 
-    def __neg__(self):
+    def __neg__(self) -> SteeringVector:
         return self._scaled(-1.0)
 
-    def __mul__(self, factor):
-        if isinstance(factor, (bool, np.bool_)) or not isinstance(
-            factor, (int, float, np.integer, np.floating)
-        ):
-            return NotImplemented
-        return self._scaled(factor)
+    def __mul__(self, factor: object) -> SteeringVector:
+        return self._scaled(factor) if _is_real(factor) else NotImplemented
 
     __rmul__ = __mul__
-    #: NumPy scalars on the left (`np.float32(2) * v`) come here instead of trying to
-    #: loop over the vector.
+    #: NumPy scalars on the left (`np.float32(2) * v`) call __rmul__ instead of iterating over the
+    #: vector.
     __array_ufunc__ = None
 
-    def __truediv__(self, factor):
-        if isinstance(factor, (bool, np.bool_)) or not isinstance(
-            factor, (int, float, np.integer, np.floating)
-        ):
+    def __truediv__(self, factor: object) -> SteeringVector:
+        if not _is_real(factor):
             return NotImplemented
         if factor == 0:
             raise ValueError("a steering vector cannot be divided by 0")
@@ -148,7 +146,7 @@ class SteeringVector:
             raise ValueError("a zero vector has no direction: it cannot be given another norm")
         return self._scaled(float(norm) / self.norm)
 
-    def cosine(self, other) -> float:
+    def cosine(self, other: SteeringVector | Array) -> float:
         """Cosine of the angle to another vector (a SteeringVector or numbers [D]), in
         float64, from -1 to 1.
 
@@ -168,8 +166,8 @@ class SteeringVector:
 
     # -- files -------------------------------------------------------------------------------------
 
-    def save(self, path) -> None:
-        """Write to `.safetensors`, `.npz` (no pickle) or `.gguf` (a control vector for llama.cpp),
+    def save(self, path: PathLike) -> None:
+        """Writes to `.safetensors`, `.npz` (no pickle) or `.gguf` (a control vector for llama.cpp),
         by the name's ending; an existing file is replaced whole.
 
         GGUF's `direction.N` is added to the output of block N, so resid_pre of layer l is written
@@ -180,11 +178,13 @@ class SteeringVector:
         vector_files.save(self, path)
 
     @classmethod
-    def load(cls, path, layer: int | None = None, model=None) -> SteeringVector:
-        """Read what `save` or another program wrote.
+    def load(
+        cls, path: PathLike, layer: int | None = None, model: Model | Config | None = None
+    ) -> SteeringVector:
+        """Reads what `save` or another program wrote.
 
-        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: a
-        Model or Config to check against (`check`). Raises ValueError where several layers are in
+        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: what to
+        `check` it against. Raises ValueError where several layers are in
         the file and none is named, or the named one is not there (both list them); vs.ModelError
         where the file is damaged or not a steering vector; OSError where it cannot be read.
         """
@@ -199,13 +199,13 @@ class SteeringVector:
             vector.check(model)
         return vector
 
-    def check(self, model) -> None:
-        """Raises ValueError where this vector cannot steer `model` (a Model or Config): another
-        width, or a layer it does not have.
+    def check(self, model: Model | Config) -> None:
+        """Raises ValueError where this vector cannot steer `model`: another width, or a layer that
+        the model does not have.
 
         Warns where it was made from another model of the same width.
         """
-        config = getattr(model, "config", model)
+        config: Any = getattr(model, "config", model)
         if self.width != config.d_model:
             raise ValueError(
                 f"the vector has width {self.width}, the model {config.d_model}: it belongs to"
@@ -225,5 +225,17 @@ class SteeringVector:
             )
 
 
-def _rebuild(direction, layer, position, method, meta):
+def _is_real(value: object) -> TypeGuard[float]:
+    """A real number, finite or not; booleans are none."""
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, (bool, np.bool_))
+
+
+def _rebuild(
+    direction: Float32Array,
+    layer: int,
+    position: int | None,
+    method: str,
+    meta: Mapping[str, Any],
+) -> SteeringVector:
     return SteeringVector(direction, layer, position=position, method=method, meta=meta)

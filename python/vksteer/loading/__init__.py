@@ -1,1 +1,1 @@
-"""From files as people have them to a Config, named tensors and a tokenizer."""
+"""A model's files, as they are distributed, to a Config, named tensors and a tokenizer."""

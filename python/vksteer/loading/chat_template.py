@@ -1,18 +1,25 @@
 """Rendering chat templates exactly as transformers does: the same sandbox, the same whitespace
 rules, the same helper functions.
 
-Templates come with models and are foreign code: they run in jinja2's ImmutableSandboxedEnvironment
-and see nothing but plain data. The one difference is the date: `strftime_now` answers with a date
-that the caller fixes, so that the same prompt gives the same tokens every day.
+Templates come with models and are untrusted code: they run in jinja2's
+ImmutableSandboxedEnvironment and see nothing but plain data. The one difference is the date:
+`strftime_now` returns a date that the caller fixes, so that the same prompt gives the same tokens
+every day.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import jinja2
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.parser
 
 DEFAULT_DATE = "26 Jul 2024"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -53,7 +60,7 @@ def render(
 
 
 def parse_date(date: str) -> datetime:
-    """ "26 Jul 2024" -> datetime, whatever the process's locale is."""
+    """The datetime of a text like "26 Jul 2024", in any locale. ValueError for another form."""
     try:
         day, month, year = date.split()
         return datetime(int(year), _MONTHS.index(month) + 1, int(day))
@@ -62,7 +69,7 @@ def parse_date(date: str) -> datetime:
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str):
+def _compiled(template: str) -> jinja2.Template:
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -70,17 +77,23 @@ def _compiled(template: str):
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what the assistant wrote, for training; here it is transparent."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
 
-        def parse(self, parser):
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
-        def _body(self, caller):
+        def _body(self, caller: Callable[[], str]) -> str:
             return caller()
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         # jinja2's own filter escapes HTML characters
         return json.dumps(
             value,
@@ -90,7 +103,7 @@ def _compiled(template: str):
             sort_keys=sort_keys,
         )
 
-    def raise_exception(message):
+    def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(

@@ -1,9 +1,9 @@
-"""Architecture as data: what a config.json or a GGUF header says about a model, as the facts of
-docs/architecture.md.
+"""A model's architecture as data: what a config.json or a GGUF header says about it, as the facts
+of docs/architecture.md.
 
-The engine's one forward pass reads these facts and knows no family by name. Every key of a
-config.json is either read, known to be without influence on the numbers, neutral (null or
-false), or refused by name.
+The engine's one forward pass reads these facts and knows no model family by name. Every key of a
+config.json is either read, known to have no influence on the numbers, neutral (null or false), or
+refused by name.
 
 `python -m vksteer.loading.config` prints the table of supported families that the README shows.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..base.json_files import read_json
+from ..base.types import PathLike
 from ..errors import ModelError
 from . import rope as rotation
 from .families import markdown
@@ -31,7 +32,7 @@ CONFIG_BYTES = 16 << 20  # a config.json is a few kilobytes; a larger file is so
 @dataclass(frozen=True, eq=False)
 class Config:
     """The architecture of a decoder-only language model. Two configs are equal if all their facts
-    are (tables compared bit for bit).
+    are, with rotation tables that are equal in every bit.
     """
 
     architecture: str  # "LlamaForCausalLM", ...
@@ -65,7 +66,7 @@ class Config:
     eos_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, source, *, revision=None) -> Config:
+    def from_pretrained(cls, source: PathLike, *, revision: str | None = None) -> Config:
         """The architecture alone, without weights and without a device.
 
         source: a folder, a path to a config.json, a .gguf file, a bundled name ("tiny-llama-chat")
@@ -83,8 +84,8 @@ class Config:
         return cls.from_json(path / "config.json" if path.is_dir() else path)
 
     @classmethod
-    def from_json(cls, path) -> Config:
-        """From a config.json file."""
+    def from_json(cls, path: PathLike) -> Config:
+        """From a config.json file. Raises ModelError naming the file and the key at fault."""
         content = read_json(path, limit=CONFIG_BYTES)
         try:
             return cls.from_hf(content)
@@ -93,13 +94,15 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
-        """From the dictionary of a config.json, in the released or the newer style. Raises
-        ModelError naming the key that is at fault.
+        """From the dictionary of a config.json, in the released or the newer style.
+
+        Raises ModelError naming the key that is at fault, and for an architecture that is not
+        supported.
         """
         return cls(**facts_from_hf(config))
 
     @classmethod
-    def from_gguf(cls, reader) -> Config:
+    def from_gguf(cls, reader: GGUFFile) -> Config:
         """From an opened GGUF file (`gguf_file.GGUFFile`)."""
         facts = facts_from_gguf(reader)
         try:
@@ -111,11 +114,11 @@ class Config:
         """All fields by name, as docs/architecture.md lists them (and C reads them)."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def replace(self, **changes) -> Config:
+    def replace(self, **changes: Any) -> Config:
         """A copy with some facts changed."""
         return replace(self, **changes)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, Config):
             return NotImplemented
         plain = all(
@@ -132,14 +135,14 @@ class Config:
             )
         )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.architecture, self.n_layers, self.d_model, self.d_vocab, self.window))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self)
 
 
-# ---- checks on the facts themselves, whoever made them -------------------------------------------
+# -- checks on the facts, wherever they come from --------------------------------------------------
 
 
 def _check(c: Config) -> None:

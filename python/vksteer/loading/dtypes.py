@@ -1,16 +1,22 @@
-"""The three dtypes in which weights are held, as NumPy arrays: bfloat16
-travels as its uint16 bits.
-"""
+"""The three dtypes in which weights are held, as NumPy arrays; bfloat16 is held as uint16 bits."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-#: name -> NumPy dtype of the array that holds it
-STORAGE = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+from ..base.types import Array, Float32Array
+
+#: Name -> NumPy dtype of the array that holds it.
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+}
 
 
-def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
+def to_float32(array: Array, dtype: str) -> Float32Array:
     """Exact: every bfloat16 and float16 is a float32."""
     if dtype == "float32":
         return array
@@ -19,9 +25,9 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounds to the nearest, ties to even. Values too large for float16 become
-    infinite (callers check).
+def from_float32(values: Float32Array, dtype: str) -> Array:
+    """Rounds to the nearest, ties to even. Values too large for float16 become infinite, which
+    callers check.
     """
     if dtype == "float32":
         return np.ascontiguousarray(values, dtype=np.float32)
@@ -41,8 +47,8 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     return result
 
 
-def convert(array: np.ndarray, dtype: str, to: str) -> np.ndarray:
-    """C-contiguous array of dtype `to`; the same array where nothing changes."""
+def convert(array: Array, dtype: str, to: str) -> Array:
+    """The values as a C-contiguous array of dtype `to`; the same array where nothing changes."""
     if dtype == to:
         return np.ascontiguousarray(array)
     return from_float32(to_float32(array, dtype), to)

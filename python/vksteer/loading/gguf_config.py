@@ -1,5 +1,5 @@
-"""A GGUF header's facts, by way of the same checks as a config.json: metadata is translated into
-the keys that `Config.from_hf` reads.
+"""A GGUF header's facts: metadata is translated into the keys of a config.json, so that both kinds
+of files pass the same checks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ModelError
 from . import rope as rotation
-from .families import FAMILIES
+from .families import FAMILIES, Family
 from .gguf_file import GGUFFile, end_tokens
 from .hf_config import facts_from_hf
 
@@ -62,11 +62,28 @@ def facts_from_gguf(file: GGUFFile) -> dict[str, Any]:
         raise ModelError(f"{file.path}: {error}") from error
 
 
-def _facts(file):
+def _facts(file: GGUFFile) -> dict[str, Any]:
+    family, get = _opened(file)
+    hf, family = _as_hf(file, family, get)
+    facts = facts_from_hf(hf)
+    changes: dict[str, Any] = {
+        "norm_offset": 0.0,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
+    }
+    if get.raw("attention.scale"):
+        changes["attn_scale"] = get.number("attention.scale")
+    if "rope_freqs.weight" in file.tensors:
+        factors = file.array("rope_freqs.weight", "float32")
+        changes["rope"] = (rotation.divided(facts["rope"][0], factors), *facts["rope"][1:])
+    return facts | changes
+
+
+def _opened(file: GGUFFile) -> tuple[Family, _Metadata]:
+    """The family and the metadata of a file that holds one whole model of a supported family."""
     md = file.metadata
     arch = md.get("general.architecture")
     family = next((f for f in FAMILIES if arch in f.gguf), None) if isinstance(arch, str) else None
-    if family is None:
+    if family is None or not isinstance(arch, str):
         supported = sorted({g for f in FAMILIES for g in f.gguf})
         raise ModelError(
             f"{file.path}: GGUF architecture {arch!r} is not supported; supported:"
@@ -81,29 +98,24 @@ def _facts(file):
         )
     get = _Metadata(file, arch)
     get.refuse_unknown()
+    return family, get
+
+
+def _as_hf(file: GGUFFile, family: Family, get: _Metadata) -> tuple[dict[str, Any], Family]:
+    """The metadata under the keys of a config.json, and the family whose keys they are: a llama
+    file with a sliding window is a Mistral.
+    """
+    md, arch = file.metadata, get.arch
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise ModelError(f"{file.path}: tensor 'token_embd.weight' is missing or not a matrix")
 
-    n_heads, n_layers, d_model = (
-        get.integer("attention.head_count"),
-        get.integer("block_count"),
-        get.integer("embedding_length"),
-    )
+    n_heads, n_layers = get.integer("attention.head_count"), get.integer("block_count")
+    d_model = get.integer("embedding_length")
     d_head = get.integer(
         "attention.key_length", d_model // n_heads if n_heads and d_model % n_heads == 0 else None
     )
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if get.integer(key, d_head) != d_head:
-            raise ModelError(
-                f"{file.path}: metadata '{arch}.{key}' = {get.raw(key)} differs from the head size"
-                f" {d_head}, which is not supported"
-            )
-    if get.integer("vocab_size", embed.shape[0]) != embed.shape[0]:
-        raise ModelError(
-            f"{file.path}: metadata '{arch}.vocab_size' = {get.raw('vocab_size')} contradicts"
-            f" tensor 'token_embd.weight' with {embed.shape[0]} rows"
-        )
+    _check_sizes(get, d_head, embed.shape[0])
     window = get.integer("attention.sliding_window", 0)
     if arch == "llama" and window:
         family = next(f for f in FAMILIES if f.model_type == "mistral")
@@ -126,27 +138,9 @@ def _facts(file):
         "bos_token_id": md.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": end_tokens(md),
     }
-    if "attention_bias" in family.defaults and not family.always_qkv_bias:
-        # transformers' flag sets q, k, v and o together; what the file has is corrected below
-        hf["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if "mlp_bias" in family.defaults:
-        hf["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    hf.update(_biases(file, family))
     if family.gemma:
-        hf["query_pre_attn_scalar"] = (
-            d_model / n_heads if (arch, n_layers) in _SCALE_BY_WIDTH else d_head
-        )
-        hf["final_logit_softcapping"] = get.number(
-            "final_logit_softcapping", family.defaults["final_logit_softcapping"]
-        )
-        if arch == "gemma2":
-            hf["attn_logit_softcapping"] = get.number(
-                "attn_logit_softcapping", family.defaults["attn_logit_softcapping"]
-            )
-        elif get.raw("attn_logit_softcapping"):
-            raise ModelError(
-                f"{file.path}: metadata '{arch}.attn_logit_softcapping' is not understood for"
-                f" {arch}"
-            )
+        hf.update(_gemma_keys(get, n_layers, d_model, n_heads, d_head, family))
     if family.local_theta is not None:
         hf["rope_local_base_freq"] = get.number("rope.freq_base_swa", family.local_theta)
     if "sliding_window" in family.defaults:
@@ -159,23 +153,55 @@ def _facts(file):
     if arch == "gemma3" and not window:
         raise ModelError(f"{file.path}: metadata 'gemma3.attention.sliding_window' is missing")
     hf.update(_pattern(get, family, n_layers))
-
-    facts = facts_from_hf(hf)
-    changes: dict[str, Any] = {
-        "norm_offset": 0.0,
-        "o_bias": "blk.0.attn_output.bias" in file.tensors,
-    }
-    if get.raw("attention.scale"):
-        changes["attn_scale"] = get.number("attention.scale")
-    if "rope_freqs.weight" in file.tensors:
-        factors = file.array("rope_freqs.weight", "float32")
-        changes["rope"] = (rotation.divided(facts["rope"][0], factors),) + facts["rope"][1:]
-    return facts | changes
+    return hf, family
 
 
-def _scaling(get):
+def _check_sizes(get: _Metadata, d_head: int, n_rows: int) -> None:
+    """ModelError where a size contradicts the head size or the embedding's rows."""
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get.integer(key, d_head) != d_head:
+            raise ModelError(
+                f"{get.file.path}: metadata '{get.arch}.{key}' = {get.raw(key)} differs from the"
+                f" head size {d_head}, which is not supported"
+            )
+    if get.integer("vocab_size", n_rows) != n_rows:
+        raise ModelError(
+            f"{get.file.path}: metadata '{get.arch}.vocab_size' = {get.raw('vocab_size')}"
+            f" contradicts tensor 'token_embd.weight' with {n_rows} rows"
+        )
+
+
+def _biases(file: GGUFFile, family: Family) -> dict[str, bool]:
+    hf = {}
+    if "attention_bias" in family.defaults and not family.always_qkv_bias:
+        # transformers' flag sets q, k, v and o together; what the file has is corrected below
+        hf["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if "mlp_bias" in family.defaults:
+        hf["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    return hf
+
+
+def _gemma_keys(
+    get: _Metadata, n_layers: int, d_model: int, n_heads: int, d_head: int, family: Family
+) -> dict[str, Any]:
+    """The scale of attention scores and the soft caps."""
+    by_width = (get.arch, n_layers) in _SCALE_BY_WIDTH
+    hf: dict[str, Any] = {"query_pre_attn_scalar": d_model / n_heads if by_width else d_head}
+    caps = ["final_logit_softcapping"]
+    if get.arch == "gemma2":
+        caps.append("attn_logit_softcapping")
+    elif get.raw("attn_logit_softcapping"):
+        raise ModelError(
+            f"{get.file.path}: metadata '{get.arch}.attn_logit_softcapping' is not understood for"
+            f" {get.arch}"
+        )
+    return hf | {key: get.number(key, family.defaults[key]) for key in caps}
+
+
+def _scaling(get: _Metadata) -> dict[str, Any] | None:
+    """The rope_scaling of a config.json; None for unscaled rotation."""
     kind = get.raw("rope.scaling.type")
-    factor = get.number("rope.scaling.factor", 0.0) or get.number("rope.scale_linear", 0.0)
+    factor = get.number("rope.scaling.factor", 0.0) or get.number("rope.scale_linear", 0.0) or 0.0
     if kind in (None, "none"):
         return (
             {"rope_type": "linear", "factor": factor}
@@ -196,14 +222,15 @@ def _scaling(get):
             for ours, theirs in optional.items()
         }
         # in GGUF it multiplies yarn's own factor rather than replacing it
-        if values["attention_factor"] is not None:
-            values["attention_factor"] *= 0.1 * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
+        stated = values["attention_factor"]
+        if stated is not None and factor > 1:
+            values["attention_factor"] = stated * (0.1 * float(np.log(factor)) + 1.0)
         return {"rope_type": "yarn", "factor": factor or None, **values}
     return {"rope_type": kind}  # refused by name, with its reason
 
 
-def _pattern(get, family, n_layers):
-    """Newer files list which layers slide (booleans), or give the period."""
+def _pattern(get: _Metadata, family: Family, n_layers: int) -> dict[str, Any]:
+    """Which layers have a sliding window: newer files list booleans, or give the period."""
     value = get.raw("attention.sliding_window_pattern")
     if value is None:
         return {}
@@ -226,27 +253,28 @@ def _pattern(get, family, n_layers):
 class _Metadata:
     """Typed reads below "{architecture}."; errors name the key."""
 
-    def __init__(self, file, arch):
-        self.file, self.prefix = file, arch + "."
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self.file, self.arch, self.prefix = file, arch, arch + "."
 
-    def raw(self, key):
+    def raw(self, key: str) -> Any:
         return self.file.metadata.get(self.prefix + key)
 
-    def error(self, key, what):
+    def error(self, key: str, what: str) -> ModelError:
         value = repr(self.raw(key))
         return ModelError(f"{self.file.path}: metadata {self.prefix + key!r} = {value[:80]} {what}")
 
-    def integer(self, key, default=None):
+    def integer(self, key: str, default: int | None = None) -> int:
         value = self.raw(key)
+        # one number for each layer is accepted where all are equal
         if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
-            value = value[0].item()  # one number a layer, all the same
+            value = value[0].item()
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(key, "must be one integer, the same for all layers")
         return value
 
-    def number(self, key, default=None):
+    def number(self, key: str, default: float | None = None) -> float | None:
         value = self.raw(key)
         if value is None:
             if (
@@ -260,7 +288,7 @@ class _Metadata:
             raise self.error(key, "must be a number")
         return float(value)
 
-    def refuse_unknown(self):
+    def refuse_unknown(self) -> None:
         for key, value in self.file.metadata.items():
             if not key.startswith(self.prefix) or key[len(self.prefix) :] in _READ | _HARMLESS:
                 continue

@@ -1,22 +1,26 @@
 """Reading GGUF files: a bounded parser for the header, and tensors dequantised one by one.
 
 The header is parsed here rather than by the `gguf` package: every count, length, offset and shape
-is checked before anything believes it (each parser CVE of this format was a number that was
-believed), and token lists of 262,144 strings are read in a tenth of the package's time. Undoing the
-quantisation is the package's work (`gguf.quants`).
+is checked before it is used (the known vulnerabilities of parsers of this format were numbers used
+unchecked), and token lists of 262,144 strings are read in a tenth of the package's time. The
+package's `gguf.quants` dequantises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from ..base.types import Array, Float32Array, PathLike
 from ..errors import ModelError
 from .dtypes import STORAGE, from_float32
 
@@ -25,8 +29,8 @@ MAX_KEYS = 1 << 16
 MAX_ARRAY = 1 << 24  # items in one metadata array; the largest vocabularies have 2**18
 MAX_KEY_BYTES = 1 << 16
 MAX_ALIGNMENT = 1 << 20
-# elements dequantised at a time: stays in cache, and is the unit of work of the threads
-CHUNK = 1 << 20
+# elements dequantised at a time: they fit the processor's cache, and are one thread's unit of work
+DEQUANTISE_ELEMENTS = 1 << 20
 
 _SCALARS = {
     0: "<B",
@@ -94,7 +98,7 @@ class GGUFFile:
     is not exactly right.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
         try:
             with open(self.path, "rb") as stream:
@@ -110,25 +114,23 @@ class GGUFFile:
             self.close()
             raise
 
-    def close(self):
+    def close(self) -> None:
         """Unmaps the file. Arrays that were handed out stay valid: they are copies."""
-        try:
+        with contextlib.suppress(BufferError):  # a view of the map is alive and keeps it open
             self._map.close()
-        except BufferError:
-            pass  # a view of the map is still alive somewhere; it goes when that goes
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _error(self, what) -> ModelError:
+    def _error(self, what: str) -> ModelError:
         return ModelError(f"{self.path}: {what}")
 
     # ---- header ----
 
-    def _parse(self):
+    def _parse(self) -> None:
         self._at, self._what = 0, "header"
         if self._map[:4] != b"GGUF":
             raise self._error(f"does not begin with 'GGUF' but {bytes(self._map[:4])!r}")
@@ -161,7 +163,8 @@ class GGUFFile:
             described.append(self._tensor())
         self._place(described)
 
-    def _take(self, count):
+    def _take(self, count: int) -> int:
+        """The offset of the next `count` bytes, which must be in the file; moves past them."""
         if count > self.size - self._at:
             raise self._error(
                 f"{self._what}: needs {count:,} bytes at {self._at:,}, but the file has"
@@ -170,23 +173,23 @@ class GGUFFile:
         self._at += count
         return self._at - count
 
-    def _scalar(self, code):
+    def _scalar(self, code: str) -> Any:
         return struct.unpack_from(code, self._map, self._take(struct.calcsize(code)))[0]
 
-    def _bytes(self, limit):
+    def _bytes(self, limit: int) -> bytes:
         length = self._scalar("<Q")
         if length > limit:
             raise self._error(f"{self._what}: a string of {length:,} bytes (limit {limit:,})")
         at = self._take(length)
         return self._map[at : at + length]
 
-    def _string(self, limit):
+    def _string(self, limit: int) -> str:
         try:
             return self._bytes(limit).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self._error(f"{self._what}: a name is not UTF-8") from error
 
-    def _value(self, kind):
+    def _value(self, kind: int) -> Any:
         if kind in _SCALARS:
             value = self._scalar(_SCALARS[kind])
             # 1e-5 was stored as float32: its shortest decimal is what the config said
@@ -208,15 +211,15 @@ class GGUFFile:
             raise self._error(f"{self._what}: an array of value type {item} is not supported")
         return self._strings(count)
 
-    def _strings(self, count):
-        # The hot loop of opening a file: 262,144 tokens. One bounds check a
-        # string, everything local.
+    def _strings(self, count: int) -> list[str]:
+        # Most of the time of opening a file goes here (262,144 tokens), hence one bounds check for
+        # each string and local names only.
         data, at, size, unpack = self._map, self._at, self.size, struct.Struct("<Q").unpack_from
         if count * 8 > size - at:
             raise self._error(
                 f"{self._what}: {count:,} strings do not fit the file; truncated or damaged"
             )
-        result = []
+        result: list[bytes] = []
         append = result.append
         for _ in range(count):
             if at + 8 > size:
@@ -235,7 +238,8 @@ class GGUFFile:
         self._at = at
         return [s.decode("utf-8", "replace") for s in result]
 
-    def _tensor(self):
+    def _tensor(self) -> tuple[str, str, tuple[int, ...], int, int]:
+        """(name, type, shape, offset in the data, bytes) of the next tensor entry."""
         name = self._string(MAX_KEY_BYTES)
         self._what = f"tensor {name[:100]!r}"
         n_dims = self._scalar("<I")
@@ -255,9 +259,9 @@ class GGUFFile:
             elements *= n
         return name, kind, tuple(reversed(shape)), offset, elements // block * block_bytes
 
-    def _place(self, described):
-        """Tensors follow one another in the data, each padded to the alignment: no overlap, no gap,
-        nothing after the last.
+    def _place(self, described: list[tuple[str, str, tuple[int, ...], int, int]]) -> None:
+        """Fills `tensors`. They must follow one another in the data, each padded to the alignment,
+        without overlap or gap, and nothing may follow the last.
         """
         alignment = self.metadata.get("general.alignment", 32)
         if (
@@ -294,7 +298,7 @@ class GGUFFile:
 
     # ---- tensors ----
 
-    def raw(self, tensor: GGUFTensor) -> np.ndarray:
+    def raw(self, tensor: GGUFTensor) -> Array:
         """The tensor's bytes, uint8 [rows, bytes a row]: a view of the mapped file."""
         rows = 1
         for n in tensor.shape[:-1]:
@@ -303,7 +307,7 @@ class GGUFFile:
             self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset
         ).reshape(rows, -1)
 
-    def array(self, name: str, dtype: str, permuted_heads: int = 0) -> np.ndarray:
+    def array(self, name: str, dtype: str, permuted_heads: int = 0) -> Array:
         """The tensor as a C-contiguous array of `dtype` ("float32", "bfloat16" as uint16 bits,
         "float16"), rounded to nearest even.
 
@@ -318,9 +322,9 @@ class GGUFFile:
         rows, row = raw.shape[0], tensor.shape[-1]
         out = np.empty((rows, row), dtype=STORAGE[dtype])
         dequantize = _dequantizer(self, tensor)
-        step = max(1, CHUNK // row)
+        step = max(1, DEQUANTISE_ELEMENTS // row)
 
-        def work(begin):
+        def work(begin: int) -> None:
             out[begin : begin + step] = from_float32(
                 dequantize(raw[begin : begin + step]).reshape(-1, row), dtype
             )
@@ -332,8 +336,6 @@ class GGUFFile:
                 work(0)
         else:
             list(_threads().map(work, range(0, rows, step)))
-        # A NaN or infinity anywhere makes the sum of magnitudes non-finite; bfloat16
-        # needs its bits looked at.
         if not _all_finite(out, dtype):
             raise self._error(
                 f"tensor {name!r} holds values that are not finite"
@@ -342,41 +344,32 @@ class GGUFFile:
         return out.reshape(tensor.shape)
 
 
-def _all_finite(out, dtype) -> bool:
-    if dtype == "bfloat16":
-        return not ((out & np.uint16(0x7F80)) == np.uint16(0x7F80)).any()
+def _all_finite(out: Array, dtype: str) -> bool:
+    if dtype == "bfloat16":  # held as bits: all ones in the exponent are infinity or NaN
+        return not bool(((out & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
     return bool(np.isfinite(out).all())
 
 
-def _round_up(n, to):
+def _round_up(n: int, to: int) -> int:
     return (n + to - 1) // to * to
 
 
-_pool = None
-
-
-def _threads():
+@cache
+def _threads() -> ThreadPoolExecutor:
     """A few threads, made on first use: NumPy releases the GIL while it dequantises."""
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(
-            max_workers=max(1, min(8, len(os.sched_getaffinity(0)))),
-            thread_name_prefix="vksteer-gguf",
-            initializer=lambda: np.seterr(all="ignore"),
-        )
-    return _pool
+    return ThreadPoolExecutor(
+        max_workers=max(1, min(8, len(os.sched_getaffinity(0)))),
+        thread_name_prefix="vksteer-gguf",
+        initializer=lambda: np.seterr(all="ignore"),
+    )
 
 
-def _forget_threads():
-    global _pool
-    _pool = None  # threads do not survive fork
+# Threads do not survive a fork.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-os.register_at_fork(after_in_child=_forget_threads)
-
-
-def _dequantizer(file, tensor):
-    """Raw uint8 [rows, bytes] -> float32 [rows, row]."""
+def _dequantizer(file: GGUFFile, tensor: GGUFTensor) -> Callable[[Array], Float32Array]:
+    """A function from raw uint8 [rows, bytes a row] to float32 [rows, row]."""
     if tensor.type == "F32":
         return lambda raw: np.ascontiguousarray(raw).view("<f4")
     if tensor.type == "F16":
@@ -392,10 +385,12 @@ def _dequantizer(file, tensor):
             f"{file.path}: reading quantised tensors ({tensor.type}) needs the gguf package: pip"
             " install 'vksteer[gguf]'"
         ) from error
-    kind = getattr(gguf.GGMLQuantizationType, tensor.type, None)
+    kind = gguf.GGMLQuantizationType.__members__.get(tensor.type)
 
-    def dequantize(raw):
+    def dequantize(raw: Array) -> Float32Array:
         try:
+            if kind is None:
+                raise NotImplementedError
             return gguf.quants.dequantize(np.ascontiguousarray(raw), kind)
         except NotImplementedError as error:
             raise ModelError(
@@ -406,7 +401,7 @@ def _dequantizer(file, tensor):
     return dequantize
 
 
-def end_tokens(md) -> list[int]:
+def end_tokens(md: Mapping[str, Any]) -> list[int]:
     """All end-of-text and end-of-turn ids that the file names."""
     keys = (
         "tokenizer.ggml.eos_token_id",

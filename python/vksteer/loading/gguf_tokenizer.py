@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..base.checks import first_repeated
 from ..errors import ModelError
+from .gguf_file import GGUFFile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
@@ -39,7 +45,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def build(file) -> tuple[Any, bool]:
+def build(file: GGUFFile) -> tuple[Tokenizer, bool]:
     """(tokenizers.Tokenizer without a post-processor, whether texts begin with the BOS token unless
     the file says otherwise).
     """
@@ -63,7 +69,7 @@ def build(file) -> tuple[Any, bool]:
     raise ModelError(f"{file.path}: tokenizer model {kind!r} is not supported (gpt2 and llama are)")
 
 
-def _byte_level(file, tokens, types):
+def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
@@ -80,22 +86,20 @@ def _byte_level(file, tokens, types):
         for t in tokens
     ]
     vocab = _vocabulary(file, spelled)
-    merges = [tuple(m.split(" ", 1)) for m in _strings(file, "tokenizer.ggml.merges")]
-    if any(
-        len(m) != 2 or m[0] not in vocab or m[1] not in vocab or m[0] + m[1] not in vocab
-        for m in merges
-    ):
-        bad = next(
-            m
-            for m in merges
-            if len(m) != 2 or m[0] not in vocab or m[1] not in vocab or m[0] + m[1] not in vocab
-        )
+    merges = [m.split(" ", 1) for m in _strings(file, "tokenizer.ggml.merges")]
+    bad = next((m for m in merges if not _joins(m, vocab)), None)
+    if bad is not None:
         raise ModelError(
-            f"{file.path}: metadata 'tokenizer.ggml.merges' joins {bad!r}, which the vocabulary"
-            " does not have"
+            f"{file.path}: metadata 'tokenizer.ggml.merges' joins {tuple(bad)!r}, which the"
+            " vocabulary does not have"
         )
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=ignore_merges)
+        models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for left, right in merges],
+            fuse_unk=False,
+            ignore_merges=ignore_merges,
+        )
     )
     if pattern == "gpt2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -120,7 +124,12 @@ def _byte_level(file, tokens, types):
     return tokenizer, pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
-def _gemma(file, tokens, types):
+def _joins(merge: list[str], vocab: dict[str, int]) -> bool:
+    """Whether a merge is of two tokens of the vocabulary and makes a third."""
+    return len(merge) == 2 and all(part in vocab for part in (*merge, "".join(merge)))
+
+
+def _gemma(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     """SentencePiece BPE as Gemma's tokenizer.json has it: no prefix space, merges in the
     order of the vocabulary.
     """
@@ -129,7 +138,7 @@ def _gemma(file, tokens, types):
     # Runs of spaces are stored as they are; inside the tokenizer a space is always U+2581.
     spelled = ["\u2581" * len(t) if t and not t.strip(" ") else t for t in tokens]
     vocab = _vocabulary(file, spelled)
-    merges = []
+    merges: list[tuple[str, str]] = []
     # in file order, longest left part first: Gemma's scores do not follow its merges,
     # the file's order does
     for token in vocab:
@@ -152,7 +161,7 @@ def _gemma(file, tokens, types):
     return tokenizer
 
 
-def _sentencepiece(file, tokens, types):
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     """SentencePiece BPE of Llama 2 and Mistral: merges sorted by score, a space before the text
     unless the file says otherwise.
     """
@@ -166,7 +175,7 @@ def _sentencepiece(file, tokens, types):
         )
     vocab = _vocabulary(file, tokens)
     score = dict(zip(tokens, scores.tolist()))
-    merges = []
+    merges: list[tuple[float, int, int, str, str]] = []
     for token in vocab:
         pairs = [
             (token[:i], token[i:])
@@ -177,7 +186,12 @@ def _sentencepiece(file, tokens, types):
         merges.extend((score[token], len(left), len(right), left, right) for left, right in pairs)
     merges.sort(key=lambda m: m[:3], reverse=True)
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=[m[3:] for m in merges], fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for *_, left, right in merges],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     # As sentencepiece does it, and these families' own tokenizer.json: always one more space, also
@@ -195,7 +209,12 @@ def _sentencepiece(file, tokens, types):
     return tokenizer
 
 
-def _add_marked(tokenizer, tokens, types, control):
+def _add_marked(
+    tokenizer: Tokenizer,
+    tokens: list[str],
+    types: list[int],
+    control: Callable[[str], bool],
+) -> None:
     """Control tokens become special; user-defined ones are matched whole but are ordinary text."""
     from tokenizers import AddedToken
 
@@ -213,23 +232,22 @@ def _add_marked(tokenizer, tokens, types, control):
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in whole])
 
 
-def _strings(file, key):
+def _strings(file: GGUFFile, key: str) -> list[str]:
     value = file.metadata.get(key)
     if not isinstance(value, list) or not value:
         raise ModelError(f"{file.path}: metadata {key!r} is missing or not a list of strings")
     return value
 
 
-def _vocabulary(file, spelled):
+def _vocabulary(file: GGUFFile, spelled: Sequence[str]) -> dict[str, int]:
     vocab = {t: i for i, t in enumerate(spelled)}
     if len(vocab) != len(spelled):
-        seen: set[str] = set()
-        twice = next(t for t in spelled if t in seen or seen.add(t))
-        raise ModelError(f"{file.path}: metadata 'tokenizer.ggml.tokens' has {twice[:40]!r} twice")
+        twice = str(first_repeated(spelled))[:40]
+        raise ModelError(f"{file.path}: metadata 'tokenizer.ggml.tokens' has {twice!r} twice")
     return vocab
 
 
-def _token(file, tokens, key):
+def _token(file: GGUFFile, tokens: list[str], key: str) -> str | None:
     index = file.metadata.get(key)
     return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else None
 

@@ -1,4 +1,4 @@
-"""A config.json's dictionary to the facts of `Config`: every key is read, known to be without
+"""From a config.json's dictionary to the facts of `Config`: every key is read, known to have no
 influence, or refused by name.
 """
 
@@ -34,33 +34,14 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise ModelError(f"a model configuration must be a dictionary, got {type(config).__name__}")
     family, architecture = find_family(config)
-    tied_outside = None
-    # Gemma 3 with an image tower: only its text part is read
-    if isinstance(config.get("text_config"), Mapping):
-        _refuse_unknown(
-            {k: v for k, v in config.items() if k not in GEMMA3_OUTER}, family, allowed=frozenset()
-        )
-        tied_outside = config.get("tie_word_embeddings", True)
-        config = {
-            **config["text_config"],
-            **{k: config[k] for k in ("bos_token_id", "eos_token_id") if config.get(k) is not None},
-        }
+    config, tied_outside = _text_part(config, family)
     _refuse_unknown(config, family, allowed=frozenset(family.defaults) | ROPE_KEYS)
     get = _Reader(config, family)
 
     n_layers = get.integer("num_hidden_layers", LIMITS["n_layers"])
     d_model = get.integer("hidden_size", LIMITS["d_model"])
     n_heads = get.integer("num_attention_heads", LIMITS["n_heads"])
-    d_head = get.optional_integer("head_dim", LIMITS["d_head"])
-    if d_head is None:
-        if d_model % n_heads:
-            raise ModelError(
-                f"config key 'hidden_size' = {d_model} is not a multiple of 'num_attention_heads' ="
-                f" {n_heads}, and there is no 'head_dim'"
-            )
-        d_head = d_model // n_heads
-    if d_head % 2:
-        raise ModelError(f"config key 'head_dim' = {d_head} must be even: rotation pairs channels")
+    d_head = _head_size(get, d_model, n_heads)
     max_positions = get.integer("max_position_embeddings", LIMITS["n_ctx"])
     window = _windows(get, family, n_layers)
     rope, rope_table = _rotations(get, family, window, d_head, max_positions)
@@ -91,13 +72,40 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         qkv_bias=attention_bias or family.always_qkv_bias,
         o_bias=attention_bias,
         mlp_bias=get.flag("mlp_bias"),
-        tied=get.flag("tie_word_embeddings") if tied_outside is None else bool(tied_outside),
+        tied=get.flag("tie_word_embeddings") if tied_outside is None else tied_outside,
         window=window,
         rope_table=rope_table,
         rope=rope,
         bos_id=next(iter(token_ids(config, "bos_token_id")), None),
         eos_ids=token_ids(config, "eos_token_id"),
     )
+
+
+def _text_part(config: Mapping[str, Any], family: Family) -> tuple[Mapping[str, Any], bool | None]:
+    """(the config of the text model, tie_word_embeddings of the outer config): of a Gemma 3 with an
+    image tower only the text part is read; any other config is its own, with None.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config, None
+    outer = {k: v for k, v in config.items() if k not in GEMMA3_OUTER}
+    _refuse_unknown(outer, family, allowed=frozenset())
+    ends = {k: config[k] for k in ("bos_token_id", "eos_token_id") if config.get(k) is not None}
+    return {**text, **ends}, bool(config.get("tie_word_embeddings", True))
+
+
+def _head_size(get: _Reader, d_model: int, n_heads: int) -> int:
+    d_head = get.optional_integer("head_dim", LIMITS["d_head"])
+    if d_head is None:
+        if d_model % n_heads:
+            raise ModelError(
+                f"config key 'hidden_size' = {d_model} is not a multiple of 'num_attention_heads' ="
+                f" {n_heads}, and there is no 'head_dim'"
+            )
+        d_head = d_model // n_heads
+    if d_head % 2:
+        raise ModelError(f"config key 'head_dim' = {d_head} must be even: rotation pairs channels")
+    return d_head
 
 
 def find_family(config: Mapping[str, Any]) -> tuple[Family, str]:
@@ -150,13 +158,13 @@ class _Reader:
     errors that name the key.
     """
 
-    def __init__(self, config, family):
+    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
         self.config, self.defaults = config, family.defaults
 
-    def raw(self, key):
+    def raw(self, key: str) -> Any:
         return self.config[key] if key in self.config else self.defaults.get(key)
 
-    def optional_integer(self, key, limit):
+    def optional_integer(self, key: str, limit: int) -> int | None:
         value = self.raw(key)
         if value is None:
             return None
@@ -164,28 +172,28 @@ class _Reader:
             raise ModelError(f"config key {key!r} = {value!r} must be an integer from 1 to {limit}")
         return value
 
-    def integer(self, key, limit):
+    def integer(self, key: str, limit: int) -> int:
         value = self.optional_integer(key, limit)
         if value is None:
             raise ModelError(f"config key {key!r} must be an integer from 1 to {limit}, not null")
         return value
 
-    def number(self, key, low):
+    def number(self, key: str, low: float) -> float:
         value = self.raw(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e9:
             raise ModelError(f"config key {key!r} = {value!r} must be a number above {low}")
         return float(value)
 
-    def softcap(self, key):
+    def softcap(self, key: str) -> float:
         return 0.0 if self.raw(key) is None else self.number(key, low=0.0)
 
-    def flag(self, key):
+    def flag(self, key: str) -> bool:
         value = self.raw(key)
         if value not in (None, True, False):
             raise ModelError(f"config key {key!r} = {value!r} must be true or false")
         return bool(value)
 
-    def activation(self, key):
+    def activation(self, key: str) -> str:
         value = self.raw(key) or self.defaults[key]
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise ModelError(
@@ -195,7 +203,7 @@ class _Reader:
         return ACTIVATIONS[value]
 
 
-def _refuse_unknown(config, family, allowed):
+def _refuse_unknown(config: Mapping[str, Any], family: Family, allowed: frozenset[str]) -> None:
     ignored = IGNORED.get(family.model_type, frozenset())
     for key, value in config.items():
         neutral = value is None or value is False
@@ -220,13 +228,15 @@ def _refuse_unknown(config, family, allowed):
         )
 
 
-def _short(value):
+def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _windows(get, family, n_layers):
-    """Sliding windows per layer, by the family's rule where the config lists no layer_types."""
+def _windows(get: _Reader, family: Family, n_layers: int) -> tuple[int, ...]:
+    """The sliding window of each layer (0: full attention), by the family's rule where the config
+    lists no layer_types.
+    """
     window = get.optional_integer("sliding_window", LIMITS["n_ctx"])
     if "use_sliding_window" in family.defaults and not get.flag("use_sliding_window"):
         window = None
@@ -270,21 +280,22 @@ def _windows(get, family, n_layers):
         raise ModelError(
             "config key 'layer_types' has sliding layers, but there is no 'sliding_window'"
         )
-    return tuple(window if s else 0 for s in slides)
+    return tuple(window if s and window is not None else 0 for s in slides)
 
 
-def _rotations(get, family, window, d_head, max_positions):
-    """(tables, table of each layer). Gemma 3 has two: full layers use table 0,
-    sliding layers table 1.
+def _rotations(
+    get: _Reader, family: Family, window: tuple[int, ...], d_head: int, max_positions: int
+) -> tuple[tuple[rotation.RopeTable, ...], tuple[int, ...]]:
+    """(tables, table of each layer). Gemma 3 has two: full layers use table 0, sliding layers use
+    table 1.
     """
     config = get.config
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if value is not None and not isinstance(value, Mapping):
             raise ModelError(f"config key {key!r} = {_short(value)} must be a dictionary or null")
-    nested = [k for k in ("full_attention", "sliding_attention") if k in (parameters or {})]
 
-    def build(values, theta):
+    def build(values: dict[str, Any], theta: float) -> rotation.RopeTable:
         if rotation.rope_type(values) == "dynamic":
             _warn_dynamic(max_positions)
         return rotation.table(
@@ -292,20 +303,38 @@ def _rotations(get, family, window, d_head, max_positions):
         )
 
     if family.local_theta is None:
-        if nested:
-            raise ModelError(
-                f"config key 'rope_parameters' is nested per layer type, which {family.model_type}"
-                " does not have"
-            )
-        values = dict(scaling or parameters or {})
-        if values.get("rope_theta") is None and config.get("rope_theta") is not None:
-            values["rope_theta"] = config["rope_theta"]
-        outside = config.get("original_max_position_embeddings")
-        if outside is not None and rotation.rope_type(values) in ("llama3", "yarn"):
-            # as in transformers: the outer key wins
-            values["original_max_position_embeddings"] = outside
+        values = _rope_parameters(config, family)
         return (build(values, family.default_theta),), (0,) * len(window)
+    full, sliding = _rope_parameters_by_type(config, family)
+    tables = build(full, family.default_theta), build(sliding, family.local_theta)
+    return tables, tuple(1 if w else 0 for w in window)
 
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _rope_parameters(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The rope dictionary of a family whose layers share one rotation, rope_theta merged in."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    if any(k in (parameters or {}) for k in _LAYER_TYPES):
+        raise ModelError(
+            f"config key 'rope_parameters' is nested per layer type, which {family.model_type}"
+            " does not have"
+        )
+    values = dict(scaling or parameters or {})
+    if values.get("rope_theta") is None and config.get("rope_theta") is not None:
+        values["rope_theta"] = config["rope_theta"]
+    outside = config.get("original_max_position_embeddings")
+    if outside is not None and rotation.rope_type(values) in ("llama3", "yarn"):
+        # as in transformers: the outer key wins
+        values["original_max_position_embeddings"] = outside
+    return values
+
+
+def _rope_parameters_by_type(config: Mapping[str, Any], family: Family) -> list[dict[str, Any]]:
+    """The rope dictionaries of full and of sliding layers, rope_theta merged in (Gemma 3)."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    nested = [k for k in _LAYER_TYPES if k in (parameters or {})]
     if parameters and (not nested or set(parameters) - set(nested)):
         raise ModelError(
             f"config key 'rope_parameters' = {_short(parameters)} must be nested by"
@@ -316,11 +345,8 @@ def _rotations(get, family, window, d_head, max_positions):
             "config key 'original_max_position_embeddings' would change the numbers and is not"
             f" understood for {family.model_type}"
         )
-    tables = []
-    for key, outer, theta in (
-        ("full_attention", "rope_theta", family.default_theta),
-        ("sliding_attention", "rope_local_base_freq", family.local_theta),
-    ):
+    found = []
+    for key, outer in zip(_LAYER_TYPES, ("rope_theta", "rope_local_base_freq"), strict=True):
         inner = (parameters or {}).get(key)
         if inner is not None and not isinstance(inner, Mapping):
             raise ModelError(
@@ -334,17 +360,16 @@ def _rotations(get, family, window, d_head, max_positions):
             values.update(scaling)
         if values.get("rope_theta") is None and config.get(outer) is not None:
             values["rope_theta"] = config[outer]
-        tables.append(build(values, theta))
-    return tuple(tables), tuple(1 if w else 0 for w in window)
+        found.append(values)
+    return found
 
 
-_dynamic_said = False
+_warned_of: set[str] = set()  # rope scalings
 
 
-def _warn_dynamic(max_positions):
-    global _dynamic_said
-    if not _dynamic_said:
-        _dynamic_said = True
+def _warn_dynamic(max_positions: int) -> None:
+    if "dynamic" not in _warned_of:
+        _warned_of.add("dynamic")
         warnings.warn(
             f"rope scaling 'dynamic' changes all rotations when a text grows beyond {max_positions}"
             f" tokens; contexts are limited to {max_positions}, up to where it equals no scaling",

@@ -1,5 +1,5 @@
-"""Where a model lies: a folder, a .gguf file, a bundled name, or a name on the hub, which is
-fetched into the hub client's own cache.
+"""Finds a model: a folder, a .gguf file, a bundled name, or a name on the hub, which is downloaded
+into the hub client's own cache.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from ..base.types import PathLike
 from ..errors import ModelError
 
 BUNDLED = ("tiny-llama-chat", "tiny-gemma-chat")
@@ -15,7 +16,8 @@ BUNDLED = ("tiny-llama-chat", "tiny-gemma-chat")
 #: What is downloaded from the hub: weights in safetensors, and the small files that say what they
 #: mean. Never pickles.
 CONFIG_PATTERNS = ["config.json", "generation_config.json"]
-MODEL_PATTERNS = CONFIG_PATTERNS + [
+MODEL_PATTERNS: list[str] = [
+    *CONFIG_PATTERNS,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -27,9 +29,12 @@ MODEL_PATTERNS = CONFIG_PATTERNS + [
 ]
 
 
-def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
-    """The folder or file that a source names, downloading from the hub if it must (into
-    huggingface_hub's own cache).
+def locate(
+    source: PathLike, *, revision: str | None = None, patterns: list[str] = MODEL_PATTERNS
+) -> Path:
+    """The folder or file that a source names; a name on the hub is downloaded first.
+
+    Raises ModelError where there is no such model, TypeError for a source that is no path or name.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"a model source must be a path or a name, got {type(source).__name__}")
@@ -63,7 +68,7 @@ def locate(source, *, revision=None, patterns=MODEL_PATTERNS) -> Path:
     return _download(text, revision, patterns)
 
 
-def _download(name, revision, patterns) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -99,7 +104,7 @@ def _download(name, revision, patterns) -> Path:
         ) from error
 
 
-def only_gguf(folder) -> Path | None:
+def only_gguf(folder: Path) -> Path | None:
     """The one .gguf file of a folder, or None where there is none or more than one."""
     found = sorted(folder.glob("*.gguf"))
     return found[0] if len(found) == 1 else None

@@ -1,9 +1,9 @@
-"""From what a user names to a model's files: folder, .gguf file, bundled name,
-or a name on the hub.
+"""A model's files: `open_model` finds and checks them and returns a `ModelFiles`, which holds the
+config, a table of tensors and the tokenizer.
 
-`open_model` gives a `ModelFiles`: the config, a table of tensors that says where each one's bytes
-lie (or makes them), and the tokenizer. Weights are not read here: the engine maps the files.
-Everything heavy (huggingface_hub, tokenizers, gguf) is imported where it is used.
+The table says where each tensor's bytes are, or converts them on demand. Weights are not read here:
+the engine maps the files. Large packages (huggingface_hub, tokenizers, gguf) are imported where
+they are used.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.json_files import read_json
+from ..base.types import Array, PathLike
 from ..errors import ModelError
 from . import dtypes
 from .config import CONFIG_BYTES, Config
 from .hf_config import token_ids
 from .locate import MODEL_PATTERNS, locate, only_gguf
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile, GGUFTensor
+    from .tokenizer import Tokenizer
 
 DTYPES = ("auto", *dtypes.STORAGE)
 
@@ -28,7 +33,7 @@ DTYPES = ("auto", *dtypes.STORAGE)
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor for the engine. Either bytes of a file (`file` is an index into ModelFiles.paths)
-    or made on demand (`file` is None).
+    or converted on demand (`file` is None).
     """
 
     name: str  # docs/architecture.md
@@ -38,9 +43,9 @@ class TensorEntry:
     file: int | None = None
     offset: int = 0
     nbytes: int = 0
-    _load: Callable[[], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    _load: Callable[[], Array] | None = field(default=None, repr=False, compare=False)
 
-    def array(self) -> np.ndarray:
+    def array(self) -> Array:
         """The values, C-contiguous, `shape`, in `dtype` (bfloat16 as uint16 bits); a fresh array
         each time. ModelError if damaged.
         """
@@ -59,7 +64,7 @@ class ModelFiles:
     tensors: tuple[TensorEntry, ...]  # in the forward pass's order
     extra: tuple[str, ...]  # names of tensors in the files that the engine does not need
     folder: Path | None  # None for a lone .gguf
-    gguf: Any = None  # the open GGUFFile, or None
+    gguf: GGUFFile | None = None  # open
     generation_eos: tuple[int, ...] = ()  # end tokens of generation_config.json
 
     @property
@@ -74,21 +79,22 @@ class ModelFiles:
         """
         return tuple(dict.fromkeys(self.generation_eos + self.config.eos_ids))
 
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer | None:
         """A `tokenizer.Tokenizer`, or None for a folder without one."""
         from .tokenizer import Tokenizer
 
         if self.gguf is not None:
             return Tokenizer.from_gguf(self.gguf, d_vocab=self.config.d_vocab)
+        assert self.folder is not None  # there is a folder or a GGUF file
         return Tokenizer.from_folder(self.folder, eos_ids=self.eos_ids, bos_id=self.config.bos_id)
 
-    def close(self):
+    def close(self) -> None:
         """Releases the mapped GGUF file, if any."""
         if self.gguf is not None:
             self.gguf.close()
 
 
-def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
+def open_model(source: PathLike, *, dtype: str = "auto", revision: str | None = None) -> ModelFiles:
     """Finds and checks a model's files.
 
     dtype: "auto" keeps what is stored and makes bfloat16 of quantised matrices; "float32",
@@ -116,7 +122,7 @@ def open_model(source, *, dtype: str = "auto", revision=None) -> ModelFiles:
     return _open_folder(path, dtype)
 
 
-def _open_folder(folder, dtype) -> ModelFiles:
+def _open_folder(folder: Path, dtype: str) -> ModelFiles:
     from . import safetensors_files as st
 
     config = Config.from_json(folder / "config.json")
@@ -139,12 +145,19 @@ def _open_folder(folder, dtype) -> ModelFiles:
     )
 
 
-def _mapped_entry(name, stored, shape, path, file, offset, nbytes, dtype) -> TensorEntry:
-    """A tensor whose bytes lie in a file as they are, or converted on the way if
-    another dtype is asked for.
-    """
+def _mapped_entry(
+    name: str,
+    stored: str,
+    shape: tuple[int, ...],
+    path: Path,
+    file: int,
+    offset: int,
+    nbytes: int,
+    dtype: str,
+) -> TensorEntry:
+    """A tensor as the bytes of a file, or converted where another dtype is asked for."""
 
-    def read():
+    def read() -> Array:
         with open(path, "rb") as stream:
             stream.seek(offset)
             data = stream.read(nbytes)
@@ -157,7 +170,7 @@ def _mapped_entry(name, stored, shape, path, file, offset, nbytes, dtype) -> Ten
     if dtype in ("auto", stored) or len(shape) < 2:
         return TensorEntry(name, stored, shape, file, offset, nbytes, read)
 
-    def converted():
+    def converted() -> Array:
         values = dtypes.convert(read(), stored, dtype)
         if dtype == "float16" and not np.isfinite(values).all():
             raise ModelError(
@@ -171,15 +184,15 @@ def _mapped_entry(name, stored, shape, path, file, offset, nbytes, dtype) -> Ten
     )
 
 
-def _open_gguf(path, dtype) -> ModelFiles:
+def _open_gguf(path: Path, dtype: str) -> ModelFiles:
     from . import gguf_file
-    from .tensor_names import gguf_name, wanted
+    from .tensor_names import engine_tensors, gguf_name
 
     file = gguf_file.GGUFFile(path)
     try:
         config = Config.from_gguf(file)
         entries, used = [], {"rope_freqs.weight"}
-        for name, shape in wanted(config):
+        for name, shape in engine_tensors(config):
             tensor = file.tensors.get(gguf_name(name))
             if tensor is None:
                 raise ModelError(f"{path}: tensor {gguf_name(name)!r} is missing")
@@ -205,7 +218,9 @@ def _open_gguf(path, dtype) -> ModelFiles:
     return ModelFiles(config, (str(path),), tuple(entries), extra, None, gguf=file)
 
 
-def _gguf_entry(file, name, tensor, config, dtype) -> TensorEntry:
+def _gguf_entry(
+    file: GGUFFile, name: str, tensor: GGUFTensor, config: Config, dtype: str
+) -> TensorEntry:
     from .gguf_file import PLAIN
 
     # llama.cpp interleaves the rows of llama's q and k for its own rotation; the other
@@ -215,7 +230,7 @@ def _gguf_entry(file, name, tensor, config, dtype) -> TensorEntry:
         "bq": config.n_heads,
         "wk": config.n_kv_heads,
         "bk": config.n_kv_heads,
-    }.get(name.split(".")[-1], 0)
+    }.get(name.rpartition(".")[2], 0)
     if file.metadata["general.architecture"] != "llama":
         heads = 0
     plain = PLAIN.get(tensor.type)

@@ -1,8 +1,8 @@
 """Rotation tables: the inverse frequencies of every rope scaling that released checkpoints of the
 supported families use.
 
-The formulas are those of transformers' `modeling_rope_utils.py`, in float64 (the oracle computes
-them in float32; the engine rounds once, at the end). Rotation pairs channel i with i + d_head/2
+The formulas are those of transformers' `modeling_rope_utils.py`, in float64: transformers computes
+them in float32, the engine rounds once at the end. Rotation pairs channel i with i + d_head/2
 ("half-split"), as Hugging Face checkpoints store it.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..base.types import Array, Float64Array
 from ..errors import ModelError
 
 
@@ -21,13 +22,13 @@ class RopeTable(NamedTuple):
     """One rotation table. A plain tuple to C."""
 
     # float64 [d_head/2]: angle of channel pair i at position p is p * inv_freq[i]
-    inv_freq: np.ndarray
+    inv_freq: Float64Array
     attention_factor: float  # multiplies cos and sin (yarn; 1.0 otherwise)
 
 
 #: rope type -> keys that it reads. A key that is set and not read would mean that the file and the
 #: formula disagree: refused by name.
-UNDERSTOOD = {
+UNDERSTOOD: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
@@ -55,8 +56,8 @@ REFUSED = {
 }
 
 
-def rope_type(parameters: Mapping[str, Any]) -> str:
-    """The scaling's name; `type` is the older spelling of `rope_type`."""
+def rope_type(parameters: Mapping[str, Any]) -> Any:
+    """The scaling's name, a str in a valid file; `type` is the older spelling of `rope_type`."""
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
@@ -91,7 +92,7 @@ def table(
     return _frozen(_llama3(parameters, inv_freq, factor, max_positions), 1.0)
 
 
-def divided(rope: RopeTable, factors: np.ndarray) -> RopeTable:
+def divided(rope: RopeTable, factors: Array) -> RopeTable:
     """GGUF's `rope_freqs.weight` (float32 [d_head/2]): each frequency is divided by its factor."""
     factors = np.asarray(factors, dtype=np.float64).reshape(-1)
     if (
@@ -106,7 +107,9 @@ def divided(rope: RopeTable, factors: np.ndarray) -> RopeTable:
     return _frozen(rope.inv_freq / factors, rope.attention_factor)
 
 
-def _llama3(parameters, inv_freq, factor, max_positions):
+def _llama3(
+    parameters: Mapping[str, Any], inv_freq: Float64Array, factor: float, max_positions: int
+) -> Float64Array:
     low = _number(parameters, "low_freq_factor", None, low=0.0, strict=True)
     high = _number(parameters, "high_freq_factor", None, low=0.0, strict=True)
     original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
@@ -124,7 +127,13 @@ def _llama3(parameters, inv_freq, factor, max_positions):
     )
 
 
-def _yarn(parameters, inv_freq, base, d_head, max_positions):
+def _yarn(
+    parameters: Mapping[str, Any],
+    inv_freq: Float64Array,
+    base: float,
+    d_head: int,
+    max_positions: int,
+) -> RopeTable:
     original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
     factor = _number(parameters, "factor", max_positions / original, low=0.0, strict=True)
     beta_fast = _number(parameters, "beta_fast", 32.0, low=0.0) or 32.0
@@ -132,7 +141,7 @@ def _yarn(parameters, inv_freq, base, d_head, max_positions):
     mscale = _number(parameters, "mscale", 0.0)
     mscale_all = _number(parameters, "mscale_all_dim", 0.0)
 
-    def magnitude(scale):
+    def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     inferred = (
@@ -140,8 +149,8 @@ def _yarn(parameters, inv_freq, base, d_head, max_positions):
     )
     attention_factor = _number(parameters, "attention_factor", inferred, low=0.0, strict=True)
 
-    # the channel pair that turns `rotations` times within the original length
-    def correction(rotations):
+    def correction(rotations: float) -> float:
+        # the channel pair that makes this many turns within the original length
         return d_head * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = correction(beta_fast), correction(beta_slow)
@@ -155,8 +164,8 @@ def _yarn(parameters, inv_freq, base, d_head, max_positions):
     return _frozen(inv_freq / factor * (1 - keep) + inv_freq * keep, attention_factor)
 
 
-def _refuse_unread(kind, parameters):
-    read = UNDERSTOOD[kind] + ("rope_theta", "rope_type", "type")
+def _refuse_unread(kind: str, parameters: Mapping[str, Any]) -> None:
+    read = (*UNDERSTOOD[kind], "rope_theta", "rope_type", "type")
     for key, value in parameters.items():
         neutral = (
             value is None
@@ -170,7 +179,14 @@ def _refuse_unread(kind, parameters):
             )
 
 
-def _number(parameters, key, default, *, low=-math.inf, strict=False) -> float:
+def _number(
+    parameters: Mapping[str, Any],
+    key: str,
+    default: float | None,
+    *,
+    low: float = -math.inf,
+    strict: bool = False,
+) -> float:
     """parameters[key] as a finite float above `low`; `default` where it is absent or null
     (None: it must be there).
     """
@@ -193,7 +209,7 @@ def _number(parameters, key, default, *, low=-math.inf, strict=False) -> float:
     return float(value)
 
 
-def _frozen(inv_freq, attention_factor) -> RopeTable:
+def _frozen(inv_freq: Array, attention_factor: float) -> RopeTable:
     inv_freq = np.ascontiguousarray(inv_freq, dtype=np.float64)
     if not np.isfinite(inv_freq).all():
         raise ModelError("the rope parameters give frequencies that are not finite")

@@ -1,22 +1,24 @@
 """Reading the *index* of safetensors checkpoints: which bytes of which file are which tensor. No
 weight is read here.
 
-A header is hostile until proven otherwise: every number is checked against the file's size before
-anything believes it. The data must be covered exactly once, from its first byte to the file's last,
-and a tensor's bytes must be its shape times its dtype.
+A header is untrusted: every number is checked against the file's size before it is used. The data
+must be covered exactly once, from its first byte to the file's last, and a tensor's bytes must be
+its shape times its dtype.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..base.json_files import parse_json, read_json
+from ..base.types import PathLike
 from ..errors import ModelError
 from .config import Config
-from .tensor_names import HARMLESS_LAYER_TENSOR, HF_PREFIXES, HF_UNEMBED, hf_name, wanted
+from .tensor_names import HARMLESS_LAYER_TENSOR, HF_PREFIXES, HF_UNEMBED, engine_tensors, hf_name
 
 HEADER_BYTES = 100 << 20  # the format's own limit
 INDEX_BYTES = 100 << 20
@@ -64,7 +66,7 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def read_header(path, file: int = 0) -> dict[str, Stored]:
+def read_header(path: PathLike, file: int = 0) -> dict[str, Stored]:
     """All tensors of one safetensors file. Raises ModelError naming file, tensor and reason for
     anything that is not exactly right.
     """
@@ -97,7 +99,7 @@ def read_header(path, file: int = 0) -> dict[str, Stored]:
     return tensors
 
 
-def _entry(path, name, value, file, start, size) -> Stored:
+def _entry(path: Path, name: str, value: Any, file: int, start: int, size: int) -> Stored:
     where = f"{path}: tensor {name[:200]!r}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{where}: expected an object with dtype, shape and data_offsets")
@@ -123,7 +125,7 @@ def _entry(path, name, value, file, start, size) -> Stored:
             f"{where}: bytes {begin}..{end} lie outside the file's {size - start:,} bytes of data; "
             "the file is truncated or its header lies"
         )
-    if dtype in BITS:  # an unknown dtype can only be refused once somebody needs the tensor
+    if dtype in BITS:  # an unknown dtype is refused only where the engine needs the tensor
         elements = 1
         for n in shape:
             elements *= n
@@ -134,13 +136,13 @@ def _entry(path, name, value, file, start, size) -> Stored:
     return Stored(file, dtype, tuple(shape), start + begin, end - begin)
 
 
-def _is_count(n) -> bool:
+def _is_count(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62
 
 
-def _check_cover(path, tensors, start, size):
+def _check_cover(path: Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
     """The tensors cover the data exactly once: no overlap, no gap, no trailing bytes."""
-    at, before = start, None
+    at, before = start, ""
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if t.offset < at:
             raise ModelError(f"{path}: tensor {name[:200]!r} overlaps {before[:200]!r}")
@@ -153,7 +155,7 @@ def _check_cover(path, tensors, start, size):
         raise ModelError(f"{path}: {size - at:,} bytes after the last tensor belong to nothing")
 
 
-def read_checkpoint(folder) -> tuple[list[Path], dict[str, Stored]]:
+def read_checkpoint(folder: PathLike) -> tuple[list[Path], dict[str, Stored]]:
     """(paths, tensors) of a folder's checkpoint: model.safetensors, or the shards of
     model.safetensors.index.json.
     """
@@ -175,7 +177,7 @@ def read_checkpoint(folder) -> tuple[list[Path], dict[str, Stored]]:
     )
 
 
-def _read_shards(folder, index):
+def _read_shards(folder: Path, index: Path) -> tuple[list[Path], dict[str, Stored]]:
     content = read_json(index, limit=INDEX_BYTES)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -193,7 +195,8 @@ def _read_shards(folder, index):
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
         raise ModelError(f"{index}: {len(names):,} shards are more than any model has")
-    paths, tensors = [], {}
+    paths: list[Path] = []
+    tensors: dict[str, Stored] = {}
     for i, name in enumerate(names):
         path = folder / name
         if not path.exists():
@@ -219,7 +222,7 @@ def _read_shards(folder, index):
 
 
 def match(
-    config: Config, paths, tensors: dict[str, Stored]
+    config: Config, paths: list[Path], tensors: dict[str, Stored]
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """(engine name -> stored tensor, names of tensors that are not needed). Raises ModelError for a
     missing tensor, a shape that contradicts the config, a dtype that the engine does not hold, and
@@ -236,8 +239,9 @@ def match(
         )
     prefix = prefixes[0]
     unembed = next((n for n in HF_UNEMBED if n in tensors), HF_UNEMBED[0])
-    result, used = {}, set()
-    for name, shape in wanted(config):
+    result: dict[str, Stored] = {}
+    used: set[str] = set()
+    for name, shape in engine_tensors(config):
         hf = hf_name(name, config, prefix, unembed)
         stored = tensors.get(hf)
         if stored is None:
@@ -274,8 +278,8 @@ def match(
     return result, extra
 
 
-def _check_tied(paths, tensors, embed, unembed):
-    """A tied model's file may carry the unembedding once more; it must be the same bytes."""
+def _check_tied(paths: list[Path], tensors: Mapping[str, Stored], embed: str, unembed: str) -> None:
+    """A tied model's file may hold the unembedding; its bytes must be the embedding's."""
     a, b = tensors[embed], tensors[unembed]
     same = a.dtype == b.dtype and a.shape == b.shape
     if same:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .config import Config
 
-#: Where the text model may lie in a checkpoint's names, in order of preference. The last two are
+#: Prefixes of the text model's tensors in a checkpoint, in order of preference. The last two are
 #: Gemma 3 with an image tower.
 HF_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
 HF_UNEMBED = ("lm_head.weight", "language_model.lm_head.weight")
@@ -70,24 +70,22 @@ _GGUF_TOP = {
     "ln_final": "output_norm.weight",
 }
 
-#: Buffers that old checkpoints carry inside layers; they hold nothing that the config does not say.
+#: Buffers that old checkpoints have inside layers; the config says everything that they hold.
 HARMLESS_LAYER_TENSOR = re.compile(r"\.(rotary_emb\.inv_freq|self_attn\.masked_bias)$")
 
 
-class Wanted(NamedTuple):
-    """One tensor that the engine needs."""
+class EngineTensor(NamedTuple):
+    """A tensor that the engine needs."""
 
     name: str  # docs/architecture.md: "embed", "l.0.wq", ...
     shape: tuple[int, ...]
 
 
-def wanted(config: Config) -> list[Wanted]:
-    """Every tensor of a model with these facts, in the order in which the
-    forward pass reads them.
-    """
+def engine_tensors(config: Config) -> list[EngineTensor]:
+    """Every tensor of a model with this config, in the forward pass's order."""
     c = config
     q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "ln1": (c.d_model,),
         "wq": (q, c.d_model),
         "wk": (kv, c.d_model),
@@ -110,13 +108,15 @@ def wanted(config: Config) -> list[Wanted]:
         layer["bdown"] = (c.d_model,)
     if c.post_norms:
         layer["ln2_post"] = (c.d_model,)
-    result = [Wanted("embed", (c.d_vocab, c.d_model))]
+    result = [EngineTensor("embed", (c.d_vocab, c.d_model))]
     result += [
-        Wanted(f"l.{i}.{name}", shape) for i in range(c.n_layers) for name, shape in layer.items()
+        EngineTensor(f"l.{i}.{name}", shape)
+        for i in range(c.n_layers)
+        for name, shape in layer.items()
     ]
-    result.append(Wanted("ln_final", (c.d_model,)))
+    result.append(EngineTensor("ln_final", (c.d_model,)))
     if not c.tied:
-        result.append(Wanted("unembed", (c.d_vocab, c.d_model)))
+        result.append(EngineTensor("unembed", (c.d_vocab, c.d_model)))
     return result
 
 

@@ -1,23 +1,34 @@
-"""Text to tokens and back, and the model's chat template: one place that adds the
-beginning-of-sequence token, and refuses two.
+"""Text to tokens and back, and the model's chat template. Only this module adds the
+beginning-of-sequence token (BOS), and it refuses two.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.json_files import read_json
+from ..base.checks import is_int
+from ..base.types import PathLike
 from ..errors import ModelError
 from .chat_template import DEFAULT_DATE, render
+from .tokenizer_files import (
+    add_missing_tokens,
+    folder_template,
+    load_backend,
+    optional_json,
+    token_text,
+)
 
-TOKENIZER_BYTES = 256 << 20
+if TYPE_CHECKING:
+    import tokenizers
+
+    from .gguf_file import GGUFFile
+
 _SPECIAL_NAMES = (
     "bos_token",
     "eos_token",
@@ -42,14 +53,14 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend,
+        backend: tokenizers.Tokenizer,
         *,
         special: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         add_bos: bool | None = None,
         eos_ids: Iterable[int] = (),
-    ):
-        """backend: a tokenizers.Tokenizer. add_bos None: as its post-processor does."""
+    ) -> None:
+        """add_bos None: as the post-processor of `backend` does."""
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -66,7 +77,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder, *, eos_ids: Iterable[int] = (), bos_id: int | None = None
+        cls, folder: PathLike, *, eos_ids: Iterable[int] = (), bos_id: int | None = None
     ) -> Tokenizer | None:
         """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and
         chat_template.jinja of a folder; None without the first.
@@ -78,16 +89,14 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             return None
-        backend = _load_backend(path)
-        settings = _optional_json(folder / "tokenizer_config.json")
-        _add_missing_tokens(backend, settings, folder / "tokenizer_config.json")
-        listed = _optional_json(folder / "special_tokens_map.json")
+        backend = load_backend(path)
+        settings = optional_json(folder / "tokenizer_config.json")
+        add_missing_tokens(backend, settings, folder / "tokenizer_config.json")
+        listed = optional_json(folder / "special_tokens_map.json")
         special = {}
         for name in _SPECIAL_NAMES:
             text = (
-                _token_text(settings.get(name))
-                if name in settings
-                else _token_text(listed.get(name))
+                token_text(settings.get(name)) if name in settings else token_text(listed.get(name))
             )
             if text is not None:
                 special[name] = text
@@ -99,13 +108,13 @@ class Tokenizer:
         return cls(
             backend,
             special=special,
-            chat_template=_folder_template(folder, settings),
+            chat_template=folder_template(folder, settings),
             add_bos=add_bos if isinstance(add_bos, bool) else None,
             eos_ids=eos_ids,
         )
 
     @classmethod
-    def from_gguf(cls, file, *, d_vocab: int | None = None) -> Tokenizer | None:
+    def from_gguf(cls, file: GGUFFile, *, d_vocab: int | None = None) -> Tokenizer | None:
         """From the metadata of an open GGUFFile; None where it carries no vocabulary. d_vocab: the
         embedding's rows, to check against.
         """
@@ -157,7 +166,7 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.vocab_size
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
@@ -182,8 +191,10 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         return ids
 
-    def decode(self, ids, skip_special: bool = False) -> str:
-        """The text of tokens (any sequence or array of ints)."""
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of token ids (any sequence or array of ints). skip_special leaves out special
+        tokens.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, skip_special: bool = True) -> StreamingDecoder:
@@ -194,7 +205,7 @@ class Tokenizer:
         """One token as readable text: a token that is no whole character gives U+FFFD."""
         return self.decode([index])
 
-    def tokens(self, ids) -> list[str]:
+    def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each token by itself, as readable text."""
         return self.backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
 
@@ -213,7 +224,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         date: str = DEFAULT_DATE,
-        **variables,
+        **variables: Any,
     ) -> str:
         """The conversation as the template's text. messages: [{"role": ..., "content": ...}];
         variables: anything else the template reads.
@@ -236,11 +247,11 @@ class Tokenizer:
 
     def chat_tokens(
         self,
-        prompts,
+        prompts: Any,
         system: str | None = None,
-        response=None,
+        response: Any = None,
         date: str = DEFAULT_DATE,
-        **variables,
+        **variables: Any,
     ) -> list[list[int]]:
         """Prompts as token lists, ready to run.
 
@@ -272,7 +283,7 @@ class Tokenizer:
             result.append(ids)
         return result
 
-    def refuse_double_bos(self, ids: Sequence[int], what: str = "the prompt"):
+    def refuse_double_bos(self, ids: Sequence[int], what: str = "the prompt") -> None:
         """ValueError if the tokens begin with BOS twice."""
         if self.bos_id is not None and len(ids) >= 2 and ids[0] == ids[1] == self.bos_id:
             raise ValueError(
@@ -328,19 +339,21 @@ class Tokenizer:
 
     # ---- inside ----
 
-    def _ids(self, text):
+    def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _id_of(self, name):
+    def _id_of(self, name: str) -> int | None:
         return self.backend.token_to_id(self.special[name]) if name in self.special else None
 
-    def _instruction(self, text, system, date, variables):
+    def _instruction(
+        self, text: str, system: str | None, date: str, variables: Mapping[str, Any]
+    ) -> list[int]:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": text})
         return self._ids(self.render(messages, date=date, **variables))
 
     @staticmethod
-    def _common_suffix(lists):
+    def _common_suffix(lists: list[list[int]]) -> tuple[int, ...]:
         count = 0
         while count < min(map(len, lists)) and len({ids[-1 - count] for ids in lists}) == 1:
             count += 1
@@ -352,14 +365,17 @@ class StreamingDecoder:
     are `decode` of all tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special)
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._ids: list[int] = []
-        # decoding starts here, a token or two before what is new: pieces depend on
-        # their left neighbour
+        # decoding starts here, one push before what is new: a token's text depends on the token
+        # before it
         self._window = 0
         self._done = 0  # tokens whose text has been returned
         self._text: list[str] = []
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special)
 
     def push(self, token: int) -> str:
         """The text that this token completes; "" while a character is incomplete."""
@@ -382,9 +398,10 @@ class StreamingDecoder:
         return rest
 
 
-def prompt_list(prompts) -> list:
-    """One prompt or several -> a list whose items are str or lists of int. TypeError and ValueError
-    say which item is wrong.
+def prompt_list(prompts: Any) -> list[str | list[int]]:
+    """One prompt or several, as a list whose items are str or lists of int.
+
+    Raises TypeError and ValueError that say which item is wrong.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -407,7 +424,7 @@ def prompt_list(prompts) -> list:
     items = list(prompts)
     if not items:
         raise ValueError("no prompts: pass at least one")
-    if all(_is_token(i) for i in items):
+    if all(map(is_int, items)):
         return [_token_list(items, "the prompt")]
     return [
         item if isinstance(item, str) else _token_list(item, f"prompt {i}")
@@ -415,102 +432,15 @@ def prompt_list(prompts) -> list:
     ]
 
 
-def _is_token(value):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-
-
-def _token_list(item, what) -> list[int]:
+def _token_list(item: Any, what: str) -> list[int]:
     if isinstance(item, (bytes, str, Mapping)) or not isinstance(item, (Sequence, np.ndarray)):
         raise TypeError(f"{what} must be a str or a list of token ids, got {type(item).__name__}")
     values = item.tolist() if isinstance(item, np.ndarray) else list(item)
     if not values:
         raise ValueError(f"{what} is empty")
-    bad = next((v for v in values if not _is_token(v)), None)
+    bad = next((v for v in values if not is_int(v)), None)
     if bad is not None:
         raise TypeError(f"{what} holds {bad!r}, which is not a token id")
     if min(values) < 0:
         raise ValueError(f"{what} holds {min(values)}, which is not a token id")
     return [int(v) for v in values]
-
-
-def _load_backend(path):
-    import tokenizers
-
-    if path.stat().st_size > TOKENIZER_BYTES:
-        raise ModelError(
-            f"{path}: {path.stat().st_size:,} bytes is too large for a tokenizer (limit"
-            f" {TOKENIZER_BYTES:,})"
-        )
-    # Its threads and fork() do not go together; this library encodes one text at a time anyway.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ModelError(f"{path}: cannot be read as a tokenizer: {error}") from error
-
-
-def _optional_json(path) -> dict:
-    return read_json(path, limit=TOKENIZER_BYTES) if path.exists() else {}
-
-
-def _token_text(value) -> str | None:
-    """A special token is given as text, or as an object with its content."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
-def _add_missing_tokens(backend, settings, path):
-    """Tokens that tokenizer_config.json lists and tokenizer.json lacks: they must get the ids
-    they are listed under.
-    """
-    from tokenizers import AddedToken
-
-    listed = settings.get("added_tokens_decoder")
-    if not isinstance(listed, Mapping):
-        return
-    missing = [
-        (int(k), v)
-        for k, v in listed.items()
-        if k.isdigit() and _token_text(v) and backend.token_to_id(_token_text(v)) is None
-    ]
-    for index, value in sorted(missing, key=lambda item: item[0]):
-        backend.add_tokens(
-            [
-                AddedToken(
-                    value["content"],
-                    special=bool(value.get("special")),
-                    normalized=bool(value.get("normalized")),
-                    lstrip=bool(value.get("lstrip")),
-                    rstrip=bool(value.get("rstrip")),
-                )
-            ]
-        )
-        if backend.token_to_id(value["content"]) != index:
-            raise ModelError(
-                f"{path}: token {value['content']!r} is listed as {index}, but would be"
-                f" {backend.token_to_id(value['content'])}"
-            )
-
-
-def _folder_template(folder, settings) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"cannot read {file}: {error}") from error
-    value = settings.get("chat_template")
-    if value is None:
-        value = _optional_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(value, list):  # several by name; the default one is for chats without tools
-        named: dict[str, Any] = {
-            v.get("name"): v.get("template") for v in value if isinstance(v, Mapping)
-        }
-        value = named.get("default")
-    if value is not None and not isinstance(value, str):
-        raise ModelError(
-            f"{folder / 'tokenizer_config.json'}: 'chat_template' must be text, or a list with one"
-            " named 'default'"
-        )
-    return value or None

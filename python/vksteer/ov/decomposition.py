@@ -16,7 +16,7 @@ import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
-from ..inputs.prompts import as_tokens, chunks
+from ..inputs.prompts import as_tokens, batches
 from ..inputs.samples import check_steering
 from ..runtime.edits import Steer
 from .value_vectors import check_vector
@@ -219,7 +219,7 @@ def direct_shares(
     # direct . change, |change|^2
     per_head, together = np.zeros((2, len(layers), c.n_heads)), np.zeros((2, len(layers)))
     with Progress(progress, len(rows) * len(layers), "direct shares") as bar:
-        for part in chunks(rows, tokens=4096, most=max(1, CAPTURE_BYTES // (one * at_once))):
+        for part in batches(rows, tokens=4096, most=max(1, CAPTURE_BYTES // (one * at_once))):
             for first in range(0, len(layers), at_once):
                 some = layers[first : first + at_once]
                 steered = model.run(

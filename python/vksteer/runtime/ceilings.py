@@ -1,29 +1,33 @@
-"""What a device can do at most, measured in a few hundred milliseconds, and what a model asks of
-it: the two halves of "a share of the peak".
+"""The peak rates of a device, measured in a few hundred milliseconds, and the operations and bytes
+that a model needs: together they give a share of the peak.
 
-Two ceilings: the rate of the engine's own matrix kernel on a large batch of rows, and the rate at
-which memory is read.
+The two peaks are the rate of the engine's own matrix kernel on a large batch of rows, and the rate
+at which memory is read.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .model import Model
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """matrix: float operations a second of the engine's matrix kernel. read: bytes a second that
-    its memory gives to a kernel.
+    """matrix: float operations per second of the engine's matrix kernel. read: bytes per second that
+    a kernel reads from memory.
     """
 
     matrix: float
     read: float
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def measure(model, rounds: int = 2) -> Ceilings:
+def measure(model: Model, rounds: int = 2) -> Ceilings:
     """The ceilings of the device that holds `model`: best of `rounds`, each the
     median of five dispatches.
 
@@ -45,26 +49,26 @@ def measure(model, rounds: int = 2) -> Ceilings:
     )
 
 
-# -- what a model asks -----------------------------------------------------------------------------
+# -- operations and bytes of a model ---------------------------------------------------------------
 
 
-def weight_size(model) -> float:
+def weight_size(model: Model) -> float:
     """Bytes of one weight on the device, from the engine's own plan."""
     c = model.config
     numbers = matrix_weights(model) + (0 if c.tied else c.d_vocab * c.d_model)
     return 2 if model._engine.plan()["weights"] < 3 * numbers else 4
 
 
-def matrix_weights(model) -> int:
+def matrix_weights(model: Model) -> int:
     """Weights that every token is multiplied with, the unembedding included."""
     c = model.config
     layer = c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + 3 * c.d_model * c.d_mlp
     return c.n_layers * layer + c.d_vocab * c.d_model
 
 
-def prefill_operations(model, tokens: int, logits: int = 1) -> float:
+def prefill_operations(model: Model, tokens: int, logits: int = 1) -> float:
     """Float operations of one row of `tokens` tokens with `logits` of its positions unembedded:
-    matrices, and scores and mixing of attention.
+    matrices, attention scores and attention output.
     """
     c = model.config
     matrices = (
@@ -74,7 +78,7 @@ def prefill_operations(model, tokens: int, logits: int = 1) -> float:
     return matrices + c.n_layers * 2 * tokens * (tokens + 1) * c.n_heads * c.d_head
 
 
-def decode_bytes(model, context: float, rows: int = 1) -> float:
+def decode_bytes(model: Model, context: float, rows: int = 1) -> float:
     """Bytes that one decoding step reads: every weight once, and each row's keys and values."""
     return (
         matrix_weights(model) * weight_size(model)

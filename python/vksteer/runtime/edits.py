@@ -16,19 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, TypeAlias
 
-Positions = Union[None, str, Sequence[int], slice]
+Positions: TypeAlias = str | Sequence[int] | slice | None
 
 #: Sites that directional ablation acts on by default: what enters a layer and what is added to the
-#: stream (method.md section 2; Arditi et al. 2024).
+#: stream (docs/method.md section 2; Arditi et al. 2024).
 ABLATION_SITES = ("blocks.*.hook_resid_pre", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out")
 
 
 @dataclass(frozen=True, eq=False)
 class Steer:
     """Activation addition: ``resid_pre[vector.layer] += coefficient * vector.direction``
-    (method.md section 1).
+    (docs/method.md section 1).
 
     vector: a SteeringVector (direction float32 [D], layer).
     """
@@ -41,7 +41,7 @@ class Steer:
 @dataclass(frozen=True, eq=False)
 class Ablate:
     """Directional ablation: ``h -= u (u . h)`` with ``u = direction / |direction|``
-    (method.md section 1).
+    (docs/method.md section 1).
 
     vector: a SteeringVector or float32 [D]. sites: names or patterns of sites of width D; None:
     hook_resid_pre, hook_attn_out and hook_mlp_out of every layer.

@@ -1,12 +1,17 @@
-"""Names and shapes of sites. The table itself is csrc/run/sites.def; this file turns names and
-patterns into (site, layer) numbers.
+"""Names and shapes of sites, and from names and patterns to the engine's (site, layer) numbers. The
+table itself is csrc/run/sites.def.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..loading.config import Config
 
 #: Kinds of csrc/run/sites.def -> axes as users read them.
 AXES = {
@@ -24,8 +29,8 @@ AXES = {
 
 @dataclass(frozen=True)
 class Site:
-    """One place of one model: name, (site, layer) for the engine, kind, heads (1 if it has none)
-    and width (0 over keys).
+    """One site of one model: its name, the engine's site number and layer, kind (a key of AXES),
+    heads (1 without a heads axis) and width (0 over keys).
     """
 
     name: str
@@ -51,7 +56,7 @@ class Site:
 class SiteTable:
     """All sites of a model with this config, in the order of the forward pass."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config) -> None:
         from .device import _engine
 
         widths = {
@@ -82,7 +87,9 @@ class SiteTable:
         for number, name, kind, _ in rows[last + 1 :]:
             self._add(name, number, 0, kind, widths)
 
-    def _add(self, name, number, layer, kind, widths):
+    def _add(
+        self, name: str, number: int, layer: int, kind: str, widths: dict[str, tuple[int, int]]
+    ) -> None:
         self.by_name[name] = Site(name, number, layer, kind, *widths[kind])
 
     def shapes(self) -> dict[str, str]:
@@ -90,8 +97,9 @@ class SiteTable:
         return {name: AXES[site.kind] for name, site in self.by_name.items()}
 
     def find(self, pattern: str) -> list[Site]:
-        """Sites that a name or a pattern (* stands for anything) means, in order. KeyError
-        names the nearest ones.
+        """Sites that a name or a pattern (* stands for anything) names, in order.
+
+        Raises KeyError, with the nearest names, where there is none.
         """
         if not isinstance(pattern, str):
             raise TypeError(f"a site is named by a str, not {pattern!r}")
@@ -109,8 +117,8 @@ class SiteTable:
             + "; model.sites lists all"
         )
 
-    def find_all(self, patterns) -> list[Site]:
-        """Sites of a pattern or a list of patterns, each once, in the order first meant."""
+    def find_all(self, patterns: str | Iterable[str]) -> list[Site]:
+        """Sites of a pattern or a list of patterns, each once, in the order of the patterns."""
         if isinstance(patterns, str):
             patterns = [patterns]
         try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
-from ..inputs.prompts import as_list, as_tokens, chunks, token_text
+from ..inputs.prompts import as_list, as_tokens, batches, token_text
 from ..inputs.vectors import SteeringVector
 from ..runtime.resume import streams
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
@@ -252,7 +252,7 @@ def _means(model, rows, positions, bar) -> np.ndarray:
     longest = max(map(len, rows))
     most = max(1, CAPTURE_BYTES // (4 * longest * config.n_layers * config.d_model))
     total = np.zeros((len(positions), config.n_layers, config.d_model), dtype=np.float64)
-    for part in chunks(rows, tokens=8192, most=most):
+    for part in batches(rows, tokens=8192, most=most):
         _, rest = streams(model, rows[part], range(config.n_layers), -int(positions[0]))
         # left-padded: negative positions are the row's own
         captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)

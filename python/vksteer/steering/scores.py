@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..base.progress import Progress
-from ..inputs.prompts import chunks, token_text
+from ..inputs.prompts import batches, token_text
 from ..runtime.edits import Ablate, Steer
 
 #: One engine call: about so many tokens, and at most so many float32 logits.
@@ -88,7 +88,7 @@ def last_logits(model, rows, step=None) -> Iterator[tuple[slice, np.ndarray]]:
     """`_last_logits` in pieces that fit: yields (slice of rows, logits [n, V]). step: called with
     the number of rows done each time.
     """
-    for part in chunks(
+    for part in batches(
         [tokens for tokens, _ in rows],
         tokens=CHUNK_TOKENS,
         most=max(1, CHUNK_LOGITS // model.config.d_vocab),
