@@ -60,92 +60,101 @@ def test_linear_pairs(on, families, rng, kind, shape, weight_type):
             )
 
 
+CACHES = ("angles", "tokens", "k_cache", "v_cache")
+
+
+def norm_then_product(on, problem, rows):
+    """What linear_pairs computes before it finishes its pairs, by a kernel for each step."""
+    a, b = problem.arguments, problem.buffers
+    normed = on.run(
+        "norm",
+        {
+            "x": "x",
+            "gain": "gain",
+            "dst": "dst",
+            "width": 53,
+            "stride": a["x_stride"],
+            "n_rows": rows,
+            "eps": a["eps"],
+            "flags": 0,
+        },
+        {"x": b["x"], "gain": b["gain"], "dst": np.zeros((rows, a["x_stride"]), np.float32)},
+    )[0]["dst"]
+    stride = problems.row_stride(a["n"])
+    return on.run(
+        "linear",
+        {
+            "x": "x",
+            "dst": "dst",
+            "weights": "weights",
+            "bias": "bias",
+            "weight_type": a["weight_type"],
+            "n": a["n"],
+            "k": 53,
+            "n_rows": rows,
+            "x_stride": a["x_stride"],
+            "dst_stride": stride,
+        },
+        {
+            "x": normed,
+            "weights": b["weights"],
+            "bias": b["bias"],
+            "dst": np.zeros((rows, stride), np.float32),
+        },
+    )[0]["dst"]
+
+
+def gated(on, problem, rows, product):
+    a, stride = problem.arguments, problems.row_stride(problem.arguments["n"])
+    arguments = {
+        "gate_up": "x",
+        "dst": "dst",
+        "width": a["n"] // 2,
+        "in_stride": stride,
+        "out_stride": a["dst_stride"],
+        "act": a["act"],
+        "n_tokens": rows,
+    }
+    return {
+        "dst": on.run("act", arguments, {"x": product, "dst": problem.buffers["dst"]})[0]["dst"]
+    }
+
+
+def rotated(on, problem, rows, product):
+    a, b = problem.arguments, problem.buffers
+    arguments = {
+        "qkv": "x",
+        "n_heads": a["n_heads"],
+        "n_kv_heads": a["n_kv_heads"],
+        "d_head": a["d_head"],
+        "stride": problems.row_stride(a["n"]),
+        "eps": 1e-6,
+        "flags": 6,
+        "n_tokens": rows,
+    }
+    buffers = {"x": product} | {name: b[name] for name in CACHES}
+    turned = on.run("rope", arguments | {name: name for name in CACHES}, buffers)[0]
+    return {"dst": turned["x"], "k_cache": turned["k_cache"], "v_cache": turned["v_cache"]}
+
+
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("kind, shape", PAIRS, ids=str)
 def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(
     on, fusing, families, rng, kind, shape, weight_type
 ):
-    """Norm, product, and act or rope, each by its own kernel: what a run does where somebody
-    looks at what lies between. (Only devices whose workgroups are one subgroup fuse, which
-    software devices are.)
+    """Norm, product, and act or rope, each by its own kernel: what a run does where a hook, edit or
+    tape needs the intermediates. Only devices whose workgroups are one subgroup fuse, which
+    software devices are.
     """
     for rows in (1, 2, 4, 7):
         problem = forward.linear_pairs(rng, rows, 53, kind, weight_type, bias=True, **shape)
-        a, b = problem.arguments, problem.buffers
-        x_stride, n = a["x_stride"], a["n"]
-        normed = on.run(
-            "norm",
-            {
-                "x": "x",
-                "gain": "gain",
-                "dst": "dst",
-                "width": 53,
-                "stride": x_stride,
-                "n_rows": rows,
-                "eps": a["eps"],
-                "flags": 0,
-            },
-            {"x": b["x"], "gain": b["gain"], "dst": np.zeros((rows, x_stride), np.float32)},
-        )[0]["dst"]
-        stride = problems.row_stride(n)
-        out = on.run(
-            "linear",
-            {
-                "x": "x",
-                "dst": "dst",
-                "weights": "weights",
-                "bias": "bias",
-                "weight_type": weight_type,
-                "n": n,
-                "k": 53,
-                "n_rows": rows,
-                "x_stride": x_stride,
-                "dst_stride": stride,
-            },
-            {
-                "x": normed,
-                "weights": b["weights"],
-                "bias": b["bias"],
-                "dst": np.zeros((rows, stride), np.float32),
-            },
-        )[0]["dst"]
-        if kind == "gate":
-            width = n // 2
-            want = {
-                "dst": on.run(
-                    "act",
-                    {
-                        "gate_up": "x",
-                        "dst": "dst",
-                        "width": width,
-                        "in_stride": stride,
-                        "out_stride": a["dst_stride"],
-                        "act": a["act"],
-                        "n_tokens": rows,
-                    },
-                    {"x": out, "dst": b["dst"]},
-                )[0]["dst"]
-            }
-        else:
-            turned = on.run(
-                "rope",
-                {
-                    "qkv": "x",
-                    "n_heads": a["n_heads"],
-                    "n_kv_heads": a["n_kv_heads"],
-                    "d_head": a["d_head"],
-                    "stride": stride,
-                    "eps": 1e-6,
-                    "flags": 6,
-                    "n_tokens": rows,
-                }
-                | {name: name for name in ("angles", "tokens", "k_cache", "v_cache")},
-                {"x": out} | {name: b[name] for name in ("angles", "tokens", "k_cache", "v_cache")},
-            )[0]
-            width = a["n_heads"] * a["d_head"]
-            want = {"dst": turned["x"], "k_cache": turned["k_cache"], "v_cache": turned["v_cache"]}
+        a = problem.arguments
+        product = norm_then_product(on, problem, rows)
+        finish = gated if kind == "gate" else rotated
+        want = finish(on, problem, rows, product)
+        width = a["n"] // 2 if kind == "gate" else a["n_heads"] * a["d_head"]
         for family in [f for f in families if f < 2]:
-            got = on.run("linear_pairs", a | {"family_plus_1": family + 1}, b)[0]
+            got = on.run("linear_pairs", a | {"family_plus_1": family + 1}, problem.buffers)[0]
             for name, array in want.items():
                 columns = slice(None, width) if name == "dst" else slice(None)
                 assert same_bits(got[name][:, columns], array[:, columns]), (

@@ -23,6 +23,19 @@ from oracle.reference import Ablate, Add, Reference, Scale, Set, Steer, Vector, 
 transformers.utils.logging.disable_progress_bar()
 
 
+def hooked(module, when, change):
+    """The handle of a forward hook that replaces what enters ("pre") or leaves ("post") a module."""
+    if when == "post":
+        return module.register_forward_hook(lambda m, a, out: change(out))
+
+    def before(m, args, kwargs):
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, dict(kwargs, hidden_states=change(kwargs["hidden_states"]))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
 def hf_sites(model, tokens, changes=()):
     """Transformers' values at the oracle's sites, gathered with forward hooks. changes: (module,
     "pre"|"post", function(value)).
@@ -48,19 +61,7 @@ def hf_sites(model, tokens, changes=()):
                 )
             )
 
-    for module, when, change in changes:
-        if when == "pre":
-
-            def before(m, args, kwargs, change=change):
-                if args:
-                    return (change(args[0]), *args[1:]), kwargs
-                return args, dict(kwargs, hidden_states=change(kwargs["hidden_states"]))
-
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        else:
-            handles.append(
-                module.register_forward_hook(lambda m, a, out, change=change: change(out))
-            )
+    handles += [hooked(*change) for change in changes]
     for l, layer in enumerate(model.model.layers):
         b, attn, mlp = f"blocks.{l}.", layer.self_attn, layer.mlp
         post = hasattr(layer, "pre_feedforward_layernorm")
@@ -195,104 +196,135 @@ def test_every_part_is_awake(zoo, name):
         assert torch.allclose(result.sum(1), flat, atol=1e-11)
 
 
+def at(positions, function):
+    """`function` at these positions, nothing elsewhere."""
+
+    def change(x):
+        mask = torch.zeros(x.shape[1], 1, dtype=torch.bool)
+        mask[positions] = True
+        return torch.where(mask, function(x), x)
+
+    return change
+
+
+def written(index, values):
+    """Sets a part of what a module passes on."""
+
+    def change(x):
+        y = x.clone()
+        y[index] = values
+        return y
+
+    return change
+
+
+def edit_cases(ref, model, s, rng):
+    """(edits, the same as hooks on transformers' modules)"""
+    f, d, layers = ref.facts, ref.facts.d_head, model.model.layers
+    post, mid = f.post_norms, layers[1]
+    u = torch.tensor(s / np.linalg.norm(s))
+    project = lambda x: x - (x @ u)[..., None] * u
+    added = lambda a: lambda x: x + a * torch.tensor(s)
+    head = rng.standard_normal(d)
+    other = torch.tensor(rng.standard_normal((2, f.d_mlp)))
+    attn_out = [x.post_attention_layernorm if post else x.self_attn.o_proj for x in layers]
+    mlp_out = [x.post_feedforward_layernorm if post else x.mlp for x in layers]
+    second = mid.pre_feedforward_layernorm if post else mid.post_attention_layernorm
+    every = [(x, "pre", project) for x in layers]
+    every += [(x, "post", project) for x in [*attn_out, *mlp_out]]
+    one_head = written((0, slice(5, 9), slice(d, 2 * d)), torch.tensor(head))
+    even = slice(0, None, 2)
+    return [
+        ([Steer(Vector(s, 1), -0.7)], [(mid, "pre", added(-0.7))]),
+        (
+            [Steer(Vector(s, 1), 0.7, positions=slice(-4, None))],
+            [(mid, "pre", at(slice(17, None), added(0.7)))],
+        ),
+        ([Ablate(s)], every),
+        (
+            [Set("blocks.1.attn.hook_z", head, positions=slice(5, 9), heads=[1])],
+            [(mid.self_attn.o_proj, "pre", one_head)],
+        ),
+        (
+            [Set("blocks.1.mlp.hook_post", other, positions=[-3, 3])],
+            [(mid.mlp.down_proj, "pre", written((0, [18, 3]), other))],
+        ),
+        (
+            [Scale("blocks.1.attn.hook_v", 0.5), Add("blocks.1.attn.hook_v", 0.25)],
+            [(mid.self_attn.v_proj, "post", lambda x: x * 0.5 + 0.25)],
+        ),
+        (
+            [Add("blocks.1.attn.hook_q", 0.7)],
+            [(mid.self_attn.q_proj, "post", lambda x: x + 0.7)],
+        ),
+        ([Scale("blocks.1.ln2.hook_normalized", 0.5)], [(second, "post", lambda x: x * 0.5)]),
+        (
+            [Scale("blocks.1.ln1.hook_scale", 2.0, positions=even)],
+            [(mid.input_layernorm, "post", at(even, lambda x: x * 0.5))],
+        ),
+    ]
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama_bias", "gemma2", "gemma3", "qwen2"])
 def test_edits_are_those_of_forward_hooks(zoo, name, rng):
     ref, model, context = both(zoo, name)
     f = ref.facts
     tokens = tokens_of(ref, 21)
     s = rng.standard_normal(f.d_model)
-    layers = model.model.layers
-    u = torch.tensor(s / np.linalg.norm(s))
-    project = lambda x: x - (x @ u)[..., None] * u
-    post = f.post_norms
-
-    def at(positions, function):
-        def change(x):
-            y = function(x)
-            mask = torch.zeros(x.shape[1], 1, dtype=torch.bool)
-            mask[positions] = True
-            return torch.where(mask, y, x)
-
-        return change
-
-    head = rng.standard_normal(f.d_head)
-    d = f.d_head
-    other = torch.tensor(rng.standard_normal((2, f.d_mlp)))
-
-    def set_post(x):
-        y = x.clone()
-        y[0, [18, 3]] = other
-        return y
-
-    def head_set(x):
-        y = x.clone()
-        y[0, 5:9, d : 2 * d] = torch.tensor(head)
-        return y
-
-    cases = [
-        ([Steer(Vector(s, 1), -0.7)], [(layers[1], "pre", lambda x: x - 0.7 * torch.tensor(s))]),
-        (
-            [Steer(Vector(s, 1), 0.7, positions=slice(-4, None))],
-            [(layers[1], "pre", at(slice(17, None), lambda x: x + 0.7 * torch.tensor(s)))],
-        ),
-        (
-            [Ablate(s)],
-            [(layer, "pre", project) for layer in layers]
-            + [
-                (
-                    layer.post_attention_layernorm if post else layer.self_attn.o_proj,
-                    "post",
-                    project,
-                )
-                for layer in layers
-            ]
-            + [
-                (layer.post_feedforward_layernorm if post else layer.mlp, "post", project)
-                for layer in layers
-            ],
-        ),
-        (
-            [Set("blocks.1.attn.hook_z", head, positions=slice(5, 9), heads=[1])],
-            [(layers[1].self_attn.o_proj, "pre", head_set)],
-        ),
-        (
-            [Set("blocks.1.mlp.hook_post", other, positions=[-3, 3])],
-            [(layers[1].mlp.down_proj, "pre", set_post)],
-        ),
-        (
-            [Scale("blocks.1.attn.hook_v", 0.5), Add("blocks.1.attn.hook_v", 0.25)],
-            [(layers[1].self_attn.v_proj, "post", lambda x: x * 0.5 + 0.25)],
-        ),
-        (
-            [Add("blocks.1.attn.hook_q", 0.7)],
-            [(layers[1].self_attn.q_proj, "post", lambda x: x + 0.7)],
-        ),
-        (
-            [Scale("blocks.1.ln2.hook_normalized", 0.5)],
-            [
-                (
-                    (
-                        layers[1].pre_feedforward_layernorm
-                        if post
-                        else layers[1].post_attention_layernorm
-                    ),
-                    "post",
-                    lambda x: x * 0.5,
-                )
-            ],
-        ),
-        (
-            [Scale("blocks.1.ln1.hook_scale", 2.0, positions=slice(0, None, 2))],
-            [(layers[1].input_layernorm, "post", at(slice(0, None, 2), lambda x: x * 0.5))],
-        ),
-    ]
     plain = ref.forward(tokens, keep=False).logits
-    for edits, changes in cases:
+    for edits, changes in edit_cases(ref, model, s, rng):
         with context:
             _, logits = hf_sites(model, tokens, changes)
         row = ref.forward(tokens, edits=edits, keep=False)
         assert_close(f"{name} {edits}", row.logits, logits, 1e-12)
         assert share(row.logits, plain)[0] > 1e-3, f"{edits} changes nothing"
+
+
+def without_steering(module, norm, s, coefficient, eps, offset):
+    """Hooks that take the steering vector, as the norm passes it on, out of what enters `module`."""
+    held = {}
+
+    def keep_scale(x):
+        held["scale"] = torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+        return x
+
+    gain = norm.weight + offset
+    return [
+        (norm, "pre", keep_scale),
+        (module, "pre", lambda x: x - coefficient * s * gain / held["scale"]),
+    ]
+
+
+def freezing_hooks(ref, model, base, s, layer, coefficient):
+    """(freeze, ablate) -> hooks on transformers' modules; base: the base run's sites."""
+    f, layers = ref.facts, model.model.layers
+    post, later = f.post_norms, range(layer, f.n_layers)
+    second = lambda l: (
+        layers[l].pre_feedforward_layernorm if post else layers[l].post_attention_layernorm
+    )
+    added = lambda l: layers[l].post_feedforward_layernorm if post else layers[l].mlp
+
+    def replace(site, module):
+        return module, "post", lambda out: base[site].reshape(out.shape)
+
+    def minus(module, norm):
+        return without_steering(module, norm, s, coefficient, f.eps, f.norm_offset)
+
+    def frozen(l, name):
+        attn = layers[l].self_attn
+        return replace(f"blocks.{l}.attn.hook_{name}", getattr(attn, f"{name}_proj"))
+
+    changes = {
+        ("qk", None): [frozen(l, name) for l in later for name in "qk"],
+        ("ov", None): [frozen(l, "v") for l in later],
+        ("mlp", None): [replace(f"blocks.{l}.hook_mlp_out", added(l)) for l in later],
+        (None, "svv"): [
+            c for l in later for c in minus(layers[l].self_attn.v_proj, layers[l].input_layernorm)
+        ],
+        (None, "mlp_direct"): [c for l in later for c in minus(layers[l].mlp, second(l))],
+    }
+    changes["qk", "mlp_direct"] = changes["qk", None] + changes[None, "mlp_direct"]
+    return changes
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -304,62 +336,13 @@ def test_freezing_is_that_of_forward_hooks(zoo, name, rng):
     f, layer = ref.facts, 1
     tokens = tokens_of(ref, 19)
     s = torch.tensor(rng.standard_normal(f.d_model))
-    layers, post = model.model.layers, f.post_norms
     plain = ref.forward(tokens, keep=False).logits
     for coefficient in (1.0, -0.8):
-        steering = (layers[layer], "pre", lambda x: x + coefficient * s)
+        steering = (model.model.layers[layer], "pre", lambda x: x + coefficient * s)
         with context:
             base, _ = hf_sites(model, tokens)
 
-        def replace(site, module):
-            return module, "post", lambda out: base[site].reshape(out.shape)
-
-        def minus(l, module, norm, site):
-            """What enters `module` without the steering vector as the norm passes it on; `site` is
-            that norm's own input.
-            """
-            held = {}
-
-            def look(x):
-                held["scale"] = torch.sqrt((x * x).mean(-1, keepdim=True) + f.eps)
-                return x
-
-            gain = norm.weight + f.norm_offset
-            return [
-                (norm, "pre", look),
-                (module, "pre", lambda x: x - coefficient * s * gain / held["scale"]),
-            ]
-
-        later = range(layer, f.n_layers)
-        second = lambda l: (
-            layers[l].pre_feedforward_layernorm if post else layers[l].post_attention_layernorm
-        )
-        added = lambda l: layers[l].post_feedforward_layernorm if post else layers[l].mlp
-        changes = {
-            ("qk", None): [
-                c
-                for l in later
-                for c in (
-                    replace(f"blocks.{l}.attn.hook_q", layers[l].self_attn.q_proj),
-                    replace(f"blocks.{l}.attn.hook_k", layers[l].self_attn.k_proj),
-                )
-            ],
-            ("ov", None): [
-                replace(f"blocks.{l}.attn.hook_v", layers[l].self_attn.v_proj) for l in later
-            ],
-            ("mlp", None): [replace(f"blocks.{l}.hook_mlp_out", added(l)) for l in later],
-            (None, "svv"): [
-                c
-                for l in later
-                for c in minus(
-                    l, layers[l].self_attn.v_proj, layers[l].input_layernorm, "resid_pre"
-                )
-            ],
-            (None, "mlp_direct"): [
-                c for l in later for c in minus(l, layers[l].mlp, second(l), "resid_mid")
-            ],
-        }
-        changes["qk", "mlp_direct"] = changes["qk", None] + changes[None, "mlp_direct"]
+        changes = freezing_hooks(ref, model, base, s, layer, coefficient)
         steered = ref.forward(
             tokens, edits=[Steer(Vector(s, layer), coefficient)], keep=False
         ).logits

@@ -148,6 +148,20 @@ def test_value_vectors_of_stored_weights(zoo, rng, dtype):
 # -- the decomposition -----------------------------------------------------------------------------
 
 
+def oracle_parts(ref, vector, coefficient, layer, steered):
+    """(scales, direct, indirect) of a steered run's sites, in float64: docs/method.md section 7."""
+    block = f"blocks.{layer}."
+    gain, w_v, w_o, bias, _ = parts(ref, layer)
+    pattern, rms = steered[block + "attn.hook_pattern"], steered[block + "ln1.hook_scale"]
+    scales = coefficient * torch.einsum("hqk,kx->qh", pattern, 1 / rms)
+    direct = scales[..., None] * svv(ref, vector, layer, post=False)
+    added = coefficient * torch.tensor(vector.direction, dtype=torch.float64)
+    without = (steered[block + "hook_resid_pre"] - added) / rms * gain
+    values = torch.einsum("kd,hde->hke", without, w_v)
+    values = values + (bias if isinstance(bias, float) else bias[:, None])
+    return scales, direct, torch.einsum("hqk,hke,hed->qhd", pattern, values, w_o)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("coefficient", [1.0, -0.7])
 def test_identity(case, name, coefficient):
@@ -173,7 +187,6 @@ def test_identity(case, name, coefficient):
         for array in (got.direct, got.indirect, got.scales, got.base):
             assert not array[~got.mask].any() and np.isfinite(array).all()
         assert (np.sign(got.scales[got.mask]) == np.sign(coefficient)).all()
-        gain, w_v, w_o, bias, _ = parts(ref, layer)
         run = model.run(
             prompts,
             edits=[vs.Steer(vector, coefficient)],
@@ -190,30 +203,12 @@ def test_identity(case, name, coefficient):
             with torch.no_grad():
                 steered = ref.forward(prompt, edits=[Steer(vector, coefficient)]).sites
                 base = ref.forward(prompt).sites[f"blocks.{layer}.attn.hook_result"]
-            block = f"blocks.{layer}."
-            pattern, rms = steered[block + "attn.hook_pattern"], steered[block + "ln1.hook_scale"]
-            scales = coefficient * torch.einsum("hqk,kx->qh", pattern, 1 / rms)
-            direct = scales[..., None] * svv(ref, vector, layer, post=False)
-            without = (
-                (
-                    steered[block + "hook_resid_pre"]
-                    - coefficient * torch.tensor(vector.direction, dtype=torch.float64)
-                )
-                / rms
-                * gain
-            )
-            indirect = torch.einsum(
-                "hqk,hke,hed->qhd",
-                pattern,
-                torch.einsum("kd,hde->hke", without, w_v)
-                + (bias if isinstance(bias, float) else bias[:, None]),
-                w_o,
-            )
+            scales, direct, indirect = oracle_parts(ref, vector, coefficient, layer, steered)
             what, n = f"{name}, layer {layer}, row {b}", len(prompt)
             assert_close(
                 f"{what}: the oracle agrees with itself",
                 direct + indirect,
-                steered[block + "attn.hook_result"],
+                steered[f"blocks.{layer}.attn.hook_result"],
                 1e-12,
             )
             assert_close(f"{what}: scales", got.scales[b, -n:], scales, BOUND)
@@ -222,7 +217,7 @@ def test_identity(case, name, coefficient):
             assert_close(
                 f"{what}: result",
                 got.direct[b, -n:] + got.indirect[b, -n:],
-                steered[block + "attn.hook_result"],
+                steered[f"blocks.{layer}.attn.hook_result"],
                 BOUND,
             )
             assert_close(f"{what}: base", got.base[b, -n:], base, BOUND)

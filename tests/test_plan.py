@@ -4,6 +4,7 @@ estimates and exact patches.
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -151,39 +152,25 @@ def test_memory_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])
 def test_memory_is_the_engine_s(zoo, name):
-    """Byte for byte, and the layouts in the order of attribute's own choice."""
+    """Byte for byte."""
     from vksteer import _engine
+
+    model = zoo.engine(name)
+    sizes = ((18, 9, 9, 10), (512, 512, 512, 10), (1024, 512, 32, 3), (2000, 1000, 500, 1))
+    layers = (0, 1, model.config.n_layers - 1)
+    for layer, (capacity, step_capacity, slots, steps), normed, kept in itertools.product(
+        layers, sizes, (False, True), (False, True)
+    ):
+        arguments = (capacity, step_capacity, layer, slots, steps, normed, kept)
+        want = _engine.attribution_bytes(model._engine, *arguments)
+        assert sum(memory_parts(model.config, *arguments)) == want
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])
+def test_layouts_are_those_of_attribute_s_own_choice(zoo, name):
     from vksteer.patching.attribution import layout
 
     model = zoo.engine(name)
-    for layer in (0, 1, model.config.n_layers - 1):
-        for sizes in (
-            (18, 9, 9, 10),
-            (512, 512, 512, 10),
-            (1024, 512, 32, 3),
-            (2000, 1000, 500, 1),
-        ):
-            for normed in (False, True):
-                for kept in (False, True):
-                    capacity, step_capacity, slots, steps = sizes
-                    want = _engine.attribution_bytes(
-                        model._engine, capacity, step_capacity, layer, slots, steps, normed, kept
-                    )
-                    assert (
-                        sum(
-                            memory_parts(
-                                model.config,
-                                capacity,
-                                step_capacity,
-                                layer,
-                                slots,
-                                steps,
-                                normed,
-                                kept,
-                            )
-                        )
-                        == want
-                    )
     modes = set()
     for n, metric in ((9, "logit_diff"), (100, "kl"), (300, "logit_diff")):
         largest = plan(model.config, 1, n, metric=metric).total
