@@ -72,7 +72,7 @@ def test_conversion_equals_torch(tmp_path, stored, to):
     arrays = hf_arrays(Config.from_hf(TINY), dtype=stored)
     files = source.open_model(write_folder(tmp_path, arrays=arrays), dtype=to)
     for t in files.tensors:
-        kind, array = arrays[hf_name(t.name, files.config, "model.", "lm_head.weight")]
+        _kind, array = arrays[hf_name(t.name, files.config, "model.", "lm_head.weight")]
         if array.ndim < 2:
             assert t.dtype == stored
             continue
@@ -127,7 +127,7 @@ def test_families_of_the_oracle(zoo):
         files = source.open_model(zoo.folder(name))
         tensors = {t.name: t for t in files.tensors}
         with safe_open(str(zoo.folder(name) / "model.safetensors"), "pt") as f:
-            total = sum(f.get_tensor(k).numel() for k in f.keys())
+            total = sum(f.get_tensor(k).numel() for k in f.keys())  # noqa: SIM118  no mapping
             embed = f.get_tensor("model.embed_tokens.weight").float().numpy()
         assert sum(int(np.prod(t.shape)) for t in files.tensors) == total, name
         t = tensors["embed"]
@@ -141,7 +141,7 @@ def test_tied_copies(tmp_path):
     files = source.open_model(write_folder(tmp_path / "same", tied, arrays))
     assert files.extra == ("lm_head.weight",)
     arrays["lm_head.weight"] = ("float32", arrays["lm_head.weight"][1] + np.float32(1e-6))
-    with pytest.raises(ModelError, match="lm_head.weight.*differs"):
+    with pytest.raises(ModelError, match=r"lm_head.weight.*differs"):
         source.open_model(write_folder(tmp_path / "other", tied, arrays))
 
 
@@ -219,7 +219,8 @@ LIES = {
     "metadata is a list": (dict(change=lambda h: h.update(__metadata__=[1])), "__metadata__"),
     "tensor named twice": (
         dict(
-            raw_header=b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+            raw_header=b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+            b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
         ),
         "twice",
     ),
@@ -304,6 +305,14 @@ def test_damaged_shard_index(tmp_path, change, message):
         source.open_model(folder)
 
 
+def opened_or_refused(folder):
+    """(the opened files, "") or (None, the refusal)."""
+    try:
+        return source.open_model(folder), ""
+    except ModelError as error:
+        return None, str(error)
+
+
 def test_fuzzed_safetensors_headers(tmp_path):
     """Random bytes, tokens and cuts in a header: ModelError, or a model whose every tensor
     lies inside its file.
@@ -348,10 +357,9 @@ def test_fuzzed_safetensors_headers(tmp_path):
         if rng.random() < 0.5:  # keep the length honest, so that the JSON itself is reached
             blob[:8] = struct.pack("<Q", max(0, length + len(blob) - len(good)))
         path.write_bytes(blob)
-        try:
-            files = source.open_model(tmp_path)
-        except ModelError as error:
-            assert str(tmp_path) in str(error)
+        files, message = opened_or_refused(tmp_path)
+        if files is None:
+            assert str(tmp_path) in message
             refused += 1
         else:
             assert all(t.offset + t.nbytes <= len(blob) for t in files.tensors)
@@ -388,7 +396,7 @@ def test_hub_names_fail_offline_with_a_reason(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="tiny-llama-chat.*hub"):
+    with pytest.raises(ModelError, match=r"tiny-llama-chat.*hub"):
         source.open_model("nobody/tiny-no-such-model")
 
 
@@ -398,10 +406,10 @@ def test_other_wrong_arguments(tmp_path):
             source.open_model(wrong)
     with pytest.raises(ValueError, match="int8"):
         source.open_model(tmp_path, dtype="int8")
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config.json"):
         source.open_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    with pytest.raises(ModelError, match="model.safetensors"):
+    with pytest.raises(ModelError, match=r"model.safetensors"):
         source.open_model(tmp_path)
     with pytest.raises(ModelError, match="alone"):
         source.open_model(tmp_path / "config.json")

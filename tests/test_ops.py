@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from op_bench import SIZES, agree, few, same_bits, seeds
 from vksteer import _engine
 from vksteer.verify import checking as verify
 from vksteer.verify import forward, problems
-
-from op_bench import SIZES, agree, few, same_bits, seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vksteer.verify import forward
 
 from op_bench import BATCHES, D_HEADS, HEADS, agree, few, same_bits, seeds
+from vksteer.verify import forward
 
 
 @pytest.mark.parametrize("d_head", D_HEADS)
@@ -45,10 +45,9 @@ def test_attention_over_head_sizes(on, rng, d_head):
 
 @pytest.mark.parametrize("n_heads, n_kv_heads", HEADS)
 def test_attention_over_head_groups(on, rng, n_heads, n_kv_heads):
-    for rows in ([(0, 33)], [(5, 1), (0, 17), (30, 9)]):
+    for alone in ([(0, 33)], [(5, 1), (0, 17), (30, 9)]):
         for frozen in (False, True):
-            if frozen:
-                rows = [row for row in rows for _ in range(2)]
+            rows = [row for row in alone for _ in range(2)] if frozen else alone
             agree(
                 on,
                 forward.attn_scores(

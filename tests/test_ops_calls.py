@@ -10,14 +10,14 @@ import threading
 
 import numpy as np
 import pytest
+
+from child import tool
+from op_bench import agree, same_bits
 from vksteer import _engine
 from vksteer.cli import commands as cli
 from vksteer.errors import DeviceError
 from vksteer.verify import checking as verify
 from vksteer.verify import forward
-
-from child import tool
-from op_bench import agree, same_bits
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,7 @@ def test_verify_on_other_devices(width):
     done = subprocess.run(
         [sys.executable, "-m", "vksteer", "verify", "--json"],
         env=env,
+        check=False,
         capture_output=True,
         text=True,
     )

@@ -24,7 +24,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def hooked(module, when, change):
-    """The handle of a forward hook that replaces what enters ("pre") or leaves ("post") a module."""
+    """The handle of a hook that replaces what enters ("pre") or leaves ("post") a module."""
     if when == "post":
         return module.register_forward_hook(lambda m, a, out: change(out))
 
@@ -281,7 +281,7 @@ def test_edits_are_those_of_forward_hooks(zoo, name, rng):
 
 
 def without_steering(module, norm, s, coefficient, eps, offset):
-    """Hooks that take the steering vector, as the norm passes it on, out of what enters `module`."""
+    """Hooks that take the steering vector, as the norm passes it on, out of `module`'s input."""
     held = {}
 
     def keep_scale(x):

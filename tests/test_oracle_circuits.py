@@ -137,7 +137,7 @@ def test_metrics_by_hand(setting):
             said.append(float(torch.log_softmax(x[p], -1)[case.tokens[p + 1]]))
     assert len(kls) == 9 + 3
     want = dict(
-        logit_diff=np.mean(sum(differences, [])),
+        logit_diff=np.mean(np.concatenate(differences)),
         logit_diff_per_sample=np.mean([np.mean(d) for d in differences]),
         directional_kl=np.mean(divergences),
         kl=np.mean(kls),

@@ -99,7 +99,7 @@ def test_value_vectors(case, name):
 def test_value_vectors_as_an_object(case):
     import vksteer as vs
 
-    ref, model, _, vector = case("gemma2")
+    _ref, model, _, vector = case("gemma2")
     got = vs.ov.steering_value_vectors(model, vector)
     assert_same_bits(
         "negated", got.negated.values, vs.ov.steering_value_vectors(model, -vector).values
@@ -253,7 +253,7 @@ def test_shares(case):
     """Over one batch, over data in any batches, and against the definition."""
     import vksteer as vs
 
-    ref, model, prompts, vector = case("gemma3", 2)
+    _ref, model, prompts, vector = case("gemma3", 2)
     whole = vs.ov.direct_shares(model, prompts, vector, 0.9, progress=False)
     assert (
         whole.layers.tolist() == [2, 3, 4]

@@ -113,7 +113,7 @@ def check_greedy(name, model, answers, prompts, n_new):
             f" expected {want[step : step + 3]}"
         )
     if ties:
-        warnings.warn(f"{name}: near ties: {ties}")
+        warnings.warn(f"{name}: near ties: {ties}", stacklevel=2)
     assert not wrong, f"{name}: {len(wrong)} of {len(gens)} texts differ:\n" + "\n".join(wrong)
     return ties
 

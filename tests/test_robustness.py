@@ -79,7 +79,15 @@ found = vs.devices()
 assert [d.index for d in found] == list(range(len(found)))
 for d in found:
     dashed = f"{d.uuid[:8]}-{d.uuid[8:12]}-{d.uuid[12:16]}-{d.uuid[16:20]}-{d.uuid[20:]}"
-    for wanted in (d.index, str(d.index), d.uuid, dashed.upper(), d.name, d.name.split()[0].lower(), d):
+    for wanted in (
+        d.index,
+        str(d.index),
+        d.uuid,
+        dashed.upper(),
+        d.name,
+        d.name.split()[0].lower(),
+        d,
+    ):
         with load(device=wanted) as model:
             assert model.device == d, wanted
         if isinstance(wanted, str):
@@ -97,7 +105,9 @@ for wanted in (len(found), -1, "radeon 9700", "", "0" * 32, 1e9, True):
         try:
             load(device=None if variable else wanted).close()
         except vs.DeviceError as e:
-            assert all(d.name in str(e) for d in found) and ("VKSTEER_DEVICE" in str(e)) == variable, e
+            assert (
+                all(d.name in str(e) for d in found) and ("VKSTEER_DEVICE" in str(e)) == variable
+            ), e
         else:
             assert variable and wanted == "", wanted
         os.environ.pop("VKSTEER_DEVICE", None)

@@ -1,4 +1,4 @@
-"""A driver that fails: every call may return an error, the device may be lost, caches may be damaged."""
+"""A driver that fails: a call returns an error, the device is lost, a cache is damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def faulty(tmp_path_factory):
         (
             line.split("=> ")[1]
             for line in subprocess.run(
-                ["/sbin/ldconfig", "-p"], capture_output=True, text=True
+                ["/sbin/ldconfig", "-p"], check=False, capture_output=True, text=True
             ).stdout.splitlines()
             if "libvulkan.so.1 " in line and ("x86-64" in line or platform.machine() != "x86_64")
         ),
@@ -51,20 +51,55 @@ def faulty(tmp_path_factory):
 
 FAULTS = """
 import ctypes
+
 faults = ctypes.CDLL("libvulkan.so.1")
 arm = lambda name, n, result, stays=0: faults.fault_arm(name.encode(), n, result, stays)
-NAMES = ["vkAllocateMemory", "vkCreateBuffer", "vkBindBufferMemory", "vkMapMemory", "vkCreateSemaphore", "vkCreateCommandPool",
-         "vkAllocateCommandBuffers", "vkResetCommandPool", "vkBeginCommandBuffer", "vkEndCommandBuffer", "vkQueueSubmit", "vkWaitSemaphores",
-         "vkCreateShaderModule", "vkCreateComputePipelines", "vkCreateBufferView", "vkCreateDescriptorPool", "vkAllocateDescriptorSets"]
+NAMES = [
+    "vkAllocateMemory",
+    "vkCreateBuffer",
+    "vkBindBufferMemory",
+    "vkMapMemory",
+    "vkCreateSemaphore",
+    "vkCreateCommandPool",
+    "vkAllocateCommandBuffers",
+    "vkResetCommandPool",
+    "vkBeginCommandBuffer",
+    "vkEndCommandBuffer",
+    "vkQueueSubmit",
+    "vkWaitSemaphores",
+    "vkCreateShaderModule",
+    "vkCreateComputePipelines",
+    "vkCreateBufferView",
+    "vkCreateDescriptorPool",
+    "vkAllocateDescriptorSets",
+]
 HOST, DEVICE, LOST = -1, -2, -4
 v = None
+
 
 def work(model):
     v = vs.SteeringVector(np.linspace(-1, 1, model.config.d_model, dtype=np.float32), 1)
     rows = rows_of(model, 5, 40, 1)
-    run = model.run(rows, edits=[vs.Steer(v, 1.0)], capture=["blocks.*.attn.hook_pattern", "blocks.1.attn.hook_result"], freeze="qk")
-    made = model.generate(rows, max_new_tokens=3, ignore_eos=True, progress=False, capture=["blocks.1.hook_resid_post"])
-    return [run.logits, run["blocks.1.attn.hook_pattern"], made[0].tokens, made[1].captured["blocks.1.hook_resid_post"]]
+    run = model.run(
+        rows,
+        edits=[vs.Steer(v, 1.0)],
+        capture=["blocks.*.attn.hook_pattern", "blocks.1.attn.hook_result"],
+        freeze="qk",
+    )
+    made = model.generate(
+        rows,
+        max_new_tokens=3,
+        ignore_eos=True,
+        progress=False,
+        capture=["blocks.1.hook_resid_post"],
+    )
+    return [
+        run.logits,
+        run["blocks.1.attn.hook_pattern"],
+        made[0].tokens,
+        made[1].captured["blocks.1.hook_resid_post"],
+    ]
+
 
 same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b))
 """

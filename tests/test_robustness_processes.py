@@ -33,8 +33,14 @@ for _ in range(3):
     if pid == 0:
         signal.alarm(20)  # a hang ends here
         from vksteer.runtime.device import _engine
-        for call in (lambda: model.run(rows), lambda: model.generate(rows, max_new_tokens=2, progress=False), load,
-                     lambda: _engine().Cache(model._engine, 4), lambda: model._engine_device.prepare()):
+        calls = (
+            lambda: model.run(rows),
+            lambda: model.generate(rows, max_new_tokens=2, progress=False),
+            load,
+            lambda: _engine().Cache(model._engine, 4),
+            lambda: model._engine_device.prepare(),
+        )
+        for call in calls:
             try:
                 call()
                 os._exit(7)
@@ -79,16 +85,33 @@ def test_threads_get_the_same_bits(llama):
         child(
             """
 import threading
+
 sys.setswitchinterval(1e-5)
 model = load()
-jobs = [rows_of(model, *lengths, seed=i) for i, lengths in enumerate([(5, 80, 3), (33,), (1, 1, 200), (64, 2)])]
+jobs = [
+    rows_of(model, *lengths, seed=i)
+    for i, lengths in enumerate([(5, 80, 3), (33,), (1, 1, 200), (64, 2)])
+]
 v = vs.SteeringVector(np.ones(model.config.d_model, np.float32), 1)
+
+
 def job(i):
-    run = model.run(jobs[i], edits=[vs.Steer(v, 0.1 * i)], capture=["blocks.*.hook_resid_post"], freeze="ov" if i % 2 else None)
-    text = model.generate(jobs[i], max_new_tokens=4, ignore_eos=True, edits=[vs.Steer(v, 0.1 * i)], progress=False)
+    run = model.run(
+        jobs[i],
+        edits=[vs.Steer(v, 0.1 * i)],
+        capture=["blocks.*.hook_resid_post"],
+        freeze="ov" if i % 2 else None,
+    )
+    text = model.generate(
+        jobs[i], max_new_tokens=4, ignore_eos=True, edits=[vs.Steer(v, 0.1 * i)], progress=False
+    )
     return [run.logits, *(a for _, a in run.items()), *(g.tokens for g in text)]
+
+
 want = [job(i) for i in range(4)]
 wrong = []
+
+
 def loop(i):
     try:
         for n in range(8):
@@ -96,9 +119,13 @@ def loop(i):
                 wrong.append(f"thread {i}, round {n}: other bits")
     except BaseException as e:
         wrong.append(repr(e))
+
+
 threads = [threading.Thread(target=loop, args=(i,)) for i in range(4)]
-for t in threads: t.start()
-for t in threads: t.join()
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
 assert not wrong, wrong
 """,
             llama,
@@ -114,11 +141,13 @@ def test_closing_while_others_run_and_load(llama):
         child(
             """
 import threading
+
 wrong, done = [], []
 first = load()
 device = first._engine_device
 for turn in range(6):
     model = load()
+
     def use(call):
         try:
             while True:
@@ -129,20 +158,32 @@ for turn in range(6):
                 wrong.append(e)
         except BaseException as e:
             wrong.append(e)
+
     rows = rows_of(model, 30, 60)
     edits = [vs.Scale("blocks.1.attn.hook_z", 0.5)]
-    calls = [lambda: model.run(rows, edits=edits), lambda: model.generate(rows, max_new_tokens=3, progress=False), lambda: model.run(rows, capture="*"),
-             lambda: model._value_direction(np.ones(model.config.d_model), 1)]
-    threads = [threading.Thread(target=use, args=(c,)) for c in calls] + [threading.Thread(target=lambda: load().close())]
-    for t in threads: t.start()
+    calls = [
+        lambda: model.run(rows, edits=edits),
+        lambda: model.generate(rows, max_new_tokens=3, progress=False),
+        lambda: model.run(rows, capture="*"),
+        lambda: model._value_direction(np.ones(model.config.d_model), 1),
+    ]
+    threads = [threading.Thread(target=use, args=(c,)) for c in calls] + [
+        threading.Thread(target=lambda: load().close())
+    ]
+    for t in threads:
+        t.start()
     time.sleep(0.05 + 0.05 * turn)
     model.close()
-    for t in threads: t.join()
+    for t in threads:
+        t.join()
     assert not wrong, wrong
 assert len(done) > 4
 first.run([[1, 2]])
 first.close()
-import gc; del model, calls; gc.collect()
+import gc
+
+del model, calls
+gc.collect()
 assert device.allocated_bytes == 0, device.allocated_bytes
 """,
             llama,
@@ -180,11 +221,20 @@ time.sleep(0.3)
     "daemon threads that generate, load and hold long runs": (
         """
 import threading
+
 model = load()
+
+
 def forever(call):
     while True:
         call()
-for call in (lambda: model.generate(rows_of(model, 5, 9), max_new_tokens=400, progress=False), lambda: load().close(), lambda: model.run(rows_of(model, *[500] * 60))):
+
+
+for call in (
+    lambda: model.generate(rows_of(model, 5, 9), max_new_tokens=400, progress=False),
+    lambda: load().close(),
+    lambda: model.run(rows_of(model, *[500] * 60)),
+):
     threading.Thread(target=forever, args=(call,), daemon=True).start()
 time.sleep(0.5)
 """
@@ -205,8 +255,16 @@ def test_arrays_outlive_the_model_and_a_closed_model_refuses(llama):
 model = load()
 rows = rows_of(model, 7, 12)
 run = model.run(rows, capture=["*"])
-made = model.generate(rows, max_new_tokens=4, ignore_eos=True, capture=["blocks.*.hook_resid_post"], progress=False)
-arrays = [run.logits, run.tokens, run.mask, *(a for _, a in run.items()), *(a for g in made for a in [g.tokens, g.prompt_tokens, *g.captured.values()])]
+made = model.generate(
+    rows, max_new_tokens=4, ignore_eos=True, capture=["blocks.*.hook_resid_post"], progress=False
+)
+arrays = [
+    run.logits,
+    run.tokens,
+    run.mask,
+    *(a for _, a in run.items()),
+    *(a for g in made for a in [g.tokens, g.prompt_tokens, *g.captured.values()]),
+]
 copies = [a.copy() for a in arrays]
 model.run(rows_of(model, 7, 12, seed=9), capture=["*"])
 model.close()
@@ -216,8 +274,16 @@ with load() as other:
 assert all(a.flags.c_contiguous and a.flags.writeable for a in arrays)
 assert all(np.array_equal(a, b, equal_nan=False) for a, b in zip(arrays, copies))
 from vksteer.runtime.device import _engine
-calls = [lambda: model.run(rows), lambda: model.generate(rows, progress=False), lambda: model._engine.plan(), lambda: _engine().Cache(model._engine, 5),
-         lambda: model._engine.vector("ln1", 0), lambda: model._engine.finish(), lambda: model._engine.kernels]
+
+calls = [
+    lambda: model.run(rows),
+    lambda: model.generate(rows, progress=False),
+    lambda: model._engine.plan(),
+    lambda: _engine().Cache(model._engine, 5),
+    lambda: model._engine.vector("ln1", 0),
+    lambda: model._engine.finish(),
+    lambda: model._engine.kernels,
+]
 for i, call in enumerate(calls):
     try:
         call()
@@ -259,8 +325,13 @@ while True:  # a run of a few seconds
     if time.monotonic() - start > 2:
         break
     n *= 2
-for call in (lambda: model.run(long, logits="last"), lambda: model.generate(rows * 8, max_new_tokens=470, ignore_eos=True, progress=False),
-             lambda: model.run(long, logits=None, capture=["blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"])):
+for call in (
+    lambda: model.run(long, logits="last"),
+    lambda: model.generate(rows * 8, max_new_tokens=470, ignore_eos=True, progress=False),
+    lambda: model.run(
+        long, logits=None, capture=["blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"]
+    ),
+):
     soon(0.4)
     try:
         call()
@@ -268,7 +339,9 @@ for call in (lambda: model.run(long, logits="last"), lambda: model.generate(rows
     except KeyboardInterrupt:
         print(time.monotonic() - sent[0])
     again = model.run(rows, capture=["*"])
-    assert np.array_equal(again.logits, want.logits) and all(np.array_equal(again[s], want[s]) for s in want.keys())
+    assert np.array_equal(again.logits, want.logits) and all(
+        np.array_equal(again[s], want[s]) for s in want.keys()
+    )
 """,
             llama,
             timeout=200,
@@ -313,28 +386,41 @@ def test_a_signal_handler_may_not_enter_a_call_again(llama):
         child(
             """
 import gc, signal
+
 model, spare = load(), load()
 rows = rows_of(model, *[400] * 40)
 want = model.run(rows, logits="last").logits
-model.generate([[1]], max_new_tokens=1, progress=False)  # its modules are imported here: in the handler that could outlast the timer's period
+model.generate(
+    [[1]], max_new_tokens=1, progress=False
+)  # its modules are imported here: in the handler that could outlast the timer's period
 said = []
+
+
 def handler(*_):
     global spare
     gc.collect()
     spare = None  # freed here, inside the other's call
     gc.collect()
-    for call in (lambda: model.run([[1]]), model.close, lambda: model.generate([[1]], max_new_tokens=1, progress=False)):
+    for call in (
+        lambda: model.run([[1]]),
+        model.close,
+        lambda: model.generate([[1]], max_new_tokens=1, progress=False),
+    ):
         try:
             call()
             said.append("no error")
         except RuntimeError as e:
             said.append(str(e))
+
+
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
 got = model.run(rows, logits="last").logits
 signal.setitimer(signal.ITIMER_REAL, 0)
 assert np.array_equal(got, want)
-assert said and sum("signal handler" in s for s in said) >= max(3, len(said) - 3), said  # the last signal may come after the call
+assert said and sum("signal handler" in s for s in said) >= max(3, len(said) - 3), (
+    said
+)  # the last signal may come after the call
 model.run([[1, 2]])
 """,
             llama,

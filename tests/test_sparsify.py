@@ -12,15 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from sparse_vector import vector
 from vksteer import sparsify
 from vksteer.base.provenance import digest
 from vksteer.circuits.graph import graph
 from vksteer.inputs.vectors import SteeringVector
 from vksteer.sparsify.choosing import log_tail
 from vksteer.sparsify.sweeping import TAUS
-
-from sparse_vector import vector
-
 
 # -- choosing dimensions ---------------------------------------------------------------------------
 
@@ -135,7 +134,7 @@ def test_scores_of_attribute(rng):
     with pytest.warns(UserWarning, match="another steering vector"):
         sparsify.by_gradient(vector(rng), one, 0.1)
     for wrong in (EdgeScores(g, np.zeros(g.n_edges), n_positions=1), dims):
-        with pytest.raises(ValueError, match="dims='steer'|steering node"):
+        with pytest.raises(ValueError, match=r"dims='steer'|steering node"):
             sparsify.by_gradient(v, wrong, 0.5)
 
 
@@ -241,7 +240,7 @@ def cases(n, seed=0):
     least and most shared.
     """
     rng = np.random.default_rng(seed)
-    for i in range(n):
+    for _i in range(n):
         total = int(rng.choice([1, 2, 10, 100, 576, 2304, 4096]))
         draw = lambda: int(
             rng.choice([0, total, rng.integers(0, total + 1), min(total, rng.integers(0, 40))])

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from standin import ScriptedModel
 from vksteer import sparsify
 from vksteer.base.provenance import digest
 from vksteer.inputs.vectors import SteeringVector
 from vksteer.sparsify.sweeping import METHODS, TAUS
-
-from standin import ScriptedModel
 
 HARMFUL, HARMLESS = (
     ["how to bomb", "a bomb", "make one bomb now", "bomb it"],

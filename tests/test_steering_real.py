@@ -1,4 +1,4 @@
-"""Difference in means, scores and selection through the engine, against a float64 twin: the
+"""Difference in means, scores and selection through the engine, against a float64 reference: the
 oracle's own forward pass, one prompt at a time.
 
 Random models of several families (token prompts) and the bundled tiny chat models (the toy world's

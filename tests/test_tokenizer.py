@@ -6,9 +6,6 @@ import random
 
 import numpy as np
 import pytest
-from vksteer.errors import ModelError
-from vksteer.loading import model_files as source
-from vksteer.loading.tokenizer import Tokenizer, prompt_list
 
 from model_writers import TINY, write_folder
 from tokenizer_texts import (
@@ -18,6 +15,9 @@ from tokenizer_texts import (
     reference,
     train,
 )
+from vksteer.errors import ModelError
+from vksteer.loading import model_files as source
+from vksteer.loading.tokenizer import Tokenizer, prompt_list
 
 # ---- folders ----
 
@@ -181,7 +181,7 @@ def test_wrong_prompts(wrong, error, message):
 def test_base_models_say_what_to_pass(tmp_path):
     ours = Tokenizer.from_folder(train(tmp_path))
     for call in (lambda: ours.chat_tokens("Hello"), lambda: ours.post_instruction_tokens):
-        with pytest.raises(ValueError, match="no chat template.*pass token lists"):
+        with pytest.raises(ValueError, match=r"no chat template.*pass token lists"):
             call()
     assert (
         ours.chat_tokens([[1, 2]]) == [[1, 2]]
@@ -229,7 +229,7 @@ def test_ends_of_a_folder(tmp_path):
 @pytest.mark.parametrize("text", [b"", b"{", b'{"model": {"type": "BPE"}}', b"[]", b"\xff\xfe"])
 def test_damaged_tokenizer_json(tmp_path, text):
     (tmp_path / "tokenizer.json").write_bytes(text)
-    with pytest.raises(ModelError, match="tokenizer.json"):
+    with pytest.raises(ModelError, match=r"tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from vksteer.errors import ModelError
-from vksteer.loading import model_files as source
-from vksteer.loading.tokenizer import Tokenizer
 
 from model_writers import gguf_model, write_gguf
 from tokenizer_texts import (
@@ -18,6 +15,9 @@ from tokenizer_texts import (
     random_texts,
     train,
 )
+from vksteer.errors import ModelError
+from vksteer.loading import model_files as source
+from vksteer.loading.tokenizer import Tokenizer
 
 
 def gguf_with(path, metadata):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vksteer.loading import model_files as source
 
 from tokenizer_texts import (
     TEXTS,
     random_texts,
 )
+from vksteer.loading import model_files as source
 
 MODELS = Path(__file__).resolve().parent.parent / ".models"
 REAL = {
@@ -96,6 +96,7 @@ def test_real_weights_equal_transformers(name):
     """
     import torch
     import transformers
+
     from vksteer.loading.config import Config
     from vksteer.loading.tensor_names import hf_name
 

@@ -1,4 +1,4 @@
-"""NTP and PO: losses and gradients against float64 autograd, training against a float64 twin,
+"""NTP and PO: losses and gradients against float64 autograd, training against a float64 reference,
 resume to the bit, bad input.
 
 Measured here (llvmpipe): losses within 2e-7, gradients within 2e-6 of the largest entry.
@@ -117,7 +117,7 @@ def test_texts_get_their_end_of_turn(zoo, rng):
 # -- training --------------------------------------------------------------------------------------
 
 
-def twin(
+def reference_training(
     ref,
     examples,
     layer,
@@ -168,7 +168,7 @@ def twin(
         ("qwen3", "po", "adam"),
     ],
 )
-def test_ten_steps_follow_a_float64_twin(zoo, rng, name, which, optimizer):
+def test_ten_steps_follow_a_float64_reference(zoo, rng, name, which, optimizer):
     model, ref = zoo.engine(name), zoo.reference(name)
     examples = [
         example(rng, model.config.d_vocab, 1 if i % 2 else -1, 3 + i, 2 + 2 * i, 8 - i)
@@ -201,7 +201,7 @@ def test_ten_steps_follow_a_float64_twin(zoo, rng, name, which, optimizer):
         **common,
         **options,
     )
-    values, vectors = twin(
+    values, vectors = reference_training(
         ref,
         examples,
         1,

@@ -17,45 +17,11 @@ import pytest
 from child import ROOT, child, tool
 from test_drivers import environment, folders  # noqa: F401  a fixture
 
-CORE_AND_SYNC = "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT:VALIDATION_CHECK_ENABLE_SYNCHRONIZATION_VALIDATION_QUEUE_SUBMIT"
+CORE_AND_SYNC = (
+    "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT"
+    ":VALIDATION_CHECK_ENABLE_SYNCHRONIZATION_VALIDATION_QUEUE_SUBMIT"
+)
 GPU_ASSISTED = "VK_VALIDATION_FEATURE_ENABLE_GPU_ASSISTED_EXT"
-
-MISTAKES = r"""
-#include <vulkan/vulkan.h>
-int main(void) {
-    VkApplicationInfo application = {.sType = VK_STRUCTURE_TYPE_APPLICATION_INFO, .apiVersion = VK_API_VERSION_1_2};
-    VkInstanceCreateInfo instance_info = {.sType = VK_STRUCTURE_TYPE_INSTANCE_CREATE_INFO, .pApplicationInfo = &application};
-    VkInstance instance;
-    VkPhysicalDevice physical;
-    VkDevice device;
-    VkBuffer buffer;
-    VkDeviceMemory memory;
-    VkCommandPool pool;
-    VkCommandBuffer commands;
-    uint32_t one = 1, type = 0;
-    float priority = 1;
-    if (vkCreateInstance(&instance_info, NULL, &instance) || vkEnumeratePhysicalDevices(instance, &one, &physical) < 0) return 3;
-    VkDeviceQueueCreateInfo queue = {.sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO, .queueCount = 1, .pQueuePriorities = &priority};
-    VkDeviceCreateInfo device_info = {.sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO, .queueCreateInfoCount = 1, .pQueueCreateInfos = &queue};
-    VkBufferCreateInfo buffer_info = {.sType = VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO, .size = 256, .usage = VK_BUFFER_USAGE_TRANSFER_DST_BIT};
-    if (vkCreateDevice(physical, &device_info, NULL, &device) || vkCreateBuffer(device, &buffer_info, NULL, &buffer)) return 4;
-    VkMemoryRequirements needs;
-    vkGetBufferMemoryRequirements(device, buffer, &needs);
-    while (!(needs.memoryTypeBits >> type & 1)) type++;
-    VkMemoryAllocateInfo memory_info = {.sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO, .allocationSize = needs.size, .memoryTypeIndex = type};
-    VkCommandPoolCreateInfo pool_info = {.sType = VK_STRUCTURE_TYPE_COMMAND_POOL_CREATE_INFO};
-    if (vkAllocateMemory(device, &memory_info, NULL, &memory) || vkBindBufferMemory(device, buffer, memory, 0) ||
-        vkCreateCommandPool(device, &pool_info, NULL, &pool)) return 5;
-    VkCommandBufferAllocateInfo allocate = {.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO, .commandPool = pool, .commandBufferCount = 1};
-    VkCommandBufferBeginInfo begin = {.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO};
-    if (vkAllocateCommandBuffers(device, &allocate, &commands) || vkBeginCommandBuffer(commands, &begin)) return 6;
-    vkCmdFillBuffer(commands, buffer, 0, 256, 1);
-    vkCmdFillBuffer(commands, buffer, 0, 256, 2); /* no barrier between: a hazard */
-    vkCmdFillBuffer(commands, buffer, 0, 254, 2); /* not a multiple of four: invalid */
-    vkEndCommandBuffer(commands);
-    return 0;
-}
-"""
 
 
 def layers(enables) -> dict:
@@ -95,13 +61,12 @@ def test_the_layers_are_awake(tmp_path):
     """A program with a hazard and an invalid size is caught at both, in the
     environment of the tests below.
     """
-    (tmp_path / "mistakes.c").write_text(MISTAKES)
     subprocess.run(
         [
             "cc",
             "-I",
             ROOT / ".tools/vulkan/usr/include",
-            tmp_path / "mistakes.c",
+            ROOT / "tests/validation_mistakes.c",
             "-l:libvulkan.so.1",
             "-o",
             tmp_path / "mistakes",
@@ -109,7 +74,9 @@ def test_the_layers_are_awake(tmp_path):
         check=True,
     )
     env = dict(os.environ) | {k: str(v) for k, v in layers(CORE_AND_SYNC).items() if v is not None}
-    done = subprocess.run([tmp_path / "mistakes"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [tmp_path / "mistakes"], env=env, check=False, capture_output=True, text=True
+    )
     said = "\n".join(messages(done.stdout + done.stderr))
     assert (
         done.returncode == 0
@@ -120,13 +87,23 @@ def test_the_layers_are_awake(tmp_path):
 
 WORK = """
 import driver_cases
+
 driver_cases.main(sys.argv[2:])
 with load(2) as model:
-    assert "VkLayer_khronos_validation" in open("/proc/self/maps").read(), "the layer is in this process"
+    assert "VkLayer_khronos_validation" in open("/proc/self/maps").read(), (
+        "the layer is in this process"
+    )
     v = vs.SteeringVector(np.ones(model.config.d_model, np.float32), 1)
     rows = rows_of(model, 300, 9, 1)
     model.run(rows, capture=["*"], edits=[vs.Steer(v, 1.0)], freeze="ov")
-    model.generate(rows, max_new_tokens=5, ignore_eos=True, capture=["blocks.*.attn.hook_z"], edits=[[vs.Ablate(v)], [], [vs.Steer(v, 0.5)]], progress=False)
+    model.generate(
+        rows,
+        max_new_tokens=5,
+        ignore_eos=True,
+        capture=["blocks.*.attn.hook_z"],
+        edits=[[vs.Ablate(v)], [], [vs.Steer(v, 0.5)]],
+        progress=False,
+    )
     model._value_direction(np.ones(model.config.d_model), 1)
     for by in ("logit", "cosine"):
         vs.ov.logit_lens(model, vs.ov.steering_value_vectors(model, v), 40, by)

@@ -134,9 +134,9 @@ def test_cosine(vector, rng):
 
 
 def test_copies(vector):
-    for twin in (copy.deepcopy(vector), pickle.loads(pickle.dumps(vector))):
-        np.testing.assert_array_equal(twin.direction, vector.direction)
-        assert (twin.layer, twin.position, twin.method, dict(twin.meta)) == (
+    for copied in (copy.deepcopy(vector), pickle.loads(pickle.dumps(vector))):
+        np.testing.assert_array_equal(copied.direction, vector.direction)
+        assert (copied.layer, copied.position, copied.method, dict(copied.meta)) == (
             5,
             -4,
             "dim",
@@ -147,9 +147,9 @@ def test_copies(vector):
 def test_check_against_a_model(vector):
     vector.check(config())
     vector.check(SimpleNamespace(config=config(), fingerprint="ab" * 32))
-    with pytest.raises(ValueError, match="37.*36"):
+    with pytest.raises(ValueError, match=r"37.*36"):
         vector.check(config(width=36))
-    with pytest.raises(ValueError, match="layer 5.*0 to 4"):
+    with pytest.raises(ValueError, match=r"layer 5.*0 to 4"):
         vector.check(config(layers=5))
     with pytest.warns(UserWarning, match="another model"):
         vector.check(SimpleNamespace(config=config(), fingerprint="cd" * 32))
@@ -279,7 +279,7 @@ def test_a_gguf_that_contradicts_itself(tmp_path, vector):
     vector.save(tmp_path / "v.gguf")
     data = (tmp_path / "v.gguf").read_bytes()
     (tmp_path / "v.gguf").write_bytes(data.replace(b"direction.4", b"direction.5"))
-    with pytest.raises(ModelError, match="layer 5.*layer 6"):
+    with pytest.raises(ModelError, match=r"layer 5.*layer 6"):
         SteeringVector.load(tmp_path / "v.gguf")
 
 
@@ -287,7 +287,7 @@ def test_other_gguf_files_are_refused(tmp_path, rng):
     import gguf
 
     write_control_vector(tmp_path / "zero.gguf", {0: [1.0]})
-    with pytest.raises(ModelError, match="direction.0"):
+    with pytest.raises(ModelError, match=r"direction.0"):
         SteeringVector.load(tmp_path / "zero.gguf")
     write_control_vector(tmp_path / "matrix.gguf", {1: np.ones((2, 3))})
     with pytest.raises(ModelError, match="one row"):

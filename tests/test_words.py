@@ -225,8 +225,8 @@ def paths_in(text: str) -> list[tuple[int, str]]:
     found = []
     for i, line in enumerate(text.splitlines(), 1):
         for code in re.findall(r"`([^`]+)`", line):
-            for word in re.split(r"[\s,;()=\"']+", code):
-                word = re.sub(r"^vksteer/(?=.*\.py)", "python/vksteer/", word.rstrip(".:"))
+            for piece in re.split(r"[\s,;()=\"']+", code):
+                word = re.sub(r"^vksteer/(?=.*\.py)", "python/vksteer/", piece.rstrip(".:"))
                 word = re.sub(r"<\w+>", "*", re.sub(r":\d+$", "", word))
                 if (word.split("/")[0] in TOP and "/" in word) or FILE.fullmatch(word):
                     found.append((i, word))
@@ -239,8 +239,8 @@ def test_paths_exist():
     bare = {Path(name).name for name in names}
     missing = []
     for path in documents():
-        for line, word in paths_in(path.read_text()):
-            word = word.rstrip("/")
+        for line, named in paths_in(path.read_text()):
+            word = named.rstrip("/")
             whole_path = word in names or word in folders or any(fnmatch(n, word) for n in names)
             if not whole_path and ("/" in word or word not in bare):
                 missing.append(f"{path.relative_to(ROOT)}:{line}: {word}")

@@ -139,12 +139,16 @@ def test_tiny_is_deterministic():
     """The same list in another process with another hash seed; another seed gives another list. The
     digest pins the words themselves.
     """
-    code = (
-        "import"
-        " "
-        "importlib.util,sys,hashlib;s=importlib.util.spec_from_file_location('village',sys.argv[1]);m=importlib.util.module_from_spec(s);sys.modules['village']=m;s.loader.exec_module(m);print(hashlib.sha256(repr([m.tiny(x)"
-        " for x in m.SPLITS]).encode()).hexdigest())"
-    )
+    code = """
+import hashlib, importlib.util, sys
+
+spec = importlib.util.spec_from_file_location("village", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["village"] = module
+spec.loader.exec_module(module)
+words = repr([module.tiny(split) for split in module.SPLITS])
+print(hashlib.sha256(words.encode()).hexdigest())
+"""
     here = hashlib.sha256(repr([world.tiny(s) for s in world.SPLITS]).encode()).hexdigest()
     for hash_seed in ("1", "2"):
         out = subprocess.run(
