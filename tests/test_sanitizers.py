@@ -1,5 +1,5 @@
-"""The C engine under AddressSanitizer and UndefinedBehaviorSanitizer: the driver cases, and what the
-robustness tests do to it.
+"""The C engine under AddressSanitizer and UndefinedBehaviorSanitizer: the driver cases, and what
+the robustness tests do to it.
 
 Built apart, into build/sanitize; nothing in python/vksteer changes. Leaks are counted by
 test_leaks.py instead (Python itself is full of blocks that live until the end).
@@ -140,6 +140,7 @@ def test_the_suite(sanitized, file, chosen):
         ],
         env=env,
         cwd=ROOT,
+        check=False,
         capture_output=True,
         text=True,
         timeout=1700,
