@@ -14,103 +14,58 @@ static PyObject *attribution_new(PyTypeObject *type, PyObject *args, PyObject *k
                                      &step_capacity, &first_layer, &n_slots, &n_steps, &normed,
                                      &keep_inside))
         return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct attribution_object *self = (struct attribution_object *)allocate(type, 0);
-    if (!self)
+    int valid = step_capacity && capacity >= step_capacity && capacity <= 1u << 20 && n_slots &&
+                n_slots <= 1u << 20 && n_steps && n_steps <= 1u << 16;
+    PyObject *object = engine_owned_new(type, model, valid,
+                                        "Attribution(model, capacity, step_capacity, first_layer, "
+                                        "n_slots, n_steps) needs a Model and sizes from 1 on");
+    if (!object)
         return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type ||
-        !step_capacity || capacity < step_capacity || capacity > 1u << 20 || !n_slots ||
-        n_slots > 1u << 20 || !n_steps || n_steps > 1u << 16) {
-        PyErr_SetString(PyExc_TypeError, "Attribution(model, capacity, step_capacity, first_layer, "
-                                         "n_slots, n_steps) needs a Model and sizes from 1 on");
-        Py_CLEAR(self);
-        return NULL;
-    }
-    if (engine_begin((struct model_object *)model, 1)) {
-        Py_CLEAR(self);
-        return NULL;
-    }
-    self->owner = (struct model_object *)Py_NewRef(model);
+    struct attribution_object *self = (struct attribution_object *)object;
     struct model *m = self->owner->model;
     if (first_layer >= m->facts.n_layers)
         failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, m->facts.n_layers);
     else
         failed = attribution_create(&self->attribution, m, capacity, step_capacity, first_layer,
                                     n_slots, n_steps, normed, keep_inside, &error);
-    engine_end(self->owner);
-    if (failed) {
-        engine_raise((PyObject *)self, &error);
-        Py_CLEAR(self);
-    }
-    return (PyObject *)self;
+    return engine_owned_made(object, failed, &error);
+}
+
+static void attribution_destroy_object(PyObject *object) {
+    struct attribution_object *self = (struct attribution_object *)object;
+    if (self->attribution && !self->owner->model)
+        self->attribution->work->model = NULL;
+    attribution_destroy(self->attribution);
 }
 
 static void attribution_dealloc(PyObject *object) {
-    struct attribution_object *self = (struct attribution_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
-    if (self->attribution && !self->owner->model)
-        self->attribution->work->model = NULL; /* closed meanwhile: its queue is idle and gone */
-    attribution_destroy(self->attribution);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
+    engine_owned_free(object, attribution_destroy_object);
 }
 
-/* cache, rows, edits, inputs: a batch of whole rows from the attribution's first layer on. */
-static int batch_read(struct attribution_object *self, struct batch_arguments *a, PyObject *cache,
-                      PyObject *rows, PyObject *edits, PyObject *inputs) {
-    PyObject *in[13] = {NULL};
-    if (!PyTuple_Check(rows) || PyTuple_Size(rows) != 9)
-        return PyErr_SetString(PyExc_TypeError, "rows must be nine arrays"), -1;
-    for (Py_ssize_t i = 0; i < 9; i++)
-        in[i] = PyTuple_GetItem(rows, i);
-    a->batch.first_layer = self->attribution->first_layer;
-    return batch_owners_read(a, self->owner, cache, edits) ||
-                   batch_rows_read(a, self->owner->model, in) || batch_places_check(a) ||
-                   batch_inputs_read(a, self->owner->model, inputs)
-               ? -1
-               : 0;
-}
-
-/* forward(cache, rows, n_columns, edits, inputs, slot, pairs uint32 [n, 2], picks uint32
- * [m, 2], capped, kl) -> (top int32 [m, 2], margin float32 [m, 2], kl float32 [m],
- * normed float32 [m, 2, D]) */
+/* forward(cache, rows, slot, pairs uint32 [n, 2], picks uint32 [m, 2], capped, kl) -> (top int32
+ * [m, 2], margin float32 [m, 2], kl float32 [m], normed float32 [m, 2, D]) */
 static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *edits, *inputs, *pairs, *tokens, *view, *out[4] = {NULL},
-                                                                     *result = NULL;
+    PyObject *cache, *rows, *pairs, *tokens, *out[4] = {NULL}, *result = NULL;
     struct batch_arguments a = {0};
     struct attribution_picks picks = {0};
     struct error error = {0};
-    const void *items;
+    const uint32_t *items;
     Py_ssize_t n, m;
     unsigned int slot;
-    int failed = 1, kl;
-    if (!PyArg_ParseTuple(args, "OOIOOIOOpp", &cache, &rows, &a.batch.n_columns, &edits, &inputs,
-                          &slot, &pairs, &tokens, &picks.capped, &kl))
+    int failed = 1, begun = 1, kl;
+    if (!PyArg_ParseTuple(args, "OOIOOpp", &cache, &rows, &slot, &pairs, &tokens, &picks.capped,
+                          &kl) ||
+        engine_begin(owner, 1))
         return NULL;
-    a.batch.n_keys = a.batch.n_columns;
-    a.n_out_rows = 1; /* rows' out_row is -1: nothing is captured */
-    if (engine_begin(owner, 1))
-        return NULL;
-    int begun = 1;
-    if (batch_read(self, &a, cache, rows, edits, inputs) ||
-        !(view = array_view(pairs, 'I', "pairs", &items, &n)))
+    if (batch_read(&a, owner, cache, rows) || batch_list(&a, pairs, "pairs", &items, &n) ||
+        batch_list(&a, tokens, "picks", &picks.tokens, &m))
         goto done;
-    a.held[a.n_held++] = view;
-    if (!(view = array_view(tokens, 'I', "picks", (const void **)&picks.tokens, &m)))
-        goto done;
-    a.held[a.n_held++] = view;
-    uint64_t total = (uint64_t)PyObject_Length(PyTuple_GetItem(rows, 0));
     for (Py_ssize_t i = 0; i < m; i++)
-        if (picks.tokens[i] >= total) {
+        if (picks.tokens[i] >= a.n_tokens) {
             PyErr_Format(PyExc_ValueError, "a pick of token %u of %llu", picks.tokens[i],
-                         (unsigned long long)total);
+                         (unsigned long long)a.n_tokens);
             goto done;
         }
     Py_ssize_t dims[3] = {m / 2, 2, owner->model->facts.d_model};
@@ -140,36 +95,29 @@ done:
     return result;
 }
 
-/* step(cache, rows, n_columns, metric, edits, inputs, slot, sources uint32 [n, k], k, first_step)
- * -> values of the metric */
+/* step(cache, rows, metric, slot, sources uint32 [n, k], k, first_step) -> values of the metric */
 static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *tuple, *edits, *inputs, *sources, *values = NULL, *result = NULL;
+    PyObject *cache, *rows, *tuple, *sources, *values = NULL, *result = NULL;
     struct batch_arguments a = {0};
     struct run_metric metric = {0};
     struct error error = {0};
-    const void *items;
+    const uint32_t *items;
     Py_ssize_t n;
     unsigned int slot, n_sources, first_step;
-    int failed = 1;
-    if (!PyArg_ParseTuple(args, "OOIO!OOIOII", &cache, &rows, &a.batch.n_columns, &PyTuple_Type,
-                          &tuple, &edits, &inputs, &slot, &sources, &n_sources, &first_step))
+    int failed = 1, begun = 1;
+    if (!PyArg_ParseTuple(args, "OOO!IOII", &cache, &rows, &PyTuple_Type, &tuple, &slot, &sources,
+                          &n_sources, &first_step))
         return NULL;
     if (n_sources == 0)
         return PyErr_Format(PyExc_ValueError, "no steps");
-    a.batch.n_keys = a.batch.n_columns;
     if (engine_begin(owner, 1))
         return NULL;
-    int begun = 1;
-    a.n_out_rows = 1; /* rows' out_row is -1: nothing is captured */
-    if (batch_read(self, &a, cache, rows, edits, inputs) ||
-        !(values = batch_metric_read(&a, owner->model, tuple, &metric)))
+    if (batch_read(&a, owner, cache, rows) ||
+        !(values = batch_metric_read(&a, owner->model, tuple, &metric)) ||
+        batch_list(&a, sources, "sources", &items, &n))
         goto done;
-    PyObject *view = array_view(sources, 'I', "sources", &items, &n);
-    if (!view)
-        goto done;
-    a.held[a.n_held++] = view;
     ENGINE_WORK(owner, failed,
                 attribution_step(self->attribution, a.cache, &a.batch, &metric, slot,
                                  (uint32_t)(n / n_sources), items, n_sources, first_step, &error));
@@ -278,9 +226,9 @@ PyObject *engine_attribution_bytes(PyObject *module, PyObject *args) {
 
 static PyMethodDef attribution_methods[] = {
     {"forward", attribution_forward_method, METH_VARARGS,
-     "forward(...): clean and corrupt runs; see csrc/python/attribution_type.c."},
+     "forward(...): clean and corrupt runs; see csrc/analysis/attribution.h."},
     {"step", attribution_step_method, METH_VARARGS,
-     "step(...): integration steps forward and back."},
+     "step(...): forward and backward passes of integration steps."},
     {"reset", attribution_reset_method, METH_NOARGS, "reset(): gradients become zero."},
     {"contract", attribution_contract_method, METH_VARARGS,
      "contract(tiles, steer, dims_rows) -> (edges, nodes, dims)."},

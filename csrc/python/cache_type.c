@@ -7,45 +7,24 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     unsigned int n_slots, first_layer = 0;
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OI|I", names, &model, &n_slots, &first_layer))
         return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct cache_object *self = (struct cache_object *)allocate(type, 0);
     struct error error = {0};
-    if (!self)
+    PyObject *object = engine_owned_new(
+        type, model, n_slots > 0, "Cache(model, n_slots) needs a Model and at least one slot");
+    if (!object)
         return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type ||
-        n_slots == 0) {
-        PyErr_SetString(PyExc_TypeError,
-                        "Cache(model, n_slots) needs a Model and at least one slot");
-        Py_CLEAR(self);
-    } else if (engine_begin((struct model_object *)model, 1)) {
-        Py_CLEAR(self);
-    } else {
-        self->owner = (struct model_object *)Py_NewRef(model);
-        int failed = run_cache_create(&self->cache, self->owner->model, n_slots, first_layer,
-                                      &error);
-        engine_end(self->owner);
-        if (failed) {
-            engine_raise((PyObject *)self, &error);
-            Py_CLEAR(self);
-        }
-    }
-    return (PyObject *)self;
+    struct cache_object *self = (struct cache_object *)object;
+    int failed = run_cache_create(&self->cache, self->owner->model, n_slots, first_layer, &error);
+    return engine_owned_made(object, failed, &error);
 }
 
-static void cache_dealloc(PyObject *object) {
+static void cache_destroy(PyObject *object) {
     struct cache_object *self = (struct cache_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
-    if (self->owner && self->owner->model) /* copies may be recorded that nobody has waited for */
+    if (self->owner->model) /* copies may be recorded that no call has waited for */
         gpu_queue_wait(self->owner->model->ops.queue, NULL);
     run_cache_destroy(self->cache);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
 }
+
+static void cache_dealloc(PyObject *object) { engine_owned_free(object, cache_destroy); }
 
 static PyObject *cache_copy(PyObject *object, PyObject *args) {
     struct cache_object *self = (struct cache_object *)object;

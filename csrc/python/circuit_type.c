@@ -59,49 +59,29 @@ static PyObject *circuits_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIO!", names, &model, &plan.first_layer,
                                      &PyTuple_Type, &tuple))
         return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct circuits_object *self = (struct circuits_object *)allocate(type, 0);
-    if (!self)
+    PyObject *object = engine_owned_new(type, model, 1,
+                                        "Circuits(model, first_layer, plan) needs a Model");
+    if (!object)
         return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type) {
-        PyErr_SetString(PyExc_TypeError, "Circuits(model, first_layer, plan) needs a Model");
-        Py_CLEAR(self);
-        return NULL;
-    }
-    if (engine_begin((struct model_object *)model, 1)) {
-        Py_CLEAR(self);
-        return NULL;
-    }
-    self->owner = (struct model_object *)Py_NewRef(model);
-    int failed = plan_read(&a, &self->owner->model->facts, tuple, &plan);
-    if (!failed && circuit_create(&self->run, self->owner->model, &plan, &error)) {
-        engine_raise((PyObject *)self, &error);
-        failed = 1;
-    }
-    engine_end(self->owner);
+    struct circuits_object *self = (struct circuits_object *)object;
+    struct model *m = self->owner->model;
+    int failed = plan_read(&a, &m->facts, tuple, &plan) ||
+                 circuit_create(&self->run, m, &plan, &error);
     batch_release(&a);
-    if (failed)
-        Py_CLEAR(self);
-    return (PyObject *)self;
+    return engine_owned_made(object, failed, &error);
 }
 
-static void circuits_dealloc(PyObject *object) {
+static void circuits_destroy(PyObject *object) {
     struct circuits_object *self = (struct circuits_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
-    if (self->run && !self->owner->model) { /* closed meanwhile: its queue is idle and gone */
+    if (self->run && !self->owner->model) {
         self->run->model = NULL;
         if (self->run->work)
             self->run->work->model = NULL;
     }
     circuit_destroy(self->run);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
 }
+
+static void circuits_dealloc(PyObject *object) { engine_owned_free(object, circuits_destroy); }
 
 /* bytes(capacity, n_slots) -> (device bytes of passes with that memory, those
  * of the largest buffer) */
@@ -191,54 +171,43 @@ static int request_read(struct batch_arguments *a, const struct model_facts *f, 
     return *out ? 0 : -1;
 }
 
-/* forward(cache, rows (tuple of 9 arrays: tokens, n_tokens, start, slot, group, edit_row, out_row,
- *         column, key_column), tokens, request, edits, first_layer, inputs, decode, mask) -> (pairs
- *         [E, n, 2], whole [E, n, 4], logits [E, n, V]) of the E entries of the logits' input */
+/* tokens: the packed tokens whose metrics are read, ascending. */
+static int read_tokens(struct batch_arguments *a, PyObject *tokens, struct read_request *read) {
+    Py_ssize_t n;
+    if (batch_list(a, tokens, "tokens", &read->tokens, &n))
+        return -1;
+    if (n > INT32_MAX)
+        return PyErr_SetString(PyExc_ValueError, "too many tokens to be read"), -1;
+    read->n = (uint32_t)n;
+    for (uint32_t i = 0; i < read->n; i++)
+        if (read->tokens[i] >= a->n_tokens || (i && read->tokens[i] <= read->tokens[i - 1]))
+            return PyErr_Format(
+                       PyExc_ValueError,
+                       "tokens to be read must ascend and lie in the batch: %u is none of %llu",
+                       read->tokens[i], (unsigned long long)a->n_tokens),
+                   -1;
+    return 0;
+}
+
+/* forward(cache, rows, tokens, request, mask) -> (pairs [E, n, 2], distributions [E, n, 4], logits
+ * [E, n, V]) of the E entries of the logits' input */
 static PyObject *circuits_forward(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache",       "rows",   "tokens", "request", "edits",
-                            "first_layer", "inputs", "decode", "mask",    NULL};
+    static char *names[] = {"cache", "rows", "tokens", "request", "mask", NULL};
     struct circuits_object *self = (struct circuits_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *tokens, *tuple, *edits = Py_None, *inputs = Py_None, *mask = Py_None,
-                                             *in[13] = {NULL}, *values = NULL, *result = NULL;
+    PyObject *cache, *rows, *tokens, *tuple, *mask = Py_None, *values = NULL, *result = NULL;
     struct batch_arguments a = {0};
     struct read_request read = {0};
     struct error error = {0};
     const void *masked;
-    int failed = 1;
-    uint64_t total = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OO!|OIOpO", names, &cache, &PyTuple_Type,
-                                     &rows, &tokens, &PyTuple_Type, &tuple, &edits,
-                                     &a.batch.first_layer, &inputs, &a.batch.decode, &mask))
+    int failed = 1, begun = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOO!|O", names, &cache, &rows, &tokens,
+                                     &PyTuple_Type, &tuple, &mask) ||
+        engine_begin(owner, 1))
         return NULL;
-    if (PyTuple_Size(rows) != 9)
-        return PyErr_Format(PyExc_TypeError, "rows must be nine arrays");
-    for (Py_ssize_t i = 0; i < 9; i++)
-        in[i] = PyTuple_GetItem(rows, i);
-    if (batch_owners_read(&a, owner, cache, edits) || engine_begin(owner, 1))
-        return NULL;
-    int begun = 1;
-    const struct model_facts *f = &owner->model->facts;
-    if (!PyObject_HasAttrString(tokens, "__len__") || PyObject_Length(tokens) > INT32_MAX) {
-        PyErr_SetString(PyExc_TypeError, "tokens must be an array");
-        goto done;
-    }
-    read.n = (uint32_t)PyObject_Length(tokens);
-    if (batch_rows_read(&a, owner->model, in) || batch_places_check(&a) ||
-        batch_inputs_read(&a, owner->model, inputs) ||
-        batch_borrow(&a, tokens, 'I', "tokens", read.n, (const void **)&read.tokens))
-        goto done;
-    for (uint32_t r = 0; r < a.batch.n_rows; r++)
-        total += a.batch.n_tokens[r];
-    for (uint32_t i = 0; i < read.n; i++)
-        if (read.tokens[i] >= total || (i && read.tokens[i] <= read.tokens[i - 1])) {
-            PyErr_Format(PyExc_ValueError,
-                         "tokens to be read must ascend and lie in the batch: %u is none of %llu",
-                         read.tokens[i], (unsigned long long)total);
-            goto done;
-        }
-    if (batch_borrow(&a, mask, 'B', "mask", (Py_ssize_t)total, &masked) ||
-        request_read(&a, f, tuple, self->run->n_logits, &read, &values))
+    if (batch_read(&a, owner, cache, rows) || read_tokens(&a, tokens, &read) ||
+        batch_borrow(&a, mask, 'B', "mask", (Py_ssize_t)a.n_tokens, &masked) ||
+        request_read(&a, &owner->model->facts, tuple, self->run->n_logits, &read, &values))
         goto done;
     ENGINE_WORK(owner, failed,
                 circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error));

@@ -1,4 +1,4 @@
-/* Edits: edits of one batch as plain data. */
+/* Edits: the compiled edits of one batch. */
 #include "engine.h"
 
 #include <stdlib.h>
@@ -56,7 +56,7 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
             return error_set(error, ERROR_VALUE, "edit %zd: no kind %u", i, edit->kind);
         uint32_t site_heads, width;
         if (edit->site < 0 || edit->site >= SITE_COUNT)
-            continue; /* refused below */
+            continue; /* edit_list_index refuses it */
         site_shape(edit->site, &model->facts, &site_heads, &width);
         for (uint32_t h = 0;
              h < edit->n_heads && (uint64_t)edit->first_head + h < (uint64_t)n_heads; h++)
@@ -77,62 +77,47 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
 static PyObject *edits_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = {"model", "records",  "coefficients", "positions",
                             "heads", "operands", "n_rows",       NULL};
-    PyObject *model, *arrays[5], *views[5] = {NULL};
+    static const char types[5] = {'q', 'f', 'I', 'I', 'f'};
+    PyObject *model, *arrays[5], *views[5] = {NULL}, *object = NULL;
     unsigned int n_rows;
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOI", names, &model, &arrays[0],
                                      &arrays[1], &arrays[2], &arrays[3], &arrays[4], &n_rows))
         return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct edits_object *self = (struct edits_object *)allocate(type, 0);
-    if (!self)
-        return NULL;
     const void *data[5];
     Py_ssize_t n[5];
-    const char types[5] = {'q', 'f', 'I', 'I', 'f'};
     struct error error = {0};
-    int ok = (PyObject *)Py_TYPE(model) == engine_state_of((PyObject *)self)->model_type;
-    if (!ok)
-        PyErr_SetString(PyExc_TypeError, "Edits needs a Model");
-    for (int i = 0; ok && i < 5; i++)
-        ok = (views[i] = array_view(arrays[i], types[i], names[i + 1], &data[i], &n[i])) != NULL;
-    if (ok && (n[0] != n[1] * EDIT_FIELDS || n[4] == 0 || n[1] > INT32_MAX)) {
+    int valid = 1;
+    for (int i = 0; valid && i < 5; i++) {
+        views[i] = array_view(arrays[i], types[i], names[i + 1], &data[i], &n[i]);
+        valid = views[i] != NULL;
+    }
+    if (valid && (n[0] != n[1] * EDIT_FIELDS || n[4] == 0 || n[1] > INT32_MAX)) {
         PyErr_SetString(PyExc_ValueError,
                         "edit records, coefficients and operands do not fit together");
-        ok = 0;
+        valid = 0;
     }
-    if (ok && engine_begin((struct model_object *)model, 1))
-        ok = 0;
-    else if (ok) {
-        self->owner = (struct model_object *)Py_NewRef(model);
-        ok = edits_fill(self, data[0], n[1], data[1], data[2], n[2], data[3], n[3], data[4], n[4],
-                        n_rows, &error) == 0;
-        engine_end(self->owner);
-        if (!ok)
-            engine_raise((PyObject *)self, &error);
+    if (valid)
+        object = engine_owned_new(type, model, 1, "Edits needs a Model");
+    if (object) {
+        int failed = edits_fill((struct edits_object *)object, data[0], n[1], data[1], data[2],
+                                n[2], data[3], n[3], data[4], n[4], n_rows, &error);
+        object = engine_owned_made(object, failed, &error);
     }
     for (int i = 0; i < 5; i++)
         Py_XDECREF(views[i]);
-    if (!ok)
-        Py_CLEAR(self);
-    return (PyObject *)self;
+    return object;
 }
 
-static void edits_dealloc(PyObject *object) {
+static void edits_destroy(PyObject *object) {
     struct edits_object *self = (struct edits_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
     gpu_buffer_destroy(self->operands);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
     edit_list_clear(&self->list);
     free(self->list.edits);
     free(self->positions);
     free(self->heads);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
 }
+
+static void edits_dealloc(PyObject *object) { engine_owned_free(object, edits_destroy); }
 
 static PyType_Slot edits_slots[] = {{Py_tp_new, edits_new},
                                     {Py_tp_dealloc, edits_dealloc},

@@ -100,3 +100,42 @@ PyObject *engine_fail(struct model_object *model, const struct error *error) {
     stand_still(model->owner);
     return engine_raise((PyObject *)model, error);
 }
+
+PyObject *engine_owned_new(PyTypeObject *type, PyObject *model, int valid, const char *needs) {
+    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
+    struct owned_object *self = (struct owned_object *)allocate(type, 0);
+    if (!self)
+        return NULL;
+    valid = valid && (PyObject *)Py_TYPE(model) == engine_state_of((PyObject *)self)->model_type;
+    if (!valid)
+        PyErr_SetString(PyExc_TypeError, needs);
+    if (!valid || engine_begin((struct model_object *)model, 1)) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    self->owner = (struct model_object *)Py_NewRef(model);
+    return (PyObject *)self;
+}
+
+PyObject *engine_owned_made(PyObject *object, int failed, const struct error *error) {
+    engine_end(((struct owned_object *)object)->owner);
+    if (!failed)
+        return object;
+    if (error->kind != ERROR_NONE)
+        engine_raise(object, error);
+    Py_DECREF(object);
+    return NULL;
+}
+
+void engine_owned_free(PyObject *object, void (*destroy)(PyObject *object)) {
+    struct model_object *owner = ((struct owned_object *)object)->owner;
+    PyTypeObject *type = Py_TYPE(object);
+    if (owner) {
+        engine_lock(owner->owner);
+        destroy(object);
+        engine_unlock(owner->owner);
+    }
+    Py_XDECREF((PyObject *)owner);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}

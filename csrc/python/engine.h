@@ -1,4 +1,4 @@
-/* What the files of this room share: the module's state, errors turned into exceptions,
+/* What the files of csrc/python share: the module's state, errors turned into exceptions,
  * NumPy arrays in and out.
  *
  * Ownership: every object keeps a reference to the one it works on (Model -> Device, Cache ->
@@ -57,13 +57,24 @@ struct edits_object {
     uint32_t *positions, *heads;
 };
 
+/* The rows of one batch. */
+enum { PACKED_ROWS_TOKENS, PACKED_ROWS_N_TOKENS, PACKED_ROWS_ARRAYS = 14 };
+struct packed_rows_object {
+    PyObject_HEAD
+    struct run_batch batch; /* n_rows is set by packed_rows_check; no captures, no logits */
+    uint32_t n_out_rows;
+    struct edits_object *edits;
+    PyObject *arrays[PACKED_ROWS_ARRAYS]; /* borrowed from; NULL where one is not given */
+    Py_ssize_t lengths[PACKED_ROWS_ARRAYS];
+};
+
 struct engine_state {
-    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *bench_type,
-        *tape_type, *attribution_type, *circuits_type;
+    PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *packed_rows_type,
+        *bench_type, *tape_type, *attribution_type, *circuits_type;
     PyObject *device_error, *model_error;
 };
 
-/* Memory for ways back: buffers for `capacity` tokens and their tape. */
+/* Memory for forward and backward passes: buffers for `capacity` tokens and their tape. */
 struct tape_object {
     PyObject_HEAD
     struct model_object *owner;
@@ -77,8 +88,8 @@ struct attribution_object {
     struct attribution *attribution;
 };
 
-extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, bench_spec,
-    tape_spec, attribution_spec, circuits_spec;
+extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, packed_rows_spec,
+    bench_spec, tape_spec, attribution_spec, circuits_spec;
 /* engine.c */
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
@@ -96,6 +107,20 @@ void engine_unlock(struct device_object *device);
  * the parent of a fork, or this very thread is inside a call (a signal handler). */
 int engine_begin(struct model_object *model, int finished);
 void engine_end(struct model_object *model); /* with or without the GIL */
+/* Cache, Edits, Tape, Attribution and Circuits begin like this. */
+struct owned_object {
+    PyObject_HEAD
+    struct model_object *owner;
+};
+/* Begins a constructor: a new object that owns `model`, after engine_begin. NULL with
+ * TypeError(needs) where `model` is no Model or !valid, or with the exception of engine_begin. */
+PyObject *engine_owned_new(PyTypeObject *type, PyObject *model, int valid, const char *needs);
+/* Ends it: engine_end; on failure raises `error` (if it is set) and frees the object. */
+PyObject *engine_owned_made(PyObject *object, int failed, const struct error *error);
+/* Frees an object. destroy runs with the device's lock; its owner's model may be closed by then:
+ * the queue is idle and gone. */
+void engine_owned_free(PyObject *object, void (*destroy)(PyObject *object));
+
 /* engine_raise for a failure between begin and end, after engine_end: a thread that was stopped
  * because the interpreter ends stands still. */
 PyObject *engine_fail(struct model_object *model, const struct error *error);
@@ -131,26 +156,34 @@ PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args);
 /* circuit_type.c */
 PyObject *engine_measure(PyObject *module, PyObject *args);
+/* packed_rows_type.c: ValueError or TypeError where lengths or values do not fit together or do not
+ * fit the model; *total: tokens of all rows. */
+int packed_rows_check(struct packed_rows_object *self, const struct model_facts *f,
+                      uint64_t *total);
+
 /* batch.c */
-/* A batch as it comes from Python: arrays that are borrowed until batch_release. */
+/* What a call that runs a batch takes from Python; borrowed until batch_release. */
 struct batch_arguments {
     struct run_batch batch;
     struct run_cache *cache;
     struct run_capture *captures;
     uint32_t n_out_rows;
-    PyObject *held[24]; /* arrays that the batch borrows from */
+    uint64_t n_tokens;  /* of all rows */
+    PyObject *held[24]; /* objects that are borrowed from */
     int n_held;
 };
+/* cache: a Cache of this model; rows: PackedRows, checked. After engine_begin. */
+int batch_read(struct batch_arguments *a, struct model_object *self, PyObject *cache,
+               PyObject *rows);
+/* An array of exactly `expected` items (< 0: of any number); None gives NULL. */
 int batch_borrow(struct batch_arguments *a, PyObject *object, char type, const char *name,
                  Py_ssize_t expected, const void **data);
-int batch_rows_read(struct batch_arguments *a, const struct model *model, PyObject **in);
-int batch_inputs_read(struct batch_arguments *a, const struct model *model, PyObject *object);
-int batch_places_check(const struct batch_arguments *a);
+/* A uint32 array of any number of items. */
+int batch_list(struct batch_arguments *a, PyObject *object, const char *name, const uint32_t **data,
+               Py_ssize_t *n);
+/* list: (site, layer) pairs. Makes *captures (to be freed), and puts their new arrays into dict. */
 int batch_captures_read(const struct model *model, const struct batch_arguments *a, PyObject *list,
                         PyObject *dict, struct run_capture **captures, uint32_t *n_captures);
-/* Cache and Edits of this model (None for no edits), else -1 with TypeError. */
-int batch_owners_read(struct batch_arguments *a, struct model_object *self, PyObject *cache,
-                      PyObject *edits);
 void batch_release(struct batch_arguments *a);
 
 /* model_facts.c */

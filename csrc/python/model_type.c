@@ -76,7 +76,7 @@ static void model_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-/* For calls that only look at facts: valid while the GIL is held. */
+/* For calls that only read facts: valid while the GIL is held. */
 static int model_check(struct model_object *self) {
     if (self->model)
         return 0;
@@ -262,53 +262,36 @@ static PyObject *model_vector(PyObject *object, PyObject *args) {
     return result;
 }
 
-/* forward(cache, tokens, n_tokens, start, slot, group, edit_row, out_row, column, key_column,
- *         n_out_rows, n_columns, n_keys, captures, logits, decode, edits, q_row, v_row, mlp_row,
- *         frozen, first_layer, inputs, stop_layer) -> (logits or None, {(site, layer): array}) */
+/* A new array for the logits, or None. */
+static PyObject *logits_array(const struct model *model, struct batch_arguments *a) {
+    Py_ssize_t rows = a->n_out_rows, columns = a->batch.n_columns, width = model->facts.d_vocab;
+    if (a->batch.logits_mode == RUN_LOGITS_ALL)
+        return array_zeros(3, (Py_ssize_t[]){rows, columns, width}, &a->batch.logits);
+    if (a->batch.logits_mode == RUN_LOGITS_LAST)
+        return array_zeros(2, (Py_ssize_t[]){rows, width}, &a->batch.logits);
+    return Py_NewRef(Py_None);
+}
+
+/* forward(cache, rows, captures [(site, layer)], logits) -> (logits or None, {(site, layer):
+ * array}) */
 static PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache",      "tokens",      "n_tokens", "start",      "slot",
-                            "group",      "edit_row",    "out_row",  "column",     "key_column",
-                            "n_out_rows", "n_columns",   "n_keys",   "captures",   "logits",
-                            "decode",     "edits",       "q_row",    "v_row",      "mlp_row",
-                            "frozen",     "first_layer", "inputs",   "stop_layer", NULL};
+    static char *names[] = {"cache", "rows", "captures", "logits", NULL};
     struct model_object *self = (struct model_object *)object;
-    PyObject *cache, *in[13] = {NULL}, *list, *edits = Py_None, *inputs = Py_None, *captured = NULL,
-                     *logits = NULL, *result = NULL;
-    unsigned int n_out_rows, n_columns, n_keys;
-    int mode, failed = 1;
+    PyObject *cache, *rows, *list, *captured, *logits = NULL, *result = NULL;
     struct batch_arguments a = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOOOIIIO!ii|OOOOOIOI", names, &cache,
-                                     &in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &in[6], &in[7],
-                                     &in[8], &n_out_rows, &n_columns, &n_keys, &PyList_Type, &list,
-                                     &mode, &a.batch.decode, &edits, &in[9], &in[10], &in[11],
-                                     &in[12], &a.batch.first_layer, &inputs, &a.batch.stop_layer))
-        return NULL;
-    if (batch_owners_read(&a, self, cache, edits))
-        return NULL;
-    a.batch.n_columns = n_columns;
-    a.batch.n_keys = n_keys;
-    a.batch.logits_mode = (enum run_logits)mode;
-    a.n_out_rows = n_out_rows;
     struct error error = {0};
-    if (engine_begin(self, 1))
+    int mode, failed = 1, begun = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO!i", names, &cache, &rows, &PyList_Type,
+                                     &list, &mode) ||
+        engine_begin(self, 1))
         return NULL;
-    int begun = 1;
     captured = PyDict_New();
-    if (!captured || batch_rows_read(&a, self->model, in) || batch_places_check(&a) ||
+    if (!captured || batch_read(&a, self, cache, rows) ||
         batch_captures_read(self->model, &a, list, captured, &a.captures, &a.batch.n_captures))
         goto done;
     a.batch.captures = a.captures;
-    if (batch_inputs_read(&a, self->model, inputs))
-        goto done;
-    if (mode == RUN_LOGITS_ALL)
-        logits = array_zeros(3, (Py_ssize_t[]){n_out_rows, n_columns, self->model->facts.d_vocab},
-                             &a.batch.logits);
-    else if (mode == RUN_LOGITS_LAST)
-        logits = array_zeros(2, (Py_ssize_t[]){n_out_rows, self->model->facts.d_vocab},
-                             &a.batch.logits);
-    else
-        logits = Py_NewRef(Py_None);
-    if (!logits)
+    a.batch.logits_mode = (enum run_logits)mode;
+    if (!(logits = logits_array(self->model, &a)))
         goto done;
     ENGINE_WORK(self, failed, run_forward(self->work, a.cache, &a.batch, &error));
     begun = 0;
@@ -357,14 +340,15 @@ static PyMethodDef model_methods[] = {
      "lens(vectors float32 [n, D], k, cosine=False) -> (values, tokens), float32 [n, k]; see "
      "csrc/analysis/ov.h."},
     {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS,
-     "forward(...): one batch; see csrc/run/run.h."},
+     "forward(cache, rows, captures, logits) -> (logits, captured): one batch; see "
+     "csrc/run/run.h."},
     {"measure_linear", model_measure_linear, METH_VARARGS,
      "measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s)."},
     {"measure_read", model_measure_read, METH_VARARGS,
      "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
     {"prepare", model_prepare, METH_NOARGS,
      "prepare(): compiles the kernels that this model will use, in parallel."},
-    {"close", model_close, METH_NOARGS, "close(): frees the device memory; legal twice."},
+    {"close", model_close, METH_NOARGS, "close(): frees the device memory; idempotent."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -63,6 +63,7 @@ static int engine_exec(PyObject *module) {
         type_add(module, &model_spec, &state->model_type) ||
         type_add(module, &cache_spec, &state->cache_type) ||
         type_add(module, &edits_spec, &state->edits_type) ||
+        type_add(module, &packed_rows_spec, &state->packed_rows_type) ||
         type_add(module, &bench_spec, &state->bench_type) ||
         type_add(module, &tape_spec, &state->tape_type) ||
         type_add(module, &attribution_spec, &state->attribution_type) ||
@@ -80,6 +81,7 @@ static int engine_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->model_type);
     Py_VISIT(state->cache_type);
     Py_VISIT(state->edits_type);
+    Py_VISIT(state->packed_rows_type);
     Py_VISIT(state->bench_type);
     Py_VISIT(state->tape_type);
     Py_VISIT(state->attribution_type);
@@ -96,6 +98,7 @@ static int engine_clear(PyObject *module) {
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->cache_type);
     Py_CLEAR(state->edits_type);
+    Py_CLEAR(state->packed_rows_type);
     Py_CLEAR(state->bench_type);
     Py_CLEAR(state->tape_type);
     Py_CLEAR(state->attribution_type);

@@ -12,54 +12,33 @@ static PyObject *tape_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OII|p", names, &model, &capacity,
                                      &first_layer, &keep_inside))
         return NULL;
-    allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
-    struct tape_object *self = (struct tape_object *)allocate(type, 0);
-    if (!self)
+    PyObject *object = engine_owned_new(type, model, capacity > 0 && capacity <= 1u << 20,
+                                        "Tape(model, capacity, first_layer) needs a Model and a "
+                                        "capacity of 1 to 1,048,576 tokens");
+    if (!object)
         return NULL;
-    if ((PyObject *)Py_TYPE(model) != engine_state_of((PyObject *)self)->model_type ||
-        capacity == 0 || capacity > 1u << 20) {
-        PyErr_SetString(PyExc_TypeError, "Tape(model, capacity, first_layer) needs a Model and a "
-                                         "capacity of 1 to 1,048,576 tokens");
-        Py_CLEAR(self);
-        return NULL;
-    }
-    if (engine_begin((struct model_object *)model, 1)) {
-        Py_CLEAR(self);
-        return NULL;
-    }
-    self->owner = (struct model_object *)Py_NewRef(model);
-    if (first_layer >= self->owner->model->facts.n_layers)
-        failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer,
-                           self->owner->model->facts.n_layers);
+    struct tape_object *self = (struct tape_object *)object;
+    struct model *m = self->owner->model;
+    if (first_layer >= m->facts.n_layers)
+        failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, m->facts.n_layers);
     else
-        failed = run_work_create(&self->work, self->owner->model, capacity, RUN_READBACK, &error) ||
+        failed = run_work_create(&self->work, m, capacity, RUN_READBACK, &error) ||
                  run_tape_create(&self->tape, self->work, capacity, first_layer, keep_inside,
                                  &error);
-    engine_end(self->owner);
-    if (failed) {
-        engine_raise((PyObject *)self, &error);
-        Py_CLEAR(self);
-    }
-    return (PyObject *)self;
+    return engine_owned_made(object, failed, &error);
 }
 
-static void tape_dealloc(PyObject *object) {
+static void tape_destroy(PyObject *object) {
     struct tape_object *self = (struct tape_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    if (self->owner)
-        engine_lock(self->owner->owner);
-    if (self->work && self->owner && !self->owner->model)
-        self->work->model = NULL; /* closed meanwhile: its queue is idle and gone */
+    if (self->work && !self->owner->model)
+        self->work->model = NULL;
     if (self->work && self->work->model)
         gpu_queue_wait(self->work->model->ops.queue, NULL);
     run_tape_destroy(self->tape);
     run_work_destroy(self->work);
-    if (self->owner)
-        engine_unlock(self->owner->owner);
-    Py_XDECREF((PyObject *)self->owner);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
 }
+
+static void tape_dealloc(PyObject *object) { engine_owned_free(object, tape_destroy); }
 
 /* The scalar: metric = (kind, capped, tokens, a, b, weights, reference, other, reference_logits).
  * Makes the array of its values. */
@@ -91,11 +70,8 @@ PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model
          !(kind == METRIC_KL && metric->reference_logits)) ||
         (kind == METRIC_DIRECTIONAL_KL && !metric->other))
         return PyErr_Format(PyExc_ValueError, "a metric of kind %d lacks an array", kind);
-    uint64_t total = 0;
-    for (uint32_t r = 0; r < a->batch.n_rows; r++)
-        total += a->batch.n_tokens[r];
     for (uint32_t i = 0; i < metric->n; i++)
-        if (metric->tokens[i] >= total || (i && metric->tokens[i] <= metric->tokens[i - 1]) ||
+        if (metric->tokens[i] >= a->n_tokens || (i && metric->tokens[i] <= metric->tokens[i - 1]) ||
             (metric->a && metric->a[i] >= model->facts.d_vocab) ||
             (metric->b && metric->b[i] >= model->facts.d_vocab))
             return PyErr_Format(
@@ -106,45 +82,28 @@ PyObject *batch_metric_read(struct batch_arguments *a, const struct model *model
     return array_zeros(pair ? 2 : 1, dims, &metric->values);
 }
 
-/* differentiate(cache, rows (tuple of 9 arrays: tokens, n_tokens, start, slot, group,
- *               edit_row, out_row, column, key_column), n_out_rows, n_columns, n_keys,
- *               gradients [(site, layer)], metric, edits, first_layer, inputs, stop_layer) ->
- *               (values, {(site, layer): gradient}) */
+/* differentiate(cache, rows, gradients [(site, layer)], metric, stop_layer) -> (values,
+ * {(site, layer): gradient}) */
 static PyObject *tape_differentiate(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache",       "rows",      "n_out_rows", "n_columns",
-                            "n_keys",      "gradients", "metric",     "edits",
-                            "first_layer", "inputs",    "stop_layer", NULL};
+    static char *names[] = {"cache", "rows", "gradients", "metric", "stop_layer", NULL};
     struct tape_object *self = (struct tape_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *list, *tuple, *edits = Py_None, *inputs = Py_None, *in[13] = {NULL},
-                                           *dict = NULL, *values = NULL, *result = NULL;
-    unsigned int stop_layer = 0;
+    PyObject *cache, *rows, *list, *tuple, *dict = NULL, *values = NULL, *result = NULL;
     struct batch_arguments a = {0};
     struct run_metric metric = {0};
     struct run_backward backward = {.metric = &metric};
-    struct run_capture *gradients = NULL;
     struct error error = {0};
-    int failed = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!IIIO!O!|OIOI", names, &cache,
-                                     &PyTuple_Type, &rows, &a.n_out_rows, &a.batch.n_columns,
-                                     &a.batch.n_keys, &PyList_Type, &list, &PyTuple_Type, &tuple,
-                                     &edits, &a.batch.first_layer, &inputs, &stop_layer))
+    int failed = 1, begun = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO!O!I", names, &cache, &rows, &PyList_Type,
+                                     &list, &PyTuple_Type, &tuple, &backward.stop_layer) ||
+        engine_begin(owner, 1))
         return NULL;
-    if (PyTuple_Size(rows) != 9)
-        return PyErr_Format(PyExc_TypeError, "rows must be nine arrays");
-    for (Py_ssize_t i = 0; i < 9; i++)
-        in[i] = PyTuple_GetItem(rows, i);
-    if (batch_owners_read(&a, owner, cache, edits) || engine_begin(owner, 1))
-        return NULL;
-    int begun = 1;
     dict = PyDict_New();
-    if (!dict || batch_rows_read(&a, owner->model, in) || batch_places_check(&a) ||
-        batch_inputs_read(&a, owner->model, inputs) ||
-        batch_captures_read(owner->model, &a, list, dict, &gradients, &backward.n_captures) ||
+    if (!dict || batch_read(&a, owner, cache, rows) ||
+        batch_captures_read(owner->model, &a, list, dict, &a.captures, &backward.n_captures) ||
         !(values = batch_metric_read(&a, owner->model, tuple, &metric)))
         goto done;
-    backward.captures = gradients;
-    backward.stop_layer = stop_layer;
+    backward.captures = a.captures;
     ENGINE_WORK(owner, failed,
                 run_differentiate(self->work, self->tape, a.cache, &a.batch, &backward, &error));
     begun = 0;
@@ -156,7 +115,6 @@ done:
     if (begun)
         engine_end(owner);
     batch_release(&a);
-    free(gradients);
     Py_XDECREF(values);
     Py_XDECREF(dict);
     return result;
