@@ -70,11 +70,28 @@ LEAKS = {
         ),
         2000,
     ),
+    "PackedRows": (
+        (
+            "engine.PackedRows(**{n: np.zeros(2, np.uint32) for n in 'tokens n_tokens start slot"
+            " group edit_row'.split()}, **{n: np.zeros(2, np.int32) for n in 'out_row column"
+            " key_column'.split()}, edits=engine.Edits(model._engine, np.zeros(0, np.int64),"
+            " np.zeros(0, np.float32), np.zeros(0, np.uint32), np.zeros(0, np.uint32),"
+            " np.ones(200, np.float32), 2))"
+        ),
+        2000,
+    ),
+    "a refused PackedRows": (
+        (
+            "refused(lambda: engine.PackedRows(tokens=np.zeros(2, np.uint32), n_tokens=3)),"
+            " refused(lambda: engine.PackedRows())"
+        ),
+        2000,
+    ),
     "a refused Cache": ("refused(lambda: engine.Cache(model._engine, 0))", 2000),
     "a refused forward": (
         (
             "refused(lambda: model.run([[1, 2, 99999]])), refused(lambda:"
-            " model._engine.forward(*[0] * 16))"
+            " model._engine.forward(*[0] * 4))"
         ),
         2000,
     ),
@@ -143,7 +160,7 @@ def refused(call):
     except (ValueError, TypeError, vs.ModelError):
         pass
 types = [engine.MappedFile, engine.Cache, engine.Edits, engine.Model, engine.Device, engine.Tape]
-types += [engine.Attribution, vs.DeviceError, vs.ModelError]
+types += [engine.Attribution, engine.PackedRows, vs.DeviceError, vs.ModelError]
 watched = [*types, device, model._engine, None]
 def round(n):
     for _ in range(n):

@@ -154,7 +154,8 @@ int circuit_forward(struct circuit_run *run, struct run_cache *cache, const stru
     struct run_hook hook = {.context = run, .call = hook_call};
     if (!run->work)
         return error_set(error, ERROR_VALUE, "these circuits have no memory yet");
-    if (cache->n_slots > run->n_slots || batch->first_layer > run->first_layer || batch->frozen)
+    if (cache->n_slots > run->n_slots || batch->first_layer > run->first_layer ||
+        batch->stop_layer || batch->frozen)
         return error_set(
             error, ERROR_VALUE,
             "circuits from layer %u with %u slots do not fit a run from layer %u with %u",

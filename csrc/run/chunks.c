@@ -234,6 +234,9 @@ int run_one_chunk(struct run_work *work, struct run_cache *cache, const struct r
     struct token_lists lists;
     uint64_t total = 0;
     int mlp_frozen;
+    if (batch->stop_layer)
+        return error_set(error, ERROR_VALUE, "a backward pass needs all layers, not those below %u",
+                         batch->stop_layer);
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         total += batch->n_tokens[r];
         if (batch->start[r])

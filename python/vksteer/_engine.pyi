@@ -14,8 +14,6 @@ Words = NDArray[np.uint32]
 Ints = NDArray[np.int32]
 #: (site, layer)
 Key = tuple[int, int]
-#: tokens, n_tokens, start, slot, group, edit_row (uint32); out_row, column, key_column (int32)
-Rows = tuple[Words, Words, Words, Words, Words, Words, Ints, Ints, Ints]
 #: kind, capped, tokens, a, b, weights, reference [n, D], other [n, D], reference_logits [n, V]
 Metric = tuple[
     int,
@@ -85,32 +83,13 @@ class Model:
     def value_vectors(self, direction: Floats, first_layer: int, post: bool = ...) -> Floats: ...
     def lens(self, vectors: Floats, k: int, cosine: bool = ...) -> tuple[Floats, Floats]: ...
     def forward(
-        self,
-        cache: Cache,
-        tokens: Words,
-        n_tokens: Words,
-        start: Words,
-        slot: Words,
-        group: Words,
-        edit_row: Words,
-        out_row: Ints,
-        column: Ints,
-        key_column: Ints,
-        n_out_rows: int,
-        n_columns: int,
-        n_keys: int,
-        captures: list[Key],
-        logits: int,
-        decode: int,
-        edits: Edits | None = ...,
-        q_row: Words | None = ...,
-        v_row: Words | None = ...,
-        mlp_row: Words | None = ...,
-        frozen: NDArray[np.uint8] | None = ...,
-        first_layer: int = ...,
-        inputs: Floats | None = ...,
-        stop_layer: int = ...,
-    ) -> tuple[Floats | None, dict[Key, Floats]]: ...
+        self, cache: Cache, rows: PackedRows, captures: list[Key], logits: int
+    ) -> tuple[Floats | None, dict[Key, Floats]]:
+        """One batch. logits: 0 none, 1 after the last token of every row [n_out_rows, V], 2 all
+        [n_out_rows, n_columns, V]. Captures [n_out_rows, n_columns, ...], those over keys
+        [n_out_rows, H, n_columns, n_keys].
+        """
+
     def measure_linear(
         self, m: int, n: int, k: int, decode: bool = ..., backward: bool = ...
     ) -> tuple[float, float]: ...
@@ -134,6 +113,39 @@ class Edits:
 
     def __init__(self, *args: Any, **keywords: Any) -> None: ...
 
+class PackedRows:
+    """The rows of one batch without padding: T new tokens in B rows, one row after the other.
+
+    Row r brings tokens at positions start[r], start[r] + 1, ...; its keys and values lie in the
+    cache slots from slot[r] (position 0) on. Arrays are borrowed, and checked by every call.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: Words,  # [T] token ids
+        n_tokens: Words,  # [B] new tokens of each row
+        start: Words,  # [B] position of each row's first new token
+        slot: Words,  # [B] cache slot of each row's position 0
+        group: Words,  # [B] consecutive rows with one number advance together (freezing)
+        edit_row: Words,  # [B] the row of `edits` that each row is
+        out_row: Ints,  # [B] row of the output arrays, -1 for none
+        column: Ints,  # [B] output column of position 0; negative where position 0 is not returned
+        key_column: Ints,  # [B] the same for keys
+        q_row: Words | None = ...,  # [B] whose attention patterns a row takes in frozen layers
+        v_row: Words | None = ...,  # [B] whose values
+        mlp_row: Words | None = ...,  # [B] whose MLP outputs
+        frozen: NDArray[np.uint8] | None = ...,  # [n_layers] 1 for a frozen layer
+        inputs: Floats | None = ...,  # [T, D] residual stream entering first_layer
+        n_out_rows: int = ...,
+        n_columns: int = ...,
+        n_keys: int = ...,
+        edits: Edits | None = ...,
+        first_layer: int = ...,  # layers below it are not run
+        stop_layer: int = ...,  # layers from it on, final norm and logits are left out; 0: none
+        decode: bool = ...,  # every row brings one token after its prompt
+    ) -> None: ...
+
 class Bench:
     """Single ops and their float64 references."""
 
@@ -153,17 +165,14 @@ class Tape:
     def differentiate(
         self,
         cache: Cache,
-        rows: Rows,
-        n_out_rows: int,
-        n_columns: int,
-        n_keys: int,
+        rows: PackedRows,
         gradients: list[Key],
         metric: Metric,
-        edits: Edits | None = ...,
-        first_layer: int = ...,
-        inputs: Floats | None = ...,
-        stop_layer: int = ...,
-    ) -> tuple[Floats, dict[Key, Floats]]: ...
+        stop_layer: int,
+    ) -> tuple[Floats, dict[Key, Floats]]:
+        """Values of the metric, [n, 2] logits or [n]; gradients down to stop_layer, shaped as
+        captures.
+        """
 
 class Attribution:
     """Scores of EAP-IG over slots of tokens."""
@@ -182,10 +191,7 @@ class Attribution:
     def forward(
         self,
         cache: Cache,
-        rows: Rows,
-        n_columns: int,
-        edits: Edits | None,
-        inputs: Floats | None,
+        rows: PackedRows,
         slot: int,
         pairs: Words,
         picks: Words,
@@ -195,11 +201,8 @@ class Attribution:
     def step(
         self,
         cache: Cache,
-        rows: Rows,
-        n_columns: int,
+        rows: PackedRows,
         metric: Metric,
-        edits: Edits | None,
-        inputs: Floats | None,
         slot: int,
         sources: Words,
         n_sources: int,
@@ -221,12 +224,8 @@ class Circuits:
     def forward(
         self,
         cache: Cache,
-        rows: Rows,
+        rows: PackedRows,
         tokens: Words,
         request: tuple[Any, ...],
-        edits: Edits | None = ...,
-        first_layer: int = ...,
-        inputs: Floats | None = ...,
-        decode: bool = ...,
         mask: NDArray[np.uint8] | None = ...,
     ) -> tuple[Floats | None, Floats | None, Floats | None]: ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runtime.batch import Batch
+from ..runtime.batch import Batch, packed_rows
 from ..runtime.edits import Ablate, Steer
 from .final_rows import request
 from .plan import Rows, compile_plan, kept_matrix
@@ -128,55 +128,35 @@ class CircuitBatch:
         self,
         cache,
         tokens,
-        starts,
+        *,
         slots,
-        columns,
-        n_columns,
-        n_keys,
-        capture,
-        logits,
-        active,
-        key_columns=None,
+        starts=None,
+        active=None,
+        logits="last",
         decode=False,
+        **placed,
     ):
         """As Batch.forward; the logits after each row's last token, under the circuit."""
         if self.plain:
             return self.base.forward(
                 cache,
                 tokens,
-                starts,
-                slots,
-                columns,
-                n_columns,
-                n_keys,
-                capture,
-                logits,
-                active,
-                key_columns,
-                decode,
+                slots=slots,
+                starts=starts,
+                active=active,
+                logits=logits,
+                decode=decode,
+                **placed,
             )
-        n = len(active)
-        lengths = np.array([len(t) for t in tokens], np.uint32)
-        zeros = np.zeros(n, np.int32)
-        rows = (
-            np.concatenate([np.asarray(t, np.uint32) for t in tokens]),
-            lengths,
-            np.asarray(starts, np.uint32),
-            np.asarray(slots, np.uint32),
-            np.arange(n, dtype=np.uint32),
-            np.asarray(active, np.uint32),
-            np.full(n, -1, np.int32),
-            zeros,
-            zeros,
+        rows = packed_rows(
+            tokens,
+            start=starts,
+            slot=slots,
+            edit_row=range(self.n) if active is None else active,
+            edits=self.base.edits,
+            decode=decode,
         )
-        _, _, values = self.circuits.forward(
-            cache,
-            rows,
-            (np.cumsum(lengths) - 1).astype(np.uint32),
-            request(self.model.config.final_softcap, logits=True),
-            self.base.edits,
-            0,
-            None,
-            bool(decode),
-        )
+        last = np.cumsum([len(t) for t in tokens]) - 1
+        wanted = request(self.model.config.final_softcap, logits=True)
+        _, _, values = self.circuits.forward(cache, rows, last.astype(np.uint32), wanted)
         return values[0], {}

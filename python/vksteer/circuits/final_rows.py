@@ -75,16 +75,12 @@ def _rows(model, samples, vector, coefficient, site, gain):
     _, captured = batch.forward(
         cache,
         double(rows),
-        [0] * (2 * n),
-        slots,
-        double([width - t for t in lengths]),
-        width,
-        width,
-        [site],
-        None,
-        range(2 * n),
+        slots=slots,
+        columns=double([width - t for t in lengths]),
+        n_columns=width,
+        capture=[site],
         first_layer=vector.layer,
-        inputs=np.ascontiguousarray(np.concatenate(double(inputs)), np.float32),
+        inputs=double(inputs),
     )
     normed = captured[site]
     parts = [

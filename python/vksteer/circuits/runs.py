@@ -305,35 +305,23 @@ class Passes:
             step(len(group))
 
     def _forward(self, circuits, cache, jobs, softcap, metrics):
-        from ..runtime.batch import Batch
+        from ..runtime.batch import Batch, first_tokens, packed_rows
 
         lengths = [len(j.tokens) for j in jobs]
-        n = len(jobs)
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint32)
-        own, zeros = np.arange(n, dtype=np.uint32), np.zeros(n, np.int32)
-        batch = Batch(self.model, lengths, lengths, ([list(self.edits)] * n, True), None)
-        rows = (
-            np.concatenate([np.asarray(j.tokens, np.uint32) for j in jobs]),
-            np.array(lengths, np.uint32),
-            np.zeros(n, np.uint32),
-            starts,
-            own,
-            own,
-            np.full(n, -1, np.int32),
-            zeros,
-            zeros,
+        batch = Batch(self.model, lengths, lengths, ([list(self.edits)] * len(jobs), True), None)
+        rows = packed_rows(
+            [j.tokens for j in jobs],
+            edits=batch.edits,
+            first_layer=self.graph.layer,
+            inputs=[j.inputs for j in jobs],
         )
-        tokens = np.concatenate([s + j.at for s, j in zip(starts, jobs)]).astype(np.uint32)
+        tokens = np.concatenate([s + j.at for s, j in zip(first_tokens(lengths), jobs)])
         mask = np.concatenate([j.mask for j in jobs]) if self.masked else None
         pairs, whole, _ = circuits.forward(
             cache,
             rows,
-            tokens,
+            tokens.astype(np.uint32),
             joint_request([j.reader for j in jobs], metrics, softcap),
-            batch.edits,
-            self.graph.layer,
-            np.ascontiguousarray(np.concatenate([j.inputs for j in jobs]), np.float32),
-            False,
             mask,
         )
         return pairs, whole

@@ -21,6 +21,7 @@ from ..base.progress import Progress
 from ..base.store import Store
 from ..circuits.graph import graph as graph_of
 from ..inputs.samples import check_samples, check_steering, samples_hash
+from ..runtime.batch import first_tokens, packed_rows
 from ..runtime.edit_compiler import EditCompiler, RowShape, add_all
 from ..runtime.edits import Steer
 from ..runtime.gradients import DIRECTIONAL_KL, KL_DIVERGENCE, PAIR, RowMetric, metric_tuple
@@ -78,33 +79,19 @@ class _Attribution:
             plan.keep_inside,
         )
 
-    def rows(self, tokens, coefficients):
-        """(cache, packed rows, edits) of token lists that are steered each by its own
-        coefficient (0: not at all).
+    def rows(self, tokens, coefficients, inputs):
+        """(cache, packed rows) of token lists that are steered each by its own coefficient (0: not
+        at all), from their inputs [tokens, D] of the steering layer on.
         """
         from ..runtime.device import _engine
 
         lengths = [len(t) for t in tokens]
-        slots = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint32)
-        n, own = len(tokens), np.arange(len(tokens), dtype=np.uint32)
         compiler = EditCompiler(self.model, [RowShape(t, t) for t in lengths])
         add_all(compiler, [[Steer(self.vector, c)] if c else [] for c in coefficients], False)
-        zero, none = np.zeros(n, np.int32), np.full(n, -1, np.int32)
-        packed = (
-            np.concatenate([np.asarray(t, np.uint32) for t in tokens]),
-            np.array(lengths, np.uint32),
-            np.zeros(n, np.uint32),
-            slots,
-            own,
-            own,
-            none,
-            zero,
-            zero,
-        )
+        layer = self.vector.layer
         return (
-            _engine().Cache(self.model._engine, sum(lengths), self.vector.layer),
-            packed,
-            compiler.build(),
+            _engine().Cache(self.model._engine, sum(lengths), layer),
+            packed_rows(tokens, edits=compiler.build(), first_layer=layer, inputs=inputs),
         )
 
     def forward(self, samples, inputs, ranges):
@@ -114,10 +101,12 @@ class _Attribution:
         ranges: (first, end) positions of each sample that get slots.
         """
         tokens = [s.tokens for s in samples for _ in range(2)]
-        cache, packed, edits = self.rows(
-            tokens, [c for _ in samples for c in (0.0, self.coefficient)]
+        cache, packed = self.rows(
+            tokens,
+            [c for _ in samples for c in (0.0, self.coefficient)],
+            [x for x in inputs for _ in range(2)],
         )
-        starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])[:-1]])
+        starts = first_tokens(map(len, tokens))
         pairs, picks = [], []
         for i, (s, (first, end)) in enumerate(zip(samples, ranges)):
             base, steered = starts[2 * i], starts[2 * i + 1]
@@ -126,13 +115,9 @@ class _Attribution:
             pairs.append(np.stack([clean + at, corrupt + at], 1))
             read = np.arange(len(s.prompt_tokens) - 1, len(s))
             picks.append(np.stack([base + read, steered + read], 1))
-        stacked = np.repeat(np.arange(len(samples)), 2)
         top, _, kl, normed = self.engine.forward(
             cache,
             packed,
-            max(map(len, tokens)),
-            edits,
-            np.ascontiguousarray(np.concatenate([inputs[i] for i in stacked]), np.float32),
             0,
             np.ascontiguousarray(np.concatenate(pairs), np.uint32),
             np.ascontiguousarray(np.concatenate(picks), np.uint32),
@@ -185,24 +170,19 @@ class _Attribution:
             for _ in samples
             for i in range(first_step, end_step)
         ]
-        cache, packed, edits = self.rows(tokens, coefficients)
-        starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])[:-1]]).reshape(
-            len(samples), n_steps
-        )
+        stacked = np.repeat(np.arange(len(samples)), n_steps)
+        cache, packed = self.rows(tokens, coefficients, [inputs[i] for i in stacked])
+        starts = first_tokens(map(len, tokens)).reshape(len(samples), n_steps)
         sources = np.concatenate(
             [
                 starts[i][None] + np.arange(first, end)[:, None]
                 for i, (first, end) in enumerate(ranges)
             ]
         )
-        stacked = np.repeat(np.arange(len(samples)), n_steps)
         return self.engine.step(
             cache,
             packed,
-            max(map(len, tokens)),
             metric_tuple([metrics[i] for i in stacked], [len(t) for t in tokens], self.capped),
-            edits,
-            np.ascontiguousarray(np.concatenate([inputs[i] for i in stacked]), np.float32),
             slots,
             np.ascontiguousarray(sources, np.uint32),
             n_steps,

@@ -1,20 +1,27 @@
-"""One batch for the engine: rows laid out, edits compiled, frozen pairs arranged. Shared by
-`run` and `generate`.
+"""One batch for the engine: its rows are packed, its edits compiled, and for freezing every
+steered row is paired with its base run. Shared by `run`, `generate` and everything above them.
 
-Freezing (method.md section 6): a steered row and its base run are two rows of one group that
-advance together on the same tokens; the engine then lets the steered row use the base row's
-patterns, values or MLP outputs in the frozen layers.
+Freezing (docs/method.md section 6): a steered row and its base run are two rows of one group that
+advance together on the same tokens; in the frozen layers the engine lets the steered row take the
+attention patterns, values or MLP outputs of the base row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
+from ..base.types import Array, Float32Array, IntArray
 from .edit_compiler import EditCompiler, RowShape, add_all
 from .edits import Steer
+
+if TYPE_CHECKING:
+    from .. import _engine
+    from .model import Model
 
 FREEZE = (None, "qk", "ov", "mlp")
 ABLATE = (None, "svv", "mlp_direct")
@@ -24,43 +31,121 @@ CONTRADICTIONS = {
 }
 LOGITS = {None: 0, "last": 1, "all": 2}
 
+#: One list of edits for each row.
+RowsEdits: TypeAlias = Sequence[Sequence[Any]]
+#: (site, layer), as the engine numbers sites.
+Key: TypeAlias = tuple[int, int]
+Uint8Array: TypeAlias = npt.NDArray[np.uint8]
+
+
+def first_tokens(lengths: Iterable[int]) -> IntArray:
+    """Index of each row's first token in a packed batch of rows of these lengths, int64 [rows]."""
+    ends = np.cumsum(np.fromiter(lengths, np.int64))
+    return np.concatenate([[0], ends[:-1]]).astype(np.int64)
+
+
+def packed_rows(
+    tokens: Sequence[Sequence[int]],
+    *,
+    start: Sequence[int] | None = None,
+    slot: Sequence[int] | Array | None = None,
+    group: Sequence[int] | None = None,
+    edit_row: Sequence[int] | None = None,
+    out_row: Sequence[int] | None = None,
+    column: Sequence[int] | None = None,
+    key_column: Sequence[int] | None = None,
+    inputs: Sequence[Array] | Array | None = None,
+    frozen: Mapping[str, Array] | None = None,
+    **scalars: Any,
+) -> _engine.PackedRows:
+    """Rows packed for one call of the engine; fields and shapes as in _engine.pyi.
+
+    By default every row begins at position 0, owns consecutive cache slots, is a group of its own,
+    has the edits of the row of its number, and returns nothing (out_row -1). inputs: float32 [all
+    tokens, D], or one array for each row. frozen: q_row, v_row, mlp_row and frozen. scalars:
+    n_out_rows, n_columns, n_keys, edits, first_layer, stop_layer, decode.
+    """
+    from .device import _engine as engine
+
+    n = len(tokens)
+    own = range(n)
+
+    def words(values: Any) -> npt.NDArray[np.uint32]:
+        return np.ascontiguousarray(values, np.uint32)
+
+    def ints(values: Any) -> npt.NDArray[np.int32]:
+        return np.ascontiguousarray(values, np.int32)
+
+    column = [0] * n if column is None else column
+    if inputs is not None and not isinstance(inputs, np.ndarray):
+        inputs = np.concatenate(inputs)
+    rows: _engine.PackedRows = engine().PackedRows(
+        tokens=np.concatenate([words(t) for t in tokens]),
+        n_tokens=words([len(t) for t in tokens]),
+        start=words([0] * n if start is None else start),
+        slot=words(first_tokens(map(len, tokens)) if slot is None else slot),
+        group=words(own if group is None else group),
+        edit_row=words(own if edit_row is None else edit_row),
+        out_row=ints([-1] * n if out_row is None else out_row),
+        column=ints(column),
+        key_column=ints(column if key_column is None else key_column),
+        inputs=None if inputs is None else np.ascontiguousarray(inputs, np.float32),
+        **(frozen or {}),
+        **scalars,
+    )
+    return rows
+
 
 @dataclass(frozen=True)
-class Treatment:
-    """freeze and ablate, checked: which layers they act on. None where neither is asked for."""
+class FreezeSpec:
+    """freeze and ablate, checked: what is frozen or ablated, and in which layers."""
 
     freeze: str | None
     ablate: str | None
     layers: tuple[int, ...] | None  # None: from the steering layer on
 
 
-def check_treatment(freeze, ablate, freeze_layers, rows_edits, n_layers) -> Treatment | None:
-    """Raises ValueError before any work: unknown words, contradictions, a row without exactly one
-    Steer edit, layers out of range.
+def check_freeze_spec(
+    freeze: str | None,
+    ablate: str | None,
+    freeze_layers: Iterable[int] | None,
+    rows_edits: RowsEdits,
+    n_layers: int,
+) -> FreezeSpec | None:
+    """None where neither is given. Raises ValueError before any work: unknown words,
+    contradictions, a row without exactly one Steer edit, layers out of range.
     """
     if freeze not in FREEZE:
         raise ValueError(f"freeze={freeze!r}: use None, 'qk', 'ov' or 'mlp'")
     if ablate not in ABLATE:
         raise ValueError(f"ablate={ablate!r}: use None, 'svv' or 'mlp_direct'")
-    if (freeze, ablate) in CONTRADICTIONS:
+    if freeze is not None and ablate is not None and (freeze, ablate) in CONTRADICTIONS:
         raise ValueError(
             f"freeze={freeze!r} and ablate={ablate!r} contradict each other:"
             f" {CONTRADICTIONS[freeze, ablate]}; choose one"
         )
-    layers = None
-    if freeze_layers is not None:
-        if freeze is None and ablate is None:
-            raise ValueError(
-                "freeze_layers says where to freeze or ablate: give freeze= or ablate=, too"
-            )
-        layers = tuple(sorted({int(l) for l in freeze_layers}))
-        bad = [l for l in layers if not 0 <= l < n_layers]
-        if bad or not layers:
-            raise ValueError(
-                f"freeze_layers={list(freeze_layers)!r}: name layers from 0 to {n_layers - 1}"
-            )
-    if freeze is None and ablate is None:
+    nothing = freeze is None and ablate is None
+    if freeze_layers is not None and nothing:
+        raise ValueError(
+            "freeze_layers says where to freeze or ablate: give freeze= or ablate=, too"
+        )
+    layers = None if freeze_layers is None else _layers(freeze_layers, n_layers)
+    if nothing:
         return None
+    _check_steers(rows_edits, freeze is not None and layers is None)
+    return FreezeSpec(freeze, ablate, layers)
+
+
+def _layers(freeze_layers: Iterable[int], n_layers: int) -> tuple[int, ...]:
+    named = list(freeze_layers)
+    layers = tuple(sorted({int(l) for l in named}))
+    if not layers or not all(0 <= l < n_layers for l in layers):
+        raise ValueError(f"freeze_layers={named!r}: name layers from 0 to {n_layers - 1}")
+    return layers
+
+
+def _check_steers(rows_edits: RowsEdits, one_layer: bool) -> None:
+    """Every row has exactly one Steer edit; one_layer: all of them at the same layer."""
     for b, edits in enumerate(rows_edits):
         n = sum(isinstance(e, Steer) for e in edits)
         if n != 1:
@@ -68,23 +153,18 @@ def check_treatment(freeze, ablate, freeze_layers, rows_edits, n_layers) -> Trea
                 f"freeze and ablate compare a steered run with its base run: row {b} needs exactly"
                 f" one Steer edit and has {n}"
             )
-    if (
-        freeze is not None
-        and layers is None
-        and len({_steer(e).vector.layer for e in rows_edits}) > 1
-    ):
+    if one_layer and len({_steer(e).vector.layer for e in rows_edits}) > 1:
         raise ValueError(
             "freeze acts from the steering layer on, and the rows' Steer edits have different"
             " layers: run them apart, or name freeze_layers"
         )
-    return Treatment(freeze, ablate, layers)
 
 
-def _steer(edits) -> Steer:
+def _steer(edits: Sequence[Any]) -> Steer:
     return next(e for e in edits if isinstance(e, Steer))
 
 
-def steering_of(edits) -> tuple:
+def steering_of(edits: Sequence[Any]) -> tuple[bytes, float]:
     """What rows that are decoded together under a circuit have in common: the direction's bytes
     and the coefficient.
     """
@@ -93,22 +173,25 @@ def steering_of(edits) -> tuple:
 
 
 class Batch:
-    """Rows of one engine batch. `n` user rows; with a treatment the engine sees 2n rows,
-    (steered, base) in turn.
+    """The edits and the freeze spec of `n` user rows, and passes over their tokens.
+
+    prompt_lengths, totals: tokens of each row's prompt, and of the row (None while decoding).
+    edits: (one list for each row, whether all rows share the same list). With a freeze spec the
+    engine sees 2n rows: each steered row, followed by its base run.
     """
 
     def __init__(
         self,
-        model,
+        model: Model,
         prompt_lengths: Sequence[int],
         totals: Sequence[int | None],
-        edits,
-        treatment: Treatment | None,
-    ):
-        self.model, self.n, self.treatment = model, len(prompt_lengths), treatment
+        edits: tuple[RowsEdits, bool],
+        freeze_spec: FreezeSpec | None,
+    ) -> None:
+        self.model, self.n, self.freeze_spec = model, len(prompt_lengths), freeze_spec
         rows_edits, shared = edits
         shapes = [RowShape(p, t) for p, t in zip(prompt_lengths, totals)]
-        self.paired = treatment is not None
+        self.paired = freeze_spec is not None
         if self.paired:
             shapes = [s for s in shapes for _ in range(2)]
             rows_edits = [
@@ -116,30 +199,32 @@ class Batch:
             ]
             shared = False
         compiler = EditCompiler(model, shapes)
-        if self.paired and treatment.ablate:
-            self._add_ablations(compiler, rows_edits)
+        if freeze_spec is not None and freeze_spec.ablate:
+            self._add_ablations(compiler, rows_edits, freeze_spec)
         add_all(compiler, rows_edits, shared)
         self.edits = compiler.build()
-        self.frozen = self._frozen_layers(rows_edits) if self.paired else None
+        self.frozen = np.zeros(model.config.n_layers, np.uint8)
+        if freeze_spec is not None:
+            # all rows steer the same layer, or the layers were named
+            self.frozen[self._affected_layers(rows_edits[0], freeze_spec)] = 1
 
-    def _layers(self, edits):
-        chosen = self.treatment.layers
-        first = _steer(edits).vector.layer
-        return [
-            l for l in range(first, self.model.config.n_layers) if chosen is None or l in chosen
-        ]
+    def _affected_layers(self, edits: Sequence[Any], spec: FreezeSpec) -> list[int]:
+        first, n_layers = _steer(edits).vector.layer, self.model.config.n_layers
+        return [l for l in range(first, n_layers) if spec.layers is None or l in spec.layers]
 
-    def _add_ablations(self, compiler, rows_edits):
-        """SVV: subtract a * W_V (s * gain) / RMS from the values; MLP direct: a * s / RMS from the
-        normalised input (method.md section 6). The scale is the ablated run's own; they act where
-        the Steer acts, and come before the user's edits of the same site.
+    def _add_ablations(
+        self, compiler: EditCompiler, rows_edits: RowsEdits, spec: FreezeSpec
+    ) -> None:
+        """SVV ablation subtracts a * W_V (s * gain) / RMS from the values, MLP direct ablation
+        a * s / RMS from the normalised input (docs/method.md section 6). RMS is the ablated run's
+        own. They act where the Steer edit acts, before the user's edits of the same site.
         """
-        svv = self.treatment.ablate == "svv"
+        svv = spec.ablate == "svv"
         site = "blocks.{}.attn.hook_v" if svv else "blocks.{}.ln2.hook_normalized"
-        vectors = {}
+        vectors: dict[tuple[int, int], Float32Array] = {}
         for b in range(0, len(rows_edits), 2):
             steer = _steer(rows_edits[b])
-            for layer in self._layers(rows_edits[b]):
+            for layer in self._affected_layers(rows_edits[b], spec):
                 key = (id(steer.vector), layer)
                 if key not in vectors:
                     vectors[key] = (
@@ -157,82 +242,75 @@ class Batch:
                     -float(steer.coefficient),
                 )
 
-    def _frozen_layers(self, rows_edits):
-        frozen = np.zeros(self.model.config.n_layers, np.uint8)
-        # all rows steer the same layer, or the layers were named
-        frozen[self._layers(rows_edits[0])] = 1
-        return frozen
-
     def reserve(self, n_tokens: int, n_slots: int) -> None:
-        """Nothing: the engine's own passes take their memory as they go; a batch under
-        a circuit needs more.
-        """
+        """Does nothing: only a batch under a circuit reserves memory before its passes."""
 
     def forward(
         self,
-        cache,
-        tokens,
-        starts,
-        slots,
-        columns,
-        n_columns,
-        n_keys,
-        capture,
-        logits,
-        active,
-        key_columns=None,
-        decode=False,
-        **resumed,
-    ):
-        """One pass over new tokens of the rows `active` (user rows, in order); see csrc/run/run.h.
+        cache: _engine.Cache,
+        tokens: Sequence[Sequence[int]],
+        *,
+        slots: Sequence[int] | Array,
+        columns: Sequence[int],
+        n_columns: int,
+        n_keys: int | None = None,
+        starts: Sequence[int] | None = None,
+        key_columns: Sequence[int] | None = None,
+        active: Sequence[int] | None = None,
+        capture: Iterable[Key] = (),
+        logits: str | None = None,
+        decode: bool = False,
+        first_layer: int = 0,
+        inputs: Sequence[Array] | Array | None = None,
+        stop_layer: int = 0,
+    ) -> tuple[Float32Array | None, dict[Key, Float32Array]]:
+        """One pass over new tokens of the rows `active` (in order; default: all).
 
-        tokens: one int sequence a row; starts: position of its first; slots: first cache slot of
-        each engine row (pairs one behind the other);
-        columns: output column of position 0; resumed: first_layer and inputs (float32 [all
-        tokens, D]) to start above the embedding. Returns (logits or None, {(site, layer):
-        array}), one row per active row.
+        tokens: one sequence for each active row, whose first token is at position starts[i]
+        (default 0). slots: first cache slot of each engine row. columns, key_columns: output
+        column of position 0, for queries and keys. first_layer, inputs: start there, from these
+        residual streams. stop_layer: leave out the layers from it on. Returns (logits or None,
+        {(site, layer): array}), one row for each active row.
         """
-        n, double = len(active), 2 if self.paired else 1
-        spread = lambda values, dtype: np.repeat(np.asarray(values, dtype), double)
-        out_row = spread(np.arange(n), np.int32)
-        own = np.arange(n * double, dtype=np.uint32)
-        edit_row = (
-            own
-            if not self.paired
-            else np.asarray([[2 * r, 2 * r + 1] for r in active], np.uint32).ravel()
+        rows = range(self.n) if active is None else active
+        n, double = len(rows), 2 if self.paired else 1
+
+        def twice(values: Iterable[Any]) -> list[Any]:
+            return [v for v in values for _ in range(double)]
+
+        packed = packed_rows(
+            twice(tokens),
+            start=None if starts is None else twice(starts),
+            slot=slots,
+            group=twice(range(n)),
+            edit_row=[double * r + i for r in rows for i in range(double)],
+            out_row=[r if i == 0 else -1 for r in range(n) for i in range(double)],
+            column=twice(columns),
+            key_column=None if key_columns is None else twice(key_columns),
+            inputs=inputs,
+            frozen=self._frozen_rows(n * double),
+            n_out_rows=n,
+            n_columns=n_columns,
+            n_keys=n_columns if n_keys is None else n_keys,
+            edits=self.edits,
+            first_layer=first_layer,
+            stop_layer=stop_layer,
+            decode=decode,
         )
-        freezing = {}
-        if self.paired:
-            out_row[1::2] = -1
-            if self.treatment.freeze:
-                base, which = own | np.uint32(1), self.treatment.freeze
-                freezing = dict(
-                    q_row=base if which == "qk" else own,
-                    v_row=base if which == "ov" else own,
-                    mlp_row=base if which == "mlp" else own,
-                    frozen=self.frozen,
-                )
-        else:
-            edit_row = np.asarray(active, np.uint32)
-        flat = np.concatenate([np.asarray(t, np.uint32) for t in tokens for _ in range(double)])
-        return self.model._engine.forward(
-            cache,
-            flat,
-            spread([len(t) for t in tokens], np.uint32),
-            spread(starts, np.uint32),
-            np.asarray(slots, np.uint32),
-            spread(np.arange(n), np.uint32),
-            edit_row,
-            out_row,
-            spread(columns, np.int32),
-            spread(columns if key_columns is None else key_columns, np.int32),
-            n,
-            n_columns,
-            n_keys,
-            list(capture),
-            LOGITS[logits],
-            int(decode),
-            self.edits,
-            **freezing,
-            **resumed,
+        found: tuple[Float32Array | None, dict[Key, Float32Array]] = self.model._engine.forward(
+            cache, packed, list(capture), LOGITS[logits]
         )
+        return found
+
+    def _frozen_rows(self, n: int) -> dict[str, Array]:
+        """Whose patterns, values and MLP outputs each of n engine rows takes: the base run's for
+        what is frozen, its own for the rest.
+        """
+        spec = self.freeze_spec
+        if spec is None or spec.freeze is None:
+            return {}
+        own = np.arange(n, dtype=np.uint32)
+        base = own | np.uint32(1)
+        taken = {"q_row": "qk", "v_row": "ov", "mlp_row": "mlp"}
+        rows = {name: base if what == spec.freeze else own for name, what in taken.items()}
+        return {**rows, "frozen": self.frozen}

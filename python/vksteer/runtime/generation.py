@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
-from .batch import Batch, check_treatment, steering_of
+from .batch import Batch, check_freeze_spec, steering_of
 from .edit_compiler import per_row
 from .run import check_tokens
 
@@ -195,17 +195,17 @@ def generate(
     for i, row in enumerate(rows):
         check_tokens(model, row, i, request.max_new_tokens)
     rows_edits, shared = per_row(edits, len(rows))
-    treatment = check_treatment(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
+    spec = check_freeze_spec(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
     if batch_size is not None:
         batch_size = require_int(batch_size, "batch_size", 1)
     if circuit is not None:
         if not hasattr(circuit, "decoding_batch"):
             raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
         circuit.check_rows(model, rows_edits, freeze, ablate, sites)
-    double = 2 if treatment or circuit is not None else 1
+    double = 2 if spec or circuit is not None else 1
     # Every edit is checked before the first row is run; a single micro-batch needs no other.
     everything = Batch(
-        model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), treatment
+        model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), spec
     )
     parts = list(
         _micro_batches(
@@ -233,7 +233,7 @@ def generate(
                     [len(rows[i]) for i in part],
                     [None] * len(part),
                     ([rows_edits[i] for i in part], shared),
-                    treatment,
+                    spec,
                 )
             _decode(model, batch, states, sites, on_token, bar)
             done += [s.result() for s in states]
@@ -282,14 +282,11 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
     logits, _ = batch.forward(
         cache,
         [s.prompt for s in states],
-        [0] * len(states),
-        slots_of(active),
-        [width - len(s.prompt) for s in states],
-        width,
-        width,
-        [],
-        "last",
-        active,
+        slots=slots_of(active),
+        columns=[width - len(s.prompt) for s in states],
+        n_columns=width,
+        logits="last",
+        active=active,
     )
     keys = [s.key for s in sites]
     while True:
@@ -314,15 +311,15 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
         logits, captured = batch.forward(
             cache,
             [[states[a].tokens[-1]] for a in feeding],
-            positions,
-            slots_of(feeding),
-            [-p for p in positions],
-            1,
-            max(positions) + 1,
-            keys,
-            "last",
-            feeding,
+            starts=positions,
+            slots=slots_of(feeding),
+            columns=[-p for p in positions],
+            n_columns=1,
             key_columns=[0] * len(feeding),
+            n_keys=max(positions) + 1,
+            capture=keys,
+            logits="last",
+            active=feeding,
             decode=True,
         )
         for i, a in enumerate(feeding):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..base.progress import Progress
-from .batch import Batch
+from .batch import Batch, first_tokens, packed_rows
 from .edit_compiler import RowShape, per_row
 from .edits import Ablate, Add, MeanAblate, Scale, Set
 from .run import split_rows
@@ -248,7 +248,7 @@ def pack(lengths, limit) -> list[list[int]]:
 
 def metric_tuple(metrics: Sequence[RowMetric], lengths, capped=True):
     """The engine's metric of a packed batch: all rows have the same kind."""
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    starts = first_tokens(lengths)
     join = lambda parts, dtype: (
         None if parts[0] is None else np.ascontiguousarray(np.concatenate(parts), dtype)
     )
@@ -306,34 +306,19 @@ def differentiate(
         total,
         min(stop_layer, model.config.n_layers - 1) if tape_layer is None else tape_layer,
     )
-    slots = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint32)
     cache = cache_for(model, total)
-    own = np.arange(n, dtype=np.uint32)
-    columns = np.asarray(columns, np.int32)
-    packed = (
-        np.concatenate([np.asarray(r, np.uint32) for r in rows]),
-        np.array(lengths, np.uint32),
-        np.zeros(n, np.uint32),
-        slots,
-        own,
-        own,
-        np.arange(n, dtype=np.int32),
-        columns,
-        columns,
+    packed = packed_rows(
+        rows,
+        out_row=range(n),
+        column=columns,
+        n_out_rows=n,
+        n_columns=n_columns,
+        n_keys=n_columns,
+        edits=batch.edits,
+        first_layer=first_layer,
+        inputs=inputs,
     )
-    return tape.differentiate(
-        cache,
-        packed,
-        n,
-        n_columns,
-        n_columns,
-        list(keys),
-        metric_tuple(metrics, lengths),
-        batch.edits,
-        first_layer,
-        None if inputs is None else np.ascontiguousarray(np.concatenate(inputs), np.float32),
-        stop_layer,
-    )
+    return tape.differentiate(cache, packed, list(keys), metric_tuple(metrics, lengths), stop_layer)
 
 
 def gradients(model, prompts, responses=None, *, of, at, edits=(), progress=True) -> Gradients:

@@ -136,8 +136,7 @@ def _pass(
     slots = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
     cache = _engine().Cache(model._engine, int(slots[-1]))
     options = lambda parts: (
-        ({"stop_layer": stop_layer} if stop_layer else {})
-        | (dict(first_layer=layer, inputs=np.concatenate(parts)) if layer else {})
+        {"stop_layer": stop_layer} | ({"first_layer": layer, "inputs": parts} if layer else {})
     )
     head = {}
     if prefix:
@@ -153,14 +152,10 @@ def _pass(
         _, head = batch.forward(
             cache,
             [prompts[r][:prefix] for r in leader],
-            [0] * len(groups),
-            slots[leader],
-            [0] * len(groups),
-            prefix,
-            prefix,
-            capture,
-            None,
-            range(len(groups)),
+            slots=slots[leader],
+            columns=[0] * len(groups),
+            n_columns=prefix,
+            capture=capture,
             **options([inputs[r][:prefix] for r in leader] if layer else []),
         )
         for group, first in zip(groups, leader):
@@ -173,15 +168,14 @@ def _pass(
     values, rest = batch.forward(
         cache,
         [p[prefix:] for p in prompts],
-        [prefix] * len(prompts),
-        slots[:-1],
-        [width - n for n in lengths],
-        width,
-        width + prefix,
-        capture,
-        logits,
-        range(len(prompts)),
-        [0] * len(prompts),
+        starts=[prefix] * len(prompts),
+        slots=slots[:-1],
+        columns=[width - n for n in lengths],
+        n_columns=width,
+        key_columns=[0] * len(prompts),
+        n_keys=width + prefix,
+        capture=capture,
+        logits=logits,
         **options([x[prefix:] for x in inputs] if layer else []),
     )
     return values, head, rest

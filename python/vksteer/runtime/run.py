@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .batch import Batch, check_treatment
+from .batch import Batch, check_freeze_spec
 from .edit_compiler import RowShape, per_row, touched
 
 
@@ -113,10 +113,10 @@ def execute(
     sites = model._sites.find_all(capture)
     rows, lengths = split_rows(model, prompts, responses)
     rows_edits, shared = per_row(edits, len(rows))
-    treatment = check_treatment(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
+    spec = check_freeze_spec(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
     totals = [len(r) for r in rows]
     counts = touched(rows_edits, [RowShape(p, t) for p, t in zip(lengths, totals)])
-    batch = Batch(model, lengths, totals, (rows_edits, shared), treatment)
+    batch = Batch(model, lengths, totals, (rows_edits, shared), spec)
     n_columns = max(totals)
     cache, slots = model._run_cache(totals, 2 if batch.paired else 1)
     # Nothing above the last captured layer is looked at where no logits are wanted.
@@ -133,14 +133,11 @@ def execute(
     values, captured = batch.forward(
         cache,
         rows,
-        [0] * len(rows),
-        slots,
-        [n_columns - t for t in totals],
-        n_columns,
-        n_columns,
-        [s.key for s in sites],
-        logits,
-        range(len(rows)),
+        slots=slots,
+        columns=[n_columns - t for t in totals],
+        n_columns=n_columns,
+        capture=[s.key for s in sites],
+        logits=logits,
         **stop,
     )
     tokens, mask = (

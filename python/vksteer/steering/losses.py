@@ -268,7 +268,7 @@ class LogProbs:
 
     def matches(self, sequences, direction, coefficients) -> float:
         """Share of the sequences' response tokens that the steered model predicts greedily."""
-        from ..runtime.batch import Batch
+        from ..runtime.batch import Batch, first_tokens
         from ..runtime.device import _engine
 
         model, edits, hits = self.model, self._edits(direction, coefficients), 0
@@ -285,23 +285,14 @@ class LogProbs:
                 ([edits[i] for i in group], False),
                 None,
             )
-            resumed = (
-                {}
-                if streams is None
-                else dict(first_layer=self.layer, inputs=np.concatenate(streams))
-            )
-            slots = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+            resumed = {} if streams is None else {"first_layer": self.layer, "inputs": streams}
             logits, _ = batch.forward(
                 _engine().Cache(model._engine, sum(lengths)),
                 [s.tokens for s in some],
-                [0] * len(some),
-                slots,
-                [width - n for n in lengths],
-                width,
-                width,
-                [],
-                "all",
-                range(len(some)),
+                slots=first_tokens(lengths),
+                columns=[width - n for n in lengths],
+                n_columns=width,
+                logits="all",
                 **resumed,
             )
             for row, s in enumerate(some):
