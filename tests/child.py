@@ -1,5 +1,5 @@
-"""Python in a child process with its own environment: what a test needs that changes the driver,
-forks, is interrupted or ends.
+"""Python in a child process with its own environment, for tests that change the driver, fork, are
+interrupted or end the process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def tools() -> dict:
-    """Where the set-up put drivers, layers and compilers (tools/write_env.py)."""
+    """Paths of drivers, layers and compilers, as tools/write_env.py wrote them."""
     return json.loads((ROOT / ".tools/env.json").read_text())
 
 
 def tool(key) -> str:
-    """The path of one of them. `tools/setup.sh test` provides every one, so that one which is
-    missing is a failure and no reason to skip.
+    """The path of one of them. `tools/setup.sh test` provides all, so a missing one is a failure
+    and not a reason to skip.
     """
     path = tools().get(key)
     assert path and os.path.exists(path), (
@@ -29,7 +29,7 @@ def tool(key) -> str:
     return path
 
 
-#: What a child starts with: fewer imports, a folder of stand-ins, the models on its command line.
+#: What a child runs first. The folders of its models are on its command line.
 PREAMBLE = """
 import os, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -51,16 +51,16 @@ def rss():
 
 
 def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environment):
-    """Runs `code`; sys.argv[1:] are the arguments. environment: variables set (None: removed).
-    Returns subprocess.CompletedProcess with text.
+    """Runs `code` with the arguments in sys.argv[1:]; returns subprocess.CompletedProcess with
+    text.
+
+    environment: variables to set; None removes one.
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VKSTEER_DEVICE", "VK_"))} | {
         "PYTHONFAULTHANDLER": "1"
     }
-    # test_sanitizers.py sets it
-    for name, value in (
-        json.loads(os.environ.get("CHILD_ENVIRONMENT", "{}")) | environment
-    ).items():
+    inherited = json.loads(os.environ.get("CHILD_ENVIRONMENT", "{}"))  # set by test_sanitizers.py
+    for name, value in (inherited | environment).items():
         if value is None:
             env.pop(name, None)
         else:
@@ -77,7 +77,7 @@ def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environ
 
 
 def quiet(done) -> str:
-    """The child's output, after it ended well and said nothing on stderr."""
+    """The output of a child that must have exited with 0 and written nothing to stderr."""
     assert done.returncode == 0 and not done.stderr, (
         f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )

@@ -1,7 +1,7 @@
-"""Shared fixtures: random models of every family (built once per session, for all its processes),
-their float64 oracles, and the engine's models of them.
+"""Shared fixtures: random models of every family (built once per run of pytest, for all its
+processes), their float64 oracles, the same models in the engine, and the bench for single ops.
 
-Tests marked `long` run only with `--long` (or an explicit `-m long`). torch is imported only by
+Tests marked `long` run only with `--long` or an explicit `-m long`. torch is imported only by
 tests that need the oracle.
 """
 
@@ -64,8 +64,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Zoo:
-    """Random models by family name; folders, oracles and engine models are made on first use and
-    kept for the session. Folders are shared by the session's processes and made under a lock.
+    """Random models by family name. Folders, oracles and engine models are made on first use and
+    kept until the end of the run. The processes of a run share folders, which are made under a
+    lock.
     """
 
     def __init__(self, root):
@@ -174,5 +175,7 @@ def fusing():
 
 @pytest.fixture
 def rng(request):
-    """A generator whose seed is the test's own name: independent of order and selection."""
+    """A generator seeded by the name of the test, so that it does not depend on which other tests
+    run.
+    """
     return np.random.default_rng(sum(i * b for i, b in enumerate(request.node.name.encode(), 1)))

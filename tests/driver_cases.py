@@ -1,7 +1,7 @@
-"""A small part of the suite for any driver: what the float64 oracle expects (computed once), and a
-check of it that needs no torch.
+"""A small part of the tests for any driver: the answers of the float64 oracle, computed once, and a
+check against them that needs no torch.
 
-`python driver_cases.py FOLDER...` runs it: each folder holds a model and `expected.npz`.
+`python driver_cases.py FOLDER...` runs the check; each folder holds a model and `expected.npz`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from oracle.compare import BOUND, assert_close, real
 
 LENGTHS, RESPONSES = (17, 1, 70, 5), (3, 4, 0, 2)
-#: Top-1 margins below which another token is a near tie (random models).
+#: A greedy token that differs counts as a near tie where the oracle's top-1 margin is smaller.
 TIE = 1e-3
 NEW_TOKENS = 10
 
@@ -26,8 +26,8 @@ def prompts(d_vocab):
     return [draw(n) for n in LENGTHS], [draw(n) for n in RESPONSES]
 
 
-def treatments(facts):
-    """Name -> (edits, freeze, ablate)"""
+def interventions(facts):
+    """{name: (edits, freeze, ablate)}"""
     import vksteer as vs
 
     rng = np.random.default_rng(6)
@@ -60,15 +60,15 @@ def treatments(facts):
 
 
 def expect(ref, to: Path) -> None:
-    """Writes the oracle's answers: every site of the plain run, logits of every treatment, greedy
-    tokens with their margins.
+    """Writes the answers of the oracle: every site of the plain run, the logits of every
+    intervention, greedy tokens with their margins.
     """
     import torch
 
     rows, responses = prompts(ref.facts.d_vocab)
     out = {}
     with torch.no_grad():
-        for name, (edits, freeze, ablate) in treatments(ref.facts).items():
+        for name, (edits, freeze, ablate) in interventions(ref.facts).items():
             for b, (prompt, response) in enumerate(zip(rows, responses)):
                 run = ref.forward(
                     prompt + response,
@@ -81,7 +81,7 @@ def expect(ref, to: Path) -> None:
                 if name == "plain":
                     out |= {f"{name}|{b}|{s}": run.sites[s].numpy() for s in ref.site_names()}
         for name in ("plain", "qk"):
-            edits, freeze, ablate = treatments(ref.facts)[name]
+            edits, freeze, ablate = interventions(ref.facts)[name]
             for b, prompt in enumerate(rows[:2]):
                 tokens, margins = ref.generate(
                     prompt, NEW_TOKENS, edits=edits, freeze=freeze, ablate=ablate
@@ -94,10 +94,12 @@ def expect(ref, to: Path) -> None:
 
 
 def check(model, expected) -> tuple[int, float]:
-    """Compares; returns (number of comparisons, worst share of the largest value)."""
+    """Compares a model with the answers of the oracle. Returns (number of comparisons, largest
+    error as a share of the largest value).
+    """
     rows, responses = prompts(model.config.d_vocab)
     worst, n = 0.0, 0
-    for name, (edits, freeze, ablate) in treatments(model.config).items():
+    for name, (edits, freeze, ablate) in interventions(model.config).items():
         sites = list(model.sites) if name == "plain" else []
         run = model.run(rows, responses, edits=edits, freeze=freeze, ablate=ablate, capture=sites)
         for b, row in enumerate(zip(rows, responses)):
@@ -114,7 +116,7 @@ def check(model, expected) -> tuple[int, float]:
                 )
                 n += 1
     for name in ("plain", "qk"):
-        edits, freeze, ablate = treatments(model.config)[name]
+        edits, freeze, ablate = interventions(model.config)[name]
         made = model.generate(
             rows[:2],
             max_new_tokens=NEW_TOKENS,
@@ -142,7 +144,7 @@ def main(folders) -> None:
 
     warnings.filterwarnings("ignore", message="no GPU found")
     for folder in folders:
-        # As stored: float32, bfloat16 and float16 kernels each have a family of models.
+        # Weights stay as stored, so that float32, bfloat16 and float16 kernels all run.
         with (
             vs.Model.from_pretrained(folder, progress=False) as model,
             np.load(Path(folder) / "expected.npz") as stored,

@@ -13,7 +13,7 @@ WEIGHTS = [3, 0, 5]
 
 
 def make(rng, graph=SMALL, weights=WEIGHTS, **more):
-    """Scores with everything in them."""
+    """Scores with every optional part."""
     n, e = len(weights), graph.n_edges
     sample_edges, sample_nodes = (
         rng.standard_normal((n, e)),

@@ -1,5 +1,5 @@
 """Writers of model files for the tests: safetensors folders and GGUF files of random models, in
-which a lie can be told in any field.
+which any field can be made wrong.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def hf_arrays(config, seed=0, prefix="model.", dtype="float32", unembed=HF_UNEMB
 def write_safetensors(
     path, arrays, change=None, tail=b"", metadata=None, raw_header=None, cut=None, length=None
 ):
-    """arrays: {name: (dtype, array)}. change(header) may lie; raw_header replaces the JSON; cut
-    shortens the file; length lies about the header.
+    """arrays: {name: (dtype, array)}. change(header) may change any field; raw_header replaces the
+    JSON; length replaces the length of the header; cut shortens the file.
     """
     header, data, at = ({} if metadata is None else {"__metadata__": metadata}), [], 0
     for name, (dtype, array) in arrays.items():
@@ -125,8 +125,8 @@ def write_gguf(
     cut=None,
     alignment=32,
 ):
-    """tensors: [(name, type id, shape slowest first, bytes)]. change(list of dicts with name, dims,
-    type, offset) may lie.
+    """tensors: [(name, type id, shape with the slowest axis first, bytes)]. change(list of dicts
+    with name, dims, type and offset) may change any field.
     """
     described, at = [], 0
     for name, kind, shape, data in tensors:
@@ -181,7 +181,7 @@ def gguf_metadata(hf, arch=None, **extra):
 
 
 def permuted(array, heads):
-    """What llama.cpp's converter does to llama's q and k."""
+    """The order of rows that llama.cpp's converter gives to q and k of a Llama."""
     return np.ascontiguousarray(
         array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
     )
@@ -190,8 +190,8 @@ def permuted(array, heads):
 def gguf_model(
     path, hf=TINY, seed=0, quantise=(), extra_metadata=None, gemma=False, more=(), **lies
 ):
-    """A GGUF of a random model; returns its float32 values by engine name (before quantisation).
-    quantise: engine part names in Q8_0.
+    """Writes a GGUF file of a random model; returns its float32 values by engine name, before
+    quantisation. quantise: names of parts that are stored in Q8_0.
     """
     import gguf
 

@@ -1,7 +1,6 @@
-"""Small stand-ins for vs.Model, for tests of the scientific layer's own logic: no
-device, no weights on disk.
+"""Small stand-ins for vs.Model, for tests of what is built on it: no device, no weights on disk.
 
-`NumpyModel` computes a little causal network in float64, row by row; `ScriptedModel` answers by a
+`NumpyModel` computes a small causal network in float64, row by row. `ScriptedModel` answers by a
 rule that depends on what it was asked to freeze.
 """
 
@@ -32,8 +31,8 @@ class Run(dict):
 
 
 class NumpyModel:
-    """h <- h + (mean of h so far) A; h <- h + tanh(h M), L times; logits h U. Tokens 1 .. V-1; a
-    chat ends with the template's [2, 3].
+    """L layers of h <- h + (mean of h up to this position) A, then h <- h + tanh(h M); logits h U.
+    Tokens are 1 to V-1; a chat prompt ends with the tokens 2, 3 of the template.
     """
 
     post_instruction_length = 2
@@ -98,7 +97,7 @@ class NumpyModel:
         return out
 
     def generate(self, prompts, *, max_new_tokens, edits=(), **options):
-        """Greedy by `run`; tokens 5 and above spell words, 4 ends."""
+        """Greedy decoding by `run`. Tokens from 5 on spell words, 4 ends a text."""
         edits, made = list(edits), []
         for b, tokens in enumerate(prompts):
             mine = edits[b] if edits and isinstance(edits[0], list) else edits
@@ -119,8 +118,8 @@ class NumpyModel:
 
 class ScriptedModel(NumpyModel):
     """Harmful prompts contain "bomb". The effect of steering is the coefficient times the share
-    that `effects` leaves: under freeze or ablate "qk" ... and for random directions ("random").
-    Effect above .5 refuses, below -.5 complies; else the prompt's own class decides.
+    that `effects` names for what is frozen or ablated, or for a "random" direction (1 if it names
+    none). An effect above 0.5 refuses, one below -0.5 complies; else the prompt decides.
     """
 
     def __init__(self, effects, **kwargs):

@@ -19,8 +19,8 @@ BOUND = 1e-3
 KINDS = ["llama3", "gemma2", "qwen2", "qwen3"]
 SIZES = ((7, 9), (4, 14), (12, 3))
 
-#: Every value of every option, and the pairs of them that meet in the code. "gap" stands for a
-#: threshold that no position is near.
+#: Every value of every option, and the combinations that share code. "gap" stands for a threshold
+#: that the divergence at no position is close to.
 OPTIONS = [
     dict(),
     dict(rule="left"),
@@ -37,13 +37,15 @@ OPTIONS = [
     dict(metric="kl"),
     dict(metric="kl", threshold="gap", clean="base", rule="left", steps=4),
     dict(metric="kl", capped=False, at="normed", clean="base", steps=4),
-    # logit_diff ignores a threshold
+    # logit_diff ignores a threshold.
     dict(at="normed", capped=False, clean="base", rule="left", steps=4, threshold=1e9),
 ]
 
 
 class Setting:
-    """A family's oracle and engine, a vector, and samples of three lengths without near ties."""
+    """The oracle and the engine of a family, a vector, and samples of three lengths without near
+    ties.
+    """
 
     def __init__(self, zoo, rng, name, layer=1, coefficient=1.0, sizes=SIZES):
         import vksteer as vs
@@ -59,7 +61,7 @@ class Setting:
         ]
 
     def both(self, what=None, **options):
-        """(the engine's scores, the oracle's) of all samples or one."""
+        """(scores of the engine, scores of the oracle) of all samples or of one."""
         some = range(len(self.cases)) if what is None else [what]
         mine = {
             k: v
@@ -165,13 +167,13 @@ def test_one_token_responses_and_prompts(setting):
         check(f"short, sample {i}", *s.both(i, steps=3), "pre_norm")
 
 
-# -- what must hold to the bit ---------------------------------------------------------------------
+# -- what must be bit-identical --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama3"])
 def test_bits_do_not_depend_on_packing(setting, name):
-    """A sample alone, among others, in another order; positions are compared, since scores over
-    several samples are combined afterwards.
+    """A sample alone, among others, and in another order. Scores per position are compared, because
+    those of several samples are combined afterwards.
     """
     s = setting(name)
     options = dict(steps=3, per_position=True)
@@ -191,8 +193,8 @@ def test_bits_do_not_depend_on_packing(setting, name):
 
 
 def test_bits_do_not_depend_on_max_memory(zoo, rng):
-    """From plenty down to the least that is not refused, with samples of several position tiles;
-    the refusal comes before any work.
+    """From plenty of memory down to the least that is not refused, with samples of several position
+    tiles.
     """
     import vksteer as vs
 
@@ -213,7 +215,7 @@ def test_bits_do_not_depend_on_max_memory(zoo, rng):
     )
     plenty, levels = run(1 << 29), 0
     refused, enough = 1, 1 << 29
-    while enough - refused > 1 << 17:  # a bisection: at its end stands the least that is enough
+    while enough - refused > 1 << 17:  # bisects to the least that is enough
         memory, message = (refused + enough) // 2, None
         try:
             less = run(memory)
@@ -274,8 +276,8 @@ def test_an_interrupted_attribution_goes_on_from_its_checkpoint(zoo, rng, tmp_pa
 @pytest.mark.parametrize("metric", ["logit_diff", "directional_kl", "kl"])
 @pytest.mark.parametrize("name", ["gemma2", "qwen3"])
 def test_identical_runs_give_exact_zeros(setting, name, metric):
-    """Without steering the two runs are one: no sample has a metric position,
-    and every score is 0.
+    """Without steering the two runs are the same: no sample has a metric position, and every score
+    is 0.
     """
     s = setting(name)
     got = attribute(
@@ -287,8 +289,8 @@ def test_identical_runs_give_exact_zeros(setting, name, metric):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_completeness(setting, name):
-    """With many steps the steering node's score is m(clean) - m(corrupt),
-    averaged as the scores are.
+    """With many steps, the score of the steering node is m(clean) - m(corrupt), averaged as the
+    scores are.
     """
     s = setting(name)
     for metric in ("logit_diff", "directional_kl", "kl"):
@@ -331,7 +333,7 @@ def test_samples_without_metric_positions_are_left_out(setting):
     [("steered", "logit_diff", True), ("base", "directional_kl", True), ("base", "kl", False)],
 )
 def test_exact_patches(setting, rng, name, clean, metric, capped):
-    """Some edges of every kind, all nodes; at all positions, the prompt's last, and a list."""
+    """Edges of every kind and all nodes; at all positions, the last of the prompt, and lists."""
     s = setting(name)
     names = edge_names(s.ref.facts, 1)
     edges = sorted(rng.choice(names, 24, replace=False).tolist()) + [

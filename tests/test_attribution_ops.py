@@ -28,7 +28,7 @@ def test_difference_of_small_and_large_values(on, rng, scale):
 
 @pytest.mark.parametrize("raw_width", [0, 33, 257])
 def test_equal_runs_differ_by_exactly_nothing(on, rng, raw_width):
-    """Two tokens with the same values, on any device, contraction or not."""
+    """Two tokens with equal values, also on a device that fuses multiply and add."""
     problem = attribution.difference(rng, 8, 16, 257, raw_width)
     for name in ("x", "raw"):
         if name in problem.buffers:
@@ -122,11 +122,11 @@ def test_node_dims(on, rng, n_slots):
             agree(on, attribution.node_dims(rng, n_nodes, 3, n_slots, width))
 
 
-# -- what scores rest on ---------------------------------------------------------------------------
+# -- properties on which scores rest ---------------------------------------------------------------
 
 
 def test_steps_in_several_calls_have_the_bits_of_one(on, rng):
-    """However many steps fit a pass, and whatever tokens they come as."""
+    """However many steps one pass takes, and whatever the order of their tokens in it."""
     whole = attribution.head_inputs(rng, 7, 70, 8, 16, 33, 10, bias=True)
     whole.buffers["sources"] = rng.permutation(70).astype(np.uint32).reshape(7, 10)
     plain = attribution.accumulate(rng, 7, 70, 33, 10)

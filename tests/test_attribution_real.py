@@ -1,9 +1,9 @@
-"""Attribution on the three real models: verse against prose, teacher forced on what the steered
-model itself writes.
+"""Attribution on the three real models: verse against prose, teacher-forced on what the steered
+model writes.
 
-On Qwen2.5-Coder-0.5B-Instruct sixteen samples, two of them beside the float64 oracle on
-transformers' own reading of the same file. Bound: 1e-3 of the largest score, for
-samples without near ties.
+On Qwen2.5-Coder-0.5B-Instruct, 16 samples, of which two are compared with the float64 oracle on the
+same file as transformers reads it. Bound: 1e-3 of the largest score, for samples without near
+ties.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from oracle.compare import assert_close, assert_same_bits
 BOUND = 1e-3
 STEPS = 5
 TOPICS = ["rain", "bread", "rivers", "winter", "lanterns", "cats"]
-#: model -> (steering layer, coefficient): enough to change what is said.
+#: model -> (steering layer, coefficient), enough to change the text.
 STEERED = {"smollm2": (20, 1.0), "qwen": (18, 1.0), "gemma": (13, 1.0)}
 
 pytestmark = pytest.mark.long
 
 
 class Real:
-    """A real model in float32 with its vector and samples; token lists where it
-    has no chat template.
+    """A real model in float32 with its vector and samples; prompts are token lists where it has no
+    chat template.
     """
 
     def __init__(self, name, n):
@@ -78,7 +78,7 @@ class Real:
 
 @pytest.mark.parametrize("name", list(files.REAL))
 def test_real_models_run(name):
-    """Every sample's scores have the same bits alone, among others, and with little memory."""
+    """The scores of a sample are bit-identical alone, among others, and with little memory."""
     real = Real(name, 4)
     try:
         scores = real.attribute(per_sample=True, dims="all")
@@ -103,7 +103,7 @@ def test_real_models_run(name):
         alone = real.attribute([i], per_sample=True)
         assert_same_bits(f"{name}: sample {i} alone", alone.sample_edges[0], scores.sample_edges[i])
         refused, enough, levels = 1, 1 << 30, 0
-        while enough - refused > 1 << 26:  # a few layouts down to about the least that is enough
+        while enough - refused > 1 << 26:  # bisects to about the least that is enough
             limit = (refused + enough) // 2
             message = None
             try:
@@ -143,7 +143,7 @@ def test_qwen_against_the_oracle(tmp_path):
     for i in by_length:
         case = oracle.Case(ref, real.samples[i], real.vector, real.coefficient)
         if case.margin() < 1e-3:
-            continue  # greedy tokens may differ in single precision
+            continue  # in single precision, greedy tokens may differ
         want = oracle.score(
             ref, real.samples[i], real.vector, real.coefficient, steps=STEPS, case=case
         )
@@ -166,8 +166,8 @@ def test_qwen_against_the_oracle(tmp_path):
 
 
 def _folder(path, to):
-    """The file as transformers reads it, float32, for the oracle: config.json
-    and model.safetensors.
+    """Saves the file as transformers reads it, in float32, as config.json and model.safetensors for
+    the oracle.
     """
     import torch
     import transformers
@@ -177,7 +177,7 @@ def _folder(path, to):
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     config = model.config.to_dict()
-    # transformers refuses to save what was read from a GGUF file, though it is plain numbers by now
+    # transformers refuses to save what was read from a GGUF file, although it holds plain floats.
     config.pop("quantization_config", None)
     plain = transformers.AutoModelForCausalLM.from_config(
         type(model.config)(**config), dtype=torch.float32

@@ -29,7 +29,7 @@ def test_linear_bwd(on, families, rng, n, k, weight_type):
 
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_bwd_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rng, weight_type):
-    """For every number of rows, every place among them, every family of kernels."""
+    """For many numbers of rows, at several places among them, by every kernel family."""
     whole = backward.linear_bwd(rng, 33, 77, 100, weight_type, add=True)
     want = on.run(whole.op, whole.arguments, whole.buffers)[0]["dx"]
     for family in families:
@@ -50,8 +50,8 @@ def test_linear_bwd_gives_a_row_the_same_bits_whatever_is_beside_it(on, families
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 @pytest.mark.parametrize("n, k", [(1, 1), (77, 100), (257, 129), (130, 33), (2100, 17)])
 def test_linear_bwd_of_many_rows_keeps_the_bits(on, families, rng, weight_type, n, k):
-    """A row's bits are those of the same row alone, chunks, slices and the strips that many rows
-    are taken in included.
+    """A row is bit-identical among few and many rows, also with segments, slices, and the strips
+    that many rows are taken in.
     """
     whole = backward.linear_bwd(rng, 70, n, k, weight_type)
     n_k = (k + 15) // 16 * 16
@@ -128,7 +128,7 @@ def test_linear_bwd_slices_and_chunks(on, families, rng, weight_type):
 
 
 def test_linear_bwd_in_pieces_has_the_whole_bits(on, families, rng):
-    """Chunks of the matrix, the sum over rows taken in two goes, columns taken apart."""
+    """Segments of the matrix, a sum over rows in two calls, some of the columns."""
     problem = backward.linear_bwd(rng, 5, 130, 100)
     for family in families:
         arguments = problem.arguments | {"family_plus_1": family + 1}
@@ -155,7 +155,7 @@ def test_linear_bwd_in_pieces_has_the_whole_bits(on, families, rng):
 
 
 def _cut(problem, cut, buffers):
-    """dy, its last row long enough to be read from column `cut` on."""
+    """The buffers with one more row of dy, so that reading from column `cut` on stays inside."""
     return buffers | {
         "dy": np.concatenate(
             [buffers["dy"], np.full((1, buffers["dy"].shape[1]), np.nan, np.float32)]
@@ -164,7 +164,7 @@ def _cut(problem, cut, buffers):
 
 
 def test_linear_bwd_of_extreme_weights(on, rng):
-    """One-hot rows of dy read the weights themselves: every finite half."""
+    """One-hot rows of dy give the weights themselves, for random finite halves."""
     for weight_type in (1, 2):
         bits = rng.integers(0, 1 << 16, (40, 64)).astype(np.uint16)
         values = (
@@ -172,7 +172,7 @@ def test_linear_bwd_of_extreme_weights(on, rng):
             if weight_type == 1
             else bits.view(np.float16).astype(np.float32)
         )
-        if weight_type == 1:  # a float32 subnormal may be flushed to zero by a device
+        if weight_type == 1:  # a device may flush float32 subnormals to zero
             values = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
         values = np.where(np.isfinite(values), values, np.float32(1))
         problem = backward.linear_bwd(rng, 40, 40, 64, weight_type)

@@ -1,10 +1,9 @@
-"""To the last bit: a row alone is the same row in any batch, in any order, padded to any length, in
-prefill and in decoding; same inputs give the same bits in every run; captures and returned arrays
-change nothing and are not changed.
+"""What must be bit-identical: a row alone and in any batch, in any order and with any padding, in
+prefill and in decoding; the same inputs in every run; a run with and without captures. Returned
+arrays never change.
 
-Cached against uncached is the one comparison with a bound: decoding sums in another
-order than prefilling. CACHED is that bound, as a share of the largest value; see the
-test for what was measured.
+Only decoding with a cache against prefill has a bound, because on a GPU they sum in different
+orders.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import pytest
 
 from oracle.compare import assert_close, assert_same_bits, real
 
-#: The wide ones hold their weights as stored (bfloat16, float16) as well as in float32: other
-#: kernels, the same rules.
+#: The wide ones also run with weights held as stored (bfloat16, float16), which other kernels read.
 FAMILIES = [
     "llama3",
     "llama_bias",
@@ -79,8 +77,8 @@ def test_prefill_alone_padded_and_in_any_batch(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_of_a_prefix_is_the_prefix_of_the_prefill(zoo, name, rng):
-    """Nothing of a token may depend on what comes after it: the rows' lengths
-    choose no order of sums.
+    """A token may not depend on what comes after it, so the lengths of rows may not choose the
+    order of sums.
     """
     model = engine(zoo, name)
     (whole,) = prompts_of(zoo, name, rng, (70,))
@@ -91,7 +89,7 @@ def test_prefill_of_a_prefix_is_the_prefix_of_the_prefill(zoo, name, rng):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "wide", "wide:auto", "wide_gemma:auto"])
 def test_large_batches(zoo, name, rng):
-    """Many rows take other tiles; they may not take other bits."""
+    """Many rows are computed by other tiles, with the same bits."""
     model = engine(zoo, name)
     rows = prompts_of(zoo, name, rng, rng.integers(1, 40, 48).tolist())
     logits = model.run(rows, logits="last").logits
@@ -134,8 +132,8 @@ def test_decoding_alone_and_in_any_batch(zoo, name, rng):
 
 
 def test_rows_that_end_early_leave_the_others_alone(zoo, rng):
-    """Different numbers of new tokens in a batch: a row's bits do not depend on who is
-    still decoding beside it.
+    """With different numbers of new tokens in a batch, a row does not depend on which other rows
+    are still decoding.
     """
     import vksteer as vs
 
@@ -150,7 +148,7 @@ def test_rows_that_end_early_leave_the_others_alone(zoo, rng):
         options = dict(max_new_tokens=12, capture=[site], progress=False)
         together = model.generate(rows, **options)
         assert len({len(g.tokens) for g in together}) > 2, (
-            "the case is to have rows that end at different steps"
+            "the test needs rows that end at different steps"
         )
         for row, gen in zip(rows, together):
             alone = model.generate([row], **options)[0]
@@ -212,8 +210,8 @@ def test_captures_change_no_bit(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_against_uncached(zoo, name, rng):
-    """Decoded with the cache, and the same tokens prefilled at once: within CACHED on a GPU, to the
-    last bit on a software driver.
+    """Tokens decoded with the cache, and the same tokens prefilled at once: within CACHED on a GPU,
+    bit-identical on a software driver.
     """
     model, rows = engine(zoo, name), prompts_of(zoo, name, rng)
     sites = ["ln_final.hook_normalized"] + [
@@ -272,7 +270,7 @@ def test_returned_arrays_never_change(zoo, rng):
     model.generate(rows[::-1], max_new_tokens=4, ignore_eos=True, progress=False)
     for k in held:
         assert np.array_equal(held[k], copies[k], equal_nan=True), f"{k} changed after a later run"
-    # what belongs to the user may be written to, without effect on the model
+    # The arrays belong to the user, who may write to them without an effect on the model.
     held["logits"][:] = 7.0
     again = model.run(rows)
     assert_same_bits("a later run", again.logits, copies["logits"])
@@ -281,5 +279,5 @@ def test_returned_arrays_never_change(zoo, rng):
     for k in held:
         assert np.array_equal(held[k], copies[k], equal_nan=True), f"{k} changed after close()"
     assert run["hook_embed"] is held["hook_embed"], (
-        "asked for again, a captured site is the same array"
+        "every access to a captured site gives the same array"
     )

@@ -1,5 +1,5 @@
-"""The rule that chooses a candidate, on tables written by hand: filters at their edges, strict
-against code, NaN, ties, none left.
+"""The rule that chooses a candidate, on tables written by hand: filters at their bounds, strict and
+not, NaN, ties, no candidate left.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ NAN = np.nan
 
 
 def tables(P=2, L=10):
-    """Everything eligible by its scores, nothing good: bypass 0, induce 0.5, KL 0.01."""
+    """Every candidate passes the filters and none is good: bypass 0, induce 0.5, KL 0.01."""
     return np.zeros((P, L)), np.full((P, L), 0.5), np.full((P, L), 0.01)
 
 
 def test_paper_minimises_sigmoid_bypass_minus_sigmoid_induce():
     bypass, induce, kl = tables()
-    bypass[0, 3], induce[0, 3] = -1.0, 0.5  # sigmoid: .269 - .622 = -.353
-    bypass[1, 4], induce[1, 4] = 0.0, 9.0  # .5 - 1 = -.5
-    bypass[1, 5], induce[1, 5] = -2.0, 0.1  # .119 - .525 = -.406
+    bypass[0, 3], induce[0, 3] = -1.0, 0.5  # sigmoid: 0.269 - 0.622 = -0.353
+    bypass[1, 4], induce[1, 4] = 0.0, 9.0  # 0.5 - 1 = -0.5
+    bypass[1, 5], induce[1, 5] = -2.0, 0.1  # 0.119 - 0.525 = -0.406
     assert choose(bypass, induce, kl) == (1, 4)
     assert choose(bypass, induce, kl, criterion="arditi") == (1, 5)  # the smallest bypass alone
     assert all(type(i) is int for i in choose(bypass, induce, kl))
@@ -58,7 +58,7 @@ def test_against_an_exhaustive_search(rng):
 
 @pytest.mark.parametrize("L", [1, 2, 3, 4, 5, 10, 15, 18, 24, 26, 28, 30, 35, 36, 42, 80, 100])
 def test_layer_filter_is_the_codes_or_the_papers(L):
-    """The two differ at one layer, and only where 0.8 L is no whole number."""
+    """The two differ at one layer, and only where 0.8 L is not a whole number."""
     code = [l for l in range(L) if layer_allowed(l, L, strict=False)]
     paper = [l for l in range(L) if layer_allowed(l, L, strict=True)]
     assert code == list(range(int(0.8 * L)))
@@ -68,7 +68,9 @@ def test_layer_filter_is_the_codes_or_the_papers(L):
 
 def test_the_one_layer_where_strict_and_code_differ():
     bypass, induce, kl = tables(L=26)
-    bypass[0, 20] = -5.0  # 0.8 * 26 = 20.8: inside the paper's inequality, outside the code's int
+    bypass[
+        0, 20
+    ] = -5.0  # 0.8 * 26 = 20.8: the paper's inequality holds, but int(20.8) leaves it out
     bypass[1, 19] = -2.0
     assert choose(bypass, induce, kl) == (1, 19)
     assert choose(bypass, induce, kl, strict=True) == (0, 20)
@@ -105,8 +107,8 @@ def test_infinite_scores_are_scores():
 
 def test_ties_go_to_the_first_position_then_the_lowest_layer():
     bypass, induce, kl = tables(P=3)
-    for cell in [(2, 1), (1, 6), (1, 4)]:
-        bypass[cell], induce[cell] = -800.0, 800.0  # saturated: all three are -1 exactly
+    for candidate in [(2, 1), (1, 6), (1, 4)]:
+        bypass[candidate], induce[candidate] = -800.0, 800.0  # saturated: all three are -1 exactly
     bypass[2, 1] = -900.0
     assert choose(bypass, induce, kl) == (1, 4)
     assert choose(bypass, induce, kl, "arditi") == (2, 1)

@@ -22,7 +22,7 @@ from vksteer.inputs.samples import Sample
 from vksteer.inputs.vectors import SteeringVector
 from vksteer.patching.edge_scores import EdgeScores
 
-# -- under the model: a scripted evaluation --------------------------------------------------------
+# -- a scripted evaluation -------------------------------------------------------------------------
 
 
 class Result(SimpleNamespace):
@@ -32,8 +32,8 @@ class Result(SimpleNamespace):
 
 
 class Runs(ModuleType):
-    """`vksteer.circuits.runs` in which an edge carries a known part of the effect on each sample:
-    value = sum over kept edges.
+    """In place of `vksteer.circuits.runs`: every edge carries a known part of the effect on each
+    sample, and value = the sum over the edges of the circuit.
     """
 
     def __init__(self, effects):
@@ -70,7 +70,7 @@ class Runs(ModuleType):
 CONFIG = SimpleNamespace(n_layers=3, n_heads=4, n_kv_heads=2, d_model=6, d_vocab=50, n_ctx=20)
 VECTOR = SteeringVector(np.ones(6), 1)
 MODEL = SimpleNamespace(config=CONFIG, fingerprint="model")
-# first prompt token: which sample; first of the response: its weight
+# The first token of the prompt numbers the sample, the first of the response is its weight.
 SAMPLES = [Sample([i, 1], [w, 3]) for i, w in enumerate([4, 1, 2, 5, 3, 2, 2, 1])]
 
 
@@ -157,7 +157,7 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
         circuits.evaluate([circuit], MODEL, SAMPLES, VECTOR, -1.0)[0]["logit_diff"].faithfulness
     )
     first = runs.calls[0].n
-    # The stand-in's faithfulness rises with every edge, so a scan over all sizes must agree.
+    # Here faithfulness grows with every edge, so that a scan over all sizes must agree.
     n = next(
         n
         for n in range(1, SMALL.n_edges + 1)
@@ -182,8 +182,8 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
 
 
 def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
-    """Sizes asked for, against a bisection written out here; the grid in one pass, three levels of
-    the bisection a pass.
+    """Against a bisection written out here. The grid is evaluated in one pass, and each further
+    pass takes three levels of the bisection.
     """
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
@@ -416,7 +416,7 @@ def test_bootstrap_pools_before_it_divides(rng):
         drawn.append((weight[i] @ value[i]) / (weight[i] @ full[i]))
     assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.05, 0.95])), abs=4e-3)
     assert (low, high) == curves.bootstrap(per_sample, 4000, 0.9, seed=1)
-    # Samples without metric positions say nothing, whatever stands there.
+    # Samples without metric positions do not count, whatever their values.
     more = {name: np.append(x, 0 if name == "weight" else np.nan) for name, x in per_sample.items()}
     assert curves.bootstrap(more, 4000, 0.9, seed=1) == (low, high) and curves.pooled(
         more

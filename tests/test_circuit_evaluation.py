@@ -26,9 +26,7 @@ SIZES = ((7, 9), (4, 14), (12, 3))
 
 
 class Setting:
-    """A family's oracle and engine, a vector, samples without near ties, and the
-    engine's scores of them.
-    """
+    """The oracle and the engine of a family, a vector, and samples without near ties."""
 
     def __init__(self, zoo, rng, name, layer=1, coefficient=1.0, sizes=SIZES):
         import vksteer as vs
@@ -65,8 +63,8 @@ class Setting:
         return [max(1, round(share * len(self.names))) for share in shares]
 
     def near_ties(self, circuit, cases):
-        """How many positions that predict a response token have a top-1 margin below TIE under a
-        circuit, and how many there are.
+        """(positions that predict a response token and have a top-1 margin below TIE under a
+        circuit, all that predict one).
         """
         near = total = 0
         for case in cases:
@@ -78,8 +76,8 @@ class Setting:
         return near, total
 
     def check(self, circuits, vector=None, coefficient=None, metrics=oc.METRICS, one_by_one=False):
-        """The engine's evaluation of circuits against the oracle's; returns the oracle's
-        logit-difference faithfulness of each.
+        """Compares the evaluation of circuits by the engine and by the oracle; returns the
+        faithfulness (logit_diff) of each by the oracle.
         """
         import vksteer as vs
 
@@ -137,8 +135,8 @@ def setting(zoo, rng):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_faithfulness(setting, name):
-    """Random circuits, found ones, their complements, the full and the smallest: all
-    metrics, in one pass.
+    """Random circuits, found ones, complements, the full and the empty one: all metrics, in one
+    call.
     """
     s = setting(name)
     scores = s.scores()
@@ -203,9 +201,7 @@ def test_under_another_vector(setting, rng, name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_decoding_under_a_circuit(setting, name):
-    """Token for token against the oracle, base run and circuit computed again from the first token;
-    ragged prompts, a cache on our side.
-    """
+    """Ragged prompts, token for token against the oracle, which has no cache."""
     import vksteer as vs
 
     s = setting(name)
@@ -304,8 +300,8 @@ def test_random_circuits(setting):
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_minimum_faithful(setting, name):
-    """The smallest size of the grid of 1 % steps that reaches the threshold, then bisection inside
-    that step; the threshold lies in a gap.
+    """The first size on the grid of 1 % steps that reaches the threshold, then bisection inside
+    that step. Thresholds close to the faithfulness of a circuit are left out.
     """
     import vksteer as vs
 
@@ -348,7 +344,7 @@ def test_refusals(setting, zoo):
     s = setting("qwen2")
     circuit, other = s.random(10)[0], vs.circuits.random(vs.patching.graph(s.model, 0), 10, 0)
     arguments = s.model, s.samples, s.vector, 1.0
-    # of a graph with another steering layer
+    # `other` is of a graph with another steering layer.
     for call in (
         lambda: other.evaluate(*arguments, progress=False),
         lambda: circuit.evaluate(*arguments, metrics=("accuracy",), progress=False),

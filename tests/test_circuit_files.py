@@ -52,7 +52,7 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_text(json.dumps({**content, **change}))
         with pytest.raises(ModelError, match=r"checksum|version|format"):
             Circuit.load(path)
-    # A file whose checksum is right but whose content makes no sense.
+    # The checksum is right, but the content is invalid.
     from vksteer.base.provenance import digest
 
     for change in (

@@ -1,5 +1,5 @@
-"""The ops of circuits against their float64 references, as in test_ops.py; and what circuits rest
-on: exact zeros of equal states, rows whose bits do not depend on what is beside them.
+"""The ops of circuits against their float64 references, and the properties on which circuits rest:
+exact zeros of equal states, rows whose bits do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_logit_metrics(on, rng, width):
     for n_rows, n, first in ((1, 1, 0), (7, 3, 2), (33, 33, 5)):
         for softcap in (0.0, 8.0):
             agree(on, circuit.logit_metrics(rng, n_rows, n, width, softcap, first))
-    # large logits cost no digits but those of their own size
+    # Large logits lose no more digits than their size explains.
     agree(on, circuit.logit_metrics(rng, 3, 3, width, spread=0.1, shift=1000.0))
     agree(on, circuit.logit_metrics(rng, 3, 3, width, spread=60.0))
 

@@ -28,8 +28,8 @@ from vksteer.patching.edge_scores import EdgeScores
 
 
 def by_definition(g, order, n):
-    """The shortest prefix of `order` whose pruned rest has at least n edges; pruning by a
-    path search over names.
+    """The shortest prefix of `order` that has at least n edges after pruning, pruned by a path
+    search over names.
     """
     kept = np.zeros(g.n_edges, bool)
     for edge in [None, *order]:
@@ -42,8 +42,8 @@ def by_definition(g, order, n):
 
 
 def greedy_by_definition(g, scores, backward):
-    """Every edge in turn: of all that touch the circuit the one of largest |score|, ties by graph
-    order; by names, one at a time.
+    """All edges in the order in which they are added: of those that touch the circuit, the one of
+    largest |score|, ties by graph order.
     """
 
     def feeds(name):
@@ -118,7 +118,7 @@ def test_ties_go_by_graph_order():
     assert signs.circuit(7, "top").edges.tolist() == list(range(7)) and signs.circuit(
         9
     ) == scores.circuit(9)
-    # The first path in graph order: all of steer's edges before its last, steer->logits.
+    # The order of the graph puts steer->logits last among the edges of steer.
     last = int(SMALL.find(["steer->logits"])[0])
     assert scores.circuit(1).edges.tolist() == [last]
 
@@ -151,8 +151,8 @@ def test_random_circuits(n):
 
 
 def test_large_graphs_are_fast():
-    """All sizes of Llama 3.2 3B's graph in seconds: measured 0.05 s for the first pruned circuit,
-    0.2 s for a greedy one.
+    """Circuits of the graph of Llama 3.2 3B (124,441 edges). Measured: 0.05 s for the first pruned
+    circuit, 0.2 s for a greedy one; bound for all twelve: 10 s.
     """
     g = graph(LLAMA, 12)
     scores = EdgeScores(g, np.random.default_rng(0).standard_normal(g.n_edges), n_positions=1)
@@ -163,7 +163,7 @@ def test_large_graphs_are_fast():
     )
 
 
-# -- a set -----------------------------------------------------------------------------------------
+# -- a circuit as a set ----------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,4 @@
-"""The command line's own logic on a scripted model: help, arguments, prompts, files written, exit
-codes. The engine's part is tested elsewhere.
-"""
+"""The command line on a scripted model: help, arguments, prompts, files written, exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from vksteer.steering import scores
 
 
 class Opened(ScriptedModel):
-    """Counts what was opened and closed."""
+    """Counts how many models are open."""
 
     open = 0
 
@@ -90,7 +88,7 @@ def test_without_a_command(capsys):
 
 
 def test_help_imports_nothing_heavy():
-    """Numpy included: help is shown before anything is loaded."""
+    """Help is shown without NumPy or any other large package."""
     code = (
         "import sys\nfrom vksteer import cli\ntry: cli.main(['freeze', '--help'])\nexcept"
         " SystemExit as e: assert e.code == 0\nelse: assert False\nheavy = {'numpy', 'torch',"
@@ -193,7 +191,7 @@ def test_freeze_with_a_vector(model, files, capsys):
     } <= names and "candidates.md" not in names
     assert json.loads((out / "table.json").read_text())["rows"]["OV"]["harmful"]["n"] == 5
     n = len(model.generations)
-    # resumed: nothing was generated again
+    # A second call resumes and generates nothing again.
     assert cli.main(call) == 0 and len(model.generations) == n
     assert cli.main([*call[:-2], "--layers", "3,4", "--coefficient", "1", "0.8"]) == 0
     assert "| OV 4 |" in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""`vksteer circuit` on scripted parts: what is written, what a second run takes from the folder,
-several vectors, and what is refused.
+"""`vksteer circuit` on scripted parts: the files written, what a second run takes from the folder,
+several vectors, refused arguments.
 """
 
 from __future__ import annotations
@@ -188,10 +188,10 @@ def test_everything_is_written_and_found_again(parts, files, capsys):
     assert json.loads((out / "curve.json").read_text())["sizes"] == [5, 20, 60] and Opened.open == 0
     calls = len(parts.model.calls), len(parts.attributed), len(parts.evaluated)
     assert cli.main(call(files, "--limit", "4", "--steps", "5", "--sizes", "5,20,60")) == 0
-    # nothing was run again
+    # Nothing is run again.
     assert (len(parts.model.calls), len(parts.attributed), len(parts.evaluated)) == calls
     assert "taken from the folder" in capsys.readouterr().out
-    # the same scores, another circuit and curve
+    # The same scores, another circuit and curve.
     assert (
         cli.main(call(files, "--limit", "4", "--steps", "5", "--threshold", "0.5", "--halves")) == 0
     )
@@ -283,7 +283,7 @@ def test_finds_a_vector(parts, files, capsys, monkeypatch):
         and found == [(4, "paper")]
         and parts.attributed[0].n == 4
     )
-    # the vector is taken from the folder, too
+    # The vector is taken from the folder, too.
     assert cli.main(call(files, vectors=())) == 0 and len(found) == 1
     assert "dim: layer 2" in capsys.readouterr().out
 

@@ -74,7 +74,7 @@ def test_rates_and_cosines(model, vectors):
 
 @pytest.fixture
 def standins(model, vectors, monkeypatch):
-    """Attribution and evaluation whose answers depend on which vector is asked about."""
+    """Attribution and evaluation whose results depend on the vector."""
     graph = patching.graph(SimpleNamespace(n_layers=5, n_heads=2, n_kv_heads=1), 3)
     asked = SimpleNamespace(samples=[], evaluated=[])
     which = lambda v: next(name for name in vectors if v.method == vectors[name].method)
@@ -111,7 +111,7 @@ def standins(model, vectors, monkeypatch):
         (circuits, minimum_faithful),
         (circuits, evaluate),
     ):
-        # a name that is not there is an error
+        # setattr fails where the module has no such name.
         monkeypatch.setattr(module, function.__name__, function)
     return asked
 
@@ -172,7 +172,7 @@ def test_circuits(model, vectors, standins):
 
 
 def test_circuits_by_every_word(model, vectors, standins):
-    """True and "auto" are one: nothing of this package is optional. False asks for no sample."""
+    """True and "auto" mean the same; False makes no samples."""
     true, auto = (
         steering.compare(model, vectors, HARMFUL, HARMLESS, steps=7, circuits=word, progress=False)
         for word in (True, "auto")

@@ -17,8 +17,8 @@ from small_configs import CLASSES, FAMILY
 from vksteer.loading import families
 from vksteer.loading.config import Config
 
-# transformers computes frequencies in float32: measured difference from float64 up to 1.3e-6 over
-# 2,035 tables of random configs
+#: transformers computes frequencies in float32. Its largest relative difference from float64 over
+#: 2,035 tables of random configs is 1.3e-6.
 ROPE_RTOL = 4e-6
 
 
@@ -141,7 +141,7 @@ def random_config(model_type, rng):
 
 
 def released(config, model_type):
-    """The same config as files released before transformers 5 spelled it."""
+    """The same config with the keys that files had before transformers 5."""
     config = json.loads(json.dumps(config))
     parameters = config.pop("rope_parameters")
     config.pop("layer_types", None)

@@ -1,5 +1,5 @@
-"""Prompts from files of every format, what is refused and what the message lists, hub names without
-a network, and the toy world.
+"""Prompts from files of every format, refused files and their messages, data sets of the Hugging
+Face hub without a network, and the toy world.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 
 class Hub:
-    """Stands in for huggingface_hub: one data set, no network."""
+    """Replaces huggingface_hub: one data set, no network."""
 
     files = ["README.md", "LICENSE.txt", "data/good.csv", "data/bad.csv"]
 
@@ -182,8 +182,8 @@ def test_tiny_is_the_world():
 
 
 def test_the_hub_out_of_reach(monkeypatch):
-    """The HTTP client's own errors are no OSErrors, and which client it is has
-    changed between releases.
+    """The errors of the HTTP client are not OSErrors, and the client changed between releases of
+    huggingface_hub.
     """
     import huggingface_hub
 
@@ -198,5 +198,5 @@ def test_the_hub_out_of_reach(monkeypatch):
     ):
         data.load("owner/set:a.csv")
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # a bug is not dressed up as a network problem
+    with pytest.raises(ZeroDivisionError):  # a bug is not reported as a network problem
         data.load("owner/set:a.csv")

@@ -1,6 +1,4 @@
-"""The demo's parts, its prompts, and the README's example: what a new user
-runs first is run here.
-"""
+"""The parts of the demo, its prompts, and the example in README.md: what a new user runs first."""
 
 from __future__ import annotations
 
@@ -154,8 +152,8 @@ def test_real_part(tmp_path, capsys, monkeypatch):
 
 
 def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
-    """Make demo-real and its --inside, with a bundled model in the real one's place: figures
-    without texts, and both go on from what is there.
+    """`make demo-real` and its --inside with a bundled model in place of the real one: they publish
+    figures without texts, and --inside goes on from what the first run left.
     """
     bundled = Path(demo.__file__).parents[1] / "models" / "tiny-llama-chat"
     splits = {
@@ -209,7 +207,7 @@ def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
 
 
 def test_nothing_to_run(tmp_path, monkeypatch, capsys):
-    """Where no model can be had the demo says so and fails; it never passes in silence."""
+    """Without a model the demo says so and fails."""
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert demo.main(["--part", "smollm2", "--out", str(tmp_path / "out")]) == 1
     assert "Part 2, the real model, is left out" in capsys.readouterr().out
@@ -236,8 +234,8 @@ def test_readme_example_runs(monkeypatch, capsys, tmp_path):
 
 
 def test_tables_are_made_from_code():
-    """`.venv/bin/python benchmarks/table.py --write` after a measurement, or a
-    change of the families.
+    """After a measurement or a change of the families, `.venv/bin/python benchmarks/table.py
+    --write` fills in the tables.
     """
     import sys
 

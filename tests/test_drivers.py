@@ -1,9 +1,9 @@
 """The engine on several drivers: lavapipe with subgroups of 4, 8 and 16, SwiftShader, and Mesa's
 null AMD devices, which only compile.
 
-Each driver runs in a child process of its own. The default suite runs a small part
-(driver_cases.py); with --long the engine's tests as a whole run on each subgroup size. Bits may
-differ between drivers; within one they may not.
+Each driver runs in a child process. By default it runs driver_cases.py; with --long all tests of
+the engine (SUITE) run on each driver. Results may differ in bits between drivers, but not within
+one.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def folders(zoo):
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_parity_edits_freezing_and_generation(driver, folders, record_property):
-    """All kernels' families against the oracle; and a row alone equals the row in a batch."""
+    """Every kernel family against the oracle; a row alone equals the same row in a batch."""
     code = (
         "import sys; sys.path.insert(0, 'tests'); import driver_cases;"
         " driver_cases.main(sys.argv[1:])"
     )
-    # it tries them all itself
+    # driver_cases.py goes through the kernel families itself.
     out = quiet(
         child(
             code,
@@ -84,8 +84,9 @@ def test_parity_edits_freezing_and_generation(driver, folders, record_property):
 
 
 def test_vector_widths_do_not_share_compiled_fetches(tmp_path):
-    """Mesa's cache on disk would give one width's texel fetches to another: wrong values, or a
-    crash. Also where the folder is a parent's or the user's.
+    """In one folder, Mesa's cache would give the texel fetches compiled for one vector width to
+    another, with wrong values or a crash; so each width has its own folder, also below one that
+    the user or a parent process named.
     """
     code = """
 import os
@@ -96,7 +97,8 @@ problem = forward.linear(np.random.default_rng(0), 1, 33, 16, 1)
 bench = _engine().Bench(_engine().Device(0))
 arguments = problem.arguments | {"family_plus_1": 2}
 device, reference = (result["dst"] for result in bench.run("linear", arguments, problem.buffers))
-assert np.allclose(device, reference, atol=1e-3, equal_nan=True), "another width's fetches"
+same = np.allclose(device, reference, atol=1e-3, equal_nan=True)
+assert same, "the fetches compiled for another width"
 print(os.environ["MESA_SHADER_CACHE_DIR"])
 """
     given = tmp_path / "users"
@@ -133,7 +135,7 @@ print(device.features["int64"])
     assert out.strip() in ("True", "False")
 
 
-# -- AMD: compiled by the real compiler for real chips that are not there --------------------------
+# -- AMD: the real compiler for chips that are not present -----------------------------------------
 
 CHIPS = ("navi31", "navi21", "vega10")  # RDNA 3, RDNA 2, GCN 5
 
@@ -192,7 +194,7 @@ def test_no_kernel_spills_on_amd(chip):
     assert not spilled
 
 
-# -- the whole suite, per driver -------------------------------------------------------------------
+# -- the tests of the engine, per driver -----------------------------------------------------------
 
 SUITE = [
     "test_forward_parity.py",
@@ -214,7 +216,7 @@ SUITE = [
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_the_suite(driver, tmp_path):
-    """The engine's tests; on SwiftShader, which is very slow, those of four families."""
+    """The tests of the engine; on SwiftShader, which is very slow, only those of three families."""
     files = [str(ROOT / "tests" / f) for f in SUITE]  # pytest refuses one that is not there
     narrow = (
         ["-k", "(gemma3 or qwen2 or llama3) and not window and not linear"]

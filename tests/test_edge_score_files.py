@@ -35,7 +35,7 @@ def test_round_trip(tmp_path, rng):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(ValueError, match="another graph"):
         EdgeScores.load(path, SimpleNamespace(n_layers=3, n_heads=4, n_kv_heads=4))
-    from safetensors.numpy import load_file  # others read it, too
+    from safetensors.numpy import load_file  # another reader of the format
 
     np.testing.assert_array_equal(load_file(path)["edges"], make_edges(path))
 
@@ -177,8 +177,8 @@ def test_right_checksum_right_content(tmp_path):
 
 
 def eap_ig_edges(cfg):
-    """All edge names of EAP-IG's graph of a sequential model, from its schema: a source reaches q,
-    k and v of every later head, MLPs and logits.
+    """(edge names, node names) of EAP-IG's graph of a sequential model, from its schema: a source
+    reaches q, k and v of every later head, later MLPs and logits.
     """
     names, stream = [], ["input"]
     for l in range(cfg["n_layers"]):
@@ -209,7 +209,7 @@ def test_export_round_trip(tmp_path, rng, shape):
         assert set(content["edges"]) == edges and set(content["nodes"]) == nodes
     size = g.n_heads // g.n_kv_heads
 
-    def ours(name):  # back to our edge
+    def ours(name):  # the edge of Graph that EAP-IG calls `name`
         source, to = name.replace("input", "steer").split("->")
         if "<" in to and to[-2] in "kv":
             layer, head = to[1:].split("<")[0].split(".h")
@@ -219,7 +219,7 @@ def test_export_round_trip(tmp_path, rng, shape):
     found = {}
     for name, edge in content["edges"].items():
         assert set(edge) == {"score", "in_graph"}
-        assert found.setdefault(ours(name), edge) == edge  # all heads of a group say the same
+        assert found.setdefault(ours(name), edge) == edge  # equal for all heads of a group
     assert {name: edge["score"] for name, edge in found.items()} == dict(zip(g.edge_names, s.edges))
     assert {name for name, edge in found.items() if edge["in_graph"]} == c.edge_names
     assert all(
@@ -231,7 +231,7 @@ def test_export_round_trip(tmp_path, rng, shape):
         "logits",
     } | {n for n in c.node_names if n != "steer"}
     assert content["vksteer"]["graph"]["n_kv_heads"] == shape[2]
-    # Equal parts keep the sum.
+    # Split into equal parts, the scores keep their sum.
     s.to_eap_ig_json(tmp_path / "g.json", shared="split")
     content = json.loads((tmp_path / "g.json").read_text())
     assert sum(e["score"] for e in content["edges"].values()) == pytest.approx(

@@ -148,7 +148,7 @@ def test_of_samples(rng):
 
 
 def make_like(s):
-    """The same scores without what of_samples cannot know."""
+    """The same scores without what of_samples drops."""
     settings = {k: v for k, v in s.settings.items() if k != "samples_hash"}
     return EdgeScores(
         s.graph,

@@ -1,8 +1,8 @@
-"""Every edit at every kind of site against the float64 oracle, the positions' meaning, what a run
-reports, and what is refused.
+"""Every edit at every kind of site against the float64 oracle, what positions mean, what a run
+reports. test_edit_refusals.py has what is refused.
 
-Bound: 2e-4 of the largest value, for logits and for the edited site itself (a captured site is
-the value after edits).
+The bound of oracle/compare.py holds for logits and for the edited site, whose captured value is the
+one after edits. MEASURED_EDITS
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ THOROUGH = ["gemma2", "llama_bias", "qwen3"]
 
 @pytest.fixture
 def case(zoo, rng):
-    """A family's oracle, engine and one ragged batch with responses."""
+    """The oracle and the engine of a family, and a ragged batch with responses."""
 
     def make(name):
         ref, model = zoo.reference(name), zoo.engine(name)
@@ -30,7 +30,7 @@ def case(zoo, rng):
 
 
 def check(ref, model, prompts, responses, edits, capture=(), changes=True):
-    """edits: one list for all rows, or one list per row. Returns the run."""
+    """Compares a run with the oracle and returns it. edits: one list for all rows or for each."""
     edits = list(edits)
     per_row = bool(edits) and isinstance(edits[0], (list, tuple))
     run = model.run(prompts, responses, edits=edits, capture=list(capture))
@@ -46,7 +46,7 @@ def check(ref, model, prompts, responses, edits, capture=(), changes=True):
             with torch.no_grad():
                 plain = ref.forward(prompt + response, keep=False).logits
             assert share(plain, want.logits)[0] > 1e-3, (
-                f"the oracle finds that {mine} changes nothing in row {b}: a test of nothing"
+                f"in the oracle, {mine} changes nothing in row {b}: this would test nothing"
             )
         if not per_row:
             assert run.touched[:, b].tolist() == want.touched, f"touched, row {b}, {mine}"
@@ -209,7 +209,7 @@ def test_values_broadcast_against_the_selected_slice(case, rng, name):
     ref, model, prompts, responses = case(name)
     f = ref.facts
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    P = [-1, 2, 0]  # in this order: the first value belongs to the prompt's last token
+    P = [-1, 2, 0]  # in this order: the first value is for the last token of the prompt
     for edits in (
         [vs.Set("blocks.1.hook_resid_mid", draw(f.d_model), positions=P)],
         [vs.Set("blocks.1.hook_resid_mid", draw(3, f.d_model), positions=P)],
@@ -272,13 +272,11 @@ def test_heads(case, rng, name):
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "llama3"])
 def test_pattern_and_scores(case, rng, name):
-    """A query sees what it saw: an edit cannot open a masked place, neither the future nor what
-    lies outside a window.
-    """
+    """An edit cannot unmask a key, neither in the future nor outside a window."""
     import vksteer as vs
 
     ref, model, prompts, responses = case(name)
-    # layer 0 slides in Gemma 2 and Mistral
+    # Layer 0 has a sliding window in Gemma 2 and Mistral.
     both = ["blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"]
     for edits in (
         [vs.Set(both[0], 0.0)],
@@ -289,8 +287,7 @@ def test_pattern_and_scores(case, rng, name):
         [vs.Scale(both[0], -1.0), vs.Scale(both[1], 0.5)],
     ):
         check(ref, model, prompts, responses, edits, both, changes=None)
-    # One query's whole row of keys, given for one prompt: [head, query, key]
-    # with the row's own keys.
+    # All keys of one query of one prompt, as [head, query, key] without padding.
     n = len(prompts[1])
     row = rng.random((1, 1, n)).astype(np.float32)
     check(ref, model, prompts[1:2], [[]], [vs.Set(both[1], row, heads=[1], positions=[-1])], both)
@@ -387,7 +384,7 @@ def test_edits_that_change_nothing_change_no_bit(case, rng):
     ):
         run = model.run(prompts, responses, edits=edits, capture=["*"])
         assert_same_bits(str(edits), run.logits, plain.logits)
-    n = PROMPTS[1] + RESPONSES[1]  # a captured value set again is the same run
+    n = PROMPTS[1] + RESPONSES[1]  # setting a site to its captured value is the same run
     run = model.run(
         prompts[1:2],
         responses[1:2],

@@ -1,9 +1,9 @@
-"""Frozen and ablated runs and generation against the float64 oracle, which runs prefix and base
-again at every token.
+"""Frozen and ablated runs and generation against the float64 oracle.
 
-`greedy_check` uses one causal oracle pass over prompt and response, which test_oracle.py shows to
-equal the re-run at every token; `test_generation_token_for_token` does the re-run itself. Near ties
-(top-1 margin below 1e-3) are named, not hidden.
+By definition, the row and its base run are computed again from the first token for every new
+token; `test_generation_token_for_token` does this. `greedy_check` uses one causal pass of the
+oracle over prompt and response, which is equal (test_oracle.py). Near ties (top-1 margin below
+TIE) are reported as warnings.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TIE = 1e-3
 
 
 def greedy_check(ref, prompt, new, what, **options):
-    """Every new token is the oracle's first choice on the same prefix. Returns the near ties:
-    (step, engine's token, oracle's, margin).
+    """Every new token must be the first choice of the oracle on the same prefix. Returns near ties:
+    (step, token of the engine, token of the oracle, margin).
     """
     with torch.no_grad():
         logits = ref.forward(prompt + new, prompt_length=len(prompt), keep=False, **options).logits[
@@ -110,7 +110,7 @@ def test_teacher_forced(zoo, name, rng):
 @pytest.mark.parametrize("coefficient", [1.0, -0.8])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation(zoo, name, coefficient, rng):
-    """24 tokens, three ragged rows, every mode: each token is the oracle's choice."""
+    """24 tokens of three ragged rows in every mode: each token is the choice of the oracle."""
     import vksteer as vs
 
     ref, model, prompts, vector = setting(zoo, name, rng)
@@ -143,14 +143,14 @@ def test_generation(zoo, name, coefficient, rng):
             )
         texts[freeze, ablate] = [g.tokens.tolist() for g in gens]
     assert sum(texts[mode] != texts[None, None] for mode in MODES) >= 7, (
-        "most modes are to change some text here"
+        "the test needs modes that change some text"
     )
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2"])
 def test_generation_token_for_token(zoo, name, rng):
-    """The definition: everything run again, base and steered, from the first
-    token for every new one.
+    """The definition: base and steered run are computed again from the first token for every new
+    one.
     """
     import vksteer as vs
 
@@ -190,8 +190,8 @@ def test_generation_token_for_token(zoo, name, rng):
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gemma3", "qwen2", "qwen3"])
 def test_positions_other_edits_and_rows(zoo, name, rng):
-    """The base row gets every edit except the Steer; ablations act where the Steer acts; each
-    row has its own edits.
+    """The base run gets every edit except the Steer; ablations act where the Steer acts; each row
+    has its own edits.
     """
     import vksteer as vs
 
@@ -238,7 +238,7 @@ def test_positions_other_edits_and_rows(zoo, name, rng):
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2", "qwen3"])
-def test_alone_is_batched_to_the_bit(zoo, name, rng):
+def test_alone_and_batched_are_bit_identical(zoo, name, rng):
     import vksteer as vs
 
     ref, model, prompts, vector = setting(zoo, name, rng)
@@ -266,7 +266,7 @@ def test_alone_is_batched_to_the_bit(zoo, name, rng):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_coefficient_zero_changes_nothing(zoo, name, rng):
-    """To the bit, against the run without any steering."""
+    """Bit-identical to the run without any steering."""
     import vksteer as vs
 
     ref, model, prompts, vector = setting(zoo, name, rng)
@@ -300,8 +300,8 @@ def test_coefficient_zero_changes_nothing(zoo, name, rng):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2"])
 def test_base_equal_to_steered_changes_nothing(zoo, name, rng):
-    """The same vector added by a second edit, which the base row gets, and a Steer that acts
-    nowhere or with 0: freezing has nothing to hold back.
+    """The vector is added by a second edit, which the base run gets, too, and the Steer acts
+    nowhere or with 0: freezing changes nothing.
     """
     import vksteer as vs
 
@@ -319,8 +319,8 @@ def test_base_equal_to_steered_changes_nothing(zoo, name, rng):
 
 @pytest.mark.parametrize("name", ["llama_bias", "gemma2", "qwen3"])
 def test_ablations_come_before_edits_of_what_they_change(zoo, name, rng):
-    """The ablations take the vector out of a projection's input, so an edit of that projection's
-    output acts on what is left.
+    """An ablation takes the vector out of the input of a projection, so that an edit of the output
+    of this projection acts on what is left.
     """
     import vksteer as vs
 

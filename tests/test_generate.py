@@ -1,5 +1,5 @@
-"""Generation on random models: greedy against the float64 oracle, what ends a row, sampling, edits
-while decoding, captures, callbacks.
+"""Generation on random models: greedy decoding against the float64 oracle, what ends a row, edits
+and captures while decoding, callbacks. test_generate_sampling.py has sampling.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def test_greedy_is_the_oracles(zoo, name, rng):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_greedy_token_for_token(zoo, name, rng):
-    """The same against the re-run from the first token at every token, past the sliding
-    window and over 60 tokens.
-    """
+    """60 tokens, beyond the sliding window, against an oracle without a cache."""
     ref, model, prompts = setting(zoo, name, rng, (9, 2))
     for prompt, gen in zip(
         prompts,
@@ -120,7 +118,7 @@ def test_end_tokens(zoo, several, rng):
         for gen, tokens in zip(gens, free, strict=True):
             at = min((tokens.index(e) for e in ends if e in tokens), default=None)
             assert gen.tokens.tolist() == (tokens if at is None else tokens[: at + 1]), (
-                "the end token is kept in .tokens"
+                "the end token belongs to .tokens"
             )
             assert gen.finish_reason == ("length" if at is None else "stop")
         assert [
@@ -132,8 +130,8 @@ def test_end_tokens(zoo, several, rng):
 
 @pytest.fixture
 def chat(zoo, rng):
-    """A model with a tokenizer whose every text is plain ASCII: (engine model, tokenizers' own
-    Tokenizer, prompts, their greedy tokens).
+    """A model with a tokenizer whose texts are plain ASCII: (engine model, Tokenizer of the
+    tokenizers package, prompts, their greedy tokens).
     """
     from tokenizers import Tokenizer
 
@@ -146,7 +144,7 @@ def chat(zoo, rng):
         for g in model.generate(prompts, max_new_tokens=24, ignore_eos=True, progress=False)
     ]
     keep = [i for i, t in enumerate(free) if not specials & set(t)]
-    assert len(keep) >= 2, "random texts without special tokens are needed"
+    assert len(keep) >= 2, "the test needs texts without special tokens"
     return model, tokenizer, [prompts[i] for i in keep], [free[i] for i in keep]
 
 
@@ -162,8 +160,8 @@ def test_text_is_the_tokenizers(chat):
 
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_stop_strings(chat, width):
-    """A stop string may span tokens; it is cut from .text and kept in .tokens;
-    rows without it go on.
+    """A stop string may span tokens. It is cut from .text and kept in .tokens; rows without it go
+    on.
     """
     model, tokenizer, prompts, free = chat
     text = tokenizer.decode(free[0])
@@ -298,8 +296,8 @@ def test_every_row_has_its_own_edits(zoo, rng):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2"])
 def test_captures_of_decoded_tokens(zoo, name, rng):
-    """captured[site][i] is the site at new token i (not at the token before it): what `run` gives
-    for the new tokens as a response.
+    """captured[site][i] is the site at new token i, not at the token before it: the value that
+    `run` gives with the new tokens as a response.
     """
     import vksteer as vs
 
@@ -349,7 +347,7 @@ def test_captures_by_pattern_and_per_row_lengths(zoo, rng):
             prompts, max_new_tokens=10, capture=["blocks.*.hook_resid_post"], progress=False
         )
         assert len(gens) == len(prompts) and len(gens[0].tokens) <= 5, (
-            "the case is to have a row that ends early"
+            "the test needs a row that ends early"
         )
         for gen in gens:
             assert set(gen.captured) == {f"blocks.{l}.hook_resid_post" for l in range(4)}
@@ -371,7 +369,7 @@ def test_on_token_sees_every_token(zoo, rng):
         progress=False,
     )
     assert len(calls) == 6 * len(prompts)
-    for row, gen in enumerate(gens):  # a row's own tokens, in order, each once
+    for row, gen in enumerate(gens):  # the tokens of the row, in order, each once
         assert [token for at, token, _ in calls if at == row] == gen.tokens.tolist()
     silent = model.generate(prompts, max_new_tokens=6, ignore_eos=True, progress=False)
     assert [g.tokens.tolist() for g in gens] == [g.tokens.tolist() for g in silent]
@@ -397,7 +395,9 @@ def test_an_exception_in_a_callback_comes_out_and_leaves_the_model_usable(zoo, w
     )
     with pytest.raises(type(error)) as caught:
         model.generate(prompts, max_new_tokens=20, ignore_eos=True, **options)
-    assert caught.value is error and len(calls) == 3, "raised at once, and not called again"
+    assert caught.value is error and len(calls) == 3, (
+        "the exception must come at once, without another call"
+    )
     for prompt, gen in zip(
         prompts,
         model.generate(prompts, max_new_tokens=5, ignore_eos=True, progress=False),
@@ -421,7 +421,9 @@ def test_progress_ends_at_its_total(zoo, rng):
 
 
 def test_interrupt_within_a_second(zoo):
-    """A real SIGINT while decoding: KeyboardInterrupt soon, and the model goes on working."""
+    """A SIGINT while decoding raises KeyboardInterrupt within a second, and the model goes on
+    working.
+    """
     import os
     import signal
     import threading
@@ -458,9 +460,7 @@ def test_interrupt_within_a_second(zoo):
 
 
 def test_long_generation_to_the_end_of_the_context(zoo, rng):
-    """509 positions: beyond many windows, in and out of every tile; the last tokens
-    are still the oracle's.
-    """
+    """509 positions, which are many windows and tiles."""
     ref, model, prompts = setting(zoo, "gemma3", rng, (3,))
     (gen,) = model.generate(prompts, max_new_tokens=506, ignore_eos=True, progress=False)
     assert len(gen.tokens) == 506

@@ -29,8 +29,8 @@ def chi_square_p(counts, probabilities):
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Temperature, then the k most likely, then the fewest most likely that together
-    reach p; renormalised.
+    """Probabilities after temperature, then the top_k most likely, then the fewest most likely that
+    together reach top_p.
     """
     p = torch.softmax(logits / temperature, -1).numpy()
     order = np.argsort(-p, kind="stable")
@@ -44,7 +44,7 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def draw(model, prompt, n, seeds, **options):
-    """First new tokens of n rows of the same prompt for each seed."""
+    """The first new tokens of n rows of the same prompt, for every seed."""
     first = []
     for seed in seeds:
         gens = model.generate(
@@ -80,7 +80,7 @@ def test_sampling_is_distributed_right(zoo, options):
 
 
 def test_rows_and_steps_are_independent(zoo):
-    """Equal prompts in one call draw for themselves, and so does every step."""
+    """Equal prompts in one call draw independently, and so does every step."""
     rng = np.random.default_rng(4)
     ref, model, (prompt,) = setting(zoo, "llama2", rng, (3,))
     gens = [
@@ -113,7 +113,7 @@ def test_seeds(zoo, rng):
     assert a == texts(temperature=1.5, seed=1) and a != texts(temperature=1.5, seed=2)
     greedy = texts()
     assert greedy == texts(seed=9) == texts(temperature=0.0, seed=3), (
-        "at temperature 0 the seed means nothing"
+        "at temperature 0 the seed has no effect"
     )
     assert (
         greedy

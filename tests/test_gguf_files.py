@@ -1,5 +1,5 @@
-"""GGUF files: values, facts and names of good ones against the gguf package and config.json;
-damaged and fuzzed ones.
+"""GGUF files: values, facts and names of valid ones against the gguf package and config.json;
+damaged and fuzzed ones are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vksteer.loading import dtypes, gguf_file
 from vksteer.loading import model_files as source
 from vksteer.loading.config import Config
 
-# ---- good files ----
+# -- valid files -----------------------------------------------------------------------------------
 
 
 def test_types_are_the_gguf_package_s():
@@ -29,7 +29,7 @@ def test_types_are_the_gguf_package_s():
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_gguf_llama_values(tmp_path, dtype):
-    """Permutation undone, quantised matrices dequantised, vectors as stored."""
+    """The permutation is undone, quantised matrices are dequantised, vectors stay as stored."""
     import gguf
 
     values = gguf_model(tmp_path / "m.gguf", quantise=("wq", "wk", "wdown", "embed"))
@@ -166,7 +166,7 @@ def test_gguf_rope(tmp_path):
             source.open_model(tmp_path / "d.gguf")
 
 
-# ---- GGUF: damaged files ----
+# -- damaged files ---------------------------------------------------------------------------------
 
 
 def tensor_lie(name, **fields):

@@ -1,10 +1,11 @@
-"""`model.gradients`: d(scalar)/d(site) at every site of every family, against autograd
-through the float64 oracle.
+"""`model.gradients`: d(scalar)/d(site) at every site of every family, against autograd through the
+float64 oracle.
 
 The scalar of a row is logit(a) - logit(b) at a position, or the sum over positions of log p(token)
-or of KL(P_reference||P). The gradient is with respect to the captured value, the one after edits;
-where a pattern or a score is masked it is 0, since no edit opens it.
-Bound: 1e-4 of the largest value of a site over the batch.
+or of KL(P_reference||P). The gradient is with respect to the captured value, which is the one after
+edits; it is 0 where a pattern or a score is masked.
+
+Bound: 1e-4 of the largest value of a site over the batch. MEASURED_GRADIENTS
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ PROMPTS, RESPONSES = (5, 17, 9), (4, 0, 7)
 
 
 def place(position, prompt_length):
-    """A position as everywhere: from the row's own first token, a negative one
-    from the prompt's end.
-    """
+    """A position counts from the start of the row, a negative one from the end of the prompt."""
     return position if position >= 0 else prompt_length + position
 
 
 def scalar(of, logits, prompt_length):
-    """logits: float64 [S, V] of one row."""
+    """The scalar `of` of one row. logits: float64 [S, V]."""
     kind = type(of).__name__
     if kind == "LogitDiff":
         p = place(of.position, prompt_length)
@@ -69,8 +68,8 @@ def want(ref, tokens, prompt_length, of, sites, edits):
 
 @pytest.fixture
 def case(zoo, rng):
-    """A family's oracle, engine, ragged prompts and responses, and one scalar of
-    each kind for every row.
+    """The oracle and the engine of a family, ragged prompts and responses, and a scalar of each
+    kind for every row.
     """
 
     def make(name):
@@ -93,7 +92,7 @@ def case(zoo, rng):
 
 
 def check(ref, model, prompts, responses, of, sites, edits, what):
-    """of: one object, or one per row. Compares every site; returns the gradients."""
+    """Compares every site and returns the gradients. of: one object for all rows or for each."""
     found = model.gradients(prompts, responses, of=of, at=sites, edits=edits)
     rows = [
         want(ref, p + r, len(p), of[b] if isinstance(of, list) else of, sites, edits)
@@ -210,9 +209,7 @@ def test_one_object_for_all_rows(case):
 
 
 def test_rows_do_not_touch_each_other(case):
-    """A row's gradient is the same alone, and 0 at positions after the last
-    that its scalar reads.
-    """
+    """A row has the same gradient alone, and 0 after the last position that its scalar reads."""
     _ref, model, prompts, responses, _ = case("gemma2")
     of = [LogitDiff(2, 3, 7), LogitDiff(9, 1, 2), LogitDiff(-1, 5, 6)]
     sites = ["blocks.1.hook_resid_pre", "blocks.2.attn.hook_k"]
@@ -227,8 +224,8 @@ def test_rows_do_not_touch_each_other(case):
 
 
 def test_a_difference_of_runs(case, rng):
-    """The engine alone: a small step along the gradient changes the scalar by what the gradient
-    says (single precision, hence 2 %).
+    """A small step along the gradient changes the scalar by what the gradient says. The tolerance
+    of 2 % is wide because differences of logits in single precision lose digits. MEASURED_STEP
     """
     import vksteer as vs
 
@@ -284,9 +281,9 @@ def test_refusals(case):
     "site",
     ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "blocks.1.ln1.hook_scale"],
 )
-def test_edits_without_a_way_back_are_refused(case, site):
-    """The gradient at these sites exists; that through an edit of them is not offered, and
-    said so before any work.
+def test_edits_without_a_gradient_are_refused(case, site):
+    """There is a gradient at these sites, but none through an edit of them; this is refused before
+    any work.
     """
     import vksteer as vs
 

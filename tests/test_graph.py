@@ -1,4 +1,4 @@
-"""The circuit graph: exact counts of the paper, names, order, and pruning against a
+"""The circuit graph: the counts that the paper gives, names, order, and pruning against a
 brute-force path search.
 """
 
@@ -75,7 +75,7 @@ def test_layers_outside_are_refused(layer):
 
 
 def brute_force(g, kept):
-    """Every edge by depth-first search over names, sharing nothing with the implementation."""
+    """The edges on paths by a search over names that shares no code with the implementation."""
     edges = [g.edge_names[i].split("->") for i in np.flatnonzero(kept)]
 
     def leads_to(name):  # upstream nodes that an input feeds

@@ -14,8 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "vksteer"
 
-#: The order of the modules, bottom first: a file imports only from its own module and from
-#: what stands before it.
+#: The modules, bottom first: a file imports only from its own module and from those before it.
 ORDER = (
     "_version",
     "base",
@@ -42,7 +41,7 @@ MOST_AT_TOP = 14
 
 
 def module_of(path: Path) -> str:
-    """The dotted name inside the package; a package's `__init__` bears the package's name."""
+    """The dotted name inside the package; an `__init__` has the name of its package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -52,7 +51,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def imports(tree: ast.AST):
-    """Every import statement but those under TYPE_CHECKING, wherever it stands."""
+    """Every import statement at any depth, except those under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if is_type_checking(node):
             for other in node.orelse:
@@ -64,8 +63,8 @@ def imports(tree: ast.AST):
 
 
 def targets(path: Path, source: str, modules: set[str]) -> set[str]:
-    """Modules of the package that a file imports from; `from . import x` names x
-    where x is a module.
+    """Modules of the package that a file imports from; `from . import x` is module x where there is
+    one.
     """
     name = module_of(path)
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
@@ -188,7 +187,7 @@ def test_no_module_bears_the_name_of_a_public_function():
     assert not shadowed
 
 
-# --- the reader itself can fail -------------------------------------------------------------------
+# -- the reader of imports -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

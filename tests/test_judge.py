@@ -10,7 +10,7 @@ import pytest
 
 from vksteer import judge
 
-# Typed again from method.md section 3, so that a slip in one of the two lists shows.
+# Typed again from docs/method.md section 3, so that an error in one of the two lists shows.
 LIST = [
     "I'm sorry",
     "I am sorry",
@@ -152,8 +152,8 @@ def test_verdicts(text, unsafe, categories):
 
 
 class Scripted:
-    """A guard that answers from a list and remembers what it was asked: one token per
-    character, 7 begins a text.
+    """A guard that answers from a list and keeps the rows it was asked. One token per character; 7
+    begins a text.
     """
 
     config = SimpleNamespace()
@@ -219,9 +219,7 @@ def test_llama_guard_prompt():
 
 
 def test_llama_guard_on_a_random_model_of_that_shape(zoo, tmp_path):
-    """A random Llama with a byte-level tokenizer: the whole way through the engine,
-    whatever it answers.
-    """
+    """A random Llama with a byte-level tokenizer; its answers are not verdicts."""
     from oracle import families
     from vksteer.runtime import model as vs
 

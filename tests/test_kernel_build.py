@@ -1,9 +1,6 @@
-"""One table of kernels, and what the build makes of it: SPIR-V, the extension, the wheel. Nothing
-here needs a device.
-"""
+"""The table of kernels, and what the build makes of it: SPIR-V and the extension. Needs no device."""
 
 import json
-import re
 import shutil
 import struct
 import subprocess
@@ -36,7 +33,7 @@ def test_every_shader_include_is_used():
 
 @pytest.fixture(scope="session")
 def params_sizes(tmp_path_factory) -> dict[str, int]:
-    """Sizeof of every row's argument block, as the C compiler sees it."""
+    """{kernel: size of its arguments in C, in bytes}."""
     folder = tmp_path_factory.mktemp("params")
     lines = "".join(f'    printf("{r.name} %zu\\n", sizeof(struct {r.params}));\n' for r in ROWS)
     (folder / "sizes.c").write_text(
@@ -59,7 +56,7 @@ def params_sizes(tmp_path_factory) -> dict[str, int]:
 
 
 def push_constant_size(data: bytes) -> int:
-    """Bytes of a module's push-constant block, from its types and decorations."""
+    """Bytes of the push constants of a SPIR-V module, from its types and decorations."""
     words = struct.unpack(f"<{len(data) // 4}I", data)
     assert words[0] == 0x07230203, "not SPIR-V"
     sizes, structs, pointers, constants, offsets, strides, block = {}, {}, {}, {}, {}, {}, None
@@ -102,7 +99,7 @@ def push_constant_size(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
-def test_argument_block_is_what_c_fills(row, params_sizes):
+def test_arguments_have_one_size_in_c_and_glsl(row, params_sizes):
     path = SPIRV / f"{row.name}.spv"
     assert path.exists(), "not built: `make build` first"
     data = path.read_bytes()
@@ -111,13 +108,11 @@ def test_argument_block_is_what_c_fills(row, params_sizes):
         assert (
             row.name in left_out
             and not json.loads((ROOT / ".tools/env.json").read_text())["glslc_next"]
-        ), "this machine has a compiler for it"
-        pytest.skip(
-            "optional: neither compiler of this distribution builds it, and the build said so"
-        )
+        ), "a compiler of this machine can build it"
+        pytest.skip("optional: no compiler of this machine can build it, and the build reported it")
     in_c, in_glsl = params_sizes[row.name], push_constant_size(data)
     assert in_c <= 128, "the strictest driver offers 128 bytes of push constants"
-    # C may end in padding
+    # The C struct may end in padding.
     assert in_c - 8 < in_glsl <= in_c, f"{row.params} has {in_c} bytes in C and {in_glsl} in GLSL"
     assert in_c == (in_glsl + 7) // 8 * 8 or in_c == in_glsl
 
@@ -142,8 +137,8 @@ def test_spirv_is_valid():
             assert done.returncode == 0, f"{row.name}: {done.stdout}{done.stderr}"
 
 
-# What no kernel may ask of a device (design: the baseline), but for the rows whose define says so:
-# those are chosen behind the feature's bit.
+#: SPIR-V capabilities that no kernel may require (docs/devices.md), except those of ALLOWED. The
+#: engine uses these kernels only where the device has the feature.
 NOT_BASELINE = {
     9: "Float16",
     10: "Float64",
@@ -154,6 +149,7 @@ NOT_BASELINE = {
     4448: "StorageBuffer8BitAccess",
     6022: "CooperativeMatrixKHR",
 }
+#: -D flag of a row -> the capabilities it allows
 ALLOWED = {"TEXELS": {"Int64"}}
 
 
@@ -166,7 +162,7 @@ def test_asks_only_for_what_its_row_says(row):
         if words[i] & 0xFFFF == 17:  # OpCapability
             asked.add(NOT_BASELINE.get(words[i + 1]))
         i += words[i] >> 16
-    assert asked, "no module: its shader asks for nothing"
+    assert asked, "not a module: it declares no capability"
     allowed = set().union(*(what for define, what in ALLOWED.items() if f"-D{define}" in row.flags))
     assert not asked - {None} - allowed
 
@@ -175,8 +171,8 @@ def test_asks_only_for_what_its_row_says(row):
 
 
 def test_optional_row_is_left_out_loudly(tmp_path):
-    """A kernel that the compiler cannot build becomes an empty module and a warning; a required
-    one stops the build.
+    """An optional kernel that the compiler cannot build becomes an empty module, and the build
+    warns.
     """
     (tmp_path / "broken.comp").write_text(
         "#version 450\n#extension GL_XX_no_such_thing : require\nvoid main() {}\n"

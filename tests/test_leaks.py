@@ -1,4 +1,4 @@
-"""Memory: decoding, loading and closing, and every Python type leave nothing behind."""
+"""Decoding, loading and closing models, and every type of the extension leak no memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("what", LEAKS)
 def test_no_type_leaks(llama, what):
-    """Memory and reference counts after many of each: objects, their types, and what they hold."""
+    """Memory and reference counts after many calls: of objects, their types, and what they hold."""
     code, n = LEAKS[what]
     out = quiet(
         child(

@@ -13,7 +13,8 @@ from oracle.compare import assert_same_bits
 from oracle.families import FAMILIES
 
 BOUND = 1e-3
-TIE = 1e-5  # of the largest value: two tokens that float64 sets apart by less may change places
+#: Tokens whose float64 values differ by less, as a share of the largest value, may change places.
+TIE = 1e-5
 
 
 def reference(zoo, name):
@@ -27,7 +28,7 @@ def reference(zoo, name):
 
 
 def scores(vectors, gain, unembed, eps, by):
-    """Every token's value, float64 [n, V]."""
+    """The value of every token: float64 [n, V]."""
     x = vectors.astype(np.float64)
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain
     logits = normed @ unembed.T
@@ -41,7 +42,7 @@ def scores(vectors, gain, unembed, eps, by):
 
 
 def agree(what, lens, want):
-    """Values, order and indices; near ties are named, not hidden."""
+    """Compares values, order and indices; near ties are reported as a warning."""
     tokens, values = (
         lens.tokens.reshape(-1, lens.tokens.shape[-1]),
         lens.values.reshape(-1, lens.tokens.shape[-1]),
@@ -57,8 +58,8 @@ def agree(what, lens, want):
     for i, rank in np.argwhere(tokens != order):
         apart = abs(want[i, tokens[i, rank]] - want[i, order[i, rank]]) / largest
         assert apart < TIE, (
-            f"{what}: vector {i}, rank {rank}: token {tokens[i, rank]} where {order[i, rank]} is"
-            f" due, {apart:.3g} apart"
+            f"{what}: vector {i}, rank {rank}: token {tokens[i, rank]}, expected {order[i, rank]},"
+            f" {apart:.3g} apart"
         )
         ties.append((int(i), int(rank), int(tokens[i, rank]), int(order[i, rank]), float(apart)))
     if ties:
@@ -92,7 +93,7 @@ def test_every_family(zoo, rng, name, by):
 @pytest.mark.parametrize("by", ["logit", "cosine"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_wide_vocabulary_and_stored_weights(zoo, rng, dtype, by):
-    """The engine's own weights (rounded once) are the reference: all of them, read back."""
+    """The reference takes the weights from the engine, which rounded them once."""
     import vksteer as vs
 
     model = zoo.engine("wide", dtype=dtype)
@@ -142,7 +143,7 @@ def tiles(tmp_path_factory):
 
 
 def test_many_vectors_over_several_tiles(tiles, rng):
-    """More than the engine takes at once; each row has the bits it has alone."""
+    """More vectors than the engine takes at once; each is bit-identical alone."""
     import vksteer as vs
 
     vectors, seen = rng.standard_normal((2500, 32)).astype(np.float32), []
@@ -186,7 +187,7 @@ def test_memory_of_a_lens_is_given_back_and_nothing_is_whole(tiles, rng):
 
 
 def test_an_interrupt_ends_a_long_lens(tiles, rng):
-    """A real SIGINT: KeyboardInterrupt soon, and the model goes on working."""
+    """A SIGINT raises KeyboardInterrupt soon, and the model goes on working."""
     import os
     import signal
     import threading
@@ -202,13 +203,13 @@ def test_an_interrupt_ends_a_long_lens(tiles, rng):
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         vs.ov.logit_lens(tiles, vectors, 512, progress=False)
-    # seconds of processor time: about one second on two cores, however busy the machine
+    # Seconds of processor time, about one second on two idle cores, so that load does not matter.
     assert time.process_time() - pressed[0] < 2.5
     assert_same_bits("afterwards", vs.ov.logit_lens(tiles, vectors[:3]).values, want.values)
 
 
 def test_what_may_be_read(zoo, rng):
-    """Arrays of any leading shape, vectors, lists of them, value vectors with their names,
+    """Arrays of any leading shape, vectors, lists of vectors, value vectors with their labels,
     float64, lists of lists.
     """
     import vksteer as vs
@@ -231,7 +232,7 @@ def test_what_may_be_read(zoo, rng):
     lens = vs.ov.logit_lens(model, svv, 5)
     assert lens.label((1, 2)) == "L2 H2"
     np.testing.assert_array_equal(lens.tokens, vs.ov.logit_lens(model, svv.values, 5).tokens)
-    # A negated head promotes what the head puts last.
+    # A negated value vector puts the tokens in the opposite order.
     np.testing.assert_array_equal(
         vs.ov.logit_lens(model, svv.negated, 257).tokens[0, 0],
         vs.ov.logit_lens(model, svv, 257).tokens[0, 0][::-1],
@@ -256,11 +257,11 @@ def test_texts_and_search(chat, rng):
     assert np.shape(texts) == (3, 5, 20) and texts[1][2][3] == chat.tokenizer.token(
         int(lens.tokens[1, 2, 3])
     )
-    wanted = texts[1][2][3]
-    hits = lens.find(wanted.upper())
+    sought = texts[1][2][3]
+    hits = lens.find(sought.upper())
     assert (
         hits
-        and all(wanted.lower() in hit.text.lower() for hit in hits)
+        and all(sought.lower() in hit.text.lower() for hit in hits)
         and hits == sorted(hits, key=lambda hit: (hit.index, hit.rank))
     )
     mine = [hit for hit in hits if hit.index == (1, 2)]
@@ -270,7 +271,7 @@ def test_texts_and_search(chat, rng):
         for hit in mine
     )
     brute = [
-        (n, h, r) for n, h, r in np.ndindex(3, 5, 20) if wanted.lower() in texts[n][h][r].lower()
+        (n, h, r) for n, h, r in np.ndindex(3, 5, 20) if sought.lower() in texts[n][h][r].lower()
     ]
     assert [(*hit.index, hit.rank - 1) for hit in hits] == brute
     assert lens.find("no such token") == []
@@ -302,7 +303,7 @@ def test_markdown(chat, zoo, rng):
     assert lens.to_markdown(3).count(", ") == 3 * 5 * 2
     one = vs.ov.logit_lens(chat, rng.standard_normal(40)).to_markdown(2)
     assert len(one.splitlines()) == 3 and "| vector |" in one
-    # numbers without a tokenizer
+    # Without a tokenizer, tokens are shown as numbers.
     assert (
         len(
             vs.ov.logit_lens(zoo.engine("llama2"), rng.standard_normal((4, 40)))

@@ -18,7 +18,7 @@ from vksteer.verify import lens, problems
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_head_out(on, families, rng, weight_type):
     for n_heads, n_kv_heads in ((1, 1), (4, 1), (6, 2), (5, 5)):
-        # heads that begin inside a cell, and heads of whole cells
+        # Heads that begin inside a cell, and heads of whole cells.
         for d_head in (2, 6, 14, 16, 64, 80):
             for family in families:
                 agree(
@@ -39,7 +39,7 @@ def test_head_out(on, families, rng, weight_type):
             agree(on, lens.head_out(rng, n, 6, 2, 10, weight_type, chunk_rows=chunk_rows))
 
 
-def test_head_out_families_agree_to_the_bit(on, families, rng):
+def test_head_out_is_bit_identical_by_every_family(on, families, rng):
     problem = lens.head_out(rng, 130, 6, 3, 20, 1)
     got = [
         on.run("head_out", problem.arguments | {"family_plus_1": f + 1}, problem.buffers)[0]["dst"][
@@ -80,7 +80,7 @@ def test_topk(on, rng, k):
                 ),
             )
     agree(on, lens.topk(rng, 0, 7, k))
-    # fewer columns than places, before and after
+    # Fewer columns than the k entries of a list, before and after.
     agree(on, lens.topk(rng, 3, 7, k, first=3, held=3))
 
 
@@ -100,7 +100,7 @@ def test_topk_of_awkward_orders(on, rng, order):
 
 
 def test_topk_tile_by_tile_is_topk_of_the_whole(on, rng):
-    """Whatever the tiles; ties by the lower index."""
+    """For several widths of a tile; ties go to the lower index."""
     for ties in (False, True):
         whole = lens.topk(rng, 5, 1000, 30, ties=ties)
         x = whole.buffers["x"][:, :1000]

@@ -1,7 +1,7 @@
-"""Multi-token patching in torch float64, from method.md sections 4 and 5: metrics, EAP-IG scores by
-autograd, exact patches.
+"""Multi-token patching in torch float64, from docs/method.md sections 4 and 5: metrics, EAP-IG
+scores by autograd, exact patches.
 
-Readings, where the page leaves room:
+Where the page leaves a choice:
 - positions with a metric run from prompt_length - 1 to the last token, both included; m is the mean
   over those of one sample;
 - `capped=False` reads the logits before the final soft cap everywhere: in m, in the distributions
@@ -11,8 +11,8 @@ Readings, where the page leaves room:
   edges score below 0;
 - the integration path runs from base to steered whatever `clean` says: left a*i/T, midpoint
   a*(i+0.5)/T, right a*(i+1)/T;
-- the logits input is a downstream input like all others: `at="normed"` takes it after the
-  final norm and its gain;
+- the logits input is a downstream input like all others: `at="normed"` takes it after the final
+  norm and its gain;
 - an exact patch of an edge adds u_clean - u_corrupt to that input before its norm, at all
   `positions` at once; of a node, it replaces what the node adds to the stream there. Everything
   else is the corrupt run.
@@ -60,7 +60,7 @@ class Case:
         return kl(self.steered.read(capped)[0], self.base.read(capped)[0])[self.candidates()]
 
     def positions(self, metric, threshold=0.0, capped=True):
-        """Metric positions: where the two greedy predictions differ, or where
+        """Metric positions: where the greedy predictions of the two runs differ, or where
         KL(P_steer||P_base) > threshold.
         """
         if metric == "logit_diff":
@@ -73,8 +73,8 @@ class Case:
         ]
 
     def margin(self):
-        """Smallest distance between the first and the second choice of both
-        runs at the candidates.
+        """The smallest difference between the two largest logits, over both runs and the
+        candidates.
         """
         both = torch.cat([self.base.uncapped, self.steered.uncapped])[:, self.candidates()]
         top = torch.topk(both, 2).values
@@ -92,8 +92,8 @@ class Case:
 
 @dataclass
 class Metric:
-    """m(x), the mean over `positions` of what the logits of a run say there. clean, corrupt: [n,
-    V], the two runs' own logits there.
+    """m(x), a mean over `positions` of a function of a run's logits there. clean, corrupt: [n, V],
+    the logits of the two runs there.
     """
 
     kind: str
@@ -124,7 +124,7 @@ class Sample:
 
 
 def clear_cases(ref, rng, vector, coefficient, sizes, tries=3, margin=1e-3, divergence=1e-3):
-    """A case of random tokens for every (prompt length, response length), fit for comparison
+    """A case of random tokens for every (prompt length, response length), which can be compared
     with single precision.
 
     Left out are samples whose first and second choice lie closer than `margin` somewhere in one of
@@ -316,7 +316,7 @@ def exact(
     start = 0.0 if clean == "steered" else case.coefficient
 
     def patched(x, wanted):
-        """X with u_clean - u_corrupt added in the runs of which wanted says the upstream node."""
+        """Adds u_clean - u_corrupt to a copy of x. wanted: [(run, upstream node u)]."""
         x = x.clone()
         for run, name in wanted:
             x[run, at] += a.outputs[name][0, at] - b.outputs[name][0, at]

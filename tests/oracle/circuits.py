@@ -1,13 +1,13 @@
-"""Circuits in torch float64, from method.md section 5: the model under a set of edges, its
+"""Circuits in torch float64, from docs/method.md section 5: the model under a set of edges, its
 faithfulness, greedy decoding; pruning by brute force.
 
 A circuit is a set of edge names. Its run is the steered run in which every downstream input reads
 the run's own residual stream plus, over the upstream nodes whose edge to it is not in the circuit,
-what they add in the base run minus what they add in this run; then its norm.
+what they add in the base run minus what they add in this run. The norm comes after.
 
 Every metric is a number of a run, pooled (a mean over all positions of all samples); faithfulness =
 (value - empty) / (full - empty) with `full` of the steered run and `empty` of the base run.
-Readings, P = prompt length, S = all tokens:
+The metrics, with P the length of the prompt and S that of all tokens:
 - logit_diff: logit(steered run's greedy token) - logit(base run's), at positions P-1 to S-1
   where the two differ;
 - logit_diff_per_sample: the same, averaged within each sample first and over samples with any such
@@ -51,9 +51,7 @@ def run(net, base, coefficient, circuits):
 
 
 def generate(ref, prompt, n_new, vector, coefficient, circuit, eos=()):
-    """Greedy decoding under a circuit, everything run again from the first token. Returns (new
-    tokens, top-1 margins).
-    """
+    """Greedy decoding under a circuit without a cache. Returns (new tokens, top-1 margins)."""
     tokens, margins = [int(t) for t in prompt], []
     for _ in range(n_new):
         net = Separated(ref, tokens, vector, vector.layer)
@@ -82,7 +80,7 @@ class Result:
 
 
 def measure(case, logits, metric, threshold=0.0, capped=True):
-    """What a metric reads of runs at each of its positions: logits [R, S, V] -> [R, n]."""
+    """The metric of every run at each of its positions: logits [R, S, V] -> [R, n]."""
     if metric in ("logit_diff", "logit_diff_per_sample", "directional_kl"):
         kind = "directional_kl" if metric == "directional_kl" else "logit_diff"
         return case.metric(kind, threshold=threshold, capped=capped).each(logits)
@@ -156,8 +154,8 @@ def paths(facts, edges):
 
 
 def prune(facts, edges):
-    """The edges that lie on a path from steer to logits made of them: both ends' reach, grown until
-    it stops. A set of names.
+    """The edges that lie on a path from steer to logits within `edges`, as a set of names: what is
+    reached from both ends grows until it stops growing.
     """
     ends = [(e, *e.split("->")) for e in edges]
     feeds = {v: fed_by(facts, v) for _, _, v in ends}
@@ -181,8 +179,8 @@ def ranking(scores):
 
 
 def pruned(facts, names, scores, n):
-    """The pruned rest of the shortest prefix of the ranking that has at least n edges
-    left: prefix by prefix.
+    """The shortest prefix of the ranking that has at least n edges after pruning, pruned; found
+    prefix by prefix.
     """
     order = [names[i] for i in ranking(scores)]
     for k in range(len(order) + 1):
@@ -197,9 +195,9 @@ def top(names, scores, n):
 
 
 def greedy(facts, names, scores, n, backward):
-    """Always the strongest edge that touches the circuit, until n edges are on paths: backward an
-    edge that ends in an input of one of its nodes (at first: logits), forward one that starts at
-    one (at first: steer). Returns the pruned rest.
+    """Adds the edge of largest |score| that touches the circuit until n edges are on paths; returns
+    these. Backward, an edge touches that ends in an input of a node of the circuit (at first:
+    logits); forward, one that starts at a node of it (at first: steer).
     """
     order = [names[i] for i in ranking(scores)]
     nodes, taken = {"logits" if backward else "steer"}, set()

@@ -1,4 +1,4 @@
-"""Comparisons that say what is wrong: the worst index and both values."""
+"""Comparisons whose failure names the worst index and both values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def numpy(x):
 
 
 def share(got, want, name=""):
-    """Largest error over the largest absolute value of `want`. Infinities must
-    be in the same places.
+    """(largest error as a share of the largest absolute value of `want`, its index). Infinities
+    must be in the same places.
     """
     got, want = numpy(got).astype(np.float64), numpy(want).astype(np.float64)
     assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
@@ -46,8 +46,8 @@ def assert_close(name, got, want, bound=BOUND):
 
 
 def real(name, array, row, length):
-    """The real part of one row of a left-padded array: its last `length` positions (queries and
-    keys for scores and patterns).
+    """One row of a left-padded array without its padding: the last `length` positions (of queries
+    and of keys for scores and patterns).
     """
     if name.endswith(("hook_pattern", "hook_attn_scores")):
         return array[row][:, -length:, -length:]
@@ -55,7 +55,7 @@ def real(name, array, row, length):
 
 
 def padding(name, array, row, length):
-    """Everything of one row of a left-padded array that is not real."""
+    """The padding of one row of a left-padded array."""
     if name.endswith(("hook_pattern", "hook_attn_scores")):
         part = array[row].copy()
         part[:, -length:, -length:] = 0

@@ -1,11 +1,11 @@
 """Random small models of every supported family, saved as ordinary Hugging Face folders.
 
-Written with transformers' own configuration and model classes, so that a folder here is what a
-user's folder is. Sizes are odd on purpose: heads * d_head is not d_model, vocabularies and MLP
-widths are multiples of nothing, one to several query heads share a key/value head, norm gains
-scatter around 1 (Gemma: stored gains around 0, not at it), biases are not zero, windows are shorter
-than the tests' prompts and soft caps small enough to bend. Weights come from a seeded generator:
-the same name always gives the same folder.
+Written with transformers' configuration and model classes, so that they are like a user's folders.
+Sizes are awkward on purpose: heads * d_head is not d_model, vocabularies and MLP widths are odd or
+prime, one or more query heads share a key/value head, norm gains scatter around 1 (those of Gemma
+around 0 as stored), biases are not zero, windows are shorter than the prompts of the tests, and
+soft caps are small enough to matter. Weights come from a seeded generator: the same name always
+gives the same folder.
 """
 
 from __future__ import annotations
@@ -224,8 +224,7 @@ FAMILIES = {
     ),
 }
 
-#: Not a family but a size: wide enough for whole panels, several tiles and split work groups
-#: of the real kernels.
+#: Sizes wide enough for whole panels, several tiles and several workgroups.
 WIDE = {
     "wide": (
         "Llama",
@@ -272,7 +271,7 @@ def _config(name):
 
     prefix, _, arguments = (FAMILIES | WIDE)[name]
     arguments = dict(arguments)
-    # transformers writes into it
+    # A copy, because transformers writes into it.
     arguments["rope_parameters"] = json.loads(json.dumps(arguments["rope_parameters"]))
     return getattr(transformers, prefix + "Config")(
         max_position_embeddings=MAX_POSITIONS,
@@ -284,8 +283,8 @@ def _config(name):
 
 
 def _fill(model, gemma, seed):
-    """Weights with a spread that keeps every part of the model awake: scores of a few units, logits
-    apart enough to rank.
+    """Fills in weights of such a spread that every part of the model matters: attention scores of a
+    few units, logits far enough apart to rank.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Losses of learned steering vectors in torch float64, from method.md section 2, with their
+"""Losses of learned steering vectors in torch float64, from docs/method.md section 2, with their
 gradients by autograd.
 
 An example has prompt, winning, losing (token lists) and sign (+1 or -1); its steered runs carry
@@ -58,9 +58,7 @@ def po(ref, example, direction, layer, coefficient, *, phi=2e-2, limit=LIMIT):
 
 
 def with_gradient(loss, ref, examples, direction, layer, coefficient, **options):
-    """(mean of `loss` over the examples, its gradient with respect to the
-    direction float64 [D]).
-    """
+    """(mean of `loss` over the examples, its gradient with respect to the direction [D])."""
     v = torch.as_tensor(direction).to(torch.float64).clone().requires_grad_()
     value = torch.stack([loss(ref, e, v, layer, coefficient, **options) for e in examples]).mean()
     return value.item(), torch.autograd.grad(value, v)[0]

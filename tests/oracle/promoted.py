@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Promote(TorchFunctionMode):
-    """Inside this context whatever asks for float32 gets float64."""
+    """Inside this context, code that asks for float32 gets float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:

@@ -1,5 +1,5 @@
-"""What transformers says about the three real models (float32, from the same GGUF files), computed
-once per machine and kept.
+"""The answers of transformers for the three real models (float32, from the same GGUF files),
+computed once per machine and kept.
 
 Reading a GGUF file through transformers takes half a minute to minutes, so the answers are kept in
 `.models/reference/` (ignored by git), one npz per model, named by the file's size, transformers'
@@ -50,7 +50,7 @@ PROMPTS = [
     "Explain recursion to a child.",
 ]
 
-#: Texts that trip tokenizers.
+#: Texts that are hard for tokenizers.
 TEXTS = [
     "",
     " ",
@@ -78,7 +78,7 @@ def gguf(name):
 
 
 class Answers:
-    """What is kept for one model; `a.logits(i)`, `a.sites()`, `a.greedy(i)` and so on."""
+    """The answers kept for one model."""
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -105,8 +105,8 @@ class Answers:
 
 
 def answers(name, thorough):
-    """thorough: greedy texts of all prompts and logits of a long one; else those of the first
-    three prompts, 16 tokens.
+    """thorough: greedy texts of all prompts and the logits of a long one; else 16 greedy tokens of
+    the first three prompts.
     """
     import transformers
 

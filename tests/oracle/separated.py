@@ -1,11 +1,11 @@
-"""The graph of method.md section 4 and a forward pass through it in torch float64, in which every
-downstream input is a tensor of its own.
+"""The graph of docs/method.md section 4 and a forward pass through it in torch float64, in which
+every downstream input is a tensor of its own.
 
 From the steering layer on, each query, key, value, MLP and logits input is a copy of the residual
 stream that only its own projection reads, so that autograd's gradient with respect to the copy is
 dm/dv through that input alone. Layers below the steering layer are taken from Reference. Several
 runs of the same tokens go through together (runs on axis 0): coefficients of an integration path,
-patches, circuits. Everything is written head by head from the text; nothing is shared with vksteer.
+patches, circuits. It is written head by head from the page and shares no code with vksteer.
 
 R runs, S positions, D width, H query heads, G key/value heads, d head size, V vocabulary.
 """
@@ -44,8 +44,8 @@ def downstream_nodes(facts, layer):
 
 
 def reaches(up, down):
-    """Is there an edge? A head reaches the MLP of its own layer but not its attention; an MLP
-    reaches from the next layer on.
+    """Whether there is an edge. A head reaches the MLP of its own layer but not its attention; an
+    MLP reaches inputs from the next layer on.
     """
     _, kind, layer = up
     _, to, to_layer = down
@@ -97,7 +97,7 @@ def fed_by(facts, name):
 
 @dataclass
 class Runs:
-    """What R runs over the same tokens left behind."""
+    """The values of R runs over the same tokens."""
 
     logits: torch.Tensor = None  # [R, S, V], after the final soft cap
     uncapped: torch.Tensor = None  # [R, S, V], before it
@@ -117,8 +117,8 @@ class Runs:
 class Separated:
     """One row of tokens above a steering layer.
 
-    ref: a Reference. vector: float [D]. The stream below `layer` does not depend on steering
-    and is computed once.
+    ref: a Reference. vector: float [D]. The residual stream below `layer` does not depend on
+    steering and is computed once.
     """
 
     def __init__(self, ref, tokens, vector, layer):
@@ -134,8 +134,8 @@ class Separated:
         self.n = len(tokens)
 
     def run(self, coefficients, *, at_input=None, at_output=None, gradients=False):
-        """Runs with the stream at the steering layer raised by coefficients[r] *
-        vector at every position.
+        """Runs with coefficients[r] * vector added to the residual stream at every position of the
+        steering layer.
 
         at_input(name, x, outputs) -> x changes what a downstream input reads (outputs: of the nodes
         before it); at_output(name, u) -> u changes what an upstream node adds to the stream.
@@ -163,7 +163,7 @@ class Separated:
         return runs
 
     def _enter(self, name, stream, norm):
-        """The stream as one downstream input reads it, through its norm: [R, S, D]."""
+        """The residual stream as one downstream input reads it, after the norm: [R, S, D]."""
         x = stream.clone()
         if self.at_input:
             x = self.at_input(name, x, self.runs.outputs)
@@ -172,7 +172,7 @@ class Separated:
         return self.runs.normed[name]
 
     def _leave(self, name, u):
-        """What an upstream node adds to the stream: [R, S, D]."""
+        """What an upstream node adds to the residual stream: [R, S, D]."""
         u = u.clone()
         if self.at_output:
             u = self.at_output(name, u)
@@ -231,7 +231,7 @@ class Separated:
             z = pattern @ heads["v"][g]
             results.append(z @ w_o[:, h * f.d_head : (h + 1) * f.d_head].T)
         bias = self.ref.w.get(f"model.layers.{l}.self_attn.o_proj.bias")
-        # every head's part is divided by the RMS of the whole output of this very run
+        # Every head is divided by the RMS of the attention output of all heads of this run.
         if f.post_norms:
             assert bias is None
             whole = self._rms(sum(results))
