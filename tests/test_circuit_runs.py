@@ -85,6 +85,8 @@ def same(a, b):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_metric_is_the_oracles(setting, name):
     s = setting(name)
+    # Largest errors met on lavapipe: 8.4e-7 of a part, 8.5e-5 of a faithfulness, 0 of match. One
+    # near tie changes match by up to 1 / 31.
     for circuit, got, want in zip(s.circuits, s.evaluate(), s.oracle(), strict=True):
         for metric in oc.METRICS:
             scale = max(1.0, abs(want[metric].full), abs(want[metric].empty))

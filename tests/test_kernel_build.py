@@ -1,4 +1,4 @@
-"""The table of kernels, and what the build makes of it: SPIR-V and the extension. Needs no device."""
+"""The table of kernels, and what the build makes of it. Needs no device."""
 
 import json
 import shutil

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-#: Largest error allowed, as a share of the largest value of the array (the project's bound for
-#: logits and every site).
+#: Largest error allowed for logits and every site, as a share of the largest value of the array.
+#: Largest errors met on lavapipe: 5.1e-6 (every site of every family), 1.4e-6 (frozen runs).
 BOUND = 2e-4
 
 
