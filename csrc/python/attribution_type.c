@@ -4,21 +4,23 @@
 #include <stdlib.h>
 
 static PyObject *attribution_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model",   "capacity", "step_capacity", "first_layer", "n_slots",
-                            "n_steps", "normed",   "keep_inside",   NULL};
+    static char *names[] = {"model",       "capacity",        "step_capacity",
+                            "first_layer", "n_sample_tokens", "n_steps",
+                            "normed",      "keep_inside",     NULL};
     PyObject *model;
-    unsigned int capacity, step_capacity, first_layer, n_slots, n_steps;
+    unsigned int capacity, step_capacity, first_layer, n_sample_tokens, n_steps;
     int normed = 0, keep_inside = 1, failed;
     struct error error = {0};
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIIIII|pp", names, &model, &capacity,
-                                     &step_capacity, &first_layer, &n_slots, &n_steps, &normed,
-                                     &keep_inside))
+                                     &step_capacity, &first_layer, &n_sample_tokens, &n_steps,
+                                     &normed, &keep_inside))
         return NULL;
-    int valid = step_capacity && capacity >= step_capacity && capacity <= 1u << 20 && n_slots &&
-                n_slots <= 1u << 20 && n_steps && n_steps <= 1u << 16;
-    PyObject *object = engine_owned_new(type, model, valid,
-                                        "Attribution(model, capacity, step_capacity, first_layer, "
-                                        "n_slots, n_steps) needs a Model and sizes from 1 on");
+    int valid = step_capacity && capacity >= step_capacity && capacity <= 1u << 20 &&
+                n_sample_tokens && n_sample_tokens <= 1u << 20 && n_steps && n_steps <= 1u << 16;
+    PyObject *object =
+        engine_owned_new(type, model, valid,
+                         "Attribution(model, capacity, step_capacity, first_layer, "
+                         "n_sample_tokens, n_steps) needs a Model and sizes from 1 on");
     if (!object)
         return NULL;
     struct attribution_object *self = (struct attribution_object *)object;
@@ -27,7 +29,7 @@ static PyObject *attribution_new(PyTypeObject *type, PyObject *args, PyObject *k
         failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, m->facts.n_layers);
     else
         failed = attribution_create(&self->attribution, m, capacity, step_capacity, first_layer,
-                                    n_slots, n_steps, normed, keep_inside, &error);
+                                    n_sample_tokens, n_steps, normed, keep_inside, &error);
     return engine_owned_made(object, failed, &error);
 }
 
@@ -42,8 +44,8 @@ static void attribution_dealloc(PyObject *object) {
     engine_owned_free(object, attribution_destroy_object);
 }
 
-/* forward(cache, rows, slot, pairs uint32 [n, 2], picks uint32 [m, 2], capped, kl) -> (top int32
- * [m, 2], margin float32 [m, 2], kl float32 [m], normed float32 [m, 2, D]) */
+/* forward(cache, rows, sample_token, pairs uint32 [n, 2], picks uint32 [m, 2], capped, kl) -> (top
+ * int32 [m, 2], margin float32 [m, 2], kl float32 [m], normed float32 [m, 2, D]) */
 static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
@@ -53,10 +55,10 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     struct error error = {0};
     const uint32_t *items;
     Py_ssize_t n, m;
-    unsigned int slot;
+    unsigned int sample_token;
     int failed = 1, begun = 1, kl;
-    if (!PyArg_ParseTuple(args, "OOIOOpp", &cache, &rows, &slot, &pairs, &tokens, &picks.capped,
-                          &kl) ||
+    if (!PyArg_ParseTuple(args, "OOIOOpp", &cache, &rows, &sample_token, &pairs, &tokens,
+                          &picks.capped, &kl) ||
         engine_begin(owner, 1))
         return NULL;
     if (batch_read(&a, owner, cache, rows) || batch_list(&a, pairs, "pairs", &items, &n) ||
@@ -79,8 +81,8 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
     if (!kl)
         picks.kl = NULL;
     ENGINE_WORK(owner, failed,
-                attribution_forward(self->attribution, a.cache, &a.batch, slot, (uint32_t)(n / 2),
-                                    items, &picks, &error));
+                attribution_forward(self->attribution, a.cache, &a.batch, sample_token,
+                                    (uint32_t)(n / 2), items, &picks, &error));
     begun = 0;
     if (failed)
         engine_fail(owner, &error);
@@ -95,7 +97,8 @@ done:
     return result;
 }
 
-/* step(cache, rows, metric, slot, sources uint32 [n, k], k, first_step) -> values of the metric */
+/* step(cache, rows, metric, sample_token, sources uint32 [n, k], k, first_step) -> values of the
+ * metric */
 static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
     struct attribution_object *self = (struct attribution_object *)object;
     struct model_object *owner = self->owner;
@@ -105,10 +108,10 @@ static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
     struct error error = {0};
     const uint32_t *items;
     Py_ssize_t n;
-    unsigned int slot, n_sources, first_step;
+    unsigned int sample_token, n_sources, first_step;
     int failed = 1, begun = 1;
-    if (!PyArg_ParseTuple(args, "OOO!IOII", &cache, &rows, &PyTuple_Type, &tuple, &slot, &sources,
-                          &n_sources, &first_step))
+    if (!PyArg_ParseTuple(args, "OOO!IOII", &cache, &rows, &PyTuple_Type, &tuple, &sample_token,
+                          &sources, &n_sources, &first_step))
         return NULL;
     if (n_sources == 0)
         return PyErr_Format(PyExc_ValueError, "no steps");
@@ -119,7 +122,7 @@ static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
         batch_list(&a, sources, "sources", &items, &n))
         goto done;
     ENGINE_WORK(owner, failed,
-                attribution_step(self->attribution, a.cache, &a.batch, &metric, slot,
+                attribution_step(self->attribution, a.cache, &a.batch, &metric, sample_token,
                                  (uint32_t)(n / n_sources), items, n_sources, first_step, &error));
     begun = 0;
     if (failed)
@@ -155,7 +158,7 @@ static int contract_tiles(struct attribution *a, const uint32_t *tiles, uint32_t
     return 0;
 }
 
-/* contract(tiles uint32 [n, 2] (first slot, count), steer float32 [D], dims_rows) -> (edges
+/* contract(tiles uint32 [n, 2] (first sample token, count), steer float32 [D], dims_rows) -> (edges
  * float64 [nodes, inputs], nodes float64 [nodes], dims float64 [dims_rows, D]): the sums over the
  * tiles, in their order. */
 static PyObject *attribution_contract_method(PyObject *object, PyObject *args) {
@@ -205,14 +208,14 @@ done:
     return result;
 }
 
-/* attribution_bytes(model, capacity, step_capacity, first_layer, n_slots, n_steps,
+/* attribution_bytes(model, capacity, step_capacity, first_layer, n_sample_tokens, n_steps,
  * normed, keep_inside) -> int */
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args) {
     PyObject *model;
-    unsigned int capacity, step_capacity, first_layer, n_slots, n_steps;
+    unsigned int capacity, step_capacity, first_layer, n_sample_tokens, n_steps;
     int normed, keep_inside;
     if (!PyArg_ParseTuple(args, "OIIIIIpp", &model, &capacity, &step_capacity, &first_layer,
-                          &n_slots, &n_steps, &normed, &keep_inside))
+                          &n_sample_tokens, &n_steps, &normed, &keep_inside))
         return NULL;
     struct engine_state *state = PyModule_GetState(module);
     if ((PyObject *)Py_TYPE(model) != state->model_type || !((struct model_object *)model)->model)
@@ -220,8 +223,8 @@ PyObject *engine_attribution_bytes(PyObject *module, PyObject *args) {
     const struct model_facts *f = &((struct model_object *)model)->model->facts;
     if (first_layer >= f->n_layers)
         return PyErr_Format(PyExc_ValueError, "layer %u of %u", first_layer, f->n_layers);
-    return PyLong_FromUnsignedLongLong(attribution_bytes(f, capacity, step_capacity, first_layer,
-                                                         n_slots, n_steps, normed, keep_inside));
+    return PyLong_FromUnsignedLongLong(attribution_bytes(
+        f, capacity, step_capacity, first_layer, n_sample_tokens, n_steps, normed, keep_inside));
 }
 
 static PyMethodDef attribution_methods[] = {
@@ -239,8 +242,9 @@ static PyType_Slot attribution_slots[] = {
     {Py_tp_new, attribution_new},
     {Py_tp_dealloc, attribution_dealloc},
     {Py_tp_methods, attribution_methods},
-    {Py_tp_doc, "Attribution(model, capacity, step_capacity, first_layer, n_slots, n_steps, "
-                "normed=False, keep_inside=True): scores of EAP-IG."},
+    {Py_tp_doc,
+     "Attribution(model, capacity, step_capacity, first_layer, n_sample_tokens, n_steps, "
+     "normed=False, keep_inside=True): scores of EAP-IG."},
     {0, NULL}};
 PyType_Spec attribution_spec = {
     .name = "vksteer._engine.Attribution",

@@ -127,8 +127,8 @@ static PyObject *circuits_reserve(PyObject *object, PyObject *args) {
 }
 
 /* request = (softcap, a, b, reference, other, targets, logits): what is read of n_tokens
- * tokens of n_runs runs; arrays or None. *out: (pairs, whole, logits), each None where
- * it is not asked for. */
+ * tokens of n_runs runs; arrays or None. *out: (pairs, distributions, logits), each None where it
+ * is not requested. */
 static int request_read(struct batch_arguments *a, const struct model_facts *f, PyObject *tuple,
                         Py_ssize_t n_runs, struct read_request *read, PyObject **out) {
     PyObject *in[5], *arrays[3] = {NULL, NULL, NULL};
@@ -153,16 +153,16 @@ static int request_read(struct batch_arguments *a, const struct model_facts *f, 
                                 i),
                    -1;
     const struct {
-        int wanted;
+        int requested;
         Py_ssize_t each;
         float **to;
-    } wanted[3] = {{read->a != NULL, 2, &read->pairs},
-                   {read->reference != NULL, 4, &read->whole},
-                   {logits, (Py_ssize_t)f->d_vocab, &read->logits}};
+    } parts[3] = {{read->a != NULL, 2, &read->pairs},
+                  {read->reference != NULL, 4, &read->whole},
+                  {logits, (Py_ssize_t)f->d_vocab, &read->logits}};
     int failed = 0;
     for (int i = 0; i < 3; i++) {
-        dims[2] = wanted[i].each;
-        arrays[i] = wanted[i].wanted ? array_zeros(3, dims, wanted[i].to) : Py_NewRef(Py_None);
+        dims[2] = parts[i].each;
+        arrays[i] = parts[i].requested ? array_zeros(3, dims, parts[i].to) : Py_NewRef(Py_None);
         failed = failed || !arrays[i];
     }
     *out = failed ? NULL : Py_BuildValue("(OOO)", arrays[0], arrays[1], arrays[2]);
@@ -248,8 +248,8 @@ PyType_Spec circuits_spec = {
     .slots = circuits_slots,
 };
 
-/* measure(model, rows [n_runs, n, D], n, request) -> (pairs, whole, None): metrics
- * of normed final rows. */
+/* measure(model, rows [n_runs, n, D], n, request) -> (pairs, distributions, None): metrics of
+ * normed final rows. */
 PyObject *engine_measure(PyObject *module, PyObject *args) {
     PyObject *model, *rows, *tuple, *values = NULL, *result = NULL;
     struct batch_arguments a = {0};

@@ -138,7 +138,7 @@ static PyObject *device_hold(PyObject *object, PyObject *unused) {
 
 static PyGetSetDef device_getset[] = {
     {"info", device_get_info, NULL, "What the device is: a dict as in devices().", NULL},
-    {"available_bytes", device_get_available, NULL, "Device-local bytes left, asked now.", NULL},
+    {"available_bytes", device_get_available, NULL, "Device-local bytes that are free now.", NULL},
     {"usable", device_get_usable, NULL, "False once the device is lost, and in a forked child.",
      NULL},
     {"allocated_bytes", device_get_allocated, NULL, "Bytes that this object holds.", NULL},

@@ -3,11 +3,11 @@
  *
  * Ownership: every object keeps a reference to the one it works on (Model -> Device, Cache ->
  * Model), so that freeing order never matters.
- * Threads: the GIL is released while the device works; the device's own lock serialises
- * threads. Nobody waits for the lock with the GIL held, so its holder may take the GIL
- * (engine_poll, allocating arrays).
- * fork(): the child takes no lock (its holder may not exist there) and touches no driver; every
- * call is a DeviceError. */
+ * Threads: the GIL is released while the device works, and the device's own lock serialises
+ * threads. No thread waits for the lock while it holds the GIL, so the lock's holder may take the
+ * GIL (engine_poll, allocating arrays).
+ * fork(): the child takes no lock, because its holder may not exist there, and touches no driver;
+ * every call raises DeviceError. */
 #ifndef VKSTEER_PYTHON_ENGINE_H
 #define VKSTEER_PYTHON_ENGINE_H
 
@@ -21,7 +21,7 @@
 struct device_object {
     PyObject_HEAD
     struct gpu_device *device;
-    /* recursive: what frees device memory may run (garbage collection) while this thread has it */
+    /* recursive: garbage collection may free device memory while this thread holds the lock */
     pthread_mutex_t lock;
     _Atomic(pthread_t) holder; /* of the lock, where depth > 0 */
     _Atomic int depth;
@@ -93,18 +93,18 @@ extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, p
 /* engine.c */
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
-/* Sets the exception that `error` stands for; always returns NULL. */
+/* Sets the exception for `error`; always returns NULL. */
 PyObject *engine_raise(PyObject *object, const struct error *error);
 
-/* The device's lock, taken with the GIL held; the GIL is given up while waiting. Does not
- * return in other threads than the one that ends the interpreter, once it does (unless they
- * have the lock already). */
+/* Takes the device's lock. The caller holds the GIL, which is released while waiting. Once the
+ * interpreter ends, it returns only in the thread that ends it and in one that has the lock. */
 void engine_lock(struct device_object *device);
 void engine_unlock(struct device_object *device);
 
-/* Begins a call that works on an open model (finished: loaded, too): takes the lock. Or returns -1
- * with an exception set and without the lock: the model is closed, the device is lost or belongs to
- * the parent of a fork, or this very thread is inside a call (a signal handler). */
+/* Begins a call that works on an open model (finished: one that is loaded, too) and takes the lock.
+ * Returns -1 with an exception set and without the lock where the model is closed, where the device
+ * is lost or belongs to the parent of a fork, and where this thread is inside a call already (in a
+ * signal handler). */
 int engine_begin(struct model_object *model, int finished);
 void engine_end(struct model_object *model); /* with or without the GIL */
 /* Cache, Edits, Tape, Attribution and Circuits begin like this. */
@@ -121,16 +121,16 @@ PyObject *engine_owned_made(PyObject *object, int failed, const struct error *er
  * the queue is idle and gone. */
 void engine_owned_free(PyObject *object, void (*destroy)(PyObject *object));
 
-/* engine_raise for a failure between begin and end, after engine_end: a thread that was stopped
- * because the interpreter ends stands still. */
+/* engine_raise for a failed call, after engine_end. A thread that was stopped because the
+ * interpreter ends does not return. */
 PyObject *engine_fail(struct model_object *model, const struct error *error);
 
 /* For gpu_queue_poll, context: the device object. Non-zero when a signal handler raised (its
  * exception stays set) or the interpreter ends. */
 int engine_poll(void *context);
 
-/* failed = call, which works on the device: after engine_begin, with the GIL released and signals
- * polled; ends the call. */
+/* failed = call; the call works on the device with the GIL released and signals polled. Between
+ * engine_begin and engine_end, which it includes. */
 #define ENGINE_WORK(self, failed, call) \
     do { \
         Py_BEGIN_ALLOW_THREADS \

@@ -119,13 +119,14 @@ static PyMethodDef engine_methods[] = {
      "tape_bytes(model, capacity, first_layer, keep_inside) -> bytes of device memory that a Tape "
      "takes."},
     {"attribution_bytes", engine_attribution_bytes, METH_VARARGS,
-     "attribution_bytes(model, capacity, first_layer, n_slots, n_steps, normed, keep_inside) -> "
-     "bytes of device memory that an Attribution takes."},
+     "attribution_bytes(model, capacity, step_capacity, first_layer, n_sample_tokens, n_steps, "
+     "normed, keep_inside) -> bytes of device memory that an Attribution takes."},
     {"measure", engine_measure, METH_VARARGS,
-     "measure(model, rows, n, request) -> (pairs, whole, None): metrics of normed final rows; see "
+     "measure(model, rows, n, request) -> (pairs, distributions, None): metrics of normed final "
+     "rows; see "
      "csrc/analysis/read_logits.h."},
     {"ops", engine_ops, METH_NOARGS,
-     "ops() -> list of (name, bytes of its argument block, [(field, kind, offset)]): what "
+     "ops() -> list of (name, bytes of its arguments, [(field, kind, offset)]): what "
      "Bench.run takes."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,3 +1,4 @@
+/* Edits checked and indexed (edits.h). */
 #include <math.h>
 #include <stdlib.h>
 

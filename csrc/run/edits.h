@@ -1,5 +1,4 @@
-/* Edits as plain data, and which tokens they touch. Built by the caller before a run;
- * nothing here runs anything. */
+/* Edits as plain data, and which tokens they touch. The caller builds them before a run. */
 #ifndef VKSTEER_EDITS_H
 #define VKSTEER_EDITS_H
 
@@ -8,9 +7,10 @@
 
 #include "base/error.h"
 
-/* One edit of one row (row -1: of every row) at one site. Its tokens are start, start + step, ...
- * below stop, or the `n_positions` listed ones. The operand of the i-th selected token and j-th
- * selected head begins at operand + i * pos_step + j * head_step and steps by `step`. */
+/* One edit of one row (row -1: of every row) at one site. It selects the tokens at positions start,
+ * start + step_pos, ... below stop, or at n_positions listed ones. The operand of the i-th selected
+ * token and j-th selected head begins at float operand + i * pos_step + j * head_step; its floats
+ * are `step` apart. */
 struct edit {
     int32_t site, layer, row;
     uint32_t kind; /* EDIT_* of params.h */
@@ -36,16 +36,16 @@ struct edit_list {
     uint32_t n_sites, n_layers;
 };
 
-/* Checks every number (`limits`: floats that each site's operand must provide come from the caller)
- * and chains edits by site and layer, in order. */
+/* Checks every edit against these counts, and chains edits by site and layer, in order. That
+ * operands are long enough is checked when an edit is applied (visit.c). */
 int edit_list_index(struct edit_list *list, uint32_t n_sites, uint32_t n_layers, uint32_t n_rows,
                     struct error *error);
 void edit_list_clear(struct edit_list *list);
 /* The first edit at a site, or NULL. */
 const struct edit *edit_first(const struct edit_list *list, int site, int layer);
 const struct edit *edit_next(const struct edit_list *list, const struct edit *edit);
-/* Does it touch position `pos` of row `row`? If so *ordinal counts the
- * selected tokens before it. */
+/* Does the edit select position `pos` of row `row`? Then *ordinal is the number of selected tokens
+ * before it. */
 int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t row, uint32_t pos,
                  uint32_t *ordinal);
 

@@ -1,3 +1,4 @@
+/* The table of sites: sites.def with names and kinds. */
 #include <string.h>
 
 #include "run/sites.h"

@@ -19,8 +19,8 @@ int site_wanted(const struct run_work *work, int site, int layer) {
     return site_edited(work, site, layer) || capture_find(work->chunk.batch, site, layer) != NULL;
 }
 
-/* Edits that differ only in row, operand and coefficient can share one dispatch, as long as
- * no token occurs twice. */
+/* Edits that differ only in row, operand and coefficient share one dispatch. Rows ascend, so no
+ * token occurs twice in it. */
 static int edits_merge(const struct edit_list *list, const struct edit *a, const struct edit *b) {
     if (a->row < 0 || b->row <= a->row || a->kind != b->kind || a->head_step != b->head_step ||
         a->step != b->step || a->n_heads != b->n_heads)
@@ -31,7 +31,7 @@ static int edits_merge(const struct edit_list *list, const struct edit *a, const
     return 1;
 }
 
-/* The view's tokens that `edit` touches, appended to `entries`. */
+/* Appends the view's tokens that `edit` selects to `entries`. */
 static int entries_add(struct run_work *work, const struct site_view *view, const struct edit *edit,
                        struct edit_entry *entries, uint32_t *n, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;

@@ -42,7 +42,7 @@ def attribution_bytes(
     capacity: int,
     step_capacity: int,
     first_layer: int,
-    n_slots: int,
+    n_sample_tokens: int,
     n_steps: int,
     normed: bool,
     keep_inside: bool,
@@ -175,7 +175,9 @@ class Tape:
         """
 
 class Attribution:
-    """Scores of EAP-IG over slots of tokens."""
+    """Scores of EAP-IG over sample tokens. The n sample tokens of a call begin at
+    `sample_token`; pairs [n, 2] and sources [n, n_sources] are indices of packed tokens.
+    """
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class Attribution:
         capacity: int,
         step_capacity: int,
         first_layer: int,
-        n_slots: int,
+        n_sample_tokens: int,
         n_steps: int,
         normed: bool = ...,
         keep_inside: bool = ...,
@@ -192,7 +194,7 @@ class Attribution:
         self,
         cache: Cache,
         rows: PackedRows,
-        slot: int,
+        sample_token: int,
         pairs: Words,
         picks: Words,
         capped: bool,
@@ -203,7 +205,7 @@ class Attribution:
         cache: Cache,
         rows: PackedRows,
         metric: Metric,
-        slot: int,
+        sample_token: int,
         sources: Words,
         n_sources: int,
         first_step: int,
