@@ -13,7 +13,7 @@ CMAKE_FLAGS ?=
 # `make demo-real HARMFUL=file HARMLESS=file`: prompt files, one a line or JSON.
 DEMO_ARGS := $(if $(HARMFUL),--harmful "$(HARMFUL)") $(if $(HARMLESS),--harmless "$(HARMLESS)") $(ARGS)
 
-.PHONY: help demo demo-real test test-all lint bench build engine wheel models clean distclean
+.PHONY: help demo demo-real test test-all lint bench build engine docs wheel models clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,9 @@ bench: setup-test engine  ## side by side with the peers; JSON into benchmarks/
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
 build: setup-build engine  ## set up and build: a working .venv/bin/python with vksteer and the tests' packages
+
+docs: setup-docs engine  ## the documentation as a site in build/docs/site, strictly; executes the notebooks
+	$(PYTHON) tools/docs_build.py
 
 wheel: setup-build  ## a source distribution and a manylinux wheel for every Python from 3.11, checked, in wheelhouse/
 	rm -rf wheelhouse

@@ -2,6 +2,7 @@
 # Brings a bare machine to where `make` can build and run. Called by the Makefile; does nothing, quickly, where all is there.
 #
 #   tools/setup.sh run      compiler, Vulkan's parts, a Vulkan driver, .venv with what vksteer needs        (make demo)
+#   tools/setup.sh docs     the same, and the documentation's Python packages                               (make docs)
 #   tools/setup.sh build    the same, and the tests' Python packages                                        (make build)
 #   tools/setup.sh test     the same, and validation layers, the second driver, AMD's compiler              (make test)
 #
@@ -199,6 +200,11 @@ test_packages() {
     register '.[test]'
 }
 
+docs_packages() {
+    say "the documentation's Python packages"
+    register '.[docs]'
+}
+
 # --- Drivers ----------------------------------------------------------------------------------------------------------------------------------
 
 # unpack_mesa: Mesa's lavapipe and AMD drivers with all they need but the C library, under .tools/mesa.
@@ -298,9 +304,10 @@ CODENAME=$(. /etc/os-release 2>/dev/null; echo "${VERSION_CODENAME:-unknown}")
 step system_packages "$(find_python || true) $(has_loader && echo loader)"
 HOST_PYTHON=$(find_python)
 step vulkan_parts "$CODENAME"
-[[ -x $VENV/bin/python ]] || rm -f "$TOOLS"/stamps/{virtual_environment,software_driver,test_packages}
+[[ -x $VENV/bin/python ]] || rm -f "$TOOLS"/stamps/{virtual_environment,software_driver,docs_packages,test_packages}
 step virtual_environment "$(cat pyproject.toml)"
 step software_driver "$MESA_WANTED"
-[[ $GOAL == run ]] || step test_packages "$(cat pyproject.toml)"
+[[ $GOAL != docs ]] || step docs_packages "$(cat pyproject.toml)"
+[[ $GOAL == run || $GOAL == docs ]] || step test_packages "$(cat pyproject.toml)"
 [[ $GOAL != test ]] || step test_drivers "$CODENAME"
 "$HOST_PYTHON" tools/write_env.py
