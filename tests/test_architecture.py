@@ -30,6 +30,7 @@ TOP_LEVEL = {
 }
 #: What may lie there, too.
 ALSO = {
+    "MANIFEST.in",
     "Makefile",
     "pyproject.toml",
     ".ci",

