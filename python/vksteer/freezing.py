@@ -1,11 +1,12 @@
-"""Table 1: what of steering is left when attention patterns, values or MLPs are kept as in the
-unsteered run (method.md section 6).
+"""Table 1: how much of the effect of steering is left when attention patterns, values or MLP
+outputs are kept as in the unsteered run (docs/method.md section 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,12 +14,19 @@ from .base.checks import require_int
 from .base.figures import new_figure
 from .base.progress import Progress
 from .base.provenance import digest, fingerprint, provenance
+from .base.types import PathLike
 from .inputs.prompt_pair import Answer, AnswerStore, PromptPair, magnitudes
 from .inputs.vectors import SteeringVector
-from .judge import Rate
+from .judge import Judge, Rate
 
-#: The paper's rows: name -> arguments of model.generate.
-ABLATIONS = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .runtime.model import Model
+
+#: The rows of the paper's table: name -> arguments of model.generate.
+ABLATIONS: dict[str, dict[str, str]] = {
     "none": {},
     "QK": {"freeze": "qk"},
     "OV": {"freeze": "ov"},
@@ -30,7 +38,7 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row: both rates and their change against steering without any ablation."""
+    """One row: the rates on both prompt sets and their change against steering without ablation."""
 
     name: str
     harmless: Rate
@@ -38,18 +46,21 @@ class TableRow:
     change_harmless: float  # asr minus that of the row "none"
     change_harmful: float
     average_change: float  # mean of the two absolute changes
-    layer: int | None = None  # the one layer that is frozen or ablated, in per-layer mode
+    layer: int | None = None  # in per-layer mode, the layer that is frozen or ablated
 
 
 class AblationTable:
     """The result of `ablation_table`.
 
-    rows: list of TableRow; table[name] is one of them. texts: {row name: {"harmless": [str],
-    "harmful": [str]}}. setting: what was run, for records.
+    rows: list of TableRow; table[name] returns one by its name. texts: {row name: {"harmless":
+    [str], "harmful": [str]}}. setting: the arguments and versions of the run.
     """
 
     def __init__(
-        self, rows: list[TableRow], answers: dict[str, dict[str, list[Answer]]], setting: dict
+        self,
+        rows: list[TableRow],
+        answers: Mapping[str, Mapping[str, Sequence[Answer]]],
+        setting: dict[str, Any],
     ):
         self.rows, self.setting = rows, setting
         self.texts = {
@@ -66,15 +77,15 @@ class AblationTable:
     def __iter__(self) -> Iterator[TableRow]:
         return iter(self.rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.to_markdown()
 
-    def to_dict(self, texts: bool = False) -> dict:
+    def to_dict(self, texts: bool = False) -> dict[str, Any]:
         """For JSON: {"setting": ..., "rows": {name: {"harmless": {...}, "harmful": {...},
-        "change_harmless": ...}}}; with texts on request.
+        "change_harmless": ...}}}, and "texts" if `texts` is True.
         """
         rows = {
             row.name: {k: v for k, v in asdict(row).items() if k != "name"} for row in self.rows
@@ -82,7 +93,7 @@ class AblationTable:
         return {"setting": self.setting, "rows": rows} | ({"texts": self.texts} if texts else {})
 
     def to_markdown(self) -> str:
-        """The table with its setting above; rates with 95 % Wilson intervals."""
+        """The table below a line that gives its setting; rates with 95 % Wilson intervals."""
         s = self.setting
         plus, minus = s["coefficient"]
         lines = [
@@ -116,12 +127,17 @@ class AblationTable:
             lines.append("| " + " | ".join([r.name, *rates, *change, *both]) + " |")
         return "\n".join(lines)
 
-    def plot(self, path=None):
+    def plot(self, path: PathLike | None = None) -> Figure:
         """Both rates of every row as bars with their intervals: a matplotlib Figure, saved to
-        `path` if one is given (needs matplotlib).
+        `path` if one is given. Raises ImportError without matplotlib.
         """
         figure = new_figure(max(6.0, 0.8 * len(self.rows)), 3.6)
-        axes = figure.add_subplot()
+        self._draw(figure.add_subplot())
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def _draw(self, axes: Axes) -> None:
         at = np.arange(len(self.rows))
         for shift, side, colour in ((-0.2, "harmless", "#4878a8"), (0.2, "harmful", "#c8643c")):
             rates = [getattr(row, side) for row in self.rows]
@@ -151,25 +167,24 @@ class AblationTable:
         )
         axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.14))
         axes.spines[["top", "right"]].set_visible(False)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
 
 
 # -- what is run -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Condition:
+    """One row of the table before it is run."""
+
     name: str
-    vector: SteeringVector | None
-    options: dict
+    vector: SteeringVector | None  # None: unsteered
+    options: dict[str, Any]  # arguments of model.generate
     layer: int | None = None
 
 
 def random_vector(vector: SteeringVector, seed: int, index: int = 0) -> SteeringVector:
-    """A direction drawn from a normal distribution, of the norm of `vector` and at its layer; the
-    same for the same seed and index.
+    """A direction drawn from a normal distribution, with the norm and the layer of `vector`. The
+    same seed and index give the same direction.
     """
     direction = np.random.default_rng([seed, index]).standard_normal(vector.width)
     direction *= vector.norm / np.linalg.norm(direction)
@@ -182,21 +197,22 @@ def random_vector(vector: SteeringVector, seed: int, index: int = 0) -> Steering
     )
 
 
-def _layers(layers, vector, n_layers) -> list[int] | None:
-    if layers is None:
+def _layers(
+    given: int | str | Sequence[int] | None, vector: SteeringVector, n_layers: int
+) -> list[int] | None:
+    """The layers to freeze one at a time, checked; None to freeze all at once."""
+    if given is None:
         return None
-    layers = (
-        range(vector.layer, n_layers)
-        if isinstance(layers, str) and layers == "each"
-        else [layers]
-        if isinstance(layers, (int, np.integer))
-        else layers
-    )
-    if isinstance(layers, str) or not hasattr(layers, "__iter__"):
+    if isinstance(given, str) and given == "each":
+        layers = list(range(vector.layer, n_layers))
+    elif isinstance(given, (int, np.integer)):
+        layers = [given]
+    elif isinstance(given, str) or not hasattr(given, "__iter__"):
         raise ValueError(
-            f"layers must be None (all at once), 'each', or a list of layers, not {layers!r}"
+            f"layers must be None (all at once), 'each', or a list of layers, not {given!r}"
         )
-    layers = list(layers)
+    else:
+        layers = list(given)
     for l in layers:
         if (
             isinstance(l, (bool, np.bool_))
@@ -212,73 +228,97 @@ def _layers(layers, vector, n_layers) -> list[int] | None:
     return [int(l) for l in layers]
 
 
-def _plans(vector, layers, random_control, seed) -> list[_Plan]:
-    plans = [_Plan("none", vector, {})]
+def _conditions(
+    vector: SteeringVector, layers: list[int] | None, n_random: int, seed: int
+) -> list[_Condition]:
+    conditions = [_Condition("none", vector, {})]
     for name, options in list(ABLATIONS.items())[1:]:
         if layers is None:
-            plans.append(_Plan(name, vector, options))
+            conditions.append(_Condition(name, vector, dict(options)))
         else:
-            plans += [
-                _Plan(f"{name} {l}", vector, options | {"freeze_layers": [l]}, l) for l in layers
+            conditions += [
+                _Condition(f"{name} {l}", vector, {**options, "freeze_layers": [l]}, l)
+                for l in layers
             ]
-    plans += [
-        _Plan(f"random {i}", random_vector(vector, seed, i), {}) for i in range(random_control)
+    conditions += [
+        _Condition(f"random {i}", random_vector(vector, seed, i), {}) for i in range(n_random)
     ]
-    return plans + [_Plan("unsteered", None, {})]
+    return conditions + [_Condition("unsteered", None, {})]
 
 
 def ablation_table(
-    model,
+    model: Model,
     vector: SteeringVector,
-    harmful,
-    harmless,
-    coefficient,
+    harmful: Sequence[Any],
+    harmless: Sequence[Any],
+    coefficient: float | Sequence[float],
     *,
     max_new_tokens: int = 128,
-    judge=None,
-    min_words="auto",
-    layers=None,
+    judge: Judge | None = None,
+    min_words: int | str | None = "auto",
+    layers: int | str | Sequence[int] | None = None,
     random_control: int = 3,
     seed: int = 0,
     batch_size: int | None = None,
-    out=None,
-    progress=True,
+    out: PathLike | None = None,
+    progress: bool | Callable[[int, int], Any] = True,
 ) -> AblationTable:
-    """Table 1 (method.md section 6): steer both ways, with one part of the computation frozen or
-    ablated at a time, and count.
+    """Table 1 (docs/method.md section 6): steer in both directions, each time with one part of the
+    computation frozen or ablated, and measure the attack success rate (ASR).
 
     Rows: none, QK, OV, SVV, MLP direct, MLP; then, as controls, `random_control` rows that steer
-    by a random direction of the same norm, and the unsteered model. Each with ASR on both sets
-    and its 95 % Wilson interval, change from "none", average change (mean of the two absolute
-    changes), "ended", repetition and compression. Decoding is greedy; everything is
+    by a random direction of the same norm, and the unsteered model. Each has the ASR on both sets
+    with its 95 % Wilson interval, the change from "none", the average change (mean of the two
+    absolute changes), "ended", repetition and compression. Decoding is greedy; everything is
     deterministic given `seed`.
 
-    vector: steers resid_pre of its layer. harmful, harmless: prompts (texts or token lists).
-    coefficient: a, or (plus, minus): harmless prompts are steered by +plus, harmful ones by
-    -minus, both magnitudes.
-    judge: callable(prompts, responses) -> bool [n], True for unsafe, asked about harmful prompts
-    (`LlamaGuard(model)`); None: the substring judge. min_words: "auto" applies the 15-word rule
-    with a judge; None or a number sets it.
-    layers: None freezes every layer from the vector's on; a list of layers or "each" freezes one at
+    vector: added to resid_pre of its layer. harmful, harmless: prompts (texts or token lists).
+    coefficient: a, or (plus, minus), both magnitudes: harmless prompts are steered by +plus,
+    harmful ones by -minus.
+    judge: callable(prompts, responses) -> bool [n], True for unsafe, for harmful prompts, for
+    example `LlamaGuard(model)`; None: the substring judge. min_words: "auto" applies the 15-word
+    rule with a judge; None or a number sets it.
+    layers: None freezes all layers from the vector's on; a list of layers or "each" freezes one at
     a time (rows "QK 12", ...).
-    out: a .json file for the answers; a second call with the same arguments takes
-    finished rows from it.
+    out: a .json file of answers; a second call with the same arguments takes finished rows from it.
     Raises ValueError before any work for a vector of another width or layer or zero, empty lists,
-    prompts that leave no room, bad numbers.
+    prompts that leave no room for the answer, and numbers out of range.
     """
     vector.check(model)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing, and there is nothing to ablate")
     plus, minus = magnitudes(coefficient)
     n_random, seed = require_int(random_control, "random_control", 0), require_int(seed, "seed", 0)
-    layers = _layers(layers, vector, model.config.n_layers)
+    chosen = _layers(layers, vector, model.config.n_layers)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
     if min_words != "auto" and min_words is not None:
         require_int(min_words, "min_words", 0)
-    plans = _plans(vector, layers, n_random, seed)
+    conditions = _conditions(vector, chosen, n_random, seed)
+    store = _store(out, pair, vector, plus, minus, seed)
+    answers = _answers(pair, conditions, store, plus, minus, progress)
+    rates = {name: pair.rates(sides, judge, min_words) for name, sides in answers.items()}
+    options = {
+        "seed": seed,
+        "layers": chosen,
+        "min_words": min_words,
+        "judge": "substring" if judge is None else type(judge).__name__,
+    }
+    setting = _setting(pair, vector, [plus, minus], options)
+    return AblationTable([_row(c, rates) for c in conditions], answers, setting)
+
+
+def _store(
+    out: PathLike | None,
+    pair: PromptPair,
+    vector: SteeringVector,
+    plus: float,
+    minus: float,
+    seed: int,
+) -> AnswerStore:
+    """The file of answers; its key is everything that the answers depend on."""
     key = digest(
         "ablation table 1",
-        fingerprint(model),
+        fingerprint(pair.model),
         vector.direction,
         vector.layer,
         plus,
@@ -288,7 +328,7 @@ def ablation_table(
         pair.max_new_tokens,
         seed,
     )
-    store = AnswerStore(
+    return AnswerStore(
         out,
         format="vksteer.ablation_table",
         key=key,
@@ -297,44 +337,54 @@ def ablation_table(
         field="rows",
     )
 
-    with Progress(progress, len(plans) * len(pair), "Table 1") as bar:
-        for plan in plans:
-            if plan.name not in store.answers:
-                store.put(plan.name, pair.run(plan.vector, plus, minus, **plan.options))
-            bar.step(len(pair))
-    answers = {plan.name: store.answers[plan.name] for plan in plans}
 
-    rates = {name: pair.rates(sides, judge, min_words) for name, sides in answers.items()}
-    none = rates["none"]
-    rows = []
-    for plan in plans:
-        now = rates[plan.name]
-        change = [now[side].asr - none[side].asr for side in ("harmless", "harmful")]
-        rows.append(
-            TableRow(
-                plan.name,
-                now["harmless"],
-                now["harmful"],
-                *change,
-                sum(map(abs, change)) / 2,
-                plan.layer,
-            )
-        )
-    setting = {
+def _answers(
+    pair: PromptPair,
+    conditions: list[_Condition],
+    store: AnswerStore,
+    plus: float,
+    minus: float,
+    progress: bool | Callable[[int, int], Any],
+) -> dict[str, dict[str, list[Answer]]]:
+    """{row name: {side: answers}}, generated where the store does not hold them yet."""
+    with Progress(progress, len(conditions) * len(pair), "Table 1") as bar:
+        for c in conditions:
+            if c.name not in store.answers:
+                store.put(c.name, pair.run(c.vector, plus, minus, **c.options))
+            bar.step(len(pair))
+    return {c.name: store.answers[c.name] for c in conditions}
+
+
+def _row(condition: _Condition, rates: dict[str, dict[str, Rate]]) -> TableRow:
+    """The rates of one condition beside their change from the row "none"."""
+    now, none = rates[condition.name], rates["none"]
+    harmless, harmful = (now[side].asr - none[side].asr for side in ("harmless", "harmful"))
+    return TableRow(
+        condition.name,
+        now["harmless"],
+        now["harmful"],
+        harmless,
+        harmful,
+        (abs(harmless) + abs(harmful)) / 2,
+        condition.layer,
+    )
+
+
+def _setting(
+    pair: PromptPair, vector: SteeringVector, coefficient: list[float], options: dict[str, Any]
+) -> dict[str, Any]:
+    """A table's setting, for records: the vector, the prompts, the options and the model."""
+    return {
         "layer": vector.layer,
         "position": vector.position,
         "method": vector.method,
-        "coefficient": [plus, minus],
+        "coefficient": coefficient,
         "n_harmless": len(pair.harmless),
         "n_harmful": len(pair.harmful),
         "max_new_tokens": pair.max_new_tokens,
-        "seed": seed,
-        "layers": layers,
-        "min_words": min_words,
-        "judge": "substring" if judge is None else type(judge).__name__,
+        **options,
         "vector_hash": digest(vector.direction),
         "vector_norm": vector.norm,
         "prompts_hash": digest(pair.harmful_rows, pair.harmless_rows),
-        **provenance(model),
+        **provenance(pair.model),
     }
-    return AblationTable(rows, answers, setting)

@@ -1,4 +1,4 @@
-"""The command `vksteer`."""
+"""The command line program `vksteer`."""
 
 from .commands import main
 

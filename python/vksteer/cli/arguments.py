@@ -1,27 +1,54 @@
-"""Arguments that several commands share, and what they mean."""
+"""Arguments that several commands share, and what is made of them."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..data.prompt_files import prompts_of, split, tiny_pair
 
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+
+    Group: TypeAlias = argparse._ArgumentGroup
+    Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Group = Subparsers = Any
+
+#: The keyword arguments of --criterion.
+CRITERIA: dict[str, Any] = {
+    "choices": ("paper", "arditi"),
+    "default": "paper",
+    "help": "the rule that chooses among candidates (default: paper)",
+}
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions keep their line breaks; defaults are named in the help texts themselves."""
+    """Descriptions keep their line breaks; each help text names its default itself."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=110)
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=100)
 
 
 def positive(text: str) -> int:
+    """The type of an option that takes a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
     return value
 
 
-def model_arguments(parser):
+def device_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--device",
+        help=(
+            "the Vulkan device: index, part of its name, or UUID, as `vksteer devices` lists them"
+            " (default: the best one)"
+        ),
+    )
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -31,22 +58,35 @@ def model_arguments(parser):
             " Hugging Face hub, or a bundled model: tiny-llama-chat, tiny-gemma-chat"
         ),
     )
-    group.add_argument(
-        "--device",
-        help=(
-            "which Vulkan device: index, part of its name, or UUID, as `vksteer devices` lists them"
-            " (default: the best one)"
-        ),
-    )
+    device_argument(group)
     group.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="how weights are held on the device (default: auto, as stored)",
+        help="the type of the weights on the device (default: auto, as in the file)",
     )
 
 
-def open_model(arguments, source=None):
+def prompt_file_arguments(group: Group) -> None:
+    group.add_argument(
+        "--harmful", metavar="FILE[:COLUMN]", help="prompts that the model should refuse"
+    )
+    group.add_argument("--harmless", metavar="FILE[:COLUMN]", help="prompts that it should answer")
+
+
+def judge_argument(group: Group) -> None:
+    group.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help=(
+            "a Llama Guard 2 model that judges answers to harmful prompts (default: the substring"
+            " judge)"
+        ),
+    )
+
+
+def open_model(arguments: argparse.Namespace, source: str | None = None) -> Model:
+    """The model of --model, or `source`, on the chosen device."""
     from ..runtime.model import Model
 
     return Model.from_pretrained(
@@ -54,9 +94,9 @@ def open_model(arguments, source=None):
     )
 
 
-def freeze_prompts(arguments):
-    """Three pairs (harmful, harmless) of prompts: train, validation, test; the first
-    two None with --vector.
+def freeze_prompts(arguments: argparse.Namespace) -> tuple[Any, Any, tuple[list[str], ...]]:
+    """The pairs (harmful, harmless) of prompts for training, validation and test. With --vector
+    the first two are None.
     """
     if (arguments.harmful is None) != (arguments.harmless is None):
         raise ValueError("--harmful and --harmless belong together: give both")

@@ -1,214 +1,28 @@
-"""`vksteer circuit`: samples, scores, faithfulness curve, the smallest faithful circuit, and
-overlaps of several vectors' circuits, in one folder.
+"""`vksteer circuit`: samples, scores, faithfulness curve, the smallest faithful circuit, and the
+overlaps of the circuits of several vectors, in one folder.
 
-What is finished stays finished: a second run with the same arguments takes vector, samples, scores,
-curve and circuit from the folder. keys.json says what each was made from.
+A second run with the same arguments takes the vector, samples, scores, curve and circuit that are
+finished from the folder. keys.json holds a digest of what each was made from.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .arguments import freeze_prompts, open_model
 
-DESCRIPTION = """\
-Which heads and MLPs carry a steering vector's effect, over whole answers? (arXiv 2604.08524, section 5)
-
-  1. answers    prompts are answered with and without steering; those whose behaviour steering flips are kept (samples.json)
-  2. scores     every edge between heads and MLPs above the steering layer gets an estimated effect, by integrated gradients
-                between the unsteered and the steered run on the same tokens (scores.safetensors, top_edges.md)
-  3. curve      circuits of the strongest edges, small to large, are run with everything else as in the unsteered run: how much of the
-                steering effect is left? Random circuits of twice the size stand beside them (curve.json, curve.md, curve.png)
-  4. circuit    the smallest circuit that carries 85 % of the effect (circuit.json, circuit.png)
-
-Harmful prompts are steered by -A (away from refusal), harmless ones by +A (towards it). With several --vector the circuits' overlaps and how
-well each one carries the other vectors are shown, too (overlaps.md); each vector then has a folder of its own in DIR.
-Without --vector one is found as in `vksteer freeze`. The bundled tiny models bring their own prompts; for other models give prompt files."""
-
-
-def add_parser(commands, formatter, model_arguments, positive) -> None:
-    """Adds the command to the parser of `cli.py`, whose formatter and argument groups it shares."""
-    parser = commands.add_parser(
-        "circuit",
-        formatter_class=formatter,
-        help="which heads and MLPs carry a vector's effect, and how few are enough",
-        description=DESCRIPTION,
-    )
-    model_arguments(parser)
-    group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--harmful", metavar="FILE[:COLUMN]", help="prompts that the model should refuse"
-    )
-    group.add_argument("--harmless", metavar="FILE[:COLUMN]", help="prompts that it should answer")
-    group.add_argument(
-        "--side",
-        choices=("harmful", "harmless"),
-        default="harmful",
-        help="which of the two the samples are made from (default: harmful, steered by -A)",
-    )
-    group.add_argument(
-        "--limit",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="at most N prompts of that side (default: 32)",
-    )
-    group = parser.add_argument_group("vectors and strength")
-    group.add_argument(
-        "--vector",
-        action="append",
-        metavar="FILE",
-        help="a steering vector: .safetensors, .npz or .gguf; may be repeated (default: find one)",
-    )
-    group.add_argument(
-        "--layer", type=int, help="which layer's vector, where a .gguf file holds several"
-    )
-    group.add_argument(
-        "--criterion",
-        choices=("paper", "arditi"),
-        default="paper",
-        help="the rule that chooses among candidates (default: paper)",
-    )
-    group.add_argument(
-        "--coefficient",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        metavar="A",
-        help="strength, without sign; one number, or one for each vector (default: 1)",
-    )
-    group = parser.add_argument_group("samples")
-    group.add_argument(
-        "--responses",
-        choices=("steered", "base"),
-        default="steered",
-        help="whose answers are followed (default: those of the steered model)",
-    )
-    group.add_argument(
-        "--keep",
-        choices=("flipped", "all"),
-        default="flipped",
-        help="which prompts are kept (default: those whose behaviour steering flips)",
-    )
-    group.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="length of an answer (default: 64)",
-    )
-    group.add_argument(
-        "--judge",
-        metavar="MODEL",
-        help=(
-            "a Llama Guard 2 model that judges answers to harmful prompts (default: the substring"
-            " judge)"
-        ),
-    )
-    group = parser.add_argument_group("scores")
-    group.add_argument(
-        "--steps",
-        type=positive,
-        default=10,
-        metavar="T",
-        help="steps of the integration from unsteered to steered (default: 10)",
-    )
-    group.add_argument(
-        "--rule",
-        choices=("midpoint", "left", "right"),
-        default="midpoint",
-        help="where in a step the gradient is taken (default: midpoint)",
-    )
-    group.add_argument(
-        "--metric",
-        choices=("logit_diff", "directional_kl", "kl"),
-        default="logit_diff",
-        help="what an edge's effect is measured on (default: logit_diff)",
-    )
-    group.add_argument(
-        "--kl-threshold",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="for the two KL metrics: positions where KL(steered || base) is above X (default: 0)",
-    )
-    group.add_argument(
-        "--clean",
-        choices=("steered", "base"),
-        default="steered",
-        help="which run the patches are taken from (default: steered)",
-    )
-    group.add_argument(
-        "--at",
-        choices=("pre_norm", "normed"),
-        default="pre_norm",
-        help=(
-            "gradients before the inputs' norms, or after them as in the paper's code (default:"
-            " pre_norm)"
-        ),
-    )
-    group.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        help="for activations and gradients, for example 6GiB (default: as the device allows)",
-    )
-    group = parser.add_argument_group("circuits")
-    group.add_argument(
-        "--method",
-        choices=("pruned", "top", "greedy_backward", "greedy_forward"),
-        default="pruned",
-        help=(
-            "how edges become a circuit (default: pruned, "
-            "the strongest edges that lie on a path from the steering vector to the logits)"
-        ),
-    )
-    group.add_argument(
-        "--threshold",
-        type=float,
-        default=0.85,
-        metavar="X",
-        help="share of the effect that a faithful circuit carries (default: 0.85)",
-    )
-    group.add_argument(
-        "--sizes",
-        metavar="N,N,...",
-        help="sizes on the curve (default: 0.2 %% to 100 %% of all edges)",
-    )
-    group.add_argument(
-        "--random",
-        type=int,
-        default=3,
-        metavar="N",
-        help="random circuits beside each size (default: 3)",
-    )
-    group.add_argument(
-        "--halves",
-        action="store_true",
-        help="find the curve's circuits on one half of the samples and judge them on the other",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of random circuits, halves and intervals (default: 0)",
-    )
-    group.add_argument(
-        "--eap-ig",
-        action="store_true",
-        help="also write eap_ig.json, which hannamw/EAP-IG's Graph.from_json reads",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help=(
-            "everything is written here; a second run with the same arguments goes on from what is"
-            " there"
-        ),
-    )
-    parser.set_defaults(run=circuit)
+if TYPE_CHECKING:
+    from ..circuits import Circuit
+    from ..inputs.samples import Samples
+    from ..inputs.vectors import SteeringVector
+    from ..judge import LlamaGuard
+    from ..patching.edge_scores import EdgeScores
+    from ..runtime.model import Model
 
 
 class _Folder:
@@ -250,7 +64,8 @@ class _Folder:
         self._keys.put(name, key)
 
 
-def _sizes(text):
+def _sizes(text: str | None) -> list[int] | None:
+    """The sizes of --sizes; None for the default."""
     if text is None:
         return None
     try:
@@ -263,21 +78,29 @@ def _text(path: Path, *parts: str) -> None:
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _picture(draw, path: Path) -> None:
+def _picture(draw: Callable[[Path], Any], path: Path) -> None:
+    """Draws a picture; without matplotlib a line on standard error says that there is none."""
     try:
         draw(path)
     except ImportError as error:
         print(f"No picture: {error}", file=sys.stderr)
 
 
-def _prompts(arguments):
-    """(training pair, validation pair) or None twice with --vector, and the prompts of the side."""
+def _prompts(arguments: argparse.Namespace) -> tuple[Any, Any, list[str]]:
+    """(training pair, validation pair, prompts of the side); with --vector both pairs are None."""
     train, validation, (harmful, harmless) = freeze_prompts(arguments)
     return train, validation, harmful if arguments.side == "harmful" else harmless
 
 
-def _find(model, train, validation, arguments, folder: _Folder, show: bool):
-    """The difference in means chosen by the rule, from the folder where it is there."""
+def _find(
+    model: Model,
+    train: Any,
+    validation: Any,
+    arguments: argparse.Namespace,
+    folder: _Folder,
+    show: bool,
+) -> SteeringVector:
+    """The difference in means that the rule chooses, or the one that the folder holds."""
     from .. import steering
     from ..base.provenance import digest, fingerprint
     from ..inputs.vectors import SteeringVector
@@ -285,19 +108,20 @@ def _find(model, train, validation, arguments, folder: _Folder, show: bool):
     key = digest("vector", fingerprint(model), train, validation, arguments.criterion)
     if folder.made("vector.safetensors", key, costly=True):
         return SteeringVector.load(folder / "vector.safetensors")
+    harmful, harmless = validation
     vector = steering.difference_in_means(model, *train, progress=show).select(
-        *validation, criterion=arguments.criterion, progress=show
+        harmful, harmless, criterion=arguments.criterion, progress=show
     )
     vector.save(folder / "vector.safetensors")
     folder.put("vector.safetensors", key)
     return vector
 
 
-def _vectors(arguments) -> dict:
-    """Name -> SteeringVector, read before the model, which takes longer."""
+def _vectors(arguments: argparse.Namespace) -> dict[str, SteeringVector]:
+    """{name: vector} of --vector, read before the model, which takes longer to load."""
     from ..inputs.vectors import SteeringVector
 
-    found = {}
+    found: dict[str, SteeringVector] = {}
     for path in arguments.vector or []:
         name = stem = Path(path).stem
         number = 2
@@ -308,34 +132,26 @@ def _vectors(arguments) -> dict:
 
 
 class _Work:
-    """One vector's part: samples, scores, curve, circuit, each taken from the
-    folder where it is there.
+    """The samples, scores, curve and circuit of one vector, each taken from the folder where it is
+    finished.
     """
 
     def __init__(
-        self, model, vector, coefficient, prompts, arguments, folder: _Folder, judge, show: bool
+        self,
+        model: Model,
+        vector: SteeringVector,
+        coefficient: float,
+        prompts: list[str],
+        arguments: argparse.Namespace,
+        folder: _Folder,
+        judge: LlamaGuard | None,
+        show: bool,
     ):
         from ..base.provenance import digest, fingerprint
 
-        (
-            self.model,
-            self.vector,
-            self.coefficient,
-            self.prompts,
-            self.arguments,
-            self.folder,
-            self.judge,
-            self.show,
-        ) = (
-            model,
-            vector,
-            coefficient,
-            prompts,
-            arguments,
-            folder,
-            judge,
-            show,
-        )
+        self.model, self.vector, self.coefficient = model, vector, coefficient
+        self.prompts, self.arguments, self.folder = prompts, arguments, folder
+        self.judge, self.show = judge, show
         self.key = digest(
             "samples",
             fingerprint(model),
@@ -349,7 +165,7 @@ class _Work:
             arguments.judge,
         )
 
-    def samples(self):
+    def samples(self) -> Samples:
         from ..inputs.samples import Samples, make_samples
 
         a, name = self.arguments, "samples.json"
@@ -377,7 +193,7 @@ class _Work:
             )
         return samples
 
-    def scores(self, samples):
+    def scores(self, samples: Samples) -> EdgeScores:
         from .. import patching
         from ..base.provenance import digest
         from ..patching.edge_scores import EdgeScores
@@ -419,10 +235,10 @@ class _Work:
         print(f"\nThe strongest edges:\n{scores.top(8)!r}\n{shares}\n")
         return scores
 
-    def curve(self, scores, samples):
+    def curve(self, scores: EdgeScores, samples: Samples) -> None:
         from .. import circuits
         from ..base.provenance import digest
-        from ..circuits.faithfulness import FaithfulnessCurve
+        from ..circuits import FaithfulnessCurve
 
         a, name = self.arguments, "curve.json"
         options = dict(method=a.method, random=a.random, halves=a.halves, seed=a.seed)
@@ -446,7 +262,7 @@ class _Work:
         _picture(lambda path: curve.plot(path, threshold=a.threshold), self.folder / "curve.png")
         print(curve.to_markdown() + "\n")
 
-    def smallest(self, scores, samples):
+    def smallest(self, scores: EdgeScores, samples: Samples) -> Circuit:
         from .. import circuits
         from ..base.provenance import digest
 
@@ -479,11 +295,24 @@ class _Work:
         return found
 
 
-def circuit(arguments) -> int:
-    """Runs the command; the exit status."""
+def _strengths(arguments: argparse.Namespace, n: int) -> list[float]:
+    """The strength of each of n vectors, checked."""
+    given: list[float] = arguments.coefficient
+    strengths = given * n if len(given) == 1 else given
+    if len(strengths) != n:
+        raise ValueError(
+            f"--coefficient: {len(strengths)} numbers for {n} vectors; give one, or one for each"
+            " --vector"
+        )
+    if min(strengths) <= 0:
+        raise ValueError("--coefficient takes numbers above 0; the sign comes from --side")
+    return strengths
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options out of range, before anything is loaded."""
     from ..patching.memory_plan import memory_bytes
 
-    show, sign = sys.stderr.isatty(), -1.0 if arguments.side == "harmful" else 1.0
     _sizes(arguments.sizes)
     if not 0 < arguments.threshold <= 1:
         raise ValueError(
@@ -492,19 +321,14 @@ def circuit(arguments) -> int:
     if arguments.random < 0:
         raise ValueError(f"--random takes a whole number from 0 on, not {arguments.random}")
     memory_bytes(arguments.max_memory, "--max-memory")
+
+
+def circuit(arguments: argparse.Namespace) -> int:
+    """Runs the command; the exit status."""
+    show, sign = sys.stderr.isatty(), -1.0 if arguments.side == "harmful" else 1.0
+    _check(arguments)
     vectors = _vectors(arguments)
-    strengths = (
-        arguments.coefficient * max(1, len(vectors))
-        if len(arguments.coefficient) == 1
-        else arguments.coefficient
-    )
-    if len(strengths) != max(1, len(vectors)):
-        raise ValueError(
-            f"--coefficient: {len(strengths)} numbers for {max(1, len(vectors))} vectors; give one,"
-            " or one for each --vector"
-        )
-    if min(strengths) <= 0:
-        raise ValueError("--coefficient takes numbers above 0; the sign comes from --side")
+    strengths = _strengths(arguments, max(1, len(vectors)))
     train, validation, prompts = _prompts(arguments)
     out = Path(arguments.out)
     with contextlib.ExitStack() as opened:
@@ -514,39 +338,44 @@ def circuit(arguments) -> int:
         for vector in vectors.values():
             vector.check(model)
         judge = None
-        # answers to harmless prompts are safe either way
+        # Answers to harmless prompts are safe with and without steering: no judge is needed.
         if arguments.judge and arguments.side == "harmful":
             from ..judge import LlamaGuard
 
             judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
-        found, parts = {}, {}
+        found: dict[str, Circuit] = {}
+        parts: dict[str, tuple[Samples, SteeringVector, float]] = {}
         for (name, vector), strength in zip(vectors.items(), strengths):
             folder = _Folder(out / name if len(vectors) > 1 else out)
+            coefficient = sign * strength
             print(
-                f"{'' if not found else chr(10)}{name}: layer {vector.layer}, norm"
-                f" {vector.norm:.3g}, {arguments.side} prompts steered by {sign * strength:+g}"
+                f"{chr(10) if found else ''}{name}: layer {vector.layer}, norm"
+                f" {vector.norm:.3g}, {arguments.side} prompts steered by {coefficient:+g}"
             )
-            work = _Work(model, vector, sign * strength, prompts, arguments, folder, judge, show)
+            work = _Work(model, vector, coefficient, prompts, arguments, folder, judge, show)
             samples = work.samples()
             scores = work.scores(samples)
             work.curve(scores, samples)
-            found[name], parts[name] = (
-                work.smallest(scores, samples),
-                (samples, vector, sign * strength),
-            )
+            found[name] = work.smallest(scores, samples)
+            parts[name] = samples, vector, coefficient
         if len(found) > 1:
             text = _together(model, found, parts, show)
             _text(out / "overlaps.md", text)
             print("\n" + text)
-    print(
-        f"\nWritten to {out}:"
-        f" {', '.join(sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_file()))}"
-    )
+    files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    print(f"\nWritten to {out}: {', '.join(files)}")
     return 0
 
 
-def _together(model, found: dict, parts: dict, show: bool) -> str:
-    """Overlaps, cosines, and each circuit under the other vectors of its layer, as Markdown."""
+def _together(
+    model: Model,
+    found: dict[str, Circuit],
+    parts: dict[str, tuple[Samples, SteeringVector, float]],
+    show: bool,
+) -> str:
+    """Markdown of the overlaps of the circuits, the cosines of the vectors, and the faithfulness of
+    each circuit under the other vectors of its layer.
+    """
     from .. import circuits
 
     names = list(found)
@@ -564,7 +393,7 @@ def _together(model, found: dict, parts: dict, show: bool) -> str:
         "| circuit of | " + " | ".join(f"under {b}" for b in names) + " |",
         "|:---|" + "---:|" * len(names),
     ]
-    cells = {}
+    cells: dict[tuple[str, str], str] = {}
     for b, (samples, vector, coefficient) in parts.items():
         alike = [a for a in names if found[a].graph == found[b].graph]
         results = circuits.evaluate(

@@ -1,16 +1,123 @@
-"""`vksteer freeze`: Table 1 for a model."""
+"""`vksteer freeze`: Table 1 for a model (docs/method.md section 6)."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .arguments import freeze_prompts, open_model
+from .arguments import (
+    CRITERIA,
+    Group,
+    Help,
+    Subparsers,
+    freeze_prompts,
+    judge_argument,
+    model_arguments,
+    open_model,
+    positive,
+    prompt_file_arguments,
+)
+
+if TYPE_CHECKING:
+    from ..freezing import AblationTable
+    from ..inputs.vectors import SteeringVector
+    from ..runtime.model import Model
+    from ..steering.candidates import Candidates
+
+DESCRIPTION = """\
+Steer harmless prompts by +A (towards refusal) and harmful prompts by -A (away from it), each time
+with one part of the model frozen or ablated, and print how often the model refuses or complies:
+Table 1 of arXiv 2604.08524, with random directions as control.
+
+Without --vector one is found first: difference in means on the training prompts, chosen on the
+validation prompts by the paper's rule. The bundled tiny models bring their own prompts. For other
+models give two prompt files: the first half of each trains the vector, the next quarter chooses it,
+and the last quarter (with --vector: all of it) is the test."""
 
 
-def _layers(text):
+def add_parser(commands: Subparsers) -> None:
+    """Adds the command to the parser of `vksteer`."""
+    parser = commands.add_parser(
+        "freeze",
+        formatter_class=Help,
+        help="Table 1: does a vector act through attention patterns, values or MLPs?",
+        description=DESCRIPTION,
+    )
+    model_arguments(parser)
+    group = parser.add_argument_group("prompts")
+    prompt_file_arguments(group)
+    group.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="test on at most N prompts of each kind (default: 100)",
+        default=100,
+    )
+    _vector(parser.add_argument_group("vector and strength"))
+    _table(parser.add_argument_group("table"))
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help=(
+            "write table, picture, answers and vector here; a second run with the same arguments"
+            " resumes"
+        ),
+    )
+    parser.set_defaults(run=run_freeze)
+
+
+def _vector(group: Group) -> None:
+    group.add_argument(
+        "--vector",
+        metavar="FILE",
+        help="a steering vector: .safetensors, .npz or .gguf (default: find one)",
+    )
+    group.add_argument(
+        "--layer", type=int, help="which layer's vector, where a .gguf file holds several"
+    )
+    group.add_argument("--criterion", **CRITERIA)
+    group.add_argument(
+        "--coefficient",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="A",
+        help="strength; two numbers: for harmless and for harmful prompts (default: 1)",
+    )
+
+
+def _table(group: Group) -> None:
+    group.add_argument(
+        "--layers",
+        metavar="each|L,L,...",
+        help="freeze one layer at a time instead of all from the vector's on",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="length of an answer (default: 128)",
+    )
+    group.add_argument(
+        "--random",
+        type=int,
+        default=3,
+        metavar="N",
+        help="rows with random directions of the same norm (default: 3)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of the random directions (default: 0)"
+    )
+    judge_argument(group)
+
+
+def _layers(text: str | None) -> str | list[int] | None:
+    """What --layers says: None for all at once, "each", or a list of layers."""
     if text is None or text == "each":
         return text
     try:
@@ -19,18 +126,17 @@ def _layers(text):
         raise ValueError(f"--layers takes 'each' or numbers with commas, not {text!r}") from None
 
 
-def run_freeze(arguments) -> int:
-    from .. import steering
+def run_freeze(arguments: argparse.Namespace) -> int:
+    """Runs the command; the exit status."""
     from ..freezing import ablation_table
     from ..inputs.vectors import SteeringVector
     from ..judge import LlamaGuard
 
-    if len(arguments.coefficient) > 2:
-        raise ValueError(
-            f"--coefficient takes one or two numbers, not {len(arguments.coefficient)}"
-        )
+    strengths = arguments.coefficient
+    if len(strengths) > 2:
+        raise ValueError(f"--coefficient takes one or two numbers, not {len(strengths)}")
     layers, show = _layers(arguments.layers), sys.stderr.isatty()
-    train, validation, test = freeze_prompts(arguments)
+    train, validation, (harmful, harmless) = freeze_prompts(arguments)
     vector = SteeringVector.load(arguments.vector, arguments.layer) if arguments.vector else None
     out = Path(arguments.out) if arguments.out else None
     if out is not None:
@@ -39,48 +145,16 @@ def run_freeze(arguments) -> int:
     with contextlib.ExitStack() as opened:
         model = opened.enter_context(open_model(arguments))
         if vector is None:
-            candidates = steering.difference_in_means(model, *train, progress=show)
-            print(
-                f"Candidates: {len(candidates.positions)} positions"
-                f" ({', '.join(f'{p} {t!r}' for p, t in zip(candidates.positions, candidates.position_texts))})"
-                f" x {model.config.n_layers} layers"
-            )
-            try:
-                vector = candidates.select(
-                    *validation, criterion=arguments.criterion, progress=show
-                )
-            finally:
-                if out is not None and candidates.table is not None:
-                    removed = "\n".join(f"- {r}" for r in candidates.rejected)
-                    (out / "candidates.md").write_text(
-                        f"{candidates.table.to_markdown()}\n\nRemoved by a filter:\n\n{removed}\n",
-                        encoding="utf-8",
-                    )
-            chosen = vector.meta["selection"]
-            score = "bypass_ablation" if arguments.criterion == "arditi" else "bypass"
-            print(f"Refusal tokens: {candidates.table.refusal_tokens}")
-            print(
-                f"Chosen: layer {vector.layer}, position {vector.position} ({score}"
-                f" {chosen[score]:.2f}, induce {chosen['induce']:.2f}, KL {chosen['kl']:.3f};"
-                f" {len(candidates.rejected)} of"
-                f" {candidates.vectors.shape[0] * candidates.vectors.shape[1]} candidates removed"
-                " by filters)\n"
-            )
-        judge = (
-            LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
-            if arguments.judge
-            else None
-        )
-        coefficient = (
-            arguments.coefficient[0]
-            if len(arguments.coefficient) == 1
-            else tuple(arguments.coefficient)
-        )
+            vector = _find(model, train, validation, arguments.criterion, out, show)
+        judge = None
+        if arguments.judge:
+            judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
         table = ablation_table(
             model,
             vector,
-            *test,
-            coefficient,
+            harmful,
+            harmless,
+            strengths[0] if len(strengths) == 1 else tuple(strengths),
             max_new_tokens=arguments.max_new_tokens,
             judge=judge,
             layers=layers,
@@ -95,7 +169,49 @@ def run_freeze(arguments) -> int:
     return 0
 
 
-def _write(table, vector, out: Path):
+def _find(
+    model: Model, train: Any, validation: Any, criterion: str, out: Path | None, show: bool
+) -> SteeringVector:
+    """The difference in means that the rule chooses; the candidates go to candidates.md."""
+    from .. import steering
+
+    candidates = steering.difference_in_means(model, *train, progress=show)
+    named = zip(candidates.positions, candidates.position_texts)
+    positions = ", ".join(f"{p} {t!r}" for p, t in named)
+    print(
+        f"Candidates: {len(candidates.positions)} positions ({positions}) x"
+        f" {model.config.n_layers} layers"
+    )
+    harmful, harmless = validation
+    try:
+        vector = candidates.select(harmful, harmless, criterion=criterion, progress=show)
+    finally:
+        if out is not None and candidates.table is not None:
+            removed = "\n".join(f"- {r}" for r in candidates.rejected)
+            (out / "candidates.md").write_text(
+                f"{candidates.table.to_markdown()}\n\nRemoved by a filter:\n\n{removed}\n",
+                encoding="utf-8",
+            )
+    _show_choice(candidates, vector, "bypass_ablation" if criterion == "arditi" else "bypass")
+    return vector
+
+
+def _show_choice(candidates: Candidates, vector: SteeringVector, score: str) -> None:
+    """Prints the refusal tokens, the chosen candidate and its scores."""
+    assert candidates.table is not None  # select fills it
+    chosen = vector.meta["selection"]
+    n_positions, n_layers = candidates.vectors.shape[:2]
+    print(f"Refusal tokens: {candidates.table.refusal_tokens}")
+    print(
+        f"Chosen: layer {vector.layer}, position {vector.position} ({score}"
+        f" {chosen[score]:.2f}, induce {chosen['induce']:.2f}, KL {chosen['kl']:.3f};"
+        f" {len(candidates.rejected)} of {n_positions * n_layers} candidates removed"
+        " by filters)\n"
+    )
+
+
+def _write(table: AblationTable, vector: SteeringVector, out: Path) -> None:
+    """Writes table, picture and vector to the folder."""
     (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
     (out / "table.json").write_text(json.dumps(table.to_dict(), indent=2), encoding="utf-8")
     vector.save(out / "vector.safetensors")

@@ -1,4 +1,4 @@
-"""Prompts: the bundled toy world, files, and data sets of the hub."""
+"""Prompts from the bundled toy world, from files, and from data sets of the Hugging Face hub."""
 
 from .prompt_files import STUDY, load, tiny, tiny_pair
 

@@ -1,22 +1,30 @@
-"""Prompts: the bundled toy world, files, and data sets of the hub. The tree carries no data set of
-the study; they are read from where they lie.
+"""Prompts from the bundled toy world, from files, and from data sets of the Hugging Face hub. The
+package contains none of the study's data sets; they are read from files or from the hub.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from ..base.types import PathLike
+    from .world import Request
+
+T = TypeVar("T")
+#: A row of a file: {column: value}.
+Row: TypeAlias = dict[str, Any]
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
-#: Columns that hold the prompt in common data sets; used where exactly one of them is
-#: there and none is named.
+#: Names of the column that holds the prompts in common data sets. If no column is named and exactly
+#: one of these is there, it is used.
 PROMPT_COLUMNS = ("prompt", "instruction", "goal", "question", "forbidden_prompt", "query", "text")
-#: The study's data sets (method.md section 1): short name -> (hub name and file, column). The hub
-#: cannot be reached from the build machines, so these three addresses are from memory; a file that
-#: is not there is reported with the files that are.
+#: The study's data sets (docs/method.md section 1): short name -> (hub name and file, column). No
+#: test has tried these addresses against the hub; a file that is not there is reported with the
+#: files that are.
 STUDY = {
     "jailbreakbench": ("JailbreakBench/JBB-Behaviors:data/harmful-behaviors.csv", "Goal"),
     "alpaca": ("tatsu-lab/alpaca:data/train-*.parquet", "instruction"),
@@ -24,9 +32,9 @@ STUDY = {
 }
 
 
-def tiny(split: str, *args, **kwargs) -> list:
-    """Requests of the bundled toy world, harmful and harmless in turn (`vksteer.data.world.tiny`):
-    "train", "validation" or "test".
+def tiny(split: str, *args: Any, **kwargs: Any) -> list[Request]:
+    """Requests of the bundled toy world, alternately harmful and harmless. split: "train",
+    "validation" or "test"; the other arguments are those of `vksteer.data.world.tiny`.
     """
     from . import world
 
@@ -34,29 +42,33 @@ def tiny(split: str, *args, **kwargs) -> list:
 
 
 def tiny_pair(split: str, n: int | None = None, seed: int = 0) -> tuple[list[str], list[str]]:
-    """The same as two lists of texts: (harmful prompts, harmless prompts), n of each (default:
-    the split's own size).
+    """(harmful prompts, harmless prompts) of the bundled toy world, n of each (default: the split's
+    own size).
     """
     requests = tiny(split, n, n, seed)
     return [r.prompt for r in requests if r.harmful], [r.prompt for r in requests if not r.harmful]
 
 
 def load(
-    path_or_name, column: str | None = None, *, keep=None, limit: int | None = None
+    path_or_name: PathLike,
+    column: str | None = None,
+    *,
+    keep: Callable[[Row], object] | None = None,
+    limit: int | None = None,
 ) -> list[str]:
     """Prompts from a file or a data set, in the file's order.
 
     path_or_name: a .csv, .tsv, .json (a list of texts, a list of objects, or an object of columns),
-      .jsonl, .parquet (needs pyarrow) or .txt file (one prompt a line); "owner/name" or
-      "owner/name:path/of/file.csv" on the hub (the path may hold *); or one of STUDY
+      .jsonl, .parquet (needs pyarrow) or .txt file (one prompt per line); "owner/name" or
+      "owner/name:path/of/file.csv" on the hub (the path may contain *); or one of STUDY
       ("jailbreakbench", "alpaca", "strongreject").
-    column: which one holds the prompts; without it a file's only text column, or the only
-    one with a usual name.
-    keep: a function of a row (a dict) that says whether to take it, for example `lambda row: not
-    row["input"]` for Alpaca.
-    limit: at most so many prompts.
-    Raises ValueError for what cannot be read as asked, with the columns or files that there are;
-    FileNotFoundError for a file that does not exist.
+    column: the column that holds the prompts. Default: the only text column, or the only one with
+      a common name.
+    keep: a function of a row (a dict) that returns whether to take it, for example `lambda row: not
+      row["input"]` for Alpaca.
+    limit: the largest number of prompts.
+    Raises ValueError where the file or the column cannot be read or is not clear, naming the
+    columns or files that there are, and FileNotFoundError for a file that does not exist.
     """
     name = str(path_or_name)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
@@ -93,8 +105,9 @@ def load(
     return prompts
 
 
-def _column(path, rows: list[dict], column: str | None) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def _column(path: Path, rows: list[Row], column: str | None) -> str:
+    """The name of the column that holds the prompts."""
+    columns: list[str] = list(dict.fromkeys(key for row in rows for key in row))
     if column is not None:
         if column not in columns:
             alike = [c for c in columns if c.lower() == column.lower()]
@@ -117,7 +130,7 @@ def _column(path, rows: list[dict], column: str | None) -> str:
 # -- one reader per format; each returns a list of rows, a row is {column: value} ------------------
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[Row]:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(
@@ -129,20 +142,20 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
         text = path.read_text(encoding="utf-8-sig")
-        return {
-            ".csv": lambda: _csv(path, text, ","),
-            ".tsv": lambda: _csv(path, text, "\t"),
-            ".json": lambda: _json(path, json.loads(text)),
-            ".jsonl": lambda: _jsonl(path, text),
-            ".txt": lambda: [{"text": line} for line in text.splitlines() if line.strip()],
-        }[ending]()
+        if ending in (".csv", ".tsv"):
+            return _csv(path, text, "," if ending == ".csv" else "\t")
+        if ending == ".json":
+            return _json(path, json.loads(text))
+        if ending == ".jsonl":
+            return _jsonl(path, text)
+        return [{"text": line} for line in text.splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def _csv(path, text, delimiter) -> list[dict]:
+def _csv(path: Path, text: str, delimiter: str) -> list[Row]:
     import csv
     import io
 
@@ -155,12 +168,12 @@ def _csv(path, text, delimiter) -> list[dict]:
         if None in row or None in row.values():
             raise ValueError(
                 f"{path}, row {i} has another number of fields than the header"
-                f" ({len(reader.fieldnames)}): is a text with a comma unquoted?"
+                f" ({len(reader.fieldnames or ())}): is a text with a comma unquoted?"
             )
     return rows
 
 
-def _json(path, content) -> list[dict]:
+def _json(path: Path, content: Any) -> list[Row]:
     if isinstance(content, dict):
         columns = {k: v for k, v in content.items() if isinstance(v, list)}
         if len(columns) != len(content) or len({len(v) for v in columns.values()}) > 1:
@@ -176,9 +189,9 @@ def _json(path, content) -> list[dict]:
     return [_row(path, i, item) for i, item in enumerate(content)]
 
 
-def _jsonl(path, text) -> list[dict]:
+def _jsonl(path: Path, text: str) -> list[Row]:
     rows = []
-    # not splitlines: JSON texts may hold U+2028
+    # Not splitlines: a JSON text may contain U+2028, where splitlines would divide it.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -188,7 +201,7 @@ def _jsonl(path, text) -> list[dict]:
     return rows
 
 
-def _row(path, where, item) -> dict:
+def _row(path: Path, where: int, item: Any) -> Row:
     if isinstance(item, str):
         return {"text": item}
     if isinstance(item, dict):
@@ -196,9 +209,9 @@ def _row(path, where, item) -> dict:
     raise ValueError(f"{path}, entry {where}: {item!r} is neither a text nor an object")
 
 
-def _parquet(path) -> list[dict]:
+def _parquet(path: Path) -> list[Row]:
     try:
-        import pyarrow
+        import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         raise ValueError(
@@ -206,8 +219,9 @@ def _parquet(path) -> list[dict]:
             " or jsonl"
         ) from None
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        rows: list[Row] = parquet.ParquetFile(path).read().to_pylist()
+        return rows
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
 
 
@@ -215,7 +229,9 @@ def _parquet(path) -> list[dict]:
 
 
 def _choose_file(name: str, files: Iterable[str], wanted: str) -> str:
-    """The one data file of a hub data set that `wanted` (a path, a pattern, or "") names."""
+    """The data file of a hub data set that matches `wanted`: a path, a pattern, or "" for the only
+    one.
+    """
     data = [
         f
         for f in files
@@ -233,7 +249,7 @@ def _choose_file(name: str, files: Iterable[str], wanted: str) -> str:
 
 
 def _from_hub(name: str) -> Path:
-    """A hub data set's file in huggingface_hub's cache, downloaded if need be."""
+    """The path of a hub data set's file in huggingface_hub's cache, downloaded where needed."""
     repository, _, wanted = name.partition(":")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(
@@ -247,22 +263,24 @@ def _from_hub(name: str) -> Path:
             f"{name!r} is no file here, and fetching it from the hub needs huggingface_hub: pip"
             " install huggingface_hub"
         ) from None
-    files = _asked(
+    files = _from_client(
         name, lambda: huggingface_hub.HfApi().list_repo_files(repository, repo_type="dataset")
     )
     file = _choose_file(name, files, wanted)
     return Path(
-        _asked(name, lambda: huggingface_hub.hf_hub_download(repository, file, repo_type="dataset"))
+        _from_client(
+            name, lambda: huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
+        )
     )
 
 
-def _asked(name: str, call):
-    """The answer of a call to the hub; ValueError with the reason where there is none."""
+def _from_client(name: str, call: Callable[[], T]) -> T:
+    """What a call to the hub returns. Raises ValueError with the reason where it fails."""
     try:
         return call()
     except Exception as error:
-        # huggingface_hub's errors are OSErrors or ValueErrors; its HTTP client's own (which library
-        # that is has changed between releases) are neither.
+        # The errors of huggingface_hub are OSErrors or ValueErrors. Those of its HTTP client are
+        # neither, and its releases use different clients.
         client = type(error).__module__.split(".")[0] in (
             "httpx",
             "httpx2",
@@ -282,8 +300,8 @@ def _asked(name: str, call):
 
 
 def prompts_of(text: str) -> list[str]:
-    """FILE or FILE:COLUMN; a colon that belongs to an existing file's or a hub data
-    set's name is left alone.
+    """The prompts of FILE or FILE:COLUMN. A colon in the name of an existing file or of a hub data
+    set is not taken as the separator.
     """
     name, colon, column = text.rpartition(":")
     if colon and not Path(text).exists() and Path(name).exists():

@@ -1,5 +1,5 @@
-"""The OV circuit opened (method.md section 7): what steering adds to every head, what it says, and
-which weights say it.
+"""The OV circuit under steering (docs/method.md section 7): what steering adds to every head, which
+tokens that promotes, and the weights behind it.
 """
 
 from .decomposition import Decomposition, DirectShares, decompose, direct_shares

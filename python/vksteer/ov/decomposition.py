@@ -1,53 +1,64 @@
-"""The steered OV circuit taken apart: direct part (attention-weighted steering value vectors) and
-indirect part of every head's output.
+"""The output of every head under steering, divided into a direct part (steering value vectors
+weighted by attention) and an indirect part.
 
-With H the residual stream without the added a*s and D_c = 1/RMS(H + a*s), a head's output is
-    A^h D_c (H * gain) W_V W_O^h + b_V W_O^h   (indirect)   +   D_{c^h} svv^h(s),  D_{c^h} =
-    A^h D_c a   (direct),
-before a post-norm, at every position: method.md section 7. Here A^h and the RMS are
-those of the steered run.
+With H the residual stream without the added a*s and D_c = 1/RMS(H + a*s), the output of head h
+before a post-norm is, at every position,
+
+    D_{c^h} svv^h(s)                               (direct),    D_{c^h} = A^h D_c a
+    + A^h D_c (H * gain) W_V W_O^h + b_V W_O^h     (indirect)
+
+where A^h and the RMS are those of the steered run (docs/method.md section 7).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
+from ..base.types import Array, BoolArray, Float32Array, Float64Array, IntArray
 from ..inputs.prompts import as_tokens, batches
 from ..inputs.samples import check_steering
+from ..inputs.vectors import SteeringVector
 from ..runtime.edits import Steer
 from .value_vectors import check_vector
 
-#: Captured float32 that may be held at a time while shares are summed.
+if TYPE_CHECKING:
+    from ..loading.config import Config
+    from ..runtime.model import Model
+    from ..runtime.run import Run
+
+#: Most bytes of captured float32 values that are held while shares are summed.
 CAPTURE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """One layer of one batch. Rows are left-padded, padded entries are 0.
+    """The two parts for one layer and one batch. Rows are left-padded; padded entries are 0.
 
-    direct, indirect: float32 [B, S, H, D]; their sum is `attn.hook_result` of the steered
-    run. scales: float32 [B, S, H], A^h D_c a of the method: of a's sign, positive where a >
-    0. base: float32 [B, S, H, D], the unsteered run's. tokens: int32 [B, S]; mask: bool [B,
-    S]. layer: whose heads.
+    direct, indirect: float32 [B, S, H, D]; their sum is `attn.hook_result` of the steered run.
+    scales: float32 [B, S, H], A^h D_c a, which has the sign of a. base: float32 [B, S, H, D],
+    `attn.hook_result` of the unsteered run. tokens: int32 [B, S]; mask: bool [B, S].
     """
 
-    direct: np.ndarray
-    indirect: np.ndarray
-    scales: np.ndarray
-    base: np.ndarray
-    tokens: np.ndarray
-    mask: np.ndarray
+    direct: Float32Array
+    indirect: Float32Array
+    scales: Float32Array
+    base: Float32Array
+    tokens: Array
+    mask: BoolArray
     layer: int
 
     @property
-    def heads_share(self) -> np.ndarray:
-        """float64 [H]: how much of the steered change of each head's output the direct part
-        explains: sum over positions of direct . change over that of |change|^2, change = steered -
-        unsteered. The rest is the indirect part's. NaN where nothing changes.
+    def heads_share(self) -> Float64Array:
+        """float64 [H]: the share of the change of each head's output that the direct part explains.
+
+        It is the sum over positions of direct . change, divided by that of |change|^2, where change
+        = steered - unsteered. The indirect part explains the rest. NaN where nothing changes.
         """
         direct, change = self._parts()
         return _ratio(
@@ -56,21 +67,23 @@ class Decomposition:
 
     @property
     def share(self) -> float:
-        """The same for the heads' sum, which is what the layer's attention writes."""
+        """The same for the sum over heads, which is what the layer's attention writes."""
         direct, change = (part.sum(axis=2) for part in self._parts())
         return float(_ratio((direct * change).sum(), (change * change).sum()))
 
-    def _parts(self):
+    def _parts(self) -> tuple[Float64Array, Float64Array]:
+        """(direct part, change), float64 [B, S, H, D]."""
         direct = self.direct.astype(np.float64)
         return direct, direct + self.indirect - self.base
 
 
-def _ratio(a, b):
+def _ratio(a: Any, b: Any) -> Float64Array:
+    """The quotient a / b, NaN where b is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.asarray(b) > 0, np.divide(a, b), np.nan)
 
 
-def _layer(layer, vector, config) -> int:
+def _layer(layer: int, vector: SteeringVector, config: Config) -> int:
     layer = require_int(layer, "layer", 0)
     if not vector.layer <= layer < config.n_layers:
         raise ValueError(
@@ -80,13 +93,13 @@ def _layer(layer, vector, config) -> int:
     return layer
 
 
-def _scales(run, layer: int, coefficient: float) -> np.ndarray:
+def _scales(run: Run, layer: int, coefficient: float) -> Float64Array:
     """A^h D_c a, float64 [B, S, H]."""
     rms = run[f"blocks.{layer}.ln1.hook_scale"][..., 0].astype(np.float64)
     inverse = np.where(run.mask, 1.0 / np.where(run.mask, rms, 1.0), 0.0)
-    return coefficient * np.einsum(
-        "bhqk,bk->bqh", run[f"blocks.{layer}.attn.hook_pattern"].astype(np.float64), inverse
-    )
+    pattern = run[f"blocks.{layer}.attn.hook_pattern"].astype(np.float64)
+    scales: Float64Array = coefficient * np.einsum("bhqk,bk->bqh", pattern, inverse)
+    return scales
 
 
 def _sites(layer: int) -> list[str]:
@@ -98,16 +111,23 @@ def _sites(layer: int) -> list[str]:
 
 
 def decompose(
-    model, prompts, vector, coefficient: float, layer: int, *, responses=None
+    model: Model,
+    prompts: Sequence[Any],
+    vector: SteeringVector,
+    coefficient: float,
+    layer: int,
+    *,
+    responses: Sequence[Any] | None = None,
 ) -> Decomposition:
-    """The two parts of every head's output of `layer` when `vector` steers all
-    positions by `coefficient`.
+    """The direct and the indirect part of the output of every head of `layer`, when `vector` times
+    `coefficient` is added at all positions (docs/method.md section 7).
 
-    prompts: texts or token lists; responses: one per prompt, after it. layer: from the vector's on.
-    Two runs: steered and unsteered. The direct part is computed from the value vectors, the run's
-    patterns and norms alone; the indirect part is what the head writes beyond it, value biases
-    included. Raises ValueError before any work for a vector of another width or layer or zero, a
-    layer below the vector's, no prompt.
+    prompts: texts or token lists; responses: one for each prompt, appended to it. layer: the
+    vector's layer or a later one. Runs the model twice, steered and unsteered. The direct part is
+    computed only from the value vectors and the attention patterns and norms of the steered run;
+    the indirect part is the rest of what the head writes, value biases included.
+    Raises ValueError before any work for a vector of another width or layer or zero, a layer below
+    the vector's, and no prompts.
     """
     model._check_open()
     check_vector(model, vector)
@@ -122,7 +142,7 @@ def decompose(
     )
     base = model.run(rows, responses, capture=sites[:1], logits=None)
     scales = _scales(steered, layer, coefficient)
-    # before a post-norm: without its gain
+    # hook_result is before a post-norm, so the gain of the post-norm is left out.
     values = model._engine.value_vectors(vector.direction, layer, False)[0]
     direct = scales.astype(np.float32)[..., None] * values
     return Decomposition(
@@ -141,34 +161,28 @@ def decompose(
 
 @dataclass(frozen=True, eq=False)
 class DirectShares:
-    """How much of the steered change the direct part explains, over prompts (see
-    Decomposition.heads_share and .share).
+    """`Decomposition.heads_share` and `.share` over many prompts.
 
-    layers: int64 [n]. heads: float64 [n, H]; total: float64 [n], of the heads' sum. n_positions:
-    tokens that were summed over.
+    layers: int64 [n]. heads: float64 [n, H]; total: float64 [n], of the sum over heads.
+    n_positions: tokens that were summed over.
     """
 
-    layers: np.ndarray
-    heads: np.ndarray
-    total: np.ndarray
+    layers: IntArray
+    heads: Float64Array
+    total: Float64Array
     n_positions: int
 
-    def to_dict(self) -> dict:
-        plain = lambda x: (
-            [plain(v) for v in x]
-            if isinstance(x, np.ndarray)
-            else None
-            if np.isnan(x)
-            else float(x)
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN becomes None."""
         return {
             "layers": self.layers.tolist(),
-            "heads": plain(self.heads),
-            "total": plain(self.total),
+            "heads": [_plain(row) for row in self.heads],
+            "total": _plain(self.total),
             "n_positions": self.n_positions,
         }
 
     def to_markdown(self) -> str:
+        """A table with a row for each layer and a column for each head, in percent."""
         lines = [
             (
                 "Share of the steered change of attention's output that the direct part explains;"
@@ -180,65 +194,86 @@ class DirectShares:
             + " |",
             "|---:" * (self.heads.shape[1] + 2) + "|",
         ]
-        percent = lambda x: "-" if np.isnan(x) else f"{100 * x:.0f} %"
         return "\n".join(
             lines
             + [
-                f"| {l} | {percent(t)} | " + " | ".join(map(percent, row)) + " |"
+                f"| {l} | {_percent(t)} | " + " | ".join(map(_percent, row)) + " |"
                 for l, t, row in zip(self.layers, self.total, self.heads)
             ]
         )
 
 
+def _plain(shares: Float64Array) -> list[float | None]:
+    return [None if np.isnan(x) else float(x) for x in shares]
+
+
+def _percent(share: float) -> str:
+    return "-" if np.isnan(share) else f"{100 * share:.0f} %"
+
+
 def direct_shares(
-    model, prompts, vector, coefficient: float, layers=None, *, progress=True
+    model: Model,
+    prompts: Sequence[Any],
+    vector: SteeringVector,
+    coefficient: float,
+    layers: int | Sequence[int] | None = None,
+    *,
+    progress: bool | Callable[[int, int], Any] = True,
 ) -> DirectShares:
     """`Decomposition.heads_share` and `.share` over many prompts, for `layers` (None: all from the
-    vector's on), in batches that fit.
+    vector's on), in batches that fit in memory.
 
-    Sums run in float64 over every real position of every prompt. Raises ValueError as `decompose`.
+    Sums run in float64 over every real position of every prompt. Raises ValueError as `decompose`
+    does, and for an empty list of layers.
     """
     model._check_open()
     check_vector(model, vector)
     c, coefficient = model.config, check_steering(model, vector, coefficient)
-    layers = (
-        list(range(vector.layer, c.n_layers))
-        if layers is None
-        else [layers]
-        if isinstance(layers, (int, np.integer))
-        else list(layers)
-    )
-    layers = [_layer(l, vector, c) for l in layers]
-    if not layers:
+    if layers is None:
+        layers = range(vector.layer, c.n_layers)
+    elif isinstance(layers, (int, np.integer)):
+        layers = [layers]
+    chosen = [_layer(l, vector, c) for l in layers]
+    if not chosen:
         raise ValueError("layers is empty: name at least one, or None for all")
     rows = as_tokens(model, prompts, "prompts")
-    # bytes that one prompt and layer take, steered and not
-    one = 8 * max(map(len, rows)) * c.n_heads * (c.d_model + max(map(len, rows)))
-    at_once = max(1, min(len(layers), CAPTURE_BYTES // one))
+    longest = max(map(len, rows))
+    # Bytes that one prompt takes for one layer: results and patterns, steered and unsteered.
+    one = 8 * longest * c.n_heads * (c.d_model + longest)
+    at_once = max(1, min(len(chosen), CAPTURE_BYTES // one))
     values = model._engine.value_vectors(vector.direction, vector.layer, False).astype(np.float64)
-    # direct . change, |change|^2
-    per_head, together = np.zeros((2, len(layers), c.n_heads)), np.zeros((2, len(layers)))
-    with Progress(progress, len(rows) * len(layers), "direct shares") as bar:
+    # Of each: direct . change, and |change|^2.
+    per_head, together = np.zeros((2, len(chosen), c.n_heads)), np.zeros((2, len(chosen)))
+    edits = [Steer(vector, coefficient)]
+    with Progress(progress, len(rows) * len(chosen), "direct shares") as bar:
         for part in batches(rows, tokens=4096, most=max(1, CAPTURE_BYTES // (one * at_once))):
-            for first in range(0, len(layers), at_once):
-                some = layers[first : first + at_once]
-                steered = model.run(
-                    rows[part],
-                    edits=[Steer(vector, coefficient)],
-                    capture=[s for l in some for s in _sites(l)],
-                    logits=None,
-                )
+            for first in range(0, len(chosen), at_once):
+                some = chosen[first : first + at_once]
+                sites = [s for l in some for s in _sites(l)]
+                steered = model.run(rows[part], edits=edits, capture=sites, logits=None)
                 base = model.run(rows[part], capture=[_sites(l)[0] for l in some], logits=None)
                 for i, layer in enumerate(some, first):
+                    scales, svv = _scales(steered, layer, coefficient), values[layer - vector.layer]
                     result = _sites(layer)[0]
                     change = steered[result].astype(np.float64) - base[result]
-                    scales, svv = _scales(steered, layer, coefficient), values[layer - vector.layer]
-                    per_head[0, i] += np.einsum(
-                        "bsh,bshd,hd->h", scales, change, svv, optimize=True
-                    )
-                    per_head[1, i] += np.einsum("bshd,bshd->h", change, change)
-                    direct, change = np.einsum("bsh,hd->bsd", scales, svv), change.sum(axis=2)
-                    together[0, i] += (direct * change).sum()
-                    together[1, i] += (change * change).sum()
+                    heads, total = _products(scales, svv, change)
+                    per_head[:, i] += heads
+                    together[:, i] += total
                 bar.step(len(steered.mask) * len(some))
-    return DirectShares(np.array(layers), _ratio(*per_head), _ratio(*together), sum(map(len, rows)))
+    return DirectShares(np.array(chosen), _ratio(*per_head), _ratio(*together), sum(map(len, rows)))
+
+
+def _products(
+    scales: Float64Array, svv: Float64Array, change: Float64Array
+) -> tuple[Float64Array, Float64Array]:
+    """(direct . change, |change|^2), summed over positions: of each head, [2, H], and of the sum
+    over heads, [2].
+
+    scales: [B, S, H]; svv: the layer's value vectors [H, D]; change: [B, S, H, D].
+    """
+    heads = [
+        np.einsum("bsh,bshd,hd->h", scales, change, svv, optimize=True),
+        np.einsum("bshd,bshd->h", change, change),
+    ]
+    direct, change = np.einsum("bsh,hd->bsd", scales, svv), change.sum(axis=2)
+    return np.array(heads), np.array([(direct * change).sum(), (change * change).sum()])

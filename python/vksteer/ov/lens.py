@@ -4,78 +4,87 @@ norm and the unembedding (no softcap).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..base.checks import require_int
 from ..base.progress import Progress
+from ..base.types import Array, Float32Array, PathLike
 from ..inputs.prompts import token_text
 from ..inputs.vectors import SteeringVector
 from .value_vectors import SteeringValueVectors
 
-MOST = 512  # the engine's longest list (TOPK_MAX)
-AT_ONCE = 1024  # vectors that the engine takes at a time (LENS_ROWS)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..runtime.model import Model
+
+MOST = 512  # longest list of tokens that the engine returns (TOPK_MAX)
+AT_ONCE = 1024  # vectors that the engine reads in one call (LENS_ROWS)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A promoted token that was searched for."""
+    """A token that `Lens.find` found among those that a vector promotes."""
 
     index: tuple[int, ...]  # of the vector
-    label: str  # the vector's name, "L12 H3"
-    rank: int  # among its tokens, from 1 on
+    label: str  # the vector's name, for example "L12 H3"
+    rank: int  # among the vector's tokens, from 1 on
     token: int
     text: str
     value: float
 
 
 class Lens:
-    """What `logit_lens` found. Leading axes are those of the vectors.
+    """The result of `logit_lens`. The leading axes are those of the vectors.
 
-    tokens: int32 [..., top]; values: float32 [..., top], falling, equal ones by the lower token.
+    tokens: int32 [..., top]; values: float32 [..., top], falling, ties by the lower token id.
     by: "logit" or "cosine". labels: for each leading axis the names of its entries.
     """
 
     def __init__(
-        self, model, tokens: np.ndarray, values: np.ndarray, by: str, labels: list[list[str]]
+        self, model: Model, tokens: Array, values: Float32Array, by: str, labels: list[list[str]]
     ):
         self.tokens, self.values, self.by, self.labels = tokens, values, by, labels
         unique = np.unique(tokens)
         self._texts = {int(t): _text(model, int(t)) for t in unique}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Lens({' x '.join(map(str, self.tokens.shape[:-1])) or 'one'} vectors, top"
             f" {self.tokens.shape[-1]} by {self.by})"
         )
 
-    def text(self) -> list:
-        """Every token's text, as nested lists of the shape of `tokens`; a token is named by its
-        number where the model has no tokenizer.
+    def text(self) -> list[Any]:
+        """The text of every token, as nested lists of the shape of `tokens`. Without a tokenizer a
+        token is named by its id.
         """
-        return _nested(self.tokens, lambda t: self._texts[int(t)])
+        return _nested(self.tokens, lambda t: self._texts[t])
 
-    def label(self, index) -> str:
-        """The name of one vector, "L12 H3"."""
+    def label(self, index: Sequence[int]) -> str:
+        """The name of one vector, for example "L12 H3"."""
         return " ".join(names[i] for names, i in zip(self.labels, index))
 
     def find(self, text: str) -> list[Hit]:
-        """Where tokens that contain `text` (case ignored) are promoted: a Hit each, vector by
-        vector, best rank first.
+        """All promoted tokens that contain `text`, ignoring case, ordered by vector and then by
+        rank. Raises ValueError for an empty text.
         """
         if not isinstance(text, str) or not text:
             raise ValueError(f"find takes a text that is not empty, not {text!r}")
-        wanted = {t for t, shown in self._texts.items() if text.lower() in shown.lower()}
+        matching = [t for t, shown in self._texts.items() if text.lower() in shown.lower()]
         hits = []
-        for *index, rank in np.argwhere(np.isin(self.tokens, list(wanted))):
-            index = tuple(map(int, index))
+        for *place, rank in np.argwhere(np.isin(self.tokens, matching)).tolist():
+            index = tuple(place)
             token = int(self.tokens[(*index, rank)])
             hits.append(
                 Hit(
                     index,
                     self.label(index),
-                    int(rank) + 1,
+                    rank + 1,
                     token,
                     self._texts[token],
                     float(self.values[(*index, rank)]),
@@ -83,7 +92,10 @@ class Lens:
             )
         return hits
 
-    def _cell(self, index, top, mark, values=False) -> str:
+    def _cell(
+        self, index: tuple[int, ...], top: int, mark: str | None, values: bool = False
+    ) -> str:
+        """The first `top` tokens of one vector in one line, with their values if asked for."""
         found = []
         for token, value in zip(self.tokens[index][:top], self.values[index][:top]):
             shown = readable(self._texts[int(token)])
@@ -93,9 +105,12 @@ class Lens:
         return ", ".join(found)
 
     def to_markdown(self, top: int | None = None, mark: str | None = None) -> str:
-        """A table that can be read. Two leading axes (layers and heads): a row a layer, a column a
-        head, `top` tokens a cell (default 1). Otherwise a row a vector, `top` tokens with their
-        values (default 8). mark: tokens that contain it are bold. A space is shown as "\u2423".
+        """A table of the promoted tokens.
+
+        With two leading axes (layers and heads): a row for each layer, a column for each head and
+        `top` tokens in a cell (default 1). Otherwise a row for each vector, with `top` tokens and
+        their values (default 8). mark: tokens that contain it are bold. A space is shown as
+        "\u2423". Raises ValueError for more tokens than the lens holds.
         """
         shape = self.tokens.shape[:-1]
         if len(shape) == 2:
@@ -114,14 +129,14 @@ class Lens:
             ]
         return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
-    def _top(self, top, default: int) -> int:
-        most = self.tokens.shape[-1]
+    def _top(self, top: int | None, default: int) -> int:
+        most: int = self.tokens.shape[-1]
         top = min(default, most) if top is None else require_int(top, "top", 1)
         if top > most:
             raise ValueError(f"top={top}: this lens holds the first {most} tokens of each vector")
         return top
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: labels of the leading axes; tokens, texts and values as nested lists."""
         return {
             "by": self.by,
@@ -131,12 +146,13 @@ class Lens:
             "values": self.values.tolist(),
         }
 
-    def plot(self, path=None, mark: str | None = None):
-        """Two leading axes: a map of the largest value of every vector, its token written in; where
-        `mark` is given, vectors that promote such a token among their `top` are framed. One vector
-        or one axis: bars of the first tokens. A matplotlib Figure, saved to `path` if one is given.
+    def plot(self, path: PathLike | None = None, mark: str | None = None) -> Figure:
+        """A matplotlib Figure, saved to `path` if one is given.
 
-        Needs matplotlib. Raises ValueError for more than two leading axes.
+        With two leading axes: a map of the largest value of every vector, with its token; vectors
+        that promote a token containing `mark` are framed. With one leading axis or none: bars of
+        the first tokens. Raises ValueError for more than two leading axes, ImportError without
+        matplotlib.
         """
         from .lens_plot import lens_figure
 
@@ -144,8 +160,8 @@ class Lens:
 
 
 def readable(text: str) -> str:
-    """A token's text for one line of a table: white space shown, nothing that Markdown
-    would take as its own.
+    """A token's text for one line of a Markdown table: white space shown, Markdown's own characters
+    escaped.
     """
     text = (
         text.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423")
@@ -159,21 +175,39 @@ def readable(text: str) -> str:
     )
 
 
-def _text(model, token: int) -> str:
+def _text(model: Model, token: int) -> str:
     tokenizer = getattr(model, "tokenizer", None)
     # An embedding may have more rows than the tokenizer has tokens.
     return token_text(model, token) if tokenizer is None or token < len(tokenizer) else f"<{token}>"
 
 
-def _nested(array: np.ndarray, name):
-    return [name(x) for x in array] if array.ndim == 1 else [_nested(part, name) for part in array]
+def _nested(tokens: Array, name: Callable[[int], str]) -> list[Any]:
+    if tokens.ndim == 1:
+        return [name(int(token)) for token in tokens]
+    return [_nested(part, name) for part in tokens]
 
 
 # -- the call --------------------------------------------------------------------------------------
 
 
-def _vectors(vectors, width: int) -> tuple[np.ndarray, list[list[str]]]:
-    """(float32 [..., D], labels of the leading axes) of whatever was given."""
+def _vectors(vectors: Any, width: int) -> tuple[Float32Array, list[list[str]]]:
+    """(float32 [..., D], labels of the leading axes) of everything that `logit_lens` accepts."""
+    array, names = _array(vectors, width)
+    if array.ndim == 0 or array.shape[-1] != width:
+        raise ValueError(
+            f"vectors must have the model's width {width} as their last axis, not the shape"
+            f" {list(array.shape)}"
+        )
+    if not array.size:
+        raise ValueError(f"there are no vectors to read: the shape is {list(array.shape)}")
+    _check_values(array)
+    if names is None:
+        names = [[str(i) for i in range(n)] for n in array.shape[:-1]]
+    return array, names
+
+
+def _array(vectors: Any, width: int) -> tuple[Float32Array, list[list[str]] | None]:
+    """The numbers of whatever was given, and the labels that it brings along."""
     names = None
     if isinstance(vectors, SteeringVector):
         vectors = vectors.direction
@@ -195,17 +229,14 @@ def _vectors(vectors, width: int) -> tuple[np.ndarray, list[list[str]]]:
             )
     try:
         with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(vectors, dtype=np.float32)
+            return np.ascontiguousarray(vectors, dtype=np.float32), names
     except (TypeError, ValueError) as error:
         raise ValueError(f"vectors must be numbers [..., {width}]: {error}") from None
-    if array.ndim == 0 or array.shape[-1] != width:
-        raise ValueError(
-            f"vectors must have the model's width {width} as their last axis, not the shape"
-            f" {list(array.shape)}"
-        )
-    if not array.size:
-        raise ValueError(f"there are no vectors to read: the shape is {list(array.shape)}")
-    flat = array.reshape(-1, width)
+
+
+def _check_values(array: Float32Array) -> None:
+    """Raises ValueError for vectors that are zero or not finite, naming the first."""
+    flat = array.reshape(-1, array.shape[-1])
     for bad, what in (
         (~np.isfinite(flat).all(axis=1), "not finite"),
         (~flat.any(axis=1), "zero, and promotes nothing"),
@@ -217,25 +248,29 @@ def _vectors(vectors, width: int) -> tuple[np.ndarray, list[list[str]]]:
                 else []
             )
             raise ValueError(f"vectors{at or ''} is {what} ({int(bad.sum())} of {len(flat)} are)")
-    if names is None:
-        names = [[str(i) for i in range(n)] for n in array.shape[:-1]]
-    return array, names
 
 
 def logit_lens(
-    model, vectors, top: int = 20, by: str = "logit", *, labels=None, progress=True
+    model: Model,
+    vectors: SteeringVector | SteeringValueVectors | Sequence[SteeringVector] | npt.ArrayLike,
+    top: int = 20,
+    by: str = "logit",
+    *,
+    labels: Sequence[Sequence[object]] | None = None,
+    progress: bool | Callable[[int, int], Any] = True,
 ) -> Lens:
-    """The `top` tokens that each vector promotes: final norm, unembedding, no softcap
-    (method.md section 7).
+    """The `top` tokens that each vector promotes, read through the final norm and the unembedding
+    without softcap (docs/method.md section 7).
 
-    vectors: [..., D], thousands if need be; a SteeringVector or a list of them;
-    SteeringValueVectors (then layers and heads name themselves). by: "logit", or "cosine" of the
-    final-normed vector with the rows of the unembedding (a row of zeros counts as 0).
+    vectors: numbers [..., D]; a SteeringVector or a list of them; or SteeringValueVectors, whose
+    layers and heads become the labels. by: "logit", or "cosine" between the vector after the final
+    norm and the rows of the unembedding (a row of zeros counts as 0).
     top: 1 to 512, at most the vocabulary. labels: names of the entries of each leading axis. The
-    ranking runs on the device, tile by tile: no [vectors x vocabulary] array is ever whole.
+    ranking runs on the device in tiles of the vocabulary, so memory does not grow with [vectors x
+    vocabulary].
     Returns a Lens: `.tokens` int32 [..., top], `.values` float32 [..., top] falling, ties by the
-    lower token, `.text()`, `.find("sorry")`. Raises ValueError before any work for another width,
-    zero or non-finite vectors, top or by out of range, labels that do not fit.
+    lower token id, `.text()`, `.find("sorry")`. Raises ValueError before any work for another
+    width, zero or non-finite vectors, top or by out of range, and labels that do not fit.
     """
     model._check_open()
     c = model.config
@@ -272,10 +307,11 @@ def logit_lens(
     return Lens(model, tokens.reshape(shape), values.reshape(shape), by, names)
 
 
-def _normed_length(model, flat) -> np.ndarray:
-    """Length of each vector after the final norm, float32 [n]."""
+def _normed_length(model: Model, flat: Float32Array) -> Float32Array:
+    """The Euclidean norm of each vector after the final norm, float32 [n]."""
     x = flat.astype(np.float64)
     x *= model._engine.vector("ln_final", -1) / np.sqrt(
         (x**2).mean(axis=1, keepdims=True) + model.config.norm_eps
     )
-    return np.linalg.norm(x, axis=1).astype(np.float32)
+    lengths: Float32Array = np.linalg.norm(x, axis=1).astype(np.float32)
+    return lengths

@@ -1,4 +1,4 @@
-"""The lens as a picture (needs matplotlib)."""
+"""The figure of a Lens (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.figures import new_figure
+from ..base.types import PathLike
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .lens import Lens
 
 
 def _plain(text: str) -> str:
-    """For matplotlib, which takes dollars as mathematics: printable, short, white space shown."""
+    """A token's text for matplotlib: printable, at most 10 characters, white space shown, and
+    dollar signs escaped, which would begin mathematics.
+    """
     text = text.replace("\n", "\\n").replace(" ", "\u2423").replace("$", r"\$")
     return "".join(c if c.isprintable() else "\ufffd" for c in text)[:10]
 
 
-def lens_figure(lens: Lens, path=None, mark: str | None = None):
-    """See Lens.plot."""
+def lens_figure(lens: Lens, path: PathLike | None = None, mark: str | None = None) -> Figure:
+    """The figure that Lens.plot describes."""
     axes_of = lens.tokens.ndim - 1
     if axes_of > 2:
         raise ValueError(
@@ -32,7 +37,8 @@ def lens_figure(lens: Lens, path=None, mark: str | None = None):
     return figure
 
 
-def _map(lens, mark):
+def _map(lens: Lens, mark: str | None) -> Figure:
+    """Two leading axes: a map of the largest values."""
     n, m = lens.tokens.shape[:2]
     figure = new_figure(max(5.0, 0.75 * m + 1.5), max(2.5, 0.32 * n + 1.0))
     axes = figure.add_subplot()
@@ -62,7 +68,8 @@ def _map(lens, mark):
     return figure
 
 
-def _bars(lens, most: int = 12):
+def _bars(lens: Lens, most: int = 12) -> Figure:
+    """At most one leading axis: bars of the first tokens of each vector."""
     tokens, values = (a.reshape(-1, a.shape[-1])[:, :most] for a in (lens.tokens, lens.values))
     names = lens.labels[0] if lens.labels else [""]
     columns = min(4, len(tokens))

@@ -1,31 +1,35 @@
-"""A head's weights as NumPy, its two circuits factored, and their singular vectors
-read through the lens.
+"""The weights of a head as NumPy arrays, its QK and OV circuits as low-rank products, and the
+logit lens on their singular vectors.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..base.checks import require_int
+from ..base.types import Float32Array
 from .lens import Lens, logit_lens
+
+if TYPE_CHECKING:
+    from ..runtime.model import Model
 
 
 class Factored(NamedTuple):
-    """A [D, D] matrix of rank d_head at most, as left [D, d_head] @ right [d_head, D];
-    never multiplied out.
+    """A [D, D] matrix of rank at most d_head, as left [D, d_head] @ right [d_head, D], both
+    float32. The product is never formed.
     """
 
-    left: np.ndarray
-    right: np.ndarray
+    left: Float32Array
+    right: Float32Array
 
-    def svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(U float32 [D, d_head], S float32 [d_head] falling, Vt float32 [d_head, D]): left @
-        right = U diag(S) Vt.
+    def svd(self) -> tuple[Float32Array, Float32Array, Float32Array]:
+        """The singular value decomposition left @ right = U diag(S) Vt, as (U float32 [D, d_head],
+        S float32 [d_head] in falling order, Vt float32 [d_head, D]).
 
-        By QR of both factors and the SVD of a d_head x d_head matrix, in float64. Of the two signs
-        of a pair, that with the larger positive entry in Vt's row.
+        Computed in float64 by QR of both factors and the SVD of a d_head x d_head matrix. The sign
+        of each pair is chosen so that the largest entry of its row of Vt by magnitude is positive.
         """
         q_left, r_left = np.linalg.qr(self.left.astype(np.float64))
         q_right, r_right = np.linalg.qr(self.right.T.astype(np.float64))
@@ -40,38 +44,37 @@ class Factored(NamedTuple):
 
 
 class HeadWeights(NamedTuple):
-    """For rows of the residual stream x [.., D] (after the norm): q = x @ W_Q, k = x @ W_K, v = x @
-    W_V, output z @ W_O.
+    """For the normed residual stream x [..., D]: q = x @ W_Q, k = x @ W_K, v = x @ W_V, and the
+    output is z @ W_O.
 
     W_Q, W_K, W_V: float32 [D, d_head]; W_O: float32 [d_head, D]. Key and value weights are those
-    of the head's group.
+    of the key/value head that the query head uses.
     """
 
-    W_Q: np.ndarray
-    W_K: np.ndarray
-    W_V: np.ndarray
-    W_O: np.ndarray
+    W_Q: Float32Array
+    W_K: Float32Array
+    W_V: Float32Array
+    W_O: Float32Array
 
     @property
     def qk(self) -> Factored:
-        """W_QK = W_Q W_K^T: x_query W_QK x_key^T is the score before scale, rotation and (where the
-        model has them) q/k norms.
+        """W_QK = W_Q W_K^T: x_query W_QK x_key^T is the attention score before the scale, the
+        rotary embedding and (where the model has them) the query and key norms.
         """
         return Factored(self.W_Q, np.ascontiguousarray(self.W_K.T))
 
     @property
     def ov(self) -> Factored:
-        """W_OV = W_V W_O: what a token that is attended to writes is x @ W_OV."""
+        """W_OV = W_V W_O: a token that is attended to writes x @ W_OV."""
         return Factored(self.W_V, self.W_O)
 
 
-def head_weights(model, layer: int, head: int, *, folded: bool = False) -> HeadWeights:
-    """(W_Q, W_K, W_V, W_O) of one query head as the device holds them: [D, d_head] three
-    times, and [d_head, D].
+def head_weights(model: Model, layer: int, head: int, *, folded: bool = False) -> HeadWeights:
+    """The weights of one query head as the device holds them.
 
-    folded: with the gain of the norm before attention in W_Q, W_K, W_V and that of a post-norm in
-    W_O, so that x may be the normalised stream before its gain; then `s @ W_V @ W_O` is the head's
-    steering value vector. Biases are not in.
+    folded: multiply the gain of the norm before attention into W_Q, W_K and W_V, and that of a
+    post-norm into W_O. Then x is the stream divided by its RMS, without the gain, and
+    `s @ W_V @ W_O` is the head's steering value vector. Biases are not included.
     Raises ValueError for a layer or head that the model does not have.
     """
     model._check_open()
@@ -82,9 +85,10 @@ def head_weights(model, layer: int, head: int, *, folded: bool = False) -> HeadW
             f"no head {head} of layer {layer}: the model has layers 0 to {c.n_layers - 1} with"
             f" heads 0 to {c.n_heads - 1}"
         )
-    group = head // (c.n_heads // c.n_kv_heads)
-    row = lambda block: engine.rows("qkv", layer, block * c.d_head, c.d_head).T
-    inputs = [row(head), row(c.n_heads + group), row(c.n_heads + c.n_kv_heads + group)]
+    kv_head = head // (c.n_heads // c.n_kv_heads)
+    # The rows of qkv are all queries, then all keys, then all values, d_head for each head.
+    places = (head, c.n_heads + kv_head, c.n_heads + c.n_kv_heads + kv_head)
+    inputs = [engine.rows("qkv", layer, i * c.d_head, c.d_head).T for i in places]
     out = engine.rows("o", layer, 0, c.d_model)[:, head * c.d_head : (head + 1) * c.d_head].T
     if folded:
         inputs = [w * engine.vector("ln1", layer)[:, None] for w in inputs]
@@ -94,7 +98,7 @@ def head_weights(model, layer: int, head: int, *, folded: bool = False) -> HeadW
 
 
 def singular_lens(
-    model,
+    model: Model,
     layer: int,
     head: int,
     *,
@@ -104,12 +108,12 @@ def singular_lens(
     top: int = 20,
     by: str = "logit",
 ) -> Lens:
-    """What the n strongest singular vectors of a head's circuit say, both signs: a Lens with the
-    axes (sign, singular vector).
+    """The logit lens on the n strongest singular vectors of a head's circuit, with both signs: a
+    Lens with the axes (sign, singular vector).
 
-    circuit: "ov" with side "out" (what the head writes, default) or "in" (what it reads); "qk" with
-    side "query" (default) or "key". Norm gains are folded in. Raises ValueError for other words, a
-    head that the model does not have, n outside 1 to d_head.
+    circuit: "ov" with side "out" (what the head writes, the default) or "in" (what it reads); "qk"
+    with side "query" (the default) or "key". Norm gains are folded in. Raises ValueError for
+    another circuit or side, a head that the model does not have, and n outside 1 to d_head.
     """
     sides = {"ov": ("out", "in"), "qk": ("query", "key")}
     if circuit not in sides or side not in (None, *sides[circuit]):

@@ -1,51 +1,69 @@
-"""Fewer dimensions, the same norm: which dimensions of a steering vector carry its effect
-(method.md section 8).
+"""Sparse steering vectors: some dimensions are set to zero and the rest is rescaled to the norm of
+the whole vector (docs/method.md section 8).
 
-Four ways to choose what is set to zero: by the gradient of the metric, by the effect of each
-dimension, by magnitude, at random. `sweep` runs them all.
+The dimensions are chosen by the gradient of the metric, by the effect of each dimension, by
+magnitude, or at random. `sweep` compares the four methods.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..base.checks import require_int
 from ..base.provenance import digest
+from ..base.types import Array, BoolArray, Float64Array
 from ..inputs.vectors import SteeringVector
+
+if TYPE_CHECKING:
+    from ..patching.edge_scores import EdgeScores
 
 
 class SparseVector(SteeringVector):
-    """A steering vector of which some dimensions were set to zero, rescaled to the norm it had.
+    """A steering vector with some dimensions set to zero, rescaled to the norm that it had before.
 
-    kept: bool [D], read-only: the dimensions that were not set to zero. sparsity: share that
-    was. Algebra keeps both; a file keeps the direction, and `kept_of` finds them again as
-    those that are not 0.
+    kept: bool [D], read-only: the dimensions that were not set to zero. Multiplication by a number
+    keeps it. A file holds only the direction; `kept_of` then takes the dimensions that are not 0.
     """
 
-    def __init__(self, direction, layer, *, kept=None, position=None, method="", meta=None):
-        super().__init__(direction, layer, position=position, method=method, meta=meta or {})
-        kept = self.direction != 0 if kept is None else np.array(kept, dtype=bool)
-        if kept.shape != self.direction.shape or self.direction[~kept].any():
+    kept: BoolArray
+
+    def __init__(
+        self,
+        direction: Array,
+        layer: int,
+        *,
+        kept: npt.ArrayLike | None = None,
+        position: int | None = None,
+        method: str = "",
+        meta: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(direction, layer, position=position, method=method, meta=dict(meta or {}))
+        mask = np.array(self.direction != 0 if kept is None else kept, dtype=np.bool_)
+        if mask.shape != self.direction.shape or self.direction[~mask].any():
             raise ValueError(
                 f"kept must be bool [{self.width}], False only where the direction is 0"
             )
-        kept.flags.writeable = False
-        object.__setattr__(self, "kept", kept)
+        mask.flags.writeable = False
+        object.__setattr__(self, "kept", mask)  # the base class is a frozen dataclass
 
     @property
     def sparsity(self) -> float:
+        """The share of dimensions that were set to zero."""
         return float(1.0 - self.kept.mean())
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"SparseVector({int(self.kept.sum())} of {self.width} dimensions, layer={self.layer},"
             f" norm={self.norm:.4g})"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., SparseVector], tuple[Any, ...]]:
         return _rebuild, (
             np.array(self.direction),
             self.layer,
@@ -55,7 +73,7 @@ class SparseVector(SteeringVector):
             dict(self.meta),
         )
 
-    def _scaled(self, factor):
+    def _scaled(self, factor: float) -> SparseVector:
         scaled = super()._scaled(factor)
         return SparseVector(
             scaled.direction,
@@ -67,11 +85,19 @@ class SparseVector(SteeringVector):
         )
 
 
-def _rebuild(direction, layer, kept, position, method, meta):
+def _rebuild(
+    direction: Array,
+    layer: int,
+    kept: BoolArray,
+    position: int | None,
+    method: str,
+    meta: dict[str, Any],
+) -> SparseVector:
+    """What pickle and copy call."""
     return SparseVector(direction, layer, kept=kept, position=position, method=method, meta=meta)
 
 
-def _check(vector) -> SteeringVector:
+def _check(vector: SteeringVector) -> SteeringVector:
     if not isinstance(vector, SteeringVector):
         raise ValueError(f"vector must be a SteeringVector, not {type(vector).__name__}")
     if vector.norm == 0:
@@ -79,8 +105,8 @@ def _check(vector) -> SteeringVector:
     return vector
 
 
-def _with(vector: SteeringVector, kept: np.ndarray, how: dict) -> SparseVector:
-    """`vector` on `kept`, rescaled to its norm."""
+def _with(vector: SteeringVector, kept: BoolArray, how: dict[str, Any]) -> SparseVector:
+    """`vector` with the dimensions outside `kept` set to zero, rescaled to the norm of `vector`."""
     direction = np.where(kept, vector.direction.astype(np.float64), 0.0)
     left = np.linalg.norm(direction)
     if not left > 0:
@@ -98,20 +124,20 @@ def _with(vector: SteeringVector, kept: np.ndarray, how: dict) -> SparseVector:
     )
 
 
-def effects(vector: SteeringVector, scores) -> np.ndarray:
-    """The effect of each dimension, float64 [D]: `scores.dims` of the steering node (a result of
-    `patching.attribute`), or numbers [D].
+def effects(vector: SteeringVector, scores: EdgeScores | npt.ArrayLike) -> Float64Array:
+    """The effect IE of each dimension, float64 [D]: the row of the steering node in `scores.dims`,
+    where `scores` is a result of `patching.attribute`, or numbers [D].
 
-    Raises ValueError for scores without dimensions, another width, numbers that are
-    not finite or all zero.
+    Raises ValueError for scores without dimensions or of another width, and for numbers that are
+    not finite or all zero. Warns if the scores were made with another vector.
     """
-    dims = getattr(scores, "dims", scores)
-    if dims is None:
+    given = getattr(scores, "dims", scores)
+    if given is None:
         raise ValueError(
             "these scores hold no dimensions: make them with attribute(..., dims='steer')"
         )
     try:
-        dims = np.asarray(dims, dtype=np.float64)
+        dims: Float64Array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"scores must be a result of attribute() or numbers [D]: {error}"
@@ -146,22 +172,25 @@ def effects(vector: SteeringVector, scores) -> np.ndarray:
     return dims
 
 
-def gradient_ratio(vector, scores) -> np.ndarray:
-    """|r_i| = (|IE_i| / |IE|) / (|s_i| / |s|), float64 [D]; inf where s_i is 0 and IE_i is
-    not, NaN where both are.
+def gradient_ratio(vector: SteeringVector, scores: EdgeScores | npt.ArrayLike) -> Float64Array:
+    """|r_i| = (|IE_i| / |IE|) / (|s_i| / |s|), float64 [D]: inf where only s_i is 0, NaN where both
+    s_i and IE_i are 0.
     """
     dims, s = effects(_check(vector), scores), np.abs(vector.direction.astype(np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.abs(dims) / np.linalg.norm(dims) / (s / np.linalg.norm(s))
+        ratio: Float64Array = np.abs(dims) / np.linalg.norm(dims) / (s / np.linalg.norm(s))
+    return ratio
 
 
-def by_gradient(vector, scores, tau: float) -> SparseVector:
-    """Keeps the dimensions with |IE_i| / |IE| >= tau |s_i| / |s|, where IE / s is the gradient
-    summed over positions (sign ignored).
+def by_gradient(
+    vector: SteeringVector, scores: EdgeScores | npt.ArrayLike, tau: float
+) -> SparseVector:
+    """Keeps the dimensions with |IE_i| / |IE| >= tau |s_i| / |s|. IE_i / s_i is the gradient of the
+    metric, summed over positions.
 
-    scores: a result of attribute(), or the effect of each dimension, numbers [D]. tau: from
-    0 (keeps all) on. Raises ValueError for tau that is negative or not finite, or so large
-    that nothing is left.
+    scores: a result of attribute(), or the effect of each dimension, numbers [D]. tau: 0 or more;
+    0 keeps all. Raises ValueError for a tau that is negative or not finite, or so large that no
+    dimension is left.
     """
     dims, s = effects(_check(vector), scores), np.abs(vector.direction.astype(np.float64))
     if (
@@ -180,7 +209,8 @@ def by_gradient(vector, scores, tau: float) -> SparseVector:
     return _with(vector, kept, {"by": "gradient", "tau": float(tau)})
 
 
-def _k(k, vector: SteeringVector) -> int:
+def _k(k: int, vector: SteeringVector) -> int:
+    """The number of dimensions to set to zero, checked."""
     k = require_int(k, "k", 0)
     if k >= vector.width:
         raise ValueError(
@@ -189,22 +219,27 @@ def _k(k, vector: SteeringVector) -> int:
     return k
 
 
-def _without_smallest(sizes: np.ndarray, k: int) -> np.ndarray:
-    kept = np.ones(sizes.size, bool)
-    kept[np.argsort(sizes, kind="stable")[:k]] = False  # equal ones by index: the lower goes first
+def _without_smallest(sizes: Array, k: int) -> BoolArray:
+    """Bool [D]: all but the k smallest. The stable sort drops the lower index first among ties."""
+    kept = np.ones(sizes.size, np.bool_)
+    kept[np.argsort(sizes, kind="stable")[:k]] = False
     return kept
 
 
-def by_effect(vector, scores, k: int) -> SparseVector:
-    """Sets the k dimensions of smallest |IE_i| to zero, ties by index. scores: as in
-    `by_gradient`. k: 0 to D - 1.
+def by_effect(vector: SteeringVector, scores: EdgeScores | npt.ArrayLike, k: int) -> SparseVector:
+    """Sets the k dimensions of smallest |IE_i| to zero, the lower index first among ties.
+
+    scores: as in `by_gradient`. k: 0 to D - 1. Raises ValueError as `by_gradient` does.
     """
     dims = np.abs(effects(_check(vector), scores))
     return _with(vector, _without_smallest(dims, _k(k, vector)), {"by": "effect", "k": int(k)})
 
 
-def by_magnitude(vector, k: int) -> SparseVector:
-    """Sets the k dimensions of smallest |s_i| to zero, ties by index. k: 0 to D - 1."""
+def by_magnitude(vector: SteeringVector, k: int) -> SparseVector:
+    """Sets the k dimensions of smallest |s_i| to zero, the lower index first among ties.
+
+    k: 0 to D - 1. Raises ValueError where no dimension that is not 0 is left.
+    """
     return _with(
         _check(vector),
         _without_smallest(np.abs(vector.direction), _k(k, vector)),
@@ -212,71 +247,80 @@ def by_magnitude(vector, k: int) -> SparseVector:
     )
 
 
-def by_random(vector, k: int, seed: int) -> SparseVector:
-    """Sets k dimensions drawn at random to zero; the same for the same seed. k: 0 to D - 1."""
-    kept = np.ones(_check(vector).width, bool)
-    kept[
-        np.random.default_rng(require_int(seed, "seed", 0)).permutation(vector.width)[
-            : _k(k, vector)
-        ]
-    ] = False
+def by_random(vector: SteeringVector, k: int, seed: int) -> SparseVector:
+    """Sets k dimensions drawn at random to zero; the same seed draws the same dimensions.
+
+    k: 0 to D - 1. Raises ValueError where no dimension that is not 0 is left.
+    """
+    kept = np.ones(_check(vector).width, np.bool_)
+    order = np.random.default_rng(require_int(seed, "seed", 0)).permutation(vector.width)
+    kept[order[: _k(k, vector)]] = False
     return _with(vector, kept, {"by": "random", "k": int(k), "seed": int(seed)})
 
 
 # -- which dimensions two vectors share ------------------------------------------------------------
 
 
-def kept_of(vector) -> np.ndarray:
-    """Bool [D]: the kept dimensions of a sparse vector; of another SteeringVector those that are
-    not 0; of numbers True or not 0. ValueError else.
+def kept_of(vector: SteeringVector | npt.ArrayLike) -> BoolArray:
+    """Bool [D]: the kept dimensions of a SparseVector, or the dimensions of another SteeringVector
+    or of an array [D] that are not 0. Raises ValueError for anything else.
     """
+    if isinstance(vector, SparseVector):
+        return vector.kept
     if isinstance(vector, SteeringVector):
-        return getattr(vector, "kept", vector.direction != 0)
+        return np.asarray(vector.direction != 0)
     mask = np.asarray(vector)
     if mask.ndim != 1 or not mask.size or mask.dtype.kind not in "buif":
         raise ValueError(f"kept dimensions are a SteeringVector or a mask [D], not {vector!r}")
-    return mask != 0
+    return np.asarray(mask != 0)
 
 
-def _both(a, b) -> tuple[np.ndarray, np.ndarray]:
-    a, b = kept_of(a), kept_of(b)
-    if a.shape != b.shape:
+def _both(
+    a: SteeringVector | npt.ArrayLike, b: SteeringVector | npt.ArrayLike
+) -> tuple[BoolArray, BoolArray]:
+    """The kept dimensions of both, of one width."""
+    kept_a, kept_b = kept_of(a), kept_of(b)
+    if kept_a.shape != kept_b.shape:
         raise ValueError(
-            f"kept dimensions of vectors of different widths, {a.size} and {b.size}, cannot be"
-            " compared"
+            f"kept dimensions of vectors of different widths, {kept_a.size} and {kept_b.size},"
+            " cannot be compared"
         )
-    return a, b
+    return kept_a, kept_b
 
 
-def iou(a, b) -> float:
-    """Kept by both over kept by either. a, b: SteeringVectors or masks [D]. Raises ValueError for
-    different widths and where neither keeps any.
+def iou(a: SteeringVector | npt.ArrayLike, b: SteeringVector | npt.ArrayLike) -> float:
+    """Intersection over union of the kept dimensions. a, b: SteeringVectors or masks [D].
+
+    Raises ValueError for different widths, and where neither keeps a dimension.
     """
-    a, b = _both(a, b)
-    if not (a | b).any():
+    kept_a, kept_b = _both(a, b)
+    if not (kept_a | kept_b).any():
         raise ValueError("neither keeps a dimension: their overlap is undefined")
-    return float((a & b).sum() / (a | b).sum())
+    return float((kept_a & kept_b).sum() / (kept_a | kept_b).sum())
 
 
-def overlap_test(a, b, *, log: bool = False) -> float:
-    """P(X >= shared) if as many dimensions were drawn independently at random: the one-sided
-    hypergeometric test (method.md section 8).
+def overlap_test(
+    a: SteeringVector | npt.ArrayLike, b: SteeringVector | npt.ArrayLike, *, log: bool = False
+) -> float:
+    """The one-sided hypergeometric test (docs/method.md section 8): the probability of at least as
+    many shared dimensions if both sets were drawn independently at random.
 
-    X ~ hypergeometric(D, kept by a, kept by b). Small: the two share more than chance.
-    log: its natural logarithm, where the number itself is 0 in float64. Raises ValueError
-    for different widths.
+    It is P(X >= shared) with X ~ hypergeometric(D, kept by a, kept by b); a small value says that
+    the two share more than chance. log: return the natural logarithm, for probabilities that are 0
+    in float64. Raises ValueError for different widths.
     """
-    a, b = _both(a, b)
-    value = log_tail(int((a & b).sum()), a.size, int(a.sum()), int(b.sum()))
+    kept_a, kept_b = _both(a, b)
+    shared = int((kept_a & kept_b).sum())
+    value = log_tail(shared, kept_a.size, int(kept_a.sum()), int(kept_b.sum()))
     return value if log else math.exp(value)
 
 
 def log_tail(x: int, total: int, marked: int, drawn: int) -> float:
-    """Log P(X >= x), X the marked among `drawn` out of `total` of which `marked` are: sum_i C(K, i)
-    C(N - K, n - i) / C(N, n), in logarithms.
+    """Log P(X >= x), where X counts the marked ones among `drawn` (n) drawn out of `total` (N) of
+    which `marked` (K) are marked: the log of sum over i of C(K, i) C(N - K, n - i) / C(N, n).
 
-    The shorter side is summed: beyond the mean the tail itself, below it what is missing to 1.
-    Relative error of either side about 1e-11.
+    Above the mean the tail itself is summed, below it the complement, so that few terms are added.
+    The relative error is about 1e-11 on either side. Raises ValueError for counts out of range.
     """
     least, most = max(0, marked + drawn - total), min(marked, drawn)
     if not 0 <= marked <= total or not 0 <= drawn <= total:
@@ -287,20 +331,23 @@ def log_tail(x: int, total: int, marked: int, drawn: int) -> float:
         return 0.0
     if x > most:
         return -math.inf
-    choose = lambda n, k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    log_term = lambda i: (
-        choose(marked, i) + choose(total - marked, drawn - i) - choose(total, drawn)
-    )
 
-    def log_sum(terms):
+    def log_sum(counts: range) -> float:
+        terms = [
+            _log_choose(marked, i)
+            + _log_choose(total - marked, drawn - i)
+            - _log_choose(total, drawn)
+            for i in counts
+        ]
         top = max(terms)
         return top + math.log(math.fsum(math.exp(t - top) for t in terms))
 
     if x > drawn * marked / total:
-        return min(0.0, log_sum([log_term(i) for i in range(x, most + 1)]))
-    below = log_sum([log_term(i) for i in range(least, x)])
-    return (
-        math.log1p(-math.exp(below))
-        if below < 0
-        else log_sum([log_term(i) for i in range(x, most + 1)])
-    )
+        return min(0.0, log_sum(range(x, most + 1)))
+    below = log_sum(range(least, x))
+    return math.log1p(-math.exp(below)) if below < 0 else log_sum(range(x, most + 1))
+
+
+def _log_choose(n: int, k: int) -> float:
+    """The natural logarithm of the binomial coefficient."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

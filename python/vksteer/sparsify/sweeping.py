@@ -1,13 +1,13 @@
-"""Curves over sparsity: what steering still does when fewer and fewer dimensions are kept, for
-every way to choose them (method.md section 8).
+"""Sweeps over sparsity: the effect of steering as fewer and fewer dimensions are kept, for every
+method of choosing them (docs/method.md section 8).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +15,20 @@ from ..base.checks import require_int
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, provenance
+from ..base.types import PathLike
 from ..freezing import random_vector
 from ..inputs.prompt_pair import AnswerStore, PromptPair, magnitudes
 from ..inputs.vectors import SteeringVector
-from ..judge import Rate
-from .choosing import by_effect, by_gradient, by_magnitude, by_random, effects
+from ..judge import Judge, Rate
+from .choosing import SparseVector, by_effect, by_gradient, by_magnitude, by_random, effects
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..patching.edge_scores import EdgeScores
+    from ..runtime.model import Model
 
 TAUS = (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5)
 METHODS = ("gradient", "effect", "magnitude", "random")
@@ -28,46 +37,48 @@ FORMAT = "vksteer.sparsity_sweep"
 
 @dataclass(frozen=True)
 class SparsityRow:
-    """One vector, one choice of dimensions. method: one of METHODS, "random direction" (dense, of
-    the same norm) or "unsteered".
+    """One vector with one choice of dimensions. method: one of METHODS, "random direction" (all
+    dimensions, the same norm) or "unsteered".
     """
 
     vector: str
     method: str
-    tau: float | None  # of the gradient's row that k is taken from
+    tau: float | None  # the threshold of the gradient method that decides k
     k: int  # dimensions set to zero
     sparsity: float  # k / D
-    harmless: Rate  # under +a: low asr is a strong vector
-    harmful: Rate  # under -a: high asr is a strong vector
+    harmless: Rate  # under +a: a strong vector has a low ASR
+    harmful: Rate  # under -a: a strong vector has a high ASR
 
 
 class SparsitySweep:
-    """The result of `sparsify.sweep`: rows in the order they were run; setting: what
-    was run, for records.
+    """The result of `sparsify.sweep`.
+
+    rows: list of SparsityRow, in the order of the run. setting: the arguments and versions of the
+    run.
     """
 
-    def __init__(self, rows: list[SparsityRow], setting: dict):
+    def __init__(self, rows: list[SparsityRow], setting: dict[str, Any]):
         self.rows, self.setting = rows, setting
 
     def __iter__(self) -> Iterator[SparsityRow]:
         return iter(self.rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.to_markdown()
 
     @property
     def vectors(self) -> list[str]:
+        """The names of the vectors, in the order of the rows."""
         return list(dict.fromkeys(row.vector for row in self.rows if row.method != "unsteered"))
 
     def curve(self, vector: str, method: str) -> list[SparsityRow]:
-        """The rows of one vector and method by rising sparsity. KeyError where there are none."""
-        rows = sorted(
-            (r for r in self.rows if (r.vector, r.method) == (vector, method)),
-            key=lambda r: r.sparsity,
-        )
+        """The rows of one vector and method by rising sparsity. Raises KeyError where there are
+        none.
+        """
+        rows = self._curve(vector, method)
         if not rows:
             raise KeyError(
                 f"no rows of {vector!r} by {method!r}; there are vectors {', '.join(self.vectors)}"
@@ -75,10 +86,16 @@ class SparsitySweep:
             )
         return rows
 
-    def to_dict(self) -> dict:
+    def _curve(self, vector: str, method: str) -> list[SparsityRow]:
+        rows = (r for r in self.rows if (r.vector, r.method) == (vector, method))
+        return sorted(rows, key=lambda r: r.sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: {"setting": ..., "rows": [one object for each row]}."""
         return {"setting": self.setting, "rows": [asdict(row) for row in self.rows]}
 
     def to_markdown(self) -> str:
+        """The table below a line that gives its setting; rates with 95 % Wilson intervals."""
         s = self.setting
         lines = [
             (
@@ -116,10 +133,12 @@ class SparsitySweep:
             )
         return "\n".join(lines)
 
-    def plot(self, path=None):
-        """ASR, ended and repetition against sparsity, a column of panels a vector and side, a line
-        a method; the random direction and the unsteered model as level lines. A matplotlib Figure,
-        saved to `path` if one is given (needs matplotlib).
+    def plot(self, path: PathLike | None = None) -> Figure:
+        """ASR, ended and repetition against sparsity: a matplotlib Figure, saved to `path` if one
+        is given. Raises ImportError without matplotlib.
+
+        Each vector and prompt set has a column of panels, each method a line; the random direction
+        and the unsteered model are horizontal lines.
         """
         columns = [(vector, side) for vector in self.vectors for side in ("harmless", "harmful")]
         figure = new_figure(2.9 * len(columns) + 0.6, 6.2)
@@ -138,14 +157,11 @@ class SparsitySweep:
             figure.savefig(path, dpi=150)
         return figure
 
-    def _panel(self, axes, vector, side, what):
+    def _panel(self, axes: Axes, vector: str, side: str, what: str) -> None:
         for above, (method, colour) in enumerate(
             zip(METHODS, ("#c8643c", "#4878a8", "#6a9a4a", "#8a8a8a"))
         ):
-            rows = sorted(
-                (r for r in self.rows if (r.vector, r.method) == (vector, method)),
-                key=lambda r: r.sparsity,
-            )
+            rows = self._curve(vector, method)
             axes.plot(
                 [100 * r.sparsity for r in rows],
                 [getattr(getattr(r, side), what) for r in rows],
@@ -174,18 +190,20 @@ class SparsitySweep:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Condition:
+    """One row of the sweep before it is run."""
+
     name: str
     method: str
     tau: float | None
     k: int
-    vector: SteeringVector | None
+    vector: SteeringVector | None  # None: unsteered
     strengths: tuple[float, float]
 
     @property
     def key(self) -> str:
-        """Of the run: equal directions and strengths share one (at tau 0 all
-        methods keep everything).
+        """The digest of what is run. Conditions of the same direction and strengths share one run,
+        for example all methods at tau 0, which keep every dimension.
         """
         return (
             "unsteered"
@@ -194,8 +212,10 @@ class _Plan:
         )
 
 
-def _named(value, what: str, names=None) -> dict[str, Any]:
-    """A mapping name -> one of `value`; a single one is called by its method or "vector"."""
+def _named(value: Any, what: str, names: list[str] | None = None) -> dict[str, Any]:
+    """{name: value} from a mapping or from one value, which holds for all `names`; without names a
+    single vector is named after its method, or "vector".
+    """
     if isinstance(value, Mapping):
         out = {str(name): one for name, one in value.items()}
     else:
@@ -213,8 +233,9 @@ def _named(value, what: str, names=None) -> dict[str, Any]:
     return out
 
 
-def _numbers(taus) -> list[float]:
-    taus = [taus] if isinstance(taus, (int, float)) else list(taus)
+def _numbers(given: float | Iterable[float]) -> list[float]:
+    """The thresholds tau, checked and in rising order."""
+    taus = [given] if isinstance(given, (int, float)) else list(given)
     for tau in taus:
         if (
             isinstance(tau, (bool, np.bool_))
@@ -228,18 +249,32 @@ def _numbers(taus) -> list[float]:
     return sorted(map(float, taus))
 
 
-def _plans(
-    vectors, scores, strengths, taus, methods, controls, seed
-) -> tuple[list[_Plan], list[str]]:
+def _sparse(
+    method: str, vector: SteeringVector, scores: Any, tau: float, k: int, seed: int
+) -> SparseVector:
+    """`vector` without k dimensions, chosen by one of METHODS."""
+    if method == "gradient":
+        return by_gradient(vector, scores, tau)
+    if method == "effect":
+        return by_effect(vector, scores, k)
+    if method == "magnitude":
+        return by_magnitude(vector, k)
+    return by_random(vector, k, seed)
+
+
+def _conditions(
+    vectors: dict[str, SteeringVector],
+    scores: dict[str, Any],
+    strengths: dict[str, tuple[float, float]],
+    taus: list[float],
+    methods: list[str],
+    controls: int,
+    seed: int,
+) -> tuple[list[_Condition], list[str]]:
     """(everything to run, what is left out and why)."""
-    plans, left_out = [_Plan("-", "unsteered", None, 0, None, (0.0, 0.0))], []
+    conditions = [_Condition("-", "unsteered", None, 0, None, (0.0, 0.0))]
+    left_out = []
     for name, vector in vectors.items():
-        choose = {
-            "gradient": lambda tau, k: by_gradient(vector, scores[name], tau),
-            "effect": lambda tau, k: by_effect(vector, scores[name], k),
-            "magnitude": lambda tau, k: by_magnitude(vector, k),
-            "random": lambda tau, k: by_random(vector, k, seed),
-        }
         for tau in taus:
             try:
                 k = int((~by_gradient(vector, scores[name], tau).kept).sum())
@@ -248,121 +283,67 @@ def _plans(
                 continue
             for method in methods:
                 try:
-                    plans.append(
-                        _Plan(name, method, tau, k, choose[method](tau, k), strengths[name])
-                    )
+                    sparse = _sparse(method, vector, scores[name], tau, k, seed)
                 except ValueError as error:  # a vector with zeros of its own may have none left
                     left_out.append(f"{name}, {method}, tau {tau:g}: {error}")
-        plans += [
-            _Plan(
-                name, "random direction", None, 0, random_vector(vector, seed, i), strengths[name]
+                else:
+                    conditions.append(_Condition(name, method, tau, k, sparse, strengths[name]))
+        for i in range(controls):
+            control = random_vector(vector, seed, i)
+            conditions.append(
+                _Condition(name, "random direction", None, 0, control, strengths[name])
             )
-            for i in range(controls)
-        ]
-    return plans, left_out
+    return conditions, left_out
 
 
 def sweep(
-    model,
-    vectors,
-    scores,
-    harmful,
-    harmless,
-    coefficient=1.0,
+    model: Model,
+    vectors: SteeringVector | Mapping[str, SteeringVector],
+    scores: EdgeScores | npt.ArrayLike | Mapping[str, EdgeScores | npt.ArrayLike],
+    harmful: Sequence[Any],
+    harmless: Sequence[Any],
+    coefficient: float | Sequence[float] | Mapping[str, float | Sequence[float]] = 1.0,
     *,
-    taus=TAUS,
-    methods=METHODS,
+    taus: float | Iterable[float] = TAUS,
+    methods: str | Iterable[str] = METHODS,
     random_control: int = 1,
     max_new_tokens: int = 128,
-    judge=None,
-    min_words="auto",
+    judge: Judge | None = None,
+    min_words: int | str | None = "auto",
     seed: int = 0,
     batch_size: int | None = None,
-    out=None,
-    progress=True,
+    out: PathLike | None = None,
+    progress: bool | Callable[[int, int], Any] = True,
 ) -> SparsitySweep:
-    """Steers both ways with sparser and sparser vectors and counts: ASR on both sets with
-    intervals, "ended" and repetition, for every method.
+    """Steers in both directions with sparser and sparser vectors, by every method, and measures the
+    ASR on both prompt sets with intervals, "ended" and repetition (docs/method.md section 8).
 
-    vectors: a SteeringVector, or {name: vector}. scores: of each, as `by_gradient` takes them
-    ({name: scores} for several). At every tau the gradient's row says how many dimensions are set
-    to zero; the other methods set as many to zero. tau 0 is the whole vector, run once.
+    vectors: a SteeringVector, or {name: vector}. scores: as `by_gradient` takes them, for each
+    vector ({name: scores} for several). At every tau the gradient method decides how many
+    dimensions are set to zero, and the other methods set as many to zero. tau 0 is the whole
+    vector, which is run once.
     coefficient: a, or (plus, minus), or {name: either}: harmless prompts get +plus, harmful ones
-    -minus. random_control: dense random directions of each vector's norm. judge, min_words: as in
+    -minus. random_control: random directions of each vector's norm. judge, min_words: as in
     `freezing.ablation_table`. A tau that keeps nothing is left out and named in
-    `.setting["left_out"]`. out: a .jsonl file of answers, a line a finished run; a later call with
-    the same model and prompts takes from it what it has.
+    `.setting["left_out"]`. out: a .jsonl file of answers, one line for each finished run; a later
+    call with the same model and prompts takes the runs that it holds.
     Raises ValueError before any work for vectors of another width or layer or zero, scores that do
-    not fit, names that differ, taus, methods or numbers out of range, prompts that leave no room.
+    not fit, names that differ, taus, methods or numbers out of range, and prompts that leave no
+    room for the answer.
     """
-    vectors = _named(vectors, "vectors")
-    for name, vector in vectors.items():
-        if not isinstance(vector, SteeringVector):
-            raise ValueError(f"vectors: {name!r} is {type(vector).__name__}, not a SteeringVector")
-        vector.check(model)
-        if vector.norm == 0:
-            raise ValueError(f"vectors: {name!r} is zero: there is nothing to keep")
-    if len(vectors) > 1 and not isinstance(scores, Mapping):
-        raise ValueError(f"scores must be a mapping, one for each of {', '.join(vectors)}")
-    scores = _named(scores, "scores", list(vectors))
-    for name, vector in vectors.items():
+    named, scores, strengths = _vectors(model, vectors, scores, coefficient)
+    for name, vector in named.items():
         effects(vector, scores[name])
-    strengths = {
-        name: magnitudes(a) for name, a in _named(coefficient, "coefficient", list(vectors)).items()
-    }
-    taus = _numbers(taus)
-    methods = [methods] if isinstance(methods, str) else list(methods)
-    if not methods or set(methods) - set(METHODS) or len(set(methods)) != len(methods):
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}, none twice, not {methods}")
+    taus, methods = _numbers(taus), _methods(methods)
     controls, seed = require_int(random_control, "random_control", 0), require_int(seed, "seed", 0)
     if min_words != "auto" and min_words is not None:
         require_int(min_words, "min_words", 0)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
-    plans, left_out = _plans(vectors, scores, strengths, taus, methods, controls, seed)
-    kernels = getattr(model, "kernels", None)
-    store = AnswerStore(
-        out,
-        format=FORMAT,
-        key=digest(
-            FORMAT, fingerprint(model), pair.harmful_rows, pair.harmless_rows, pair.max_new_tokens
-        ),
-        what="file of a sparsity sweep",
-        other="another model or other prompts",
-        field=None,
-        about={"kernels": kernels},
-    )
-
-    runs = {plan.key: plan for plan in plans}
-    with Progress(progress, len(runs) * len(pair), "sparsity") as bar:
-        for key, plan in runs.items():
-            if key not in store.answers:
-                store.put(key, pair.run(plan.vector, *plan.strengths))
-            bar.step(len(pair))
-    rates = {key: pair.rates(store.answers[key], judge, min_words) for key in runs}
-    width = next(iter(vectors.values())).width
-    rows = [
-        SparsityRow(
-            p.name,
-            p.method,
-            p.tau,
-            p.k,
-            p.k / width,
-            rates[p.key]["harmless"],
-            rates[p.key]["harmful"],
-        )
-        for p in plans
-    ]
-    setting = {
-        "vectors": {
-            name: {
-                "layer": v.layer,
-                "method": v.method,
-                "norm": v.norm,
-                "hash": digest(v.direction),
-                "coefficient": list(strengths[name]),
-            }
-            for name, v in vectors.items()
-        },
+    conditions, left_out = _conditions(named, scores, strengths, taus, methods, controls, seed)
+    rates = _run(pair, conditions, out, judge, min_words, progress)
+    width = next(iter(named.values())).width
+    rows = [_row(c, width, rates[c.key]) for c in conditions]
+    options = {
         "taus": taus,
         "methods": methods,
         "random_control": controls,
@@ -373,8 +354,95 @@ def sweep(
         "judge": "substring" if judge is None else type(judge).__name__,
         "min_words": min_words,
         "left_out": left_out,
-        "prompts_hash": digest(pair.harmful_rows, pair.harmless_rows),
-        "kernels": kernels,
-        **provenance(model),
     }
-    return SparsitySweep(rows, setting)
+    return SparsitySweep(rows, _setting(pair, named, strengths, options))
+
+
+def _vectors(
+    model: Model, vectors: Any, scores: Any, coefficient: Any
+) -> tuple[dict[str, SteeringVector], dict[str, Any], dict[str, tuple[float, float]]]:
+    """(vectors, scores, (plus, minus)) by name, checked against the model and one another."""
+    named: dict[str, SteeringVector] = _named(vectors, "vectors")
+    for name, vector in named.items():
+        if not isinstance(vector, SteeringVector):
+            raise ValueError(f"vectors: {name!r} is {type(vector).__name__}, not a SteeringVector")
+        vector.check(model)
+        if vector.norm == 0:
+            raise ValueError(f"vectors: {name!r} is zero: there is nothing to keep")
+    names = list(named)
+    if len(named) > 1 and not isinstance(scores, Mapping):
+        raise ValueError(f"scores must be a mapping, one for each of {', '.join(names)}")
+    scores = _named(scores, "scores", names)
+    coefficients = _named(coefficient, "coefficient", names)
+    return named, scores, {name: magnitudes(a) for name, a in coefficients.items()}
+
+
+def _methods(given: str | Iterable[str]) -> list[str]:
+    methods = [given] if isinstance(given, str) else list(given)
+    if not methods or set(methods) - set(METHODS) or len(set(methods)) != len(methods):
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}, none twice, not {methods}")
+    return methods
+
+
+def _run(
+    pair: PromptPair,
+    conditions: list[_Condition],
+    out: PathLike | None,
+    judge: Judge | None,
+    min_words: int | str | None,
+    progress: bool | Callable[[int, int], Any],
+) -> dict[str, dict[str, Rate]]:
+    """{condition's key: {side: Rate}}; answers that `out` already holds are not generated again."""
+    store = AnswerStore(
+        out,
+        format=FORMAT,
+        key=digest(
+            FORMAT,
+            fingerprint(pair.model),
+            pair.harmful_rows,
+            pair.harmless_rows,
+            pair.max_new_tokens,
+        ),
+        what="file of a sparsity sweep",
+        other="another model or other prompts",
+        field=None,
+        about={"kernels": getattr(pair.model, "kernels", None)},
+    )
+    runs = {c.key: c for c in conditions}
+    with Progress(progress, len(runs) * len(pair), "sparsity") as bar:
+        for key, condition in runs.items():
+            if key not in store.answers:
+                store.put(key, pair.run(condition.vector, *condition.strengths))
+            bar.step(len(pair))
+    return {key: pair.rates(store.answers[key], judge, min_words) for key in runs}
+
+
+def _row(c: _Condition, width: int, rates: dict[str, Rate]) -> SparsityRow:
+    return SparsityRow(
+        c.name, c.method, c.tau, c.k, c.k / width, rates["harmless"], rates["harmful"]
+    )
+
+
+def _setting(
+    pair: PromptPair,
+    vectors: dict[str, SteeringVector],
+    strengths: dict[str, tuple[float, float]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """A sweep's setting, for records: the vectors, the options, the prompts and the model."""
+    return {
+        "vectors": {
+            name: {
+                "layer": v.layer,
+                "method": v.method,
+                "norm": v.norm,
+                "hash": digest(v.direction),
+                "coefficient": list(strengths[name]),
+            }
+            for name, v in vectors.items()
+        },
+        **options,
+        "prompts_hash": digest(pair.harmful_rows, pair.harmless_rows),
+        "kernels": getattr(pair.model, "kernels", None),
+        **provenance(pair.model),
+    }
