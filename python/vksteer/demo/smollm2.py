@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .report import environment, heading, say, side_by_side, write_json, written
 
+if TYPE_CHECKING:
+    from ..inputs.vectors import SteeringVector
+    from ..runtime.model import Model
+
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# of verse against prose in SmolLM2: at layer 10 little happens, at 18 or a = 1.5 the text
-# falls into repetition
+# Chosen for verse against prose in SmolLM2: layer 10 changes little, and at layer 18 or with
+# a = 1.5 the text becomes repetitive.
 LAYER, STRENGTH = 14, 1.0
 
 
-def verse_vector(model):
-    """Verse minus prose: the difference of the mean residual stream at the prompt's
-    last token, layer LAYER.
+def verse_vector(model: Model) -> SteeringVector:
+    """Verse minus prose: the difference of the mean residual streams before layer LAYER at the last
+    token of the prompts.
     """
     from .. import steering
 
@@ -28,7 +34,7 @@ def verse_vector(model):
     )
 
 
-def speed(model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict:
+def speed(model: Model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict[str, Any]:
     """Prefill and decoding, as rates and as shares of the device's ceilings."""
     from ..runtime import ceilings
 
@@ -41,7 +47,7 @@ def speed(model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict:
     steps = {
         rows: decode_step(model, [draw(16) for _ in range(rows)], new_tokens) for rows in (1, 8)
     }
-    # before and after: a machine that is busy for a moment does not lower its ceiling
+    # Measured before and after, so that a short load of the machine does not lower the ceilings.
     again = ceilings.measure(model)
     top = ceilings.Ceilings(max(first.matrix, again.matrix), max(first.read, again.read))
     rate = ceilings.prefill_operations(model, prompt_tokens) / prefill
@@ -64,15 +70,16 @@ def speed(model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict:
     return out
 
 
-def _seconds(call) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def decode_step(model, prompts, new_tokens: int) -> float:
-    """Median seconds of one decoding step of this batch; the prefill is not in it."""
-    times, last = [], len(prompts) - 1
+def decode_step(model: Model, prompts: Sequence[list[int]], new_tokens: int) -> float:
+    """Median seconds of one decoding step of this batch, without the prefill."""
+    times: list[float] = []
+    last = len(prompts) - 1
     model.generate(
         prompts,
         max_new_tokens=new_tokens,
@@ -85,7 +92,8 @@ def decode_step(model, prompts, new_tokens: int) -> float:
     return float(np.median(np.diff(times)))
 
 
-def speed_text(s: dict) -> str:
+def speed_text(s: dict[str, Any]) -> str:
+    """The figures of `speed` as a Markdown table."""
     p, d, e, top = s["prefill"], s["decode_1"], s["decode_8"], s["ceilings"]
     return "\n".join(
         [
@@ -108,9 +116,17 @@ def speed_text(s: dict) -> str:
     )
 
 
-def real(path, out: Path, device, new_tokens: int = 56, progress: bool = False) -> dict:
-    """SmolLM2: verse against prose, the same prompts three ways, speed, activations saved."""
-    from ..runtime.edits import Steer
+def real(
+    path: Path,
+    out: Path,
+    device: str | None,
+    new_tokens: int = 56,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """SmolLM2: verse against prose, each prompt answered three ways, speed, activations saved.
+
+    Returns what is written to smollm2.json.
+    """
     from ..runtime.model import Model
 
     start = time.perf_counter()
@@ -123,38 +139,7 @@ def real(path, out: Path, device, new_tokens: int = 56, progress: bool = False) 
             f"Vector: mean of {n} requests for a poem minus mean of {n} for an explanation of the"
             f" same things, layer {LAYER}, last position; norm {vector.norm:.1f}"
         )
-        prompts, site = written()["to_steer"], f"blocks.{LAYER}.hook_resid_pre"
-        rows = [p for p in prompts for _ in range(3)]
-        edits = [[Steer(vector, s * STRENGTH)] if s else [] for _ in prompts for s in (-1, 0, 1)]
-        made = model.generate(
-            rows, edits=edits, max_new_tokens=new_tokens, capture=[site], progress=progress
-        )
-        for i, prompt in enumerate(prompts):
-            say(f"\n> {prompt}")
-            say(
-                side_by_side(
-                    [f"-{STRENGTH:g} (prose)", "unsteered", f"+{STRENGTH:g} (verse)"],
-                    [g.text for g in made[3 * i : 3 * i + 3]],
-                )
-            )
-        where = [
-            model.run(
-                prompts,
-                edits=[Steer(vector, s * STRENGTH)] if s else [],
-                capture=["blocks.*.hook_resid_post"],
-                logits=None,
-            )
-            for s in (-1, 0, 1)
-        ]
-        arrays = {
-            f"{name}/{key}": value
-            for name, run in zip(("minus", "unsteered", "plus"), where)
-            for key, value in run.items()
-        }
-        arrays |= {f"decoded/{i}/{site}": g.captured[site] for i, g in enumerate(made)} | {
-            "tokens": where[0].tokens,
-            "mask": where[0].mask,
-        }
+        arrays = _three_ways(model, vector, new_tokens, progress)
         np.savez(out / "smollm2_activations.npz", **arrays)
         vector.save(out / "verse.gguf")
         say(f"\nSpeed on {model.device.name} (the shares are of ceilings measured just now):\n")
@@ -174,3 +159,35 @@ def real(path, out: Path, device, new_tokens: int = 56, progress: bool = False) 
         " arrays), verse.gguf, smollm2.json"
     )
     return result
+
+
+def _three_ways(
+    model: Model, vector: SteeringVector, new_tokens: int, progress: bool
+) -> dict[str, Any]:
+    """Prints answers with -a, unsteered and with +a side by side, and returns the activations:
+    those of the prompts at every layer, and those at LAYER while decoding.
+    """
+    from ..runtime.edits import Steer
+
+    prompts, site = written()["to_steer"], f"blocks.{LAYER}.hook_resid_pre"
+    titles = [f"-{STRENGTH:g} (prose)", "unsteered", f"+{STRENGTH:g} (verse)"]
+    edits = [[Steer(vector, s * STRENGTH)] if s else [] for s in (-1, 0, 1)]
+    made = model.generate(
+        [p for p in prompts for _ in edits],
+        edits=edits * len(prompts),
+        max_new_tokens=new_tokens,
+        capture=[site],
+        progress=progress,
+    )
+    for i, prompt in enumerate(prompts):
+        say(f"\n> {prompt}")
+        say(side_by_side(titles, [g.text for g in made[3 * i : 3 * i + 3]]))
+    sites = ["blocks.*.hook_resid_post"]
+    runs = [model.run(prompts, edits=e, capture=sites, logits=None) for e in edits]
+    arrays = {
+        f"{name}/{key}": value
+        for name, run in zip(("minus", "unsteered", "plus"), runs)
+        for key, value in run.items()
+    }
+    arrays |= {f"decoded/{i}/{site}": g.captured[site] for i, g in enumerate(made)}
+    return arrays | {"tokens": runs[0].tokens, "mask": runs[0].mask}

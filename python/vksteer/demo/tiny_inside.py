@@ -1,5 +1,5 @@
-"""The demo's look inside: which edges carry the bundled model's vector, what its value vectors say,
-and how sparse it may become.
+"""The analysis in part 1 of the demo: the edges that carry the bundled model's vector, the tokens
+that its value vectors promote, and how sparse it can be.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 def inside(
     model, vector, plus: float, minus: float, harmful, harmless, out: Path, say, progress: bool
 ) -> dict:
-    """Circuit, curve, lens table and sparsity curve on a few test prompts, said and written to
-    `out`; returns what goes into JSON. Pictures need matplotlib: without it they are left out, and
-    it is said. say: a function of one line.
+    """Circuit, curve, lens table and sparsity curve on a few test prompts, printed and written to
+    `out`; returns what goes into JSON. Without matplotlib a message says that a picture is left
+    out. say: a function that prints one text.
     """
     start = time.perf_counter()
     pictures = []
@@ -99,8 +99,8 @@ def _lens(model, vector, out, say, progress):
     values = ov.steering_value_vectors(model, vector)
     lens = ov.logit_lens(model, values, top=5, progress=progress)
     say(
-        "\nWhat the vector says through each head (steering value vectors; the largest first), and"
-        " the tokens that they promote:\n"
+        "\nWhat the vector writes through each head (steering value vectors, the largest first),"
+        " and the tokens that these promote:\n"
     )
     say(values.to_markdown(6))
     say("\n" + lens.to_markdown(top=3))
@@ -125,7 +125,7 @@ def _sparsity(model, vector, scores, plus, minus, harmful, harmless, out, say, p
         max_new_tokens=72,
         progress=progress,
     )
-    say("\nHow many of its dimensions does it need? Kept by gradient against as many at random:\n")
+    say("\nHow many dimensions does it need? Chosen by gradient, and as many at random:\n")
     say(table.to_markdown())
     (out / "sparsity.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
     picture(table.plot, "sparsity.png")
