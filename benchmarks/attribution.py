@@ -1,11 +1,11 @@
-"""`vs.patching.attribute` on SmolLM2 from layer 15 of 30, one sample, 10 steps: beside PyTorch,
+"""`vs.patching.attribute` on SmolLM2 from layer 15 of 30, one sample, 10 steps: against PyTorch,
 over lengths, its memory, and its share of the peak.
 
-The neighbour is the core alone of the plain way: for each step one whole forward pass with the
-vector added and one backward to it, the difference of logits at the same positions; it scores no
-edge. Ours is the whole call: the two runs, the steps, and the scores of all edges. Both sides hold
-the same weights (ours bfloat16 as stored, PyTorch float32, its fastest here), and the score of the
-steering node must agree.
+PyTorch runs only the core of the method: for each step one whole forward pass with the vector added
+and one backward pass to the vector, for the difference of logits at the same positions; it scores
+no edge. Ours is the whole call: the two runs, the steps, and the scores of all edges. Both sides
+hold the same weights (ours bfloat16 as stored, PyTorch float32, its fastest here), and the score of
+the steering node must agree.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import peers
+from shapes import SHAPES
 from timing import at_least, at_most, row, seconds, summary, take_turns
 
 from vksteer.inputs.samples import Sample
@@ -27,38 +28,15 @@ from vksteer.runtime.model import Model
 
 LAYER, PROMPT, RESPONSE, STEPS, COEFFICIENT = 15, 32, 96, 10, 1.0
 LENGTHS = (32, 64, 128, 256, 512)
-#: EAP-IG on TransformerLens, one such sample, all 30 layers, a machine of this kind: from the
-#: project's order, not measured here.
+#: EAP-IG on TransformerLens, one such sample, all 30 layers, a machine with 2 cores: a quoted
+#: figure, not measured here.
 QUOTED_EAP_IG_S = 112.0
-PLANNED = {
-    "Llama 3.2 3B": (
-        12,
-        dict(
-            hidden_size=3072,
-            intermediate_size=8192,
-            num_hidden_layers=28,
-            num_attention_heads=24,
-            num_key_value_heads=8,
-            tie_word_embeddings=True,
-        ),
-    ),
-    "Llama 3 8B": (
-        12,
-        dict(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-        ),
-    ),
-}
+#: name -> (layer of the vector, key in SHAPES).
+PLANNED = {"Llama 3.2 3B": (12, "llama-3b"), "Llama 3 8B": (12, "llama-8b")}
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
     model_type="llama",
     head_dim=128,
-    vocab_size=128256,
     max_position_embeddings=8192,
     rms_norm_eps=1e-5,
     hidden_act="silu",
@@ -78,7 +56,7 @@ def direction(width: int) -> SteeringVector:
 
 
 class Peer:
-    """The core of the plain way in PyTorch, by transformers' own modules and one hook."""
+    """The core of the method in PyTorch, with transformers' own modules and one hook."""
 
     def __init__(self, torch_model, some: Sample, vector):
         import torch
@@ -114,7 +92,7 @@ class Peer:
         return self.model(input_ids=self.ids, use_cache=False).logits[0]
 
     def core(self) -> float:
-        """The score of the steering node: what these gradients say first."""
+        """The score of the steering node, from the gradients of all steps."""
         total = 0.0
         for i in range(STEPS):
             logits = self.logits(COEFFICIENT * (i + 0.5) / STEPS)
@@ -164,8 +142,8 @@ def against_pytorch(model, fp32, vector, rounds: int) -> list[dict]:
 
 
 def over_lengths(model, vector, rounds: int) -> list[dict]:
-    """One sample of n tokens; and the longest's tokens as samples of 32, so that the difference is
-    what attention takes beyond 32 keys.
+    """One sample of each length; and the tokens of the longest as samples of 32, so that the
+    difference is the cost of attention beyond 32 keys.
     """
     last = LENGTHS[-1]
     run = lambda samples: (
@@ -203,8 +181,8 @@ def over_lengths(model, vector, rounds: int) -> list[dict]:
 
 
 def attention_share(c, n: int) -> float:
-    """Of the operations of one sample's steps and runs: scores and mix forward, five such products
-    in place of two on the way back.
+    """Attention's share of the operations of one sample's steps and runs: two products (scores, and
+    pattern times values) in the forward pass, five in the backward pass.
     """
     ops = operations(c, n, n)
     attention = 2.0 * n * (n + 1) * c.n_heads * c.d_head
@@ -216,8 +194,8 @@ def attention_share(c, n: int) -> float:
 
 
 def memory(model, vector) -> list[dict]:
-    """Device memory beside the weights at its highest, read at every step, under one limit that
-    neither length's favourite layout (348 and 616 MB) fits.
+    """The peak of device memory beside the weights, read at every step, under a limit below the
+    preferred layouts of both lengths (348 and 616 MB).
     """
     engine, limit = model._engine_device, 200_000_000
     peaks, planned = {}, {}
@@ -260,8 +238,8 @@ def memory(model, vector) -> list[dict]:
 
 
 def operations(c, n: int, logits: int) -> dict[str, float]:
-    """Operations of the matrix products of one sample: attention's own, and the products of rows
-    that the scores are, are not counted.
+    """Operations of the matrix products of one sample, without those of attention and without the
+    products of rows that give the scores.
     """
     layer = c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + 3 * c.d_model * c.d_mlp
     depth, heads = c.n_layers - LAYER, c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads)
@@ -273,11 +251,10 @@ def operations(c, n: int, logits: int) -> dict[str, float]:
     }
 
 
-def share_of_peak(model, vector, rounds: int) -> list[dict]:
-    """Times of the parts of one call; a pass of the same tokens through all layers, without logits,
-    says how much of a step is forward.
+def timed_parts(model, vector, some: Sample, rounds: int) -> tuple[dict[str, float], int]:
+    """(median seconds of one whole call, of its parts, and of a "pass": a forward pass of rows of
+    the same tokens through all layers, without logits; number of those rows).
     """
-    c, some, n = model.config, sample(PROMPT + RESPONSE, PROMPT), PROMPT + RESPONSE
     parts = {name: [] for name in ("whole", "forward", "step", "contract", "pass")}
 
     def timed(name):
@@ -292,10 +269,10 @@ def share_of_peak(model, vector, rounds: int) -> list[dict]:
         return plain, call
 
     replaced = {name: timed(name) for name in ("forward", "step", "contract")}
-    rows = 512 // n
-    passing = lambda: model.run(
-        [some.tokens] * rows, capture=[f"blocks.{c.n_layers - 1}.hook_resid_post"], logits=None
-    )
+    rows = 512 // len(some.tokens)
+    last = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    passing = lambda: model.run([some.tokens] * rows, capture=[last], logits=None)
+    whole = lambda: attribute(model, [some], vector, COEFFICIENT, steps=STEPS, progress=False)
     passing()
     try:
         for name, (_, call) in replaced.items():
@@ -303,18 +280,20 @@ def share_of_peak(model, vector, rounds: int) -> list[dict]:
         for _ in range(rounds):
             for name in replaced:
                 parts[name].append(0.0)
-            parts["whole"].append(
-                seconds(
-                    lambda: attribute(
-                        model, [some], vector, COEFFICIENT, steps=STEPS, progress=False
-                    )
-                )
-            )
+            parts["whole"].append(seconds(whole))
             parts["pass"].append(seconds(passing))
     finally:
         for name, (plain, _) in replaced.items():
             setattr(_Attribution, name, plain)
-    t = {name: statistics.median(values) for name, values in parts.items()}
+    return {name: statistics.median(values) for name, values in parts.items()}, rows
+
+
+def share_of_peak(model, vector, rounds: int) -> list[dict]:
+    """Rates of the parts of one call as shares of the matrix kernel's peak. A forward pass of the
+    same tokens says how much of a step is forward.
+    """
+    c, some, n = model.config, sample(PROMPT + RESPONSE, PROMPT), PROMPT + RESPONSE
+    t, rows = timed_parts(model, vector, some, rounds)
     ops, peak = operations(c, n, RESPONSE + 1), ceilings.measure(model, 3).matrix
     layer_rate = (ops["below"] / LAYER * c.n_layers * rows) / t["pass"]
     back = t["step"] - STEPS * ops["step"] / layer_rate
@@ -343,10 +322,10 @@ def share_of_peak(model, vector, rounds: int) -> list[dict]:
 
 
 def planned(positions: int = 512) -> list[dict]:
-    """What the configuration alone says of big models."""
+    """Memory and work of larger models, predicted from their configuration alone."""
     rows = []
-    for name, (layer, sizes) in PLANNED.items():
-        p = plan(Config.from_hf(LLAMA | sizes), layer, positions, steps=STEPS)
+    for name, (layer, shape) in PLANNED.items():
+        p = plan(Config.from_hf(LLAMA | SHAPES[shape]), layer, positions, steps=STEPS)
         rows += [
             row(
                 f"plan of {name} at layer {layer}, {positions} tokens: memory beside the weights",

@@ -3,10 +3,10 @@ real models, so that nothing is downloaded.
 
     gpu.py [--shapes smollm2 qwen-0.5b llama-3b] [--device D] [--rounds N] [--out FILE.json]
 
-Needs PyTorch with CUDA or ROCm, transformers and vksteer in one Python; both sides hold the same
-bfloat16 weights, and the engine computes in float32. So the neighbours are two: PyTorch in float32
-on the same weights (TF32 off: the same arithmetic), and in bfloat16 (less exact, on the matrix
-units). A ratio is the peer's time divided by ours. What both compute is compared first, in float32.
+Needs PyTorch with CUDA or ROCm, transformers and vksteer in one Python. Both sides hold the same
+bfloat16 weights, and the engine computes in float32. It is compared with PyTorch in float32 on the
+same weights (TF32 off: the same arithmetic) and in bfloat16 (less exact, on the matrix units). A
+ratio is the peer's time divided by ours. The results of both sides are compared first, in float32.
 """
 
 from __future__ import annotations
@@ -14,59 +14,26 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import frozen
 import numpy as np
+from peers import waiting
 from run import commit, machine
+from shapes import SHAPES
 from smollm2 import tokens
 from timing import row, summary, take_turns
 
 from vksteer.demo.smollm2 import decode_step
 from vksteer.runtime import ceilings
 
-SHAPES = {
-    "smollm2": dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    "qwen-0.5b": dict(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-    "llama-3b": dict(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "llama-8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-}
 PROMPT, NEW, CONTEXT = 128, 32, 256
+
+on_card = partial(waiting, device="cuda")
 
 
 def made(shape: str, folder: Path):
@@ -87,18 +54,6 @@ def made(shape: str, folder: Path):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.save_pretrained(folder)
     return model
-
-
-def timed(call):
-    """The call, and the card's end of it."""
-    import torch
-
-    def run():
-        with torch.inference_mode():
-            call()
-        torch.cuda.synchronize()
-
-    return run
 
 
 def passes(ours, peers: dict, rounds: int) -> list[dict]:
@@ -125,7 +80,7 @@ def passes(ours, peers: dict, rounds: int) -> list[dict]:
             )
         calls = {"ours": lambda: ours.run(batch, logits="last")}
         calls |= {
-            name: timed(lambda peer=peer: peer(input_ids=ids, use_cache=False, logits_to_keep=1))
+            name: on_card(lambda peer=peer: peer(input_ids=ids, use_cache=False, logits_to_keep=1))
             for name, peer in peers.items()
         }
         s = {name: summary(t) for name, t in take_turns(calls, rounds, warm_up=2).items()}
@@ -145,8 +100,8 @@ def passes(ours, peers: dict, rounds: int) -> list[dict]:
 
 
 def decoding(ours, peers: dict, rounds: int) -> list[dict]:
-    """32 tokens after 16, prefill included, 1, 8 and 32 rows, against transformers.generate in
-    bfloat16, the faster.
+    """32 tokens after 16, prefill included, with 1, 8 and 32 rows, against transformers.generate in
+    bfloat16, the faster of its two types.
     """
     import torch
 
@@ -159,7 +114,7 @@ def decoding(ours, peers: dict, rounds: int) -> list[dict]:
                 batch, max_new_tokens=NEW, ignore_eos=True, progress=False
             )
         }
-        calls["bfloat16"] = timed(
+        calls["bfloat16"] = on_card(
             lambda: peers["bfloat16"].generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -187,52 +142,12 @@ def decoding(ours, peers: dict, rounds: int) -> list[dict]:
     return rows
 
 
-def frozen(ours, peers: dict, rounds: int, new: int = 24) -> list[dict]:
-    """A frozen pair after 256 tokens: against own plain decoding of two rows, and two whole
-    runs a token in PyTorch.
+def frozen_decoding(ours, peers: dict, rounds: int) -> list[dict]:
+    """A frozen pair after 256 tokens: against our plain decoding of two rows, and two whole runs
+    for each token in PyTorch.
     """
-    import torch
-
-    import vksteer as vs
-
-    prompt = tokens(CONTEXT)
-    vector = vs.SteeringVector(
-        np.random.default_rng(1).standard_normal(ours.config.d_model) * 2, ours.config.n_layers // 2
-    )
-    ids = torch.tensor([prompt], device="cuda")
-
-    def step(n_rows, **options):
-        times = []
-        ours.generate(
-            [prompt] * n_rows,
-            edits=[vs.Steer(vector)],
-            max_new_tokens=new,
-            ignore_eos=True,
-            progress=False,
-            on_token=lambda r, token, piece: (
-                times.append(time.perf_counter()) if r == n_rows - 1 else None
-            ),
-            **options,
-        )
-        return statistics.median(np.diff(times).tolist())
-
-    def again(peer):
-        start = time.perf_counter()
-        timed(lambda: [peer(input_ids=ids, use_cache=False, logits_to_keep=1) for _ in range(2)])()
-        return time.perf_counter() - start
-
-    calls = {"plain 2": lambda: step(2)} | {
-        name: lambda name=name: step(1, freeze=name) for name in ("qk", "ov", "mlp")
-    }
-    calls |= {name: lambda peer=peer: again(peer) for name, peer in peers.items()}
-    times = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            seconds = call()
-            if turn:
-                times[name].append(seconds)
-    s = {name: summary(t) for name, t in times.items()}
-    slowest = max(s[name]["median_s"] for name in ("qk", "ov", "mlp"))
+    s = frozen.steps(ours, tokens(CONTEXT), peers, rounds, "cuda")
+    slowest = frozen.slowest(s)
     return [
         row(
             f"frozen decoding at {CONTEXT} tokens against two PyTorch float32 re-runs a token"
@@ -269,10 +184,10 @@ def products(ours) -> list[dict]:
     torch.backends.cuda.matmul.allow_tf32 = False
     for m in (1, 8, 128, 512, 2048):
         n, k = 2 * c.d_mlp, c.d_model
-        # best of 9, each a submission and its wait: as PyTorch's
+        # The best of 9, each with submission and wait, as PyTorch's.
         rate, read = ours._engine.measure_linear(m, n, k)
         x, w = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
-        call = timed(lambda: x @ w.T)
+        call = on_card(lambda: x @ w.T)
         theirs = 2.0 * m * n * k / min(take_turns({"torch": call}, 9)["torch"])
         rows.append(
             row(
@@ -320,7 +235,7 @@ def main() -> int:
                 lambda: products(ours),
                 lambda: passes(ours, peers, arguments.rounds),
                 lambda: decoding(ours, peers, min(2, arguments.rounds)),
-                lambda: frozen(ours, peers, arguments.rounds),
+                lambda: frozen_decoding(ours, peers, arguments.rounds),
                 lambda: attribution(ours, peers["float32"], min(2, arguments.rounds)),
             ]
             for group in groups:

@@ -1,5 +1,5 @@
-"""The OV circuit: value vectors of a 3B-shaped stack (bounded by reading the weights once), and the
-lens of all heads of Qwen 0.5B (a matrix product).
+"""The OV circuit: value vectors of a model of 3B shape (bounded by reading the weights once), and
+the logit lens of all heads of Qwen 0.5B (a matrix product).
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from vksteer.demo import qwen as demo_real
 from vksteer.runtime import ceilings
 from vksteer.runtime.model import Model
 
-#: Llama 3.2 3B, but for what value vectors do not read: MLP and vocabulary are small.
+#: The attention of Llama 3.2 3B. MLP and vocabulary are small: value vectors do not read them.
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD = 28, 3072, 24, 8, 128
 TOP = 20
 
 
 def stack(device) -> Model:
     """A model of random bfloat16 weights of that shape, made in memory."""
-    from vksteer import _engine
     from vksteer.loading.config import Config
     from vksteer.runtime import device as devices
     from vksteer.runtime.model import _load
@@ -46,6 +45,19 @@ def stack(device) -> Model:
             "hidden_act": "silu",
         }
     )
+    engine_device, chosen = devices.open_device(device)
+    engine, fingerprint = _load(
+        engine_device,
+        chosen,
+        SimpleNamespace(config=config, tensors=_tensors(), paths=[]),
+        "3B-shaped stack",
+        False,
+    )
+    return Model(engine, engine_device, chosen, config, None, "3B-shaped stack", (), fingerprint)
+
+
+def _tensors() -> list[SimpleNamespace]:
+    """The weights, as a model file would give them: the same bfloat16 noise in every matrix."""
     rng = np.random.default_rng(0)
     noise = (
         rng.standard_normal((HEADS * HEAD + 2 * KV_HEADS * HEAD, WIDTH)) / np.sqrt(WIDTH)
@@ -77,15 +89,7 @@ def stack(device) -> Model:
                 ("wdown", (WIDTH, 16)),
             )
         ]
-    engine_device, chosen = devices.open_device(device)
-    engine, fingerprint = _load(
-        engine_device,
-        chosen,
-        SimpleNamespace(config=config, tensors=tensors, paths=[]),
-        "3B-shaped stack",
-        False,
-    )
-    return Model(engine, engine_device, chosen, config, None, "3B-shaped stack", (), fingerprint)
+    return tensors
 
 
 #: Products that measure_linear runs: one to compile, nine that it times.
@@ -99,14 +103,14 @@ def processor_seconds(call) -> float:
 
 
 def weight_bytes(config) -> int:
-    """What value vectors of all layers must read: W_V and W_O, bfloat16."""
+    """Bytes that the value vectors of all layers must read: W_V and W_O, bfloat16."""
     c = config
     return 2 * c.n_layers * c.d_model * c.d_head * (c.n_kv_heads + c.n_heads)
 
 
 def value_vectors(device, rounds: int) -> list[dict]:
-    """All value vectors of the stack: GB/s of its weights, beside what a kernel that
-    only reads gets here.
+    """All value vectors of the stack: GB/s of its weights, beside the rate of a kernel that only
+    reads.
     """
     with stack(device) as model:
         vector = SteeringVector(np.random.default_rng(1).standard_normal(WIDTH), 0)
@@ -140,7 +144,7 @@ def value_vectors(device, rounds: int) -> list[dict]:
 
 
 def lens(device, rounds: int) -> list[dict]:
-    """All heads of Qwen 0.5B through the lens, beside NumPy's bare product (no norm, no ranking)
+    """The logit lens of all heads of Qwen 0.5B, beside NumPy's bare product (no norm, no ranking)
     and our matrix kernel's peak.
     """
     with Model.from_pretrained(
@@ -153,7 +157,7 @@ def lens(device, rounds: int) -> list[dict]:
         n = values.shape[0] * values.shape[1]
         unembed = np.ascontiguousarray(model._engine.rows("unembed", -1, 0, c.d_vocab).T)
         flat = values.reshape(n, -1)
-        # Peak, lens and peer take turns, so that a busy machine hurts all alike.
+        # Peak, lens and peer take turns, so that other load slows all of them alike.
         peaks = []
         times = take_turns(
             {
@@ -166,17 +170,9 @@ def lens(device, rounds: int) -> list[dict]:
         )
         s = {name: summary(t) for name, t in times.items()}
         work, peak = 2.0 * n * c.d_vocab * c.d_model, max(peaks)
-        # The same share by processor time, which other work on the machine disturbs least (a
-        # software device computes in this process).
-        shape = 512, 2 * c.d_mlp, c.d_model
-        matrix = min(
-            processor_seconds(lambda: model._engine.measure_linear(*shape)) for _ in range(rounds)
-        ) / (PRODUCTS * 2.0 * np.prod(shape))
-        ours = (
-            min(processor_seconds(lambda: ov.logit_lens(model, values, TOP)) for _ in range(rounds))
-            / work
-        )
-        by_processor = float(100 * matrix / ours) if model.device.type == "software" else None
+        by_processor = None
+        if model.device.type == "software":
+            by_processor = _share_by_processor_time(model, values, work, rounds)
     share = lambda name: 100 * work / s[name]["median_s"] / peak
     return [
         at_least(
@@ -201,6 +197,17 @@ def lens(device, rounds: int) -> list[dict]:
             numpy_gflops=work / s["numpy"]["median_s"] / 1e9,
         ),
     ]
+
+
+def _share_by_processor_time(model, values, work: float, rounds: int) -> float:
+    """Percent of the matrix kernel's rate, by processor time, which other load disturbs least. A
+    software device computes in this process.
+    """
+    shape = 512, 2 * model.config.d_mlp, model.config.d_model
+    best = lambda call: min(processor_seconds(call) for _ in range(rounds))
+    matrix = best(lambda: model._engine.measure_linear(*shape)) / (PRODUCTS * 2.0 * np.prod(shape))
+    ours = best(lambda: ov.logit_lens(model, values, TOP)) / work
+    return float(100 * matrix / ours)
 
 
 def run(rounds: int, device):

@@ -1,5 +1,5 @@
-"""The neighbours: PyTorch with transformers on the same weights, and llama.cpp's CPU backend where
-llama-cpp-python could be built.
+"""The programs that the engine is compared with: PyTorch with transformers on the same weights, and
+llama.cpp's CPU backend where llama-cpp-python could be built.
 
     python benchmarks/peers.py           builds llama-cpp-python from its source package into
                                          .models/peers (minutes)
@@ -24,8 +24,7 @@ GGUF = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = MODELS / "smollm2-bf16"
 F16 = MODELS / "smollm2-f16.gguf"
 LLAMA_CPP = MODELS / "peers" / "llama_cpp"
-#: llama-bench on a machine of this kind (2 cores, 2 threads), from the project's
-#: order: not measured here.
+#: llama-bench on a machine with 2 cores and 2 threads: a quoted figure, not measured here.
 QUOTED_LLAMA_CPP = {
     "decode_tokens_per_s": 67.0,
     "prefill_tokens_per_s": 802.0,
@@ -34,6 +33,7 @@ QUOTED_LLAMA_CPP = {
 
 
 def quiet():
+    """The transformers module without network access and without its messages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
@@ -43,8 +43,8 @@ def quiet():
 
 
 def safetensors_folder() -> Path:
-    """SmolLM2 as transformers writes it, bfloat16, with its tokenizer; made
-    once from the GGUF file.
+    """SmolLM2 as transformers writes it, bfloat16, with its tokenizer; made once from the GGUF
+    file.
     """
     if not (FOLDER / "model.safetensors").exists():
         import torch
@@ -54,8 +54,8 @@ def safetensors_folder() -> Path:
             GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
         )
         config = model.config.to_dict()
-        # transformers refuses to save what was read from a GGUF file, though it is
-        # plain numbers by now
+        # transformers refuses to save a model that was read from a GGUF file, although its weights
+        # are dequantised by now.
         config.pop("quantization_config", None)
         plain = transformers.AutoModelForCausalLM.from_config(
             type(model.config)(**config), dtype=torch.bfloat16
@@ -75,8 +75,21 @@ def torch_model(folder, dtype: str):
     return model.eval()
 
 
+def waiting(call, device: str):
+    """A function that makes the call without gradients, and on "cuda" waits until it is done."""
+    import torch
+
+    def run():
+        with torch.inference_mode():
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
 def last_logits(model, tokens):
-    """A call that runs one prompt and gives the last position's logits."""
+    """A function that runs one prompt and returns the logits of the last position."""
     import torch
 
     ids = torch.tensor([tokens])
@@ -89,7 +102,7 @@ def last_logits(model, tokens):
 
 
 def greedy(model, tokens, n: int):
-    """A call that decodes exactly n tokens after one prompt."""
+    """A function that decodes exactly n tokens after one prompt."""
     import torch
 
     ids = torch.tensor([tokens])
@@ -112,7 +125,7 @@ def greedy(model, tokens, n: int):
 
 
 def build_llama_cpp() -> bool:
-    """llama-cpp-python from its source package into .models/peers; True where that worked."""
+    """Builds llama-cpp-python from its source package into .models/peers; whether that worked."""
     command = [
         sys.executable,
         "-m",
@@ -126,33 +139,26 @@ def build_llama_cpp() -> bool:
         "llama-cpp-python",
         "diskcache",
     ]
-    return (
-        subprocess.run(
-            command,
-            env=os.environ
-            | {
-                "CMAKE_ARGS": (
-                    "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF"
-                    " -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"
-                )
-            },
-        ).returncode
-        == 0
+    options = (
+        "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
+        " -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"
     )
+    done = subprocess.run(command, env=os.environ | {"CMAKE_ARGS": options}, check=False)
+    return done.returncode == 0
 
 
 def llama_cpp(rounds: int = 5, prompt: int = 128, new: int = 64) -> dict:
-    """Tokens/s of prefill and decoding, F16, as many threads as cores, in a process of its own; the
-    quoted figures where it is not built.
+    """Tokens/s of prefill and decoding, F16, as many threads as cores, in a process of its own; or
+    the quoted figures where it is not built.
     """
     if not (LLAMA_CPP / "llama_cpp" / "__init__.py").exists():
         return dict(QUOTED_LLAMA_CPP)
     done = subprocess.run(
         [sys.executable, __file__, "llama-cpp", str(rounds), str(prompt), str(new)],
         env=os.environ | {"PYTHONPATH": str(LLAMA_CPP)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
     if done.returncode:
         return dict(QUOTED_LLAMA_CPP, error=done.stderr.strip().splitlines()[-1:])

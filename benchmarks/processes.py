@@ -1,5 +1,5 @@
 """Figures that need a fresh process each time: import, loading, memory. Each function runs a few
-lines of Python and reads what they print.
+lines of Python and reads the JSON that they print.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def rss():  # bytes: anonymous and shared memory; mapped file pages do not count
 
 
 def fresh(code: str, n: int = 1) -> list:
-    """What the code printed as JSON on its last line, of n processes one after the other."""
+    """The JSON that the code prints on its last line, from n processes one after the other."""
     out = []
     for _ in range(n):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
@@ -106,8 +106,10 @@ before = m._engine_device.available_bytes
 m.run([list(range(100, 228))], logits="last")
 m.generate([list(range(100, 116))], max_new_tokens=16, ignore_eos=True, progress=False)
 plan = m._engine.plan()
-device = 0 if m.device.type == "software" else plan["weights"] + plan["work"] + 300 * plan["cache_per_token"]
-print(json.dumps(dict(total=rss() + device, weights=plan["weights"], work=plan["work"], resident=rss(), software=m.device.type == "software")))
+software = m.device.type == "software"
+device = 0 if software else plan["weights"] + plan["work"] + 300 * plan["cache_per_token"]
+sizes = dict(weights=plan["weights"], work=plan["work"], resident=rss(), software=software)
+print(json.dumps(dict(total=rss() + device, **sizes)))
 """
     )
     (m,) = fresh(code.format(str(peers.safetensors_folder())))

@@ -1,4 +1,4 @@
-"""`make bench`: the engine beside its neighbours, as JSON in
+"""`make bench`: the engine beside PyTorch and llama.cpp, as JSON in
 benchmarks/results/<machine>-<date>.json.
 
     run.py [--rounds N] [--only smollm2|processes|training|attribution|ov|tiny|qwen ...] [--device
@@ -13,34 +13,36 @@ from __future__ import annotations
 import os
 import sys
 
-# On some processors these are set because older OpenBLAS builds fail there; they slow a current
-# NumPy, which is measured against here.
+# Some machines set these because older OpenBLAS builds fail there. They slow a current NumPy, which
+# is one of the peers, so they are removed before NumPy is imported.
 REMOVED = {
     name: value
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
     if (value := os.environ.pop(name, None)) is not None
 }
 
-import argparse
-import importlib.metadata
-import json
-import platform
-import re
-import time
-import warnings
-from pathlib import Path
+import argparse  # noqa: E402  the environment first
+import importlib.metadata  # noqa: E402
+import json  # noqa: E402
+import platform  # noqa: E402
+import re  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BUSY = 0.4  # cores
-# and "qwen", which takes long, on request
+BUSY = 0.4  # cores of other load above which figures do not count
+#: What runs by default. "qwen" takes long and runs only on request.
 GROUPS = ("processes", "smollm2", "training", "attribution", "ov", "tiny")
 
 
 def busy_cores(seconds: float = 3.0) -> float:
-    """How many cores other work keeps busy just now."""
+    """The load of other processes, in cores, over some seconds."""
 
     def idle() -> float:
-        fields = [int(x) for x in open("/proc/stat").readline().split()[1:]]
+        first = Path("/proc/stat").read_text().partition("\n")[0]
+        fields = [int(x) for x in first.split()[1:]]
         return (fields[3] + fields[4]) / os.sysconf("SC_CLK_TCK")
 
     before, start = idle(), time.perf_counter()
@@ -49,14 +51,14 @@ def busy_cores(seconds: float = 3.0) -> float:
 
 
 def machine(device) -> dict:
-    """What the figures belong to."""
+    """The machine, device and versions that figures belong to."""
     from vksteer.runtime.device import choose
 
     d = choose(device)
     cpu = next(
         (
             line.split(":", 1)[1].strip()
-            for line in open("/proc/cpuinfo")
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
             if line.startswith("model name")
         ),
         platform.machine(),
@@ -88,10 +90,9 @@ def machine(device) -> dict:
 
 
 def commit() -> str:
-    import subprocess
-
+    """The commit of the tree, with "+changes" where the engine's sources differ from it."""
     run = lambda *words: subprocess.run(
-        ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True
+        ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False
     ).stdout.strip()
     return run("rev-parse", "--short", "HEAD") + (
         "+changes"
@@ -116,15 +117,15 @@ def main() -> int:
     where = machine(arguments.device)
     print(
         f"{where['device']['name']} ({where['device']['driver']}), {where['cpu']}, {where['cores']}"
-        f" cores; kept busy by others: {where['busy_cores_before']:.1f}",
+        f" cores; load of other processes: {where['busy_cores_before']:.1f} cores",
         flush=True,
     )
     where["busy"] = where["busy_cores_before"] > BUSY
     if where["busy"]:
         print(
-            "This machine is busy: neither figures nor ratios mean much (PyTorch's threads wait for"
-            " each other and suffer most). They are written under a name with -busy, which the"
-            " README does not take.",
+            "Other processes load this machine: neither figures nor ratios mean much (PyTorch's"
+            " threads wait for each other and suffer most). They are written under a name with"
+            " -busy, which the README does not take.",
             flush=True,
         )
     rows, seconds = [], {}
@@ -138,39 +139,37 @@ def main() -> int:
             )
         seconds[group] = round(time.perf_counter() - start, 1)
     if not arguments.no_write:
-        slug = re.sub(
-            r"[^a-z0-9]+",
-            "-",
-            f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}".lower(),
-        ).strip("-")
-        path = (
-            RESULTS
-            / f"{arguments.name or slug + '-' + where['date'][:10]}{'-busy' if where['busy'] else ''}.json"
-        )
-        RESULTS.mkdir(exist_ok=True)
-        # a part measured again replaces its rows
-        if path.exists() and set(arguments.only) != set(GROUPS):
-            old = json.loads(path.read_text())
-            names = {r["what"] for r in rows}
-            rows = [r for r in old["rows"] if r["what"] not in names] + rows
-            seconds = old["seconds"] | seconds
-        path.write_text(
-            json.dumps(
-                {
-                    "machine": where,
-                    "commit": commit(),
-                    "rounds": arguments.rounds,
-                    "seconds": seconds,
-                    "rows": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-        print(
-            f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
-        )
+        path = result_path(where, arguments.name)
+        write(path, where, arguments, rows, seconds)
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        print(f"written: {shown}")
     return 0
+
+
+def result_path(where: dict, name: str | None) -> Path:
+    """The file of a result: <machine>-<date>.json, or the given name; with -busy under load."""
+    parts = f"{where['cpu']} {where['cores']} cores {where['device']['name'].split('(')[0]}"
+    slug = re.sub(r"[^a-z0-9]+", "-", parts.lower()).strip("-")
+    stem = name or f"{slug}-{where['date'][:10]}"
+    return RESULTS / f"{stem}{'-busy' if where['busy'] else ''}.json"
+
+
+def write(path: Path, where: dict, arguments, rows: list[dict], seconds: dict) -> None:
+    """Writes a result. Where only some groups ran, their rows replace those in the file."""
+    RESULTS.mkdir(exist_ok=True)
+    if path.exists() and set(arguments.only) != set(GROUPS):
+        old = json.loads(path.read_text())
+        names = {r["what"] for r in rows}
+        rows = [r for r in old["rows"] if r["what"] not in names] + rows
+        seconds = old["seconds"] | seconds
+    content = {
+        "machine": where,
+        "commit": commit(),
+        "rounds": arguments.rounds,
+        "seconds": seconds,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def measure(group: str, arguments):

@@ -1,12 +1,10 @@
-"""SmolLM2-135M on the engine and on its neighbours: prefill, decoding, frozen decoding. Both sides
-hold the same weights and take turns.
+"""SmolLM2-135M on the engine, PyTorch and llama.cpp: prefill, decoding, frozen decoding. All hold
+the same weights and take turns.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-
+import frozen
 import numpy as np
 import peers
 from timing import at_least, at_most, row, summary, take_turns
@@ -22,8 +20,8 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 
 
 def host_read(megabytes: int = 256) -> float:
-    """Bytes a second that all cores read from the machine's memory (PyTorch's sum): what a
-    software device shares.
+    """Bytes per second that all cores read from the machine's memory, measured with PyTorch's sum.
+    A software device shares this bandwidth.
     """
     import torch
 
@@ -74,8 +72,8 @@ def prefill(model, fp32, rounds: int) -> list[dict]:
 
 
 def decode(model, fp32, bf16, rounds: int) -> tuple[list[dict], float]:
-    """Rows, and our tokens/s at batch 1. Total time of 64 tokens after 16, prefill
-    included, on both sides.
+    """(rows, our tokens/s at batch 1). Both sides are timed for 64 tokens after 16, prefill
+    included.
     """
     prompt = tokens(16)
     generate = lambda rows: (
@@ -94,8 +92,8 @@ def decode(model, fp32, bf16, rounds: int) -> tuple[list[dict], float]:
     faster = min(("float32", "bfloat16"), key=lambda name: s[name]["median_s"])
     rate = NEW / s["ours"]["median_s"]
     read, host = ceilings.measure(model, 5).read, host_read()
-    # The goal is set by what a kernel that only reads reaches here; what the host's own code reads
-    # is quoted beside it.
+    # The target is a share of what a kernel that only reads reaches on this device; the bandwidth
+    # of the host's own code is recorded beside it.
     step = decode_step(model, [prompt], NEW)
     bytes_a_second = ceilings.decode_bytes(model, 16 + NEW / 2) / step
     share = bytes_a_second / read
@@ -151,53 +149,12 @@ def llama_cpp(decode_rate: float, prefill_rate: float, rounds: int) -> list[dict
     ]
 
 
-def frozen(model, fp32, rounds: int, new: int = 24) -> list[dict]:
-    """A frozen pair after 256 tokens against our own batch of two, and against two full
-    re-runs a token in PyTorch.
+def frozen_decoding(model, fp32, rounds: int) -> list[dict]:
+    """A frozen pair after 256 tokens against our plain decoding of two rows, and against two full
+    re-runs for each token in PyTorch.
     """
-    import torch
-
-    import vksteer as vs
-
-    prompt = tokens(CONTEXT)
-    vector = vs.SteeringVector(
-        np.random.default_rng(1).standard_normal(model.config.d_model) * 2,
-        model.config.n_layers // 2,
-    )
-    steps = {name: [] for name in ("plain 2", "qk", "ov", "mlp", "authors")}
-
-    def step(rows, **options):
-        times, last = [], rows - 1
-        model.generate(
-            [prompt] * rows,
-            edits=[vs.Steer(vector)],
-            max_new_tokens=new,
-            ignore_eos=True,
-            progress=False,
-            on_token=lambda row, token, piece: (
-                times.append(time.perf_counter()) if row == last else None
-            ),
-            **options,
-        )
-        return statistics.median(np.diff(times).tolist())
-
-    ids = torch.tensor([prompt])
-
-    def authors():
-        start = time.perf_counter()
-        with torch.inference_mode():
-            for _ in range(2):  # the base run whose parts are kept, and the steered run
-                fp32(input_ids=ids, use_cache=False, logits_to_keep=1)
-        return time.perf_counter() - start
-
-    step(1, freeze="qk"), step(2), authors()
-    for _ in range(rounds):
-        steps["plain 2"].append(step(2))
-        for name in ("qk", "ov", "mlp"):
-            steps[name].append(step(1, freeze=name))
-        steps["authors"].append(authors())
-    s = {name: summary(t) for name, t in steps.items()}
-    slowest = max(s[name]["median_s"] for name in ("qk", "ov", "mlp"))
+    s = frozen.steps(model, tokens(CONTEXT), {"authors": fp32}, rounds, "cpu")
+    slowest = frozen.slowest(s)
     return [
         at_least(
             f"frozen decoding at {CONTEXT} tokens against two full PyTorch re-runs a token (slowest"
@@ -228,5 +185,5 @@ def run(rounds: int, device):
         yield from rows
         rows, rate = decode(model, fp32, bf16, rounds)
         yield from rows
-        yield from frozen(model, fp32, rounds)
+        yield from frozen_decoding(model, fp32, rounds)
         yield from llama_cpp(rate, prefill_rate, rounds)

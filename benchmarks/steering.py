@@ -1,4 +1,4 @@
-"""The scientific calls: difference in means with selection, and Table 1, on the bundled models; on
+"""Whole experiments: difference in means with selection, and Table 1, on the bundled models; on
 request the former on Qwen 0.5B beside PyTorch.
 """
 
@@ -67,8 +67,8 @@ def tiny(device) -> list[dict]:
 
 
 def strengths_of(name: str) -> tuple[float, float]:
-    """(plus, minus) with which the bundled model's own Table 1 was made: broken texts would run to
-    the last token and take longer.
+    """(plus, minus) of the bundled model's own Table 1. Stronger steering breaks the texts, which
+    then run to the last token and take longer.
     """
     folder = Path(source.__file__).parent / "models" / name
     seed = json.loads((folder / "training.json").read_text())["seed"]
@@ -78,8 +78,8 @@ def strengths_of(name: str) -> tuple[float, float]:
 
 
 def qwen(device, n_train: int = 16, n_validation: int = 4) -> list[dict]:
-    """Means and scores of three layers of candidates on Qwen 0.5B, beside a PyTorch loop that
-    recomputes whole forwards (one candidate, all prompts).
+    """Means and scores of three layers of candidates on Qwen 0.5B, beside a PyTorch loop that runs
+    whole forward passes for every candidate.
     """
     from types import SimpleNamespace
 
@@ -106,7 +106,7 @@ def qwen(device, n_train: int = 16, n_validation: int = 4) -> list[dict]:
         .eval()
     )
     start = time.perf_counter()
-    kept = _loop(peer, rows, ids)
+    kept = Loop(peer).bypass(rows, ids)
     theirs = time.perf_counter() - start
     ours_bypass = scores.bypass[:, list(demo_real.LAYERS)]
     return [
@@ -122,41 +122,43 @@ def qwen(device, n_train: int = 16, n_validation: int = 4) -> list[dict]:
     ]
 
 
-def _loop(peer, rows, refusal) -> np.ndarray:
-    """What a straightforward script does: hooks, batches of one length class, every forward whole.
-    Returns bypass [P, len(LAYERS)].
-    """
-    import torch
+class Loop:
+    """What a straightforward PyTorch script does: hooks, padded batches, whole forward passes."""
 
-    layers, positions = demo_real.LAYERS, demo_real.POSITIONS
-    blocks = peer.model.layers
+    def __init__(self, peer):
+        import torch
 
-    def forward(some, hooks=()):
-        """Last logits of left-padded rows, in batches of 16."""
+        self.torch, self.peer, self.blocks = torch, peer, peer.model.layers
+
+    def logits(self, rows, hooks=()):
+        """Last logits [n, V] of left-padded rows, in batches of 16. hooks: (module, hook, whether
+        it runs before the module).
+        """
+        torch = self.torch
         handles = [
             module.register_forward_pre_hook(h) if pre else module.register_forward_hook(h)
             for module, h, pre in hooks
         ]
         out = []
         with torch.inference_mode():
-            for i in range(0, len(some), 16):
-                part = some[i : i + 16]
+            for i in range(0, len(rows), 16):
+                part = rows[i : i + 16]
                 width = max(map(len, part))
                 ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in part])
                 mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
-                out.append(
-                    peer(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
-                    .logits[:, -1]
-                    .double()
+                made = self.peer(
+                    input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False
                 )
+                out.append(made.logits[:, -1].double())
         for handle in handles:
             handle.remove()
         return torch.cat(out)
 
-    def mean(some):
-        sums = torch.zeros(
-            len(positions), len(layers), peer.config.hidden_size, dtype=torch.float64
-        )
+    def mean(self, rows):
+        """Mean residual streams [P, len(LAYERS), D] of some rows, float64."""
+        layers, positions = demo_real.LAYERS, demo_real.POSITIONS
+        shape = len(positions), len(layers), self.peer.config.hidden_size
+        sums = self.torch.zeros(shape, dtype=self.torch.float64)
 
         def keep(j):
             def hook(module, args, kwargs=None):
@@ -164,39 +166,41 @@ def _loop(peer, rows, refusal) -> np.ndarray:
 
             return hook
 
-        forward(some, [(blocks[l], keep(j), True) for j, l in enumerate(layers)])
-        return sums / len(some)
+        self.logits(rows, [(self.blocks[l], keep(j), True) for j, l in enumerate(layers)])
+        return sums / len(rows)
 
-    difference = (mean(rows[0]) - mean(rows[1])).float()
-    harmful, harmless = rows[2], rows[3]
-    metric = lambda logits: float(
-        (
-            torch.logsumexp(logits[:, refusal], -1)
-            - torch.logsumexp(
-                logits[:, [i for i in range(logits.shape[1]) if i not in refusal]], -1
-            )
-        ).mean()
-    )
-    base = torch.log_softmax(forward(harmless), -1)
-    forward(harmful)
-    bypass = np.zeros(difference.shape[:2])
-    for p in range(len(positions)):
-        for j, l in enumerate(layers):
-            v = difference[p, j]
-            u = v / v.norm()
-            steer = lambda a: [(blocks[l], lambda module, args: (args[0] + a * v, *args[1:]), True)]
-            project = lambda x: x - (x @ u)[..., None] * u
-            first = lambda out: (
-                (project(out[0]), *out[1:]) if isinstance(out, tuple) else project(out)
-            )
-            ablate = [(b, lambda module, args: (project(args[0]), *args[1:]), True) for b in blocks]
-            ablate += [
-                (m, lambda module, args, out: first(out), False)
-                for b in blocks
-                for m in (b.self_attn, b.mlp)
-            ]
-            bypass[p, j] = metric(forward(harmful, steer(-1.0)))
-            metric(forward(harmless, steer(1.0)))
-            (base.exp() * (base - torch.log_softmax(forward(harmless, ablate), -1))).sum(-1).mean()
-            metric(forward(harmful, ablate))
-    return bypass
+    def steer(self, layer: int, v):
+        """Hooks that add v before one layer."""
+        return [(self.blocks[layer], lambda module, args: (args[0] + v, *args[1:]), True)]
+
+    def ablate(self, v):
+        """Hooks that remove the direction of v before every layer, and from what it writes."""
+        u = v / v.norm()
+        project = lambda x: x - (x @ u)[..., None] * u
+        first = lambda out: (project(out[0]), *out[1:]) if isinstance(out, tuple) else project(out)
+        hooks = [(b, lambda m, args: (project(args[0]), *args[1:]), True) for b in self.blocks]
+        parts = [part for b in self.blocks for part in (b.self_attn, b.mlp)]
+        return hooks + [(part, lambda m, args, out: first(out), False) for part in parts]
+
+    def odds(self, logits, refusal) -> float:
+        """Mean log odds of the refusal tokens."""
+        logsumexp = self.torch.logsumexp
+        others = [i for i in range(logits.shape[1]) if i not in refusal]
+        return float((logsumexp(logits[:, refusal], -1) - logsumexp(logits[:, others], -1)).mean())
+
+    def bypass(self, rows, refusal) -> np.ndarray:
+        """Bypass scores [P, len(LAYERS)]; all other scores of a candidate are computed too."""
+        difference = (self.mean(rows[0]) - self.mean(rows[1])).float()
+        harmful, harmless = rows[2], rows[3]
+        log_p = lambda logits: self.torch.log_softmax(logits, -1)
+        base = log_p(self.logits(harmless))
+        self.logits(harmful)
+        found = np.zeros(difference.shape[:2])
+        for p, j in np.ndindex(found.shape):
+            layer, v = demo_real.LAYERS[j], difference[p, j]
+            ablate = self.ablate(v)
+            found[p, j] = self.odds(self.logits(harmful, self.steer(layer, -v)), refusal)
+            self.odds(self.logits(harmless, self.steer(layer, v)), refusal)
+            (base.exp() * (base - log_p(self.logits(harmless, ablate)))).sum(-1).mean()
+            self.odds(self.logits(harmful, ablate), refusal)
+        return found

@@ -1,6 +1,4 @@
-"""Side by side: calls that take turns, their medians, and one row of the result
-for each comparison.
-"""
+"""Comparisons: calls that take turns, their medians, and the rows of a result."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ def seconds(call) -> float:
 
 
 def take_turns(calls: dict, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, `rounds` times in turn, so that a busy machine hurts all alike."""
+    """Seconds of every call, `rounds` times in turn, so that other load slows all of them alike."""
     for call in calls.values():
         for _ in range(warm_up):
             call()
@@ -38,8 +36,8 @@ def summary(times: list[float]) -> dict:
 def row(
     what: str, value: float, unit: str, *, target: str = "", met: bool | None = None, **details
 ) -> dict:
-    """One line of the table: a figure, its target, and what it is made of. A ratio is the peer's
-    time divided by ours.
+    """One row of a result: a figure, its target and details. A ratio is the peer's time divided by
+    ours.
     """
     return {"what": what, "value": value, "unit": unit, "target": target, "met": met, **details}
 

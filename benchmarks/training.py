@@ -39,8 +39,8 @@ def examples(seed: int = 0) -> list:
 
 
 class Peer:
-    """The same losses in PyTorch: layers from LAYER on, run by transformers' own
-    modules on kept inputs.
+    """The same losses in PyTorch: the layers from LAYER on, with transformers' own modules, on
+    inputs that were computed once.
     """
 
     def __init__(self, torch_model, some):
@@ -93,8 +93,8 @@ class Peer:
 
 
 def counted(call, seconds: list):
-    """The call, which also notes the processor time of all threads: what a busy machine leaves as
-    it is (but PyTorch's threads that wait, spin).
+    """A function that makes the call and appends the processor time of all threads to `seconds`.
+    Other load changes it little, except that waiting threads of PyTorch spin.
     """
 
     def run():
@@ -106,9 +106,7 @@ def counted(call, seconds: list):
 
 
 def operations(model, rows: int) -> float:
-    """Float operations of the matrix products of one step, forward and back;
-    attention is not counted.
-    """
+    """Operations of the matrix products of one step, forward and backward, without attention."""
     c = model.config
     layer = (ceilings.matrix_weights(model) - c.d_vocab * c.d_model) / c.n_layers
     return (
@@ -122,8 +120,8 @@ def operations(model, rows: int) -> float:
 
 
 def run(rounds: int, device):
-    """Yields rows: for each loss the time against PyTorch's and the share of the
-    matrix kernel's peak.
+    """Yields, for each loss, the time against PyTorch's and the share of the matrix kernel's
+    peak.
     """
     folder = peers.safetensors_folder()
     some = examples()

@@ -252,7 +252,7 @@ def test_table_1_is_that_of_the_chosen_vectors(name):
     """
     folder = model_folder(name)
     sys.path.insert(0, str(ROOT / "tools"))
-    import tiny_figures
+    import tiny_card
     import train_tiny
 
     seeds, tables, training, figures = (
@@ -264,7 +264,7 @@ def test_table_1_is_that_of_the_chosen_vectors(name):
     for seed, table in tables.items():
         setting, chosen = table["setting"], seeds[seed]["chosen"]
         assert (setting["layer"], setting["position"]) == (chosen["layer"], chosen["position"])
-        assert tuple(setting["coefficient"]) == tiny_figures.strengths(
+        assert tuple(setting["coefficient"]) == tiny_card.strengths(
             seeds[seed]["sweep"]["validation"]
         )
         assert (setting["n_harmful"], setting["n_harmless"], setting["max_new_tokens"]) == (

@@ -10,9 +10,9 @@ the same file runs on both; PYTHONPATH says which tree is meant:
     PYTHONPATH=OLD/python .venv/bin/python tools/record_outputs.py write before.json
     PYTHONPATH=NEW/python .venv/bin/python tools/record_outputs.py compare before.json
 
-The calls are in tools/recorded_calls.py. A recording maps "model/call/result" to the SHA-256 of
-the result's bytes, its dtype, its shape and its first values. A call that raises is recorded as the
-error, and then `write` exits with 1 too.
+The calls are in tools/recorded_calls.py and tools/recorded_circuits.py. A recording maps
+"model/call/result" to the SHA-256 of the result's bytes, its dtype, its shape and its first values.
+A call that raises is recorded as the error, and then `write` exits with 1 too.
 
 The models are the two bundled ones and, where .models/ beside this folder holds it, the SmolLM2
 file that `make models` fetches. `--models NAME,...` runs fewer of them. All seeds are fixed.
@@ -37,7 +37,9 @@ from pathlib import Path
 os.environ.setdefault("VKSTEER_KERNELS", "texels")
 
 import numpy as np
-from recorded_calls import CALLS, GGUF, MODELS, Case
+import recorded_calls  # noqa: F401  registers its calls
+import recorded_circuits  # noqa: F401  registers its calls
+from recorded_case import CALLS, GGUF, MODELS, Case
 
 FORMAT = 1
 FIRST = 4  # values of each result that the recording shows

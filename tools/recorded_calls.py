@@ -1,129 +1,15 @@
-"""The calls that tools/record_outputs.py records, on one open model and its inputs.
-
-Each function marked `call` takes a Case and returns {result's name: value}; a value is an array or
-plain data whose JSON is exact. Values of one kind of site are stacked over the layers. Only the
-public interface is used, so that the calls run unchanged on other trees. All seeds are fixed.
-"""
+"""Recorded calls: configuration, forward passes, generation, gradients and steering vectors."""
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
-import numpy as np
+from recorded_case import QUIET, TEXTS, by_kind, call, of_generations, of_run
 
 import vksteer as vs
 
-GGUF = Path(__file__).resolve().parent.parent / ".models/SmolLM2-135M-Instruct.Q4_1.gguf"
-#: name -> (source, coefficient of steering, tokens of a response)
-MODELS = {
-    "tiny-llama-chat": ("tiny-llama-chat", -1.0, 40),
-    "tiny-gemma-chat": ("tiny-gemma-chat", -0.7, 40),
-    "SmolLM2": (str(GGUF), 4.0, 6),
-}
-METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match", "logprob")
-METHODS = ("pruned", "top", "greedy_backward", "greedy_forward")
-TEXTS = ["I cannot help with that.", "Sure. Take the hammer and go to the river.", "", "no no " * 9]
-QUIET = {"progress": False}
-
-CALLS = []
-
-
-def call(function):
-    """Mark a function of a Case as one recorded call. It returns {result's name: value}."""
-    CALLS.append(function)
-    return function
-
-
-class Case:
-    """One open model and the inputs that its calls share."""
-
-    def __init__(self, name: str):
-        source, self.coefficient, self.new_tokens = MODELS[name]
-        self.source, self.small = source, name.startswith("tiny")
-        self.model = vs.Model.from_pretrained(source, progress=False)
-        self.layers = self.model.config.n_layers
-        harmful, harmless = vs.data.tiny_pair("train", 64 if self.small else 3)
-        self.candidates = vs.steering.difference_in_means(self.model, harmful, harmless, **QUIET)
-        self.validation = vs.data.tiny_pair("validation", 12 if self.small else 2)
-        self.harmful, self.harmless = vs.data.tiny_pair("test", 4 if self.small else 2)
-        if self.small:
-            self.vector = self.candidates.select(*self.validation, **QUIET)
-        else:
-            self.vector = self.candidates.vector(-1, self.layers - 4)
-        rng = np.random.default_rng(1)
-        top = self.model.config.d_vocab
-        self.rows = [rng.integers(0, top, n).tolist() for n in (9, 4, 14, 1, 6, 11)]
-        self.responses = [rng.integers(0, top, n).tolist() for n in (3, 0, 5, 2, 4, 1)]
-        self.samples = vs.patching.make_samples(
-            self.model,
-            self.harmful[:3],
-            self.vector,
-            self.coefficient,
-            keep="all",
-            max_new_tokens=self.new_tokens // 2,
-            **QUIET,
-        )
-        self.scored = (self.model, self.samples, self.vector, self.coefficient)
-        self.steer = vs.Steer(self.vector, self.coefficient)
-        self._scores = None
-
-    @property
-    def scores(self):
-        """Scores of all edges, which the calls on circuits start from."""
-        if self._scores is None:
-            self._scores = vs.patching.attribute(*self.scored, steps=3, per_sample=True, **QUIET)
-        return self._scores
-
-    def noise(self, seed: int, *shape: int) -> np.ndarray:
-        """Random numbers whose spread is that of the steering vector's entries."""
-        size = self.vector.norm / np.sqrt(self.vector.width)
-        return (size * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
-
-
-# -- what results are made of ------------------------------------------------------------------
-
-
-def by_kind(sites) -> dict:
-    """Arrays of sites, stacked over layers: "blocks.{l}.hook_resid_pre" -> [L, ...]."""
-    kinds: dict[str, list] = {}
-    for name, array in sites:
-        head, _, rest = name.partition(".")
-        layer, _, rest = rest.partition(".")
-        kinds.setdefault("blocks.{l}." + rest if head == "blocks" else name, []).append(array)
-    return {kind: np.stack(arrays) for kind, arrays in kinds.items()}
-
-
-def of_run(run) -> dict:
-    found = {"tokens": run.tokens, "mask": run.mask, "touched": run.touched}
-    return found | {"logits": run.logits} | by_kind(run.items())
-
-
-def of_generations(generations) -> dict:
-    captured = {
-        f"{name}, row {i}": array
-        for i, g in enumerate(generations)
-        for name, array in g.captured.items()
-    }
-    plain = [[g.text, g.tokens, g.finish_reason, g.prompt_tokens] for g in generations]
-    return {"generations": plain} | captured
-
-
-def of_scores(scores) -> dict:
-    names = ("edges", "nodes", "dims", "weights", "sample_edges", "sample_nodes", "n_positions")
-    found = {name: getattr(scores, name) for name in names}
-    for i, array in enumerate(scores.positions or ()):
-        found[f"positions of sample {i}"] = array
-    return found
-
-
-def of_metrics(result) -> dict:
-    names = ("faithfulness", "value", "full", "empty")
-    return {metric: {name: getattr(r, name) for name in names} for metric, r in result.items()}
-
-
-# -- calls: configuration, forward passes, generation ------------------------------------------
+# -- configuration, forward passes, generation -------------------------------------------------
 
 
 @call
@@ -205,7 +91,7 @@ def run_edits(case):
 @call
 def run_frozen(case):
     found = {}
-    for options in treatments():
+    for options in freezes_and_ablations():
         run = case.model.run(
             case.rows,
             case.responses,
@@ -217,7 +103,7 @@ def run_frozen(case):
     return found
 
 
-def treatments() -> list[dict]:
+def freezes_and_ablations() -> list[dict]:
     frozen = [{"freeze": name} for name in ("qk", "ov", "mlp")]
     ablated = [{"ablate": name} for name in ("svv", "mlp_direct")]
     return frozen + ablated + [{"freeze": "qk", "ablate": "svv"}]
@@ -258,7 +144,7 @@ def generate_frozen(case):
                 prompts, edits=[case.steer], max_new_tokens=case.new_tokens, **options, **QUIET
             )
         )
-        for options in treatments()
+        for options in freezes_and_ablations()
     }
 
 
@@ -279,7 +165,7 @@ def gradients(case):
     return found
 
 
-# -- calls: vectors ----------------------------------------------------------------------------
+# -- vectors -----------------------------------------------------------------------------------
 
 
 @call
@@ -388,147 +274,3 @@ def behaviour(case):
         )
         found["sparsity sweep"] = sparse.to_dict()["rows"]
     return found
-
-
-# -- calls: patching and circuits --------------------------------------------------------------
-
-
-@call
-def samples(case):
-    found = {}
-    for responses, keep in (("steered", "flipped"), ("base", "all")):
-        made = vs.patching.make_samples(
-            case.model,
-            case.harmful,
-            case.vector,
-            case.coefficient,
-            responses=responses,
-            keep=keep,
-            max_new_tokens=case.new_tokens,
-            **QUIET,
-        )
-        pairs = [[list(s.prompt_tokens), list(s.response_tokens)] for s in made]
-        found[f"{responses}, {keep}"] = [pairs, made.dropped, made.index, made.line]
-    return found
-
-
-@call
-def attribute(case):
-    choices = {
-        "pre_norm": {"per_sample": True, "per_position": case.small, "dims": "all"},
-        "normed": {"at": "normed", "per_sample": True},
-        "kl from base": {"metric": "kl", "clean": "base", "rule": "left"},
-        "directional kl": {"metric": "directional_kl", "rule": "right", "threshold": 0.01},
-    }
-    found = {"order": case.scores.edge_names, "nodes' order": case.scores.node_names}
-    for name, options in choices.items():
-        scores = vs.patching.attribute(*case.scored, steps=3, **options, **QUIET)
-        found |= {f"{name}: {what}": value for what, value in of_scores(scores).items()}
-    return found
-
-
-@call
-def exact(case):
-    m, sample = case.model, case.samples[0]
-    edges = [edge.name for edge in case.scores.top(6)]
-    nodes = [node.name for node in case.scores.top_nodes(4)]
-    arguments = (m, sample, case.vector, case.coefficient)
-    return {
-        "edges": vs.patching.exact(*arguments, edges=edges),
-        "edges from base": vs.patching.exact(*arguments, edges=edges, clean="base", metric="kl"),
-        "nodes": vs.patching.exact(*arguments, nodes=nodes),
-        "at positions": vs.patching.exact(*arguments, nodes=nodes, positions="response"),
-    }
-
-
-def sizes_of(case) -> list[int]:
-    return [len(case.scores.edges) * share // 100 for share in (2, 10, 40)]
-
-
-@call
-def circuits(case):
-    found = {}
-    for method in METHODS if case.small else METHODS[:2]:
-        for n in sizes_of(case):
-            c = case.scores.circuit(n, method=method)
-            found[f"{method}, {n}"] = [c.edge_names, c.distribution()]
-    c, d = case.scores.circuit(sizes_of(case)[1]), vs.circuits.random(case.scores.graph, 40, 3)
-    found["random"] = d.edge_names
-    found["sets"] = [c.complement().edge_names, c.pruned().edge_names, c.overlap(d), c.counts()]
-    found["distribution"] = case.scores.distribution(40)
-    return found
-
-
-@call
-def evaluate(case):
-    some = [case.scores.circuit(n) for n in sizes_of(case)[: 3 if case.small else 1]]
-    metrics = METRICS if case.small else METRICS[:1]
-    results = vs.circuits.evaluate(some, *case.scored, metrics=metrics, **QUIET)
-    found = {f"circuit {i}": of_metrics(result) for i, result in enumerate(results)}
-    generated = case.model.generate(
-        case.harmful[:2], edits=[case.steer], circuit=some[0], max_new_tokens=8, **QUIET
-    )
-    found |= {f"decoding: {k}": value for k, value in of_generations(generated).items()}
-    if case.small:
-        found["alone"] = of_metrics(some[0].evaluate(*case.scored, **QUIET))
-        least = vs.circuits.minimum_faithful(case.scores, *case.scored, threshold=0.5, **QUIET)
-        found["minimum faithful"] = least.edge_names
-        curve = vs.circuits.faithfulness_curve(
-            case.scores, *case.scored, sizes=sizes_of(case), random=1, bootstrap=50, **QUIET
-        )
-        for name in ("sizes", "edges", "faithfulness", "low", "high", "random", "random_edges"):
-            found[f"curve: {name}"] = getattr(curve, name)
-    return found
-
-
-@call
-def plan(case):
-    config = case.model.config
-    choices = [{}, {"dims": "all", "at": "normed"}, {"metric": "kl", "max_memory": "200MB"}]
-    return {
-        str(options): vs.patching.plan(config, case.vector.layer, 300, **options).to_dict()
-        for options in choices
-    }
-
-
-# -- calls: OV circuits and sparsity -----------------------------------------------------------
-
-
-@call
-def ov(case):
-    m, v, last = case.model, case.vector, case.layers - 1
-    svv = vs.ov.steering_value_vectors(m, v)
-    found = {"values": svv.values, "layers": svv.layers, "sums": svv.sum_over_heads()}
-    for by in ("logit", "cosine"):
-        lens = vs.ov.logit_lens(m, svv.values, top=5, by=by, **QUIET)
-        found |= {f"lens, {by}: tokens": lens.tokens, f"lens, {by}: values": lens.values}
-        found[f"lens, {by}: text"] = lens.text()
-    parts = vs.ov.decompose(
-        m, case.rows[:3], v, case.coefficient, last, responses=case.responses[:3]
-    )
-    names = ("direct", "indirect", "scales", "base", "heads_share", "share")
-    found |= {f"decompose: {name}": getattr(parts, name) for name in names}
-    shares = vs.ov.direct_shares(m, case.rows[:3], v, case.coefficient, **QUIET)
-    found["direct shares"] = shares.to_dict()
-    for name, weight in zip(("W_Q", "W_K", "W_V", "W_O"), vs.ov.head_weights(m, last, 1)):
-        found[name] = np.asarray(weight)
-    return found
-
-
-@call
-def sparsify(case):
-    v, scores = case.vector, case.scores
-    k = v.width // 3
-    sparse = {
-        "gradient": vs.sparsify.by_gradient(v, scores, 1.0),
-        "effect": vs.sparsify.by_effect(v, scores, k),
-        "magnitude": vs.sparsify.by_magnitude(v, k),
-        "random": vs.sparsify.by_random(v, k, 11),
-    }
-    found = {name: [u.direction, u.kept, u.norm] for name, u in sparse.items()}
-    pair = sparse["effect"], sparse["magnitude"]
-    return found | {
-        "ratio": vs.sparsify.gradient_ratio(v, scores),
-        "iou": vs.sparsify.iou(*pair),
-        "overlap test": vs.sparsify.overlap_test(*pair),
-    }

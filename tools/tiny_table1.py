@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import tiny_card
 import tiny_figures
 
 from vksteer import data, freezing, steering
@@ -54,7 +55,7 @@ def measured(folder: Path) -> tuple[str, dict]:
             model,
             vector,
             *([r.prompt for r in sides[s]] for s in ("harmful", "harmless")),
-            tiny_figures.strengths(figures["sweep"]["validation"]),
+            tiny_card.strengths(figures["sweep"]["validation"]),
             max_new_tokens=MAX_NEW_TOKENS,
             progress=False,
         )

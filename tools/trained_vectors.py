@@ -1,12 +1,13 @@
-"""Trains NTP and PO vectors on a bundled model and sets their two-way rates beside the difference
-in means (method.md section 2).
+"""Trains NTP and PO vectors on a bundled model and compares their rates in both directions with
+those of the difference in means (docs/method.md section 2).
 
     .venv/bin/python tools/trained_vectors.py tiny-gemma-chat [--out FOLDER]
     [--prompts 192] [--factors]
 
-Training and validation data are the model's own answers (`vs.steering.training_data`), strengths
-are chosen on the validation split, the table is made on 100 + 100 test prompts with 72 new tokens,
-all vectors at the difference's norm. One seed, one setting a method: see the arguments.
+Training and validation data are the model's own answers (`vs.steering.training_data`). Strengths
+are chosen on the validation split. The table is made on 100 + 100 test prompts with 72 new tokens,
+with all vectors at the norm of the difference. One seed and one setting for each method: see the
+arguments.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def rates(prompts: PromptPair, vector, plus: float, minus: float):
 
 
 def strengths(prompts: PromptPair, vector):
-    """The validation split's best (plus, minus) among those with enough ended answers; None
+    """The best (plus, minus) on the validation split among those with enough ended answers; None
     where there are none.
     """
     rows = [(a, *rates(prompts, vector, a, a)) for a in STRENGTHS]
@@ -39,7 +40,7 @@ def strengths(prompts: PromptPair, vector):
     return (min(plus)[1], min(minus)[1]) if plus and minus else None
 
 
-def main():
+def arguments_of_the_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +56,11 @@ def main():
         help="a strength from 2, 4, ..., 20 drawn per sample, as the authors do",
     )
     parser.add_argument("--seed", type=int, default=42)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of_the_command()
     model = vs.Model.from_pretrained(arguments.model)
     dim = steering.difference_in_means(model, *data.tiny_pair("train", 64)).select(
         *data.tiny_pair("validation", 32)

@@ -48,7 +48,7 @@ class DriverProperties(c.Structure):
     ]
 
 
-class Properties2(c.Structure):  # the limits at its end are not looked at
+class Properties2(c.Structure):  # the limits at its end are not read
     _fields_ = [
         ("sType", c.c_int),
         ("pNext", c.c_void_p),
