@@ -1,9 +1,10 @@
-"""Circuits: sets of edges, how they are found, and how much of steering's effect they carry
+"""Circuits: sets of edges, how they are found, and how much of the effect of steering they carry
 (method.md section 5).
 """
 
 from .circuit import METRICS, Circuit, evaluate, overlaps, random
-from .faithfulness import FaithfulnessCurve, faithfulness_curve, minimum_faithful
+from .curve import FaithfulnessCurve
+from .faithfulness import faithfulness_curve, minimum_faithful
 
 __all__ = [
     "METRICS",

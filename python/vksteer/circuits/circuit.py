@@ -1,48 +1,69 @@
-"""Circuits: sets of edges of a graph, their algebra, files and pictures, and how much of steering's
-effect they carry (method.md section 5).
+"""Circuits: sets of edges of a graph, their algebra, files and pictures, and how much of the effect
+of steering they carry (method.md section 5).
 
-`circuit_search.py` finds them, `faithfulness.py` judges them by size, `circuit_runs.py` runs
+circuits/search.py finds them, circuits/faithfulness.py judges them by size, circuits/runs.py runs
 the model under them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from ..base.json_files import load_json, save_json
+from ..base.types import Array, BoolArray, IntArray, PathLike, ProgressLike
 from ..errors import ModelError
 from ..inputs.samples import check_samples
 from . import runs as circuit_runs
 from . import search as circuit_search
 from .curve import FaithfulnessCurve
-from .decoding import CircuitBatch, check_rows
+from .decoding import CircuitBatch, RowsEdits, check_rows
 from .graph import INPUT_KINDS, Graph
 from .graph import graph as graph_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from networkx import MultiDiGraph
+
+    from ..inputs.samples import Sample
+    from ..inputs.vectors import SteeringVector
+    from ..loading.config import Config
+    from ..patching.edge_scores import EdgeScores
+    from ..runtime.model import Model
 
 #: What `evaluate` can measure (method.md section 5).
 METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match", "logprob")
 FORMAT = "vksteer.circuit"
-#: A circuit of a million edges has about 30 MB.
+#: Most bytes of a circuit's file; a million edges take about 30 MB.
 MAX_BYTES = 1 << 28
+_SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
+
+#: Edges by number or name, or a mask of them.
+Edges: TypeAlias = "Array | Iterable[int] | Iterable[str]"
 
 
 class Circuit:
-    """A set of edges of a Graph; does not change once it is made.
+    """An immutable set of edges of a Graph; see the operators &, |, -, ^, <= and >=.
 
-    edges: numbers, names ("steer->m5"), or a bool mask [E] on the way in; as an attribute ascending
-    int64, read-only. meta: where it came from, a mapping that JSON can hold. curve: the
-    FaithfulnessCurve that it was chosen from, or None. Raises ValueError for numbers outside the
-    graph and masks of another length, KeyError for names that are no edge.
+    edges: edge numbers, names ("steer->m5"), or a bool mask [E]; the attribute holds ascending
+    numbers, int64, read-only. meta: where the circuit came from, a mapping that JSON can hold.
+    curve: the FaithfulnessCurve that it was chosen from, or None. Raises ValueError for numbers
+    outside the graph and for masks of another length, KeyError for names that are no edge.
     """
 
     def __init__(
-        self, graph: Graph, edges=(), *, meta: Mapping[str, Any] | None = None, curve=None
-    ):
+        self,
+        graph: Graph,
+        edges: Edges = (),
+        *,
+        meta: Mapping[str, Any] | None = None,
+        curve: FaithfulnessCurve | None = None,
+    ) -> None:
         if not isinstance(graph, Graph):
             raise ValueError(
                 f"a circuit belongs to a Graph (vs.patching.graph(model, layer)), not to {graph!r}"
@@ -56,7 +77,7 @@ class Circuit:
             raise ValueError(f"meta must be a mapping that JSON can hold: {error}") from None
         self.curve: FaithfulnessCurve | None = curve
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         share = 100 * len(self) / self.graph.n_edges
         how = f", {self.meta['method']}" if self.meta.get("method") else ""
         return (
@@ -72,13 +93,13 @@ class Circuit:
         return frozenset(self)
 
     @property
-    def mask(self) -> np.ndarray:
-        """Bool [E], a new array."""
+    def mask(self) -> BoolArray:
+        """The edges as a mask: bool [E], a new array."""
         mask = np.zeros(self.graph.n_edges, bool)
         mask[self.edges] = True
         return mask
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.edges.size
 
     def __iter__(self) -> Iterator[str]:
@@ -86,9 +107,9 @@ class Circuit:
         names = self.graph.edge_names
         return (names[i] for i in self.edges)
 
-    def contains(self, edge) -> bool:
-        """Is an edge (name or number) in it, or every edge of another circuit? KeyError for a
-        name that is no edge.
+    def contains(self, edge: str | int | Circuit) -> bool:
+        """Whether an edge (name or number), or every edge of another circuit, is in it. Raises
+        KeyError for a name that is no edge.
         """
         if isinstance(edge, Circuit):
             return edge <= self
@@ -96,58 +117,56 @@ class Circuit:
         at = np.searchsorted(self.edges, number)
         return bool(at < self.edges.size and self.edges[at] == number)
 
-    __contains__ = contains
+    def __contains__(self, edge: object) -> bool:
+        return self.contains(edge)  # type: ignore[arg-type]  # `in` takes any object
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Circuit)
             and self.graph == other.graph
             and np.array_equal(self.edges, other.edges)
         )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.graph, self.edges.tobytes()))
 
-    def _theirs(self, other) -> np.ndarray:
+    def _theirs(self, other: Circuit) -> IntArray:
         if self.graph != other.graph:
             raise ValueError(
                 f"two circuits of different graphs: {self.graph!r} and {other.graph!r}"
             )
         return other.edges
 
-    def _with(self, other, operation, sign):
+    def _with(
+        self, other: Circuit, operation: Callable[[IntArray, IntArray], IntArray], sign: str
+    ) -> Circuit:
         if not isinstance(other, Circuit):
             return NotImplemented
+        mine, theirs = (c.meta.get("method", "set") for c in (self, other))
         return Circuit(
             self.graph,
             operation(self.edges, self._theirs(other)),
-            meta={
-                "method": (
-                    f"{self.meta.get('method', 'set')} {sign} {other.meta.get('method', 'set')}"
-                )
-            },
+            meta={"method": f"{mine} {sign} {theirs}"},
         )
 
-    def __and__(self, other):
+    def __and__(self, other: Circuit) -> Circuit:
         return self._with(other, np.intersect1d, "&")
 
-    def __or__(self, other):
+    def __or__(self, other: Circuit) -> Circuit:
         return self._with(other, np.union1d, "|")
 
-    def __sub__(self, other):
+    def __sub__(self, other: Circuit) -> Circuit:
         return self._with(other, np.setdiff1d, "-")
 
-    def __xor__(self, other):
+    def __xor__(self, other: Circuit) -> Circuit:
         return self._with(other, np.setxor1d, "^")
 
-    def __le__(self, other):
-        return (
-            bool(np.isin(self.edges, self._theirs(other)).all())
-            if isinstance(other, Circuit)
-            else NotImplemented
-        )
+    def __le__(self, other: Circuit) -> bool:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        return bool(np.isin(self.edges, self._theirs(other)).all())
 
-    def __ge__(self, other):
+    def __ge__(self, other: Circuit) -> bool:
         return other <= self if isinstance(other, Circuit) else NotImplemented
 
     def complement(self) -> Circuit:
@@ -159,12 +178,12 @@ class Circuit:
         )
 
     def pruned(self) -> Circuit:
-        """Its edges that lie on a path from steer to logits inside it."""
+        """The circuit of its edges that lie on a path from steer to logits made of its edges."""
         return Circuit(self.graph, self.graph.on_paths(self.mask), meta=self.meta)
 
     def overlap(self, other: Circuit) -> float:
-        """|both| / the smaller one's size, from 0 to 1. ValueError for circuits of different
-        graphs, or an empty one.
+        """|C1 n C2| / min(|C1|, |C2|), from 0 to 1 (method.md section 5). Raises ValueError for
+        circuits of different graphs and for an empty one.
         """
         theirs = self._theirs(other)
         if not len(self) or not theirs.size:
@@ -182,20 +201,20 @@ class Circuit:
         return {name: int(n) for name, n in zip(INPUT_KINDS, kinds)}
 
     def distribution(self) -> dict[str, float]:
-        """The same as shares that sum to 1 (all 0 for an empty circuit)."""
+        """`counts` as shares that sum to 1; all are 0 for an empty circuit."""
         return {name: n / max(len(self), 1) for name, n in self.counts().items()}
 
     @property
     def node_names(self) -> tuple[str, ...]:
-        """Upstream nodes from which an edge of it starts, in graph order."""
+        """The upstream nodes from which its edges start, in graph order."""
         names = self.graph.node_names
         return tuple(names[i] for i in np.unique(self.graph.upstream[self.edges]))
 
     # -- files, pictures, other tools --------------------------------------------------------------
 
-    def save(self, path) -> None:
-        """JSON with the graph's identity, the edges by name, meta, the curve if there is one, and a
-        checksum; an existing file is replaced whole.
+    def save(self, path: PathLike) -> None:
+        """Writes JSON with the graph's sizes, the edges by name, meta, the curve if there is one,
+        and a checksum; an existing file is replaced in one step.
         """
         g = self.graph
         content = {
@@ -208,12 +227,12 @@ class Circuit:
         save_json(path, content, format=FORMAT, indent=1)
 
     @classmethod
-    def load(cls, path, graph: Graph | None = None) -> Circuit:
-        """Read what `save` wrote. graph: the one it must belong to, for example
+    def load(cls, path: PathLike, graph: Graph | None = None) -> Circuit:
+        """Reads what `save` wrote. graph: the graph that the circuit must belong to, for example
         vs.patching.graph(model, layer).
 
-        Raises ModelError for a file that cannot be read, was cut short or edited, or is no circuit;
-        ValueError for one of another graph.
+        Raises ModelError for a file that cannot be read, was cut short or edited, or holds no
+        circuit; ValueError for a circuit of another graph.
         """
         content = load_json(path, format=FORMAT, what="circuit", limit=MAX_BYTES)
         try:
@@ -235,22 +254,29 @@ class Circuit:
                 f"{path}: no circuit of vksteer: {error.args[0] if error.args else error!r}"
             ) from None
         if graph is not None and graph != mine:
-            raise ValueError(f"{path} holds a circuit of another graph: {mine!r}, wanted {graph!r}")
+            raise ValueError(f"{path} holds a circuit of another graph: {mine!r}, not {graph!r}")
         return circuit
 
-    def plot(self, path=None, *, scores=None, title: str | None = None):
-        """Layers down, heads across, MLPs at the right; edges coloured by the input they end in: a
-        matplotlib Figure, saved to `path` if one is given.
+    def plot(
+        self,
+        path: PathLike | None = None,
+        *,
+        scores: EdgeScores | npt.ArrayLike | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Layers downward, heads across, MLPs at the right, edges coloured by the input they end
+        in: a matplotlib Figure, saved to `path` if one is given.
 
-        scores: an EdgeScores or float [E]; lines are then as strong as |score|. Needs matplotlib.
+        scores: an EdgeScores, or float [E]; lines are then the wider, the larger |score|. Raises
+        ImportError without matplotlib, ValueError for scores of another graph.
         """
         from .plot import draw
 
         return draw(self, path, scores=scores, title=title)
 
-    def to_networkx(self):
-        """A networkx MultiDiGraph over steer, heads, MLPs and logits
-        (`circuit_exports.networkx_graph`). Needs networkx.
+    def to_networkx(self) -> MultiDiGraph:
+        """A networkx MultiDiGraph over steer, heads, MLPs and logits; circuits/exports.py describes
+        its attributes. Raises ImportError without networkx.
         """
         from .exports import networkx_graph
 
@@ -258,59 +284,63 @@ class Circuit:
 
     # -- under the model ---------------------------------------------------------------------------
 
-    def check(self, model, layer: int) -> None:
-        """ValueError where it does not belong to the graph of `model` (a Model or
+    def check(self, model: Model | Config, layer: int) -> None:
+        """Raises ValueError where the circuit does not belong to the graph of `model` (a Model or
         Config) steered at `layer`.
         """
-        wanted = graph_of(model, layer)
-        if self.graph != wanted:
+        needed = graph_of(model, layer)
+        if self.graph != needed:
             raise ValueError(
                 f"the circuit belongs to another graph: {self.graph!r}; this model steered at layer"
-                f" {layer} has {wanted!r}"
+                f" {layer} has {needed!r}"
             )
 
-    def check_rows(self, model, rows_edits, freeze, ablate, sites) -> None:
-        """ValueError, before any work, where rows with these edits cannot be
-        decoded under this circuit.
-        """
+    def check_rows(
+        self,
+        model: Model,
+        rows_edits: RowsEdits,
+        freeze: str | None,
+        ablate: str | None,
+        sites: Sequence[str],
+    ) -> None:
+        """Raises ValueError where rows with these edits cannot be decoded under this circuit."""
         check_rows(self, model, rows_edits, freeze, ablate, sites)
 
-    def decoding_batch(self, model, prompt_lengths, edits) -> CircuitBatch:
-        """What takes a Batch's place while rows are decoded under this circuit."""
+    def decoding_batch(
+        self, model: Model, prompt_lengths: Sequence[int], edits: tuple[RowsEdits, bool]
+    ) -> CircuitBatch:
+        """The batch with which rows are decoded under this circuit, with the interface of Batch."""
         return CircuitBatch(self, model, prompt_lengths, edits)
 
     def evaluate(
         self,
-        model,
-        samples,
-        vector,
-        coefficient,
-        metrics=("logit_diff",),
+        model: Model,
+        samples: Sequence[Sample],
+        vector: SteeringVector,
+        coefficient: float,
+        metrics: str | Sequence[str] = ("logit_diff",),
         *,
-        progress=True,
-        **options,
+        progress: ProgressLike = True,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Metric -> result with .faithfulness .value .full .empty; see `vs.circuits.evaluate`,
-        which takes many circuits at once.
+        """{metric: result with .faithfulness, .value, .full and .empty}; see
+        `vs.circuits.evaluate`, which takes many circuits at once.
         """
         return evaluate(
             [self], model, samples, vector, coefficient, metrics, progress=progress, **options
         )[0]
 
 
-_SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
-
-
-def _numbers(graph: Graph, edges) -> np.ndarray:
-    """Ascending int64 without repetition, a new array."""
+def _numbers(graph: Graph, edges: Edges) -> IntArray:
+    """Ascending edge numbers without repetition, int64, a new array."""
     if isinstance(edges, Circuit):
         raise ValueError("a circuit is made of edges, not of a circuit: take its .edges")
     if isinstance(edges, str) or not isinstance(edges, (Iterable, np.ndarray)):
         raise ValueError(f"edges must be numbers, names or a mask of edges, not {edges!r}")
-    edges = edges if isinstance(edges, np.ndarray) else list(edges)
-    if len(edges) and all(isinstance(e, str) for e in edges):
-        return np.unique(graph.find(edges))
-    array = np.asarray(edges)
+    listed: Any = edges if isinstance(edges, np.ndarray) else list(edges)
+    if len(listed) and all(isinstance(e, str) for e in listed):
+        return np.unique(graph.find(listed))
+    array = np.asarray(listed)
     if array.size == 0 and array.dtype != bool:
         return np.empty(0, np.int64)
     if array.dtype == bool:
@@ -331,8 +361,8 @@ def _numbers(graph: Graph, edges) -> np.ndarray:
 
 
 def random(graph: Graph, n: int, seed: int = 0) -> Circuit:
-    """A random circuit: shuffled edges until at least n survive pruning; the
-    same for the same seed.
+    """A random circuit: the shortest prefix of the shuffled edges of which at least n edges remain
+    after pruning. The same seed gives the same circuit.
 
     Raises ValueError for n outside 0 to the number of edges.
     """
@@ -344,27 +374,27 @@ def random(graph: Graph, n: int, seed: int = 0) -> Circuit:
 
 
 def evaluate(
-    circuits,
-    model,
-    samples,
-    vector,
-    coefficient,
-    metrics=("logit_diff",),
+    circuits: Circuit | Sequence[Circuit],
+    model: Model,
+    samples: Sequence[Sample],
+    vector: SteeringVector,
+    coefficient: float,
+    metrics: str | Sequence[str] = ("logit_diff",),
     *,
-    progress=True,
-    **options,
+    progress: ProgressLike = True,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Many circuits over one base pass: how much of what steering does is left when only a
-    circuit's edges carry it (method.md section 5).
+    """How much of the effect of steering remains when only the edges of a circuit carry it, for
+    many circuits over one base pass (method.md section 5).
 
-    circuits: a list of Circuit of the graph of `model` at the vector's layer (the vector need not
-    be the one they were found with). samples: list of Sample. metrics: of METRICS. options: what
-    `circuit_runs.evaluate` takes besides.
-    Returns one dict per circuit: metric -> result with .faithfulness = (value - empty) / (full -
-    empty), .value m(C), .full m(M), .empty m(0), and .per_sample {"value", "full", "empty",
+    circuits: circuits of the graph of `model` at the vector's layer; the vector need not be the one
+    they were found with. samples: list of Sample. metrics: of METRICS. options: clean, threshold,
+    capped and max_memory, see circuits/runs.py.
+    Returns one dict for each circuit: {metric: result} with .faithfulness = (value - empty) /
+    (full - empty), .value m(C), .full m(M), .empty m(0), and .per_sample {"value", "full", "empty",
     "weight"}, float64 [n_samples] each.
     Raises ValueError before any work for circuits of another graph, samples that do not fit,
-    unknown metrics, a vector of another width or layer.
+    unknown metrics, and a vector of another width or layer.
     """
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     vector.check(model)
@@ -385,8 +415,8 @@ def evaluate(
 
 
 def overlaps(circuits: Mapping[str, Circuit]) -> str:
-    """Pairwise overlaps of named circuits as a Markdown table, sizes beside them; "-" where two
-    belong to different graphs or one is empty.
+    """Pairwise overlaps of named circuits as a Markdown table, with their sizes; "-" where two
+    circuits belong to different graphs or one is empty.
     """
     names = list(circuits)
     lines = [

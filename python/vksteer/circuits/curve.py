@@ -1,45 +1,58 @@
-"""Faithfulness by size as numbers: pooling over samples, bootstrap intervals, the curve with its
-file, table and picture.
+"""Faithfulness by circuit size as numbers: pooling over samples, bootstrap intervals, and the curve
+with its file, table and picture (method.md section 5).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.figures import new_figure
 from ..base.json_files import load_json, save_json
+from ..base.types import Float64Array, IntArray, PathLike
 from ..errors import ModelError
 
-#: What the paper calls faithful.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .circuit import Circuit
+
+#: From here on the paper calls a circuit faithful.
 THRESHOLD = 0.85
 FORMAT = "vksteer.faithfulness_curve"
 
 
-def pooled(per_sample: dict) -> tuple[float, float, float]:
-    """(m(C), m(M), m(0)) over all samples: means weighted by the samples' metric positions. NaN
-    where there is none.
+def pooled(per_sample: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(m(C), m(M), m(0)) over all samples: means weighted by the samples' metric positions; NaN
+    where no sample has one.
+
+    per_sample: {"value", "full", "empty", "weight"}, float [n_samples] each.
     """
     weight = np.asarray(per_sample["weight"], np.float64)
     used = weight > 0
     if not used.any():
         return math.nan, math.nan, math.nan
-    return tuple(
-        float(weight[used] @ np.asarray(per_sample[name], np.float64)[used] / weight[used].sum())
-        for name in ("value", "full", "empty")
-    )
+
+    def mean(name: str) -> float:
+        values = np.asarray(per_sample[name], np.float64)[used]
+        return float(weight[used] @ values / weight[used].sum())
+
+    return mean("value"), mean("full"), mean("empty")
 
 
 def bootstrap(
-    per_sample: dict, draws: int = 1000, confidence: float = 0.95, seed: int = 0
+    per_sample: Mapping[str, Any], draws: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """(low, high) of the pooled ratio when samples are drawn with replacement;
-    percentiles (Efron 1979).
+    """(low, high) of faithfulness when samples are drawn with replacement: percentile intervals
+    (Efron 1979). Each draw is pooled before the ratio is taken.
 
-    per_sample: {"value", "full", "empty", "weight"}, each [n_samples], of which those of weight 0
-    are left out. NaN for fewer than two samples. Draws whose denominator is 0 are left out.
+    per_sample: {"value", "full", "empty", "weight"}, float [n_samples] each; samples of weight 0
+    are left out, and so are draws whose denominator is 0. NaN for fewer than two samples. Raises
+    ValueError for a confidence outside (0, 1).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence!r}")
@@ -65,33 +78,34 @@ def bootstrap(
 
 @dataclass
 class FaithfulnessCurve:
-    """Faithfulness by circuit size. Rows are in the order of `sizes`, which ascend.
+    """Faithfulness by circuit size; rows are in the order of `sizes`, which ascends.
 
-    sizes: edges asked for, int64 [n]; edges: what the circuits have (pruning keeps a few more),
-    int64 [n]; n_edges: of the whole graph. faithfulness, low, high: float64 [n], of `metric`, with
-    the bootstrap interval (NaN where there is none).
-    random: float64 [n, r], r random circuits of at least twice the size (NaN where the graph has
-    not that many); random_edges: int64 [n, r]. values: {metric: {"faithfulness", "value"} float64
-    [n] and "full", "empty" numbers}. setting: what was run. circuits: list of Circuit, not saved.
+    sizes: requested numbers of edges, int64 [n]. edges: how many edges the circuits have (pruning
+    may keep a few more), int64 [n]. n_edges: edges of the whole graph. faithfulness, low, high: by
+    `metric`, with the bootstrap interval (NaN where there is none), float64 [n] each. random:
+    faithfulness of r random circuits of at least twice the size, float64 [n, r] (NaN where the
+    graph has fewer edges); random_edges: their edges, int64 [n, r]. values: for each metric
+    {"faithfulness", "value"} as float64 [n] and "full", "empty" as numbers. setting: how it was
+    measured. circuits: the Circuit of each row; they are not saved.
     """
 
     metric: str
     n_edges: int
-    sizes: np.ndarray
-    edges: np.ndarray
-    faithfulness: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    random: np.ndarray
-    random_edges: np.ndarray
-    values: dict[str, dict]
-    setting: dict
-    circuits: list = field(default_factory=list, repr=False, compare=False)
+    sizes: IntArray
+    edges: IntArray
+    faithfulness: Float64Array
+    low: Float64Array
+    high: Float64Array
+    random: Float64Array
+    random_edges: IntArray
+    values: dict[str, dict[str, Any]]
+    setting: dict[str, Any]
+    circuits: list[Circuit] = field(default_factory=list, repr=False, compare=False)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.sizes.size
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.to_markdown()
 
     def smallest(self, threshold: float = THRESHOLD) -> int | None:
@@ -99,32 +113,28 @@ class FaithfulnessCurve:
         reach = np.flatnonzero(self.faithfulness >= threshold)
         return int(self.sizes[reach[0]]) if reach.size else None
 
-    def to_dict(self) -> dict:
-        """For JSON; NaN as None."""
-        plain = lambda x: (
-            [plain(v) for v in x]
-            if isinstance(x, (list, np.ndarray))
-            else {k: plain(v) for k, v in x.items()}
-            if isinstance(x, dict)
-            else _number(x)
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN becomes None, and the circuits are left out."""
+        names = (*_ARRAYS, "values", "setting")
         return {
             "metric": self.metric,
             "n_edges": self.n_edges,
-            **{name: plain(getattr(self, name)) for name in (*_ARRAYS, "values", "setting")},
+            **{name: _plain(getattr(self, name)) for name in names},
         }
 
     @classmethod
-    def from_dict(cls, content: dict) -> FaithfulnessCurve:
-        """The inverse of `to_dict`, without the circuits. Raises ValueError for anything else."""
+    def from_dict(cls, content: Mapping[str, Any]) -> FaithfulnessCurve:
+        """The curve of a `to_dict`, without circuits. Raises ValueError for anything else."""
         try:
-            arrays = {name: np.array(content[name], kind) for name, kind in _ARRAYS.items()}
+            arrays: dict[str, Any] = {
+                name: np.array(content[name], kind) for name, kind in _ARRAYS.items()
+            }
             n = arrays["sizes"].size
             for name in ("random", "random_edges"):
                 arrays[name] = arrays[name].reshape(n, -1) if n else arrays[name].reshape(0, 0)
             curve = cls(
-                str(content["metric"]),
-                int(content["n_edges"]),
+                metric=str(content["metric"]),
+                n_edges=int(content["n_edges"]),
                 **arrays,
                 values=dict(content["values"]),
                 setting=dict(content["setting"]),
@@ -142,14 +152,14 @@ class FaithfulnessCurve:
             raise ValueError("no faithfulness curve: its columns differ in length")
         return curve
 
-    def save(self, path) -> None:
-        """JSON with a checksum; an existing file is replaced whole."""
+    def save(self, path: PathLike) -> None:
+        """Writes JSON with a checksum; an existing file is replaced in one step."""
         save_json(path, self.to_dict(), format=FORMAT, indent=1)
 
     @classmethod
-    def load(cls, path) -> FaithfulnessCurve:
-        """Read what `save` wrote. ModelError for a file that was cut short or edited
-        or is something else.
+    def load(cls, path: PathLike) -> FaithfulnessCurve:
+        """Reads what `save` wrote. Raises ModelError for a file that was cut short or edited, or
+        that holds something else.
         """
         content = load_json(path, format=FORMAT, what="faithfulness curve", limit=1 << 26)
         try:
@@ -158,9 +168,31 @@ class FaithfulnessCurve:
             raise ModelError(f"{path}: {error}") from None
 
     def to_markdown(self) -> str:
-        """One row per size: edges, share, faithfulness with its interval, mean of the random
-        circuits of twice the size.
+        """A table with one row for each size: edges, share, faithfulness with its interval, mean of
+        the random circuits of twice the size, and faithfulness by the other metrics.
         """
+        more = [name for name in self.values if name != self.metric]
+        control = self.random.shape[1] > 0
+        head = ["requested", "edges", "share", "faithfulness"]
+        head += ["random, twice the size"] if control else []
+        head += more
+        lines = [self._title(), "", "| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+        for i in range(len(self)):
+            interval = f" [{self.low[i]:.3f}, {self.high[i]:.3f}]"
+            cells = [
+                f"{self.sizes[i]}",
+                f"{self.edges[i]}",
+                f"{100 * self.edges[i] / self.n_edges:.2f} %",
+                f"{self.faithfulness[i]:.3f}" + (interval if np.isfinite(self.low[i]) else ""),
+            ]
+            if control:
+                found = self.random[i][np.isfinite(self.random[i])]
+                cells.append(f"{found.mean():.3f}" if found.size else "-")
+            cells += [f"{self.values[name]['faithfulness'][i]:.3f}" for name in more]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def _title(self) -> str:
         s = self.setting
         how = (
             f"found on {s['n_found_on']}, judged on {s['n_judged_on']} other samples"
@@ -171,43 +203,13 @@ class FaithfulnessCurve:
             f"Faithfulness by {self.metric} of {s.get('method', '?')} circuits out of"
             f" {self.n_edges} edges; {how}"
         )
-        more = [name for name in self.values if name != self.metric]
-        interval, control = np.isfinite(self.low).any(), self.random.shape[1] > 0
-        head = (
-            ["asked", "edges", "share", "faithfulness"]
-            + (["random, twice the size"] if control else [])
-            + more
-        )
-        lines = [
-            title
-            + (
-                ""
-                if not interval
-                else f"; {100 * s.get('confidence', 0.95):g} % bootstrap intervals over samples"
-            )
-            + ".",
-            "",
-            "| " + " | ".join(head) + " |",
-            "|" + "---:|" * len(head),
-        ]
-        for i in range(len(self)):
-            cells = [
-                f"{self.sizes[i]}",
-                f"{self.edges[i]}",
-                f"{100 * self.edges[i] / self.n_edges:.2f} %",
-                f"{self.faithfulness[i]:.3f}"
-                + (f" [{self.low[i]:.3f}, {self.high[i]:.3f}]" if np.isfinite(self.low[i]) else ""),
-            ]
-            if control:
-                found = self.random[i][np.isfinite(self.random[i])]
-                cells.append(f"{found.mean():.3f}" if found.size else "-")
-            cells += [f"{self.values[name]['faithfulness'][i]:.3f}" for name in more]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        if np.isfinite(self.low).any():
+            title += f"; {100 * s.get('confidence', 0.95):g} % bootstrap intervals over samples"
+        return title + "."
 
-    def plot(self, path=None, *, threshold: float | None = THRESHOLD):
-        """Faithfulness against size with its interval, random circuits beside it: a matplotlib
-        Figure, saved to `path` if one is given.
+    def plot(self, path: PathLike | None = None, *, threshold: float | None = THRESHOLD) -> Figure:
+        """Faithfulness against size with its interval, and the random circuits: a matplotlib
+        Figure, saved to `path` if one is given. Raises ImportError without matplotlib.
         """
         figure = new_figure(6.4, 3.8)
         axes = figure.add_subplot()
@@ -244,7 +246,7 @@ class FaithfulnessCurve:
         return figure
 
 
-_ARRAYS = {
+_ARRAYS: dict[str, type[np.generic]] = {
     "sizes": np.int64,
     "edges": np.int64,
     "faithfulness": np.float64,
@@ -255,14 +257,19 @@ _ARRAYS = {
 }
 
 
-def _number(x):
+def _plain(x: Any) -> Any:
+    """Lists, dicts and numbers that JSON can hold; what is not finite becomes None."""
+    if isinstance(x, (list, np.ndarray)):
+        return [_plain(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
     if isinstance(x, (float, np.floating)):
         return float(x) if math.isfinite(x) else None
     return x.item() if isinstance(x, np.generic) else x
 
 
-def per_sample_of(result) -> dict | None:
+def per_sample_of(result: object) -> dict[str, Float64Array] | None:
+    """The per-sample values of a metric's result, where it has all that `bootstrap` needs."""
     found = getattr(result, "per_sample", None)
-    return (
-        found if found is not None and {"value", "full", "empty", "weight"} <= set(found) else None
-    )
+    complete = found is not None and {"value", "full", "empty", "weight"} <= set(found)
+    return found if complete else None

@@ -1,22 +1,42 @@
-"""`model.generate(circuit=...)`: decoding with only a circuit's edges carrying what steering does.
-The base row and the circuit's run take the same tokens, each with its own keys and values
-(csrc/analysis/circuit.h).
+"""`model.generate(circuit=...)`: decoding in which only a circuit's edges carry the effect of
+steering (method.md section 5). The base run and the circuit's run see the same tokens, each with
+its own keys and values (csrc/analysis/circuit.h).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import numpy as np
 
+from ..base.types import Array, Float32Array
 from ..runtime.batch import Batch, packed_rows
 from ..runtime.edits import Ablate, Steer
 from .final_rows import request
-from .plan import Rows, compile_plan, kept_matrix
+from .plan import Rows, compile_circuits, kept_matrix
 from .runs import BUFFER_MOST, CHUNK_TOKENS, LEAST_TOKENS, MEMORY_SHARE
 
+if TYPE_CHECKING:
+    from .. import _engine
+    from ..runtime.model import Model
+    from .circuit import Circuit
 
-def check_rows(circuit, model, rows_edits, freeze, ablate, sites) -> None:
-    """Raises ValueError before any work: a circuit of another graph, rows without exactly one
-    Steer, what has no meaning under a circuit.
+#: The edits of every row.
+RowsEdits: TypeAlias = Sequence[Sequence[Any]]
+
+
+def check_rows(
+    circuit: Circuit,
+    model: Model,
+    rows_edits: RowsEdits,
+    freeze: str | None,
+    ablate: str | None,
+    sites: Sequence[str],
+) -> None:
+    """Raises ValueError where rows with these edits cannot be decoded under the circuit: a circuit
+    of another graph, rows without exactly one Steer edit at every position, other edits from the
+    steering layer on, freezing, ablation and captures.
     """
     if freeze is not None or ablate is not None:
         raise ValueError(
@@ -46,17 +66,16 @@ def check_rows(circuit, model, rows_edits, freeze, ablate, sites) -> None:
                 _check_below(model, edit, b, circuit.graph.layer)
 
 
-def _check_below(model, edit, row, layer):
-    """Edits below the steering layer are the base run's and the circuit's alike; above it every
-    input reads a stream of its own.
+def _check_below(model: Model, edit: Any, row: int, layer: int) -> None:
+    """Raises ValueError unless the edit acts below the steering layer, where the base run and the
+    circuit's run are the same. From that layer on every input reads a residual stream of its own.
     """
-    names = (
-        ["blocks.*.hook_resid_pre"]
-        if isinstance(edit, Ablate) and edit.sites is None
-        else list(edit.sites)
-        if isinstance(edit, Ablate)
-        else [edit.site]
-    )
+    if not isinstance(edit, Ablate):
+        names = [edit.site]
+    elif edit.sites is None:
+        names = ["blocks.*.hook_resid_pre"]
+    else:
+        names = list(edit.sites)
     for name in names:
         for site in model._sites.find_all(name):
             if site.name != "hook_embed" and (
@@ -69,24 +88,35 @@ def _check_below(model, edit, row, layer):
 
 
 class CircuitBatch:
-    """Takes the place of a Batch while decoding. All rows have the same Steer."""
+    """Takes the place of a Batch while rows are decoded. All rows have the same Steer edit.
+
+    edits: (edits of each row, whether all rows share them), as in Batch.
+    """
 
     paired = False
 
-    def __init__(self, circuit, model, prompt_lengths, edits):
+    def __init__(
+        self,
+        circuit: Circuit,
+        model: Model,
+        prompt_lengths: Sequence[int],
+        edits: tuple[RowsEdits, bool],
+    ) -> None:
         rows_edits, shared = edits
         steer = next(e for e in rows_edits[0] if isinstance(e, Steer))
         self.model, self.n = model, len(prompt_lengths)
         self.steer = np.float32(steer.coefficient) * steer.vector.direction
-        plan = compile_plan(
+        self.compiled = compile_circuits(
             circuit.graph,
             [Rows(kept_matrix(circuit.graph, circuit.edges))],
             model.config.post_norms,
         )
-        self.layer, self.plan, self.circuits = circuit.graph.layer, plan, None
-        whole = len(circuit) == circuit.graph.n_edges
-        # the steered run, or the base run: to the last bit
-        self.plain = whole or plan.logits[0] < 0
+        self.layer = circuit.graph.layer
+        self.circuits: _engine.Circuits | None = None
+        complete = len(circuit) == circuit.graph.n_edges
+        # The run of all edges is bit-identical to the steered run, that of a circuit which does not
+        # reach the logits to the base run: neither needs the engine's Circuits.
+        self.plain = complete or self.compiled.logits[0] < 0
         self.base = Batch(
             model,
             prompt_lengths,
@@ -94,7 +124,7 @@ class CircuitBatch:
             (
                 (
                     rows_edits
-                    if whole
+                    if complete
                     else [[e for e in row if not isinstance(e, Steer)] for row in rows_edits]
                 ),
                 shared,
@@ -103,16 +133,20 @@ class CircuitBatch:
         )
 
     def reserve(self, n_tokens: int, n_slots: int) -> None:
-        """Memory for that many tokens at once (fewer, where it is short) and cache slots."""
+        """Reserves memory for n_tokens tokens at once, or fewer where memory is short, and for
+        n_slots cache slots. Raises ValueError where the smallest layout does not fit.
+        """
         from ..runtime.device import _engine
 
         if self.plain:
             return
-        self.circuits = _engine().Circuits(self.model._engine, self.layer, self.plan.arrays)
+        self.circuits = circuits = _engine().Circuits(
+            self.model._engine, self.layer, self.compiled.arrays
+        )
         budget = self.model._engine_device.available_bytes * 2 * MEMORY_SHARE
         chunk = min(CHUNK_TOKENS, n_tokens)
         while True:
-            needed, largest = self.circuits.bytes(chunk, n_slots)
+            needed, largest = circuits.bytes(chunk, n_slots)
             if needed <= budget and largest <= BUFFER_MOST:
                 break
             if chunk <= LEAST_TOKENS:
@@ -122,22 +156,22 @@ class CircuitBatch:
                     " max_new_tokens or batch_size"
                 )
             chunk = max(LEAST_TOKENS, chunk // 2)
-        self.circuits.reserve(chunk, n_slots, np.ascontiguousarray(self.steer, np.float32))
+        circuits.reserve(chunk, n_slots, np.ascontiguousarray(self.steer, np.float32))
 
     def forward(
         self,
-        cache,
-        tokens,
+        cache: _engine.Cache,
+        tokens: Sequence[Sequence[int]],
         *,
-        slots,
-        starts=None,
-        active=None,
-        logits="last",
-        decode=False,
-        **placed,
-    ):
-        """As Batch.forward; the logits after each row's last token, under the circuit."""
-        if self.plain:
+        slots: Sequence[int] | Array,
+        starts: Sequence[int] | None = None,
+        active: Sequence[int] | None = None,
+        logits: str | None = "last",
+        decode: bool = False,
+        **placed: Any,
+    ) -> tuple[Float32Array | None, dict[tuple[int, int], Float32Array]]:
+        """As Batch.forward: (logits after each row's last token, float32 [n, V], no captures)."""
+        if self.circuits is None:
             return self.base.forward(
                 cache,
                 tokens,
@@ -157,6 +191,7 @@ class CircuitBatch:
             decode=decode,
         )
         last = np.cumsum([len(t) for t in tokens]) - 1
-        wanted = request(self.model.config.final_softcap, logits=True)
-        _, _, values = self.circuits.forward(cache, rows, last.astype(np.uint32), wanted)
+        logits_of = request(self.model.config.final_softcap, logits=True)
+        _, _, values = self.circuits.forward(cache, rows, last.astype(np.uint32), logits_of)
+        assert values is not None  # they were requested
         return values[0], {}

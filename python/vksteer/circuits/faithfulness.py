@@ -1,43 +1,63 @@
-"""How much of steering's effect circuits of each size carry, and the smallest one that carries
-enough (method.md section 5).
+"""How much of the effect of steering circuits of each size carry, and the smallest circuit that
+carries enough (method.md section 5).
 
-Faithfulness = (m(C) - m(0)) / (m(M) - m(0)), m pooled over all metric positions of all samples
-before the ratio. Intervals are bootstrap over samples: samples are drawn with replacement, pooled,
-and only then divided.
+Faithfulness is (m(C) - m(0)) / (m(M) - m(0)), where m is pooled over all metric positions of all
+samples before the ratio. Intervals are bootstrap intervals: samples are drawn with replacement and
+pooled before the ratio.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.provenance import digest
+from ..base.types import ProgressLike
 from ..inputs.samples import check_samples, samples_hash
 from . import search as circuit_search
 from .circuit import Circuit, evaluate
-from .curve import THRESHOLD, FaithfulnessCurve, bootstrap, per_sample_of
+from .curve import THRESHOLD, FaithfulnessCurve, per_sample_of
+from .curve import bootstrap as bootstrap_interval
+
+if TYPE_CHECKING:
+    from ..inputs.samples import Sample
+    from ..inputs.vectors import SteeringVector
+    from ..patching.edge_scores import EdgeScores
+    from ..runtime.model import Model
+    from .graph import Graph
 
 #: Sizes of `faithfulness_curve` where none are named, as shares of all edges.
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
-#: Levels of the bisection whose circuits are run in one pass: 2**n - 1 circuits over one base pass
-#: cost little more than n over n passes.
+#: Levels of the bisection whose circuits are run in one pass: 2**n - 1 circuits in one pass cost
+#: little more than n circuits in n passes.
 AHEAD = 3
+
+#: What `evaluate` gives for one circuit: {metric: result}.
+Results: TypeAlias = Mapping[str, Any]
 
 
 def _curve(
-    scores, sizes, circuits, results, metric, metrics, setting, controls=None, draws=0
+    scores: EdgeScores,
+    sizes: Sequence[int],
+    circuits: Sequence[Circuit],
+    results: Sequence[Results],
+    metric: str,
+    metrics: Sequence[str],
+    setting: dict[str, Any],
+    controls: Sequence[Sequence[tuple[Circuit, Results]]] | None = None,
+    draws: int = 0,
 ) -> FaithfulnessCurve:
-    """From what `evaluate` gave: results[i] belongs to circuits[i]; controls[i] is a list of
-    (circuit, result) or absent.
+    """The curve of measured circuits. results[i] belongs to circuits[i]; controls[i] holds the
+    random circuits beside it with their results. draws: of the bootstrap, 0 for no intervals.
     """
     main = [r[metric] for r in results]
     intervals = [
         (
-            bootstrap(p, draws, setting.get("confidence", 0.95), setting.get("seed", 0))
+            bootstrap_interval(p, draws, setting.get("confidence", 0.95), setting.get("seed", 0))
             if draws and (p := per_sample_of(r))
             else (math.nan, math.nan)
         )
@@ -81,7 +101,14 @@ def _curve(
     )
 
 
-def _setting(scores, model, samples, vector, coefficient, **more) -> dict[str, Any]:
+def _setting(
+    scores: EdgeScores,
+    model: Model,
+    samples: Sequence[Sample],
+    vector: SteeringVector,
+    coefficient: float,
+    **more: Any,
+) -> dict[str, Any]:
     return {
         "n_samples": len(samples),
         "coefficient": float(coefficient),
@@ -94,9 +121,9 @@ def _setting(scores, model, samples, vector, coefficient, **more) -> dict[str, A
     }
 
 
-def _changes(results, metric):
-    """ValueError where there is nothing to be faithful to."""
-    r = results[0][metric]
+def _check_effect(results: Results, metric: str) -> None:
+    """Raises ValueError where steering does not change the metric."""
+    r = results[metric]
     if not math.isfinite(r.full - r.empty) or r.full == r.empty:
         raise ValueError(
             f"steering changes nothing on these samples: {metric} is {r.full:g} with all edges and"
@@ -108,10 +135,12 @@ def _changes(results, metric):
 
 
 def grid(n_edges: int, step: float = 0.01) -> list[int]:
-    """Sizes at every `step` of the edges, rounded up, the last one all edges."""
+    """Ascending sizes at every `step` (a share) of the edges, rounded up; the last is all edges.
+    Raises ValueError for a step outside (0, 1].
+    """
     if not 0 < step <= 1:
         raise ValueError(f"step must be a share above 0 and at most 1, not {step!r}")
-    # 1e-9: 3 * 0.01 of 100 edges are 3, not 4
+    # 1e-9 absorbs rounding: 3 * 0.01 of 100 edges are 3 edges, not 4.
     return sorted(
         {
             min(n_edges, math.ceil(i * step * n_edges - 1e-9))
@@ -122,7 +151,7 @@ def grid(n_edges: int, step: float = 0.01) -> list[int]:
 
 
 def _midpoints(low: int, high: int, levels: int) -> list[int]:
-    """Every size that `levels` steps of a bisection between low and high could ask for."""
+    """Every size that `levels` steps of a bisection between low and high may need."""
     if not levels or high - low < 2:
         return []
     middle = (low + high) // 2
@@ -130,104 +159,121 @@ def _midpoints(low: int, high: int, levels: int) -> list[int]:
 
 
 def minimum_faithful(
-    scores,
-    model,
-    samples,
-    vector,
-    coefficient,
+    scores: EdgeScores,
+    model: Model,
+    samples: Sequence[Sample],
+    vector: SteeringVector,
+    coefficient: float,
     threshold: float = THRESHOLD,
     *,
     method: str = "pruned",
     metric: str = "logit_diff",
     step: float = 0.01,
-    progress=True,
-    **options,
-):
-    """The smallest circuit of `scores` that carries at least `threshold` of steering's effect: a
-    Circuit, its `curve` kept.
+    progress: ProgressLike = True,
+    **options: Any,
+) -> Circuit:
+    """The smallest circuit of `scores` that carries at least `threshold` of the effect of steering
+    (method.md section 5): a Circuit with its `curve`.
 
-    The smallest size of a fixed grid (`step` of the edges) that reaches it, all in one pass; then
-    bisection between that size and the one before it, which supposes that faithfulness rises inside
-    the one step. vector: may be another than the one that was scored, of the same layer. method: as
-    in `scores.circuit`. options: for `vs.circuits.evaluate`.
-    Raises ValueError before any work for scores of another model or graph, and a threshold outside
-    (0, 1]; after it where steering changes nothing.
+    One pass finds the smallest size of a fixed grid (every `step` of the edges) that reaches the
+    threshold. Bisection between that size and the one before it then supposes that faithfulness
+    rises within this one step. vector: may be another than the scored one, of the same layer.
+    method: as in `scores.circuit`. options: for `vs.circuits.evaluate`.
+    Raises ValueError before any work for scores of another model or graph and a threshold outside
+    (0, 1]; after it where steering changes nothing and where no circuit reaches the threshold.
     """
     samples = _checked(scores, model, samples, vector, threshold)
-    sizes = grid(scores.graph.n_edges, step)
-    found: dict[int, tuple] = {}  # size -> (circuit, result)
-
-    def measure(some):
-        """Evaluates what is not known yet, each different circuit once."""
-        wanted = {n: scores.circuit(n, method) for n in some if n not in found}
-        known = {circuit: result for circuit, result in found.values()}
-        new = [x for x in dict.fromkeys(wanted.values()) if x not in known]
-        if new:
-            known.update(
-                zip(
-                    new,
-                    evaluate(
-                        new,
-                        model,
-                        samples,
-                        vector,
-                        coefficient,
-                        (metric,),
-                        progress=progress,
-                        **options,
-                    ),
-                )
-            )
-        found.update({n: (circuit, known[circuit]) for n, circuit in wanted.items()})
-
-    def reaches(n):
-        share = found[n][1][metric].faithfulness
-        # All edges carry everything; a threshold of 1 is not to fail by rounding.
-        return share >= threshold or (
-            len(found[n][0]) == scores.graph.n_edges and abs(share - 1) < 1e-2
-        )
-
-    measure(sizes)
-    _changes([found[sizes[-1]][1]], metric)
-    at = next((i for i, n in enumerate(sizes) if reaches(n)), None)
-    if at is None:
-        best = max(sizes, key=lambda n: found[n][1][metric].faithfulness)
-        raise ValueError(
-            f"no circuit reaches {threshold:g} by {metric}: the best of {len(sizes)} has"
-            f" {found[best][1][metric].faithfulness:.3f} ({best} edges)"
-        )
-    low, high = (sizes[at - 1] if at else 0), sizes[at]
-    while high - low > 1:
-        measure(_midpoints(low, high, AHEAD))
-        for _ in range(AHEAD):
-            if high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if reaches(middle) else (middle, high)
-    order = sorted(found)
+    search = _Search(
+        scores,
+        method,
+        metric,
+        threshold,
+        lambda circuits: evaluate(
+            circuits, model, samples, vector, coefficient, (metric,), progress=progress, **options
+        ),
+    )
+    size = search.smallest(grid(scores.graph.n_edges, step))
     setting = _setting(
         scores, model, samples, vector, coefficient, method=method, threshold=threshold, step=step
     )
-    curve = _curve(
-        scores,
-        order,
-        [found[n][0] for n in order],
-        [found[n][1] for n in order],
-        metric,
-        (metric,),
-        setting,
-    )
-    circuit = found[high][0]
+    circuit, result = search.found[size]
     meta = {
         **circuit.meta,
-        "n": high,
+        "n": size,
         "threshold": threshold,
         "metric": metric,
-        "faithfulness": float(found[high][1][metric].faithfulness),
+        "faithfulness": float(result[metric].faithfulness),
     }
-    return Circuit(circuit.graph, circuit.edges, meta=meta, curve=curve)
+    return Circuit(circuit.graph, circuit.edges, meta=meta, curve=search.curve(setting))
 
 
-def _checked(scores, model, samples, vector, threshold=THRESHOLD) -> list:
+class _Search:
+    """The search for the smallest faithful circuit. found: {size: (circuit, its results)}."""
+
+    def __init__(
+        self,
+        scores: EdgeScores,
+        method: str,
+        metric: str,
+        threshold: float,
+        measure: Callable[[list[Circuit]], list[dict[str, Any]]],
+    ):
+        self.scores, self.method, self.metric = scores, method, metric
+        self.threshold, self._evaluate = threshold, measure
+        self.found: dict[int, tuple[Circuit, Results]] = {}
+
+    def measure(self, sizes: Iterable[int]) -> None:
+        """Evaluates the sizes that are not known yet, each different circuit once."""
+        missing = {n: self.scores.circuit(n, self.method) for n in sizes if n not in self.found}
+        known = dict(self.found.values())
+        new = [c for c in dict.fromkeys(missing.values()) if c not in known]
+        if new:
+            known.update(zip(new, self._evaluate(new), strict=True))
+        self.found.update({n: (circuit, known[circuit]) for n, circuit in missing.items()})
+
+    def faithfulness(self, size: int) -> float:
+        return float(self.found[size][1][self.metric].faithfulness)
+
+    def reaches(self, size: int) -> bool:
+        share = self.faithfulness(size)
+        # All edges carry the whole effect; a threshold of 1 must not fail by rounding.
+        complete = len(self.found[size][0]) == self.scores.graph.n_edges
+        return share >= self.threshold or (complete and abs(share - 1) < 1e-2)
+
+    def smallest(self, sizes: Sequence[int]) -> int:
+        """The smallest size that reaches the threshold, by the grid and then by bisection."""
+        self.measure(sizes)
+        _check_effect(self.found[sizes[-1]][1], self.metric)
+        at = next((i for i, n in enumerate(sizes) if self.reaches(n)), None)
+        if at is None:
+            best = max(sizes, key=self.faithfulness)
+            raise ValueError(
+                f"no circuit reaches {self.threshold:g} by {self.metric}: the best of {len(sizes)}"
+                f" has {self.faithfulness(best):.3f} ({best} edges)"
+            )
+        low, high = (sizes[at - 1] if at else 0), sizes[at]
+        while high - low > 1:
+            self.measure(_midpoints(low, high, AHEAD))
+            for _ in range(AHEAD):
+                if high - low > 1:
+                    middle = (low + high) // 2
+                    low, high = (low, middle) if self.reaches(middle) else (middle, high)
+        return high
+
+    def curve(self, setting: dict[str, Any]) -> FaithfulnessCurve:
+        """Everything that was measured, by size."""
+        sizes = sorted(self.found)
+        circuits, results = zip(*(self.found[n] for n in sizes), strict=True)
+        return _curve(self.scores, sizes, circuits, results, self.metric, (self.metric,), setting)
+
+
+def _checked(
+    scores: EdgeScores,
+    model: Model,
+    samples: Sequence[Sample],
+    vector: SteeringVector,
+    threshold: float = THRESHOLD,
+) -> list[Sample]:
     if (
         isinstance(threshold, bool)
         or not isinstance(threshold, (int, float, np.number))
@@ -243,11 +289,11 @@ def _checked(scores, model, samples, vector, threshold=THRESHOLD) -> list:
 
 
 def faithfulness_curve(
-    scores,
-    model,
-    samples,
-    vector,
-    coefficient,
+    scores: EdgeScores,
+    model: Model,
+    samples: Sequence[Sample],
+    vector: SteeringVector,
+    coefficient: float,
     sizes: Sequence[int] | None = None,
     *,
     method: str = "pruned",
@@ -257,83 +303,43 @@ def faithfulness_curve(
     confidence: float = 0.95,
     halves: bool = False,
     seed: int = 0,
-    progress=True,
-    **options,
+    progress: ProgressLike = True,
+    **options: Any,
 ) -> FaithfulnessCurve:
-    """Faithfulness of the circuits of many sizes, random circuits of twice the size beside them,
-    with bootstrap intervals: one call, one pass.
+    """Faithfulness of circuits of many sizes and random ones, in one pass (method.md section 5).
 
     sizes: numbers of edges (default: SHARES of them). metrics: the first is drawn, bootstrapped and
-    compared with random circuits; others stand beside it. random: random circuits for each size (0:
-    none). bootstrap: draws of samples (0: no intervals). halves: find the circuits on one half of
-    the samples (drawn by `seed`) and judge them on the other; needs scores made with
+    compared with random circuits; the others are measured too. random: random circuits for each
+    size (0: none). bootstrap: draws of samples (0: no intervals). halves: find the circuits on one
+    half of the samples (drawn by `seed`) and judge them on the other; needs scores made with
     per_sample=True from the same samples in the same order. options: for `vs.circuits.evaluate`.
     Raises ValueError before any work for scores of another model or graph, bad sizes, and halves
-    without per-sample scores.
+    without per-sample scores; after it where steering changes nothing.
     """
     samples = _checked(scores, model, samples, vector)
-    E = scores.graph.n_edges
-    if sizes is None:
-        sizes = {max(1, round(share * E)) for share in SHARES}
-    sizes = sorted({circuit_search.check_size(scores.graph, n, "sizes") for n in sizes})
-    if not sizes or sizes[0] < 1:
-        raise ValueError("sizes must hold at least one number, each from 1 on")
-    n_random, draws, seed = (
-        require_int(random, "random", 0),
-        require_int(bootstrap, "bootstrap", 0),
-        require_int(seed, "seed", 0),
-    )
+    chosen_sizes = _sizes(scores.graph, sizes)
+    n_random, seed = require_int(random, "random", 0), require_int(seed, "seed", 0)
+    draws = require_int(bootstrap, "bootstrap", 0)
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics:
         raise ValueError("metrics is empty: name at least one, for example 'logit_diff'")
-    more = {
-        "method": method,
-        "seed": seed,
-        "confidence": confidence,
-        "bootstrap": draws,
-        "halves": bool(halves),
-    }
+    more: dict[str, Any] = {"method": method, "seed": seed, "confidence": confidence}
+    more |= {"bootstrap": draws, "halves": bool(halves)}
     if halves:
         first, second = _halves(scores, samples, seed)
-        more |= {
-            "found_on": first,
-            "judged_on": second,
-            "n_found_on": len(first),
-            "n_judged_on": len(second),
-        }
+        more |= {"found_on": first, "judged_on": second}
+        more |= {"n_found_on": len(first), "n_judged_on": len(second)}
         scores, samples = scores.of_samples(first), [samples[i] for i in second]
-
-    chosen = [scores.circuit(n, method) for n in sizes]
-    growths = [
-        circuit_search.Growth(scores.graph, circuit_search.random_order(scores.graph, seed + r))
-        for r in range(n_random)
-    ]
-    control = [
-        [
-            Circuit(
-                scores.graph,
-                g.edges(2 * n),
-                meta={"method": "random", "n": 2 * n, "seed": seed + r},
-            )
-            for r, g in enumerate(growths)
-            if 2 * n <= E
-        ]
-        for n in sizes
-    ]
-    every = list(dict.fromkeys([*chosen, *(x for some in control for x in some)]))
-    results = dict(
-        zip(
-            every,
-            evaluate(
-                every, model, samples, vector, coefficient, metrics, progress=progress, **options
-            ),
-        )
-    )
-    _changes(list(results.values()), metrics[0])
     setting = _setting(scores, model, samples, vector, coefficient, **more)
+    chosen = [scores.circuit(n, method) for n in chosen_sizes]
+    control = _random_circuits(scores.graph, chosen_sizes, n_random, seed)
+    every = list(dict.fromkeys([*chosen, *(x for some in control for x in some)]))
+    options |= {"metrics": metrics, "progress": progress}
+    results = dict(zip(every, evaluate(every, model, samples, vector, coefficient, **options)))
+    _check_effect(results[every[0]], metrics[0])
     return _curve(
         scores,
-        sizes,
+        chosen_sizes,
         chosen,
         [results[x] for x in chosen],
         metrics[0],
@@ -344,24 +350,50 @@ def faithfulness_curve(
     )
 
 
-def _halves(scores, samples, seed: int) -> tuple[list[int], list[int]]:
+def _sizes(graph: Graph, sizes: Sequence[int] | None) -> list[int]:
+    """Ascending sizes without repetition."""
+    if sizes is None:
+        sizes = [max(1, round(share * graph.n_edges)) for share in SHARES]
+    checked = sorted({circuit_search.check_size(graph, n, "sizes") for n in sizes})
+    if not checked or checked[0] < 1:
+        raise ValueError("sizes must hold at least one number, each from 1 on")
+    return checked
+
+
+def _random_circuits(graph: Graph, sizes: Sequence[int], n: int, seed: int) -> list[list[Circuit]]:
+    """For each size n random circuits of twice the size, none where the graph is smaller."""
+    growths = [
+        circuit_search.Growth(graph, circuit_search.random_order(graph, seed + r)) for r in range(n)
+    ]
+
+    def circuit(r: int, size: int) -> Circuit:
+        meta = {"method": "random", "n": size, "seed": seed + r}
+        return Circuit(graph, growths[r].edges(size), meta=meta)
+
+    return [[circuit(r, 2 * size) for r in range(n) if 2 * size <= graph.n_edges] for size in sizes]
+
+
+def _halves(
+    scores: EdgeScores, samples: Sequence[Sample], seed: int
+) -> tuple[list[int], list[int]]:
     """Two halves of the samples that have metric positions: ascending indices."""
-    if scores.sample_edges is None:
+    weights = scores.weights
+    if scores.sample_edges is None or weights is None:
         raise ValueError(
             "halves=True needs scores of each sample: make them with attribute(...,"
             " per_sample=True)"
         )
-    if len(scores.weights) != len(samples):
+    if len(weights) != len(samples):
         raise ValueError(
             "halves=True needs the samples that were scored: the scores hold"
-            f" {len(scores.weights)}, given are {len(samples)}"
+            f" {len(weights)}, given are {len(samples)}"
         )
     stated = scores.settings.get("samples_hash")
     if stated and stated != samples_hash(samples):
         raise ValueError(
             "halves=True needs the samples that were scored, in the same order; these are others"
         )
-    used = np.flatnonzero(scores.weights > 0)
+    used = np.flatnonzero(weights > 0)
     if used.size < 2:
         raise ValueError(
             f"halves=True needs at least two samples with metric positions, not {used.size}"

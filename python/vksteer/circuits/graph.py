@@ -2,26 +2,39 @@
 
 Upstream nodes, in order: `steer` (the residual stream entering the steering layer), then layer by
 layer every head `a{l}.h{i}` and the MLP `m{l}`. Downstream nodes, in order: layer by layer H query
-inputs `a{l}.h{i}<q>`, G key inputs `<k>`, G value inputs `<v>`, the MLP's input; `logits` last. Key
-and value inputs are counted per key/value head (GQA stays grouped). An upstream node reaches a
-contiguous suffix of the downstream nodes, so edges need no objects: edge = offset[upstream] +
-downstream - start[upstream], upstream-major, which is also the order that decides ties.
+inputs `a{l}.h{i}<q>`, G key inputs `<k>`, G value inputs `<v>`, the MLP's input; `logits` is last.
+There is one key and one value input for each key/value head, as in GQA. An upstream node reaches a
+contiguous suffix of the downstream nodes, so an edge is a number: offset[upstream] + downstream -
+start[upstream]. This order of the edges, by upstream node first, also decides ties.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+
+from ..base.types import BoolArray, IntArray
+
+if TYPE_CHECKING:
+    from ..loading.config import Config
+    from ..runtime.model import Model
+
+#: Types of downstream nodes, in the order of `Graph.input_kind`.
+INPUT_KINDS = ("q", "k", "v", "mlp", "logits")
 
 
 class Graph:
-    """Nodes and edges above a steering layer. Equal if made from the same sizes.
+    """Nodes and edges from a steering layer on. Graphs of the same sizes are equal.
 
-    Raises ValueError for a layer outside the model.
+    len(graph) is the number of edges. Raises ValueError for a layer outside the model and for query
+    heads that do not divide among the key/value heads.
     """
 
-    def __init__(self, n_layers: int, n_heads: int, n_kv_heads: int, layer: int):
+    def __init__(self, n_layers: int, n_heads: int, n_kv_heads: int, layer: int) -> None:
         if not 0 <= layer < n_layers:
             raise ValueError(f"the steering layer must be one of 0 to {n_layers - 1}, not {layer}")
         if n_heads % n_kv_heads:
@@ -34,8 +47,8 @@ class Graph:
             n_kv_heads,
             layer,
         )
-        self.depth = n_layers - layer  # layers that take part
-        self.width = n_heads + 2 * n_kv_heads + 1  # downstream nodes a layer
+        self.depth = n_layers - layer  # layers in the graph
+        self.width = n_heads + 2 * n_kv_heads + 1  # downstream nodes of one layer
         self.n_downstream = self.width * self.depth + 1
         self.n_upstream = 1 + self.depth * (n_heads + 1)
         starts = [0]
@@ -48,19 +61,19 @@ class Graph:
         self.offset = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self.n_edges = int(sizes.sum())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.n_edges
 
-    def _key(self):
+    def _key(self) -> tuple[int, int, int, int]:
         return self.n_layers, self.n_heads, self.n_kv_heads, self.layer
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self._key() == other._key()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key())
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Graph(layers {self.layer} to {self.n_layers - 1}, {self.n_upstream} upstream nodes,"
             f" {self.n_downstream} inputs, {self.n_edges} edges)"
@@ -115,41 +128,44 @@ class Graph:
     # -- index arithmetic --------------------------------------------------------------------------
 
     @cached_property
-    def upstream_kind(self) -> np.ndarray:
+    def upstream_kind(self) -> npt.NDArray[np.int8]:
         """int8 [n_upstream]: 0 steer, 1 head, 2 MLP."""
         return np.array([0] + ([1] * self.n_heads + [2]) * self.depth, np.int8)
 
     @cached_property
-    def input_kind(self) -> np.ndarray:
+    def input_kind(self) -> npt.NDArray[np.int8]:
         """int8 [n_downstream]: index into INPUT_KINDS."""
         layer = [0] * self.n_heads + [1] * self.n_kv_heads + [2] * self.n_kv_heads + [3]
         return np.array(layer * self.depth + [4], np.int8)
 
     @cached_property
-    def upstream(self) -> np.ndarray:
+    def upstream(self) -> npt.NDArray[np.int32]:
         """int32 [n_edges]: the upstream node of every edge."""
         return np.repeat(np.arange(self.n_upstream, dtype=np.int32), self.n_downstream - self.start)
 
     @cached_property
-    def downstream(self) -> np.ndarray:
+    def downstream(self) -> npt.NDArray[np.int32]:
         """int32 [n_edges]: the input that every edge ends in."""
-        return (
-            np.arange(self.n_edges) - self.offset[self.upstream] + self.start[self.upstream]
-        ).astype(np.int32)
+        first = self.offset[self.upstream] - self.start[self.upstream]
+        return np.asarray(np.arange(self.n_edges) - first, np.int32)
 
-    def edge(self, upstream, downstream):
-        """Number of the edge between two nodes (by number, arrays allowed). ValueError
-        where there is none.
+    def edge(self, upstream: npt.ArrayLike, downstream: npt.ArrayLike) -> IntArray:
+        """Numbers of the edges between upstream and downstream nodes, int64 [...].
+
+        Both are node numbers, alone or as arrays that broadcast. Raises ValueError where there is
+        no such edge.
         """
         upstream, downstream = np.asarray(upstream), np.asarray(downstream)
         if ((downstream < self.start[upstream]) | (downstream >= self.n_downstream)).any():
             raise ValueError(
                 "an upstream node does not reach an input of its own or an earlier layer"
             )
-        return self.offset[upstream] + downstream - self.start[upstream]
+        return np.asarray(self.offset[upstream] + downstream - self.start[upstream])
 
-    def find(self, names) -> np.ndarray:
-        """Edge names -> numbers, int64. KeyError names the first that is none."""
+    def find(self, names: Iterable[str]) -> IntArray:
+        """The numbers of edges given by name, int64 [n]. Raises KeyError with the first name that
+        is no edge.
+        """
         table = self._numbers
         try:
             return np.array([table[n] for n in names], np.int64)
@@ -157,14 +173,14 @@ class Graph:
             raise KeyError(f"no edge {error.args[0]!r} in {self!r}") from None
 
     @cached_property
-    def _numbers(self):
+    def _numbers(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.edge_names)}
 
     # -- paths -------------------------------------------------------------------------------------
 
-    def _feeds(self, l: int):
-        """What the inputs of layer l (counted from the steering layer) lead to: bool [w, H + 1]
-        over its heads and MLP. A key or value input belongs to every query head of its group.
+    def _feeds(self, l: int) -> BoolArray:
+        """Which heads and MLP of layer l (counted from the steering layer) each of its inputs
+        belongs to: bool [w, H + 1]. A key or value input belongs to every query head of its group.
         """
         H, G = self.n_heads, self.n_kv_heads
         table = np.zeros((self.width, H + 1), bool)
@@ -175,9 +191,9 @@ class Graph:
         table[-1, H] = True
         return table
 
-    def on_paths(self, kept) -> np.ndarray:
-        """Bool [n_edges]: the edges of `kept` (bool [n_edges]) that lie on a path from steer
-        to logits inside it.
+    def on_paths(self, kept: npt.ArrayLike) -> BoolArray:
+        """The edges of `kept` (bool [n_edges]) that lie on a path from steer to logits made of
+        edges of `kept`: bool [n_edges]. Raises ValueError for a mask of another length.
         """
         kept = np.asarray(kept, bool)
         if kept.shape != (self.n_edges,):
@@ -186,9 +202,9 @@ class Graph:
         matrix[self.upstream[kept], self.downstream[kept]] = True
         feeds, w, H = self._feeds(0), self.width, self.n_heads
         heads, mlp = feeds[:-1, :H], w - 1
-        reached = np.zeros(self.n_upstream, bool)  # upstream nodes that steering reaches
+        reached = np.zeros(self.n_upstream, bool)  # upstream nodes that a path from steer reaches
         reached[0] = True
-        inputs = matrix[0].copy()  # inputs that something reached leads to
+        inputs = matrix[0].copy()  # inputs that an edge of a reached node ends in
         for l in range(self.depth):
             at, first = l * w, 1 + l * (H + 1)
             reached[first : first + H] = inputs[at : at + mlp] @ heads
@@ -196,22 +212,22 @@ class Graph:
             reached[first + H] = inputs[at + mlp]
             if reached[first + H]:
                 inputs |= matrix[first + H]
-        leads = np.zeros(self.n_downstream, bool)  # inputs from which logits can be reached
+        leads = np.zeros(self.n_downstream, bool)  # inputs from which a path leads to logits
         leads[-1] = True
         for l in reversed(range(self.depth)):
             at, first = l * w, 1 + l * (H + 1)
             leads[at + mlp] = (matrix[first + H] & leads).any()
             useful = (matrix[first : first + H] & leads).any(axis=1)
             leads[at : at + mlp] = heads @ useful
-        return kept & reached[self.upstream] & leads[self.downstream]
+        on_path: BoolArray = kept & reached[self.upstream] & leads[self.downstream]
+        return on_path
 
 
-INPUT_KINDS = ("q", "k", "v", "mlp", "logits")
+def graph(config_or_model: Config | Model, layer: int) -> Graph:
+    """The graph of a model that is steered at `layer` (method.md section 4).
 
-
-def graph(config_or_model, layer: int) -> Graph:
-    """The graph of a model steered at `layer`; needs a Config (or anything with
-    one) and no weights.
+    config_or_model: a Config, or anything with one as `.config`; no weights are needed. Raises
+    ValueError for a layer outside the model.
     """
-    config = getattr(config_or_model, "config", config_or_model)
+    config: Config = getattr(config_or_model, "config", config_or_model)
     return Graph(config.n_layers, config.n_heads, config.n_kv_heads, int(layer))

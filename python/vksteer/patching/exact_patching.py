@@ -14,7 +14,8 @@ from ..base.progress import Progress
 from ..circuits.final_rows import final_rows
 from ..circuits.graph import graph as graph_of
 from ..circuits.plan import Rows
-from ..circuits.runs import Passes, Reader, measure_ends, sample_job
+from ..circuits.readings import Reader, measure_ends
+from ..circuits.runs import Passes, sample_job
 from ..inputs.samples import check_samples, check_steering
 from ..runtime.edit_compiler import RowShape, resolve
 from ..runtime.edits import Steer
