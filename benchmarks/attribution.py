@@ -21,7 +21,9 @@ from timing import at_least, at_most, row, seconds, summary, take_turns
 from vksteer.inputs.samples import Sample
 from vksteer.inputs.vectors import SteeringVector
 from vksteer.loading.config import Config
-from vksteer.patching.attribution import _Attribution, attribute, layout
+from vksteer.patching.attribution import attribute
+from vksteer.patching.attribution_layout import layout
+from vksteer.patching.attribution_runs import AttributionRuns
 from vksteer.patching.memory_plan import plan
 from vksteer.runtime import ceilings
 from vksteer.runtime.model import Model
@@ -218,7 +220,7 @@ def memory(model, vector) -> list[dict]:
         )
         planned[n] = {
             "bytes": chosen.bytes,
-            "n_slots": chosen.n_slots,
+            "n_slots": chosen.n_sample_tokens,
             "step_tokens": chosen.step_capacity,
             "kept": chosen.keep_inside,
         }
@@ -258,7 +260,7 @@ def timed_parts(model, vector, some: Sample, rounds: int) -> tuple[dict[str, flo
     parts = {name: [] for name in ("whole", "forward", "step", "contract", "pass")}
 
     def timed(name):
-        plain = getattr(_Attribution, name)
+        plain = getattr(AttributionRuns, name)
 
         def call(*arguments):
             start = time.perf_counter()
@@ -276,7 +278,7 @@ def timed_parts(model, vector, some: Sample, rounds: int) -> tuple[dict[str, flo
     passing()
     try:
         for name, (_, call) in replaced.items():
-            setattr(_Attribution, name, call)
+            setattr(AttributionRuns, name, call)
         for _ in range(rounds):
             for name in replaced:
                 parts[name].append(0.0)
@@ -284,7 +286,7 @@ def timed_parts(model, vector, some: Sample, rounds: int) -> tuple[dict[str, flo
             parts["pass"].append(seconds(passing))
     finally:
         for name, (plain, _) in replaced.items():
-            setattr(_Attribution, name, plain)
+            setattr(AttributionRuns, name, plain)
     return {name: statistics.median(values) for name, values in parts.items()}, rows
 
 

@@ -168,7 +168,7 @@ def test_memory_is_the_engine_s(zoo, name):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])
 def test_layouts_are_those_of_attribute_s_own_choice(zoo, name):
-    from vksteer.patching.attribution import layout
+    from vksteer.patching.attribution_layout import layout
 
     model = zoo.engine(name)
     modes = set()
@@ -194,7 +194,7 @@ def test_layouts_are_those_of_attribute_s_own_choice(zoo, name):
             chosen = choose()
             assert (p.step_tokens, p.slots, p.mode == "kept", p.total) == (
                 chosen.step_capacity,
-                chosen.n_slots,
+                chosen.n_sample_tokens,
                 chosen.keep_inside,
                 chosen.bytes,
             )

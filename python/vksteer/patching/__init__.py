@@ -1,11 +1,9 @@
-"""Multi-token patching (method.md sections 4 and 5): the front door of graphs, samples,
-scores and exact patches.
-"""
+"""Multi-token patching: graphs, samples, scores and exact patches (method.md sections 4 and 5)."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..circuits.graph import Graph, graph
 
@@ -31,10 +29,23 @@ if TYPE_CHECKING:
     from .memory_plan import Plan, plan
     from .rank_agreement import Agreement, agreement
 
-__all__ = ["Graph", "graph", *_LAZY]
+__all__ = [
+    "Agreement",
+    "EdgeScores",
+    "Graph",
+    "Plan",
+    "Sample",
+    "Samples",
+    "agreement",
+    "attribute",
+    "exact",
+    "graph",
+    "make_samples",
+    "plan",
+]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'vksteer.patching' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name], __package__), name)
@@ -42,5 +53,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

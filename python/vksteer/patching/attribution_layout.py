@@ -4,84 +4,73 @@ and the order of passes over samples and steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-#: Tokens that go forward and back together, and slots of a group, where memory allows.
-STEP_TOKENS, GROUP_TOKENS = 512, 512
-#: Without max_memory: this much, or half of what is free.
+from .memory_plan import LOGITS, layouts
+
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+
+#: Tokens of samples whose sums are held together, where memory allows.
+GROUP_TOKENS = 512
+#: Without max_memory: so many bytes, or half of what is free.
 DEFAULT_MEMORY = 1 << 30
-#: Tiles of logits of three runs (csrc/run/metric.c).
-LOGITS_BYTES = 3 * (24 << 20)
 
 
 @dataclass(frozen=True)
 class Layout:
     """How much goes through at once. bytes: device memory beside the weights."""
 
-    capacity: int  # tokens of a forward pass: two runs of the longest sample at least
-    step_capacity: int  # tokens forward and back
-    n_slots: int  # tokens whose sums are held
-    keep_inside: bool  # False: the inside of each layer is computed again on the way back
+    capacity: int  # tokens of a forward pass, at least two runs of the longest sample
+    step_capacity: int  # tokens of a forward and a backward pass
+    n_sample_tokens: int  # sample tokens whose sums are held together
+    keep_inside: bool  # False: activations inside each layer are recomputed in the backward pass
     bytes: int
 
 
 def layout(
-    model,
+    model: Model,
     layer: int,
-    lengths,
+    lengths: Sequence[int],
     steps: int,
     normed: bool,
     distributions: bool,
     max_memory: int | None,
 ) -> Layout:
-    """The largest layout that the memory allows. distributions: the metric reads whole rows of
-    logits. ValueError where not even one tile of positions fits.
+    """The largest layout that the memory allows.
+
+    lengths: tokens of the samples. distributions: whether the metric reads whole rows of logits.
+    max_memory: bytes, or None for the default. Raises ValueError where not even one contraction
+    tile of positions fits.
     """
     from ..runtime.device import _engine
 
     engine, free = _engine(), model._engine_device.available_bytes
     budget = min(DEFAULT_MEMORY, free // 2) if max_memory is None else max_memory
     longest = max(lengths)
-    tile = engine.ATTRIBUTE_TILE
-    wide = max(longest, min(STEP_TOKENS, longest * steps))
-    slots = max(longest, min(GROUP_TOKENS, sum(lengths)))
-    least = None
-
-    def size(step_tokens, n_slots, inside):
-        capacity = max(step_tokens, 2 * max(n_slots if n_slots >= longest else longest, longest))
+    together = max(longest, min(GROUP_TOKENS, sum(lengths)))
+    needed = 0
+    for step_tokens, sample_tokens, inside in layouts(longest, steps, together):
+        capacity = max(step_tokens, 2 * max(sample_tokens, longest))
         needed = engine.attribution_bytes(
-            model._engine, capacity, step_tokens, layer, n_slots, steps, normed, inside
-        )
-        return capacity, needed + (LOGITS_BYTES if distributions else 0)
-
-    tried = [
-        (wide, slots, True),
-        (wide, longest, True),
-        (longest, longest, True),
-        (longest, longest, False),
-    ]
-    part = -(-longest // (2 * tile)) * tile
-    while part >= tile:
-        tried += [(longest, part, False)]
-        if part == tile:
-            break
-        part = max(tile, -(-part // (2 * tile)) * tile)
-    for step_tokens, n_slots, inside in tried:
-        capacity, needed = size(step_tokens, n_slots, inside)
+            model._engine, capacity, step_tokens, layer, sample_tokens, steps, normed, inside
+        ) + (LOGITS if distributions else 0)
         if needed <= budget:
-            return Layout(capacity, step_tokens, n_slots, inside, needed)
-        least = needed
+            return Layout(capacity, step_tokens, sample_tokens, inside, needed)
     raise ValueError(
-        f"max_memory={budget / 1e6:.0f} MB is too small for one tile of {tile} positions of a"
-        f" sample with {longest} tokens: at least {least / 1e6:.0f} MB are needed"
+        f"max_memory={budget / 1e6:.0f} MB is too small for one tile of {engine.ATTRIBUTE_TILE}"
+        f" positions of a sample with {longest} tokens: at least {needed / 1e6:.0f} MB are needed"
     )
 
 
-def passes(lengths, limit, n_steps):
-    """(first sample, end, first step, end) of the passes that cover all steps of consecutive
-    samples with at most `limit` tokens.
+def passes(lengths: Sequence[int], limit: int, n_steps: int) -> list[tuple[int, int, int, int]]:
+    """The passes that cover all steps of consecutive samples with at most `limit` tokens each:
+    (first sample, end, first step, end).
     """
-    out, i = [], 0
+    out: list[tuple[int, int, int, int]] = []
+    i = 0
     while i < len(lengths):
         j, total = i, 0
         while j < len(lengths) and total + lengths[j] * n_steps <= limit:
@@ -97,7 +86,8 @@ def passes(lengths, limit, n_steps):
     return out
 
 
-def consecutive(indices):
+def consecutive(indices: Iterable[int]) -> list[list[int]]:
+    """Ascending indices cut into runs of consecutive ones."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and runs[-1][-1] == i - 1:
@@ -107,15 +97,15 @@ def consecutive(indices):
     return runs
 
 
-def group_samples(indices, lengths, plan):
-    """Samples whose tokens fit the slots together, and twice the tokens one forward pass."""
-    groups, total = [], 0
+def group_samples(indices: Iterable[int], lengths: Sequence[int], plan: Layout) -> list[list[int]]:
+    """Consecutive samples whose tokens are held together and whose two runs fit into one forward
+    pass; a longer sample alone.
+    """
+    limit = min(plan.n_sample_tokens, plan.capacity // 2)
+    groups: list[list[int]] = []
+    total = 0
     for i in indices:
-        if (
-            not groups
-            or total + lengths[i] > plan.n_slots
-            or 2 * (total + lengths[i]) > plan.capacity
-        ):
+        if not groups or total + lengths[i] > limit:
             groups.append([])
             total = 0
         groups[-1].append(i)

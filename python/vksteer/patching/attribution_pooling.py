@@ -1,60 +1,76 @@
-"""Scores of every sample as one EdgeScores (method.md section 5)."""
+"""The scores of every sample as one EdgeScores (method.md section 5)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..base.types import Array
 from ..inputs.samples import samples_hash
 from .edge_scores import EdgeScores, combine
 
+if TYPE_CHECKING:
+    from ..circuits.graph import Graph
+    from ..inputs.samples import Sample
+
+#: Of one sample: (number of metric positions, edges float64 [E] or [E, S], nodes float64 [N], dims
+#: float64 [1 or N, D]); None for a sample without metric positions.
+SampleScores: TypeAlias = tuple[int, Array, Array, Array] | None
+
 
 def pool(
-    graph, samples, found, settings, provenance, per_position, per_sample, dims_rows, width
+    graph: Graph,
+    samples: Sequence[Sample],
+    found: Sequence[SampleScores],
+    settings: dict[str, Any],
+    provenance: dict[str, Any],
+    per_sample: bool,
+    dims_shape: tuple[int, int],
 ) -> EdgeScores:
-    weights = np.array(
-        [0 if found[i] is None else found[i][0] for i in range(len(samples))], np.int64
-    )
+    """Samples averaged by their metric positions. found: scores in the order of the samples, with
+    edges [E, S] where settings has per_position. Warns where no sample has a metric position.
+    """
+    weights = np.array([0 if scores is None else scores[0] for scores in found], np.int64)
     if not weights.any():
         warnings.warn(
             f"none of the {len(samples)} samples has a metric position: steering changes no greedy"
             " token there (or no KL passes the threshold); all scores are 0",
-            stacklevel=3,
+            stacklevel=4,
         )
-    empty = (
-        0,
-        np.zeros((graph.n_edges, 0) if per_position else graph.n_edges),
-        np.zeros(graph.n_upstream),
-        np.zeros((dims_rows, width)),
-    )
-    first = next((v for v in found.values() if v is not None), empty)
-    rows = [
-        v if v is not None else (0,) + tuple(np.zeros_like(x) for x in first[1:])
-        for v in (found[i] for i in range(len(samples)))
-    ]
-    edges = [r[1].sum(1) if per_position and w else r[1] for r, w in zip(rows, weights)]
-    if per_position:
-        edges = [e if w else np.zeros(graph.n_edges) for e, w in zip(edges, weights)]
-        positions = [
-            r[1] if w else np.zeros((graph.n_edges, len(s)))
-            for r, w, s in zip(rows, weights, samples)
-        ]
-    mean = lambda tables: combine(tables, weights) if weights.any() else np.zeros_like(tables[0])
+    edges, nodes, dims, positions = [], [], [], []
+    for sample, scores in zip(samples, found, strict=True):
+        if scores is None:
+            edges.append(np.zeros(graph.n_edges))
+            nodes.append(np.zeros(graph.n_upstream))
+            dims.append(np.zeros(dims_shape))
+            positions.append(np.zeros((graph.n_edges, len(sample))))
+            continue
+        _, by_edge, by_node, by_dim = scores
+        edges.append(by_edge.sum(1) if settings["per_position"] else by_edge)
+        nodes.append(by_node)
+        dims.append(by_dim)
+        positions.append(by_edge)
+
+    def mean(tables: Sequence[Array]) -> Array:
+        return combine(tables, weights) if weights.any() else np.zeros_like(tables[0])
+
+    counts = {
+        "samples_hash": samples_hash(samples),
+        "n_samples": len(samples),
+        "left_out": int((weights == 0).sum()),
+    }
     return EdgeScores(
         graph,
         mean(edges),
-        mean([r[2] for r in rows]),
+        mean(nodes),
         weights=weights,
-        dims=mean([r[3] for r in rows]).astype(np.float32),
-        positions=positions if per_position else None,
+        dims=mean(dims).astype(np.float32),
+        positions=positions if settings["per_position"] else None,
         sample_edges=np.stack(edges) if per_sample else None,
-        sample_nodes=np.stack([r[2] for r in rows]) if per_sample else None,
-        settings=settings
-        | {
-            "samples_hash": samples_hash(samples),
-            "n_samples": len(samples),
-            "left_out": int((weights == 0).sum()),
-        },
+        sample_nodes=np.stack(nodes) if per_sample else None,
+        settings=settings | counts,
         provenance=provenance,
     )

@@ -4,75 +4,74 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..base.checks import require_int
 from ..base.provenance import digest, fingerprint, provenance
+from ..base.types import Array, Float64Array, PathLike
 from ..circuits import search as circuit_search
 from ..circuits.graph import INPUT_KINDS, Graph
 from ..circuits.graph import graph as graph_of
 from ..errors import ModelError
 from . import edge_score_files
+from .score_tables import (
+    TopEdge,
+    TopEdges,
+    checked_array,
+    checked_counts,
+    checked_mapping,
+    checked_positions,
+    combine,
+)
 
+if TYPE_CHECKING:
+    from networkx import MultiDiGraph
 
-class TopEdge(NamedTuple):
-    rank: int  # from 1 on
-    name: str
-    score: float
-    share: float  # of the sum of all |score|
-
-
-class TopEdges(list):
-    """The strongest edges (or nodes), TopEdge each; shows itself as a table."""
-
-    def __repr__(self):
-        lines = ["| rank | edge | score | share of all |", "|---:|:---|---:|---:|"]
-        return "\n".join(
-            lines
-            + [f"| {e.rank} | {e.name} | {e.score:+.4g} | {100 * e.share:.2f} % |" for e in self]
-        )
+    from ..circuits.circuit import Circuit
+    from ..inputs.vectors import SteeringVector
+    from ..loading.config import Config
+    from ..runtime.model import Model
 
 
 class EdgeScores:
-    """Effects of edges and nodes of a graph on the metric, positive where the
-    clean value raises it.
+    """Scores of the edges, nodes and dimensions of a graph (method.md section 5), positive where
+    the clean value raises the metric.
 
-    graph: the Graph. edges: float64 [E]; nodes: float64 [N] (upstream nodes) or None; dims:
-    float32 [1, D] (of steer) or [N, D], or None; both sums over positions, samples averaged by
-    their metric positions.
-    weights: int64 [n_samples], metric positions of each sample (0: it was left out). n_positions:
-    all together (their sum, where they are given). positions: one float32 or float64 [E, S] per
-    sample, or None. sample_edges, sample_nodes: float64 [n_samples, E] and [n_samples, N], or None.
-    settings: steps, rule, metric, threshold, at, clean, capped, ... provenance: model and vector,
-    see `score_provenance`. Both must fit into JSON. Arrays are read-only. Raises ValueError for
-    wrong shapes and for numbers that are not finite.
+    edges: float64 [E]. nodes: of upstream nodes, float64 [N], or None. dims: float32 [1, D] of
+    steer or [N, D] of all upstream nodes, or None. These are sums over positions, with samples
+    averaged by their metric positions.
+    weights: metric positions of each sample, int64 [n_samples], 0 where the sample was left out.
+    n_positions: their sum. positions: [E, S] of each sample, float32 or float64, or None.
+    sample_edges, sample_nodes: float64 [n_samples, E] and [n_samples, N], or None. settings: steps,
+    rule, metric, threshold, at, clean, capped, ... provenance: of model and vector
+    (`score_provenance`). Both must fit into JSON. Arrays are read-only. Raises ValueError for wrong
+    shapes and for numbers that are not finite.
     """
 
     def __init__(
         self,
         graph: Graph,
-        edges,
-        nodes=None,
+        edges: npt.ArrayLike,
+        nodes: npt.ArrayLike | None = None,
         *,
         n_positions: int | None = None,
-        weights=None,
-        dims=None,
-        positions=None,
-        sample_edges=None,
-        sample_nodes=None,
+        weights: npt.ArrayLike | None = None,
+        dims: npt.ArrayLike | None = None,
+        positions: Sequence[npt.ArrayLike] | None = None,
+        sample_edges: npt.ArrayLike | None = None,
+        sample_nodes: npt.ArrayLike | None = None,
         settings: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         E, N = graph.n_edges, graph.n_upstream
         self.graph = graph
-        self.edges = _array(edges, "edges", (E,))
-        self.nodes = None if nodes is None else _array(nodes, "nodes", (N,))
-        self.weights = None if weights is None else _counts(weights)
+        self.edges = checked_array(edges, "edges", (E,))
+        self.nodes = None if nodes is None else checked_array(nodes, "nodes", (N,))
+        self.weights = None if weights is None else checked_counts(weights)
         n = None if self.weights is None else self.weights.size
         if n is None and (sample_edges is not None or sample_nodes is not None):
             raise ValueError("scores of each sample need their weights (metric positions), too")
@@ -81,17 +80,17 @@ class EdgeScores:
             shape = np.shape(dims)
             if len(shape) != 2 or shape[0] not in (1, N) or not shape[1]:
                 raise ValueError(f"dims must be [1, D] or [{N}, D], not {list(shape)}")
-            self.dims = _array(dims, "dims", shape, np.float32)
+            self.dims = checked_array(dims, "dims", shape, np.float32)
         self.sample_edges = (
-            None if sample_edges is None else _array(sample_edges, "sample_edges", (n, E))
+            None if sample_edges is None else checked_array(sample_edges, "sample_edges", (n, E))
         )
         self.sample_nodes = (
-            None if sample_nodes is None else _array(sample_nodes, "sample_nodes", (n, N))
+            None if sample_nodes is None else checked_array(sample_nodes, "sample_nodes", (n, N))
         )
         self.positions = (
             None
             if positions is None
-            else tuple(_positions(p, i, E) for i, p in enumerate(positions))
+            else tuple(checked_positions(p, i, E) for i, p in enumerate(positions))
         )
         if n_positions is None:
             if self.weights is None:
@@ -107,12 +106,12 @@ class EdgeScores:
         if self.positions is not None and n is not None and len(self.positions) != n:
             raise ValueError(f"positions of {len(self.positions)} samples, weights of {n}")
         self.settings, self.provenance = (
-            _plain(settings, "settings"),
-            _plain(provenance, "provenance"),
+            checked_mapping(settings, "settings"),
+            checked_mapping(provenance, "provenance"),
         )
         self._growths: dict[str, circuit_search.Growth] = {}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         s = self.settings
         how = ", ".join(
             f"{name}={s[name]}" for name in ("metric", "steps", "rule", "at", "clean") if name in s
@@ -129,16 +128,16 @@ class EdgeScores:
 
     @property
     def edge_names(self) -> tuple[str, ...]:
-        """[E], graph order: "steer->a5.h0<q>", "a3.h1->m4", "m4->logits"."""
+        """Names of the edges in graph order: "steer->a5.h0<q>", "a3.h1->m4", "m4->logits"."""
         return self.graph.edge_names
 
     @property
     def node_names(self) -> tuple[str, ...]:
-        """[N]: "steer", "a3.h1", "m4"."""
+        """Names of the upstream nodes: "steer", "a3.h1", "m4"."""
         return self.graph.node_names
 
     def __getitem__(self, name: str) -> float:
-        """The score of one edge, or upstream node, by name. KeyError for another."""
+        """The score of one edge or upstream node by name. Raises KeyError for another name."""
         if "->" in name:
             return float(self.edges[self.graph.find([name])[0]])
         if self.nodes is None or name not in self.node_names:
@@ -152,17 +151,17 @@ class EdgeScores:
     # -- reading -----------------------------------------------------------------------------------
 
     def top(self, k: int = 20) -> TopEdges:
-        """The k edges of largest |score|, ties by graph order."""
+        """The k edges of largest |score|, ties in graph order."""
         return self._top(self.edges, self.edge_names, k)
 
     def top_nodes(self, k: int = 20) -> TopEdges:
-        """The k upstream nodes of largest |score|. ValueError where the scores hold no nodes."""
+        """The k upstream nodes of largest |score|. Raises ValueError without scores of nodes."""
         if self.nodes is None:
             raise ValueError("these scores hold no nodes")
         return self._top(self.nodes, self.node_names, k)
 
     @staticmethod
-    def _top(scores, names, k):
+    def _top(scores: Float64Array, names: Sequence[str], k: int) -> TopEdges:
         k, total = require_int(k, "k", 0), float(np.abs(scores).sum())
         return TopEdges(
             TopEdge(
@@ -172,12 +171,12 @@ class EdgeScores:
         )
 
     def distribution(self, n: int, method: str = "top") -> dict[str, float]:
-        """Shares of the n strongest edges by the type of the input they end in: {"q", "k",
-        "v", "mlp", "logits"}.
+        """Shares of the edges of `circuit(n, method)` by the type of the input they end in: {"q",
+        "k", "v", "mlp", "logits"}.
         """
         return self.circuit(n, method).distribution()
 
-    def matrix(self) -> np.ndarray:
+    def matrix(self) -> Float64Array:
         """float64 [N, inputs]: the edges as a table of upstream nodes by inputs
         (`graph.node_names`, `graph.input_names`), NaN where there is no edge.
         """
@@ -194,15 +193,14 @@ class EdgeScores:
 
     # -- circuits ----------------------------------------------------------------------------------
 
-    def circuit(self, n: int, method: str = "pruned"):
-        """A Circuit of about n edges (method.md section 5); ties by graph order.
+    def circuit(self, n: int, method: str = "pruned") -> Circuit:
+        """A circuit of about n edges (method.md section 5); ties in graph order.
 
-        method: "pruned": the shortest prefix of the ranking by |score| of which at least n edges
-        lie on a path from steer to logits; these edges.
-          "top": the first n edges of the ranking, as they are. "greedy_backward"
-          ("greedy_forward"): grown from logits (from steer), always by the edge of largest
-          |score| that touches what is there; the smallest such circuit whose pruned rest
-          has at least n edges.
+        method: "pruned" takes the shortest prefix of the ranking by |score| of which at least n
+        edges lie on a path from steer to logits, and keeps these edges. "top" takes the first n
+        edges of the ranking without pruning. "greedy_backward" ("greedy_forward") grows from
+        logits (from steer), always by the edge of largest |score| that touches the circuit so far,
+        until pruning leaves at least n edges.
         Raises ValueError for another method and for n outside 0 to the number of edges.
         """
         from ..circuits.circuit import Circuit
@@ -229,13 +227,12 @@ class EdgeScores:
     # -- samples together and apart ----------------------------------------------------------------
 
     def of_samples(self, indices: Sequence[int]) -> EdgeScores:
-        """The scores of some samples alone, combined in the order given. Needs
-        per_sample=True in attribute.
+        """The scores of some of the samples, combined in the order of `indices`.
 
-        Raises ValueError without scores of each sample, for indices outside and for samples without
-        any metric position.
+        Raises ValueError without scores of each sample (per_sample=True in `attribute`), for
+        indices outside, and where none of the samples has a metric position.
         """
-        if self.sample_edges is None:
+        if self.sample_edges is None or self.weights is None:
             raise ValueError(
                 "these scores do not hold each sample's own: make them with attribute(...,"
                 " per_sample=True)"
@@ -248,15 +245,14 @@ class EdgeScores:
         weights = self.weights[indices]
         if not weights.sum():
             raise ValueError("none of these samples has a metric position")
-        rows = lambda table: None if table is None else table[indices]
-        combined = lambda table: None if table is None else combine(table[indices], weights)
+        by_node = None if self.sample_nodes is None else self.sample_nodes[indices]
         return EdgeScores(
             self.graph,
-            combined(self.sample_edges),
-            combined(self.sample_nodes),
+            combine(self.sample_edges[indices], weights),
+            None if by_node is None else combine(by_node, weights),
             weights=weights,
-            sample_edges=rows(self.sample_edges),
-            sample_nodes=rows(self.sample_nodes),
+            sample_edges=self.sample_edges[indices],
+            sample_nodes=by_node,
             positions=None if self.positions is None else [self.positions[i] for i in indices],
             settings={
                 name: value for name, value in self.settings.items() if name != "samples_hash"
@@ -266,7 +262,7 @@ class EdgeScores:
 
     @classmethod
     def merge(cls, parts: Sequence[EdgeScores]) -> EdgeScores:
-        """Scores of different samples as one: averaged by metric positions, in list order.
+        """Scores of different samples as one, averaged by metric positions in list order.
 
         Raises ValueError naming the difference where the parts differ in graph, model, vector,
         coefficient or settings.
@@ -279,37 +275,31 @@ class EdgeScores:
         weights = np.array([p.n_positions for p in parts], np.int64)
         if not weights.sum():
             raise ValueError("none of the parts has a metric position")
-        table = lambda name: (
-            combine([getattr(p, name) for p in parts], weights)
-            if all(getattr(p, name) is not None for p in parts)
-            else None
+        edges, nodes, dims, own, by_edge, by_node = (
+            [getattr(p, name) for p in parts]
+            for name in ("edges", "nodes", "dims", "weights", "sample_edges", "sample_nodes")
         )
-        joined = lambda name: (
-            np.concatenate([getattr(p, name) for p in parts])
-            if all(getattr(p, name) is not None for p in parts)
-            else None
-        )
-        own = joined("weights")
-        dims = (
-            table("dims")
-            if len({None if p.dims is None else p.dims.shape for p in parts}) == 1
-            else None
-        )
-        positions = (
-            [x for p in parts for x in p.positions]
-            if own is not None and all(p.positions is not None for p in parts)
-            else None
-        )
+
+        def mean(tables: list[Array | None]) -> Array | None:
+            found = [t for t in tables if t is not None]
+            return combine(found, weights) if len(found) == len(tables) else None
+
+        def joined(tables: list[Array | None]) -> Array | None:
+            found = [t for t in tables if t is not None]
+            return np.concatenate(found) if len(found) == len(tables) else None
+
+        apart = joined(own) is not None  # every part knows its samples
+        positions = [x for p in parts for x in p.positions or ()]
         return cls(
             parts[0].graph,
-            table("edges"),
-            table("nodes"),
+            combine(edges, weights),
+            mean(nodes),
             n_positions=int(weights.sum()),
-            weights=own,
-            dims=dims,
-            positions=positions,
-            sample_edges=joined("sample_edges") if own is not None else None,
-            sample_nodes=joined("sample_nodes") if own is not None else None,
+            weights=joined(own),
+            dims=mean(dims) if len({np.shape(d) for d in dims}) == 1 else None,
+            positions=positions if apart and all(p.positions is not None for p in parts) else None,
+            sample_edges=joined(by_edge) if apart else None,
+            sample_nodes=joined(by_node) if apart else None,
             settings={
                 name: value for name, value in parts[0].settings.items() if name not in _OF_SAMPLES
             },
@@ -317,8 +307,8 @@ class EdgeScores:
         )
 
     def check_same(self, other: EdgeScores) -> None:
-        """ValueError naming the first difference where two scores cannot be combined: graph, model,
-        vector, coefficient, settings.
+        """Raises ValueError naming the first difference where two scores cannot be combined: graph,
+        model, vector, coefficient or settings.
         """
         if self.graph != other.graph:
             raise ValueError(
@@ -337,16 +327,18 @@ class EdgeScores:
                     f" {other.settings.get(name)!r} in the other"
                 )
 
-    def check(self, model, layer: int | None = None, vector=None) -> None:
-        """ValueError where the scores are not of `model` (a Model or Config) steered at `layer`, or
-        not of `vector`, if one is given.
+    def check(
+        self, model: Model | Config, layer: int | None = None, vector: SteeringVector | None = None
+    ) -> None:
+        """Raises ValueError where the scores are not those of `model` (a Model or Config) steered
+        at `layer` (default: the graph's), or not those of `vector` where one is given.
         """
         layer = self.graph.layer if layer is None else layer
-        wanted = graph_of(model, layer)
-        if self.graph != wanted:
+        needed = graph_of(model, layer)
+        if self.graph != needed:
             raise ValueError(
                 f"the scores belong to another graph: {self.graph!r}; this model steered at layer"
-                f" {layer} has {wanted!r}"
+                f" {layer} has {needed!r}"
             )
         made_with, mine = self.provenance.get("model_hash"), fingerprint(model)
         if made_with and mine and made_with != mine:
@@ -363,18 +355,18 @@ class EdgeScores:
 
     # -- files, other tools ------------------------------------------------------------------------
 
-    def save(self, path) -> None:
-        """One safetensors file with settings, provenance and a checksum over everything; an
-        existing file is replaced whole.
+    def save(self, path: PathLike) -> None:
+        """Writes one safetensors file with settings, provenance and a checksum over everything; an
+        existing file is replaced in one step.
         """
         edge_score_files.save(self, path)
 
     @classmethod
-    def load(cls, path, model=None) -> EdgeScores:
-        """Read what `save` wrote. model: a Model or Config that they must belong to.
+    def load(cls, path: PathLike, model: Model | Config | None = None) -> EdgeScores:
+        """Reads what `save` wrote. model: a Model or Config that the scores must belong to.
 
-        Raises ModelError for a file that was cut short or edited or is none, ValueError for scores
-        of another model, OSError.
+        Raises ModelError for a file that was cut short or edited or holds no scores, ValueError for
+        scores of another model, OSError.
         """
         fields = edge_score_files.load(path)
         try:
@@ -386,20 +378,26 @@ class EdgeScores:
         return scores
 
     def to_eap_ig_json(
-        self, path, circuit=None, *, d_model: int | None = None, shared: str = "repeat"
+        self,
+        path: PathLike,
+        circuit: Circuit | None = None,
+        *,
+        d_model: int | None = None,
+        shared: str = "repeat",
     ) -> None:
-        """The file that EAP-IG's `Graph.from_json` reads; see `circuit_exports.write_eap_ig`.
+        """Writes the file that `Graph.from_json` of hannamw/EAP-IG reads; see `write_eap_ig` in
+        circuits/exports.py.
 
-        circuit: a Circuit; its edges and nodes are marked `in_graph`. d_model: width of the model,
-        where neither provenance nor dims know it.
+        circuit: its edges and nodes are marked `in_graph`. d_model: the model's width, where
+        neither provenance nor dims hold it. shared: "repeat" or "split".
         """
         from ..circuits.exports import write_eap_ig
 
         write_eap_ig(self, path, circuit, d_model, shared)
 
-    def to_networkx(self):
-        """A networkx MultiDiGraph of all edges with their scores
-        (`circuit_exports.networkx_graph`). Needs networkx.
+    def to_networkx(self) -> MultiDiGraph:
+        """A networkx MultiDiGraph of all edges with their scores; see `networkx_graph` in
+        circuits/exports.py. Raises ImportError without networkx.
         """
         from ..circuits.exports import networkx_graph
 
@@ -412,20 +410,9 @@ _IDENTITY = ("model", "architecture", "model_hash", "vector_hash", "layer", "coe
 _OF_SAMPLES = {"samples_hash", "n_samples", "dropped", "left_out"}
 
 
-def combine(tables, weights) -> np.ndarray:
-    """Mean over samples weighted by metric positions, summed one after the other in float64:
-    tables [n, ...] -> [...].
-    """
-    total = np.zeros(np.shape(tables[0]), np.float64)
-    for row, w in zip(tables, weights):
-        if w:
-            total += float(w) * np.asarray(row, np.float64)
-    return total / float(np.sum(weights))
-
-
-def score_provenance(model, vector, coefficient: float) -> dict[str, Any]:
-    """What scores say about where they come from: model and its hash, kernels, versions, device,
-    vector, layer, coefficient, width.
+def score_provenance(model: Model, vector: SteeringVector, coefficient: float) -> dict[str, Any]:
+    """Where scores come from: model and its hash, kernels, versions, device, vector, layer,
+    coefficient and width.
     """
     return provenance(
         model,
@@ -438,49 +425,3 @@ def score_provenance(model, vector, coefficient: float) -> dict[str, Any]:
         layer=vector.layer,
         coefficient=float(coefficient),
     )
-
-
-def _array(values, what: str, shape, dtype=np.float64) -> np.ndarray:
-    array = np.array(values, dtype=dtype, order="C")
-    if array.shape != tuple(shape):
-        raise ValueError(f"{what} must have the shape {list(shape)}, not {list(array.shape)}")
-    bad = np.argwhere(~np.isfinite(array))
-    if bad.size:
-        raise ValueError(
-            f"{what} must be finite: entry {tuple(map(int, bad[0]))} is {array[tuple(bad[0])]}"
-            f" ({len(bad)} of {array.size} are not)"
-        )
-    array.flags.writeable = False
-    return array
-
-
-def _positions(values, i: int, n_edges: int) -> np.ndarray:
-    dtype = np.asarray(values).dtype
-    shape = np.shape(values)
-    if len(shape) != 2:
-        raise ValueError(f"positions[{i}] must be [{n_edges}, S], not {list(shape)}")
-    return _array(
-        values,
-        f"positions[{i}]",
-        (n_edges, shape[1]),
-        np.float32 if dtype == np.float32 else np.float64,
-    )
-
-
-def _counts(values) -> np.ndarray:
-    array = np.array(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or (array < 0).any():
-        raise ValueError(
-            f"weights must be whole numbers from 0 on, one per sample, not {array.dtype}"
-            f" {list(array.shape)}"
-        )
-    array = array.astype(np.int64)
-    array.flags.writeable = False
-    return array
-
-
-def _plain(mapping, what: str) -> Mapping[str, Any]:
-    try:
-        return MappingProxyType(json.loads(json.dumps(dict(mapping or {}))))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be a mapping that JSON can hold: {error}") from None

@@ -1,38 +1,59 @@
-"""`vs.patching.exact`: one edge or node really patched, and m read (method.md section 5): what
-the scores estimate.
+"""`vs.patching.exact`: exact scores, which patch one edge or node and read the metric (method.md
+section 5). EAP-IG estimates them.
 
-The machinery is that of circuits with the roles of what is kept exchanged. The corrupt run takes
-the base run's place; beside it goes the clean run, whose nodes give the differences that are
-patched in, and one run for each patch, in which everything after the patch is computed anew.
+The passes are those of circuits. The corrupt run takes the place of the base run. The clean run
+goes beside it and gives the differences that are patched in, and so does one run for each patch, in
+which everything after the patch is computed again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 
 from ..base.progress import Progress
+from ..base.types import Float64Array, ProgressLike
 from ..circuits.final_rows import final_rows
 from ..circuits.graph import graph as graph_of
 from ..circuits.plan import Rows
-from ..circuits.readings import Reader, measure_ends
+from ..circuits.readings import Reader, measure_ends, read_of
 from ..circuits.runs import Passes, sample_job
 from ..inputs.samples import check_samples, check_steering
 from ..runtime.edit_compiler import RowShape, resolve
 from ..runtime.edits import Steer
 
+if TYPE_CHECKING:
+    from ..circuits.graph import Graph
+    from ..inputs.samples import Sample
+    from ..inputs.vectors import SteeringVector
+    from ..runtime.model import Model
 
-def _patches(graph, edges, nodes) -> list[list[tuple[int, int]]]:
-    """For every patch the inputs that change: (upstream, downstream) pairs."""
-    if (edges is None) == (nodes is None):
-        raise ValueError("give either edges=[...] or nodes=[...], by name or number")
-    what, given, names = (
-        ("edge", edges, graph.edge_names) if nodes is None else ("node", nodes, graph.node_names)
-    )
+#: Edges or nodes by name or number, or one name.
+Patched: TypeAlias = Iterable[str | int] | str
+
+
+def _patches(
+    graph: Graph, edges: Patched | None, nodes: Patched | None
+) -> list[list[tuple[int, int]]]:
+    """The inputs that each patch changes, as (upstream, downstream) pairs."""
+    if edges is not None and nodes is None:
+        numbers = _numbers(graph, "edge", edges, graph.edge_names)
+        return [[(int(graph.upstream[e]), int(graph.downstream[e]))] for e in numbers]
+    if nodes is not None and edges is None:
+        numbers = _numbers(graph, "node", nodes, graph.node_names)
+        return [[(u, v) for v in range(int(graph.start[u]), graph.n_downstream)] for u in numbers]
+    raise ValueError("give either edges=[...] or nodes=[...], by name or number")
+
+
+def _numbers(graph: Graph, what: str, given: Patched, names: Sequence[str]) -> list[int]:
+    """Names or numbers as numbers. Raises KeyError for unknown names, ValueError for others."""
     given = [given] if isinstance(given, str) else list(given)
+    by_name = any(isinstance(x, str) for x in given)
+    table = {name: i for i, name in enumerate(names)} if by_name else {}
     numbers = []
-    table = (
-        {name: i for i, name in enumerate(names)} if any(isinstance(x, str) for x in given) else {}
-    )
     for x in given:
         if isinstance(x, str):
             if x not in table:
@@ -46,73 +67,54 @@ def _patches(graph, edges, nodes) -> list[list[tuple[int, int]]]:
             numbers.append(int(x))
         else:
             raise ValueError(f"{what} {x!r} is not one of 0 to {len(names) - 1}, nor a name")
-    if nodes is None:
-        return [[(int(graph.upstream[e]), int(graph.downstream[e]))] for e in numbers]
-    return [[(u, v) for v in range(int(graph.start[u]), graph.n_downstream)] for u in numbers]
+    return numbers
 
 
 def exact(
-    model,
-    sample,
-    vector,
-    coefficient,
-    edges=None,
-    nodes=None,
-    positions=None,
+    model: Model,
+    sample: Sample,
+    vector: SteeringVector,
+    coefficient: float,
+    edges: Patched | None = None,
+    nodes: Patched | None = None,
+    positions: Any = None,
     *,
-    clean="steered",
-    metric="logit_diff",
-    threshold=0.0,
-    capped=True,
-    max_memory=None,
-    progress=False,
-) -> np.ndarray:
-    """m(patched) - m(corrupt) of every edge or every node on its own, float64 [n]; many at
-    once as rows of a batch.
+    clean: str = "steered",
+    metric: str = "logit_diff",
+    threshold: float = 0.0,
+    capped: bool = True,
+    max_memory: int | str | None = None,
+    progress: ProgressLike = False,
+) -> Float64Array:
+    """m(patched) - m(corrupt) of every edge or every node by itself, float64 [n] (method.md section
+    5). Many patches run together in one batch.
 
-    An edge's patch adds u_clean - u_corrupt to the stream that its input reads, before the norm; a
-    node's replaces what the node adds to the stream. edges, nodes: names or numbers of the graph.
-    positions: where, all together (default everywhere; negative ones and "response" as in an edit).
-    clean: the run that is patched in, "steered" or "base". metric, threshold, capped: as in
-    `attribute`. max_memory: bytes of device memory. Raises ValueError or KeyError before any work;
-    ValueError where the sample has no metric position.
+    The patch of an edge adds u_clean - u_corrupt to the residual stream that its input reads,
+    before the norm; the patch of a node replaces what the node adds to the residual stream. edges,
+    nodes: one of the two, names or numbers of the graph. positions: where, all together (default
+    everywhere; negative positions and "response" as in an edit). clean: the run that is patched in,
+    "steered" or "base". metric, threshold, capped: as in `attribute`. max_memory: bytes of device
+    memory. Raises ValueError or KeyError before any work; ValueError where the sample has no metric
+    position.
     """
     coefficient = check_steering(model, vector, coefficient)
-    (sample,) = samples = check_samples(model, sample)[:1]
+    sample = check_samples(model, sample)[0]
     if clean not in ("steered", "base"):
         raise ValueError(f"clean must be 'steered' or 'base', not {clean!r}")
     if metric not in ("logit_diff", "kl", "directional_kl"):
         raise ValueError(f"metric {metric!r} is not one of logit_diff, directional_kl, kl")
     graph = graph_of(model, vector.layer)
     patches = _patches(graph, edges, nodes)
-    selection = resolve(positions, RowShape(len(sample.prompt_tokens), len(sample)))
-    mask = None
-    if positions is not None:
-        mask = np.zeros(len(sample), np.uint8)
-        chosen = (
-            slice(selection.start, selection.stop, selection.step)
-            if selection.listed is None
-            else [p for p in selection.listed if p < len(sample)]
-        )
-        mask[chosen] = 1
+    mask = _mask(positions, sample)
     if not patches:
         return np.zeros(0)
-    everything = np.ones((graph.n_upstream, graph.n_downstream), bool)
-    everything[np.arange(graph.n_downstream)[None] < graph.start[:, None]] = False
-    source = Rows(everything, steered=True, read=False)
-    rows = [Rows(everything, steered=False, patches=p) for p in patches]
+    source, rows = _rows(graph, patches)
     sign, edits = (1, []) if clean == "steered" else (-1, [Steer(vector, coefficient)])
-    passes = Passes(
-        model,
-        graph,
-        np.float32(sign * coefficient) * vector.direction,
-        max_memory,
-        edits,
-        masked=mask is not None,
-    )
+    steer = np.float32(sign * coefficient) * vector.direction
+    passes = Passes(model, graph, steer, max_memory, edits, masked=mask is not None)
     passes.check(rows[:1], [len(sample)], (source,))
     softcap = model.config.final_softcap if capped else 0.0
-    final = final_rows(model, samples, vector, coefficient, capped=capped)[0]
+    final = final_rows(model, [sample], vector, coefficient, capped=capped)[0]
     reader = Reader(final, (metric,), clean, threshold, kl_apart=True)
     if not reader.rows.size:
         raise ValueError(
@@ -120,21 +122,30 @@ def exact(
             " reads"
         )
     ends = measure_ends(model, [reader], (metric,), softcap)[0]
-    corrupt = 1 if clean == "steered" else 0
-    pick = lambda values, i: None if values is None else values[i]
-    start = float(reader.values(metric, pick(ends[0], corrupt), pick(ends[1], corrupt)).mean())
+    start = reader.mean(metric, read_of(ends, 1 if clean == "steered" else 0))
+    jobs = [sample_job(model, sample, reader, vector.layer, mask)]
     with Progress(progress, len(rows), "exact patches") as bar:
-        found = passes.run(
-            rows,
-            [sample_job(model, sample, reader, vector.layer, mask)],
-            softcap,
-            (metric,),
-            bar.step,
-            first=(source,),
-        )
-    return np.array(
-        [
-            0.0 if values[0] is None else float(reader.values(metric, *values[0]).mean()) - start
-            for values in found
-        ]
-    )
+        found = passes.run(rows, jobs, softcap, (metric,), bar.step, first=(source,))
+    effects = [0.0 if read is None else reader.mean(metric, read) - start for (read,) in found]
+    return np.array(effects)
+
+
+def _mask(positions: object, sample: Sample) -> npt.NDArray[np.uint8] | None:
+    """uint8 [tokens], 1 where patches act; None for everywhere."""
+    selection = resolve(positions, RowShape(len(sample.prompt_tokens), len(sample)))
+    if positions is None:
+        return None
+    mask = np.zeros(len(sample), np.uint8)
+    if selection.listed is None:
+        mask[selection.start : selection.stop : selection.step] = 1
+    else:
+        mask[[p for p in selection.listed if p < len(sample)]] = 1
+    return mask
+
+
+def _rows(graph: Graph, patches: Sequence[Sequence[tuple[int, int]]]) -> tuple[Rows, list[Rows]]:
+    """The clean run, and one run for each patch."""
+    everything = np.ones((graph.n_upstream, graph.n_downstream), bool)
+    everything[np.arange(graph.n_downstream)[None] < graph.start[:, None]] = False
+    source = Rows(everything, steered=True, read=False)
+    return source, [Rows(everything, steered=False, patches=p) for p in patches]

@@ -1,18 +1,24 @@
-"""What attribution will cost: memory and work from a configuration alone, before any device is
-opened (`vs.patching.plan`).
+"""What an attribution will cost: memory and work, from a configuration alone and before any device
+is opened (`vs.patching.plan`).
 
-Memory follows the engine's own sums (csrc/analysis/attribution.c: attribution_bytes, csrc/run) and
-the layouts that `attribute` tries in turn; a test holds the two together. Work counts a
-multiplication and an addition as two operations, and is an estimate.
+Memory is computed as the engine computes it (attribution_bytes in csrc/analysis/attribution.c, and
+csrc/run), for the layouts that `attribute` tries in turn; tests/test_plan.py compares the two. Work
+counts a multiplication and an addition as two operations and is an estimate.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..base.checks import require_int
 from ..circuits.graph import graph
+
+if TYPE_CHECKING:
+    from ..circuits.graph import Graph
+    from ..loading.config import Config
+    from ..runtime.model import Model
 
 _UNITS = {
     "": 1,
@@ -30,18 +36,24 @@ _UNITS = {
     "g": 2**30,
     "t": 2**40,
 }
-FLOAT = 4  # bytes: activations and gradients are float32
-TILE = 32  # ATTRIBUTE_TILE: tokens whose scores are contracted at once
-QUERIES = 8  # OP_TILE: queries that attention takes at once
-STEP_TOKENS = 512  # tokens that go forward and back together, where memory allows
-# WORK_SCRATCH, PICKS_BYTES, PICKS_ROWS
-SCRATCH, PICKS, PICKED_ROWS, MIB = 32 << 20, 12 << 20, 8, 1 << 20
-LOGITS = 72 << 20  # LOGITS_BYTES of attribution.py: rows of logits of the two KL metrics
+#: Bytes of an activation or a gradient (float32).
+FLOAT = 4
+#: ATTRIBUTE_TILE: sample tokens whose scores are contracted together.
+TILE = 32
+#: OP_TILE: queries that the attention kernels compute together.
+QUERIES = 8
+#: Tokens of a forward and a backward pass, where memory allows.
+STEP_TOKENS = 512
+#: WORK_SCRATCH, PICKS_BYTES and PICKS_ROWS of csrc/run.
+SCRATCH, PICKS, PICKED_ROWS = 32 << 20, 12 << 20, 8
+MIB = 1 << 20
+#: Rows of logits of three runs, which the two KL metrics need (csrc/run/metric.c).
+LOGITS = 3 * (24 << 20)
 
 
-def memory_bytes(value, what: str = "max_memory") -> int | None:
-    """ "6GiB", "500 MB", "1.5G" or a number of bytes -> bytes; None stays None. ValueError naming
-    `what` for anything else, and for 0.
+def memory_bytes(value: object, what: str = "max_memory") -> int | None:
+    """A number of bytes from a number or a text such as "6GiB", "500 MB" or "1.5G"; None stays
+    None. Raises ValueError naming `what` for anything else, and for 0.
     """
     if value is None:
         return None
@@ -59,8 +71,8 @@ def memory_bytes(value, what: str = "max_memory") -> int | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted memory (bytes) and work (operations) of one sample, in the first layout that
-    max_memory holds: see `mode`.
+    """Predicted memory (bytes) and work (operations) of one sample, in the first layout that fits
+    into max_memory; see `mode`.
     """
 
     layer: int
@@ -71,51 +83,52 @@ class Plan:
     n_layers: int  # from the steering layer on
     n_edges: int
     n_nodes: int
-    weights: int  # bytes, of the whole model
-    step_tokens: int  # tokens that go forward and back together
-    # tokens whose sums are held together; fewer than positions: the steps are run
-    # once for every such part
+    weights: int  # bytes of the whole model
+    step_tokens: int  # tokens of a forward and a backward pass
+    # Sample tokens whose sums are held together. With fewer than `positions`, all steps run once
+    # for every such part.
     slots: int
-    working: int  # bytes of a forward pass, and of what comes back from the device
-    tape: int  # activations that the backward pass reads
-    # gradients summed over steps, and what the norms' derivatives need of each step
+    working: int  # bytes of a forward pass and of what is read back from the device
+    tape: int  # bytes of the activations that the backward pass reads
+    # Bytes of gradients summed over steps, and of what the derivatives of norms need of each step.
     accumulators: int
-    contracted: int  # a tile of tokens as rows of the model's width, one for every node
-    # "kept": activations of all layers; "recomputed": each layer's input, and
-    # one layer's activations
+    contracted: int  # bytes of a contraction tile: one row of width D for every node
+    # "kept": activations of all layers are kept. "recomputed": the input of each layer is kept, and
+    # one layer's activations.
     mode: str
     max_memory: int | None
     forward: float  # operations
     backward: float
-    contraction: float  # differences of outputs times gradients of inputs, over all edges
+    contraction: float  # products of differences of outputs and gradients of inputs, for all edges
 
     @property
     def total(self) -> int:
-        """Bytes beside the weights, and beside keys and values of one batch (`attribute`
-        frees them after each).
+        """Bytes beside the weights and beside the keys and values of one batch, which `attribute`
+        frees after each.
         """
         return self.working + self.tape + self.accumulators + self.contracted
 
     @property
     def parts(self) -> int:
-        """Passes over all steps that the positions take."""
+        """How often all steps run: the positions over `slots`, rounded up."""
         return -(-self.positions // self.slots)
 
     @property
     def work(self) -> float:
-        """Operations, all together."""
+        """All operations."""
         return self.forward + self.backward + self.contraction
 
     @property
     def fits(self) -> bool:
-        """Does the smallest layout fit? Where not, `attribute` refuses."""
+        """Whether a layout fits. Where none does, `attribute` raises ValueError."""
         return self.max_memory is None or self.total <= self.max_memory
 
     def seconds(self, rate: float) -> float:
-        """At `rate` operations a second."""
+        """Seconds of the work at `rate` operations per second."""
         return self.work / rate
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, with total, work, fits and parts."""
         return {
             **asdict(self),
             "total": self.total,
@@ -124,7 +137,7 @@ class Plan:
             "parts": self.parts,
         }
 
-    def __str__(self):
+    def __str__(self) -> str:
         kept = (
             "all activations kept"
             if self.mode == "kept"
@@ -140,7 +153,10 @@ class Plan:
             if self.parts == 1
             else f", the steps run {self.parts} times, for {self.slots} tokens each"
         )
-        share = lambda x: f"{_operations(x)} ({100 * x / self.work:.0f} %)"
+
+        def share(x: float) -> str:
+            return f"{_operations(x)} ({100 * x / self.work:.0f} %)"
+
         return "\n".join(
             [
                 (
@@ -168,7 +184,7 @@ class Plan:
 
 
 def plan(
-    config,
+    config: Config | Model,
     layer: int,
     positions: int,
     *,
@@ -177,88 +193,96 @@ def plan(
     at: str = "pre_norm",
     metric: str = "logit_diff",
     response: int | None = None,
-    max_memory=None,
+    max_memory: int | str | None = None,
     weight_bytes: float = 2,
 ) -> Plan:
-    """Predicted memory and work of `attribute` for one sample; needs no weights and no device.
+    """Predicted memory and work of `attribute` for one sample. Needs no weights and no device.
 
     config: a Config (`vs.Config.from_pretrained("config.json")`) or a Model. layer: the steering
     layer. positions: tokens of prompt and response. response: positions whose logits are needed
-    (default: all of them). steps, dims, at, metric: as in `attribute`. weight_bytes: per weight on
-    the device. max_memory: bytes or "6GiB" (default: without limit); where the activations of all
-    layers do not fit, they are recomputed layer by layer. Raises ValueError for a layer outside the
-    model, positions outside the context, and bad arguments.
+    (default: all). steps, dims, at, metric: as in `attribute`. weight_bytes: bytes of a weight on
+    the device. max_memory: bytes or "6GiB" (default: no limit); where the activations of all layers
+    do not fit, they are recomputed layer by layer. Raises ValueError for a layer outside the model,
+    positions outside the context, and bad arguments.
     """
-    c = getattr(config, "config", config)
-    g = graph(c, layer)
+    c: Config = getattr(config, "config", config)
+    g, limit = graph(c, layer), memory_bytes(max_memory)
+    S, R, T = _check_sizes(c, positions, response, steps)
+    _check_options(dims, at, metric, weight_bytes)
+    logits = LOGITS if metric != "logit_diff" else 0
+    for step_tokens, sample_tokens, kept in layouts(S, T):
+        capacity = max(step_tokens, 2 * max(sample_tokens, S))
+        working, tape, accumulators, contracted = memory_parts(
+            c, capacity, step_tokens, g.layer, sample_tokens, T, at == "normed", kept
+        )
+        working += logits
+        if limit is None or working + tape + accumulators + contracted <= limit:
+            break
+    mode = "kept" if kept else "recomputed"
+    forward, backward = _passes(c, g, S, R, T, mode, -(-S // sample_tokens), metric)
+    embeddings = c.d_vocab * c.d_model * (1 if c.tied else 2)
+    return Plan(
+        layer=g.layer,
+        positions=S,
+        response=R,
+        steps=T,
+        dims=dims,
+        n_layers=g.depth,
+        n_edges=g.n_edges,
+        n_nodes=g.n_upstream,
+        weights=int(weight_bytes * (embeddings + c.n_layers * layer_weights(c))),
+        step_tokens=step_tokens,
+        slots=sample_tokens,
+        working=working,
+        tape=tape,
+        accumulators=accumulators,
+        contracted=contracted,
+        mode=mode,
+        max_memory=limit,
+        forward=forward,
+        backward=backward,
+        contraction=contraction_operations(c, g, S, T, at),
+    )
+
+
+def _check_sizes(
+    c: Config, positions: int, response: int | None, steps: int
+) -> tuple[int, int, int]:
+    """(positions, response, steps) as ints."""
     S, T = require_int(positions, "positions", 1), require_int(steps, "steps", 1)
     if getattr(c, "n_ctx", S) < S:
         raise ValueError(f"positions: {S} are more than the model's context of {c.n_ctx}")
     R = S if response is None else require_int(response, "response", 1)
     if R > S:
         raise ValueError(f"response: {R} positions of {S}")
+    return S, R, T
+
+
+def _check_options(dims: str, at: str, metric: str, weight_bytes: object) -> None:
     if dims not in ("steer", "all"):
         raise ValueError(f"dims must be 'steer' or 'all', not {dims!r}")
     if at not in ("pre_norm", "normed"):
         raise ValueError(f"at must be 'pre_norm' or 'normed', not {at!r}")
     if metric not in ("logit_diff", "directional_kl", "kl"):
         raise ValueError(f"metric must be 'logit_diff', 'directional_kl' or 'kl', not {metric!r}")
-    if (
-        isinstance(weight_bytes, bool)
-        or not isinstance(weight_bytes, (int, float))
-        or not weight_bytes > 0
-    ):
+    number = isinstance(weight_bytes, (int, float)) and not isinstance(weight_bytes, bool)
+    if not number or not weight_bytes > 0:
         raise ValueError(f"weight_bytes must be a number above 0, not {weight_bytes!r}")
-    limit, n = memory_bytes(max_memory), g.depth
-
-    for step_tokens, slots, kept in layouts(S, T):
-        parts = memory_parts(
-            c,
-            max(step_tokens, 2 * max(slots, S)),
-            step_tokens,
-            g.layer,
-            slots,
-            T,
-            at == "normed",
-            kept,
-        )
-        parts = (parts[0] + (LOGITS if metric != "logit_diff" else 0), *parts[1:])
-        if limit is None or sum(parts) <= limit:
-            break
-    mode = "kept" if kept else "recomputed"
-    forward, backward = _passes(c, g, S, R, T, mode, -(-S // slots), metric)
-    embeddings = c.d_vocab * c.d_model * (1 if c.tied else 2)
-    weights = int(weight_bytes * (embeddings + c.n_layers * layer_weights(c)))
-    return Plan(
-        g.layer,
-        S,
-        R,
-        T,
-        dims,
-        n,
-        g.n_edges,
-        g.n_upstream,
-        weights,
-        step_tokens,
-        slots,
-        *parts,
-        mode,
-        limit,
-        forward,
-        backward,
-        contraction_operations(c, g, S, T, at),
-    )
 
 
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def layouts(positions: int, steps: int) -> list[tuple[int, int, bool]]:
-    """(tokens forward and back, tokens whose sums are held, are activations kept?) of one sample,
-    in the order in which `attribute` tries them.
+def layouts(positions: int, steps: int, together: int | None = None) -> list[tuple[int, int, bool]]:
+    """The layouts that `attribute` tries, in order: (tokens of a forward and a backward pass,
+    sample tokens whose sums are held, whether all activations are kept).
+
+    positions: of the longest sample. together: sample tokens of a group of samples, at least
+    `positions` (default: of one sample alone).
     """
     wide = max(positions, min(STEP_TOKENS, positions * steps))
-    tried = [(wide, positions, True), (positions, positions, True), (positions, positions, False)]
+    tried = [(wide, together, True)] if together is not None and together > positions else []
+    tried += [(wide, positions, True), (positions, positions, True), (positions, positions, False)]
     part = -(-positions // (2 * TILE)) * TILE
     while part >= TILE:
         tried.append((positions, part, False))
@@ -269,22 +293,22 @@ def layouts(positions: int, steps: int) -> list[tuple[int, int, bool]]:
 
 
 def row_stride(width: int) -> int:
-    """Floats from row to row on the device (csrc/ops/ops.h)."""
+    """Floats from one row to the next on the device (csrc/ops/ops.h)."""
     stride = -(-width // 16) * 16
     return stride if stride % 1024 else stride + 16
 
 
 def memory_parts(
-    c,
+    c: Config,
     capacity: int,
     step_capacity: int,
     layer: int,
-    n_slots: int,
+    sample_tokens: int,
     steps: int,
     normed: bool,
     keep_inside: bool,
 ) -> tuple[int, int, int, int]:
-    """Bytes of (forward pass, tape, sums, a tile's rows); together the
+    """Bytes of (a forward pass, the tape, the accumulators, a contraction tile); their sum is the
     engine's attribution_bytes.
     """
     H, G, n = c.n_heads, c.n_kv_heads, c.n_layers - layer
@@ -294,7 +318,8 @@ def memory_parts(
     )
     inputs, nodes = H + 2 * G, 1 + n * (H + 1)
 
-    def scratch(tokens):  # scores of some queries
+    def scratch(tokens: int) -> int:
+        """Attention scores of as many queries as fit into the scratch memory."""
         row = FLOAT * H * row_stride(tokens)
         every, least = row * max(tokens, QUERIES), row * QUERIES
         return every if every < SCRATCH else max(least, SCRATCH)
@@ -314,40 +339,44 @@ def memory_parts(
         + scratch(capacity)
         + 4 * MIB
     )
-    working += 2 * n * capacity * G * c.d_head * FLOAT  # a batch's keys and values
+    working += 2 * n * capacity * G * c.d_head * FLOAT  # keys and values of a batch
     inside = d + 2 * qkv + gate_up + (2 * d if c.post_norms else 0)
     tape = FLOAT * step_capacity * (
         n * d + inside * (n if keep_inside else 1) + 3 * d + qkv + q + gate_up + mlp
     ) + (2 if c.attn_softcap else 1) * scratch(step_capacity)
-    slot = 2 * d + n * (q + qkv + 4 * d + (0 if normed else steps * (inputs + d)))
+    per_token = 2 * d + n * (q + qkv + 4 * d + (0 if normed else steps * (inputs + d)))
     expanded = H * q + inputs * qkv if c.d_head % 16 else 0
     rows = nodes + max(inputs + 1, 1 + 2 * n)
-    return working, tape, FLOAT * slot * n_slots, FLOAT * TILE * (rows * d + expanded)
+    return working, tape, FLOAT * per_token * sample_tokens, FLOAT * TILE * (rows * d + expanded)
 
 
-def layer_weights(c) -> int:
-    """Weights of one layer's matrices."""
+def layer_weights(c: Config) -> int:
+    """Number of weights in the matrices of one layer."""
     return c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + 3 * c.d_model * c.d_mlp
 
 
 # -- operations ------------------------------------------------------------------------------------
 
 
-def _keys(c, S: int, layer: int) -> float:
-    """Pairs of query and key in one layer: a query sees itself and what comes
-    before, at most its window.
+def _keys(c: Config, S: int, layer: int) -> float:
+    """Pairs of query and key in one layer: a query attends to itself and the keys before it, at
+    most a window of them.
     """
     window = (getattr(c, "window", None) or [0] * c.n_layers)[layer]
     w = min(window or S, S)
     return w * (w + 1) / 2 + (S - w) * w
 
 
-def _passes(c, g, S, R, T, mode, parts, metric):
-    """(forward, backward) operations: the layers below once unsteered; those from the steering
-    layer on in two runs, and once a step; backward through these with respect to activations: each
-    product once, scores and mix as five products in place of two. Runs and steps as often as there
-    are parts. The steps of the two KL metrics need whole rows of logits and go back through them; a
-    difference of logits needs two rows of the unembedding.
+def _passes(
+    c: Config, g: Graph, S: int, R: int, T: int, mode: str, parts: int, metric: str
+) -> tuple[float, float]:
+    """(forward, backward) operations.
+
+    Forward: the layers below the steering layer run once, unsteered; those from the steering layer
+    on in two runs and once for each step. Backward: with respect to activations only, each product
+    once, and five products in place of the two of attention scores and output. Runs and steps count
+    once for each part. The steps of the two KL metrics need whole rows of logits, forward and
+    backward; a logit difference needs two rows of the unembedding.
     """
     product = 2.0 * S * layer_weights(c)
     attention = [4.0 * _keys(c, S, l) * c.n_heads * c.d_head for l in range(c.n_layers)]
@@ -363,13 +392,12 @@ def _passes(c, g, S, R, T, mode, parts, metric):
     return forward, backward
 
 
-def contraction_operations(c, g, S: int, T: int, at: str = "pre_norm") -> float:
-    """Operations of (u_clean - u_corrupt) . sum of dm/dv over all edges of one
-    sample of S positions.
+def contraction_operations(c: Config, g: Graph, S: int, T: int, at: str = "pre_norm") -> float:
+    """Operations of (u_clean - u_corrupt)^T dm/dv over all edges of one sample of S positions.
 
-    Heads' outputs and the gradients of q, k and v inputs are made from head space (z W_O and W^T
-    g), then each edge costs one product of width D. A norm's derivative takes the stream of each
-    step off every q, k and v input.
+    Outputs of heads and gradients of q, k and v inputs are computed from head space (z W_O and W^T
+    g); then each edge costs one product of width D. Before the norm, the derivative of the norm
+    adds one product with the residual stream of each step for every q, k and v input.
     """
     H, G, dh, D, n = c.n_heads, c.n_kv_heads, c.d_head, c.d_model, g.depth
     per_token = n * 2.0 * D * dh * (2 * H + 2 * G) + 2.0 * D * g.n_edges

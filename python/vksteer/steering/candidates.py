@@ -28,7 +28,7 @@ class Candidates:
     `select`: rejected (every candidate that a filter removed, with the filter and the value).
     """
 
-    def __init__(self, model, vectors, positions, position_texts, meta):
+    def __init__(self, model: Model, vectors: Float32Array, positions: Array, position_texts: Sequence[str], meta: Mapping[str, Any]) -> None:
         self.model, self.vectors, self.positions, self.position_texts, self.meta = (
             model,
             vectors,
@@ -40,7 +40,7 @@ class Candidates:
         self.table: Scores | None = None
         self.rejected: list[Rejection] = []
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         P, L, D = self.vectors.shape
         at = ", ".join(f"{p} {text!r}" for p, text in zip(self.positions, self.position_texts))
         return f"Candidates({P} positions x {L} layers, width {D}; positions: {at})"
@@ -66,7 +66,7 @@ class Candidates:
             self.vectors[p, l], l, position=int(self.positions[p]), method="dim", meta=self.meta
         )
 
-    def _prompts(self, val_harmful, val_harmless):
+    def _prompts(self, val_harmful: Prompts, val_harmless: Prompts) -> tuple[list[list[int]], list[list[int]]]:
         return as_tokens(self.model, val_harmful, "val_harmful"), as_tokens(
             self.model, val_harmless, "val_harmless"
         )
@@ -80,7 +80,7 @@ class Candidates:
             unsteered=scorer.unsteered,
         )
 
-    def _measure(self, scorer, tables, score, cells, progress):
+    def _measure(self, scorer: Scorer, tables: dict[str, Float64Array], score: str, cells: Sequence[tuple[int, int]], progress: Progress) -> None:
         """Fill one table's cells, layer by layer: rows that steer one layer run together."""
         for l in sorted({l for _, l in cells}):
             here = [cell for cell in cells if cell[1] == l]
@@ -90,12 +90,12 @@ class Candidates:
 
     def evaluate(
         self,
-        val_harmful,
-        val_harmless,
+        val_harmful: Prompts,
+        val_harmless: Prompts,
         refusal_tokens: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
         *,
-        progress=True,
+        progress: ProgressLike=True,
     ) -> Scores:
         """All four scores of every position at the asked layers (default: all), as Scores of
         float64 [P, L]; other layers are NaN.
@@ -135,13 +135,13 @@ class Candidates:
 
     def select(
         self,
-        val_harmful,
-        val_harmless,
+        val_harmful: Prompts,
+        val_harmless: Prompts,
         criterion: str = "paper",
         strict: bool = False,
         refusal_tokens: Sequence[int] | None = None,
         *,
-        progress=True,
+        progress: ProgressLike=True,
     ) -> SteeringVector:
         """The candidate that the method's rule picks on these validation prompts (`choose`), as a
         SteeringVector with its scores in meta.
@@ -203,7 +203,7 @@ class Candidates:
         )
 
     @staticmethod
-    def _explained(rejection: Rejection, zero) -> Rejection:
+    def _explained(rejection: Rejection, zero: set[tuple[int, int]]) -> Rejection:
         if rejection.filter == "undefined" and (rejection.index, rejection.layer) in zero:
             return Rejection(
                 rejection.index,
@@ -221,7 +221,7 @@ class Candidates:
         return closest(self.rejected)
 
 
-def _positions(model, positions) -> np.ndarray:
+def _positions(model: Model, positions: Sequence[int] | int | None) -> np.ndarray:
     if positions is None:
         n = model.post_instruction_length
         if n < 1:
@@ -244,7 +244,7 @@ def _positions(model, positions) -> np.ndarray:
     return np.array(sorted(int(p) for p in positions))
 
 
-def _means(model, rows, positions, bar) -> np.ndarray:
+def _means(model: Model, rows: Sequence[Sequence[int]], positions: IntArray, bar: Progress) -> np.ndarray:
     """Mean resid_pre over prompts, float64 [P, L, D]: summed prompt by prompt,
     whatever the batches.
     """
@@ -263,7 +263,7 @@ def _means(model, rows, positions, bar) -> np.ndarray:
 
 
 def difference_in_means(
-    model, harmful, harmless, positions: Sequence[int] | None = None, *, progress=True
+    model: Model, harmful: Prompts, harmless: Prompts, positions: Sequence[int] | None = None, *, progress: ProgressLike=True
 ) -> Candidates:
     """Mean over harmful prompts of resid_pre, minus the same over harmless prompts, at every
     post-instruction position and layer.

@@ -68,13 +68,13 @@ class Comparison:
                 return row
         raise KeyError(f"no vector {name!r}; there are: {', '.join(self.names)}")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[ComparedVector]:
         return iter(self.rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.to_markdown()
 
     def to_dict(self) -> dict:
@@ -154,7 +154,7 @@ class Comparison:
             lines + [""] * bool(self.notes) + [f"Left out: {note}." for note in self.notes]
         )
 
-    def _square(self, title, matrix):
+    def _square(self, title: str, matrix: Float64Array) -> list[str]:
         if np.isnan(matrix).all():
             return []
         cell = lambda x: "-" if np.isnan(x) else f"{x:.2f}"
@@ -168,7 +168,7 @@ class Comparison:
             ),
         ]
 
-    def plot(self, path=None):
+    def plot(self, path: PathLike | None=None) -> Figure:
         """Rates as bars with their intervals, and the cosines (and, where compared, overlaps) as
         maps: a matplotlib Figure, saved to `path` if given.
         """
@@ -225,7 +225,7 @@ class Comparison:
         return figure
 
 
-def _strengths(coefficient, names) -> dict[str, tuple[float, float]]:
+def _strengths(coefficient: Coefficient, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     if not isinstance(coefficient, Mapping):
         return dict.fromkeys(names, magnitudes(coefficient))
     missing = [name for name in names if name not in coefficient]
@@ -240,14 +240,14 @@ def _strengths(coefficient, names) -> dict[str, tuple[float, float]]:
 class _Circuits:
     """Samples, scores and circuits of every vector, by `vs.patching` and `vs.circuits`."""
 
-    def __init__(self, model, vectors, strengths, prompts, side, options):
+    def __init__(self, model: Model, vectors: Mapping[str, SteeringVector], strengths: Mapping[str, tuple[float, float]], prompts: list[list[int]], side: str, options: dict[str, Any]) -> None:
         self.model, self.vectors, self.options = model, vectors, options
         self.prompts = prompts[: options["n_samples"]]
         self.coefficients = {
             name: SIDES[side] * strengths[name][side == "harmful"] for name in vectors
         }
 
-    def find(self, name, notes):
+    def find(self, name: str, notes: list[str]) -> tuple[Circuit | None, Samples]:
         """(circuit or None, samples)."""
         from .. import circuits, patching
 
@@ -286,7 +286,7 @@ class _Circuits:
             )
             return scores.circuit(max(1, scores.graph.n_edges // 10)), samples
 
-    def under(self, name, samples, others):
+    def under(self, name: str, samples: Samples, others: Sequence[Circuit]) -> list[float]:
         """Faithfulness of many circuits under one vector, on its samples."""
         from .. import circuits
 
@@ -297,24 +297,24 @@ class _Circuits:
 
 
 def compare(
-    model,
+    model: Model,
     vectors: Mapping[str, SteeringVector],
-    harmful,
-    harmless,
-    coefficient=1.0,
+    harmful: Prompts,
+    harmless: Prompts,
+    coefficient: Coefficient=1.0,
     *,
     normalize: bool = True,
     max_new_tokens: int = 64,
-    judge=None,
-    min_words="auto",
-    circuits="auto",
+    judge: Judge | None=None,
+    min_words: int | str | None="auto",
+    circuits: bool | str="auto",
     side: str = "harmful",
     n_samples: int = SAMPLES,
     size: int | None = None,
     threshold: float = 0.85,
     steps: int = 10,
     batch_size: int | None = None,
-    progress=True,
+    progress: ProgressLike=True,
 ) -> Comparison:
     """Vectors of one model, for example {"dim": v, "ntp": u, "po": w}: ASR both ways with ended and
     repetition, pairwise cosines, overlaps of their circuits, each circuit's faithfulness under the

@@ -50,7 +50,7 @@ class Example:
     losing: str | list[int]
     sign: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("prompt", "winning", "losing"):
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
@@ -88,7 +88,7 @@ class TrainingData(list):
         *,
         counts: dict[str, int] | None = None,
         meta: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         super().__init__(examples)
         self.counts, self.meta = dict(counts or {}), dict(meta or {})
 
@@ -105,16 +105,16 @@ class TrainingData(list):
             + (f" (dropped: {why})" if why else "")
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"TrainingData({self.line})"
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: Any) -> Any:
         got = super().__getitem__(i)
         return (
             TrainingData(got, counts=self.counts, meta=self.meta) if isinstance(i, slice) else got
         )
 
-    def save(self, path) -> None:
+    def save(self, path: PathLike) -> None:
         """JSON lines: provenance, counts and a checksum, then a line a pair; an existing
         file is replaced whole.
         """
@@ -138,7 +138,7 @@ class TrainingData(list):
         write_whole(path, ("\n".join([head, *lines]) + "\n").encode("utf-8"))
 
     @classmethod
-    def load(cls, path) -> TrainingData:
+    def load(cls, path: PathLike) -> TrainingData:
         """Read what `save` wrote. ModelError for a file that was cut short or edited or is
         something else; OSError.
         """
@@ -171,18 +171,18 @@ EMPTY = "with an empty response"
 
 
 def training_data(
-    model,
-    harmful,
-    harmless,
+    model: Model,
+    harmful: Prompts,
+    harmless: Prompts,
     vector: SteeringVector,
-    coefficient=1.0,
+    coefficient: float | tuple[float, float]=1.0,
     *,
     prefix: str = PREFIX,
     max_new_tokens: int = NEW,
-    judge=None,
-    min_words="auto",
+    judge: Judge | None=None,
+    min_words: int | str | None="auto",
     batch_size: int | None = None,
-    progress=True,
+    progress: ProgressLike=True,
 ) -> TrainingData:
     """Pairs of responses of the model itself, for `train_ntp` and `train_po` (method.md section 2).
 
@@ -296,14 +296,14 @@ def training_data(
     return data
 
 
-def _split(items, ends):
+def _split(items: Sequence[T], ends: IntArray) -> Iterator[Sequence[T]]:
     start = 0
     for end in [*ends.tolist(), len(items)]:
         yield items[start:end]
         start = end
 
 
-def _pairs(prompts, winning, losing, sign, tests, counts) -> list[Example]:
+def _pairs(prompts: Sequence[str | list[int]], winning: Sequence[str], losing: Sequence[str], sign: int, tests: Sequence[tuple[BoolArray, str]], counts: dict[str, int]) -> list[Example]:
     """Examples of the prompts that pass every test (bool [n], reason); the first test that
     fails names the reason.
     """

@@ -59,7 +59,7 @@ class Prepared:
     sign: int
 
 
-def _response(model, value, what: str, limit: int) -> tuple[int, ...]:
+def _response(model: Model, value: object, what: str, limit: int) -> tuple[int, ...]:
     """A text with its end-of-turn token, or a token list as it is; the first `limit` tokens."""
     if isinstance(value, str) and value.strip():
         tokenizer = model._need_tokenizer(f"{what}, a text,")
@@ -81,7 +81,7 @@ def _response(model, value, what: str, limit: int) -> tuple[int, ...]:
 
 
 def prepare(
-    model, examples, *, losing: bool, limit: int = LIMIT, what: str = "examples"
+    model: Model, examples: Examples, *, losing: bool, limit: int = LIMIT, what: str = "examples"
 ) -> list[Prepared]:
     """Examples (anything with prompt, winning, losing and sign; texts or token lists) as
     tokens, everything checked.
@@ -148,7 +148,7 @@ def prepare(
     return out
 
 
-def check_phi(phi) -> float:
+def check_phi(phi: object) -> float:
     if (
         isinstance(phi, (bool, np.bool_))
         or not isinstance(phi, (int, float, np.integer, np.floating))
@@ -167,7 +167,7 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
-def tokens_at_once(model, layer: int) -> int:
+def tokens_at_once(model: Model, layer: int) -> int:
     """Tokens that go forward and back together: as many as keep every value of these layers in
     their share of the device's free memory.
     """
@@ -188,11 +188,11 @@ class LogProbs:
     batch_tokens: tokens that go together (default: as memory allows); changes no bit.
     """
 
-    def __init__(self, model, layer: int, batch_tokens: int | None = None):
+    def __init__(self, model: Model, layer: int, batch_tokens: int | None = None) -> None:
         self.model, self.layer = model, layer
         self.limit = tokens_at_once(model, layer) if batch_tokens is None else batch_tokens
 
-    def _streams(self, sequences):
+    def _streams(self, sequences: Sequence[Continuation]) -> list[Float32Array] | None:
         return (
             self.model._layer_inputs.get(
                 [s.tokens for s in sequences], self.layer, every_layer=False
@@ -201,18 +201,18 @@ class LogProbs:
             else None
         )
 
-    def _edits(self, direction, coefficients):
+    def _edits(self, direction: Float32Array | None, coefficients: Sequence[float] | Float64Array) -> list[list[Steer]]:
         if direction is None:
             return [[] for _ in coefficients]
         vector = SteeringVector(direction, self.layer)
         return [[Steer(vector, float(c))] for c in coefficients]
 
-    def _batches(self, sequences):
+    def _batches(self, sequences: Sequence[Continuation]) -> list[list[int]]:
         return pack([len(s.tokens) for s in sequences], self.limit)
 
     def __call__(
-        self, sequences: Sequence[Continuation], direction, coefficients, gradient: bool = True
-    ):
+        self, sequences: Sequence[Continuation], direction: Float32Array | None, coefficients: Sequence[float] | Float64Array, gradient: bool = True
+    ) -> tuple[Float64Array, Float64Array | None]:
         """(log p float64 [n], d(log p / tokens)/d(steered stream) float64 [n, D] summed over all
         positions, or None).
 
@@ -254,7 +254,7 @@ class LogProbs:
                     gradients[i] = got[site][row, -len(s.tokens) :].sum(axis=0, dtype=np.float64)
         return values, gradients
 
-    def references(self, sequences) -> np.ndarray:
+    def references(self, sequences: Sequence[Continuation]) -> np.ndarray:
         """Log p of the unsteered model, float64 [n]; kept for as long as the model lives."""
         kept = _references.setdefault(self.model, {})
         missing = list(dict.fromkeys(s for s in sequences if s not in kept))
@@ -266,7 +266,7 @@ class LogProbs:
             kept.update(zip(missing, values.tolist()))
         return np.array([kept[s] for s in sequences])
 
-    def matches(self, sequences, direction, coefficients) -> float:
+    def matches(self, sequences: Sequence[Continuation], direction: Float32Array | None, coefficients: Sequence[float] | Float64Array) -> float:
         """Share of the sequences' response tokens that the steered model predicts greedily."""
         from ..runtime.batch import Batch, first_tokens
         from ..runtime.device import _engine
@@ -310,19 +310,19 @@ class Objective:
     the examples' signs.
     """
 
-    def __init__(self, log_probs: LogProbs, phi: float | None = None, reduction: str = "mean"):
+    def __init__(self, log_probs: LogProbs, phi: float | None = None, reduction: str = "mean") -> None:
         self.log_probs, self.phi, self.reduction = log_probs, phi, reduction
 
     def __call__(
-        self, examples: Sequence[Prepared], direction, coefficients, gradient: bool = True
-    ):
+        self, examples: Sequence[Prepared], direction: Float32Array, coefficients: Sequence[float] | Float64Array, gradient: bool = True
+    ) -> tuple[Float64Array, Float64Array | None]:
         factors = np.array([float(c) * e.sign for c, e in zip(coefficients, examples)])
         losses, gradients = (self._ntp if self.phi is None else self._po)(
             examples, direction, factors, gradient
         )
         return losses, factors[:, None] * gradients if gradient else None
 
-    def _ntp(self, examples, direction, factors, gradient):
+    def _ntp(self, examples: Sequence[Prepared], direction: Float32Array | None, factors: Float64Array, gradient: bool) -> tuple[Float64Array, Float64Array | None]:
         values, gradients = self.log_probs(
             [e.winning for e in examples], direction, factors, gradient
         )
@@ -331,7 +331,7 @@ class Objective:
             return -values, -n[:, None] * gradients if gradient else None
         return -values / n, -gradients if gradient else None
 
-    def _po(self, examples, direction, factors, gradient):
+    def _po(self, examples: Sequence[Prepared], direction: Float32Array | None, factors: Float64Array, gradient: bool) -> tuple[Float64Array, Float64Array | None]:
         won, lost = [e.winning for e in examples], [e.losing for e in examples]
         sequences = [s for pair in zip(won, lost) for s in pair]
         values, gradients = self.log_probs(sequences, direction, np.repeat(factors, 2), gradient)
@@ -346,7 +346,7 @@ class Objective:
         return losses, slope[:, None] * (b[:, None] * gradients[::2] - gradients[1::2])
 
 
-def mean_gradient(gradients) -> np.ndarray:
+def mean_gradient(gradients: Float64Array) -> np.ndarray:
     """Mean over examples, float64 [D], added up in list order whatever NumPy would prefer."""
     total = np.zeros(gradients.shape[1])
     for g in gradients:
@@ -354,7 +354,7 @@ def mean_gradient(gradients) -> np.ndarray:
     return total / len(gradients)
 
 
-def check_vector(model, vector):
+def check_vector(model: Model, vector: SteeringVector) -> None:
     if not isinstance(vector, SteeringVector):
         raise ValueError(f"vector must be a SteeringVector, not {type(vector).__name__}")
     vector.check(model)
@@ -362,7 +362,7 @@ def check_vector(model, vector):
         raise ValueError("the vector is zero: it steers nothing; begin from a small random one")
 
 
-def check_number(value, what: str) -> float:
+def check_number(value: object, what: str) -> float:
     if (
         isinstance(value, (bool, np.bool_))
         or not isinstance(value, (int, float, np.integer, np.floating))
@@ -372,7 +372,7 @@ def check_number(value, what: str) -> float:
     return float(value)
 
 
-def _loss(model, examples, vector, coefficient, phi, reduction, limit) -> tuple[float, np.ndarray]:
+def _loss(model: Model, examples: Examples, vector: SteeringVector, coefficient: float, phi: float | None, reduction: str, limit: int) -> tuple[float, np.ndarray]:
     model._check_open()
     check_vector(model, vector)
     coefficient = check_number(coefficient, "coefficient")
@@ -383,7 +383,7 @@ def _loss(model, examples, vector, coefficient, phi, reduction, limit) -> tuple[
 
 
 def ntp_loss(
-    model, examples, vector, coefficient, *, reduction: str = "mean", limit: int = LIMIT
+    model: Model, examples: Examples, vector: SteeringVector, coefficient: float, *, reduction: str = "mean", limit: int = LIMIT
 ) -> tuple[float, np.ndarray]:
     """Next-token prediction: -log p(winning | prompt, steered), as (mean over examples, its
     gradient float32 [D] with respect to the direction).
@@ -398,7 +398,7 @@ def ntp_loss(
 
 
 def po_loss(
-    model, examples, vector, coefficient, *, phi: float = 2e-2, limit: int = LIMIT
+    model: Model, examples: Examples, vector: SteeringVector, coefficient: float, *, phi: float = 2e-2, limit: int = LIMIT
 ) -> tuple[float, np.ndarray]:
     """Preference optimisation (one-directional RePS): -log sigmoid(delta), as (mean over examples,
     its gradient float32 [D]).

@@ -28,7 +28,7 @@ class Rejection:
     shortfall: float
     position: int | None = None  # the position that row `index` stands for, where known
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = (
             f"position {self.position}"
             if self.position is not None
@@ -45,7 +45,7 @@ def layer_allowed(layer: int, n_layers: int, strict: bool) -> bool:
 
 
 def examine(
-    bypass, induce, kl, *, strict: bool = False, positions=None
+    bypass: Float64Array, induce: Float64Array, kl: Float64Array, *, strict: bool = False, positions: Sequence[int] | IntArray | None=None
 ) -> tuple[list[tuple[int, int]], list[Rejection]]:
     """Every cell through the filters: (eligible cells, rejections), both position by position,
     then layer by layer.
@@ -115,18 +115,18 @@ def none_left(rejected: list[Rejection]) -> ValueError:
     )
 
 
-def _sigmoid(x):
+def _sigmoid(x: Float64Array | float) -> Float64Array:
     # Both tails exact: 1 / (1 + exp(-x)) would lose the differences of large negative x.
     e = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
-def best_of(eligible, bypass, induce, criterion: str) -> tuple[int, int]:
+def best_of(eligible: Sequence[tuple[int, int]], bypass: Float64Array, induce: Float64Array, criterion: str) -> tuple[int, int]:
     """The eligible cell of smallest value; among equals the first position,
     then the lowest layer.
     """
 
-    def value(cell):
+    def value(cell: tuple[int, int]) -> float:
         if criterion == "arditi":
             return float(bypass[cell])
         return float(_sigmoid(bypass[cell]) - _sigmoid(induce[cell]))
@@ -134,12 +134,12 @@ def best_of(eligible, bypass, induce, criterion: str) -> tuple[int, int]:
     return min(eligible, key=lambda cell: (value(cell), cell))
 
 
-def check_criterion(criterion):
+def check_criterion(criterion: str) -> None:
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
 
 
-def choose(bypass, induce, kl, criterion: str = "paper", strict: bool = False) -> tuple[int, int]:
+def choose(bypass: npt.ArrayLike, induce: npt.ArrayLike, kl: npt.ArrayLike, criterion: str = "paper", strict: bool = False) -> tuple[int, int]:
     """The candidate that the method's rule picks: (position index, layer).
 
     bypass, induce, kl: float [P, L], in the units of method.md section 2; NaN: not a

@@ -21,13 +21,13 @@ CHUNK_TOKENS = 8192
 CHUNK_LOGITS = 1 << 24
 
 
-def _logsumexp(x) -> float:
+def _logsumexp(x: Array) -> float:
     """log(sum(exp(x))) of one row, float64, exact in both tails."""
     top = x.max()
     return top + np.log(np.exp(x - top).sum())
 
 
-def _rowwise(function, width_out, *tables):
+def _rowwise(function: Callable[..., Any], width_out: tuple[int, ...], *tables: npt.ArrayLike) -> Float64Array:
     """`function` of each row by itself, so that every row's sums have one order: NumPy's depends on
     how many rows an array holds.
     """
@@ -43,12 +43,12 @@ def _rowwise(function, width_out, *tables):
     return out.reshape(*lead, *width_out)
 
 
-def log_softmax(logits) -> np.ndarray:
+def log_softmax(logits: npt.ArrayLike) -> np.ndarray:
     """Log-probabilities, float64 [..., V], over the last axis."""
     return _rowwise(lambda x: x - _logsumexp(x), (np.shape(logits)[-1],), logits)
 
 
-def refusal_metric(logits, refusal_tokens) -> np.ndarray:
+def refusal_metric(logits: npt.ArrayLike, refusal_tokens: Sequence[int]) -> np.ndarray:
     """log(P_ref / (1 - P_ref)) with P_ref the summed next-token probability of `refusal_tokens`, no
     epsilon: float64 [...].
 
@@ -60,14 +60,14 @@ def refusal_metric(logits, refusal_tokens) -> np.ndarray:
     return _rowwise(lambda x: _logsumexp(x[inside]) - _logsumexp(x[~inside]), (), logits)
 
 
-def kl_divergence(logp, logits) -> np.ndarray:
+def kl_divergence(logp: npt.ArrayLike, logits: npt.ArrayLike) -> np.ndarray:
     """KL(P || Q) over the last axis, float64 [...]: P by its log-probabilities `logp`, Q by its
     logits. Never below 0 but for rounding.
     """
     return _rowwise(lambda p, x: (np.exp(p) * (p - (x - _logsumexp(x)))).sum(), (), logp, logits)
 
 
-def _last_logits(model, rows) -> np.ndarray:
+def _last_logits(model: Model, rows: Rows) -> np.ndarray:
     """Logits after the last token of every row, float32 [len(rows), V]. rows:
     (tokens, list of edits).
 
@@ -84,7 +84,7 @@ def _last_logits(model, rows) -> np.ndarray:
     ).logits
 
 
-def last_logits(model, rows, step=None) -> Iterator[tuple[slice, np.ndarray]]:
+def last_logits(model: Model, rows: Rows, step: Callable[[int], object] | None=None) -> Iterator[tuple[slice, np.ndarray]]:
     """`_last_logits` in pieces that fit: yields (slice of rows, logits [n, V]). step: called with
     the number of rows done each time.
     """
@@ -118,7 +118,7 @@ class RefusalTokens:
     on_harmful: tuple[float, ...] = ()
     on_harmless: tuple[float, ...] = ()
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self.on_harmful:
             return ", ".join(f"{text!r} ({i})" for i, text in zip(self.ids, self.texts))
         return ", ".join(
@@ -128,7 +128,7 @@ class RefusalTokens:
         )
 
 
-def given_refusal_tokens(model, ids) -> RefusalTokens:
+def given_refusal_tokens(model: Model, ids: int | Sequence[int]) -> RefusalTokens:
     """Checked token ids of the user's. Raises ValueError for an empty list and ids
     outside the vocabulary.
     """
@@ -153,7 +153,7 @@ def given_refusal_tokens(model, ids) -> RefusalTokens:
 
 
 def refusal_tokens_from(
-    model, harmful_logp, harmless_logp, *, share=0.1, least=0.05, most=8
+    model: Model, harmful_logp: Float64Array, harmless_logp: Float64Array, *, share: float=0.1, least: float=0.05, most: int=8
 ) -> RefusalTokens:
     """Tokens with which the model's answers begin after harmful prompts and not
     after harmless ones.
@@ -184,7 +184,7 @@ def refusal_tokens_from(
     )
 
 
-def derive_refusal_tokens(model, harmful, harmless) -> RefusalTokens:
+def derive_refusal_tokens(model: Model, harmful: Prompts, harmless: Prompts) -> RefusalTokens:
     """`refusal_tokens_from` on the unsteered model's next tokens after these prompts
     (texts or token lists).
     """
@@ -263,7 +263,7 @@ class Scorer:
 
     SCORES = ("bypass", "induce", "kl", "bypass_ablation")
 
-    def __init__(self, model, harmful, harmless, refusal_tokens, progress: Progress | None = None):
+    def __init__(self, model: Model, harmful: list[list[int]], harmless: list[list[int]], refusal_tokens: Sequence[int] | None, progress: Progress | None = None) -> None:
         self.model, self.harmful, self.harmless = model, harmful, harmless
         if refusal_tokens is not None:
             self.refusal = given_refusal_tokens(model, refusal_tokens)
@@ -288,7 +288,7 @@ class Scorer:
     def rows_per_cell(self, score: str) -> int:
         return len(self.harmful) if score.startswith("bypass") else len(self.harmless)
 
-    def measure(self, score: str, vectors, step=None) -> np.ndarray:
+    def measure(self, score: str, vectors: Sequence[SteeringVector], step: Callable[[int], object] | None=None) -> np.ndarray:
         """One score of every vector, float64 [len(vectors)]: a batch of (vectors x prompts)
         rows, vector by vector.
 

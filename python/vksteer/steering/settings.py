@@ -35,7 +35,7 @@ class Settings:
     limit: int = LIMIT
     reduction: str = "mean"
 
-    def check(self, model) -> Settings:
+    def check(self, model: Model) -> Settings:
         """The same with plain types. ValueError for what is out of range."""
         layer = require_int(self.layer, "layer", 0)
         if layer >= model.config.n_layers:
@@ -99,7 +99,7 @@ class Adam:
     second: np.ndarray
     steps: int = 0
 
-    def step(self, s: Settings, gradient, lr: float) -> tuple[Adam, float]:
+    def step(self, s: Settings, gradient: Float64Array, lr: float) -> tuple[Adam, float]:
         """(the state after a step, the gradient's norm before clipping)."""
         norm, vector, steps = float(np.sqrt(gradient @ gradient)), self.vector, self.steps + 1
         if s.clip is not None:

@@ -48,16 +48,16 @@ class Sweep:
     way's own, as `freezing.ablation_table` takes it.
     """
 
-    def __init__(self, rows: list[SweepRow], unsteered: SweepRow):
+    def __init__(self, rows: list[SweepRow], unsteered: SweepRow) -> None:
         self.rows, self.unsteered = rows, unsteered
 
     def __iter__(self) -> Iterator[SweepRow]:
         return iter(self.rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i) -> SweepRow:
+    def __getitem__(self, i: int) -> SweepRow:
         return self.rows[i]
 
     @property
@@ -76,7 +76,7 @@ class Sweep:
         may break texts sooner.
         """
 
-        def strongest(works, gain):
+        def strongest(works: Callable[[SweepRow], bool], gain: Callable[[SweepRow], float]) -> SweepRow | None:
             return min(
                 (row for row in self.rows if row.coefficient >= 0 and works(row)),
                 key=lambda row: (-gain(row), row.coefficient),
@@ -159,17 +159,17 @@ def _verdict(harmless: Rate, harmful: Rate, base: dict[str, Rate]) -> str:
 
 
 def sweep(
-    model,
-    vector,
+    model: Model,
+    vector: SteeringVector,
     coefficients: Sequence[float],
-    harmful,
-    harmless,
+    harmful: Prompts,
+    harmless: Prompts,
     *,
     max_new_tokens: int = 64,
-    judge=None,
-    min_words="auto",
+    judge: Judge | None=None,
+    min_words: int | str | None="auto",
     batch_size: int | None = None,
-    progress=True,
+    progress: ProgressLike=True,
 ) -> Sweep:
     """Steer both ways at every coefficient: ASR on both sets with intervals, next-token KL,
     "ended", repetition and a verdict.
@@ -195,7 +195,7 @@ def sweep(
         raise ValueError("coefficients is empty: name at least one, for example [0.5, 1, 1.5, 2]")
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
 
-    def next_token(edits):
+    def next_token(edits: Sequence[Steer]) -> Float32Array:
         return np.concatenate(
             [
                 logits

@@ -47,7 +47,7 @@ class Training:
     epoch: int
     settings: Settings
 
-    def normalized_to(self, norm) -> SteeringVector:
+    def normalized_to(self, norm: SteeringVector | float) -> SteeringVector:
         """The vector with the norm of another one (a SteeringVector, for example DIM's) or a
         number: how the method uses it.
         """
@@ -86,7 +86,7 @@ class Training:
             )
         return "\n".join(lines)
 
-    def plot(self, path=None):
+    def plot(self, path: PathLike | None=None) -> Figure:
         """Loss by step with the validation loss at the ends of epochs: a matplotlib Figure, saved
         to `path` if one is given (needs matplotlib).
         """
@@ -120,14 +120,14 @@ class Training:
 class _Trainer:
     def __init__(
         self,
-        model,
-        examples,
-        validation,
+        model: Model,
+        examples: Examples,
+        validation: Examples | None,
         settings: Settings,
-        batch_tokens,
-        checkpoint,
-        checkpoint_every,
-    ):
+        batch_tokens: int | None,
+        checkpoint: PathLike | None,
+        checkpoint_every: int,
+    ) -> None:
         model._check_open()
         self.model, self.s = model, settings
         losing = settings.phi is not None
@@ -165,7 +165,7 @@ class _Trainer:
             self.adam = Adam(state.vector, state.first, state.second, state.steps)
             self.curve, self.vectors, self.validation = state.curve, state.vectors, state.validation
 
-    def _save(self):
+    def _save(self) -> None:
         if self.file is not None:
             adam, done = self.adam, len(self.vectors)
             curve, validation = self.curve[: adam.steps], self.validation[:done]
@@ -181,7 +181,7 @@ class _Trainer:
                 )
             )
 
-    def _coefficients(self, epoch: int, n: int, which: int):
+    def _coefficients(self, epoch: int, n: int, which: int) -> Float64Array:
         """Strengths of n examples: the one coefficient, or factors drawn for this epoch. which: 1
         training; 2 validation, the same at every epoch.
         """
@@ -189,7 +189,7 @@ class _Trainer:
             return np.full(n, self.s.coefficient)
         return np.random.default_rng([self.s.seed, which, epoch]).choice(self.s.factors, n)
 
-    def _step(self, epoch: int, batch, coefficients, lr: float):
+    def _step(self, epoch: int, batch: IntArray, coefficients: Float64Array, lr: float) -> None:
         some = [self.examples[i] for i in batch]
         losses, gradients = self.objective(
             some, self.adam.vector.astype(np.float32), coefficients[batch]
@@ -213,7 +213,7 @@ class _Trainer:
         )
         self.adam = adam  # from here on the step is done; a checkpoint takes the curve up to it
 
-    def _held_out_loss(self, vector) -> float:
+    def _held_out_loss(self, vector: Float64Array) -> float:
         losses, _ = self.objective(
             self.held_out,
             vector.astype(np.float32),
@@ -222,7 +222,7 @@ class _Trainer:
         )
         return float(losses.mean())
 
-    def run(self, progress):
+    def run(self, progress: ProgressLike) -> Training:
         s, done = self.s, self.adam.steps
         with Progress(progress, s.epochs * self.steps_an_epoch, s.loss.upper()) as bar:
             bar.step(done)
@@ -261,7 +261,7 @@ class _Trainer:
                 raise
             return self._result()
 
-    def _line(self, epoch, lr) -> str:
+    def _line(self, epoch: int, lr: float) -> str:
         losses = [c["loss"] for c in self.curve if c["epoch"] == epoch]
         held_out = f", validation {self.validation[-1]['loss']:.4f}" if self.validation else ""
         return (
@@ -310,14 +310,14 @@ class _Trainer:
 
 
 def _train(
-    model,
-    examples,
-    validation,
+    model: Model,
+    examples: Examples,
+    validation: Examples | None,
     settings: Settings,
-    batch_tokens,
-    checkpoint,
-    checkpoint_every,
-    progress,
+    batch_tokens: int | None,
+    checkpoint: PathLike | None,
+    checkpoint_every: int,
+    progress: ProgressLike,
 ) -> Training:
     settings = settings.check(model)
     return _Trainer(
@@ -326,13 +326,13 @@ def _train(
 
 
 def train_ntp(
-    model,
+    model: Model,
     examples: Sequence,
     *,
     layer: int,
     validation: Sequence | None = None,
     coefficient: float = 1.0,
-    factors=None,
+    factors: Factors=None,
     epochs: int = 10,
     batch_size: int = 6,
     lr: float = 0.01,
@@ -344,9 +344,9 @@ def train_ntp(
     limit: int = LIMIT,
     reduction: str = "mean",
     batch_tokens: int | None = None,
-    checkpoint=None,
+    checkpoint: PathLike | None=None,
     checkpoint_every: int = 20,
-    progress=True,
+    progress: ProgressLike=True,
 ) -> Training:
     """Learns a vector at resid_pre of `layer` that makes the winning responses likely: mean over
     examples of -log p(winning | steered).
@@ -388,14 +388,14 @@ def train_ntp(
 
 
 def train_po(
-    model,
+    model: Model,
     examples: Sequence,
     *,
     layer: int,
     phi: float = 2e-2,
     validation: Sequence | None = None,
     coefficient: float = 1.0,
-    factors=None,
+    factors: Factors=None,
     epochs: int = 10,
     batch_size: int = 6,
     lr: float = 0.01,
@@ -406,9 +406,9 @@ def train_po(
     init: float = 0.01,
     limit: int = LIMIT,
     batch_tokens: int | None = None,
-    checkpoint=None,
+    checkpoint: PathLike | None=None,
     checkpoint_every: int = 20,
-    progress=True,
+    progress: ProgressLike=True,
 ) -> Training:
     """Learns a vector that prefers the winning to the losing responses (`po_loss`); examples also
     need losing. The rest as `train_ntp`.
