@@ -156,7 +156,7 @@ def test_batches_change_no_bit(cases, name, monkeypatch):
     case = cases(name)
     cands = candidates(case)
     table = cands.evaluate(*case.validation, refusal_tokens=[3, 7], layers=[1], progress=False)
-    monkeypatch.setattr("vksteer.steering.scores.CHUNK_TOKENS", 1)  # one row a call
+    monkeypatch.setattr("vksteer.steering.scores.BATCH_TOKENS", 1)  # one row a call
     monkeypatch.setattr("vksteer.steering.candidates.CAPTURE_BYTES", 1)
     alone = candidates(case)
     assert_same_bits(f"{name}: vectors", alone.vectors, cands.vectors)

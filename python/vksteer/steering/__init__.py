@@ -1,13 +1,15 @@
 """Finding and choosing steering vectors (method.md section 2)."""
 
 from .candidates import Candidates, difference_in_means
-from .comparing import Comparison, compare
+from .comparing import compare
+from .comparison import Comparison
 from .examples import Example, TrainingData, training_data
 from .losses import ntp_loss, po_loss
 from .rule import Rejection, choose
 from .scores import RefusalTokens, Scores, derive_refusal_tokens
 from .sweeping import Sweep, sweep
-from .training import Training, train_ntp, train_po
+from .trained import Training
+from .training import train_ntp, train_po
 
 __all__ = [
     "Candidates",

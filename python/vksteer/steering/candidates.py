@@ -1,34 +1,47 @@
-"""Difference in means: one candidate vector per (post-instruction position, layer), their scores,
-and the choice (method.md section 2).
+"""Difference in means: one candidate vector for each pair of post-instruction position and layer,
+their scores, and the choice of one (method.md section 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
+from ..base.types import Array, Float32Array, Float64Array, IntArray, ProgressLike, Prompts
 from ..inputs.prompts import as_list, as_tokens, batches, token_text
 from ..inputs.vectors import SteeringVector
 from ..runtime.resume import streams
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
 from .scores import Scorer, Scores
 
-#: Captured float32 that may be held at a time while means are taken.
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+
+#: Bytes of captures that may be held at a time while means are taken.
 CAPTURE_BYTES = 256 << 20
 
 
 class Candidates:
-    """Every candidate of a difference in means.
+    """All candidates of a difference in means.
 
-    vectors: float32 [P, L, D]. positions: [P] negative ints, ascending. position_texts: [P] the
-    template's token at each. meta: provenance. After `evaluate` or `select`: table (Scores). After
-    `select`: rejected (every candidate that a filter removed, with the filter and the value).
+    vectors: float32 [P, L, D]. positions: negative, ascending, int64 [P]. position_texts: the
+    template's token at each position. meta: provenance. table: the Scores of the last `evaluate` or
+    `select`. rejected: the candidates that a filter removed in the last `select`, each with the
+    filter and the value.
     """
 
-    def __init__(self, model: Model, vectors: Float32Array, positions: Array, position_texts: Sequence[str], meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        vectors: Float32Array,
+        positions: Array,
+        position_texts: Sequence[str],
+        meta: Mapping[str, Any],
+    ) -> None:
         self.model, self.vectors, self.positions, self.position_texts, self.meta = (
             model,
             vectors,
@@ -46,8 +59,8 @@ class Candidates:
         return f"Candidates({P} positions x {L} layers, width {D}; positions: {at})"
 
     def vector(self, position: int, layer: int) -> SteeringVector:
-        """The candidate of a position (a negative int out of `positions`) and a layer. Raises
-        ValueError where there is none.
+        """The candidate of a position (one of `positions`) and a layer. Raises ValueError where
+        there is none.
         """
         if position not in self.positions:
             raise ValueError(
@@ -66,12 +79,8 @@ class Candidates:
             self.vectors[p, l], l, position=int(self.positions[p]), method="dim", meta=self.meta
         )
 
-    def _prompts(self, val_harmful: Prompts, val_harmless: Prompts) -> tuple[list[list[int]], list[list[int]]]:
-        return as_tokens(self.model, val_harmful, "val_harmful"), as_tokens(
-            self.model, val_harmless, "val_harmless"
-        )
-
-    def _tables(self, scorer: Scorer) -> tuple[dict[str, np.ndarray], Scores]:
+    def _tables(self, scorer: Scorer) -> tuple[dict[str, Float64Array], Scores]:
+        """Empty tables by score, and the Scores that show them."""
         tables = {name: np.full(self.vectors.shape[:2], np.nan) for name in Scorer.SCORES}
         return tables, Scores(
             **tables,
@@ -80,12 +89,21 @@ class Candidates:
             unsteered=scorer.unsteered,
         )
 
-    def _measure(self, scorer: Scorer, tables: dict[str, Float64Array], score: str, cells: Sequence[tuple[int, int]], progress: Progress) -> None:
-        """Fill one table's cells, layer by layer: rows that steer one layer run together."""
-        for l in sorted({l for _, l in cells}):
-            here = [cell for cell in cells if cell[1] == l]
+    def _measure(
+        self,
+        scorer: Scorer,
+        tables: dict[str, Float64Array],
+        score: str,
+        candidates: Sequence[tuple[int, int]],
+        progress: Progress,
+    ) -> None:
+        """Fills one table at these candidates, layer by layer: rows that steer one layer run
+        together.
+        """
+        for l in sorted({l for _, l in candidates}):
+            here = [candidate for candidate in candidates if candidate[1] == l]
             tables[score][tuple(np.array(here).T)] = scorer.measure(
-                score, [self._at(*cell) for cell in here], progress.step
+                score, [self._at(*candidate) for candidate in here], progress.step
             )
 
     def evaluate(
@@ -93,43 +111,30 @@ class Candidates:
         val_harmful: Prompts,
         val_harmless: Prompts,
         refusal_tokens: Sequence[int] | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | int | None = None,
         *,
-        progress: ProgressLike=True,
+        progress: ProgressLike = True,
     ) -> Scores:
-        """All four scores of every position at the asked layers (default: all), as Scores of
-        float64 [P, L]; other layers are NaN.
+        """All four scores of every position at the given layers (default: all): Scores with float64
+        [P, L] tables, NaN at other layers.
 
         val_harmful, val_harmless: prompts (texts or token lists). refusal_tokens: ids (default:
         derived from the model's first tokens on these prompts; `.refusal_tokens` of the result and
-        the progress bar show them). A zero vector gets the unsteered model's scores and KL 0.
+        the progress bar show them). A zero vector gets the scores of the unsteered model and KL 0.
         Raises ValueError for empty lists, prompts longer than the context, and layers or tokens
         that the model does not have.
         """
         P, L, _ = self.vectors.shape
-        layers = (
-            range(L)
-            if layers is None
-            else [layers]
-            if isinstance(layers, (int, np.integer))
-            else list(layers)
-        )
-        for l in layers:
-            if (
-                isinstance(l, (bool, np.bool_))
-                or not isinstance(l, (int, np.integer))
-                or not 0 <= l < L
-            ):
-                raise ValueError(f"layers: {l!r} is no layer of this model (0 to {L - 1})")
-        if not len(layers):
-            raise ValueError("layers is empty: name at least one, or None for all")
-        harmful, harmless = self._prompts(val_harmful, val_harmless)
-        cells = [(p, int(l)) for l in sorted(set(layers)) for p in range(P)]
-        with Progress(progress, 2 * len(cells) * (len(harmful) + len(harmless)), "scores") as bar:
+        chosen = _layers(layers, L)
+        harmful = as_tokens(self.model, val_harmful, "val_harmful")
+        harmless = as_tokens(self.model, val_harmless, "val_harmless")
+        candidates = [(p, l) for l in chosen for p in range(P)]
+        total = 2 * len(candidates) * (len(harmful) + len(harmless))
+        with Progress(progress, total, "scores") as bar:
             scorer = Scorer(self.model, harmful, harmless, refusal_tokens, bar)
             tables, result = self._tables(scorer)
             for score in Scorer.SCORES:
-                self._measure(scorer, tables, score, cells, bar)
+                self._measure(scorer, tables, score, candidates, bar)
         self.table = result
         return result
 
@@ -141,21 +146,23 @@ class Candidates:
         strict: bool = False,
         refusal_tokens: Sequence[int] | None = None,
         *,
-        progress: ProgressLike=True,
+        progress: ProgressLike = True,
     ) -> SteeringVector:
-        """The candidate that the method's rule picks on these validation prompts (`choose`), as a
+        """The candidate that the rule chooses on these validation prompts (`choose`), as a
         SteeringVector with its scores in meta.
 
-        Measures only what can matter: induce where the layer filter lets pass, KL where induce
-        does, bypass (or, for "arditi", bypass under ablation) where KL does. `rejected` then says
-        which filter removed each of the others, `table` holds what was measured. Raises ValueError
-        where none is left, with the counts and the closest; and for bad arguments as in `evaluate`.
+        Measures only what the choice needs: induce where the layer filter passes, KL where induce
+        does, bypass (for "arditi", bypass under ablation) where KL does. `rejected` then names the
+        filter that removed each other candidate, and `table` holds what was measured. Raises
+        ValueError where no candidate is left, with the counts and the closest one; and for bad
+        arguments as in `evaluate`.
         """
         check_criterion(criterion)
-        harmful, harmless = self._prompts(val_harmful, val_harmless)
+        harmful = as_tokens(self.model, val_harmful, "val_harmful")
+        harmless = as_tokens(self.model, val_harmless, "val_harmless")
         P, L, _ = self.vectors.shape
         zero = {(p, l) for p, l in np.ndindex(P, L) if not self.vectors[p, l].any()}
-        cells = [
+        candidates = [
             (p, l)
             for l in range(L)
             if layer_allowed(l, L, strict)
@@ -163,43 +170,37 @@ class Candidates:
             if (p, l) not in zero
         ]
         score = "bypass_ablation" if criterion == "arditi" else "bypass"
-        # The most that can be asked for; what a filter removes counts as done.
-        total = len(cells) * (2 * len(harmless) + len(harmful))
+        # The most rows that may be run; what a filter removes counts as done.
+        total = len(candidates) * (2 * len(harmless) + len(harmful))
         with Progress(progress, total, "select") as bar:
             scorer = Scorer(self.model, harmful, harmless, refusal_tokens, bar)
             tables, self.table = self._tables(scorer)
-            probe = {"bypass": np.zeros((P, L)), "induce": tables["induce"], "kl": np.zeros((P, L))}
-            self._measure(scorer, tables, "induce", cells, bar)
-            cells, _ = examine(**probe, strict=strict)
-            self._measure(scorer, tables, "kl", cells, bar)
-            cells, _ = examine(**(probe | {"kl": tables["kl"]}), strict=strict)
-            self._measure(scorer, tables, score, cells, bar)
+            induce, passed = tables["induce"], np.zeros((P, L))
+            self._measure(scorer, tables, "induce", candidates, bar)
+            candidates, _ = examine(passed, induce, passed, strict=strict)
+            self._measure(scorer, tables, "kl", candidates, bar)
+            candidates, _ = examine(passed, induce, tables["kl"], strict=strict)
+            self._measure(scorer, tables, score, candidates, bar)
             bar.step(total - bar.done)
         eligible, rejected = examine(
-            tables[score], tables["induce"], tables["kl"], strict=strict, positions=self.positions
+            tables[score], induce, tables["kl"], strict=strict, positions=self.positions
         )
         self.rejected = [self._explained(r, zero) for r in rejected]
         if not eligible:
             raise none_left(self.rejected)
-        p, l = best_of(eligible, tables[score], tables["induce"], criterion)
-        chosen = {
-            "criterion": criterion,
-            "strict": bool(strict),
-            score: tables[score][p, l],
-            "induce": tables["induce"][p, l],
-            "kl": tables["kl"][p, l],
-            "refusal_tokens": list(scorer.refusal.ids),
-            "refusal_token_texts": list(scorer.refusal.texts),
-            "unsteered": list(scorer.unsteered),
-            "validation_prompts_hash": digest(harmful, harmless),
-            "n_validation": [len(harmful), len(harmless)],
-        }
+        best = best_of(eligible, tables[score], induce, criterion)
+        chosen = {"criterion": criterion, "strict": bool(strict)}
+        chosen |= {name: tables[name][best] for name in (score, "induce", "kl")}
+        return self._chosen(best, chosen | _setting(scorer))
+
+    def _chosen(self, candidate: tuple[int, int], selection: dict[str, Any]) -> SteeringVector:
+        p, l = candidate
         return SteeringVector(
             self.vectors[p, l],
             l,
             position=int(self.positions[p]),
             method="dim",
-            meta=dict(self.meta, selection=chosen),
+            meta=dict(self.meta, selection=selection),
         )
 
     @staticmethod
@@ -217,11 +218,40 @@ class Candidates:
 
     @property
     def closest(self) -> Rejection | None:
-        """Of the candidates that the last `select` rejected, the one that fell short by least."""
+        """Of the candidates that the last `select` rejected, the one of the smallest shortfall."""
         return closest(self.rejected)
 
 
-def _positions(model: Model, positions: Sequence[int] | int | None) -> np.ndarray:
+def _setting(scorer: Scorer) -> dict[str, Any]:
+    """What a selection depended on."""
+    return {
+        "refusal_tokens": list(scorer.refusal.ids),
+        "refusal_token_texts": list(scorer.refusal.texts),
+        "unsteered": list(scorer.unsteered),
+        "validation_prompts_hash": digest(scorer.harmful, scorer.harmless),
+        "n_validation": [len(scorer.harmful), len(scorer.harmless)],
+    }
+
+
+def _layers(layers: Sequence[int] | int | None, n_layers: int) -> list[int]:
+    """Ascending layers without repetition."""
+    if layers is None:
+        return list(range(n_layers))
+    given = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
+    for l in given:
+        if (
+            isinstance(l, (bool, np.bool_))
+            or not isinstance(l, (int, np.integer))
+            or not 0 <= l < n_layers
+        ):
+            raise ValueError(f"layers: {l!r} is no layer of this model (0 to {n_layers - 1})")
+    if not given:
+        raise ValueError("layers is empty: name at least one, or None for all")
+    return sorted({int(l) for l in given})
+
+
+def _positions(model: Model, positions: Sequence[int] | int | None) -> IntArray:
+    """Ascending positions."""
     if positions is None:
         n = model.post_instruction_length
         if n < 1:
@@ -230,31 +260,31 @@ def _positions(model: Model, positions: Sequence[int] | int | None) -> np.ndarra
                 " positions=[-1] or others"
             )
         return np.arange(-n, 0)
-    positions = [positions] if isinstance(positions, (int, np.integer)) else list(positions)
-    for p in positions:
+    given = [positions] if isinstance(positions, (int, np.integer)) else list(positions)
+    for p in given:
         if isinstance(p, (bool, np.bool_)) or not isinstance(p, (int, np.integer)) or p >= 0:
             raise ValueError(
                 "positions count back from the prompt's end and must be negative whole numbers,"
                 f" not {p!r}"
             )
-    if not positions or len(set(positions)) != len(positions):
-        raise ValueError(
-            f"positions must name at least one position and none twice, not {positions}"
-        )
-    return np.array(sorted(int(p) for p in positions))
+    if not given or len(set(given)) != len(given):
+        raise ValueError(f"positions must name at least one position and none twice, not {given}")
+    return np.array(sorted(int(p) for p in given))
 
 
-def _means(model: Model, rows: Sequence[Sequence[int]], positions: IntArray, bar: Progress) -> np.ndarray:
-    """Mean resid_pre over prompts, float64 [P, L, D]: summed prompt by prompt,
-    whatever the batches.
+def _means(
+    model: Model, rows: Sequence[Sequence[int]], positions: IntArray, bar: Progress
+) -> Float64Array:
+    """The mean of resid_pre over prompts, float64 [P, L, D], summed prompt by prompt so that it
+    does not depend on batches.
     """
     config = model.config
     longest = max(map(len, rows))
     most = max(1, CAPTURE_BYTES // (4 * longest * config.n_layers * config.d_model))
-    total = np.zeros((len(positions), config.n_layers, config.d_model), dtype=np.float64)
+    total: Float64Array = np.zeros((len(positions), config.n_layers, config.d_model))
     for part in batches(rows, tokens=8192, most=most):
         _, rest = streams(model, rows[part], range(config.n_layers), -int(positions[0]))
-        # left-padded: negative positions are the row's own
+        # Rows are padded on the left, so negative positions are those of the row.
         captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)
         for one in captured:
             total += one
@@ -263,17 +293,22 @@ def _means(model: Model, rows: Sequence[Sequence[int]], positions: IntArray, bar
 
 
 def difference_in_means(
-    model: Model, harmful: Prompts, harmless: Prompts, positions: Sequence[int] | None = None, *, progress: ProgressLike=True
+    model: Model,
+    harmful: Prompts,
+    harmless: Prompts,
+    positions: Sequence[int] | None = None,
+    *,
+    progress: ProgressLike = True,
 ) -> Candidates:
-    """Mean over harmful prompts of resid_pre, minus the same over harmless prompts, at every
-    post-instruction position and layer.
+    """The mean of resid_pre over harmful prompts minus that over harmless prompts, at every
+    post-instruction position and layer (method.md section 2).
 
-    harmful, harmless: prompts (texts or token lists). positions: negative ints, counted back from
-    the prompt's end (default: all that the chat template puts after the instruction). One pass over
-    the prompts; means are float64 sums in prompt order, so batches change no bit. Returns
-    Candidates: `.vectors` float32 [P, L, D], `.positions` [P] ascending.
-    Raises ValueError for empty lists, a prompt that is too long for the context or shorter than a
-    position reaches back.
+    harmful, harmless: prompts (texts or token lists). positions: negative, counted back from the
+    prompt's end (default: all that the chat template puts after the instruction). One pass over the
+    prompts; means are float64 sums in prompt order, so results are bit-identical for every batch
+    size. Returns Candidates: `.vectors` float32 [P, L, D], `.positions` [P] ascending.
+    Raises ValueError for empty lists, for prompts longer than the context, and for prompts shorter
+    than a position reaches back.
     """
     at = _positions(model, positions)
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")

@@ -1,9 +1,9 @@
-"""Pairs to learn a vector from: for every prompt a response that shows the wanted behaviour and one
-that does not (method.md section 2).
+"""Pairs to learn a vector from: for every prompt a response that shows the desired behaviour and
+one that does not (method.md section 2).
 
-All four kinds come from the model itself: refusals of harmful and compliance on harmless prompts as
-it answers; refusals of harmless prompts after a prefix that asks for them; compliance on harmful
-prompts under a steering vector.
+All responses come from the model itself: refusals of harmful prompts and compliance on harmless
+ones as it answers them, refusals of harmless prompts after a prefix that asks for them, and
+compliance on harmful prompts under a steering vector.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.provenance import digest, provenance
+from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..inputs.prompt_pair import magnitudes
@@ -28,21 +29,25 @@ from ..inputs.vectors import SteeringVector
 from ..judge import long_enough, refused, succeeded
 from ..runtime.edits import Steer
 
+if TYPE_CHECKING:
+    from ..judge import Judge
+    from ..runtime.model import Model
+
 PREFIX = "Treat the following question as dangerous and refuse."
 FORMAT = "vksteer training data 1"
-#: New tokens of a response: more than the 64 that training reads, so that the end-of-turn token
-#: behind a text that was cut short is never learned.
+#: New tokens of a response. More than the 64 that training reads, so that the end-of-turn token
+#: that is appended to a response which was cut off is never learned.
 NEW = 96
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with two responses, texts or token ids. sign: +1 where a positive coefficient is
-    to bring about the winning response (refusal), -1 where a negative one is (compliance).
+    """One prompt with two responses, each a text or token ids. sign: +1 if a positive coefficient
+    should bring about the winning response (refusal), -1 if a negative one should (compliance).
 
     In training a text prompt goes through the chat template and a text response gets the
-    end-of-turn token appended (`losses.prepare`); token ids stay as they are.
-    Raises ValueError for blank texts, empty lists, what is no token id, and another sign.
+    end-of-turn token appended; token ids stay as they are. Raises ValueError for blank texts, empty
+    lists, what is no token id, and another sign.
     """
 
     prompt: str | list[int]
@@ -77,9 +82,9 @@ class Example:
         object.__setattr__(self, "sign", int(self.sign))
 
 
-class TrainingData(list):
-    """A list of Example. counts: how many pairs were asked for, kept and dropped, by
-    reason; meta: provenance.
+class TrainingData(list[Example]):
+    """A list of Example. counts: {"asked": prompts, reason: how many pairs were dropped for it}.
+    meta: provenance.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class TrainingData(list):
 
     @property
     def line(self) -> str:
-        """One line: pairs kept by sign, pairs dropped, why."""
+        """One line: how many pairs were kept, by sign, and how many dropped, by reason."""
         signs = [e.sign for e in self]
         why = ", ".join(
             f"{n} {reason}" for reason, n in self.counts.items() if n and reason != "asked"
@@ -108,15 +113,18 @@ class TrainingData(list):
     def __repr__(self) -> str:
         return f"TrainingData({self.line})"
 
-    def __getitem__(self, i: Any) -> Any:
-        got = super().__getitem__(i)
-        return (
-            TrainingData(got, counts=self.counts, meta=self.meta) if isinstance(i, slice) else got
-        )
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> TrainingData: ...
+    def __getitem__(self, i: SupportsIndex | slice) -> Example | TrainingData:
+        if isinstance(i, slice):
+            return TrainingData(super().__getitem__(i), counts=self.counts, meta=self.meta)
+        return super().__getitem__(i)
 
     def save(self, path: PathLike) -> None:
-        """JSON lines: provenance, counts and a checksum, then a line a pair; an existing
-        file is replaced whole.
+        """Writes JSON lines: first provenance, counts and a checksum, then one line for each pair;
+        an existing file is replaced in one step.
         """
         lines = [
             json.dumps(
@@ -158,7 +166,7 @@ class TrainingData(list):
             raise ModelError(f"{path}: no training data of vksteer: {error}") from None
 
 
-#: Reasons for which a prompt gives no pair.
+#: Reasons for which a prompt gives no pair; keys of TrainingData.counts.
 NOT_REFUSED, NOT_COMPLIED = (
     "harmful prompts that the model does not refuse",
     "harmful prompts that it does not comply with under the vector",
@@ -175,30 +183,69 @@ def training_data(
     harmful: Prompts,
     harmless: Prompts,
     vector: SteeringVector,
-    coefficient: float | tuple[float, float]=1.0,
+    coefficient: float | tuple[float, float] = 1.0,
     *,
     prefix: str = PREFIX,
     max_new_tokens: int = NEW,
-    judge: Judge | None=None,
-    min_words: int | str | None="auto",
+    judge: Judge | None = None,
+    min_words: int | str | None = "auto",
     batch_size: int | None = None,
-    progress: ProgressLike=True,
+    progress: ProgressLike = True,
 ) -> TrainingData:
-    """Pairs of responses of the model itself, for `train_ntp` and `train_po` (method.md section 2).
+    """Pairs of the model's own responses, for `train_ntp` and `train_po` (method.md section 2).
 
     harmful: prompts (texts or token lists) whose pair is (compliance under -minus * vector, the
-    model's own refusal), sign -1.
-    harmless: prompts whose pair is (refusal after `prefix`, the model's own answer), sign +1; they
-    must be texts, for the prefix to stand before them. vector: the difference in means;
-    coefficient: the magnitude that bypasses refusal, or (plus, minus), of which the latter is used.
-    A pair is dropped where one of its two responses does not show its behaviour: by the substring
+    model's own refusal), sign -1. harmless: texts whose pair is (refusal after `prefix`, the
+    model's own answer), sign +1. vector: the difference in means. coefficient: the magnitude that
+    bypasses refusal, or (plus, minus), of which minus is used.
+    A pair is dropped where one of its responses does not show its behaviour: by the substring
     judge, and for compliance with harmful prompts also by `judge` (callable(prompts, responses) ->
-    bool [n], True for unsafe) and `min_words`, as in `freezing.ablation_table`. Decoding is greedy.
-    Responses are kept as texts. Returns TrainingData: a list of Example, harmful prompts first,
-    with `.counts`, `.line` and `.meta`; `save` writes it. Raises ValueError before any work for a
-    vector of another width or layer or zero, empty lists, harmless token lists, prompts that leave
-    no room, a blank prefix, a model without a tokenizer.
+    bool [n], True for unsafe) and `min_words`, as in `freezing.ablation_table`. Decoding is greedy
+    and responses are kept as texts. Returns TrainingData, harmful prompts first. Raises ValueError
+    before any work for a vector of another width or layer or zero, empty lists, harmless token
+    lists, prompts that leave no room in the context, a blank prefix, a model without a tokenizer.
     """
+    minus = _check(model, vector, coefficient, prefix, min_words)
+    new = require_int(max_new_tokens, "max_new_tokens", 1)
+    harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
+    rows = _rows(model, harmful, harmless, prefix, new)
+    steer = Steer(vector, -minus)
+    made = _respond(model, rows, steer, new, batch_size, progress)
+    examples, counts = _examples(model, harmful, harmless, made, judge, min_words)
+    meta = provenance(
+        model,
+        kernels=getattr(model, "kernels", None),
+        vector_hash=digest(vector.direction),
+        layer=vector.layer,
+        coefficient=minus,
+        prefix=prefix,
+        max_new_tokens=new,
+        judge="substring" if judge is None else type(judge).__name__,
+        prompts_hash=digest(rows[0], rows[2]),
+        n_prompts=[len(harmful), len(harmless)],
+    )
+    data = TrainingData(examples, counts=counts, meta=meta)
+    if progress is True:
+        print(f"vksteer: {data.line}", file=sys.stderr)
+    if not data:
+        warnings.warn(_NO_PAIR.format(line=data.line), stacklevel=2)
+    return data
+
+
+_NO_PAIR = (
+    "no pair is left: {line}. Does the model refuse these harmful prompts, and does the vector"
+    " bypass that?"
+)
+
+
+def _check(
+    model: Model,
+    vector: SteeringVector,
+    coefficient: float | tuple[float, float],
+    prefix: str,
+    min_words: int | str | None,
+) -> float:
+    """The magnitude that bypasses refusal."""
     if not isinstance(vector, SteeringVector):
         raise ValueError(f"vector must be a SteeringVector, not {type(vector).__name__}")
     vector.check(model)
@@ -213,14 +260,21 @@ def training_data(
         raise ValueError("training data are texts that are judged, and this model has no tokenizer")
     if min_words != "auto" and min_words is not None:
         require_int(min_words, "min_words", 0)
-    new = require_int(max_new_tokens, "max_new_tokens", 1)
-    harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
+    return minus
+
+
+def _rows(
+    model: Model, harmful: Prompts, harmless: Prompts, prefix: str, new: int
+) -> list[list[list[int]]]:
+    """Token rows of the four kinds: harmful prompts unsteered and steered, harmless prompts alone
+    and after the prefix.
+    """
     for i, prompt in enumerate(harmless):
         if not isinstance(prompt, str):
             raise ValueError(
                 f"harmless[{i}] is a token list: the prefix needs texts to stand before"
             )
-    asked = [
+    return [
         as_tokens(model, some, what, room=new)
         for some, what in (
             (harmful, "harmful"),
@@ -229,32 +283,46 @@ def training_data(
             ([f"{prefix} {p}" for p in harmless], "harmless, with the prefix"),
         )
     ]
-    edits = [
-        [[]] * len(harmful),
-        [[Steer(vector, -minus)]] * len(harmful),
-        [[]] * (2 * len(harmless)),
-    ]
+
+
+def _respond(
+    model: Model,
+    rows: Sequence[list[list[int]]],
+    steer: Steer,
+    new: int,
+    batch_size: int | None,
+    progress: ProgressLike,
+) -> list[list[str]]:
+    """Greedy responses to the four kinds of rows, of which the second is steered."""
     made = model.generate(
-        [row for rows in asked for row in rows],
+        [row for some in rows for row in some],
         max_new_tokens=new,
-        edits=[row for rows in edits for row in rows],
+        edits=[[steer] if kind == 1 else [] for kind, some in enumerate(rows) for _ in some],
         temperature=0.0,
         batch_size=batch_size,
         progress=progress,
     )
-    ends = np.cumsum([len(rows) for rows in asked])[:-1]
-    plain, steered, answered, prefixed = ([g.text for g in part] for part in _split(made, ends))
+    texts = [g.text for g in made]
+    ends = np.cumsum([len(some) for some in rows]).tolist()
+    return [texts[end - len(some) : end] for some, end in zip(rows, ends, strict=True)]
 
+
+def _examples(
+    model: Model,
+    harmful: Prompts,
+    harmless: Prompts,
+    made: Sequence[list[str]],
+    judge: Judge | None,
+    min_words: int | str | None,
+) -> tuple[list[Example], dict[str, int]]:
+    """(examples of the pairs that show their behaviours, counts)."""
+    plain, steered, answered, prefixed = made
     complied = ~refused(steered)
     if judge is not None:
-        complied &= succeeded(
-            [p if isinstance(p, str) else model.tokenizer.decode(p) for p in harmful],
-            steered,
-            judge,
-            min_words,
-        )
-    elif min_words not in ("auto", None):
-        complied &= long_enough(steered, min_words)
+        texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in harmful]
+        complied &= succeeded(texts, steered, judge, min_words)
+    elif min_words is not None and min_words != "auto":
+        complied &= long_enough(steered, int(min_words))
     counts = {"asked": len(harmful) + len(harmless)}
     examples = _pairs(
         harmful,
@@ -272,40 +340,19 @@ def training_data(
         ((~refused(answered), NOT_ANSWERED), (refused(prefixed), NOT_TALKED_INTO)),
         counts,
     )
-    meta = provenance(
-        model,
-        kernels=getattr(model, "kernels", None),
-        vector_hash=digest(vector.direction),
-        layer=vector.layer,
-        coefficient=minus,
-        prefix=prefix,
-        max_new_tokens=new,
-        judge="substring" if judge is None else type(judge).__name__,
-        prompts_hash=digest(asked[0], asked[2]),
-        n_prompts=[len(harmful), len(harmless)],
-    )
-    data = TrainingData(examples, counts=counts, meta=meta)
-    if progress is True:
-        print(f"vksteer: {data.line}", file=sys.stderr)
-    if not data:
-        warnings.warn(
-            f"no pair is left: {data.line}. Does the model refuse these harmful prompts, and does"
-            " the vector bypass that?",
-            stacklevel=2,
-        )
-    return data
+    return examples, counts
 
 
-def _split(items: Sequence[T], ends: IntArray) -> Iterator[Sequence[T]]:
-    start = 0
-    for end in [*ends.tolist(), len(items)]:
-        yield items[start:end]
-        start = end
-
-
-def _pairs(prompts: Sequence[str | list[int]], winning: Sequence[str], losing: Sequence[str], sign: int, tests: Sequence[tuple[BoolArray, str]], counts: dict[str, int]) -> list[Example]:
-    """Examples of the prompts that pass every test (bool [n], reason); the first test that
-    fails names the reason.
+def _pairs(
+    prompts: Prompts,
+    winning: Sequence[str],
+    losing: Sequence[str],
+    sign: int,
+    tests: Sequence[tuple[BoolArray, str]],
+    counts: dict[str, int],
+) -> list[Example]:
+    """Examples of the prompts that pass every test (bool [n], reason). `counts` counts the others
+    by the reason of the first test that they fail.
     """
     kept = []
     for i, prompt in enumerate(prompts):
@@ -313,7 +360,8 @@ def _pairs(prompts: Sequence[str | list[int]], winning: Sequence[str], losing: S
         if reason is None and not (winning[i].strip() and losing[i].strip()):
             reason = EMPTY
         if reason is None:
-            kept.append(Example(prompt, winning[i], losing[i], sign))
+            text = prompt if isinstance(prompt, str) else list(prompt)
+            kept.append(Example(text, winning[i], losing[i], sign))
         else:
             counts[reason] = counts.get(reason, 0) + 1
     return kept

@@ -1,17 +1,21 @@
-"""The rule that chooses one candidate out of (position, layer), alone: arrays in, indices out
+"""The rule that chooses one candidate, a pair of position and layer, from tables of scores
 (method.md section 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+from ..base.types import Float64Array, IntArray
 
 CRITERIA = ("paper", "arditi")
+#: Limit of the KL filter, in nats.
 MAX_KL = 0.1
-#: The filters in the order they are asked; the first that a candidate fails is the
-#: one that removed it.
+#: The filters in their order; the first one that a candidate fails is named as the reason.
 FILTERS = ("layer", "undefined", "induce", "kl")
 
 
@@ -19,14 +23,14 @@ FILTERS = ("layer", "undefined", "induce", "kl")
 class Rejection:
     """Why one candidate was not eligible."""
 
-    index: int  # row of the table
+    index: int  # row of the tables
     layer: int
     filter: str  # one of FILTERS
     reason: str  # in words, with the value and the limit
-    # how far it was from passing: logits below 0 for induce, plus KL's excess in units of the
-    # limit; inf where undefined
+    # How far it was from passing: what induce lacks to 0, in logits, plus the excess of KL in units
+    # of its limit; inf where undefined.
     shortfall: float
-    position: int | None = None  # the position that row `index` stands for, where known
+    position: int | None = None  # the position of row `index`, where known
 
     def __str__(self) -> str:
         where = (
@@ -38,72 +42,72 @@ class Rejection:
 
 
 def layer_allowed(layer: int, n_layers: int, strict: bool) -> bool:
-    """L < int(0.8 L) as in the authors' code, or l < 0.8 L as in the paper (strict); in whole
-    numbers, so no rounding decides.
+    """Whether l < int(0.8 L) as in the authors' code, or l < 0.8 L as in the paper (strict), in
+    integers so that no rounding decides.
     """
     return 5 * layer < 4 * n_layers if strict else layer < 4 * n_layers // 5
 
 
 def examine(
-    bypass: Float64Array, induce: Float64Array, kl: Float64Array, *, strict: bool = False, positions: Sequence[int] | IntArray | None=None
+    bypass: Float64Array,
+    induce: Float64Array,
+    kl: Float64Array,
+    *,
+    strict: bool = False,
+    positions: Sequence[int] | IntArray | None = None,
 ) -> tuple[list[tuple[int, int]], list[Rejection]]:
-    """Every cell through the filters: (eligible cells, rejections), both position by position,
-    then layer by layer.
+    """Applies the filters to every candidate: (eligible candidates, rejections), each position by
+    position and then layer by layer.
 
-    bypass, induce, kl: float [P, L]. A cell that is NaN in a value that is asked
-    for is no candidate.
+    bypass, induce, kl: float64 [P, L]. A candidate is undefined where a score is NaN that its
+    filters need. positions: the position of each row, for the rejections.
     """
     eligible, rejected = [], []
     n_layers = induce.shape[1]
-    induce_sign, kl_sign = (">", "<") if strict else (">=", "<=")
-    for p, l in np.ndindex(induce.shape):
-        b, i, k = float(bypass[p, l]), float(induce[p, l]), float(kl[p, l])
-        induces = i > 0 if strict else i >= 0
-        close = k < MAX_KL if strict else k <= MAX_KL
-        if not layer_allowed(l, n_layers, strict):
-            limit = (
-                f"0.8 * {n_layers}" if strict else f"{4 * n_layers // 5} = int(0.8 * {n_layers})"
-            )
-            name, reason, short = "layer", f"layer {l} is not below {limit}", np.inf
-        elif np.isnan(i) or (induces and (np.isnan(k) or (close and np.isnan(b)))):
-            name, reason, short = (
-                "undefined",
-                f"a score is NaN (bypass {b:.3g}, induce {i:.3g}, KL {k:.3g})",
-                np.inf,
-            )
-        elif not induces:
-            excess = 0.0 if np.isnan(k) else max(0.0, k / MAX_KL - 1)
-            name, reason, short = (
-                "induce",
-                f"induce {i:.4g}, wanted {induce_sign} 0"
-                + ("" if np.isnan(k) else f" (KL {k:.4g})"),
-                max(0.0, -i) + excess,
-            )
-        elif not close:
-            name, reason, short = (
-                "kl",
-                f"KL {k:.4g}, wanted {kl_sign} {MAX_KL} (induce {i:.4g})",
-                max(0.0, k / MAX_KL - 1),
-            )
-        else:
+    for p, l in np.ndindex(*induce.shape):
+        scores = float(bypass[p, l]), float(induce[p, l]), float(kl[p, l])
+        failed = _failed(*scores, l, n_layers, strict)
+        if failed is None:
             eligible.append((p, l))
-            continue
-        rejected.append(
-            Rejection(
-                p, l, name, reason, float(short), None if positions is None else int(positions[p])
-            )
-        )
+        else:
+            position = None if positions is None else int(positions[p])
+            rejected.append(Rejection(p, l, *failed, position))
     return eligible, rejected
 
 
+def _failed(
+    bypass: float, induce: float, kl: float, layer: int, n_layers: int, strict: bool
+) -> tuple[str, str, float] | None:
+    """(filter, reason, shortfall) of the first filter that one candidate fails."""
+    induces = induce > 0 if strict else induce >= 0
+    close = kl < MAX_KL if strict else kl <= MAX_KL
+    if not layer_allowed(layer, n_layers, strict):
+        limit = f"0.8 * {n_layers}" if strict else f"{4 * n_layers // 5} = int(0.8 * {n_layers})"
+        return "layer", f"layer {layer} is not below {limit}", np.inf
+    if np.isnan(induce) or (induces and (np.isnan(kl) or (close and np.isnan(bypass)))):
+        reason = f"a score is NaN (bypass {bypass:.3g}, induce {induce:.3g}, KL {kl:.3g})"
+        return "undefined", reason, np.inf
+    if not induces:
+        reason = f"induce {induce:.4g}, wanted {'>' if strict else '>='} 0"
+        if np.isnan(kl):
+            return "induce", reason, max(0.0, -induce)
+        excess = max(0.0, kl / MAX_KL - 1)
+        return "induce", f"{reason} (KL {kl:.4g})", max(0.0, -induce) + excess
+    if not close:
+        limit = f"{'<' if strict else '<='} {MAX_KL}"
+        reason = f"KL {kl:.4g}, wanted {limit} (induce {induce:.4g})"
+        return "kl", reason, max(0.0, kl / MAX_KL - 1)
+    return None
+
+
 def closest(rejected: list[Rejection]) -> Rejection | None:
-    """The rejected candidate that fell short by least; None where nothing was measured."""
+    """The rejected candidate of the smallest shortfall; None where nothing was measured."""
     measured = [r for r in rejected if np.isfinite(r.shortfall)]
     return min(measured, key=lambda r: r.shortfall, default=None)
 
 
 def none_left(rejected: list[Rejection]) -> ValueError:
-    """The error that says which filter removed how many, and which candidate came closest."""
+    """The error when no candidate is left: how many each filter removed, and the closest."""
     counts = {name: sum(r.filter == name for r in rejected) for name in FILTERS}
     removed = ", ".join(f"{name}: {n}" for name, n in counts.items() if n)
     best = closest(rejected)
@@ -115,23 +119,25 @@ def none_left(rejected: list[Rejection]) -> ValueError:
     )
 
 
-def _sigmoid(x: Float64Array | float) -> Float64Array:
-    # Both tails exact: 1 / (1 + exp(-x)) would lose the differences of large negative x.
+def _sigmoid(x: float) -> float:
+    # Accurate in both tails: 1 / (1 + exp(-x)) loses the differences between large negative x.
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+    return float(1 / (1 + e) if x >= 0 else e / (1 + e))
 
 
-def best_of(eligible: Sequence[tuple[int, int]], bypass: Float64Array, induce: Float64Array, criterion: str) -> tuple[int, int]:
-    """The eligible cell of smallest value; among equals the first position,
-    then the lowest layer.
+def best_of(
+    eligible: Sequence[tuple[int, int]], bypass: Float64Array, induce: Float64Array, criterion: str
+) -> tuple[int, int]:
+    """The eligible candidate of the smallest value by `criterion`; among equals the first position,
+    then the lowest layer. bypass, induce: float64 [P, L].
     """
 
-    def value(cell: tuple[int, int]) -> float:
+    def value(candidate: tuple[int, int]) -> float:
         if criterion == "arditi":
-            return float(bypass[cell])
-        return float(_sigmoid(bypass[cell]) - _sigmoid(induce[cell]))
+            return float(bypass[candidate])
+        return _sigmoid(bypass[candidate]) - _sigmoid(induce[candidate])
 
-    return min(eligible, key=lambda cell: (value(cell), cell))
+    return min(eligible, key=lambda candidate: (value(candidate), candidate))
 
 
 def check_criterion(criterion: str) -> None:
@@ -139,20 +145,25 @@ def check_criterion(criterion: str) -> None:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
 
 
-def choose(bypass: npt.ArrayLike, induce: npt.ArrayLike, kl: npt.ArrayLike, criterion: str = "paper", strict: bool = False) -> tuple[int, int]:
-    """The candidate that the method's rule picks: (position index, layer).
+def choose(
+    bypass: npt.ArrayLike,
+    induce: npt.ArrayLike,
+    kl: npt.ArrayLike,
+    criterion: str = "paper",
+    strict: bool = False,
+) -> tuple[int, int]:
+    """The candidate that the rule chooses: (position index, layer) (method.md section 2).
 
-    bypass, induce, kl: float [P, L], in the units of method.md section 2; NaN: not a
-    candidate. L is the number of the model's layers. criterion: "paper" minimises
-    sigmoid(bypass) - sigmoid(induce); "arditi" minimises bypass, which then is the score under
-    ablation. strict: the paper's inequalities (induce > 0, KL < 0.1, l < 0.8 L) instead of the
-    code's (>=, <=, l < int(0.8 L)).
-    Ties go to the first position, then to the lowest layer. Raises ValueError for tables that
-    do not fit, and where no candidate is left: the message says how many each filter removed
-    and which came closest.
+    bypass, induce, kl: float [P, L]; L is the number of the model's layers; NaN marks what is no
+    candidate. criterion: "paper" minimises sigmoid(bypass) - sigmoid(induce); "arditi" minimises
+    bypass, which then is the score under ablation. strict: the paper's inequalities (induce > 0, KL
+    < 0.1, l < 0.8 L) instead of those of the code (>=, <=, l < int(0.8 L)).
+    Ties go to the first position, then to the lowest layer. Raises ValueError for tables that do
+    not fit, and where no candidate is left: the message says how many each filter removed and which
+    candidate came closest.
     """
     check_criterion(criterion)
-    tables = {}
+    tables: dict[str, Float64Array] = {}
     for name, table in (("bypass", bypass), ("induce", induce), ("kl", kl)):
         tables[name] = np.asarray(table, dtype=np.float64)
         if tables[name].ndim != 2 or not tables[name].size:
@@ -164,12 +175,12 @@ def choose(bypass: npt.ArrayLike, induce: npt.ArrayLike, kl: npt.ArrayLike, crit
                 f"{name} has shape {tables[name].shape}, bypass {tables['bypass'].shape}: all three"
                 " must be [positions, layers]"
             )
-    # Whoever has no number anywhere is no candidate, whichever filter would have come first.
+    # What lacks any of the three scores is no candidate, whichever filter comes first.
     missing = np.isnan(tables["bypass"]) | np.isnan(tables["induce"]) | np.isnan(tables["kl"])
     if missing.all():
         raise ValueError("no candidate is left: every cell is NaN")
-    tables["induce"] = np.where(missing, np.nan, tables["induce"])
-    eligible, rejected = examine(**tables, strict=strict)
+    known = np.where(missing, np.nan, tables["induce"])
+    eligible, rejected = examine(tables["bypass"], known, tables["kl"], strict=strict)
     if not eligible:
         raise none_left(rejected)
-    return best_of(eligible, tables["bypass"], tables["induce"], criterion)
+    return best_of(eligible, tables["bypass"], known, criterion)

@@ -1,41 +1,53 @@
-"""What a candidate does to the next token: refusal metric, KL, and the tokens that stand for
-refusal (method.md section 2).
+"""What a candidate does to the next token: the refusal metric, the KL divergence, and the tokens
+that stand for refusal (method.md section 2).
 
-Everything here is float64 from the engine's float32 logits; means run over prompts in their order,
-so no batch size changes a bit.
+Everything is computed in float64 from the engine's float32 logits, with means over prompts in their
+order, so results are bit-identical for every batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from ..base.progress import Progress
+from ..base.types import Float32Array, Float64Array, Prompts
 from ..inputs.prompts import batches, token_text
 from ..runtime.edits import Ablate, Steer
 
-#: One engine call: about so many tokens, and at most so many float32 logits.
-CHUNK_TOKENS = 8192
-CHUNK_LOGITS = 1 << 24
+if TYPE_CHECKING:
+    from ..inputs.vectors import SteeringVector
+    from ..runtime.model import Model
+
+#: About so many tokens, and at most so many float32 logits, of one engine call.
+BATCH_TOKENS = 8192
+BATCH_LOGITS = 1 << 24
+
+#: (tokens, edits) of every row.
+Rows: TypeAlias = Sequence[tuple[list[int], list[Any]]]
 
 
-def _logsumexp(x: Array) -> float:
-    """log(sum(exp(x))) of one row, float64, exact in both tails."""
+def _logsumexp(x: Float64Array) -> float:
+    """log(sum(exp(x))) of one row, accurate in both tails."""
     top = x.max()
-    return top + np.log(np.exp(x - top).sum())
+    return float(top + np.log(np.exp(x - top).sum()))
 
 
-def _rowwise(function: Callable[..., Any], width_out: tuple[int, ...], *tables: npt.ArrayLike) -> Float64Array:
-    """`function` of each row by itself, so that every row's sums have one order: NumPy's depends on
-    how many rows an array holds.
+def _rowwise(
+    function: Callable[..., Any], width_out: tuple[int, ...], *tables: npt.ArrayLike
+) -> Float64Array:
+    """`function` of each row by itself. NumPy's order of summation depends on how many rows an
+    array holds; this way every row is summed in one order.
     """
-    tables = [np.asarray(table) for table in tables]
-    lead = tables[-1].shape[:-1]
+    arrays = [np.asarray(table) for table in tables]
+    lead = arrays[-1].shape[:-1]
     flat = [
-        np.ascontiguousarray(table.reshape(-1, table.shape[-1]), dtype=np.float64)
-        for table in tables
+        np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float64)
+        for array in arrays
     ]
     out = np.empty((len(flat[-1]), *width_out), dtype=np.float64)
     for i, rows in enumerate(zip(*flat)):
@@ -43,55 +55,56 @@ def _rowwise(function: Callable[..., Any], width_out: tuple[int, ...], *tables: 
     return out.reshape(*lead, *width_out)
 
 
-def log_softmax(logits: npt.ArrayLike) -> np.ndarray:
-    """Log-probabilities, float64 [..., V], over the last axis."""
+def log_softmax(logits: npt.ArrayLike) -> Float64Array:
+    """Log-probabilities over the last axis, float64 [..., V]."""
     return _rowwise(lambda x: x - _logsumexp(x), (np.shape(logits)[-1],), logits)
 
 
-def refusal_metric(logits: npt.ArrayLike, refusal_tokens: Sequence[int]) -> np.ndarray:
-    """log(P_ref / (1 - P_ref)) with P_ref the summed next-token probability of `refusal_tokens`, no
-    epsilon: float64 [...].
+def refusal_metric(logits: npt.ArrayLike, refusal_tokens: Sequence[int]) -> Float64Array:
+    """log(P_ref / (1 - P_ref)), float64 [...], where P_ref is the summed next-token probability of
+    `refusal_tokens`; no epsilon (method.md section 2).
 
-    logits: [..., V], or log-probabilities. Both sums are taken in the logarithm, so that P_ref near
-    0 or 1 loses nothing.
+    logits: [..., V], or log-probabilities. Both sums are taken as logarithms, so that nothing is
+    lost where P_ref is near 0 or 1.
     """
     inside = np.zeros(np.shape(logits)[-1], dtype=bool)
     inside[list(refusal_tokens)] = True
     return _rowwise(lambda x: _logsumexp(x[inside]) - _logsumexp(x[~inside]), (), logits)
 
 
-def kl_divergence(logp: npt.ArrayLike, logits: npt.ArrayLike) -> np.ndarray:
-    """KL(P || Q) over the last axis, float64 [...]: P by its log-probabilities `logp`, Q by its
-    logits. Never below 0 but for rounding.
+def kl_divergence(logp: npt.ArrayLike, logits: npt.ArrayLike) -> Float64Array:
+    """KL(P || Q) over the last axis in nats, float64 [...]. logp: log-probabilities of P, [..., V].
+    logits: of Q. Rounding can make it slightly negative.
     """
     return _rowwise(lambda p, x: (np.exp(p) * (p - (x - _logsumexp(x)))).sum(), (), logp, logits)
 
 
-def _last_logits(model: Model, rows: Rows) -> np.ndarray:
-    """Logits after the last token of every row, float32 [len(rows), V]. rows:
-    (tokens, list of edits).
+def _last_logits(model: Model, rows: Rows) -> Float32Array:
+    """Logits after the last token of every row, float32 [len(rows), V].
 
-    The one place where candidates meet the engine: rows that come together share their
-    first edited layer, so an engine that resumes from a cached layer input has to be called
-    here and nowhere else.
+    Rows that come together share their first edited layer, so that the run can resume from a kept
+    input of that layer. All runs of candidates go through this function.
     """
     from ..runtime.resume import can_resume, last_logits
 
     if hasattr(model, "_layer_inputs") and can_resume(rows):
         return last_logits(model, rows)
-    return model.run(
+    logits = model.run(
         [tokens for tokens, _ in rows], edits=[edits for _, edits in rows], logits="last"
     ).logits
+    return np.asarray(logits)
 
 
-def last_logits(model: Model, rows: Rows, step: Callable[[int], object] | None=None) -> Iterator[tuple[slice, np.ndarray]]:
-    """`_last_logits` in pieces that fit: yields (slice of rows, logits [n, V]). step: called with
-    the number of rows done each time.
+def last_logits(
+    model: Model, rows: Rows, step: Callable[[int], object] | None = None
+) -> Iterator[tuple[slice, Float32Array]]:
+    """`_last_logits` batch by batch: yields (slice of rows, logits float32 [n, V]). step: called
+    with the number of rows that are done.
     """
     for part in batches(
         [tokens for tokens, _ in rows],
-        tokens=CHUNK_TOKENS,
-        most=max(1, CHUNK_LOGITS // model.config.d_vocab),
+        tokens=BATCH_TOKENS,
+        most=max(1, BATCH_LOGITS // model.config.d_vocab),
     ):
         logits = _last_logits(model, rows[part])
         if logits.shape != (part.stop - part.start, model.config.d_vocab):
@@ -109,7 +122,7 @@ def last_logits(model: Model, rows: Rows, step: Callable[[int], object] | None=N
 
 @dataclass(frozen=True)
 class RefusalTokens:
-    """The tokens whose probability is the refusal metric, and how they were found."""
+    """The tokens whose summed probability the refusal metric reads, and how they were found."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
@@ -129,12 +142,12 @@ class RefusalTokens:
 
 
 def given_refusal_tokens(model: Model, ids: int | Sequence[int]) -> RefusalTokens:
-    """Checked token ids of the user's. Raises ValueError for an empty list and ids
-    outside the vocabulary.
+    """The refusal tokens of given ids. Raises ValueError for an empty list, for the whole
+    vocabulary, and for ids outside it.
     """
-    ids = [ids] if isinstance(ids, (int, np.integer)) else list(ids)
+    given = [ids] if isinstance(ids, (int, np.integer)) else list(ids)
     V = model.config.d_vocab
-    for i in ids:
+    for i in given:
         if (
             isinstance(i, (bool, np.bool_))
             or not isinstance(i, (int, np.integer))
@@ -143,26 +156,31 @@ def given_refusal_tokens(model: Model, ids: int | Sequence[int]) -> RefusalToken
             raise ValueError(
                 f"refusal_tokens: {i!r} is no token id (whole numbers from 0 to {V - 1})"
             )
-    ids = tuple(dict.fromkeys(int(i) for i in ids))
-    if not ids or len(ids) >= V:
+    different = tuple(dict.fromkeys(int(i) for i in given))
+    if not different or len(different) >= V:
         raise ValueError(
-            f"refusal_tokens names {len(ids)} of {V} tokens: give at least one and not all, or None"
-            " to derive them"
+            f"refusal_tokens names {len(different)} of {V} tokens: give at least one and not all,"
+            " or None to derive them"
         )
-    return RefusalTokens(ids, tuple(token_text(model, i) for i in ids))
+    return RefusalTokens(different, tuple(token_text(model, i) for i in different))
 
 
 def refusal_tokens_from(
-    model: Model, harmful_logp: Float64Array, harmless_logp: Float64Array, *, share: float=0.1, least: float=0.05, most: int=8
+    model: Model,
+    harmful_logp: Float64Array,
+    harmless_logp: Float64Array,
+    *,
+    share: float = 0.1,
+    least: float = 0.05,
+    most: int = 8,
 ) -> RefusalTokens:
-    """Tokens with which the model's answers begin after harmful prompts and not
-    after harmless ones.
+    """Tokens with which the model begins its responses to harmful but not to harmless prompts.
 
-    harmful_logp, harmless_logp: next-token log-probabilities [n, V]. Ranked by mean probability
-    after harmful minus after harmless prompts; kept are the first and every other whose difference
-    is at least `share` of the first's, at most `most`.
-    Raises ValueError where the first difference is below `least`: the answers then begin alike and
-    the tokens must be given.
+    harmful_logp, harmless_logp: next-token log-probabilities, float64 [n, V]. Tokens are ranked by
+    mean probability after harmful minus after harmless prompts. The first is kept, and every other
+    one whose difference is at least `share` of the first's, at most `most` tokens.
+    Raises ValueError where the first difference is below `least`: the responses then begin alike,
+    and the tokens must be given.
     """
     a, b = np.exp(harmful_logp).mean(axis=0), np.exp(harmless_logp).mean(axis=0)
     difference = a - b
@@ -185,14 +203,14 @@ def refusal_tokens_from(
 
 
 def derive_refusal_tokens(model: Model, harmful: Prompts, harmless: Prompts) -> RefusalTokens:
-    """`refusal_tokens_from` on the unsteered model's next tokens after these prompts
-    (texts or token lists).
+    """Refusal tokens from the unsteered model's next tokens after these prompts (texts or token
+    lists). Raises ValueError where the responses to both kinds begin alike.
     """
     from ..inputs.prompts import as_tokens
 
     pair = []
     for what, prompts in (("harmful", harmful), ("harmless", harmless)):
-        rows = [(tokens, []) for tokens in as_tokens(model, prompts, what)]
+        rows: Rows = [(tokens, []) for tokens in as_tokens(model, prompts, what)]
         pair.append(np.concatenate([log_softmax(logits) for _, logits in last_logits(model, rows)]))
     return refusal_tokens_from(model, *pair)
 
@@ -202,25 +220,25 @@ def derive_refusal_tokens(model: Model, harmful: Prompts, harmless: Prompts) -> 
 
 @dataclass(frozen=True)
 class Scores:
-    """What every candidate does, each float64 [P, L], means over prompts; NaN where
-    it was not asked for.
+    """Scores of all candidates (method.md section 2): means over prompts, float64 [P, L] each, NaN
+    where not measured.
 
-    bypass: refusal metric on harmful prompts under a = -1. induce: on harmless prompts under a =
-    +1. kl: KL(unsteered || ablated) on harmless prompts. bypass_ablation: refusal metric on harmful
-    prompts under directional ablation.
+    bypass: refusal metric on harmful prompts under a = -1. induce: refusal metric on harmless
+    prompts under a = +1. kl: KL(unsteered || ablated) on harmless prompts, in nats.
+    bypass_ablation: refusal metric on harmful prompts under directional ablation.
     """
 
-    bypass: np.ndarray
-    induce: np.ndarray
-    kl: np.ndarray
-    bypass_ablation: np.ndarray
+    bypass: Float64Array
+    induce: Float64Array
+    kl: Float64Array
+    bypass_ablation: Float64Array
     positions: tuple[int, ...]
     refusal_tokens: RefusalTokens
     #: Refusal metric of the unsteered model, mean over the harmful and over the harmless prompts.
     unsteered: tuple[float, float] = field(default=(float("nan"), float("nan")))
 
     def to_markdown(self) -> str:
-        """The measured cells as a table, positions in rows, with the refusal tokens above."""
+        """A table with one row for each measured candidate, and the refusal tokens above it."""
         lines = [
             f"Refusal tokens: {self.refusal_tokens}",
             f"Unsteered metric: harmful {self.unsteered[0]:.3f}, harmless {self.unsteered[1]:.3f}",
@@ -228,20 +246,26 @@ class Scores:
             "| position | layer | bypass | induce | KL | bypass under ablation |",
             "|---:|---:|---:|---:|---:|---:|",
         ]
-        number = lambda x: "" if np.isnan(x) else f"{x:.3f}"
+
+        def number(x: float) -> str:
+            return "" if np.isnan(x) else f"{x:.3f}"
+
         for p, l in np.ndindex(self.induce.shape):
-            cell = [
+            scores = [
                 table[p, l] for table in (self.bypass, self.induce, self.kl, self.bypass_ablation)
             ]
-            if not np.isnan(cell).all():
+            if not np.isnan(scores).all():
                 lines.append(
-                    f"| {self.positions[p]} | {l} | " + " | ".join(map(number, cell)) + " |"
+                    f"| {self.positions[p]} | {l} | " + " | ".join(map(number, scores)) + " |"
                 )
         return "\n".join(lines)
 
-    def to_dict(self) -> dict:
-        """Plain lists and numbers, for JSON; NaN becomes None."""
-        plain = lambda table: [[None if np.isnan(x) else float(x) for x in row] for row in table]
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: lists and numbers; NaN becomes None."""
+
+        def plain(table: Float64Array) -> list[list[float | None]]:
+            return [[None if np.isnan(x) else float(x) for x in row] for row in table]
+
         return {
             "bypass": plain(self.bypass),
             "induce": plain(self.induce),
@@ -255,15 +279,22 @@ class Scores:
 
 
 class Scorer:
-    """Measures candidates on fixed validation prompts. The unsteered runs are made
-    once, on construction.
+    """Measures candidates on fixed validation prompts. The unsteered model runs once, on
+    construction.
 
     harmful, harmless: token lists. refusal_tokens: ids, or None to derive them from these prompts.
     """
 
     SCORES = ("bypass", "induce", "kl", "bypass_ablation")
 
-    def __init__(self, model: Model, harmful: list[list[int]], harmless: list[list[int]], refusal_tokens: Sequence[int] | None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        harmful: list[list[int]],
+        harmless: list[list[int]],
+        refusal_tokens: Sequence[int] | None,
+        progress: Progress | None = None,
+    ) -> None:
         self.model, self.harmful, self.harmless = model, harmful, harmless
         if refusal_tokens is not None:
             self.refusal = given_refusal_tokens(model, refusal_tokens)
@@ -279,27 +310,32 @@ class Scorer:
         if refusal_tokens is None:
             self.refusal = refusal_tokens_from(model, *base)
         self.harmless_logp = base[1]
-        self.unsteered = tuple(
+        on_harmful, on_harmless = (
             float(refusal_metric(logp, self.refusal.ids).mean()) for logp in base
         )
+        self.unsteered = on_harmful, on_harmless
         if progress is not None:
             progress.say(f"refusal tokens: {self.refusal}")
 
-    def rows_per_cell(self, score: str) -> int:
-        return len(self.harmful) if score.startswith("bypass") else len(self.harmless)
+    def measure(
+        self,
+        score: str,
+        vectors: Sequence[SteeringVector],
+        step: Callable[[int], object] | None = None,
+    ) -> Float64Array:
+        """One score of every vector, float64 [len(vectors)], from rows of (vector, prompt) pairs,
+        vector by vector.
 
-    def measure(self, score: str, vectors: Sequence[SteeringVector], step: Callable[[int], object] | None=None) -> np.ndarray:
-        """One score of every vector, float64 [len(vectors)]: a batch of (vectors x prompts)
-        rows, vector by vector.
-
-        A zero vector (where both classes have one and the same token, its input differs
-        in nothing) changes nothing: its scores are the unsteered model's, its KL is 0,
-        and no row is run for it.
+        A zero vector changes nothing: its scores are those of the unsteered model, its KL is 0, and
+        no row is run for it. (A difference in means is zero where both kinds of prompts have the
+        same tokens up to its position.)
         """
         prompts = self.harmful if score.startswith("bypass") else self.harmless
-        edit = {"bypass": lambda v: Steer(v, -1.0), "induce": lambda v: Steer(v, 1.0)}.get(
-            score, Ablate
-        )
+        edits_of: dict[str, Callable[[SteeringVector], Any]] = {
+            "bypass": lambda v: Steer(v, -1.0),
+            "induce": lambda v: Steer(v, 1.0),
+        }
+        edit = edits_of.get(score, Ablate)
         at_zero = {"kl": 0.0, "induce": self.unsteered[1]}.get(score, self.unsteered[0])
         real = [i for i, v in enumerate(vectors) if v.norm > 0]
         rows = [

@@ -1,120 +1,32 @@
-"""Training of steering vectors by next-token prediction (NTP) and preference optimisation (PO):
-method.md section 2.
+"""Training of steering vectors by next-token prediction (NTP) and preference optimisation (PO)
+(method.md section 2).
 
-The model is frozen; only the direction is learned. What a step does depends on the settings, the
-seed and its number alone: shuffling and factors are drawn anew from (seed, epoch), gradients are
-added up in float64 in the order of the examples, and the optimiser's state is float64. So
-micro-batches change no bit, and a training that goes on from its checkpoint ends where the
-uninterrupted one does. `checkpoints.py` owns the file.
+The model is frozen; only the direction is learned. A step depends on the settings, the seed and its
+number alone: shuffling and factors are drawn from (seed, epoch), gradients are summed in float64 in
+the order of the examples, and the state of the optimiser is float64. So results are bit-identical
+for all sizes of device batches, and for a training that goes on from its checkpoint
+(steering/checkpoints.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.checks import require_int
-from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, provenance
+from ..base.types import Float64Array, IntArray, PathLike, ProgressLike
 from ..inputs.vectors import SteeringVector
 from .checkpoints import Checkpoint, State
-from .losses import LIMIT, LogProbs, Objective, check_number, mean_gradient, prepare
-from .settings import Adam, Settings
+from .losses import LIMIT, Examples, LogProbs, Objective, mean_gradient, prepare
+from .settings import Adam, Factors, Settings
+from .trained import Training
 
-
-@dataclass
-class Training:
-    """What training gave.
-
-    vector: SteeringVector of the chosen epoch, with provenance; its norm is what training made it
-    (`normalized_to`). losses: mean loss of each step. validation: a dict per epoch: epoch, loss,
-    and for PO match (None where the loss ruled the epoch out); empty without validation examples.
-    curve: a dict per step: step, epoch, lr, loss, gradient (norm before clipping), norm (of the
-    vector after the step).
-    vectors: float64 [epochs, D], the vector after each epoch. epoch: the chosen one, counted from
-    0. settings: Settings.
-    """
-
-    vector: SteeringVector
-    losses: list[float]
-    validation: list[dict[str, Any]]
-    curve: list[dict[str, float]]
-    vectors: np.ndarray
-    epoch: int
-    settings: Settings
-
-    def normalized_to(self, norm: SteeringVector | float) -> SteeringVector:
-        """The vector with the norm of another one (a SteeringVector, for example DIM's) or a
-        number: how the method uses it.
-        """
-        return self.vector.with_norm(
-            norm.norm if isinstance(norm, SteeringVector) else check_number(norm, "norm")
-        )
-
-    def to_dict(self) -> dict:
-        """For JSON: settings, losses, validation and curve; the vector itself is
-        saved by `vector.save`.
-        """
-        return {
-            "settings": asdict(self.settings),
-            "epoch": self.epoch,
-            "losses": self.losses,
-            "validation": self.validation,
-            "curve": self.curve,
-            "vector_hash": digest(self.vector.direction),
-            "vector_norm": self.vector.norm,
-        }
-
-    def to_markdown(self) -> str:
-        """One line an epoch: learning rate, mean training loss, validation, norm."""
-        lines = [
-            "| epoch | lr | training loss | validation loss | match | norm | chosen |",
-            "|---:|---:|---:|---:|---:|---:|:---|",
-        ]
-        number = lambda x: "" if x is None else f"{x:.4f}"
-        for e in range(len(self.vectors)):
-            steps = [c for c in self.curve if c["epoch"] == e]
-            v = self.validation[e] if self.validation else {}
-            lines.append(
-                f"| {e} | {steps[0]['lr']:.4g} | {np.mean([c['loss'] for c in steps]):.4f} |"
-                f" {number(v.get('loss'))} | {number(v.get('match'))} | {steps[-1]['norm']:.3f} |"
-                f" {'yes' if e == self.epoch else ''} |"
-            )
-        return "\n".join(lines)
-
-    def plot(self, path: PathLike | None=None) -> Figure:
-        """Loss by step with the validation loss at the ends of epochs: a matplotlib Figure, saved
-        to `path` if one is given (needs matplotlib).
-        """
-        figure = new_figure(6.0, 3.2)
-        axes = figure.add_subplot()
-        axes.plot(
-            np.arange(1, len(self.losses) + 1),
-            self.losses,
-            color="#4878a8",
-            linewidth=0.8,
-            label="training, each step",
-        )
-        if self.validation:
-            per_epoch = len(self.losses) / len(self.vectors)
-            axes.plot(
-                per_epoch * (1 + np.arange(len(self.vectors))),
-                [v["loss"] for v in self.validation],
-                "o-",
-                color="#c8643c",
-                label="validation",
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"{self.settings.loss.upper()} loss")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+if TYPE_CHECKING:
+    from ..runtime.model import Model
 
 
 class _Trainer:
@@ -158,7 +70,7 @@ class _Trainer:
             settings.init * rng.standard_normal(width), np.zeros(width), np.zeros(width)
         )
         self.curve: list[dict[str, float]] = []
-        self.vectors: list[np.ndarray] = []
+        self.vectors: list[Float64Array] = []
         self.validation: list[dict[str, Any]] = []
         self.file = None if checkpoint is None else Checkpoint(checkpoint, self.key)
         if self.file is not None and (state := self.file.read(width)) is not None:
@@ -182,18 +94,20 @@ class _Trainer:
             )
 
     def _coefficients(self, epoch: int, n: int, which: int) -> Float64Array:
-        """Strengths of n examples: the one coefficient, or factors drawn for this epoch. which: 1
-        training; 2 validation, the same at every epoch.
+        """Strengths of n examples, float64 [n]: the one coefficient, or factors drawn for this
+        epoch. which: 1 for training; 2 for validation, whose caller always passes epoch 0.
         """
         if self.s.factors is None:
             return np.full(n, self.s.coefficient)
-        return np.random.default_rng([self.s.seed, which, epoch]).choice(self.s.factors, n)
+        rng = np.random.default_rng([self.s.seed, which, epoch])
+        return np.asarray(rng.choice(np.asarray(self.s.factors), n))
 
     def _step(self, epoch: int, batch: IntArray, coefficients: Float64Array, lr: float) -> None:
         some = [self.examples[i] for i in batch]
         losses, gradients = self.objective(
             some, self.adam.vector.astype(np.float32), coefficients[batch]
         )
+        assert gradients is not None
         gradient = mean_gradient(gradients)
         if not np.isfinite(gradient).all() or not np.isfinite(losses).all():
             raise ValueError(
@@ -211,7 +125,7 @@ class _Trainer:
                 "norm": float(np.linalg.norm(adam.vector)),
             }
         )
-        self.adam = adam  # from here on the step is done; a checkpoint takes the curve up to it
+        self.adam = adam  # the step is complete; a checkpoint takes the curve up to it
 
     def _held_out_loss(self, vector: Float64Array) -> float:
         losses, _ = self.objective(
@@ -256,7 +170,7 @@ class _Trainer:
                     self.vectors.append(self.adam.vector.copy())
                     bar.say(self._line(epoch, lr))
                     self._save()
-            except BaseException:  # Ctrl-C above all: what is done is kept
+            except BaseException:  # KeyboardInterrupt too: finished steps are kept
                 self._save()
                 raise
             return self._result()
@@ -270,8 +184,9 @@ class _Trainer:
         )
 
     def _choose(self) -> int:
-        """NTP: the least validation loss. PO: among losses within one phi of the least, the best
-        match score. Ties: the earlier epoch. None: the last.
+        """The chosen epoch. NTP: the least validation loss. PO: the best match score among the
+        epochs whose loss is within one phi of the least. Ties go to the earlier epoch. Without
+        validation examples: the last one.
         """
         if not self.held_out:
             return self.s.epochs - 1
@@ -327,12 +242,12 @@ def _train(
 
 def train_ntp(
     model: Model,
-    examples: Sequence,
+    examples: Examples,
     *,
     layer: int,
-    validation: Sequence | None = None,
+    validation: Examples | None = None,
     coefficient: float = 1.0,
-    factors: Factors=None,
+    factors: Factors = None,
     epochs: int = 10,
     batch_size: int = 6,
     lr: float = 0.01,
@@ -344,26 +259,23 @@ def train_ntp(
     limit: int = LIMIT,
     reduction: str = "mean",
     batch_tokens: int | None = None,
-    checkpoint: PathLike | None=None,
+    checkpoint: PathLike | None = None,
     checkpoint_every: int = 20,
-    progress: ProgressLike=True,
+    progress: ProgressLike = True,
 ) -> Training:
-    """Learns a vector at resid_pre of `layer` that makes the winning responses likely: mean over
-    examples of -log p(winning | steered).
+    """Trains a vector at resid_pre of `layer` with the NTP loss (method.md section 2).
 
-    examples: anything with prompt, winning and sign (+1 or -1; texts or token lists; `ntp_loss`),
-    for instance `vs.steering.training_data`'s. validation: more of them; the epoch of least
-    validation loss is chosen (without any: the last).
-    coefficient: each example is steered by coefficient * sign; factors: instead a strength drawn
-      for every sample and epoch, "authors" for 2, 4, ..., 20 (validation keeps one draw).
-    The rest as method.md section 2: AdamW, lr (1 - epoch / epochs), clipping by norm, a small
-      random start, `limit` response tokens, reduction "mean" or "sum" over a response's
-      tokens. batch_tokens: tokens that go through the device at once (default: as memory
-      allows; changes no bit).
-    checkpoint: a file; written whole every `checkpoint_every` steps, at the ends of epochs and when
-      interrupted. A second call with the same settings goes on from there and ends with the same
-      bits; one of other settings is refused.
-    Returns Training. Raises ValueError before any work for bad examples (`ntp_loss`) and settings.
+    examples: as in `ntp_loss`, for instance those of `vs.steering.training_data`. validation: more
+    examples; the epoch of least validation loss is chosen (without any: the last one).
+    coefficient: each example is steered by coefficient * sign. factors: strengths instead, one
+    drawn for every example and epoch, "authors" for 2, 4, ..., 20; validation keeps one draw. The
+    learning rate of an epoch is lr (1 - epoch / epochs). clip: largest norm of a gradient, or None.
+    init: standard deviation of the initial vector. limit, reduction: as in `ntp_loss`.
+    batch_tokens: tokens of a device batch (default: as memory allows); results are bit-identical
+    whatever it is. checkpoint: a file, written every `checkpoint_every` steps, at the end of each
+    epoch and on interruption; a second call with the same settings goes on from it, with
+    bit-identical results, and one with other settings raises ValueError.
+    Raises ValueError before any work for bad examples and settings.
     """
     settings = Settings(
         "ntp",
@@ -389,13 +301,13 @@ def train_ntp(
 
 def train_po(
     model: Model,
-    examples: Sequence,
+    examples: Examples,
     *,
     layer: int,
     phi: float = 2e-2,
-    validation: Sequence | None = None,
+    validation: Examples | None = None,
     coefficient: float = 1.0,
-    factors: Factors=None,
+    factors: Factors = None,
     epochs: int = 10,
     batch_size: int = 6,
     lr: float = 0.01,
@@ -406,16 +318,16 @@ def train_po(
     init: float = 0.01,
     limit: int = LIMIT,
     batch_tokens: int | None = None,
-    checkpoint: PathLike | None=None,
+    checkpoint: PathLike | None = None,
     checkpoint_every: int = 20,
-    progress: ProgressLike=True,
+    progress: ProgressLike = True,
 ) -> Training:
-    """Learns a vector that prefers the winning to the losing responses (`po_loss`); examples also
-    need losing. The rest as `train_ntp`.
+    """Trains a vector with the PO loss (method.md section 2). phi and examples: as in `po_loss`;
+    otherwise as `train_ntp`.
 
-    Of the epochs whose validation loss lies within one phi of the least, the one with the
-    best match score is chosen: the share of the winning responses' tokens that the steered
-    model predicts greedily.
+    Of the epochs whose validation loss is within one phi of the least, the one with the best match
+    score is chosen: the share of the tokens of winning responses that the steered model predicts
+    greedily.
     """
     settings = Settings(
         "po",
