@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -229,5 +229,6 @@ def graph(config_or_model: Config | Model, layer: int) -> Graph:
     config_or_model: a Config, or anything with one as `.config`; no weights are needed. Raises
     ValueError for a layer outside the model.
     """
-    config: Config = getattr(config_or_model, "config", config_or_model)
+    # A Config has no `.config` of its own.
+    config: Any = getattr(config_or_model, "config", config_or_model)
     return Graph(config.n_layers, config.n_heads, config.n_kv_heads, int(layer))

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..base.types import Array
 from ..inputs.samples import samples_hash
-from .edge_scores import EdgeScores, combine
+from .edge_scores import EdgeScores
+from .score_tables import combine
 
 if TYPE_CHECKING:
     from ..circuits.graph import Graph

@@ -231,7 +231,7 @@ class AttributionRuns:
         end_step: int,
     ) -> Float32Array:
         """Adds the gradients of steps [first_step, end_step) of consecutive samples, whose sample
-        tokens begin at number `sample_token`.
+        tokens begin at number `sample_token`. Returns the metric at each of its positions.
         """
         n_steps, shift = end_step - first_step, RULES[self.settings.rule]
         tokens = [s.tokens for s in samples for _ in range(n_steps)]
@@ -249,7 +249,7 @@ class AttributionRuns:
                 for i, (first, end) in enumerate(ranges)
             ]
         )
-        return self.engine.step(
+        values: Float32Array = self.engine.step(
             cache,
             packed,
             metric_tuple(
@@ -260,6 +260,7 @@ class AttributionRuns:
             n_steps,
             first_step,
         )
+        return values
 
     def contract(self, sample_token: int, n: int) -> tuple[Array, Array, Array]:
         """Scores of the n sample tokens from number `sample_token` on: edges float64 [E], or [E, n]

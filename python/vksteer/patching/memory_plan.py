@@ -205,7 +205,7 @@ def plan(
     do not fit, they are recomputed layer by layer. Raises ValueError for a layer outside the model,
     positions outside the context, and bad arguments.
     """
-    c: Config = getattr(config, "config", config)
+    c: Any = getattr(config, "config", config)
     g, limit = graph(c, layer), memory_bytes(max_memory)
     S, R, T = _check_sizes(c, positions, response, steps)
     _check_options(dims, at, metric, weight_bytes)
@@ -265,8 +265,11 @@ def _check_options(dims: str, at: str, metric: str, weight_bytes: object) -> Non
         raise ValueError(f"at must be 'pre_norm' or 'normed', not {at!r}")
     if metric not in ("logit_diff", "directional_kl", "kl"):
         raise ValueError(f"metric must be 'logit_diff', 'directional_kl' or 'kl', not {metric!r}")
-    number = isinstance(weight_bytes, (int, float)) and not isinstance(weight_bytes, bool)
-    if not number or not weight_bytes > 0:
+    if (
+        isinstance(weight_bytes, bool)
+        or not isinstance(weight_bytes, (int, float))
+        or not weight_bytes > 0
+    ):
         raise ValueError(f"weight_bytes must be a number above 0, not {weight_bytes!r}")
 
 

@@ -160,9 +160,9 @@ def _estimates(estimate: npt.ArrayLike | EdgeScores, n: int) -> Float64Array:
     """The estimates, float64; of an EdgeScores its nodes where only they are n."""
     values: Any = estimate
     if hasattr(estimate, "edges"):
-        graph, nodes = estimate.graph, estimate.nodes
+        graph, nodes = values.graph, values.nodes
         by_node = nodes is not None and n == graph.n_upstream != graph.n_edges
-        values = nodes if by_node else estimate.edges
+        values = nodes if by_node else values.edges
     return np.asarray(values, np.float64).ravel()
 
 

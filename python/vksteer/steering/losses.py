@@ -332,6 +332,7 @@ class LogProbs:
                 logits="all",
                 **resumed,
             )
+            assert logits is not None
             for row, s in enumerate(some):
                 hits += int(
                     (logits[row, -len(s.response) :].argmax(axis=-1) == np.array(s.response)).sum()

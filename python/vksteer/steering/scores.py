@@ -252,7 +252,8 @@ class Scores:
 
         for p, l in np.ndindex(self.induce.shape):
             scores = [
-                table[p, l] for table in (self.bypass, self.induce, self.kl, self.bypass_ablation)
+                float(table[p, l])
+                for table in (self.bypass, self.induce, self.kl, self.bypass_ablation)
             ]
             if not np.isnan(scores).all():
                 lines.append(

@@ -212,7 +212,8 @@ class _Trainer:
             "n_validation": len(self.held_out),
         }
         meta = provenance(self.model, training={**self.key, **chosen})
-        vector = SteeringVector(self.vectors[epoch], s.layer, method=s.loss, meta=meta)
+        direction: Any = self.vectors[epoch]  # SteeringVector rounds it to float32
+        vector = SteeringVector(direction, s.layer, method=s.loss, meta=meta)
         return Training(
             vector,
             [c["loss"] for c in self.curve],
