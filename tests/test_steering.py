@@ -82,7 +82,7 @@ def test_positions_and_token_prompts(model):
 def test_batches_change_no_bit(model, cands, monkeypatch):
     table = cands.evaluate(HARMFUL, HARMLESS, [5, 9], progress=False)
     calls = model.calls
-    monkeypatch.setattr(scores, "CHUNK_TOKENS", 30)
+    monkeypatch.setattr(scores, "BATCH_TOKENS", 30)
     monkeypatch.setattr("vksteer.steering.candidates.CAPTURE_BYTES", 1)
     again = difference_in_means(model, HARMFUL, HARMLESS, progress=False)
     np.testing.assert_array_equal(again.vectors, cands.vectors)

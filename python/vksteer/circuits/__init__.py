@@ -1,5 +1,5 @@
 """Circuits: sets of edges, how they are found, and how much of the effect of steering they carry
-(method.md section 5).
+(docs/method.md section 5).
 """
 
 from .circuit import METRICS, Circuit, evaluate, overlaps, random

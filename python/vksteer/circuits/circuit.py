@@ -1,5 +1,5 @@
 """Circuits: sets of edges of a graph, their algebra, files and pictures, and how much of the effect
-of steering they carry (method.md section 5).
+of steering they carry (docs/method.md section 5).
 
 circuits/search.py finds them, circuits/faithfulness.py judges them by size, circuits/runs.py runs
 the model under them.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..patching.edge_scores import EdgeScores
     from ..runtime.model import Model
 
-#: What `evaluate` can measure (method.md section 5).
+#: What `evaluate` can measure (docs/method.md section 5).
 METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match", "logprob")
 FORMAT = "vksteer.circuit"
 #: Most bytes of a circuit's file; a million edges take about 30 MB.
@@ -182,8 +182,8 @@ class Circuit:
         return Circuit(self.graph, self.graph.on_paths(self.mask), meta=self.meta)
 
     def overlap(self, other: Circuit) -> float:
-        """|C1 n C2| / min(|C1|, |C2|), from 0 to 1 (method.md section 5). Raises ValueError for
-        circuits of different graphs and for an empty one.
+        """|C1 n C2| / min(|C1|, |C2|), from 0 to 1 (docs/method.md section 5). Raises ValueError
+        for circuits of different graphs and for an empty one.
         """
         theirs = self._theirs(other)
         if not len(self) or not theirs.size:
@@ -385,7 +385,7 @@ def evaluate(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """How much of the effect of steering remains when only the edges of a circuit carry it, for
-    many circuits over one base pass (method.md section 5).
+    many circuits over one base pass (docs/method.md section 5).
 
     circuits: circuits of the graph of `model` at the vector's layer; the vector need not be the one
     they were found with. samples: list of Sample. metrics: of METRICS. options: clean, threshold,

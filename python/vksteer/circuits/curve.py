@@ -1,5 +1,5 @@
 """Faithfulness by circuit size as numbers: pooling over samples, bootstrap intervals, and the curve
-with its file, table and picture (method.md section 5).
+with its file, table and picture (docs/method.md section 5).
 """
 
 from __future__ import annotations

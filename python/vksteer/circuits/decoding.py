@@ -1,6 +1,6 @@
 """`model.generate(circuit=...)`: decoding in which only a circuit's edges carry the effect of
-steering (method.md section 5). The base run and the circuit's run see the same tokens, each with
-its own keys and values (csrc/analysis/circuit.h).
+steering (docs/method.md section 5). The base run and the circuit's run see the same tokens, each
+with its own keys and values (csrc/analysis/circuit.h).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_rows(
         )
     if sites:
         raise ValueError(
-            "under a circuit every input reads a stream of its own: there are no captures"
+            "under a circuit every input reads a residual stream of its own: there are no captures"
         )
     for b, edits in enumerate(rows_edits):
         steers = [e for e in edits if isinstance(e, Steer)]

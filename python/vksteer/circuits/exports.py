@@ -2,7 +2,7 @@
 
 Both formats have no key/value heads, so an edge into one becomes an edge into each query head of
 its group. A reader must not mix the two countings: `a5.h1<k>` names a key/value head here and a
-query head there (method.md section 10).
+query head there (docs/method.md section 10).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """How much of the effect of steering circuits of each size carry, and the smallest circuit that
-carries enough (method.md section 5).
+carries enough (docs/method.md section 5).
 
 Faithfulness is (m(C) - m(0)) / (m(M) - m(0)), where m is pooled over all metric positions of all
 samples before the ratio. Intervals are bootstrap intervals: samples are drawn with replacement and
@@ -173,7 +173,7 @@ def minimum_faithful(
     **options: Any,
 ) -> Circuit:
     """The smallest circuit of `scores` that carries at least `threshold` of the effect of steering
-    (method.md section 5): a Circuit with its `curve`.
+    (docs/method.md section 5): a Circuit with its `curve`.
 
     One pass finds the smallest size of a fixed grid (every `step` of the edges) that reaches the
     threshold. Bisection between that size and the one before it then supposes that faithfulness
@@ -306,7 +306,7 @@ def faithfulness_curve(
     progress: ProgressLike = True,
     **options: Any,
 ) -> FaithfulnessCurve:
-    """Faithfulness of circuits of many sizes and random ones, in one pass (method.md section 5).
+    """Faithfulness of circuits of many sizes, and of random ones (docs/method.md section 5).
 
     sizes: numbers of edges (default: SHARES of them). metrics: the first is drawn, bootstrapped and
     compared with random circuits; the others are measured too. random: random circuits for each

@@ -1,5 +1,5 @@
 """What metrics need of the base run and the steered run of samples: the output of the final norm at
-the positions where a metric may be read (method.md section 5).
+the positions where a metric may be read (docs/method.md section 5).
 
 These are positions P - 1 to S - 1 of a sample with P prompt tokens and S tokens in all; the logits
 at position p predict the token at p + 1.

@@ -1,4 +1,4 @@
-"""The graph that a circuit is a part of (method.md section 4), from a configuration alone.
+"""The graph that a circuit is a part of (docs/method.md section 4), from a configuration alone.
 
 Upstream nodes, in order: `steer` (the residual stream entering the steering layer), then layer by
 layer every head `a{l}.h{i}` and the MLP `m{l}`. Downstream nodes, in order: layer by layer H query
@@ -224,7 +224,7 @@ class Graph:
 
 
 def graph(config_or_model: Config | Model, layer: int) -> Graph:
-    """The graph of a model that is steered at `layer` (method.md section 4).
+    """The graph of a model that is steered at `layer` (docs/method.md section 4).
 
     config_or_model: a Config, or anything with one as `.config`; no weights are needed. Raises
     ValueError for a layer outside the model.

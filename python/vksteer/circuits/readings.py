@@ -1,4 +1,4 @@
-"""What metrics read of a run, and their values (method.md section 5).
+"""What metrics read of a run, and their values (docs/method.md section 5).
 
 Metrics of a sample with P prompt tokens and S tokens in all. A sample without positions for a
 metric has weight 0 there and is left out.

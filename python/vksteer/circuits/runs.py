@@ -1,5 +1,5 @@
-"""The model under circuits: `vs.circuits.evaluate` (method.md section 5). The passes run in the
-engine (csrc/analysis/circuit.c), with circuits and samples packed together.
+"""The model under circuits: `vs.circuits.evaluate` (docs/method.md section 5). The passes run in
+the engine (csrc/analysis/circuit.c), with circuits and samples packed together.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """How circuits are found: from an order of the edges to the shortest prefix of it that still has n
-edges after pruning (method.md section 5).
+edges after pruning (docs/method.md section 5).
 
 Every method but plain "top" is an order of all edges. The circuit of size n is the shortest prefix
 of this order of which at least n edges remain when it is pruned. `entry_ranks` computes for every

@@ -1,4 +1,4 @@
-"""Multi-token patching: graphs, samples, scores and exact patches (method.md sections 4 and 5)."""
+"""Multi-token patching: graphs, samples, scores, exact patches (docs/method.md sections 4, 5)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """EAP-IG over whole responses: scores of edges, nodes and dimensions, from the engine's own
-gradients (method.md section 5).
+gradients (docs/method.md section 5).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attribute(
     progress: ProgressLike = True,
     checkpoint: PathLike | None = None,
 ) -> EdgeScores:
-    """EAP-IG scores of all edges, nodes and dimensions (method.md section 5).
+    """EAP-IG scores of all edges, nodes and dimensions (docs/method.md section 5).
 
     samples: prompts with whole responses, teacher forced. clean: "steered" or "base"; the
     integration path always runs from base to steered, in `steps` steps by `rule` ("midpoint",

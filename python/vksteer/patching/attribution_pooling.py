@@ -1,4 +1,4 @@
-"""The scores of every sample as one EdgeScores (method.md section 5)."""
+"""The scores of every sample as one EdgeScores (docs/method.md section 5)."""
 
 from __future__ import annotations
 

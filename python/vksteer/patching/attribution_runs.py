@@ -1,5 +1,5 @@
 """The engine's part of an attribution: base and steered runs, integration steps and the contraction
-of groups of samples (method.md section 5).
+of groups of samples (docs/method.md section 5).
 
 For a group the device holds, for every sample token, what steering changes in every node's output
 and the gradients of every input averaged over the integration's steps

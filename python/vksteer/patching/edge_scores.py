@@ -1,5 +1,5 @@
 """Scores of edges, nodes and dimensions: what `vs.patching.attribute` returns
-(method.md section 5).
+(docs/method.md section 5).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 
 class EdgeScores:
-    """Scores of the edges, nodes and dimensions of a graph (method.md section 5), positive where
-    the clean value raises the metric.
+    """Scores of the edges, nodes and dimensions of a graph (docs/method.md section 5), positive
+    where the clean value raises the metric.
 
     edges: float64 [E]. nodes: of upstream nodes, float64 [N], or None. dims: float32 [1, D] of
     steer or [N, D] of all upstream nodes, or None. These are sums over positions, with samples
@@ -194,7 +194,7 @@ class EdgeScores:
     # -- circuits ----------------------------------------------------------------------------------
 
     def circuit(self, n: int, method: str = "pruned") -> Circuit:
-        """A circuit of about n edges (method.md section 5); ties in graph order.
+        """A circuit of about n edges (docs/method.md section 5); ties in graph order.
 
         method: "pruned" takes the shortest prefix of the ranking by |score| of which at least n
         edges lie on a path from steer to logits, and keeps these edges. "top" takes the first n

@@ -1,5 +1,5 @@
-"""`vs.patching.exact`: exact scores, which patch one edge or node and read the metric (method.md
-section 5). EAP-IG estimates them.
+"""`vs.patching.exact`: exact scores, which patch one edge or node and read the metric
+(docs/method.md section 5). EAP-IG estimates them.
 
 The passes are those of circuits. The corrupt run takes the place of the base run. The clean run
 goes beside it and gives the differences that are patched in, and so does one run for each patch, in
@@ -86,8 +86,8 @@ def exact(
     max_memory: int | str | None = None,
     progress: ProgressLike = False,
 ) -> Float64Array:
-    """m(patched) - m(corrupt) of every edge or every node by itself, float64 [n] (method.md section
-    5). Many patches run together in one batch.
+    """m(patched) - m(corrupt) of every edge or every node by itself, float64 [n] (docs/method.md
+    section 5). Many patches run together in one batch.
 
     The patch of an edge adds u_clean - u_corrupt to the residual stream that its input reads,
     before the norm; the patch of a node replaces what the node adds to the residual stream. edges,

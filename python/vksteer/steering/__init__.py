@@ -1,4 +1,4 @@
-"""Finding and choosing steering vectors (method.md section 2)."""
+"""Finding and choosing steering vectors (docs/method.md section 2)."""
 
 from .candidates import Candidates, difference_in_means
 from .comparing import compare

@@ -1,5 +1,5 @@
 """Difference in means: one candidate vector for each pair of post-instruction position and layer,
-their scores, and the choice of one (method.md section 2).
+their scores, and the choice of one (docs/method.md section 2).
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def difference_in_means(
     progress: ProgressLike = True,
 ) -> Candidates:
     """The mean of resid_pre over harmful prompts minus that over harmless prompts, at every
-    post-instruction position and layer (method.md section 2).
+    post-instruction position and layer (docs/method.md section 2).
 
     harmful, harmless: prompts (texts or token lists). positions: negative, counted back from the
     prompt's end (default: all that the chat template puts after the instruction). One pass over the

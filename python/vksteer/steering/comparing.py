@@ -1,5 +1,5 @@
 """Vectors of one model compared: what each does in both directions, how similar they are, and
-whether they work through the same circuit (method.md sections 2 and 5).
+whether they work through the same circuit (docs/method.md sections 2 and 5).
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Comparison:
 
     unsteered: rates of the unsteered model on harmless and on harmful prompts. cosines, overlaps,
     cross: float64 [n, n] in the order of `names`, NaN where not measured. overlaps: of circuits
-    (method.md section 5). cross[i, j]: faithfulness of the circuit of vector i under vector j, on
-    j's samples. setting: how it was measured. notes: what was left out, and why.
+    (docs/method.md section 5). cross[i, j]: faithfulness of the circuit of vector i under vector j,
+    on j's samples. setting: how it was measured. notes: what was left out, and why.
     """
 
     rows: list[ComparedVector]

@@ -1,5 +1,5 @@
 """Pairs to learn a vector from: for every prompt a response that shows the desired behaviour and
-one that does not (method.md section 2).
+one that does not (docs/method.md section 2).
 
 All responses come from the model itself: refusals of harmful prompts and compliance on harmless
 ones as it answers them, refusals of harmless prompts after a prefix that asks for them, and
@@ -192,7 +192,8 @@ def training_data(
     batch_size: int | None = None,
     progress: ProgressLike = True,
 ) -> TrainingData:
-    """Pairs of the model's own responses, for `train_ntp` and `train_po` (method.md section 2).
+    """Pairs of the model's own responses, for `train_ntp` and `train_po` (docs/method.md
+    section 2).
 
     harmful: prompts (texts or token lists) whose pair is (compliance under -minus * vector, the
     model's own refusal), sign -1. harmless: texts whose pair is (refusal after `prefix`, the

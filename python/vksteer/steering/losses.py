@@ -1,5 +1,5 @@
 """The losses that steering vectors are trained with, NTP and PO, and their gradients with respect
-to the direction (method.md section 2).
+to the direction (docs/method.md section 2).
 
 Both consist of one quantity: log p of the first 64 tokens of a response after its prompt, with the
 residual stream steered by coefficient * sign * direction at every position. Layers below that of
@@ -458,8 +458,8 @@ def ntp_loss(
     reduction: str = "mean",
     limit: int = LIMIT,
 ) -> tuple[float, Float32Array]:
-    """The NTP loss -log p(winning | prompt, steered) (method.md section 2): (mean over examples,
-    its gradient with respect to the direction, float32 [D]).
+    """The NTP loss -log p(winning | prompt, steered) (docs/method.md section 2): (mean over
+    examples, its gradient with respect to the direction, float32 [D]).
 
     examples: anything with prompt, winning and sign (+1 or -1), texts or token lists; a text
     response gets the end-of-turn token. Each is steered by coefficient * sign * direction at every
@@ -479,7 +479,7 @@ def po_loss(
     phi: float = 2e-2,
     limit: int = LIMIT,
 ) -> tuple[float, Float32Array]:
-    """The PO loss -log sigmoid(delta), one-directional RePS (method.md section 2): (mean over
+    """The PO loss -log sigmoid(delta), one-directional RePS (docs/method.md section 2): (mean over
     examples, its gradient with respect to the direction, float32 [D]).
 
     delta = b/|yw| log p(yw | steered) - 1/|yl| log p(yl | steered), with b = max(phi (log p(yl) -

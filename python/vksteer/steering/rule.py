@@ -1,5 +1,5 @@
 """The rule that chooses one candidate, a pair of position and layer, from tables of scores
-(method.md section 2).
+(docs/method.md section 2).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def choose(
     criterion: str = "paper",
     strict: bool = False,
 ) -> tuple[int, int]:
-    """The candidate that the rule chooses: (position index, layer) (method.md section 2).
+    """The candidate that the rule chooses: (position index, layer) (docs/method.md section 2).
 
     bypass, induce, kl: float [P, L]; L is the number of the model's layers; NaN marks what is no
     candidate. criterion: "paper" minimises sigmoid(bypass) - sigmoid(induce); "arditi" minimises

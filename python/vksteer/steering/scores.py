@@ -1,5 +1,5 @@
 """What a candidate does to the next token: the refusal metric, the KL divergence, and the tokens
-that stand for refusal (method.md section 2).
+that stand for refusal (docs/method.md section 2).
 
 Everything is computed in float64 from the engine's float32 logits, with means over prompts in their
 order, so results are bit-identical for every batch size.
@@ -62,7 +62,7 @@ def log_softmax(logits: npt.ArrayLike) -> Float64Array:
 
 def refusal_metric(logits: npt.ArrayLike, refusal_tokens: Sequence[int]) -> Float64Array:
     """log(P_ref / (1 - P_ref)), float64 [...], where P_ref is the summed next-token probability of
-    `refusal_tokens`; no epsilon (method.md section 2).
+    `refusal_tokens`; no epsilon (docs/method.md section 2).
 
     logits: [..., V], or log-probabilities. Both sums are taken as logarithms, so that nothing is
     lost where P_ref is near 0 or 1.
@@ -220,8 +220,8 @@ def derive_refusal_tokens(model: Model, harmful: Prompts, harmless: Prompts) -> 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all candidates (method.md section 2): means over prompts, float64 [P, L] each, NaN
-    where not measured.
+    """Scores of all candidates (docs/method.md section 2): means over prompts, float64 [P, L] each,
+    NaN where not measured.
 
     bypass: refusal metric on harmful prompts under a = -1. induce: refusal metric on harmless
     prompts under a = +1. kl: KL(unsteered || ablated) on harmless prompts, in nats.

@@ -1,4 +1,4 @@
-"""What decides a training besides model and examples, and its optimiser (method.md section 2)."""
+"""The settings of a training, and its optimiser (docs/method.md section 2)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Training of steering vectors by next-token prediction (NTP) and preference optimisation (PO)
-(method.md section 2).
+(docs/method.md section 2).
 
 The model is frozen; only the direction is learned. A step depends on the settings, the seed and its
 number alone: shuffling and factors are drawn from (seed, epoch), gradients are summed in float64 in
@@ -264,7 +264,7 @@ def train_ntp(
     checkpoint_every: int = 20,
     progress: ProgressLike = True,
 ) -> Training:
-    """Trains a vector at resid_pre of `layer` with the NTP loss (method.md section 2).
+    """Trains a vector at resid_pre of `layer` with the NTP loss (docs/method.md section 2).
 
     examples: as in `ntp_loss`, for instance those of `vs.steering.training_data`. validation: more
     examples; the epoch of least validation loss is chosen (without any: the last one).
@@ -323,8 +323,8 @@ def train_po(
     checkpoint_every: int = 20,
     progress: ProgressLike = True,
 ) -> Training:
-    """Trains a vector with the PO loss (method.md section 2). phi and examples: as in `po_loss`;
-    otherwise as `train_ntp`.
+    """Trains a vector with the PO loss (docs/method.md section 2). phi and examples: as in
+    `po_loss`; otherwise as `train_ntp`.
 
     Of the epochs whose validation loss is within one phi of the least, the one with the best match
     score is chosen: the share of the tokens of winning responses that the steered model predicts
