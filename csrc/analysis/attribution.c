@@ -1,13 +1,9 @@
-/* Attribution: what is collected while batches run, and its memory. The scores themselves:
- * attribution_scores.c. */
+/* The memory of an attribution, and the hooks that collect differences and gradients while batches
+ * run. The scores are computed in attribution_scores.c. */
 #include "analysis/attribution.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-#define PICKS_BYTES (UINT64_C(12) << 20) /* logits of two runs at once */
-#define PICKS_ROWS 8
-
 
 uint32_t attribution_nodes(const struct attribution *a) {
     return 1 + a->depth * (a->work->model->facts.n_heads + 1);
@@ -18,13 +14,15 @@ uint32_t attribution_inputs(const struct attribution *a) {
     return a->depth * (f->n_heads + 2 * f->n_kv_heads + 1) + 1;
 }
 
+/* The q, k and v inputs of a layer, without the MLP's. */
 static uint32_t inputs_of_layer(const struct model_facts *f) {
     return f->n_heads + 2 * f->n_kv_heads;
 }
 
-/* Floats a slot takes in one layer: dz, dmlp, heads, steps, xs, mlp, mid, post. */
-static void slot_floats(const struct model_facts *f, uint32_t n_steps, int normed,
-                        uint32_t floats[8]) {
+/* Floats of one sample token in the buffers of a layer: dz, dmlp, heads, steps, xs, mlp, mid,
+ * post. */
+static void sample_token_floats(const struct model_facts *f, uint32_t n_steps, int normed,
+                                uint32_t floats[8]) {
     uint32_t d = op_row_stride(f->d_model), n = inputs_of_layer(f);
     const uint32_t all[8] = {op_row_stride(f->n_heads * f->d_head),
                              d,
@@ -37,7 +35,7 @@ static void slot_floats(const struct model_facts *f, uint32_t n_steps, int norme
     memcpy(floats, all, sizeof all);
 }
 
-/* Floats of the rows that a tile of slots becomes. */
+/* Floats of the rows of width D, and of the expanded heads, of one contraction tile. */
 static uint64_t tile_floats(const struct model_facts *f, uint32_t depth) {
     uint32_t heads = op_row_stride(f->n_heads * f->d_head),
              qkv = op_row_stride(inputs_of_layer(f) * f->d_head);
@@ -50,48 +48,52 @@ static uint64_t tile_floats(const struct model_facts *f, uint32_t depth) {
     return ATTRIBUTE_TILE * (rows * op_row_stride(f->d_model) + expanded);
 }
 
-/* Through which a tile's products come back: what is needed, at least a few rows of logits. */
+/* Readback memory: the products of one contraction tile, or a few rows of logits if those are
+ * more. */
 static uint64_t readback_bytes(const struct model_facts *f) {
-    uint64_t logits = 2 * PICKS_ROWS * 4 * (uint64_t)(f->d_vocab + f->d_model),
+    uint64_t logits = 2 * ATTRIBUTION_PICKS_ROWS * 4 * (uint64_t)(f->d_vocab + f->d_model),
              nodes = 1 + (uint64_t)f->n_layers * (f->n_heads + 1);
     uint64_t products =
         4 * nodes * (f->d_model + (uint64_t)f->n_layers * (inputs_of_layer(f) + 1) + 1) + 4096;
-    uint64_t most = logits > PICKS_BYTES ? logits : PICKS_BYTES;
+    uint64_t most = logits > ATTRIBUTION_PICKS_BYTES ? logits : ATTRIBUTION_PICKS_BYTES;
     return (products > most ? products : most) + (1u << 20);
 }
 
 uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint32_t step_capacity,
-                           uint32_t first_layer, uint32_t n_slots, uint32_t n_steps, int normed,
-                           int keep_inside) {
+                           uint32_t first_layer, uint32_t n_sample_tokens, uint32_t n_steps,
+                           int normed, int keep_inside) {
     uint32_t floats[8], depth = f->n_layers - first_layer;
-    uint64_t slot = 2 * (uint64_t)op_row_stride(f->d_model);
-    slot_floats(f, n_steps, normed, floats);
+    uint64_t token = 2 * (uint64_t)op_row_stride(f->d_model);
+    sample_token_floats(f, n_steps, normed, floats);
     for (int i = 0; i < 8; i++)
-        slot += (uint64_t)floats[i] * depth;
+        token += (uint64_t)floats[i] * depth;
     return run_work_bytes(f, capacity, readback_bytes(f)) +
            run_tape_bytes(f, step_capacity, first_layer, keep_inside) +
-           run_cache_bytes(f, capacity, first_layer) + 4 * (slot * n_slots + tile_floats(f, depth));
+           run_cache_bytes(f, capacity, first_layer) +
+           4 * (token * n_sample_tokens + tile_floats(f, depth));
 }
 
-static int slots_make(struct attribution *a, struct gpu_buffer **out, uint32_t floats,
-                      const char *name, struct error *error) {
-    return floats ? work_grow(a->work, out, 4 * (uint64_t)floats * a->n_slots, name, error) : 0;
+/* A buffer of `floats` for each sample token; none if `floats` is 0. */
+static int sums_make(struct attribution *a, struct gpu_buffer **out, uint32_t floats,
+                     const char *name, struct error *error) {
+    return floats ? work_grow(a->work, out, 4 * (uint64_t)floats * a->n_sample_tokens, name, error)
+                  : 0;
 }
 
 int attribution_create(struct attribution **out, struct model *model, uint32_t capacity,
-                       uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots,
+                       uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
                        uint32_t n_steps, int normed, int keep_inside, struct error *error) {
     const struct model_facts *f = &model->facts;
     uint32_t floats[8];
     *out = NULL;
-    uint64_t needed = attribution_bytes(f, capacity, step_capacity, first_layer, n_slots, n_steps,
-                                        normed, keep_inside),
+    uint64_t needed = attribution_bytes(f, capacity, step_capacity, first_layer, n_sample_tokens,
+                                        n_steps, normed, keep_inside),
              available = gpu_device_available(model->ops.device);
     if (needed > available)
         return error_set(error, ERROR_DEVICE,
                          "attribution of %u tokens at once takes %.2f GB and %.2f GB are free on "
                          "the device: lower max_memory",
-                         n_slots, needed / 1e9, available / 1e9);
+                         n_sample_tokens, needed / 1e9, available / 1e9);
     struct attribution *a = calloc(1, sizeof *a);
     if (a)
         a->layers = calloc(f->n_layers - first_layer, sizeof *a->layers);
@@ -101,19 +103,19 @@ int attribution_create(struct attribution **out, struct model *model, uint32_t c
     }
     a->first_layer = first_layer;
     a->depth = f->n_layers - first_layer;
-    a->n_slots = n_slots;
+    a->n_sample_tokens = n_sample_tokens;
     a->n_steps = n_steps;
     a->normed = normed;
     if (run_work_create(&a->work, model, capacity, readback_bytes(f), error) ||
         run_tape_create(&a->tape, a->work, step_capacity, first_layer, keep_inside, error))
         goto fail;
-    slot_floats(f, n_steps, normed, floats);
+    sample_token_floats(f, n_steps, normed, floats);
     for (uint32_t i = 0; i < a->depth; i++) {
         struct attribution_layer *layer = &a->layers[i];
         struct gpu_buffer **buffers[8] = {&layer->dz, &layer->dmlp, &layer->heads, &layer->steps,
                                           &layer->xs, &layer->mlp,  &layer->mid,   &layer->post};
         for (int j = 0; j < 8; j++)
-            if (slots_make(a, buffers[j], floats[j], "attribution", error))
+            if (sums_make(a, buffers[j], floats[j], "attribution", error))
                 goto fail;
     }
     uint64_t row = 4 * (uint64_t)a->work->d_stride * ATTRIBUTE_TILE;
@@ -121,8 +123,8 @@ int attribution_create(struct attribution **out, struct model *model, uint32_t c
     uint32_t wide = f->n_heads * a->work->z_stride > inputs_of_layer(f) * a->work->qkv_stride
                         ? f->n_heads * a->work->z_stride
                         : inputs_of_layer(f) * a->work->qkv_stride;
-    if (slots_make(a, &a->pre, a->work->d_stride, "attribution", error) ||
-        slots_make(a, &a->logits, a->work->d_stride, "attribution", error) ||
+    if (sums_make(a, &a->pre, a->work->d_stride, "attribution", error) ||
+        sums_make(a, &a->logits, a->work->d_stride, "attribution", error) ||
         work_grow(a->work, &a->du, attribution_nodes(a) * row, "node differences", error) ||
         work_grow(a->work, &a->g, (groups > inputs ? groups : inputs) * row, "input gradients",
                   error) ||
@@ -164,7 +166,8 @@ int attribution_reset(struct attribution *a, struct error *error) {
     struct gpu_buffer *sums[] = {a->pre, a->logits};
     for (int j = 0; j < 2; j++)
         RUN(gpu_queue_zero(queue, sums[j], 0, gpu_buffer_size(sums[j]), error));
-    for (uint32_t i = 0; i < a->depth; i++) { /* steps and xs are written, not added to */
+    for (uint32_t i = 0; i < a->depth;
+         i++) { /* the hooks overwrite dz, dmlp, steps and xs, and add to the rest */
         struct gpu_buffer *layer[] = {a->layers[i].heads, a->layers[i].mlp, a->layers[i].mid,
                                       a->layers[i].post};
         for (int j = 0; j < 4; j++)
@@ -173,12 +176,13 @@ int attribution_reset(struct attribution *a, struct error *error) {
     return 0;
 }
 
-static uint64_t slot_at(const struct attribution *a, const struct gpu_buffer *buffer,
+/* Where the rows of the batch's sample tokens begin in `buffer`. */
+static uint64_t sums_at(const struct attribution *a, const struct gpu_buffer *buffer,
                         uint32_t stride) {
-    return run_address(buffer) + 4 * (uint64_t)a->batch_slot * stride;
+    return run_address(buffer) + 4 * (uint64_t)a->batch_first * stride;
 }
 
-/* Differences: z and MLP outputs of the two runs. */
+/* Forward hook: the differences of z and of the MLP's output between the two runs. */
 static int hook_forward(struct attribution *a, struct run_work *work, enum run_hook_point what,
                         int l, uint64_t address, uint32_t stride, struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -190,13 +194,13 @@ static int hook_forward(struct attribution *a, struct run_work *work, enum run_h
         .eps = f->norm_eps,
     };
     if (what == HOOK_MLP_OUT) {
-        params.dst = slot_at(a, layer->dmlp, stride);
+        params.dst = sums_at(a, layer->dmlp, stride);
         params.width = f->d_model;
     } else if (what == (f->post_norms ? HOOK_ATTN_RAW : HOOK_Z)) {
         params.x = run_address(work->z);
         params.stride = work->z_stride;
         params.width = f->n_heads * f->d_head;
-        params.dst = slot_at(a, layer->dz, work->z_stride);
+        params.dst = sums_at(a, layer->dz, work->z_stride);
         if (f->post_norms) {
             params.raw = address;
             params.raw_width = f->d_model;
@@ -205,9 +209,10 @@ static int hook_forward(struct attribution *a, struct run_work *work, enum run_h
     } else {
         return 0;
     }
-    return op_difference(&work->model->ops, &params, a->batch_slots, error);
+    return op_difference(&work->model->ops, &params, a->batch_n, error);
 }
 
+/* Backward hook at q, k and v: their gradients, averaged over the integration steps. */
 static int hook_heads(struct attribution *a, struct run_work *work, int l, uint64_t address,
                       struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -219,7 +224,7 @@ static int hook_heads(struct attribution *a, struct run_work *work, int l, uint6
         .bias = work->model->layers[l].b_qkv,
         .x = run_address(a->tape->layers[l].x),
         .sources = a->sources,
-        .heads = slot_at(a, layer->heads, work->qkv_stride),
+        .heads = sums_at(a, layer->heads, work->qkv_stride),
         .n_inputs = n,
         .d_head = f->d_head,
         .stride = work->qkv_stride,
@@ -234,13 +239,14 @@ static int hook_heads(struct attribution *a, struct run_work *work, int l, uint6
         .weight = 1.0f / a->n_steps,
     };
     if (!a->normed) {
-        params.steps = slot_at(a, layer->steps, a->n_steps * n);
-        params.xs = slot_at(a, layer->xs, a->n_steps * work->d_stride);
+        params.steps = sums_at(a, layer->steps, a->n_steps * n);
+        params.xs = sums_at(a, layer->xs, a->n_steps * work->d_stride);
     }
-    return op_head_inputs(&work->model->ops, &params, a->batch_slots, error);
+    return op_head_inputs(&work->model->ops, &params, a->batch_n, error);
 }
 
-/* Gradients: of inputs and of the stream, averaged over the steps. */
+/* Backward hook: gradients of inputs and of the residual stream, averaged over the integration
+ * steps. */
 static int hook_backward(struct attribution *a, struct run_work *work, enum run_hook_point what,
                          int l, uint64_t address, uint32_t stride, struct error *error) {
     struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
@@ -261,13 +267,13 @@ static int hook_backward(struct attribution *a, struct run_work *work, enum run_
     struct accumulate_params params = {
         .src = address,
         .sources = a->sources,
-        .dst = slot_at(a, to, stride),
+        .dst = sums_at(a, to, stride),
         .width = work->model->facts.d_model,
         .stride = stride,
         .n_sources = a->n_sources,
         .weight = 1.0f / a->n_steps,
     };
-    return op_accumulate(&work->model->ops, &params, a->batch_slots, error);
+    return op_accumulate(&work->model->ops, &params, a->batch_n, error);
 }
 
 static int hook_call(void *context, struct run_work *work, enum run_hook_point what, int layer,
@@ -283,229 +289,74 @@ static int hook_call(void *context, struct run_work *work, enum run_hook_point w
     return 0;
 }
 
-static int slots_check(const struct attribution *a, const struct run_batch *batch, uint32_t slot,
-                       uint32_t n, const uint32_t *sources, uint32_t each, int none_allowed,
-                       struct error *error) {
+/* Checks the range of sample tokens and the packed tokens that they name. */
+static int sample_tokens_check(const struct attribution *a, const struct run_batch *batch,
+                               uint32_t first, uint32_t n, const uint32_t *sources, uint32_t each,
+                               int none_allowed, struct error *error) {
     uint64_t total = 0;
     for (uint32_t r = 0; r < batch->n_rows; r++)
         total += batch->n_tokens[r];
-    if (n == 0 || slot > a->n_slots || n > a->n_slots - slot ||
+    if (n == 0 || first > a->n_sample_tokens || n > a->n_sample_tokens - first ||
         batch->first_layer != a->first_layer)
-        return error_set(error, ERROR_VALUE, "slots %u to %u of %u, a batch from layer %u", slot,
-                         slot + n, a->n_slots, batch->first_layer);
+        return error_set(error, ERROR_VALUE, "sample tokens %u to %u of %u, a batch from layer %u",
+                         first, first + n, a->n_sample_tokens, batch->first_layer);
     for (uint64_t i = 0; i < (uint64_t)n * each; i++)
         if (sources[i] >= total && !(none_allowed && sources[i] == NO_SOURCE))
-            return error_set(error, ERROR_VALUE, "slot %llu: token %u of %llu",
-                             (unsigned long long)(slot + i / each), sources[i],
+            return error_set(error, ERROR_VALUE, "sample token %llu: token %u of %llu",
+                             (unsigned long long)(first + i / each), sources[i],
                              (unsigned long long)total);
     return 0;
 }
 
-/* Uploaded lists stay valid until the next work_upload_reset, which run_one_chunk does at its start:
- * they live in a buffer of their own. */
-static int sources_set(struct attribution *a, uint32_t slot, uint32_t n, const uint32_t *sources,
+/* Uploads the packed tokens of the batch's sample tokens. They have a buffer of their own, because
+ * run_one_chunk begins with work_upload_reset, which ends the life of ordinary uploads. */
+static int sources_set(struct attribution *a, uint32_t first, uint32_t n, const uint32_t *sources,
                        uint32_t each, struct error *error) {
     uint64_t bytes = 4 * (uint64_t)n * each;
     if (!a->lists || gpu_buffer_size(a->lists) < bytes) {
         gpu_buffer_destroy(a->lists);
         a->lists = NULL;
         RUN(gpu_buffer_create(&a->lists, a->work->model->ops.device, bytes, GPU_UPLOAD,
-                              "slots' tokens", error));
+                              "tokens of samples", error));
     }
     memcpy(gpu_buffer_map(a->lists), sources, bytes);
     a->sources = run_address(a->lists);
-    a->batch_slot = slot;
-    a->batch_slots = n;
+    a->batch_first = first;
+    a->batch_n = n;
     a->n_sources = each;
     return 0;
 }
 
-/* Rows of the final norm and their logits of picks [first, first + n), a run after the
- * other: where = 0 or 1. */
-static int pick_logits(struct attribution *a, const struct attribution_picks *picks, uint32_t first,
-                       uint32_t n, int where, uint64_t rows, uint64_t logits, uint32_t v_stride,
-                       float *normed, float *host, struct error *error) {
-    struct run_work *work = a->work;
-    const struct model *model = work->model;
-    uint32_t *tokens = malloc(n * sizeof *tokens), all = n;
-    uint64_t uploaded, offset;
-    if (!tokens)
-        return error_set(error, ERROR_MEMORY, "out of memory for a metric");
-    for (uint32_t i = 0; i < n; i++)
-        tokens[i] = picks->tokens[2 * (size_t)(first + i) + (size_t)where];
-    int failed = work_upload(work, tokens, n * sizeof *tokens, &uploaded, error);
-    free(tokens);
-    struct copy_params copy = {
-        .x = run_address(work->norm),
-        .dst = rows,
-        .rows = uploaded,
-        .n_rows = n,
-        .width = model->facts.d_model,
-        .x_stride = work->d_stride,
-        .out_stride = work->d_stride,
-        .flags = COPY_ROWS,
-    };
-    struct op_linear_args linear = {
-        .x = rows,
-        .dst = logits,
-        .n_rows = n,
-        .x_stride = work->d_stride,
-        .dst_stride = v_stride,
-    };
-    if (failed || op_copy(&work->model->ops, &copy, error) ||
-        op_linear(&work->model->ops, &model->unembed, &linear, error))
-        return -1;
-    const struct {
-        uint64_t from;
-        uint32_t stride, width;
-        float *to;
-    } back[2] = {{rows, work->d_stride, model->facts.d_model, normed},
-                 {logits, v_stride, model->facts.d_vocab, host}};
-    for (int i = 0; i < 2; i++) { /* rows come back one behind the other */
-        RUN(work_readback_take(work, &all, back[i].width, &offset, error));
-        if (all < n)
-            return error_set(error, ERROR_DEVICE,
-                             "%u rows of logits do not fit the readback memory", n);
-        struct copy_params pack = {
-            .x = back[i].from,
-            .dst = run_address(work->readback) + 4 * offset,
-            .n_rows = n,
-            .width = back[i].width,
-            .x_stride = back[i].stride,
-            .out_stride = back[i].width,
-        };
-        struct readback piece = {
-            .to = back[i].to,
-            .offset = offset,
-            .n = n,
-            .token_floats = back[i].width,
-            .width = back[i].width,
-            .plain = 1,
-        };
-        RUN(op_copy(&work->model->ops, &pack, error));
-        RUN(work_readback_push(work, &piece, error));
-    }
-    return 0;
-}
-
-static void greedy(const float *logits, uint32_t width, int32_t *top, float *margin) {
-    float best = logits[0], second = -3.402823466e38f;
-    *top = 0;
-    for (uint32_t i = 1; i < width; i++) {
-        if (logits[i] > best) {
-            second = best;
-            best = logits[i];
-            *top = (int32_t)i;
-        } else if (logits[i] > second) {
-            second = logits[i];
-        }
-    }
-    *margin = best - second;
-}
-
-/* Picks [first, first + n): both runs' logits, then KL(second || first) on the device. `host`: room
- * for 2 n (D + V) floats. */
-static int picks_tile(struct attribution *a, const struct attribution_picks *picks, uint32_t first,
-                      uint32_t n, uint64_t at, uint32_t v_stride, float *host,
-                      struct error *error) {
-    struct run_work *work = a->work;
-    const struct model_facts *f = &work->model->facts;
-    uint64_t row = 4 * (uint64_t)work->d_stride, logits = 4 * (uint64_t)v_stride,
-             rows[2] = {at, at + n * row};
-    uint64_t values[2] = {at + 2 * n * row, at + 2 * n * row + n * logits}, ones;
-    float *normed[2] = {host, host + (size_t)n * f->d_model},
-          *words[2] = {host + 2 * (size_t)n * f->d_model, NULL}, *weights;
-    words[1] = words[0] + (size_t)n * f->d_vocab;
-    for (int i = 0; i < 2; i++)
-        RUN(pick_logits(a, picks, first, n, i, rows[i], values[i], v_stride, normed[i], words[i],
-                        error));
-    if (picks->kl) {
-        uint64_t kl_at;
-        if (!(weights = calloc(n, sizeof *weights)))
-            return error_set(error, ERROR_MEMORY, "out of memory for a metric");
-        int failed = work_upload(work, weights, n * sizeof *weights, &ones, error);
-        free(weights);
-        if (failed || work_readback_floats(work, n, picks->kl + first, &kl_at, error))
-            return -1;
-        struct logit_grad_params kl = {
-            .logits = values[0],
-            .reference = values[1],
-            .weights = ones,
-            .values = kl_at,
-            .width = f->d_vocab,
-            .stride = v_stride,
-            .kind = LOGIT_GRAD_KL,
-            .softcap = picks->capped ? f->final_softcap : 0,
-            .reference_softcap = picks->capped ? f->final_softcap : 0,
-        };
-        RUN(op_logit_grad(&work->model->ops, &kl, n, error));
-    }
-    RUN(work_readback_drain(work, error));
-    for (uint32_t i = 0; i < n; i++)
-        for (uint32_t j = 0; j < 2; j++) {
-            size_t to = 2 * (size_t)(first + i) + j;
-            greedy(words[j] + (size_t)i * f->d_vocab, f->d_vocab, &picks->top[to],
-                   &picks->margin[to]);
-            if (picks->normed)
-                memcpy(picks->normed + to * f->d_model, normed[j] + (size_t)i * f->d_model,
-                       f->d_model * sizeof *host);
-        }
-    return 0;
-}
-
-static int picks_read(struct attribution *a, const struct attribution_picks *picks,
-                      struct error *error) {
-    struct run_work *work = a->work;
-    const struct model_facts *f = &work->model->facts;
-    uint32_t v_stride = op_row_stride(f->d_vocab),
-             at_once = (uint32_t)(PICKS_BYTES / (8 * (uint64_t)(v_stride + work->d_stride)));
-    if (!picks || picks->m == 0)
-        return gpu_queue_wait(work->model->ops.queue, error);
-    at_once = at_once < PICKS_ROWS ? PICKS_ROWS : at_once;
-    at_once = at_once > picks->m ? picks->m : at_once;
-    float *host = malloc(2 * (size_t)at_once * (f->d_model + (size_t)f->d_vocab) * sizeof *host);
-    if (!host)
-        return error_set(error, ERROR_MEMORY, "out of memory for logits");
-    int failed = work_grow(work, &a->picks, 2 * at_once * 4 * ((uint64_t)work->d_stride + v_stride),
-                           "logits of two runs", error) ||
-                 run_final_norm(work, error);
-    for (uint32_t first = 0, n; first < picks->m && !failed; first += n) {
-        n = picks->m - first < at_once ? picks->m - first : at_once;
-        failed = picks_tile(a, picks, first, n, run_address(a->picks), v_stride, host, error);
-    }
-    free(host);
-    return failed ? -1 : 0;
-}
-
 int attribution_forward(struct attribution *a, struct run_cache *cache,
-                        const struct run_batch *batch, uint32_t slot, uint32_t n,
+                        const struct run_batch *batch, uint32_t first, uint32_t n,
                         const uint32_t *pairs, const struct attribution_picks *picks,
                         struct error *error) {
     const struct run_hook hook = {.context = a, .call = hook_call};
-    RUN(slots_check(a, batch, slot, n, pairs, 2, 0, error));
-    /* nothing may read the old list any more */
+    RUN(sample_tokens_check(a, batch, first, n, pairs, 2, 0, error));
+    /* the device may still read the list of the batch before */
     RUN(gpu_queue_wait(a->work->model->ops.queue, error));
-    RUN(sources_set(a, slot, n, pairs, 2, error));
+    RUN(sources_set(a, first, n, pairs, 2, error));
     a->collecting = 1;
     a->work->hook = &hook;
-    int failed = run_one_chunk(a->work, cache, batch, error) || picks_read(a, picks, error);
+    int failed = run_one_chunk(a->work, cache, batch, error) ||
+                 attribution_picks_read(a, picks, error);
     run_one_chunk_end(a->work, failed);
     a->work->hook = NULL;
     return failed ? -1 : 0;
 }
 
 int attribution_step(struct attribution *a, struct run_cache *cache, const struct run_batch *batch,
-                     const struct run_metric *metric, uint32_t slot, uint32_t n,
+                     const struct run_metric *metric, uint32_t first, uint32_t n,
                      const uint32_t *sources, uint32_t n_sources, uint32_t first_step,
                      struct error *error) {
     const struct run_hook hook = {.context = a, .call = hook_call};
     const struct run_backward backward = {.metric = metric, .stop_layer = a->first_layer};
-    RUN(slots_check(a, batch, slot, n, sources, n_sources, 1, error));
+    RUN(sample_tokens_check(a, batch, first, n, sources, n_sources, 1, error));
     if (n_sources == 0 || first_step > a->n_steps || n_sources > a->n_steps - first_step)
         return error_set(error, ERROR_VALUE, "steps %u to %u of %u", first_step,
                          first_step + n_sources, a->n_steps);
     RUN(gpu_queue_wait(a->work->model->ops.queue, error));
-    RUN(sources_set(a, slot, n, sources, n_sources, error));
+    RUN(sources_set(a, first, n, sources, n_sources, error));
     a->first_step = first_step;
     a->collecting = 2;
     a->work->hook = &hook;

@@ -1,93 +1,114 @@
-/* Edge, node and dimension scores of EAP-IG over whole responses (method.md section 5), streamed.
+/* Edge, node and dimension scores of EAP-IG over whole responses (docs/method.md section 5).
  *
- * Slots are tokens of samples whose scores are being computed. For each the memory holds, per
- * layer, the difference that steering makes to the nodes' outputs (heads as z, which W_O turns into
- * what they add to the stream) and the gradients of the inputs, averaged over the integration's
- * steps and kept small: queries, keys and values in the heads' own space (H + 2G heads of d_head
- * floats, instead of as many rows of width D). Only attribute_contract makes rows of width D of
- * them, a tile of slots at a time. So no [nodes x positions x D] tensor ever exists. */
-#ifndef VKSTEER_ATTRIBUTE_H
-#define VKSTEER_ATTRIBUTE_H
+ * A sample token is a token of a sample whose scores are being computed. For each of them the
+ * memory holds, layer by layer, the difference that steering makes to the outputs of the nodes and
+ * the gradients of the inputs, averaged over the integration steps. Both are kept small: the
+ * outputs of heads as z, before W_O, and the gradients of queries, keys and values in head space
+ * (H + 2G heads of d_head floats, instead of as many rows of width D). Rows of width D are made by
+ * attribution_contract, a contraction tile at a time, so no [nodes, positions, D] array ever
+ * exists. */
+#ifndef VKSTEER_ANALYSIS_ATTRIBUTION_H
+#define VKSTEER_ANALYSIS_ATTRIBUTION_H
 
 #include "run/tape.h"
 
-/* slots whose scores are summed on the device; sums over tiles are float64, in order */
+/* A contraction tile: sample tokens whose scores are summed on the device. Sums over tiles are
+ * float64, in order. */
 #define ATTRIBUTE_TILE 32
 
+/* Logits of both runs of the picks that are computed at once: at most about these bytes, unless
+ * fewer picks than these would fit. */
+#define ATTRIBUTION_PICKS_BYTES (UINT64_C(12) << 20)
+#define ATTRIBUTION_PICKS_ROWS 8
+
 struct attribution {
-    struct run_work *work;       /* owned: for two runs of the longest sample */
+    struct run_work *work;       /* owned; holds two runs of the longest sample */
     struct run_tape *tape;       /* owned */
-    uint32_t first_layer, depth; /* layers from the steering layer on */
-    uint32_t n_slots, n_steps;
-    /* gradients after the inputs' norm and gain (at="normed"), not before */
+    uint32_t first_layer, depth; /* the steering layer; layers from it on */
+    uint32_t n_sample_tokens, n_steps;
+    /* 1: gradients with respect to inputs after their norm and gain (at="normed"); 0: before */
     int normed;
     struct attribution_layer {
-        /* [n_slots, z_stride]; divided by the post-norm's rms where there is one */
+        /* [n_sample_tokens, z_stride]; divided by the post-norm's RMS where there is one */
         struct gpu_buffer *dz;
-        struct gpu_buffer *dmlp;               /* [n_slots, d_stride] */
+        struct gpu_buffer *dmlp;               /* [n_sample_tokens, d_stride] */
         struct gpu_buffer *heads, *steps, *xs; /* see head_inputs_params */
-        struct gpu_buffer *mlp;                /* [n_slots, d_stride] gradient of the MLP's input */
-        /* [n_slots, d_stride] gradients of the stream after attention, after the MLP */
+        struct gpu_buffer *mlp; /* [n_sample_tokens, d_stride] gradient of the MLP's input */
+        /* [n_sample_tokens, d_stride] gradients of the residual stream after attention, after the
+         * MLP */
         struct gpu_buffer *mid, *post;
     } *layers; /* [depth] */
-    /* [n_slots, d_stride] gradients of the steered stream and of the logits' input */
+    /* [n_sample_tokens, d_stride] gradients of the steered residual stream and of the logits' input
+     */
     struct gpu_buffer *pre, *logits;
-    struct gpu_buffer *du, *g, *expanded; /* a tile's rows */
+    struct gpu_buffer *du, *g, *expanded; /* rows of a contraction tile */
     struct gpu_buffer *picks;             /* rows and logits of two runs */
-    struct gpu_buffer *lists;             /* the tokens of the slots of the batch under way */
-    /* the batch under way, for the hook */
-    uint64_t sources; /* device: pairs (forward) or sources (steps) of the batch's slots */
-    uint32_t batch_slot, batch_slots, n_sources, first_step;
+    struct gpu_buffer *lists;             /* packed tokens of the batch's sample tokens */
+    /* the batch that is running, for the hooks */
+    uint64_t sources; /* device: pairs (forward) or sources (steps) of the batch's sample tokens */
+    uint32_t batch_first, batch_n, n_sources, first_step; /* sample tokens; steps */
     int collecting; /* 1: forward pass, differences; 2: steps, gradients */
 };
 
-/* capacity: tokens that a forward pass holds; step_capacity: tokens that go forward and
- * back (at most capacity). */
+/* Reserves the memory of an attribution over layers first_layer and above. capacity: tokens of a
+ * forward pass; step_capacity: tokens of a forward and backward pass, at most capacity.
+ * keep_inside: see run/tape.h. ERROR_DEVICE if the memory is not free. */
 int attribution_create(struct attribution **out, struct model *model, uint32_t capacity,
-                       uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots,
+                       uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
                        uint32_t n_steps, int normed, int keep_inside, struct error *error);
+/* Waits for the device and frees the attribution; NULL is allowed. If the model was destroyed
+ * before, the caller has set work->model to NULL. */
 void attribution_destroy(struct attribution *a);
-/* Device bytes, from the facts alone, with a batch's cache. */
+/* Device bytes of an attribution and of the key/value cache of a batch, from the facts alone. */
 uint64_t attribution_bytes(const struct model_facts *facts, uint32_t capacity,
-                           uint32_t step_capacity, uint32_t first_layer, uint32_t n_slots,
+                           uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
                            uint32_t n_steps, int normed, int keep_inside);
-/* Gradients become zero: before the first step of new samples. */
+/* Zeroes the gradients, before the first step of new samples. */
 int attribution_reset(struct attribution *a, struct error *error);
 
-/* What the two runs predict at the tokens where a metric may be read: m pairs of packed
- * tokens (corrupt or base run, clean or steered: as the caller pairs them). Host arrays,
- * NULL where not wanted. */
+/* What the two runs predict at the tokens where a metric may be read: m pairs of packed tokens, one
+ * of each run, in the caller's order. Host arrays. */
 struct attribution_picks {
     uint32_t m;
     const uint32_t *tokens; /* [m, 2] */
-    int capped;
-    int32_t *top;  /* [m, 2] greedy tokens, the lowest id of equals */
-    float *margin; /* [m, 2] between the two largest logits (before the cap) */
-    float *kl;     /* [m] KL(second || first) */
-    float *normed; /* [m, 2, D] final rows after norm and gain */
+    int capped;             /* KL of the logits after the soft cap */
+    int32_t *top;           /* [m, 2] greedy tokens, the lowest id of equal logits */
+    float *margin;          /* [m, 2] between the two largest logits (before the cap) */
+    float *kl;              /* [m] KL(second || first); NULL: not computed */
+    float *normed;          /* [m, 2, D] final rows after norm and gain; NULL: not copied */
 };
 
-/* Slots [slot, slot + n) of this batch. pairs [n, 2]: the packed tokens whose difference a slot
- * holds (first - second). */
+/* Runs the batch forward and stores the differences of sample tokens [first, first + n). pairs
+ * [n, 2]: the packed tokens of each, whose difference (first - second) it holds. picks: read at the
+ * end of the pass; NULL or m = 0 for none. ERROR_VALUE if a range or a token does not exist. Waits.
+ */
 int attribution_forward(struct attribution *a, struct run_cache *cache,
-                        const struct run_batch *batch, uint32_t slot, uint32_t n,
+                        const struct run_batch *batch, uint32_t first, uint32_t n,
                         const uint32_t *pairs, const struct attribution_picks *picks,
                         struct error *error);
-/* Adds steps first_step, ..., first_step + n_sources - 1: sources [n, n_sources], the packed token
- * of each slot and step, or NO_SOURCE. */
+/* Runs the batch forward and backward and adds the gradients of integration steps first_step ..
+ * first_step + n_sources - 1 to sample tokens [first, first + n). sources [n, n_sources]: the
+ * packed token of each sample token and step, or NO_SOURCE. Waits. */
 int attribution_step(struct attribution *a, struct run_cache *cache, const struct run_batch *batch,
-                     const struct run_metric *metric, uint32_t slot, uint32_t n,
+                     const struct run_metric *metric, uint32_t first, uint32_t n,
                      const uint32_t *sources, uint32_t n_sources, uint32_t first_step,
                      struct error *error);
 
-/* Nodes in graph order: steer, then layer by layer heads and MLP. Inputs: layer by layer q (H), k
- * (G), v (G), MLP; logits last. */
+/* attribution_picks.c: reads the picks of the pass that has just run; waits for the device, also
+ * without picks. */
+int attribution_picks_read(struct attribution *a, const struct attribution_picks *picks,
+                           struct error *error);
+
+/* The number of nodes, in graph order: steer, then layer by layer the heads and the MLP. */
 uint32_t attribution_nodes(const struct attribution *a);
+/* The number of inputs: layer by layer q (H), k (G), v (G) and the MLP's; the logits' comes last.
+ */
 uint32_t attribution_inputs(const struct attribution *a);
-/* Scores of at most ATTRIBUTE_TILE slots. steer [D]: the difference at the steering node. edges
- * [nodes, inputs] and nodes [nodes] are added to; entries that are no edge are meaningless. dims:
- * NULL, or [dims_rows, D], the first nodes' (1: steer's alone; all), added to. */
-int attribution_contract(struct attribution *a, uint32_t slot, uint32_t n, const float *steer,
+/* attribution_scores.c: adds the scores of sample tokens [first, first + n), at most
+ * ATTRIBUTE_TILE, to edges [nodes, inputs] (entries that are no edge are meaningless), nodes
+ * [nodes] and, of the first dims_rows nodes, dims [dims_rows, D]. steer [D]: the difference at the
+ * steering node. Waits. ERROR_VALUE for an invalid range. */
+int attribution_contract(struct attribution *a, uint32_t first, uint32_t n, const float *steer,
                          double *edges, double *nodes, double *dims, uint32_t dims_rows,
                          struct error *error);
 

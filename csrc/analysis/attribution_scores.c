@@ -1,5 +1,5 @@
-/* Scores of a tile of slots: (difference of a node's output) . (gradient of an input), as
- * products of matrices. */
+/* Scores of a contraction tile: the products (difference of a node's output) . (gradient of an
+ * input), computed as matrix products. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -7,12 +7,12 @@
 
 
 struct tile {
-    uint32_t slot, n; /* slots */
-    uint64_t row;     /* bytes of a row of width D */
+    uint32_t first, n; /* sample tokens */
+    uint64_t row;      /* bytes of a row of width D */
 };
 
 static uint64_t rows_of(const struct gpu_buffer *buffer, const struct tile *tile, uint32_t stride) {
-    return run_address(buffer) + 4 * (uint64_t)tile->slot * stride;
+    return run_address(buffer) + 4 * (uint64_t)tile->first * stride;
 }
 
 static int copy(struct attribution *a, uint64_t from, uint32_t from_stride, uint64_t to,
@@ -28,8 +28,8 @@ static int copy(struct attribution *a, uint64_t from, uint32_t from_stride, uint
     return op_copy(&a->work->model->ops, &params, error);
 }
 
-/* Heads whose size is no multiple of 16: block h of the expanded rows [n_heads x n, stride] holds
- * head h's columns alone, zeros beside them. */
+/* For heads whose size is no multiple of 16: a->expanded [n_heads, n, stride], where rows of head h
+ * hold the columns of that head and zeros elsewhere. */
 static int expand(struct attribution *a, const struct tile *tile, uint64_t from, uint32_t n_heads,
                   uint32_t stride, struct error *error) {
     uint32_t d_head = a->work->model->facts.d_head;
@@ -44,7 +44,7 @@ static int expand(struct attribution *a, const struct tile *tile, uint64_t from,
     return 0;
 }
 
-/* du[head, slot, :] = W_O^h dz, times the post-norm's gain. */
+/* to[head, sample token, :] = W_O^h dz, times the post-norm's gain where there is one. */
 static int head_differences(struct attribution *a, const struct tile *tile, uint32_t i, uint64_t to,
                             struct error *error) {
     struct run_work *work = a->work;
@@ -88,6 +88,7 @@ static int head_differences(struct attribution *a, const struct tile *tile, uint
     return op_norm(&work->model->ops, &gain, f->n_heads * tile->n, error);
 }
 
+/* a->du[node, sample token, :]: the differences of all nodes as rows of width D. */
 static int differences(struct attribution *a, const struct tile *tile, const float *steer,
                        struct error *error) {
     struct run_work *work = a->work;
@@ -106,7 +107,7 @@ static int differences(struct attribution *a, const struct tile *tile, const flo
     return 0;
 }
 
-/* g[input, slot, :] of a layer's q, k, v inputs, then of its MLP. */
+/* a->g[input, sample token, :]: gradients of a layer's q, k and v inputs, then of its MLP's. */
 static int input_gradients(struct attribution *a, const struct tile *tile, uint32_t i,
                            struct error *error) {
     struct run_work *work = a->work;
@@ -157,7 +158,8 @@ static int input_gradients(struct attribution *a, const struct tile *tile, uint3
                 g + n * tile->n * tile->row, work->d_stride, f->d_model, tile->n, error);
 }
 
-/* products[input, node] of n_inputs rows at `g` with the first n_nodes nodes. */
+/* products[input, node], at the next drain: sums over the tile of the gradients of n_inputs inputs
+ * at `g` times the differences of the first n_nodes nodes. */
 static int dots(struct attribution *a, const struct tile *tile, uint64_t g, uint32_t n_inputs,
                 uint32_t n_nodes, float *products, struct error *error) {
     struct dots_params params = {
@@ -171,8 +173,9 @@ static int dots(struct attribution *a, const struct tile *tile, uint64_t g, uint
     return op_dots(&a->work->model->ops, &params, error);
 }
 
-/* Gradients of the stream where nodes add to it: steer's, then layer by layer the heads' and the
- * MLP's; dims[node, :] of the first `rows` nodes. */
+/* dims[node, :], at the next drain: differences of nodes times the gradient of the residual stream
+ * that they are added to. a->g holds these gradients: steer's, then layer by layer the heads' and
+ * the MLP's. */
 static int node_dims(struct attribution *a, const struct tile *tile, float *dims,
                      struct error *error) {
     struct run_work *work = a->work;
@@ -208,18 +211,19 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
     return op_node_dims(&work->model->ops, &params, n, error);
 }
 
-/* What comes back of one tile: for every layer the products of its inputs with the nodes up to its
- * own MLP, the logits', and the nodes' dimensions. */
+/* Host arrays of one tile: for every layer the products of its inputs with the nodes that precede
+ * its MLP, the products of the logits' input, and the dimension scores. */
 struct products {
     float *layers, *logits, *dims;
 };
 
-/* and of layer i itself, but for its MLP */
+/* Nodes below layer i and the heads of layer i: those that inputs of layer i may read. */
 static uint32_t nodes_below(const struct attribution *a, uint32_t i) {
     uint32_t H = a->work->model->facts.n_heads;
     return 1 + i * (H + 1) + H;
 }
 
+/* Computes the products of a tile; waits for the device. */
 static int tile_run(struct attribution *a, const struct tile *tile, const float *steer,
                     struct products *products, struct error *error) {
     const struct model_facts *f = &a->work->model->facts;
@@ -237,6 +241,7 @@ static int tile_run(struct attribution *a, const struct tile *tile, const float 
     return work_readback_drain(a->work, error);
 }
 
+/* Adds the products of a tile to the scores. */
 static void add(const struct attribution *a, const struct products *products, double *edges,
                 double *nodes, double *dims, uint32_t dims_rows) {
     const struct model_facts *f = &a->work->model->facts;
@@ -260,16 +265,17 @@ static void add(const struct attribution *a, const struct products *products, do
     }
 }
 
-int attribution_contract(struct attribution *a, uint32_t slot, uint32_t n, const float *steer,
+int attribution_contract(struct attribution *a, uint32_t first, uint32_t n, const float *steer,
                          double *edges, double *nodes, double *dims, uint32_t dims_rows,
                          struct error *error) {
     const struct model_facts *f = &a->work->model->facts;
-    struct tile tile = {.slot = slot, .n = n, .row = 4 * (uint64_t)a->work->d_stride};
+    struct tile tile = {.first = first, .n = n, .row = 4 * (uint64_t)a->work->d_stride};
     uint32_t inputs = f->n_heads + 2 * f->n_kv_heads + 1, n_nodes = attribution_nodes(a);
     size_t layers = 0;
-    if (n == 0 || n > ATTRIBUTE_TILE || slot > a->n_slots || n > a->n_slots - slot)
-        return error_set(error, ERROR_VALUE, "a tile of slots %u to %u of %u", slot, slot + n,
-                         a->n_slots);
+    if (n == 0 || n > ATTRIBUTE_TILE || first > a->n_sample_tokens ||
+        n > a->n_sample_tokens - first)
+        return error_set(error, ERROR_VALUE, "a contraction tile of sample tokens %u to %u of %u",
+                         first, first + n, a->n_sample_tokens);
     for (uint32_t i = 0; i < a->depth; i++)
         layers += (size_t)inputs * nodes_below(a, i);
     float *memory = malloc((layers + n_nodes + (size_t)n_nodes * f->d_model) * sizeof *memory);
