@@ -1,4 +1,4 @@
-/* Circuits made and destroyed, and the pass that hooks the base run. */
+/* Creates and destroys circuits, and runs them from hooks of the base run's forward pass. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>
@@ -17,13 +17,13 @@ int circuit_create(struct circuit_run **out, struct model *model, const struct c
     run->first_layer = plan->first_layer;
     run->depth = f->n_layers - plan->first_layer;
     run->n_inputs = f->n_heads + 2 * f->n_kv_heads;
-    run->n_blocks = 1;
+    run->n_differences = 1;
     run->n_entries = plan->n_entries;
     run->logit_entry = plan->entry_first[run->depth * (run->n_inputs + 1)];
     run->n_logits = plan->n_entries - run->logit_entry;
     run->z_stride = op_row_stride(f->d_head);
     run->heads_stride = f->d_head % 16 ? op_row_stride(f->n_heads * f->d_head) : run->z_stride;
-    /* whole panels are multiplied: as wide as the widest input's */
+    /* A head's rows of W_QKV are multiplied in whole panels: the stride is that of the widest. */
     for (uint32_t i = 0; i < run->n_inputs; i++) {
         uint32_t columns = (i * f->d_head % OP_PANEL + f->d_head + OP_PANEL - 1) / OP_PANEL *
                            OP_PANEL;
@@ -34,9 +34,9 @@ int circuit_create(struct circuit_run **out, struct model *model, const struct c
     int failed = run->layers ? 0 : error_set(error, ERROR_MEMORY, "out of memory for circuits");
     for (uint32_t i = 0; i < run->depth && !failed; i++)
         failed = circuit_layer_begin(run, plan, i, error);
-    run->mask_block = run->n_blocks;
+    run->masked = run->n_differences;
     run->n_masks = plan->n_masks;
-    run->n_blocks += plan->n_masks;
+    run->n_differences += plan->n_masks;
     if (failed || circuit_tables_make(run, plan, error)) {
         circuit_destroy(run);
         return -1;
@@ -50,9 +50,10 @@ void circuit_destroy(struct circuit_run *run) {
         return;
     if (run->work && run->model)
         gpu_queue_wait(run->model->ops.queue, NULL);
-    struct gpu_buffer *buffers[] = {
-        run->tables,   run->d,   run->normed, run->product, run->q,    run->z,      run->heads,
-        run->gathered, run->raw, run->scale,  run->gate_up, run->post, run->scores, run->steer};
+    struct gpu_buffer *buffers[] = {run->tables, run->differences, run->normed,  run->product,
+                                    run->q,      run->z,           run->heads,   run->gathered,
+                                    run->raw,    run->scale,       run->gate_up, run->post,
+                                    run->scores, run->steer};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     for (uint32_t i = 0; run->layers && i < run->depth; i++) {
@@ -72,11 +73,12 @@ void circuit_destroy(struct circuit_run *run) {
 
 /* --- the pass --------------------------------------------------------------------------------- */
 
+/* Difference 0: what steering adds to every token. */
 static int steer(struct circuit_run *run, struct error *error) {
     struct run_work *work = run->work;
     struct copy_params copy = {
         .x = run_address(run->steer),
-        .dst = circuit_block(run, 0),
+        .dst = circuit_difference(run, 0),
         .n_rows = work->chunk.n_tokens,
         .width = run->model->facts.d_model,
         .x_stride = 0,
@@ -86,7 +88,7 @@ static int steer(struct circuit_run *run, struct error *error) {
     return circuit_masks(run, 0, error);
 }
 
-/* Logits of the tokens of this chunk that the request names. */
+/* Reads the metrics of those tokens of the chunk that the request names. */
 static int finish(struct circuit_run *run, struct error *error) {
     struct run_work *work = run->work;
     const struct chunk *chunk = &work->chunk;
@@ -107,8 +109,9 @@ static int finish(struct circuit_run *run, struct error *error) {
     int failed = work_upload(work, tokens, (end - first) * sizeof *tokens, &address, error);
     free(tokens);
     RUN(failed);
-    tile = read->whole || read->logits ? read_tile(&run->model->facts) : chunk->n_tokens;
-    /* four floats of every token and entry, and room to spare */
+    tile = read->distributions || read->logits ? read_tile(&run->model->facts) : chunk->n_tokens;
+    /* Metrics take four floats for every token and entry: at most a quarter of the readback
+     * memory. */
     if ((uint64_t)tile * run->n_logits > CIRCUIT_READBACK / 64)
         tile = CIRCUIT_READBACK / 64 > run->n_logits
                    ? (uint32_t)(CIRCUIT_READBACK / 64 / run->n_logits)
@@ -120,9 +123,9 @@ static int finish(struct circuit_run *run, struct error *error) {
         if (read->pairs)
             RUN(read_pairs(work, &run->read_memory, read, at, n, run_address(run->normed),
                            run->n_logits, error));
-        if (read->whole)
-            RUN(read_whole(work, &run->read_memory, read, at, n, run_address(run->normed),
-                           run->n_logits, error));
+        if (read->distributions)
+            RUN(read_distributions(work, &run->read_memory, read, at, n, run_address(run->normed),
+                                   run->n_logits, error));
         if (read->logits)
             RUN(read_logits(work, &run->read_memory, read, at, n, run_address(run->normed),
                             run->n_logits, error));
@@ -143,7 +146,7 @@ static int hook_call(void *context, struct run_work *work, enum run_hook_point w
         RUN(steer(run, error));
     if (what == HOOK_Z && !post_norms)
         return circuit_attention(run, layer, address, 0, error);
-    /* a post-norm's statistic is needed, too; the mixes are still there */
+    /* With a post-norm its statistic is needed, too; work->z still holds the attention outputs. */
     if (what == HOOK_ATTN_RAW)
         return circuit_attention(run, layer, run_address(work->z), address, error);
     return what == HOOK_MLP_OUT ? circuit_mlp(run, layer, address, error) : 0;

@@ -1,5 +1,4 @@
-/* One layer under circuits: reads as the model's equations, for entries and
- * states instead of rows. */
+/* One layer under circuits: the equations of the model, for entries and states instead of rows. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>
@@ -37,7 +36,7 @@ static struct op_matrix rows_of(const struct op_matrix *matrix, uint32_t first, 
 
 /* --- queries, keys, values -------------------------------------------------------------------- */
 
-/* Products of inputs [from, to), whose normed rows lie in run->normed. */
+/* run->product of inputs [from, to): their rows of run->normed times their rows of W_QKV. */
 static int products(struct circuit_run *run, const struct model_layer *weights,
                     const struct circuit_layer *layer, uint32_t from, uint32_t to,
                     struct error *error) {
@@ -64,6 +63,7 @@ static int products(struct circuit_run *run, const struct model_layer *weights,
     return 0;
 }
 
+/* Queries, keys and values of all entries, where the attention kernels read them. */
 static int attention_inputs(struct circuit_run *run, int l, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct model_layer *weights = &run->model->layers[l];
@@ -83,7 +83,7 @@ static int attention_inputs(struct circuit_run *run, int l, struct error *error)
     struct circuit_place_params place = {
         .x = run_address(run->product),
         .base = work->at_qkv,
-        .entries = run_address(run->tables) + 4 * (uint64_t)layer->places,
+        .entries = run_address(run->tables) + 4 * (uint64_t)layer->place_table,
         .tokens = work->chunk.tokens,
         .angles = run_address(run->model->angles[f->rope_table[l]]),
         .q_gain = weights->q_norm,
@@ -103,10 +103,10 @@ static int attention_inputs(struct circuit_run *run, int l, struct error *error)
     return op_circuit_place(&run->model->ops, &place, layer->n_places, error);
 }
 
-/* --- mixes ------------------------------------------------------------------------------------ */
+/* --- attention outputs ------------------------------------------------------------------------ */
 
-/* What the attention kernels see: every state of a head is a row of tokens of a
- * model with one head. */
+/* Tokens and tiles for the attention kernels, to which every state is a row of a model with one
+ * head. */
 struct lists {
     uint64_t tokens, tiles;
     struct query_tile *tile;
@@ -149,82 +149,83 @@ static int lists_upload(struct circuit_run *run, const struct circuit_layer *lay
     return failed ? -1 : 0;
 }
 
-/* Attention outputs of the span's queries. */
-static int attend(struct circuit_run *run, int l, const struct lists *lists,
-                  const struct query_span *span, struct error *error) {
+/* Attention outputs of the span's queries, where every tile is a single token. */
+static int attend_tokens(struct circuit_run *run, int l, const struct lists *lists,
+                         const struct query_span *span, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct circuit_layer *layer = layer_of(run, l);
-    const struct chunk *chunk = &run->work->chunk;
-    struct ops *ops = &run->model->ops;
-    uint32_t first = span->first, n = span->n, n_tiles = span->end - span->tile,
-             key_stride = span->key_stride, window = f->window[l];
-    uint64_t tiles = lists->tiles + span->tile * sizeof(struct query_tile), q = run_address(run->q),
-             k = run_address(layer->k), v = run_address(layer->v);
-    uint64_t pattern = run_address(run->scores), z = run_address(run->z);
-    if (chunk->n_tiles == chunk->n_tokens) { /* single tokens */
-        struct decode_params decode = {
-            .qkv = q,
-            .k_cache = k,
-            .v_cache = v,
-            .tokens = lists->tokens,
-            .scores = pattern,
-            .z = z,
-            .first_token = first,
-            .n_heads = 1,
-            .n_kv_heads = 1,
-            .d_head = f->d_head,
-            .stride = run->z_stride,
-            .z_stride = run->z_stride,
-            .key_stride = key_stride,
-            .window = window,
-            .scale = f->attn_scale,
-            .softcap = f->attn_softcap,
-        };
-        return op_attn_decode(ops, &decode, n, chunk->max_keys, error);
-    }
-    struct scores_params scores = {
-        .qkv = q,
-        .k_cache = k,
+    struct decode_params decode = {
+        .qkv = run_address(run->q),
+        .k_cache = run_address(layer->k),
+        .v_cache = run_address(layer->v),
         .tokens = lists->tokens,
-        .tiles = tiles,
-        .scores = pattern,
-        .first_token = first,
+        .scores = run_address(run->scores),
+        .z = run_address(run->z),
+        .first_token = span->first,
         .n_heads = 1,
         .n_kv_heads = 1,
         .d_head = f->d_head,
         .stride = run->z_stride,
-        .key_stride = key_stride,
+        .z_stride = run->z_stride,
+        .key_stride = span->key_stride,
+        .window = f->window[l],
+        .scale = f->attn_scale,
+        .softcap = f->attn_softcap,
+    };
+    return op_attn_decode(&run->model->ops, &decode, span->n, run->work->chunk.max_keys, error);
+}
+
+/* Attention outputs of the span's queries. */
+static int attend_tiles(struct circuit_run *run, int l, const struct lists *lists,
+                        const struct query_span *span, struct error *error) {
+    const struct model_facts *f = &run->model->facts;
+    const struct circuit_layer *layer = layer_of(run, l);
+    struct ops *ops = &run->model->ops;
+    uint32_t n_tiles = span->end - span->tile, n_keys = run->work->chunk.max_keys;
+    struct scores_params scores = {
+        .qkv = run_address(run->q),
+        .k_cache = run_address(layer->k),
+        .tokens = lists->tokens,
+        .tiles = lists->tiles + span->tile * sizeof(struct query_tile),
+        .scores = run_address(run->scores),
+        .first_token = span->first,
+        .n_heads = 1,
+        .n_kv_heads = 1,
+        .d_head = f->d_head,
+        .stride = run->z_stride,
+        .key_stride = span->key_stride,
         .scale = f->attn_scale,
         .softcap = f->attn_softcap,
     };
     struct softmax_params softmax = {
-        .scores = pattern,
+        .scores = scores.scores,
         .tokens = lists->tokens,
-        .first_token = first,
+        .first_token = span->first,
         .n_heads = 1,
-        .key_stride = key_stride,
-        .window = window,
+        .key_stride = span->key_stride,
+        .window = f->window[l],
     };
     struct attn_output_params output = {
-        .pattern = pattern,
-        .v_cache = v,
+        .pattern = scores.scores,
+        .v_cache = run_address(layer->v),
         .tokens = lists->tokens,
-        .tiles = tiles,
-        .z = z,
-        .first_token = first,
+        .tiles = scores.tiles,
+        .z = run_address(run->z),
+        .first_token = span->first,
         .n_heads = 1,
         .n_kv_heads = 1,
         .d_head = f->d_head,
         .z_stride = run->z_stride,
-        .key_stride = key_stride,
-        .window = window,
+        .key_stride = span->key_stride,
+        .window = f->window[l],
     };
-    RUN(op_attn_scores(ops, &scores, n_tiles, chunk->max_keys, error));
-    RUN(op_attn_softmax(ops, &softmax, n, chunk->max_keys, error));
-    return op_attn_output(ops, &output, n_tiles, chunk->max_keys, error);
+    RUN(op_attn_scores(ops, &scores, n_tiles, n_keys, error));
+    RUN(op_attn_softmax(ops, &softmax, span->n, n_keys, error));
+    return op_attn_output(ops, &output, n_tiles, n_keys, error);
 }
 
-static int mixes(struct circuit_run *run, int l, struct error *error) {
+/* run->z: attention outputs of all states. */
+static int attention_outputs(struct circuit_run *run, int l, struct error *error) {
     const struct circuit_layer *layer = layer_of(run, l);
     struct query_span span = {.key_stride = op_row_stride(run->work->chunk.max_keys)};
     uint64_t query_bytes = 4 * (uint64_t)span.key_stride,
@@ -234,14 +235,16 @@ static int mixes(struct circuit_run *run, int l, struct error *error) {
     RUN(work_grow(run->work, &run->scores, most * query_bytes, "circuits' scores", error));
     int failed = lists_upload(run, layer, &lists, error);
     while (!failed && query_span_next(lists.tile, lists.n_tiles, most, &span))
-        failed = attend(run, l, &lists, &span, error);
+        failed = run->work->chunk.n_tiles == run->work->chunk.n_tokens
+                     ? attend_tokens(run, l, &lists, &span, error)
+                     : attend_tiles(run, l, &lists, &span, error);
     free(lists.tile);
     return failed;
 }
 
-/* --- what heads add --------------------------------------------------------------------------- */
+/* --- differences of heads --------------------------------------------------------------------- */
 
-/* op_norm in pieces that fit a grid; flags say what of it. */
+/* op_norm of n rows, in ranges that fit a grid. */
 static int norm_rows(struct circuit_run *run, uint64_t x, uint64_t gain, uint64_t dst,
                      uint64_t scale, uint32_t flags, uint64_t n, struct error *error) {
     uint64_t row = 4 * (uint64_t)run->work->d_stride;
@@ -262,8 +265,8 @@ static int norm_rows(struct circuit_run *run, uint64_t x, uint64_t gain, uint64_
     return 0;
 }
 
-/* The post-norm's statistic of every variant (run->scale, the base run's behind them), from its
- * whole attention output. */
+/* run->scale: the post-norm's statistic of the attention output of every variant, then of the base
+ * run. */
 static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw,
                   struct error *error) {
     const struct model_layer *weights = &run->model->layers[l];
@@ -273,7 +276,7 @@ static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base
     struct circuit_heads_params gather = {
         .z = run_address(run->z),
         .base = base_z,
-        .entries = run_address(run->tables) + 4 * (uint64_t)layer->gathers,
+        .entries = run_address(run->tables) + 4 * (uint64_t)layer->gather_table,
         .dst = run_address(run->gathered),
         .n_tokens = T,
         .d_head = run->model->facts.d_head,
@@ -300,20 +303,23 @@ static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base
                      NORM_WRITE_SCALE | NORM_NO_OUT, T, error);
 }
 
-/* Blocks of the heads: W_O^h times the difference of mixes, each by its run's statistic where there
- * is a post-norm, whose gain comes last. */
+/* Differences of the heads' outputs: W_O^h times the difference of attention outputs. With a
+ * post-norm, each attention output is divided by its own run's statistic first, and the gain comes
+ * last. */
 static int heads_out(struct circuit_run *run, int l, uint64_t base_z, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct model_layer *weights = &run->model->layers[l];
     const struct circuit_layer *layer = layer_of(run, l);
     struct run_work *work = run->work;
-    /* odd heads are no slice of W_O's inputs: whole rows, zero but for one head */
+    /* Kernels take slices of W_O's columns in multiples of 16. With other head sizes a row is as
+     * wide as all heads, with zeros for the others. */
     uint32_t T = work->chunk.n_tokens, wide = f->d_head % 16 != 0;
-    uint64_t scale = run_address(run->scale), blocks = circuit_block(run, layer->block);
+    uint64_t scale = run_address(run->scale),
+             differences = circuit_difference(run, layer->difference);
     struct circuit_heads_params params = {
         .z = run_address(run->z),
         .base = base_z,
-        .entries = run_address(run->tables) + 4 * (uint64_t)layer->differences,
+        .entries = run_address(run->tables) + 4 * (uint64_t)layer->output_table,
         .scale = scale,
         .base_scale = scale + 4 * (uint64_t)layer->n_variants * T,
         .dst = run_address(run->heads),
@@ -330,7 +336,7 @@ static int heads_out(struct circuit_run *run, int l, uint64_t base_z, struct err
         uint64_t row = (uint64_t)layer->output_first[h] * T;
         struct op_linear_args args = {
             .x = params.dst + 4 * row * run->heads_stride,
-            .dst = blocks + 4 * row * work->d_stride,
+            .dst = differences + 4 * row * work->d_stride,
             .n_rows = (layer->output_first[h + 1] - layer->output_first[h]) * T,
             .x_stride = run->heads_stride,
             .dst_stride = work->d_stride,
@@ -343,7 +349,7 @@ static int heads_out(struct circuit_run *run, int l, uint64_t base_z, struct err
     }
     if (!f->post_norms)
         return 0;
-    return norm_rows(run, blocks, weights->ln1_post, blocks, 0, NORM_READ_NORMALIZED,
+    return norm_rows(run, differences, weights->ln1_post, differences, 0, NORM_READ_NORMALIZED,
                      (uint64_t)layer->n_outputs * T, error);
 }
 
@@ -353,7 +359,7 @@ int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t 
     if (layer->n_places)
         RUN(attention_inputs(run, l, error));
     if (layer->n_states)
-        RUN(mixes(run, l, error));
+        RUN(attention_outputs(run, l, error));
     if (layer->n_variants)
         RUN(scales(run, l, base_z, base_raw, error));
     if (layer->n_outputs)
@@ -361,7 +367,7 @@ int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t 
     return circuit_masks(run, 1 + 2 * ((uint32_t)l - run->first_layer), error);
 }
 
-/* --- what MLPs add ---------------------------------------------------------------------------- */
+/* --- differences of MLPs ---------------------------------------------------------------------- */
 
 int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error *error) {
     const struct model_facts *f = &run->model->facts;
@@ -371,7 +377,7 @@ int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error 
     struct ops *ops = &run->model->ops;
     uint32_t T = work->chunk.n_tokens, decode = work->chunk.batch->decode != 0;
     uint64_t rows = (uint64_t)layer->n_mlp * T, row_bytes = 4 * (uint64_t)work->d_stride,
-             blocks = circuit_block(run, layer->block + layer->n_outputs);
+             differences = circuit_difference(run, layer->difference + layer->n_outputs);
     if (layer->n_mlp)
         RUN(circuit_assemble(run, layer->mlp_entry, layer->n_mlp, weights->ln2, 0, T, error));
     for (uint64_t row = 0; row < rows; row += run->mlp_rows) {
@@ -395,7 +401,7 @@ int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error 
         };
         struct op_linear_args down = {
             .x = act.dst,
-            .dst = blocks + row * row_bytes,
+            .dst = differences + row * row_bytes,
             .bias = weights->b_down,
             .n_rows = n,
             .x_stride = work->mlp_stride,

@@ -1,13 +1,14 @@
-/* Memory of circuits: how much, and made. */
+/* The memory of circuits: its size and its allocation. */
 #include "analysis/circuit.h"
 
 #include <string.h>
 
-/* normed inputs that are assembled at once, where one input alone needs less */
+/* Inputs of several heads are assembled together up to this size. */
 #define GROUP_BYTES (UINT64_C(32) << 20)
-/* gates, ups and activations of rows that go through an MLP at once */
+/* gates, ups and activations of the rows that an MLP computes at once */
 #define MLP_BYTES (UINT64_C(32) << 20)
 
+/* The largest value of a field (at `offset`) of all layers, at least 1. */
 static uint32_t most(const struct circuit_run *run, size_t offset) {
     uint32_t n = 1;
     for (uint32_t i = 0; i < run->depth; i++) {
@@ -19,6 +20,7 @@ static uint32_t most(const struct circuit_run *run, size_t offset) {
 }
 #define MOST(run, field) most(run, offsetof(struct circuit_layer, field))
 
+/* Entries that are assembled together: at least those of the largest input. */
 static uint32_t entries_at_once(const struct circuit_run *run, uint32_t capacity) {
     uint64_t room = GROUP_BYTES /
                     (4 * (uint64_t)capacity * op_row_stride(run->model->facts.d_model));
@@ -35,26 +37,28 @@ static uint32_t mlp_rows_at_once(const struct circuit_run *run, uint32_t capacit
     return (uint32_t)(rows < all ? rows : all);
 }
 
-struct wanted {
+/* A buffer and its size. */
+struct memory {
     struct gpu_buffer **buffer;
     uint64_t bytes;
     const char *name;
 };
 
-/* All buffers but the caches, and how large they are. */
-static int buffers_list(struct circuit_run *run, uint32_t capacity, struct wanted *wanted) {
+/* Lists all buffers but the caches; returns their number. */
+static int buffers_list(struct circuit_run *run, uint32_t capacity, struct memory *memory) {
     const struct model_facts *f = &run->model->facts;
     uint64_t token = 4 * (uint64_t)capacity, d = op_row_stride(f->d_model),
              variants = f->post_norms ? MOST(run, n_variants) : 0;
     uint32_t mlp = mlp_rows_at_once(run, capacity);
-    const struct wanted all[] = {
+    const struct memory all[] = {
         {&run->tables, 4 * (uint64_t)run->n_words, "circuits' tables"},
         {&run->steer, 4 * d, "steering"},
-        {&run->d, token * run->n_blocks * d + 4 * d, "differences of nodes"}, /* and a zero row */
+        {&run->differences, token * run->n_differences * d + 4 * d,
+         "differences of nodes"}, /* and a row of zeros */
         {&run->normed, token * entries_at_once(run, capacity) * d, "circuits' inputs"},
         {&run->product, token * MOST(run, n_entries) * run->product_stride, "circuits' products"},
         {&run->q, token * MOST(run, n_q) * run->z_stride, "circuits' queries"},
-        {&run->z, token * MOST(run, n_states) * run->z_stride, "circuits' mixes"},
+        {&run->z, token * MOST(run, n_states) * run->z_stride, "circuits' attention outputs"},
         {&run->heads, token * MOST(run, n_outputs) * run->heads_stride, "circuits' heads"},
         {&run->gathered, token * variants * op_row_stride(f->n_heads * f->d_head),
          "circuits' rows of heads"},
@@ -63,23 +67,23 @@ static int buffers_list(struct circuit_run *run, uint32_t capacity, struct wante
         {&run->gate_up, 4 * (uint64_t)mlp * op_row_stride(2 * f->d_mlp), "circuits' gates"},
         {&run->post, 4 * (uint64_t)mlp * op_row_stride(f->d_mlp), "circuits' activations"},
         {&run->scores, WORK_SCRATCH, "circuits' scores"}};
-    memcpy(wanted, all, sizeof all);
+    memcpy(memory, all, sizeof all);
     return sizeof all / sizeof all[0];
 }
 
 uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
                        uint64_t *largest) {
     const struct model_facts *f = &run->model->facts;
-    struct wanted wanted[16];
-    int n = buffers_list((struct circuit_run *)run, capacity, wanted);
+    struct memory memory[16];
+    int n = buffers_list((struct circuit_run *)run, capacity, memory);
     uint64_t total = run_work_bytes(f, capacity, CIRCUIT_READBACK) + read_bytes(f) +
                      8 * (uint64_t)capacity * op_row_stride(f->d_model) +
                      run_cache_bytes(f, n_slots, 0);
     *largest = 4 * (uint64_t)n_slots * f->d_head *
                (MOST(run, n_k) > MOST(run, n_v) ? MOST(run, n_k) : MOST(run, n_v));
     for (int i = 0; i < n; i++) {
-        total += wanted[i].bytes;
-        *largest = wanted[i].bytes > *largest ? wanted[i].bytes : *largest;
+        total += memory[i].bytes;
+        *largest = memory[i].bytes > *largest ? memory[i].bytes : *largest;
     }
     for (uint32_t i = 0; i < run->depth; i++) /* the caches, and the token lists of attention */
         total += 4 * (uint64_t)n_slots * f->d_head * (run->layers[i].n_k + run->layers[i].n_v) +
@@ -88,6 +92,7 @@ uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_
     return total;
 }
 
+/* A device buffer of zeros; none if `bytes` is 0. */
 static int zeroed(struct circuit_run *run, struct gpu_buffer **out, uint64_t bytes,
                   const char *name, struct error *error) {
     if (bytes == 0)
@@ -97,8 +102,8 @@ static int zeroed(struct circuit_run *run, struct gpu_buffer **out, uint64_t byt
     return gpu_queue_zero(run->model->ops.queue, *out, 0, gpu_buffer_size(*out), error);
 }
 
-/* Words and the steering vector: copied as bytes, because a kernel that copies floats may flush
- * what looks like a tiny one. */
+/* Uploads bytes by a transfer. A kernel that copies floats may flush subnormal numbers to zero, and
+ * words that are read as floats look like them. */
 static int bytes_upload(struct circuit_run *run, const void *data, uint64_t bytes,
                         struct gpu_buffer *to, struct error *error) {
     struct gpu_buffer *from;
@@ -117,10 +122,10 @@ static int bytes_upload(struct circuit_run *run, const void *data, uint64_t byte
 int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
                     const float *steer, struct error *error) {
     const struct model_facts *f = &run->model->facts;
-    struct wanted wanted[16];
+    struct memory memory[16];
     if (run->work)
         return error_set(error, ERROR_VALUE, "these circuits have their memory already");
-    int n = buffers_list(run, capacity, wanted);
+    int n = buffers_list(run, capacity, memory);
     run->capacity = capacity;
     run->n_slots = n_slots;
     run->assembled = entries_at_once(run, capacity);
@@ -128,7 +133,7 @@ int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots
     if (run_work_create(&run->work, run->model, capacity, CIRCUIT_READBACK, error))
         return -1;
     for (int i = 0; i < n; i++)
-        if (zeroed(run, wanted[i].buffer, wanted[i].bytes, wanted[i].name, error))
+        if (zeroed(run, memory[i].buffer, memory[i].bytes, memory[i].name, error))
             goto fail;
     for (uint32_t i = 0; i < run->depth; i++) {
         struct circuit_layer *layer = &run->layers[i];

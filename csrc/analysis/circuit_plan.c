@@ -1,16 +1,16 @@
-/* A plan of circuits checked, and laid out as tables. */
+/* Checks a plan of circuits and lays it out as tables. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 
-/* first[0..n]: ascending from 0 to total. */
+/* first [n + 1] must ascend from 0 to total. */
 static int firsts_check(const uint32_t *first, uint32_t n, uint32_t total, const char *what,
                         struct error *error) {
     for (uint32_t i = 0; i < n; i++)
         if (first[i] > first[i + 1])
-            return error_set(error, ERROR_VALUE, "a plan whose %s go back at %u", what, i);
+            return error_set(error, ERROR_VALUE, "a plan whose %s descend at %u", what, i);
     return first[0] || first[n] != total
                ? error_set(error, ERROR_VALUE, "a plan whose %s do not end at %u", what, total)
                : 0;
@@ -20,6 +20,7 @@ static int state_entry_bad(const struct circuit_plan *plan, uint32_t input, uint
     return entry != NO_BLOCK && entry >= plan->entry_first[input + 1] - plan->entry_first[input];
 }
 
+/* Checks the states, outputs and variants of layer first_layer + i. */
 static int layer_check(const struct model_facts *f, const struct circuit_plan *plan, uint32_t i,
                        struct error *error) {
     uint32_t w = f->n_heads + 2 * f->n_kv_heads + 1,
@@ -32,7 +33,7 @@ static int layer_check(const struct model_facts *f, const struct circuit_plan *p
             state_entry_bad(plan, i * w + f->n_heads + state[0] / share, state[2]) ||
             state_entry_bad(plan, i * w + f->n_heads + f->n_kv_heads + state[0] / share, state[3]))
             return error_set(error, ERROR_VALUE,
-                             "state %u of a plan names an entry that is not there", s);
+                             "state %u of a plan names an entry that does not exist", s);
     }
     for (uint32_t o = plan->output_first[i]; o < plan->output_first[i + 1]; o++) {
         const uint32_t *output = plan->outputs + 3 * (size_t)o;
@@ -41,7 +42,7 @@ static int layer_check(const struct model_facts *f, const struct circuit_plan *p
             (output[1] != NO_BLOCK &&
              plan->states[4 * (size_t)(plan->state_first[i] + output[1])] != output[0]) ||
             (f->post_norms ? output[2] >= n_variants : output[1] == NO_BLOCK))
-            return error_set(error, ERROR_VALUE, "output %u of a plan makes no sense", o);
+            return error_set(error, ERROR_VALUE, "output %u of a plan is invalid", o);
         head = output[0];
     }
     for (size_t v = (size_t)plan->variant_first[i] * f->n_heads;
@@ -51,7 +52,7 @@ static int layer_check(const struct model_facts *f, const struct circuit_plan *p
              plan->states[4 * (size_t)(plan->state_first[i] + plan->variants[v])] !=
                  v % f->n_heads))
             return error_set(error, ERROR_VALUE,
-                             "variant %zu of a plan names a state that is not there", v);
+                             "variant %zu of a plan names a state that does not exist", v);
     return 0;
 }
 
@@ -67,21 +68,23 @@ int circuit_plan_check(const struct model_facts *f, const struct circuit_plan *p
         firsts_check(plan->variant_first, n, plan->n_variants, "variants", error) ||
         firsts_check(plan->mask_first, 2 * n + 1, plan->n_masks, "masks", error))
         return -1;
-    uint32_t made = 1, mask_block = 1 + plan->n_outputs;
+    /* differences that exist at a stage, but for the masked ones; the first masked one */
+    uint32_t made = 1, masked = 1 + plan->n_outputs;
     for (uint32_t i = 0; i < n; i++)
-        mask_block += plan->entry_first[i * w + w] - plan->entry_first[i * w + w - 1];
-    /* what stage makes may be read from then on */
+        masked += plan->entry_first[i * w + w] - plan->entry_first[i * w + w - 1];
+    /* What a stage makes may be read from then on. */
     for (uint32_t stage = 0; stage < 2 * n + 1; stage++) {
         if (stage) {
             uint32_t i = (stage - 1) / 2, first = stage % 2 ? i * w : i * w + w - 1,
                      last = stage % 2 ? i * w + w - 1 : (i + 1) * w;
             for (uint32_t r = plan->ref_first[plan->entry_first[first]];
                  r < plan->ref_first[plan->entry_first[last]]; r++) {
-                uint32_t block = plan->refs[r];
-                if (block >= made &&
-                    (block < mask_block || block - mask_block >= plan->mask_first[stage]))
+                uint32_t difference = plan->refs[r];
+                if (difference >= made &&
+                    (difference < masked || difference - masked >= plan->mask_first[stage]))
                     return error_set(error, ERROR_VALUE,
-                                     "reference %u of a plan reads block %u too early", r, block);
+                                     "reference %u of a plan reads difference %u too early", r,
+                                     difference);
             }
             if (stage % 2)
                 RUN(layer_check(f, plan, i, error));
@@ -90,30 +93,28 @@ int circuit_plan_check(const struct model_facts *f, const struct circuit_plan *p
         }
         for (uint32_t m = plan->mask_first[stage]; m < plan->mask_first[stage + 1]; m++)
             if (plan->masks[m] >= made)
-                return error_set(error, ERROR_VALUE, "mask %u of a plan reads block %u too early",
-                                 m, plan->masks[m]);
+                return error_set(error, ERROR_VALUE,
+                                 "mask %u of a plan reads difference %u too early", m,
+                                 plan->masks[m]);
     }
     for (uint32_t r = plan->ref_first[plan->entry_first[n * w]]; r < plan->n_refs; r++)
-        if (plan->refs[r] >= mask_block + plan->n_masks)
-            return error_set(error, ERROR_VALUE, "reference %u of a plan reads block %u of %u", r,
-                             plan->refs[r], mask_block + plan->n_masks);
+        if (plan->refs[r] >= masked + plan->n_masks)
+            return error_set(error, ERROR_VALUE, "reference %u of a plan reads difference %u of %u",
+                             r, plan->refs[r], masked + plan->n_masks);
     return 0;
 }
 
-/* Blocks of the base run's queries, keys and values that states name; counts go on
- * from the entries' own. */
-struct base_blocks {
-    uint32_t *q, *k, *v;
-};
-
-static uint32_t base_block(uint32_t *blocks, uint32_t i, uint32_t *n) {
-    if (blocks[i] == NO_BLOCK)
-        blocks[i] = (*n)++;
-    return blocks[i];
+/* The index of the base run's query, key or value of a head in this layer, behind those of the
+ * entries; *n counts both. A base run's value that no state names gets none. */
+static uint32_t base_index(uint32_t *base, uint32_t i, uint32_t *n) {
+    if (base[i] == NO_BLOCK)
+        base[i] = (*n)++;
+    return base[i];
 }
 
-/* Entries of circuit_place for inputs [from, to) and, behind them, base blocks. Every kind
- * counts its blocks from 0. */
+/* Writes entries of circuit_place_params for the n inputs from `from` on, which are all queries,
+ * keys or values (`kind`), then those of the base run. Destinations are counted from 0 for each
+ * kind. Returns the end. */
 static uint32_t *places_write(uint32_t *out, const struct circuit_layer *layer,
                               const struct model_facts *f, uint32_t kind, uint32_t from, uint32_t n,
                               const uint32_t *base) {
@@ -130,7 +131,8 @@ static uint32_t *places_write(uint32_t *out, const struct circuit_layer *layer,
     return out;
 }
 
-/* The layer's tables into words from `at` on; returns where they end. */
+/* Writes the layer's tables to run->words from `at` on and its states to `resolved`; returns the
+ * end of the tables. */
 static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan *plan, uint32_t i,
                              uint32_t *resolved, uint32_t at) {
     const struct model_facts *f = &run->model->facts;
@@ -146,27 +148,27 @@ static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan 
     for (uint32_t s = 0; s < layer->n_states; s++) {
         const uint32_t *state = plan->states + 4 * (size_t)(plan->state_first[i] + s);
         uint32_t head = state[0], group = head / (H / G);
-        resolved[3 * s] = state[1] == NO_BLOCK ? base_block(q, head, &layer->n_q)
+        resolved[3 * s] = state[1] == NO_BLOCK ? base_index(q, head, &layer->n_q)
                                                : layer->input_first[head] + state[1];
-        resolved[3 * s + 1] = state[2] == NO_BLOCK ? base_block(k, group, &layer->n_k)
+        resolved[3 * s + 1] = state[2] == NO_BLOCK ? base_index(k, group, &layer->n_k)
                                                    : layer->input_first[H + group] -
                                                          layer->input_first[H] + state[2];
-        resolved[3 * s + 2] = state[3] == NO_BLOCK ? base_block(v, group, &layer->n_v)
+        resolved[3 * s + 2] = state[3] == NO_BLOCK ? base_index(v, group, &layer->n_v)
                                                    : layer->input_first[H + G + group] -
                                                          layer->input_first[H + G] + state[3];
     }
-    layer->places = at;
+    layer->place_table = at;
     uint32_t *end = places_write(words + at, layer, f, PLACE_Q, 0, H, q);
     end = places_write(end, layer, f, PLACE_K, H, G, k);
     end = places_write(end, layer, f, PLACE_V, H + G, G, v);
     layer->n_places = (uint32_t)(end - words - at) / 4;
-    layer->gathers = (uint32_t)(end - words);
+    layer->gather_table = (uint32_t)(end - words);
     for (uint32_t g = 0; g < layer->n_variants * H; g++, end += 4)
         memcpy(
             end,
             (uint32_t[]){plan->variants[(size_t)plan->variant_first[i] * H + g], g % H, g / H, 0},
             16);
-    layer->differences = (uint32_t)(end - words);
+    layer->output_table = (uint32_t)(end - words);
     for (uint32_t o = 0; o < layer->n_outputs; o++, end += 4) {
         const uint32_t *output = plan->outputs + 3 * (size_t)(plan->output_first[i] + o);
         memcpy(end, (uint32_t[]){output[1], output[0], o, f->post_norms ? output[2] : 0}, 16);
@@ -193,8 +195,8 @@ int circuit_layer_begin(struct circuit_run *run, const struct circuit_plan *plan
     layer->n_states = plan->state_first[i + 1] - plan->state_first[i];
     layer->n_outputs = plan->output_first[i + 1] - plan->output_first[i];
     layer->n_variants = plan->variant_first[i + 1] - plan->variant_first[i];
-    layer->block = run->n_blocks;
-    run->n_blocks += layer->n_outputs + layer->n_mlp;
+    layer->difference = run->n_differences;
+    run->n_differences += layer->n_outputs + layer->n_mlp;
     layer->input_first = malloc((n_inputs + 1) * sizeof *layer->input_first);
     layer->output_first = calloc(f->n_heads + 1, sizeof *layer->output_first);
     if (!layer->input_first || !layer->output_first)
@@ -229,7 +231,7 @@ int circuit_tables_make(struct circuit_run *run, const struct circuit_plan *plan
     if (plan->n_refs)
         memcpy(run->words + run->refs, plan->refs, plan->n_refs * (size_t)4);
     uint32_t at = run->refs + plan->n_refs;
-    /* the device does not get these */
+    /* states stay on the host, behind the tables */
     uint32_t *resolved = run->words + size - 3 * (size_t)plan->n_states;
     for (uint32_t i = 0; i < run->depth; i++) {
         at = layer_tables(run, plan, i, resolved, at);

@@ -1,15 +1,16 @@
-/* The logit lens: normed rows through the unembedding tile by tile, each tile
- * merged into running lists. */
+/* The logit lens: normed vectors times the unembedding, a vocabulary tile at a time. The largest
+ * logits of each tile are merged into running lists. */
 #include <string.h>
 
 #include "analysis/ov.h"
 #include "run/work.h"
 
-/* of the vocabulary at once: whole panels, so that the matrix kernels see an ordinary matrix */
+/* columns of a vocabulary tile: whole panels, so that the matrix kernels can treat it as a matrix
+ */
 #define LENS_COLUMNS 8192
-#define LENS_ROWS 1024 /* at once; a tile has then 32 MiB */
+#define LENS_ROWS 1024 /* vectors at once; a tile of logits then takes 32 MiB */
 
-/* lists: values [rows, k], then indices */
+/* Buffers of one call. lists and back: values [rows, k], then indices. */
 struct lens_memory {
     struct gpu_buffer *input, *normed, *tile, *lists, *back;
 };
@@ -27,9 +28,9 @@ static uint32_t tile_columns(const struct run_work *work) {
 static int memory_make(struct run_work *work, uint32_t rows, uint32_t k, struct lens_memory *m,
                        struct error *error) {
     struct gpu_device *device = work->model->ops.device;
-    uint64_t stream = 4 * (uint64_t)rows * work->d_stride, lists = 8 * (uint64_t)rows * k;
-    return gpu_buffer_create(&m->input, device, stream, GPU_UPLOAD, "lens vectors", error) ||
-                   gpu_buffer_create(&m->normed, device, stream, GPU_DEVICE_LOCAL, "lens, normed",
+    uint64_t vectors = 4 * (uint64_t)rows * work->d_stride, lists = 8 * (uint64_t)rows * k;
+    return gpu_buffer_create(&m->input, device, vectors, GPU_UPLOAD, "lens vectors", error) ||
+                   gpu_buffer_create(&m->normed, device, vectors, GPU_DEVICE_LOCAL, "lens, normed",
                                      error) ||
                    gpu_queue_zero(work->model->ops.queue, m->normed, 0, gpu_buffer_size(m->normed),
                                   error) ||
@@ -43,7 +44,7 @@ static int memory_make(struct run_work *work, uint32_t rows, uint32_t k, struct 
                : 0;
 }
 
-/* 1 / |row| of the unembedding, once per model. */
+/* work->unembed_norms: 1 / |row| of the unembedding, computed once. */
 static int norms_make(struct run_work *work, struct error *error) {
     struct model *model = work->model;
     if (work->unembed_norms)
@@ -63,7 +64,7 @@ static int norms_make(struct run_work *work, struct error *error) {
     return 0;
 }
 
-/* Rows [first, first + n) of the lens. */
+/* The lists of vectors [first, first + n); waits for the device. */
 static int rows_run(struct run_work *work, const struct ov_lens *lens, uint32_t first, uint32_t n,
                     const struct lens_memory *m, struct error *error) {
     const struct model_facts *f = &work->model->facts;

@@ -1,13 +1,14 @@
-/* Metrics of final logits in tiles, see read_logits.h. */
+/* Metrics of final logits, a tile of tokens at a time; see read_logits.h. */
 #include "analysis/read_logits.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define LOGITS_BYTES (UINT64_C(16) << 20)   /* logits of one piece of rows */
+#define LOGITS_BYTES (UINT64_C(16) << 20)   /* logits of the rows that are computed at once */
 #define REFERENCE_BYTES (UINT64_C(8) << 20) /* reference logits of one tile of tokens */
-#define ROWS_A_GRID 32768
+#define ROWS_A_GRID 32768                   /* rows of one dispatch with a workgroup a row */
 
+/* Rows of logits that fit `bytes`: at least `least`, at most a grid. */
 static uint32_t rows_in(const struct model_facts *f, uint64_t bytes, uint32_t least) {
     uint64_t rows = bytes / (4 * (uint64_t)op_row_stride(f->d_vocab));
     return rows < least ? least : rows > ROWS_A_GRID ? ROWS_A_GRID : (uint32_t)rows;
@@ -27,8 +28,8 @@ void read_memory_free(struct read_memory *memory) {
     memset(memory, 0, sizeof *memory);
 }
 
-/* Room for [n_runs, n, each] values that go to `to`, an array [n_runs, all, each],
- * from token `first` on. */
+/* Readback memory at *at for values [n_runs, n, each], which the next drain copies to `to`
+ * [n_runs, all, each] from token `first` on. */
 static int values_take(struct run_work *work, float *to, uint32_t all, uint32_t first, uint32_t n,
                        uint32_t each, uint32_t n_runs, uint64_t *at, struct error *error) {
     uint32_t one = 1;
@@ -36,7 +37,7 @@ static int values_take(struct run_work *work, float *to, uint32_t all, uint32_t 
     RUN(work_readback_take(work, &one, n_runs * n * each, &offset, error));
     *at = run_address(work->readback) + 4 * offset;
     for (uint32_t e = 0; e < n_runs; e++) {
-        struct readback piece = {
+        struct readback readback = {
             .to = to + ((size_t)e * all + first) * each,
             .offset = offset + (uint64_t)e * n * each,
             .n = n,
@@ -44,7 +45,7 @@ static int values_take(struct run_work *work, float *to, uint32_t all, uint32_t 
             .width = each,
             .plain = 1,
         };
-        RUN(work_readback_push(work, &piece, error));
+        RUN(work_readback_push(work, &readback, error));
     }
     return 0;
 }
@@ -81,7 +82,7 @@ int read_pairs(struct run_work *work, struct read_memory *memory, const struct r
     return op_pair_logits(&work->model->ops, &params, n_runs, error);
 }
 
-/* Rows [n, D] of the host with zero pad columns: their address on the device. */
+/* Uploads rows [n, D], padded with zeros to [n, d_stride]. */
 static int rows_upload(struct run_work *work, const float *rows, uint32_t n, uint64_t *address,
                        struct error *error) {
     uint32_t width = work->model->facts.d_model, stride = work->d_stride;
@@ -95,7 +96,7 @@ static int rows_upload(struct run_work *work, const float *rows, uint32_t n, uin
     return failed;
 }
 
-/* Logits before the soft cap of a metric's own, after `softcap`. */
+/* Logits [n, V] of normed rows; softcap 0: none. */
 static int unembed(struct run_work *work, uint64_t rows, uint32_t n, uint64_t to, float softcap,
                    struct error *error) {
     struct op_linear_args args = {
@@ -109,8 +110,9 @@ static int unembed(struct run_work *work, uint64_t rows, uint32_t n, uint64_t to
     return op_linear(&work->model->ops, &work->model->unembed, &args, error);
 }
 
-int read_whole(struct run_work *work, struct read_memory *memory, const struct read_request *read,
-               uint32_t first, uint32_t n, uint64_t normed, uint32_t n_runs, struct error *error) {
+int read_distributions(struct run_work *work, struct read_memory *memory,
+                       const struct read_request *read, uint32_t first, uint32_t n, uint64_t normed,
+                       uint32_t n_runs, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     uint32_t width = f->d_model, v_stride = op_row_stride(f->d_vocab),
              at_once = rows_in(f, LOGITS_BYTES, 16);
@@ -126,7 +128,7 @@ int read_whole(struct run_work *work, struct read_memory *memory, const struct r
     RUN(rows_upload(work, read->other + (size_t)first * width, n, &uploaded, error));
     RUN(unembed(work, uploaded, n, other, 0, error));
     RUN(work_upload(work, read->targets + first, 4 * (uint64_t)n, &targets, error));
-    RUN(values_take(work, read->whole, read->n, first, n, 4, n_runs, &values, error));
+    RUN(values_take(work, read->distributions, read->n, first, n, 4, n_runs, &values, error));
     for (uint64_t row = 0, some; row < rows; row += some) {
         some = rows - row < at_once ? rows - row : at_once;
         RUN(unembed(work, normed + 4 * row * work->d_stride, (uint32_t)some,
@@ -159,8 +161,8 @@ int read_logits(struct run_work *work, struct read_memory *memory, const struct 
             RUN(work_readback_take(work, &some, stride, &offset, error));
             RUN(unembed(work, normed + 4 * ((uint64_t)e * n + done) * work->d_stride, some,
                         run_address(work->readback) + 4 * offset, read->softcap, error));
-            for (uint32_t i = 0; i < some; i++) { /* the pad columns stay behind */
-                struct readback piece = {
+            for (uint32_t i = 0; i < some; i++) { /* without the pad columns */
+                struct readback readback = {
                     .to = read->logits + ((size_t)e * read->n + first + done + i) * v,
                     .offset = offset + (uint64_t)i * stride,
                     .n = 1,
@@ -168,13 +170,13 @@ int read_logits(struct run_work *work, struct read_memory *memory, const struct 
                     .width = v,
                     .plain = 1,
                 };
-                RUN(work_readback_push(work, &piece, error));
+                RUN(work_readback_push(work, &readback, error));
             }
         }
     return 0;
 }
 
-/* Rows of tokens [first, first + n) of every run, one run behind the other. */
+/* Uploads the rows of tokens [first, first + n) of every run: [n_runs, n, d_stride]. */
 static int tile_upload(struct run_work *work, const struct read_request *read, const float *rows,
                        uint32_t n_runs, uint32_t first, uint32_t n, uint64_t *address,
                        struct error *error) {
@@ -190,6 +192,7 @@ static int tile_upload(struct run_work *work, const struct read_request *read, c
     return failed;
 }
 
+/* Uploads rows a tile at a time and reads their metrics. */
 static int measure(struct run_work *work, struct read_memory *memory,
                    const struct read_request *read, const float *rows, uint32_t n_runs,
                    struct error *error) {
@@ -201,8 +204,8 @@ static int measure(struct run_work *work, struct read_memory *memory,
         RUN(tile_upload(work, read, rows, n_runs, first, n, &normed, error));
         if (read->pairs)
             RUN(read_pairs(work, memory, read, first, n, normed, n_runs, error));
-        if (read->whole)
-            RUN(read_whole(work, memory, read, first, n, normed, n_runs, error));
+        if (read->distributions)
+            RUN(read_distributions(work, memory, read, first, n, normed, n_runs, error));
         RUN(work_readback_drain(work, error));
     }
     return 0;

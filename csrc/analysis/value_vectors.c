@@ -1,17 +1,17 @@
-/* Steering value vectors: three dispatches a layer, all layers in one go. */
+/* Steering value vectors: three dispatches for each layer, without a wait between layers. */
 #include <string.h>
 
 #include "analysis/ov.h"
 #include "run/work.h"
 
-/* One layer's vectors into readback memory at `dst`, [H, d_stride]. x: the direction, [d_stride];
- * work->norm, work->qkv: scratch. */
+/* Records one layer's vectors, which go to readback memory at `dst` [H, d_stride]. x: the direction
+ * [d_stride]. work->norm and work->qkv are overwritten. */
 static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post, uint64_t dst,
                          struct error *error) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
     struct ops *ops = &work->model->ops;
-    /* rows of W_V; a panel may begin before */
+    /* the first row of W_V, and of the panel that holds it */
     uint32_t first = (f->n_heads + f->n_kv_heads) * f->d_head, from = first / OP_PANEL * OP_PANEL;
     struct op_matrix values;
     struct norm_params gain = {
@@ -46,7 +46,7 @@ static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post
     return op_head_out(ops, &layer->o, &heads, error);
 }
 
-/* Layers [l, l + n), as many as readback memory holds, waited for and handed out. */
+/* Vectors of layers [l, l + n), which fit readback memory together; waits for the device. */
 static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_t x, int post,
                           float *out, struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -67,15 +67,15 @@ int ov_value_vectors(struct run_work *work, const float *direction, uint32_t fir
                      float *out, struct error *error) {
     const struct model_facts *f = &work->model->facts;
     uint64_t layer_floats = (uint64_t)f->n_heads * work->d_stride,
-             room = work->readback_bytes / 4 / layer_floats, x;
-    if (first_layer >= f->n_layers || room == 0)
+             at_once = work->readback_bytes / 4 / layer_floats, x;
+    if (first_layer >= f->n_layers || at_once == 0)
         return error_set(error, ERROR_VALUE, "value vectors from layer %u of %u, %llu floats each",
                          first_layer, f->n_layers, (unsigned long long)layer_floats);
     if (work_upload_reset(work, error) ||
         work_upload(work, direction, f->d_model * sizeof *direction, &x, error))
         return -1;
     for (uint32_t l = first_layer, n; l < f->n_layers; l += n) {
-        n = f->n_layers - l < room ? f->n_layers - l : (uint32_t)room;
+        n = f->n_layers - l < at_once ? f->n_layers - l : (uint32_t)at_once;
         if (layers_vectors(work, l, n, x, post,
                            out + (uint64_t)(l - first_layer) * f->n_heads * f->d_model, error)) {
             gpu_queue_abandon(work->model->ops.queue);

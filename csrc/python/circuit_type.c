@@ -157,7 +157,7 @@ static int request_read(struct batch_arguments *a, const struct model_facts *f, 
         Py_ssize_t each;
         float **to;
     } parts[3] = {{read->a != NULL, 2, &read->pairs},
-                  {read->reference != NULL, 4, &read->whole},
+                  {read->reference != NULL, 4, &read->distributions},
                   {logits, (Py_ssize_t)f->d_vocab, &read->logits}};
     int failed = 0;
     for (int i = 0; i < 3; i++) {

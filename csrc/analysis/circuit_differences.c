@@ -1,11 +1,11 @@
-/* Blocks of circuits: where they lie, the inputs that read them, their masked copies. */
+/* Differences of circuits: where they lie, the inputs that read them, their masked copies. */
 #include "analysis/circuit.h"
 
 #include <stdlib.h>
 
-uint64_t circuit_block(const struct circuit_run *run, uint32_t block) {
-    return run_address(run->d) +
-           4 * (uint64_t)block * run->work->chunk.n_tokens * run->work->d_stride;
+uint64_t circuit_difference(const struct circuit_run *run, uint32_t difference) {
+    return run_address(run->differences) +
+           4 * (uint64_t)difference * run->work->chunk.n_tokens * run->work->d_stride;
 }
 
 int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64_t gain,
@@ -14,7 +14,7 @@ int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64
     uint64_t tables = run_address(run->tables);
     struct circuit_inputs_params params = {
         .x = run_address(work->x),
-        .d = run_address(run->d),
+        .d = run_address(run->differences),
         .refs = tables + 4 * (uint64_t)run->refs,
         .first = tables + 4 * (uint64_t)entry,
         .tokens = tokens,
@@ -31,13 +31,12 @@ int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64
                              run->words[entry + n] - run->words[entry], error);
 }
 
-/* Masked copies of what this stage made: rows of tokens outside the mask are those of a zero
- * row behind all blocks. */
+/* A token outside the mask gets the row of zeros that follows all differences. */
 int circuit_masks(struct circuit_run *run, uint32_t stage, struct error *error) {
     struct run_work *work = run->work;
     const struct chunk *chunk = &work->chunk;
     uint32_t *rows = NULL, first = run->mask_first[stage], end = run->mask_first[stage + 1],
-             zero = run->n_blocks * run->capacity;
+             zero = run->n_differences * run->capacity;
     if (first == end)
         return 0;
     rows = malloc(chunk->n_tokens * sizeof *rows);
@@ -50,8 +49,8 @@ int circuit_masks(struct circuit_run *run, uint32_t stage, struct error *error) 
                           : run->masks[m] * chunk->n_tokens + t;
         failed = work_upload(work, rows, chunk->n_tokens * sizeof *rows, &address, error);
         struct copy_params copy = {
-            .x = run_address(run->d),
-            .dst = circuit_block(run, run->mask_block + m),
+            .x = run_address(run->differences),
+            .dst = circuit_difference(run, run->masked + m),
             .rows = address,
             .n_rows = chunk->n_tokens,
             .width = run->model->facts.d_model,
