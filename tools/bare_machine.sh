@@ -1,10 +1,14 @@
 #!/bin/bash
-# Tries the set-up on a bare Debian: a chroot with nothing but make and git, a fresh clone of HEAD in /root/vksteer, and a command there.
-# Needs root, debootstrap, and room for 6 GB in FOLDER.
+# Tries the set-up on a bare Debian: a chroot with nothing but make and git, with a fresh clone of
+# HEAD in /root/vksteer, in which a command is run. Needs root, debootstrap, and 6 GB of space in
+# FOLDER.
 #
-#   tools/bare_machine.sh FOLDER COMMAND...              e.g.  tools/bare_machine.sh /tmp/machine make demo
-#   KEEP=1 tools/bare_machine.sh FOLDER COMMAND...       go on in the machine of the last call (the clone is brought to HEAD)
-#   FIRST='apt-get -y install mesa-vulkan-drivers' ...   something to do in it before the clone
+#   tools/bare_machine.sh FOLDER COMMAND...   such as tools/bare_machine.sh /tmp/machine make demo
+#   KEEP=1 tools/bare_machine.sh FOLDER COMMAND...
+#                                             continue in the machine of the last call; its clone is
+#                                             brought to HEAD
+#   FIRST='apt-get -y install mesa-vulkan-drivers' tools/bare_machine.sh ...
+#                                             run this in it before the clone
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BASE=$1/base RUN=$1/run; shift
@@ -12,20 +16,32 @@ SUITE=$(. /etc/os-release; echo "$VERSION_CODENAME")
 
 if [[ ! -e $BASE/complete ]]; then
     rm -rf "$BASE"; mkdir -p "$BASE"
-    debootstrap --variant=minbase --include=ca-certificates,git,make "$SUITE" "$BASE" "$(python3 tools/apt_sources.py own | sed -n 's/^URIs: //p' | head -1)"
-    # How this machine reaches its registries is the network's business, not the set-up's.
-    python3 tools/apt_sources.py own >"$BASE/etc/apt/sources.list.d/machine.sources"; rm -f "$BASE/etc/apt/sources.list"
-    for f in /etc/apt/apt.conf.d/*registry* /etc/apt/apt.conf.d/*proxy* /etc/pip.conf /etc/xdg/pip /root/.config/pip /etc/ssl/certs/ca-certificates.crt; do
+    mirror=$(python3 tools/apt_sources.py own | sed -n 's/^URIs: //p' | head -1)
+    debootstrap --variant=minbase --include=ca-certificates,git,make "$SUITE" "$BASE" "$mirror"
+    # The chroot reaches its registries as this machine does: with its sources, proxies and
+    # certificates.
+    python3 tools/apt_sources.py own >"$BASE/etc/apt/sources.list.d/machine.sources"
+    rm -f "$BASE/etc/apt/sources.list"
+    for f in /etc/apt/apt.conf.d/*registry* /etc/apt/apt.conf.d/*proxy* /etc/pip.conf /etc/xdg/pip \
+        /root/.config/pip /etc/ssl/certs/ca-certificates.crt; do
         [[ ! -e $f ]] || { mkdir -p "$BASE/$(dirname "$f")"; cp -a "$f" "$BASE/$(dirname "$f")/"; }
     done
     touch "$BASE/complete"
 fi
 
 MOUNTS=(/proc /dev/shm)
-for local in /opt/wheels /opt/pypi /opt/pypi-more; do [[ ! -d $local ]] || MOUNTS+=("$local"); done   # a package index on this disk
-cleanup() { local m; for m in "${MOUNTS[@]}"; do ! mountpoint -q "$RUN$m" || umount "$RUN$m"; done; }
+for index in /opt/wheels /opt/pypi /opt/pypi-more; do   # package indexes on this disk
+    [[ ! -d $index ]] || MOUNTS+=("$index")
+done
+cleanup() {
+    local m
+    for m in "${MOUNTS[@]}"; do ! mountpoint -q "$RUN$m" || umount "$RUN$m"; done
+}
 trap cleanup EXIT
-inside() { env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 ${PIP_CERT:+PIP_CERT="$PIP_CERT"} ${CI:+CI="$CI"} chroot "$RUN" /bin/bash -c "$1"; }
+inside() {
+    env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
+        ${PIP_CERT:+PIP_CERT="$PIP_CERT"} ${CI:+CI="$CI"} chroot "$RUN" /bin/bash -c "$1"
+}
 
 if [[ -z ${KEEP:-} || ! -e $RUN/complete ]]; then
     cleanup; rm -rf --one-file-system "$RUN"; cp -a "$BASE" "$RUN"
