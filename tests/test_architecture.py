@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from source_tree import ROOT, tracked
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -154,9 +156,23 @@ def levels(uses: dict[str, dict[str, set[str]]]) -> list[list[str]]:
     return out
 
 
-def test_no_circle_between_c_files(tmp_path):
+@pytest.fixture(scope="module")
+def c_sources(tmp_path_factory) -> dict[str, str]:
+    """Every .c file (path under csrc/ -> text) as `preprocessed` returns it."""
     files = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in c_files()}
-    uses = uses_between_files(preprocessed(files, tmp_path))
+    return preprocessed(files, tmp_path_factory.mktemp("c"))
+
+
+def test_what_only_one_c_file_uses_is_static(c_sources):
+    files = uses_between_files(c_sources).values()
+    used = {name for names_of in files for names in names_of.values() for name in names}
+    defined = {name for text in c_sources.values() for name in DEFINITION.findall(text)}
+    assert len(used) > 100, "uses are seen"
+    assert defined - used == {"PyInit__engine"}, "make these static, or remove them"
+
+
+def test_no_circle_between_c_files(c_sources):
+    uses = uses_between_files(c_sources)
     assert (
         "ops/attention.c" in uses["reference/calls.c"] and "base/error.c" in uses["gpu/check.c"]
     ), "uses through macros are seen"

@@ -3,7 +3,8 @@
 
 #include "reference/reference.h"
 
-int reference_heads_check(struct reference_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
+/* Sizes that a kernel divides by or assumes; nonzero: invalid. */
+static int heads_check(struct reference_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
     if (n_kv_heads == 0 || n_heads % n_kv_heads)
         reference_fail(memory, "%u query heads cannot share %u key heads", n_heads, n_kv_heads);
     return memory->failed;
@@ -59,8 +60,10 @@ void reference_rope(struct reference_memory *memory, const struct rope_params *p
     }
 }
 
-struct query_tile reference_tile(struct reference_memory *memory, uint64_t tokens, uint64_t tiles,
-                                 uint32_t index, uint32_t first_token, uint32_t key_stride) {
+/* A tile is 1 to 8 tokens of one row at consecutive positions, and every key of its last token fits
+ * a row of scores. */
+static struct query_tile tile_read(struct reference_memory *memory, uint64_t tokens, uint64_t tiles,
+                                   uint32_t index, uint32_t first_token, uint32_t key_stride) {
     struct query_tile tile = {
         .first = reference_word(memory, tiles, 2 * (uint64_t)index),
         .count = reference_word(memory, tiles, 2 * (uint64_t)index + 1),
@@ -140,11 +143,11 @@ static void query_output(struct reference_memory *memory, const struct attn_outp
  * zeroes those a query must not see. */
 void reference_attn_scores(struct reference_memory *memory, const struct scores_params *p,
                            uint32_t n_tiles) {
-    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = reference_tile(memory, p->tokens, p->tiles, y, p->first_token,
-                                                p->key_stride);
+        struct query_tile tile = tile_read(memory, p->tokens, p->tiles, y, p->first_token,
+                                           p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
                 query_scores(memory, p, tile.first + i, h,
@@ -162,11 +165,11 @@ void reference_attn_softmax(struct reference_memory *memory, const struct softma
 
 void reference_attn_output(struct reference_memory *memory, const struct attn_output_params *p,
                            uint32_t n_tiles) {
-    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = reference_tile(memory, p->tokens, p->tiles, y, p->first_token,
-                                                p->key_stride);
+        struct query_tile tile = tile_read(memory, p->tokens, p->tiles, y, p->first_token,
+                                           p->key_stride);
         for (uint32_t i = 0; i < tile.count && !memory->failed; i++)
             for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
                 query_output(memory, p, tile.first + i, h);
@@ -175,7 +178,7 @@ void reference_attn_output(struct reference_memory *memory, const struct attn_ou
 
 void reference_attn_decode(struct reference_memory *memory, const struct decode_params *p,
                            uint32_t n_tokens) {
-    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     struct scores_params scores = {
         .qkv = p->qkv,
@@ -320,10 +323,10 @@ static double key_sum(struct reference_memory *memory, const struct attn_output_
 
 void reference_attn_output_bwd(struct reference_memory *memory,
                                const struct attn_output_bwd_params *p, uint32_t n_tiles) {
-    if (reference_heads_check(memory, p->n_heads, p->n_kv_heads))
+    if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
-        struct query_tile tile = reference_tile(memory, p->tokens, p->tiles, y, 0, p->key_stride);
+        struct query_tile tile = tile_read(memory, p->tokens, p->tiles, y, 0, p->key_stride);
         struct token_meta first = reference_token(memory, p->tokens, tile.first);
         if (first.row_end < tile.first + tile.count)
             reference_fail(memory, "tile %u: its row ends at %u", y, first.row_end);

@@ -41,13 +41,7 @@ static inline uint64_t reference_address(uint32_t buffer, uint64_t item) {
 double *reference_float(struct reference_memory *memory, uint64_t address, uint64_t index);
 uint32_t reference_word(struct reference_memory *memory, uint64_t address, uint64_t index);
 struct token_meta reference_token(struct reference_memory *memory, uint64_t tokens, uint64_t index);
-/* Sizes that a kernel divides by or takes for granted; nonzero: senseless. */
-int reference_heads_check(struct reference_memory *memory, uint32_t n_heads, uint32_t n_kv_heads);
 double reference_activate(uint32_t act, double x); /* act: one of ACT_* */
-/* A tile is 1 to 8 tokens of one row with positions that count up, and every key of its last one
- * fits a row of scores. */
-struct query_tile reference_tile(struct reference_memory *memory, uint64_t tokens, uint64_t tiles,
-                                 uint32_t index, uint32_t first_token, uint32_t key_stride);
 /* Keys [start, pos] are what a query sees. */
 static inline uint32_t reference_window_start(uint32_t pos, uint32_t window) {
     return window && pos + 1 > window ? pos + 1 - window : 0;
