@@ -1,15 +1,16 @@
-/* A libvulkan.so.1 that fails when told to: the real loader with some functions wrapped. Built and
- * used by test_robustness.py only.
+/* A libvulkan.so.1 whose functions fail on demand: the real loader, of which some functions are
+ * wrapped. The tests that use it build it.
  *
- * fault_arm("vkQueueSubmit", n, result): the n-th call from now on (1 = the next) returns `result`
- * without being made; with `lost` every later call of any wrapped function does, too.
- * fault_count(): wrapped calls so far. REAL_VULKAN: path of the real loader. */
+ * fault_arm("vkQueueSubmit", n, result, stays): the n-th call from now on (1 is the next) is not
+ * made and returns `result`. With `stays`, every later call of any wrapped function fails in the
+ * same way. fault_pending(): whether that call is still to come. fault_count(): wrapped calls so
+ * far. The variable REAL_VULKAN is the path of the real loader. */
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* All wrapped functions return VkResult and take at most six integers or pointers, so one shape
- * fits all (x86-64 and arm64). */
+/* All wrapped functions return VkResult and take at most six integers or pointers. On x86-64 and
+ * arm64 one function type can call them all. */
 typedef int (*call)(void *, void *, void *, void *, void *, void *);
 typedef void *(*get)(void *, const char *);
 

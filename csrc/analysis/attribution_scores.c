@@ -5,7 +5,6 @@
 
 #include "analysis/attribution.h"
 
-
 struct tile {
     uint32_t first, n; /* sample tokens */
     uint64_t row;      /* bytes of a row of width D */

@@ -3,7 +3,6 @@
 
 #include <stdlib.h>
 
-
 int circuit_create(struct circuit_run **out, struct model *model, const struct circuit_plan *plan,
                    struct error *error) {
     const struct model_facts *f = &model->facts;

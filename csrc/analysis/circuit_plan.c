@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 /* first [n + 1] must ascend from 0 to total. */
 static int firsts_check(const uint32_t *first, uint32_t n, uint32_t total, const char *what,
                         struct error *error) {
