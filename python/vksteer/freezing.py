@@ -14,7 +14,7 @@ from .base.checks import require_int
 from .base.figures import new_figure
 from .base.progress import Progress
 from .base.provenance import digest, fingerprint, provenance
-from .base.types import PathLike
+from .base.types import Array, PathLike
 from .inputs.prompt_pair import Answer, AnswerStore, PromptPair, magnitudes
 from .inputs.vectors import SteeringVector
 from .judge import Judge, Rate
@@ -186,7 +186,7 @@ def random_vector(vector: SteeringVector, seed: int, index: int = 0) -> Steering
     """A direction drawn from a normal distribution, with the norm and the layer of `vector`. The
     same seed and index give the same direction.
     """
-    direction = np.random.default_rng([seed, index]).standard_normal(vector.width)
+    direction: Array = np.random.default_rng([seed, index]).standard_normal(vector.width)
     direction *= vector.norm / np.linalg.norm(direction)
     return SteeringVector(
         direction,
