@@ -45,7 +45,6 @@ ALSO = {
     "CITATION.cff",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    "MANIFEST.in",
     ".git-blame-ignore-revs",
     ".clang-format",
     ".editorconfig",
