@@ -73,7 +73,7 @@ class Passes:
         model: Model,
         graph: Graph,
         steer: Array,
-        max_memory: int | str | None,
+        max_memory: int | None,
         edits: Sequence[Any] = (),
         masked: bool = False,
     ) -> None:
@@ -259,7 +259,7 @@ def evaluate(
     clean: str = "steered",
     threshold: float = 0.0,
     capped: bool = True,
-    max_memory: int | str | None = None,
+    max_memory: int | None = None,
     progress: ProgressLike = True,
 ) -> list[dict[str, MetricResult]]:
     """As vs.circuits.evaluate, without its checks of names.

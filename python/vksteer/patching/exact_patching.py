@@ -83,7 +83,7 @@ def exact(
     metric: str = "logit_diff",
     threshold: float = 0.0,
     capped: bool = True,
-    max_memory: int | str | None = None,
+    max_memory: int | None = None,
     progress: ProgressLike = False,
 ) -> Float64Array:
     """m(patched) - m(corrupt) of every edge or every node by itself, float64 [n] (docs/method.md
