@@ -234,7 +234,7 @@ def compile_circuits(
     refs = np.where(refs >= _MASKED, refs - _MASKED + compiler.n_differences, refs)
 
     def numbers(values: npt.ArrayLike) -> npt.NDArray[np.uint32]:
-        """Flat; -1 becomes NO_DIFFERENCE (shaders/include/params.h)."""
+        """Flat; -1 becomes 0xffffffff, which stands for the base run (csrc/analysis/circuit.h)."""
         return np.array(values, np.int64).reshape(-1).astype(np.uint32)
 
     arrays = (

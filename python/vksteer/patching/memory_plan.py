@@ -44,7 +44,8 @@ TILE = 32
 QUERIES = 8
 #: Tokens of a forward and a backward pass, where memory allows.
 STEP_TOKENS = 512
-#: WORK_SCRATCH, PICKS_BYTES and PICKS_ROWS of csrc/run.
+#: WORK_SCRATCH of csrc/run/work.h, and ATTRIBUTION_PICKS_BYTES and ATTRIBUTION_PICKS_ROWS of
+#: csrc/analysis/attribution.h.
 SCRATCH, PICKS, PICKED_ROWS = 32 << 20, 12 << 20, 8
 MIB = 1 << 20
 #: Rows of logits of three runs, which the two KL metrics need (csrc/run/metric.c).
