@@ -1,4 +1,4 @@
-"""Sparse steering vectors: which dimensions carry the effect (method.md section 8)."""
+"""Sparse steering vectors: the dimensions that carry the effect (docs/method.md section 8)."""
 
 from .choosing import (
     SparseVector,
