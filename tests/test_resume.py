@@ -53,7 +53,7 @@ def test_rows_without_a_common_head(zoo, rng):
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mistral"])
 @pytest.mark.parametrize("n_head", [0, 9])
 def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
-    from vksteer.runtime.resume import streams
+    from vksteer.runtime.resume import layer_inputs
 
     model = zoo.engine(name)
     c = model.config
@@ -67,7 +67,7 @@ def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
     for reach, expected in ((1, n_head), (5, min(n_head, 8)), (9, min(n_head, 4)), (12, 0)):
         if reach > n_head + 4:
             continue
-        shared, rest = streams(model, prompts, range(c.n_layers), reach)
+        shared, rest = layer_inputs(model, prompts, range(c.n_layers), reach)
         assert len(shared[0]) == expected
         for l, site in enumerate(sites):
             for i, prompt in enumerate(prompts):

@@ -30,6 +30,12 @@ def fingerprint(model: Model | Config) -> str | None:
     return getattr(model, "fingerprint", None)
 
 
+def kernel_names(model: Model | Config) -> str | None:
+    """The kernel families in use, with commas; None for a Config, which runs nothing."""
+    names: Any = getattr(model, "kernels", None)
+    return names if names is None or isinstance(names, str) else ", ".join(names)
+
+
 def provenance(model: Model, **more: Any) -> dict[str, Any]:
     """Metadata of a result: hashes of model and tokenizer, architecture, versions, and `more`."""
     tokenizer = getattr(model, "tokenizer", None)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.checks import require_int
-from ..base.provenance import digest, fingerprint, provenance
+from ..base.provenance import digest, fingerprint, kernel_names, provenance
 from ..base.types import Array, Float64Array, PathLike
 from ..circuits import search as circuit_search
 from ..circuits.graph import INPUT_KINDS, Graph
@@ -416,7 +416,7 @@ def score_provenance(model: Model, vector: SteeringVector, coefficient: float) -
     """
     return provenance(
         model,
-        kernels=getattr(model, "kernels", None),
+        kernels=kernel_names(model),
         device=str(getattr(getattr(model, "device", None), "name", "") or "") or None,
         d_model=model.config.d_model,
         vector_hash=digest(vector.direction),

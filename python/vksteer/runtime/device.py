@@ -1,7 +1,7 @@
-"""Vulkan devices: what is there, and which one a model gets.
+"""Vulkan devices: which ones there are, and which one a model gets.
 
-Order of choice: discrete, integrated, virtual; a software device only when nothing else is there,
-with one warning. `device=` or the environment variable VKSTEER_DEVICE picks by index, by UUID, or
+Order of choice: discrete, integrated, virtual; a software device only when there is no other, with
+one warning. `device=` or the environment variable VKSTEER_DEVICE picks by index, by UUID, or
 by a part of the name.
 """
 
@@ -13,10 +13,15 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError
+
+if TYPE_CHECKING:
+    from .. import _engine as extension
 
 _ORDER = {"discrete": 0, "integrated": 1, "virtual": 2, "software": 3}
 INSTALL = (
@@ -31,7 +36,7 @@ class Device:
     """A Vulkan device as the driver describes it.
 
     type: "discrete", "integrated", "virtual" or "software". memory_bytes: the largest
-    device-local heap. features: what optional paths can use. suitable: offers the baseline
+    device-local heap. features: optional features that it offers. suitable: it offers the baseline
     (Vulkan 1.2, buffer addresses, scalar layout, timeline semaphores, subgroup operations); if
     not, `missing` says what.
     """
@@ -47,7 +52,7 @@ class Device:
     suitable: bool
     missing: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"[{self.index}] {self.name} ({self.type}, {self.driver},"
             f" {self.memory_bytes / 1e9:.1f} GB)"
@@ -66,9 +71,9 @@ def _prepare_environment() -> None:
             flags = ""
         if " avx512f " in flags and " avx512bw " in flags and " avx512vl " in flags:
             os.environ["LP_NATIVE_VECTOR_WIDTH"] = "512"
-    # Mesa's cache on disk knows lavapipe's compiled texel fetches by their format, not by the width
-    # of vectors (25.0): what a process of another width left there gives wrong values or crashes.
-    # So each width has a folder of its own, and other programs' cache is left alone.
+    # The key of lavapipe's compiled texel fetches in Mesa's cache on disk holds their format and not
+    # the width of vectors (Mesa 25.0): an entry from a process of another width gives wrong values
+    # or crashes. So each width has a folder of its own.
     inherited = Path(os.environ.get("MESA_SHADER_CACHE_DIR") or cache_folder() / "mesa")
     width = (
         "".join(c for c in os.environ.get("LP_NATIVE_VECTOR_WIDTH", "") if c.isalnum()) or "default"
@@ -79,20 +84,16 @@ def _prepare_environment() -> None:
     os.environ["MESA_SHADER_CACHE_DIR"] = str(folder)
 
 
-_prepared = False
-
-
-def _engine():
-    global _prepared
-    if not _prepared:
-        _prepared = True
-        _prepare_environment()
+@cache
+def _engine() -> ModuleType:
+    """The C extension, imported after the environment is prepared."""
+    _prepare_environment()
     from .. import _engine
 
     return _engine
 
 
-def _from_info(info: dict) -> Device:
+def _from_info(info: dict[str, Any]) -> Device:
     names = (
         "index",
         "name",
@@ -118,9 +119,9 @@ def devices() -> list[Device]:
         return []
 
 
-def choose(device=None) -> Device:
-    """The device that `device` (an index, a UUID, a part of a name, a Device, or None) means.
-    Raises DeviceError naming what is there.
+def choose(device: int | str | Device | None = None) -> Device:
+    """The device that `device` names: an index, a UUID, a part of a name, a Device, or None for the
+    default. Raises DeviceError listing the devices where there is no such one.
     """
     try:
         found = [_from_info(info) for info in _engine().devices()]
@@ -128,14 +129,14 @@ def choose(device=None) -> Device:
         raise DeviceError(str(error)) from None
     if not found:
         raise DeviceError(f"no Vulkan device: {INSTALL}")
-    wanted, origin = device, "device="
-    if wanted is None and os.environ.get("VKSTEER_DEVICE"):
-        wanted, origin = os.environ["VKSTEER_DEVICE"], "VKSTEER_DEVICE="
-    if isinstance(wanted, Device):
-        wanted = wanted.index
+    named, origin = device, "device="
+    if named is None and os.environ.get("VKSTEER_DEVICE"):
+        named, origin = os.environ["VKSTEER_DEVICE"], "VKSTEER_DEVICE="
+    if isinstance(named, Device):
+        named = named.index
     listing = "; ".join(str(d) for d in found)
-    if wanted is not None:
-        text = str(wanted).strip().lower()
+    if named is not None:
+        text = str(named).strip().lower()
         if text.isdigit() and len(text) < 8:
             matches = [d for d in found if d.index == int(text)]
         else:
@@ -143,7 +144,7 @@ def choose(device=None) -> Device:
                 d for d in found if text and text in d.name.lower()
             ]
         if not matches:
-            raise DeviceError(f"{origin}{wanted!r} matches no device; there are {listing}")
+            raise DeviceError(f"{origin}{named!r} matches no device; there are {listing}")
         chosen = matches[0]
         if not chosen.suitable:
             raise DeviceError(f"{chosen} does not offer {chosen.missing}, which the kernels need")
@@ -167,38 +168,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vksteer"
 
 
-_open: dict[tuple[int, int], Any] = {}
-_warned = False
+_open: dict[tuple[int, int], extension.Device] = {}
+_warned_of: set[str] = set()  # types of devices
 
 
 @atexit.register
-def _close_all():
-    # Registered before any model's own clean-up, hence run after it: devices go last, while the
-    # interpreter is still whole.
+def _close_all() -> None:
+    # Registered before any model's clean-up and hence run after it, while the interpreter can still
+    # call the driver.
     _open.clear()
 
 
 def hold_all() -> None:
-    """Stops other threads where they use a device: the interpreter ends (non-daemon threads have
-    been waited for already).
+    """Makes other threads wait at their next use of a device, because the interpreter ends. Threads
+    that are not daemons have ended before.
     """
     for engine in list(_open.values()):
         engine.hold()
 
 
-def open_device(device=None):
+def open_device(device: int | str | Device | None = None) -> tuple[extension.Device, Device]:
     """(engine device, Device): one engine device per process and index, shared by models, closed
     when the interpreter ends.
     """
-    global _warned
     chosen = choose(device)
     if (
         chosen.type == "software"
         and device is None
         and not os.environ.get("VKSTEER_DEVICE")
-        and not _warned
+        and chosen.type not in _warned_of
     ):
-        _warned = True
+        _warned_of.add(chosen.type)
         warnings.warn(
             f"no GPU found: running on the software device {chosen.name}, many times slower than a"
             " GPU (choose with device= or VKSTEER_DEVICE to silence this)",

@@ -1,5 +1,5 @@
-"""Edits as users write them -> the flat records that the engine walks. Everything is checked here,
-before any work starts.
+"""Compiles edits to the flat records that the engine reads. Every edit is checked here, before any
+work starts.
 """
 
 from __future__ import annotations
@@ -7,12 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.checks import require_int
+from ..base.checks import is_int, require_int
+from ..base.types import Array, Float32Array, IntArray
 from .edits import ABLATION_SITES, Ablate, Add, MeanAblate, Scale, Set, Steer
+
+if TYPE_CHECKING:
+    from .. import _engine as extension
+    from .edits import Edit
+    from .model import Model
+    from .sites import Site
 
 KINDS = {"set": 0, "add": 1, "scale": 2, "ablate": 3, "add_scaled": 4}
 OPEN = 2**31 - 1  # the end of a slice that includes decoded tokens
@@ -22,8 +29,8 @@ EDIT_TYPES = (Steer, Ablate, Set, Add, Scale, MeanAblate)
 
 @dataclass(frozen=True)
 class RowShape:
-    """What positions are counted against: tokens of the prompt, and of prompt and response (None
-    while decoding: open).
+    """The lengths that positions count against: tokens of the prompt, and of prompt and response
+    (None while decoding, when the end is open).
     """
 
     prompt: int
@@ -51,14 +58,14 @@ class Selection:
         return max(0, math.ceil((stop - self.start) / self.step))
 
     def touched(self, total: int) -> int:
-        """Tokens of a row that are really there."""
+        """Number of different tokens that are selected in a row of `total` tokens."""
         if self.listed is not None:
             return len({p for p in self.listed if p < total})
-        return self.count(total)
+        return self.count(total) or 0
 
 
-def resolve(positions, row: RowShape) -> Selection:
-    """Positions of api.md for one row. Raises ValueError or TypeError for what is none."""
+def resolve(positions: Any, row: RowShape) -> Selection:
+    """The positions of an edit (see edits.py) in one row. ValueError or TypeError for anything else."""
     if positions is None:
         return Selection()
     if isinstance(positions, str):
@@ -84,7 +91,7 @@ def resolve(positions, row: RowShape) -> Selection:
             else _from_end(require_int(positions.stop, "a slice's stop"), row)
         )
         return Selection(start, max(start, stop), step)
-    if isinstance(positions, (int, np.integer)) and not isinstance(positions, bool):
+    if is_int(positions):
         raise TypeError(f"positions={positions}: use a list, [{positions}], for a single position")
     try:
         items = list(positions)
@@ -108,7 +115,7 @@ def _from_end(position: int, row: RowShape) -> int:
     return position if position >= 0 else max(0, position + row.prompt)
 
 
-def per_row(edits, n_rows: int) -> tuple[list[list[Any]], bool]:
+def per_row(edits: Any, n_rows: int) -> tuple[list[list[Edit]], bool]:
     """Edits as one list a row, and whether the user gave one list for all."""
     if isinstance(edits, EDIT_TYPES):
         edits = [edits]
@@ -149,16 +156,19 @@ def per_row(edits, n_rows: int) -> tuple[list[list[Any]], bool]:
 class EditCompiler:
     """Collects records for one batch; `build` hands them to the engine."""
 
-    def __init__(self, model, rows: Sequence[RowShape]):
+    def __init__(self, model: Model, rows: Sequence[RowShape]) -> None:
         self.model, self.rows = model, rows
-        self.records, self.coefficients = [], []
-        self.positions, self.heads, self.operands = [], [], []
+        self.records: list[list[int]] = []
+        self.coefficients: list[float] = []
+        self.positions: list[int] = []
+        self.heads: list[int] = []
+        self.operands: list[Array] = []
         self._n_positions = self._n_heads = self._n_operands = 0
         self._operand_at: dict[Any, int] = {}
 
     # -- a user's edit -----------------------------------------------------------------------------
 
-    def add(self, edit, row: int | None) -> None:
+    def add(self, edit: Edit, row: int | None) -> None:
         """One edit of one row, or of all rows alike (None: only for edits whose positions are None
         and whose values do not depend on the row).
         """
@@ -189,7 +199,7 @@ class EditCompiler:
         else:
             self._valued(edit, row, "set", edit.values if isinstance(edit, Set) else edit.mean)
 
-    def _ablate(self, edit, row):
+    def _ablate(self, edit: Ablate, row: int | None) -> None:
         vector = self._vector(edit.vector, "Ablate").astype(np.float64)
         norm = np.linalg.norm(vector)
         if norm == 0:
@@ -206,7 +216,9 @@ class EditCompiler:
                 site, row, "ablate", edit.positions, None, (vector / norm).astype(np.float32), 1.0
             )
 
-    def _valued(self, edit, row, kind, values):
+    def _valued(
+        self, edit: Set | Add | Scale | MeanAblate, row: int | None, kind: str, values: Any
+    ) -> None:
         name = type(edit).__name__
         try:
             values = np.asarray(values, dtype=np.float32)
@@ -217,7 +229,7 @@ class EditCompiler:
         for site in self.model._sites.find_all(edit.site):
             self._record(site, row, kind, edit.positions, edit.heads, values, 1.0)
 
-    def _vector(self, vector, what) -> np.ndarray:
+    def _vector(self, vector: Any, what: str) -> Float32Array:
         direction = np.asarray(getattr(vector, "direction", vector), dtype=np.float32)
         width = self.model.config.d_model
         if what == "Steer" and not hasattr(vector, "layer"):
@@ -233,7 +245,7 @@ class EditCompiler:
         return direction
 
     @staticmethod
-    def _number(value, what) -> float:
+    def _number(value: Any, what: str) -> float:
         number = float(value)
         if not math.isfinite(number):
             raise ValueError(f"{what} must be finite, not {value!r}")
@@ -241,7 +253,7 @@ class EditCompiler:
 
     # -- records -----------------------------------------------------------------------------------
 
-    def _heads_of(self, site, heads) -> list[int]:
+    def _heads_of(self, site: Site, heads: Any) -> list[int]:
         if heads is None:
             return list(range(site.n_heads))
         if not site.has_heads:
@@ -257,7 +269,16 @@ class EditCompiler:
             raise ValueError(f"heads=[] at {site.name} selects nothing: leave the edit out")
         return [h % site.n_heads for h in out]
 
-    def _record(self, site, row, kind, positions, heads, values, coefficient):
+    def _record(
+        self,
+        site: Site,
+        row: int | None,
+        kind: str,
+        positions: Any,
+        heads: Any,
+        values: Float32Array,
+        coefficient: float,
+    ) -> None:
         heads = self._heads_of(site, heads)
         shape = self.rows[0 if row is None else row]
         selection = Selection() if row is None else resolve(positions, shape)
@@ -293,10 +314,14 @@ class EditCompiler:
         self._n_heads += len(heads)
         self.coefficients.append(coefficient)
 
-    def _operand(self, site, values, count, n_heads, shape):
+    def _operand(
+        self, site: Site, values: Float32Array, count: int | None, n_heads: int, shape: RowShape
+    ) -> tuple[int, int, int, int]:
         """(first float, steps) of `values` broadcast against one row's selected slice; broadcast
         axes get step 0 and are stored once.
         """
+        target: tuple[int, ...]
+        axes: tuple[int | None, int | None, int]
         keys = shape.total if shape.total is not None else 1
         if site.over_keys:
             target, axes = (n_heads, 1 if count is None else count, keys), (1, 0, 2)
@@ -344,9 +369,10 @@ class EditCompiler:
             1 if last > 1 else 0,
         )
 
-    def _store(self, array) -> int:
-        # Rows that share an edit share its values.
-        key = (array.shape, array.tobytes()) if array.size <= 1 << 16 else id(array)
+    def _store(self, array: Array) -> int:
+        # Equal values are stored once, so rows with one edit share them.
+        small = array.size <= 1 << 16
+        key: Any = (array.shape, array.tobytes()) if small else id(array)
         if key in self._operand_at:
             return self._operand_at[key]
         at = self._n_operands
@@ -355,13 +381,13 @@ class EditCompiler:
         self._operand_at[key] = at
         return at
 
-    def build(self):
+    def build(self) -> extension.Edits | None:
         """The engine's edits, or None if there are none."""
         if not self.records:
             return None
         from .device import _engine
 
-        return _engine().Edits(
+        edits: extension.Edits = _engine().Edits(
             self.model._engine,
             np.array(self.records, np.int64),
             np.array(self.coefficients, np.float32),
@@ -370,11 +396,12 @@ class EditCompiler:
             np.concatenate(self.operands).astype(np.float32),
             len(self.rows),
         )
+        return edits
 
 
-def add_all(compiler: EditCompiler, rows_edits, shared: bool) -> None:
-    """Every row's edits, in the order that keeps the i-th edits of all rows together (the engine
-    merges such neighbours into one dispatch).
+def add_all(compiler: EditCompiler, rows_edits: Sequence[Sequence[Edit]], shared: bool) -> None:
+    """Adds every row's edits, with the i-th edits of all rows one after the other: the engine merges
+    such neighbours into one dispatch.
     """
     for i in range(max((len(r) for r in rows_edits), default=0)):
         if shared and _same_for_all_rows(compiler.model, rows_edits[0][i]):
@@ -385,10 +412,8 @@ def add_all(compiler: EditCompiler, rows_edits, shared: bool) -> None:
                 compiler.add(edits[i], b)
 
 
-def _same_for_all_rows(model, edit) -> bool:
-    """Can one record serve every row? Only if neither its positions nor its values depend
-    on the row's length.
-    """
+def _same_for_all_rows(model: Model, edit: Edit) -> bool:
+    """Whether one record serves every row: neither positions nor values depend on its length."""
     if edit.positions is not None:
         return False
     if isinstance(edit, (Steer, Ablate)):
@@ -406,11 +431,12 @@ def _same_for_all_rows(model, edit) -> bool:
     )
 
 
-def touched(rows_edits, rows: Sequence[RowShape]) -> np.ndarray:
+def touched(rows_edits: Sequence[Sequence[Edit]], rows: Sequence[RowShape]) -> IntArray:
     """int64 [n_edits, B]: how many tokens of each row the i-th edit of its list changes."""
     n = max((len(r) for r in rows_edits), default=0)
     counts = np.zeros((n, len(rows)), np.int64)
     for b, (edits, row) in enumerate(zip(rows_edits, rows)):
         for i, edit in enumerate(edits):
+            assert row.total is not None  # rows that are run, not decoded
             counts[i, b] = resolve(edit.positions, row).touched(row.total)
     return counts

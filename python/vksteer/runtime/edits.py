@@ -96,3 +96,7 @@ class MeanAblate:
     mean: Any
     positions: Positions = None
     heads: Any = None
+
+
+#: Any edit.
+Edit: TypeAlias = Steer | Ablate | Set | Add | Scale | MeanAblate

@@ -1,20 +1,30 @@
-"""`model.generate`: decoding with a key/value cache. The passes run in C; this loop samples, ends
-rows and hands tokens out.
+"""`model.generate`: decoding with a key/value cache. The passes run in C; this module samples and
+reports tokens, and ends rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
+from ..base.types import Float32Array, Int32Array, ProgressLike, UInt32Array
 from .batch import Batch, check_freeze_spec, steering_of
 from .edit_compiler import per_row
 from .run import check_tokens
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .sites import Site
+
+#: on_token(row, token, text)
+OnToken: TypeAlias = Callable[[int, int, str], object]
 
 
 @dataclass
@@ -28,10 +38,10 @@ class Generation:
     """
 
     text: str
-    tokens: np.ndarray
+    tokens: Int32Array
     finish_reason: str
-    prompt_tokens: np.ndarray
-    captured: dict = field(default_factory=dict, repr=False)
+    prompt_tokens: Int32Array
+    captured: dict[str, Float32Array] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Sampling:
     top_p: float
     seed: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(
                 f"temperature={self.temperature!r} must be a finite number from 0 (greedy) on"
@@ -55,14 +65,14 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must lie above 0 and at most at 1 (off)")
 
-    def generator(self, row: int):
-        """Every row draws from its own stream, so that micro-batches change nothing."""
+    def generator(self, row: int) -> np.random.Generator:
+        """A row's own generator, so that draws do not depend on micro-batches."""
         return np.random.Generator(
             np.random.Philox(np.random.SeedSequence([int(self.seed) & (2**63 - 1), row]))
         )
 
-    def pick(self, logits: np.ndarray, random) -> int:
-        """logits: float32 [V]."""
+    def pick(self, logits: Float32Array, random: np.random.Generator) -> int:
+        """The next token from logits, float32 [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
         x = logits.astype(np.float64) / self.temperature
@@ -86,15 +96,17 @@ class Sampling:
 
 
 class _Row:
-    """One prompt being answered."""
+    """One prompt and its new tokens."""
 
-    def __init__(self, model, index, prompt, request):
+    def __init__(self, model: Model, index: int, prompt: list[int], request: Request) -> None:
         self.index, self.prompt, self.request = index, prompt, request
         self.tokens: list[int] = []
         self.random = request.sampling.generator(index)
         self.stream = model.tokenizer.stream() if model.tokenizer is not None else None
-        self.text, self.reason = "", None
-        self.captured: list[dict] = []
+        self.text = ""
+        self.reason: str | None = None  # set when the row has ended
+        self.cut = False  # a stop string has been cut off
+        self.captured: list[dict[str, Float32Array]] = []
 
     def accept(self, token: int) -> str:
         """Takes a new token; returns its piece of text. Sets `reason` when the row has ended."""
@@ -111,13 +123,11 @@ class _Row:
         return piece
 
     def _stopped(self) -> bool:
-        # What the tokens say so far; incomplete characters cannot be part of a stop string.
+        # `text` lacks incomplete characters, which cannot be part of a stop string.
         found = [i for i in (self.text.find(s) for s in self.request.stops) if i >= 0]
         if found:
             self.text, self.cut = self.text[: min(found)], True
         return bool(found)
-
-    cut = False
 
     def result(self) -> Generation:
         if self.stream and not self.cut:
@@ -143,11 +153,20 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     stops: tuple[str, ...]
-    eos_ids: frozenset
+    eos_ids: frozenset[int]
     ignore_eos: bool
 
 
-def _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos) -> Request:
+def _request(
+    model: Model,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop: str | Iterable[str] | None,
+    ignore_eos: bool,
+) -> Request:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop={stop!r}: use a str or a list of str, none of them empty")
@@ -163,86 +182,81 @@ def _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignor
 
 
 def generate(
-    model,
-    prompts,
+    model: Model,
+    prompts: Any,
     *,
-    max_new_tokens,
-    edits,
-    freeze,
-    ablate,
-    freeze_layers,
-    temperature,
-    top_k,
-    top_p,
-    seed,
-    stop,
-    ignore_eos,
-    capture,
-    batch_size,
-    on_token,
-    progress,
-    circuit=None,
+    max_new_tokens: int,
+    edits: Any,
+    freeze: str | None,
+    ablate: str | None,
+    freeze_layers: Iterable[int] | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop: str | Iterable[str] | None,
+    ignore_eos: bool,
+    capture: str | Iterable[str],
+    batch_size: int | None,
+    on_token: OnToken | None,
+    progress: ProgressLike,
+    circuit: Any = None,
 ) -> list[Generation]:
     """See Model.generate."""
     request = _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos)
+    sites = _sites(model, capture)
+    rows = model.chat_tokens(prompts)
+    for i, row in enumerate(rows):
+        check_tokens(model, row, i, request.max_new_tokens)
+    rows_edits, shared = per_row(edits, len(rows))
+    spec = check_freeze_spec(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
+    most = None if batch_size is None else require_int(batch_size, "batch_size", 1)
+    if circuit is not None:
+        if not hasattr(circuit, "decoding_batch"):
+            raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
+        circuit.check_rows(model, rows_edits, freeze, ablate, sites)
+    double = 2 if spec or circuit is not None else 1
+
+    def batch_of(part: Sequence[int], under: Any = None) -> Any:
+        lengths = [len(rows[i]) for i in part]
+        some = ([rows_edits[i] for i in part], shared)
+        if under is not None:
+            return under.decoding_batch(model, lengths, some)
+        return Batch(model, lengths, [None] * len(part), some, spec)
+
+    # Every edit is checked before the first row is run; a single micro-batch needs no other.
+    everything = batch_of(range(len(rows)))
+    slots = [(len(r) + request.max_new_tokens) * double for r in rows]
+    parts = list(_micro_batches(model, slots, most))
+    if circuit is not None:
+        steering = lambda i: steering_of(rows_edits[i])
+        parts = [list(same) for part in parts for _, same in groupby(part, key=steering)]
+    done = []
+    with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
+        for part in parts:
+            states = [_Row(model, i, rows[i], request) for i in part]
+            single = circuit is None and len(parts) == 1
+            batch = everything if single else batch_of(part, circuit)
+            _Decoding(model, batch, states, sites, on_token, bar).run()
+            done += [s.result() for s in states]
+    return done
+
+
+def _sites(model: Model, capture: str | Iterable[str]) -> list[Site]:
     sites = model._sites.find_all(capture)
     if any(s.over_keys for s in sites):
         raise ValueError(
             "scores and patterns of decoded tokens have a different number of keys at every step:"
             " capture them with run(prompt, response)"
         )
-    rows = model.chat_tokens(prompts)
-    for i, row in enumerate(rows):
-        check_tokens(model, row, i, request.max_new_tokens)
-    rows_edits, shared = per_row(edits, len(rows))
-    spec = check_freeze_spec(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
-    if batch_size is not None:
-        batch_size = require_int(batch_size, "batch_size", 1)
-    if circuit is not None:
-        if not hasattr(circuit, "decoding_batch"):
-            raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
-        circuit.check_rows(model, rows_edits, freeze, ablate, sites)
-    double = 2 if spec or circuit is not None else 1
-    # Every edit is checked before the first row is run; a single micro-batch needs no other.
-    everything = Batch(
-        model, [len(r) for r in rows], [None] * len(rows), (rows_edits, shared), spec
-    )
-    parts = list(
-        _micro_batches(
-            model, [(len(r) + request.max_new_tokens) * double for r in rows], batch_size
-        )
-    )
-    if circuit is not None:
-        parts = [
-            list(same)
-            for part in parts
-            for _, same in groupby(part, key=lambda i: steering_of(rows_edits[i]))
-        ]
-    done = []
-    with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
-        for part in parts:
-            states = [_Row(model, i, rows[i], request) for i in part]
-            batch = everything
-            if circuit is not None:
-                batch = circuit.decoding_batch(
-                    model, [len(rows[i]) for i in part], ([rows_edits[i] for i in part], shared)
-                )
-            elif len(parts) > 1:
-                batch = Batch(
-                    model,
-                    [len(rows[i]) for i in part],
-                    [None] * len(part),
-                    ([rows_edits[i] for i in part], shared),
-                    spec,
-                )
-            _decode(model, batch, states, sites, on_token, bar)
-            done += [s.result() for s in states]
-    return done
+    return sites
 
 
-def _micro_batches(model, slots, batch_size):
-    """Consecutive rows whose caches fit into half of the free memory together; a row that does not
-    fit alone is refused with what would fit.
+def _micro_batches(model: Model, slots: list[int], batch_size: int | None) -> Iterator[list[int]]:
+    """Groups of consecutive rows whose caches fit half of the free memory together.
+
+    slots: cache slots of each row. Raises ValueError, saying what would fit, for a row that does not
+    fit alone.
     """
     per_slot = model._engine.plan()["cache_per_token"]
     budget = max(model._engine_device.available_bytes // 2, per_slot)
@@ -253,7 +267,8 @@ def _micro_batches(model, slots, batch_size):
             " fit; shorten the prompt or lower max_new_tokens"
         )
     limit = batch_size or 64
-    part, used = [], 0
+    part: list[int] = []
+    used = 0
     for i, n in enumerate(slots):
         if part and (len(part) >= limit or (used + n) * per_slot > budget):
             yield part
@@ -263,34 +278,72 @@ def _micro_batches(model, slots, batch_size):
     yield part
 
 
-def _decode(model, batch, states, sites, on_token, bar) -> None:
-    """Prefill, then one token a step for every row that has not ended; ended
-    rows leave the batch.
+class _Decoding:
+    """One micro-batch: prefill, then one token a step for every row that has not ended. Ended rows
+    leave the batch.
     """
-    from .device import _engine
 
-    double = 2 if batch.paired else 1
-    capacity = [len(s.prompt) + s.request.max_new_tokens for s in states]
-    starts = np.concatenate([[0], np.cumsum(np.repeat(capacity, double))]).astype(np.uint32)
-    cache = _engine().Cache(model._engine, int(starts[-1]))
-    batch.reserve(sum(len(s.prompt) for s in states), int(starts[-1]))
-    slots_of = lambda active: np.concatenate(
-        [starts[double * a : double * a + double] for a in active]
-    )
-    active = list(range(len(states)))
-    width = max(len(s.prompt) for s in states)
-    logits, _ = batch.forward(
-        cache,
-        [s.prompt for s in states],
-        slots=slots_of(active),
-        columns=[width - len(s.prompt) for s in states],
-        n_columns=width,
-        logits="last",
-        active=active,
-    )
-    keys = [s.key for s in sites]
-    while True:
-        for state, row in zip([states[a] for a in active], logits):
+    def __init__(
+        self,
+        model: Model,
+        batch: Any,
+        states: list[_Row],
+        sites: list[Site],
+        on_token: OnToken | None,
+        bar: Progress,
+    ) -> None:
+        from .device import _engine
+
+        self.batch, self.states, self.sites = batch, states, sites
+        self.on_token, self.bar = on_token, bar
+        self.double = 2 if batch.paired else 1
+        capacity = [len(s.prompt) + s.request.max_new_tokens for s in states]
+        starts = np.concatenate([[0], np.cumsum(np.repeat(capacity, self.double))])
+        self.starts = starts.astype(np.uint32)
+        self.cache = _engine().Cache(model._engine, int(self.starts[-1]))
+        batch.reserve(sum(len(s.prompt) for s in states), int(self.starts[-1]))
+
+    def run(self) -> None:
+        active = list(range(len(self.states)))
+        logits = self._prefill(active)
+        while True:
+            self._accept(active, logits)
+            # The last token of an ended row runs once more only for the captures at it.
+            feeding = active if self.sites else [a for a in active if not self.states[a].reason]
+            if not feeding:
+                return
+            logits = self._step(feeding)
+            still = [i for i, a in enumerate(feeding) if not self.states[a].reason]
+            active = [feeding[i] for i in still]
+            logits = logits[still]
+            if not active:
+                return
+            self.bar.step(len(active))
+
+    def _slots(self, rows: list[int]) -> UInt32Array:
+        """First cache slots of the engine rows of these rows."""
+        double = self.double
+        return np.concatenate([self.starts[double * a : double * a + double] for a in rows])
+
+    def _prefill(self, rows: list[int]) -> Float32Array:
+        """Logits [rows, V] after each prompt."""
+        prompts = [s.prompt for s in self.states]
+        width = max(map(len, prompts))
+        logits, _ = self.batch.forward(
+            self.cache,
+            prompts,
+            slots=self._slots(rows),
+            columns=[width - len(p) for p in prompts],
+            n_columns=width,
+            logits="last",
+            active=rows,
+        )
+        return np.asarray(logits)
+
+    def _accept(self, rows: list[int], logits: Float32Array) -> None:
+        """Picks the next token of each row."""
+        for a, row in zip(rows, logits, strict=True):
+            state = self.states[a]
             if not np.isfinite(row).all():
                 raise ValueError(
                     f"row {state.index}: the logits are not finite after {len(state.tokens)} new"
@@ -298,37 +351,31 @@ def _decode(model, batch, states, sites, on_token, bar) -> None:
                 )
             token = state.request.sampling.pick(row, state.random)
             piece = state.accept(token)
-            if on_token is not None:
-                on_token(state.index, token, piece)
-        ended = [a for a in active if states[a].reason]
-        for a in ended:
-            bar.step(states[a].request.max_new_tokens - len(states[a].tokens) + 1)
-        # The last token of an ended row is fed once more only where its activations were asked for.
-        feeding = active if sites else [a for a in active if not states[a].reason]
-        if not feeding:
-            return
-        positions = [len(states[a].prompt) + len(states[a].tokens) - 1 for a in feeding]
-        logits, captured = batch.forward(
-            cache,
-            [[states[a].tokens[-1]] for a in feeding],
+            if self.on_token is not None:
+                self.on_token(state.index, token, piece)
+        for state in (self.states[a] for a in rows):
+            if state.reason:
+                self.bar.step(state.request.max_new_tokens - len(state.tokens) + 1)
+
+    def _step(self, rows: list[int]) -> Float32Array:
+        """Runs the newest token of each row, keeps the captures; logits [rows, V] after it."""
+        states = [self.states[a] for a in rows]
+        positions = [len(s.prompt) + len(s.tokens) - 1 for s in states]
+        logits, captured = self.batch.forward(
+            self.cache,
+            [[s.tokens[-1]] for s in states],
             starts=positions,
-            slots=slots_of(feeding),
+            slots=self._slots(rows),
             columns=[-p for p in positions],
             n_columns=1,
-            key_columns=[0] * len(feeding),
+            key_columns=[0] * len(rows),
             n_keys=max(positions) + 1,
-            capture=keys,
+            capture=[s.key for s in self.sites],
             logits="last",
-            active=feeding,
+            active=rows,
             decode=True,
         )
-        for i, a in enumerate(feeding):
-            if sites:
-                states[a].captured.append({s.name: captured[s.key][i, 0] for s in sites})
-        still = [i for i, a in enumerate(feeding) if not states[a].reason]
-        active = [feeding[i] for i in still]
-        logits = logits[still]
-        if active:
-            bar.step(len(active))
-        else:
-            return
+        if self.sites:
+            for i, state in enumerate(states):
+                state.captured.append({s.name: captured[s.key][i, 0] for s in self.sites})
+        return np.asarray(logits)

@@ -1,24 +1,39 @@
-"""`model.gradients`: d(scalar)/d(site) for one scalar a row, through the engine's own way back
+"""`model.gradients`: d(scalar)/d(site) for one scalar a row, through the engine's backward pass
 (csrc/run/backward.c).
 
 The three scalars read the logits of `model.run` (after a final soft cap). Positions count from the
-row's own first token; negative ones from the prompt's end, as everywhere (api.md). The logits at
-position p predict the token at p + 1.
+row's own first token; negative ones from the prompt's end, as everywhere (docs/api.md). The logits
+at position p predict the token at p + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import ItemsView, Iterable, KeysView, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.progress import Progress
+from ..base.types import (
+    BoolArray,
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    IntArray,
+    ProgressLike,
+    UInt32Array,
+)
 from .batch import Batch, first_tokens, packed_rows
 from .edit_compiler import RowShape, per_row
 from .edits import Ablate, Add, MeanAblate, Scale, Set
-from .run import split_rows
+from .run import left_padded, split_rows
+
+if TYPE_CHECKING:
+    from .. import _engine as extension
+    from .edits import Edit
+    from .model import Model
+    from .sites import Site
 
 #: Kinds of the engine's metrics (csrc/run/tape.h).
 PAIR, LOG_PROB, KL_DIVERGENCE, DIRECTIONAL_KL = range(4)
@@ -56,16 +71,22 @@ class KL:
 
 
 class Gradients:
-    """What `model.gradients` gave. `grads[site]`: float32, shaped and left-padded as `run[site]`,
+    """The result of `model.gradients`. `grads[site]`: float32, shaped and left-padded as `run[site]`,
     zeros at padding and masked keys.
 
     values: float64 [B], the scalars. tokens int32 [B, S], mask bool [B, S].
     """
 
-    def __init__(self, values, tokens, mask, arrays):
+    def __init__(
+        self,
+        values: Float64Array,
+        tokens: Int32Array,
+        mask: BoolArray,
+        arrays: dict[str, Float32Array],
+    ) -> None:
         self.values, self.tokens, self.mask, self._arrays = values, tokens, mask, arrays
 
-    def __getitem__(self, site: str) -> np.ndarray:
+    def __getitem__(self, site: str) -> Float32Array:
         try:
             return self._arrays[site]
         except KeyError:
@@ -73,17 +94,18 @@ class Gradients:
                 f"no gradient was taken at {site!r}; there are {', '.join(self._arrays)}"
             ) from None
 
-    def __contains__(self, site) -> bool:
+    def __contains__(self, site: object) -> bool:
         return site in self._arrays
 
-    def keys(self):
+    def keys(self) -> KeysView[str]:
         """Names of the sites."""
         return self._arrays.keys()
 
-    def items(self):
+    def items(self) -> ItemsView[str, Float32Array]:
+        """Names of the sites and gradients."""
         return self._arrays.items()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Gradients(rows={self.tokens.shape[0]}, positions={self.tokens.shape[1]},"
             f" sites={len(self._arrays)})"
@@ -97,19 +119,20 @@ class RowMetric:
     """
 
     kind: int
-    positions: np.ndarray  # int64 [n], ascending
-    weights: np.ndarray  # float32 [n]
-    a: np.ndarray | None = None  # uint32 [n]
-    b: np.ndarray | None = None
-    reference_logits: np.ndarray | None = None  # float32 [n, V]
-    reference: np.ndarray | None = None  # float32 [n, D]: normed final rows
-    other: np.ndarray | None = None
+    positions: IntArray  # int64 [n], ascending
+    weights: Float32Array  # float32 [n]
+    a: UInt32Array | None = None  # uint32 [n]
+    b: UInt32Array | None = None
+    reference_logits: Float32Array | None = None  # float32 [n, V]
+    reference: Float32Array | None = None  # float32 [n, D]: normed final rows
+    other: Float32Array | None = None
 
 
-def _positions(positions, shape: RowShape, what: str) -> np.ndarray:
+def _positions(positions: Any, shape: RowShape, what: str) -> IntArray:
+    assert shape.total is not None  # a row that is run has its response
     raw = [int(p) for p in np.atleast_1d(np.asarray(positions)).tolist()]
     at = np.array([p if p >= 0 else shape.prompt + p for p in raw], np.int64)
-    bad = [r for r, p in zip(raw, at) if not 0 <= p < shape.total]
+    bad = [r for r, p in zip(raw, at, strict=True) if not 0 <= p < shape.total]
     if bad or not raw:
         raise ValueError(
             f"{what}: position {bad[0] if bad else '(none)'} of a row with {shape.total} tokens,"
@@ -120,7 +143,7 @@ def _positions(positions, shape: RowShape, what: str) -> np.ndarray:
     return at
 
 
-def _ids(tokens, n, vocab, what) -> np.ndarray:
+def _ids(tokens: Any, n: int, vocab: int, what: str) -> UInt32Array:
     ids = np.atleast_1d(np.asarray(tokens)).astype(np.int64)
     if ids.shape != (n,) or ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab:
         raise ValueError(
@@ -129,8 +152,8 @@ def _ids(tokens, n, vocab, what) -> np.ndarray:
     return ids.astype(np.uint32)
 
 
-def row_metric(of, shape: RowShape, vocab: int, row: int) -> RowMetric:
-    """Checks a scalar against its row. ValueError, TypeError."""
+def row_metric(of: Any, shape: RowShape, vocab: int, row: int) -> RowMetric:
+    """The metric of one row. Raises ValueError or TypeError where the scalar does not fit the row."""
     what = f"row {row}, {type(of).__name__}"
     if isinstance(of, LogitDiff):
         at = _positions([of.position], shape, what)
@@ -168,21 +191,19 @@ def row_metric(of, shape: RowShape, vocab: int, row: int) -> RowMetric:
     raise TypeError(f"of={of!r}: use vs.LogitDiff, vs.LogProb or vs.KL")
 
 
-def _site_layer(site, n_layers) -> int:
-    """The layer to which the way back has to go for a site: one past the
-    last for the final norm.
-    """
+def _site_layer(site: Site, n_layers: int) -> int:
+    """The layer at which the backward pass may stop for a site; n_layers for the final norm."""
     name, layer = site.name, site.key[1]
     if name.startswith("ln_final"):
         return n_layers
     return 0 if name == "hook_embed" else layer
 
 
-_NO_WAY_BACK = ("hook_scale", "hook_attn_scores", "hook_pattern")
+_NO_GRADIENT = ("hook_scale", "hook_attn_scores", "hook_pattern")
 
 
-def check_edits(model, rows_edits):
-    """Edits that the way back cannot pass are refused before any work."""
+def check_edits(model: Model, rows_edits: Iterable[Iterable[Edit]]) -> None:
+    """Raises ValueError for an edit through which the backward pass has no gradient."""
     for row, edits in enumerate(rows_edits):
         for edit in edits:
             sites = (
@@ -193,7 +214,7 @@ def check_edits(model, rows_edits):
                 else []
             )
             for name in (s.name for site in sites for s in model._sites.find_all([site])):
-                if name.endswith(_NO_WAY_BACK):
+                if name.endswith(_NO_GRADIENT):
                     raise ValueError(
                         f"row {row}: there is no gradient through an edit of {name}; edit what it"
                         " is computed from"
@@ -205,23 +226,27 @@ def check_edits(model, rows_edits):
                     )
 
 
-def tape_for(model, n_tokens: int, first_layer: int, keep_inside: bool | None = None):
+def tape_for(
+    model: Model, n_tokens: int, first_layer: int, keep_inside: bool | None = None
+) -> extension.Tape:
     """A tape of at least n_tokens from this layer on; the last one is kept and used again.
-    keep_inside None: as memory allows.
+
+    keep_inside: keep the intermediate values of layers, not only their inputs; None: where memory
+    allows.
     """
     from .device import _engine
 
     capacity = max(n_tokens, 16)
     kept = model._tape
     if kept is not None:
-        tape, size, first, inside = kept
+        last, size, first, inside = kept
         if (
             size >= capacity
             and size <= 4 * capacity + 64
             and first == first_layer
             and keep_inside in (None, inside)
         ):
-            return tape
+            return last
     model._tape = kept = None
     engine = _engine()
     free = model._engine_device.available_bytes
@@ -229,14 +254,15 @@ def tape_for(model, n_tokens: int, first_layer: int, keep_inside: bool | None = 
         keep_inside = (
             engine.tape_bytes(model._engine, capacity, first_layer, True) <= MEMORY_SHARE * free
         )
-    tape = engine.Tape(model._engine, capacity, first_layer, keep_inside)
+    tape: extension.Tape = engine.Tape(model._engine, capacity, first_layer, keep_inside)
     model._tape = (tape, capacity, first_layer, bool(keep_inside))
     return tape
 
 
-def pack(lengths, limit) -> list[list[int]]:
-    """Consecutive rows together, as many as `limit` tokens hold (a longer row alone)."""
-    groups, total = [], 0
+def pack(lengths: Iterable[int], limit: int) -> list[list[int]]:
+    """Groups of consecutive rows with at most `limit` tokens together; a longer row is alone."""
+    groups: list[list[int]] = []
+    total = 0
     for i, n in enumerate(lengths):
         if not groups or total + n > limit:
             groups.append([])
@@ -246,16 +272,19 @@ def pack(lengths, limit) -> list[list[int]]:
     return groups
 
 
-def metric_tuple(metrics: Sequence[RowMetric], lengths, capped=True):
-    """The engine's metric of a packed batch: all rows have the same kind."""
+def metric_tuple(
+    metrics: Sequence[RowMetric], lengths: Sequence[int], capped: bool = True
+) -> extension.Metric:
+    """The engine's metric of a packed batch, whose rows all have the same kind."""
     starts = first_tokens(lengths)
-    join = lambda parts, dtype: (
-        None if parts[0] is None else np.ascontiguousarray(np.concatenate(parts), dtype)
-    )
+
+    def join(parts: list[Any], dtype: Any) -> Any:
+        return None if parts[0] is None else np.ascontiguousarray(np.concatenate(parts), dtype)
+
     return (
         metrics[0].kind,
         capped,
-        join([m.positions + s for m, s in zip(metrics, starts)], np.uint32),
+        join([m.positions + s for m, s in zip(metrics, starts, strict=True)], np.uint32),
         join([m.a for m in metrics], np.uint32),
         join([m.b for m in metrics], np.uint32),
         join([m.weights for m in metrics], np.float32),
@@ -265,8 +294,8 @@ def metric_tuple(metrics: Sequence[RowMetric], lengths, capped=True):
     )
 
 
-def cache_for(model, n_tokens: int):
-    """A cache of at least n_tokens; the model's own, made larger where needed."""
+def cache_for(model: Model, n_tokens: int) -> extension.Cache:
+    """The model's own cache, with at least n_tokens slots."""
     from .device import _engine
 
     kept = model._cache
@@ -277,24 +306,24 @@ def cache_for(model, n_tokens: int):
 
 
 def differentiate(
-    model,
-    rows,
-    prompt_lengths,
-    edits,
-    metrics,
-    keys,
-    stop_layer,
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    edits: Any,
+    metrics: Sequence[RowMetric],
+    keys: Iterable[tuple[int, int]],
+    stop_layer: int,
     *,
-    inputs=None,
-    first_layer=0,
-    columns=None,
-    n_columns=None,
-    tape_layer=None,
-):
-    """One packed batch forward and back. rows: token lists; edits: (per-row lists, shared);
+    inputs: Sequence[Float32Array] | None = None,
+    first_layer: int = 0,
+    columns: Any = None,
+    n_columns: int | None = None,
+    tape_layer: int | None = None,
+) -> tuple[Float32Array, dict[tuple[int, int], Float32Array]]:
+    """One packed batch through the forward and the backward pass. rows: token lists; edits: (per-row lists, shared);
     metrics: RowMetric of one kind a row; keys: (site, layer) pairs; inputs: per-row float32 [n, D]
-    streams entering first_layer; tape_layer: where the tape begins (default: the stop layer), for
-    calls that shall share one. Returns (values a metric token, {key: array}).
+    residual streams entering first_layer; tape_layer: where the tape begins (default: the stop
+    layer), for calls that share one. Returns (values a metric token, {key: array}).
     """
     lengths = [len(r) for r in rows]
     n, total = len(rows), sum(lengths)
@@ -321,7 +350,16 @@ def differentiate(
     return tape.differentiate(cache, packed, list(keys), metric_tuple(metrics, lengths), stop_layer)
 
 
-def gradients(model, prompts, responses=None, *, of, at, edits=(), progress=True) -> Gradients:
+def gradients(
+    model: Model,
+    prompts: Any,
+    responses: Any = None,
+    *,
+    of: Any,
+    at: str | Iterable[str],
+    edits: Any = (),
+    progress: ProgressLike = True,
+) -> Gradients:
     """See Model.gradients."""
     sites = model._sites.find_all(at)
     if not sites:
@@ -342,15 +380,9 @@ def gradients(model, prompts, responses=None, *, of, at, edits=(), progress=True
     ]
     stop_layer = min(_site_layer(s, c.n_layers) for s in sites)
     n_columns = max(lengths)
-    arrays: dict[tuple, np.ndarray] = {}
+    arrays: dict[tuple[int, int], Float32Array] = {}
     values = np.zeros(len(rows))
-    # a batch holds one kind of scalar
-    order = sorted(range(len(rows)), key=lambda i: metrics[i].kind)
-    batches = [
-        [same[i] for i in group]
-        for same in _runs(order, metrics)
-        for group in pack([lengths[i] for i in same], BATCH_TOKENS)
-    ]
+    batches = _batches(lengths, metrics)
     with Progress(progress, len(batches), "gradients") as bar:
         for group in batches:
             part = [metrics[i] for i in group]
@@ -369,21 +401,26 @@ def gradients(model, prompts, responses=None, *, of, at, edits=(), progress=True
                 mine = found[end - len(m.positions) : end].astype(np.float64)
                 values[i] = float((mine[:, 0] - mine[:, 1]).sum() if m.kind == PAIR else mine.sum())
             for key, array in got.items():
-                whole = arrays.setdefault(key, np.zeros((len(rows),) + array.shape[1:], np.float32))
-                whole[group] = array
+                if key not in arrays:
+                    arrays[key] = np.zeros((len(rows), *array.shape[1:]), np.float32)
+                arrays[key][group] = array
             bar.step()
-    tokens, mask = (
-        np.zeros((len(rows), n_columns), np.int32),
-        np.zeros((len(rows), n_columns), bool),
-    )
-    for b, row in enumerate(rows):
-        tokens[b, n_columns - len(row) :] = row
-        mask[b, n_columns - len(row) :] = True
+    tokens, mask = left_padded(rows)
     return Gradients(values, tokens, mask, {s.name: arrays[s.key] for s in sites})
 
 
-def _runs(order, metrics):
-    """Consecutive rows of one kind."""
+def _batches(lengths: Sequence[int], metrics: Sequence[RowMetric]) -> list[list[int]]:
+    """Rows that are differentiated together: metrics of one kind, at most BATCH_TOKENS tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: metrics[i].kind)
+    return [
+        [same[i] for i in group]
+        for same in _runs(order, metrics)
+        for group in pack([lengths[i] for i in same], BATCH_TOKENS)
+    ]
+
+
+def _runs(order: Iterable[int], metrics: Sequence[RowMetric]) -> list[list[int]]:
+    """Groups of consecutive rows whose metrics are of one kind."""
     groups: list[list[int]] = []
     for i in order:
         if not groups or metrics[groups[-1][0]].kind != metrics[i].kind:

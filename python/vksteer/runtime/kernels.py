@@ -1,5 +1,5 @@
-"""Which matrix kernels a model uses: measured once per device, stored, reused, so that the choice
-can never flip bits between two runs.
+"""Which matrix kernels a model uses: the choice is measured once for each device, stored and reused,
+so that two runs never differ because of it.
 
 The stored choice is keyed by device UUID, driver, engine version, the kernels themselves and weight
 type. VKSTEER_KERNELS pins it by name.
@@ -7,6 +7,7 @@ type. VKSTEER_KERNELS pins it by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,10 +16,15 @@ import warnings
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..base.whole_files import write_whole
 from .device import cache_folder
+
+if TYPE_CHECKING:
+    from .. import _engine as extension
+    from .device import Device
 
 #: Order of WEIGHT_* in shaders/include/params.h.
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
@@ -26,7 +32,7 @@ WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 
 @cache
 def _kernels_mark() -> str:
-    """Changes with any kernel: what was measured of others says nothing."""
+    """A checksum of all kernels: measurements of other kernels are not reused."""
     from .device import _engine
 
     mark = 0
@@ -35,7 +41,7 @@ def _kernels_mark() -> str:
     return f"{mark:08x}"
 
 
-def _key(device, weight_type) -> str:
+def _key(device: Device, weight_type: str) -> str:
     return " | ".join(
         [
             device.uuid,
@@ -47,7 +53,7 @@ def _key(device, weight_type) -> str:
     )
 
 
-def _stored(path: Path) -> dict:
+def _stored(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         return content if isinstance(content, dict) else {}
@@ -55,16 +61,16 @@ def _stored(path: Path) -> dict:
         return {}
 
 
-def is_chosen(device, weight_type: str) -> bool:
-    """Will `choose` answer at once?"""
+def is_chosen(device: Device, weight_type: str) -> bool:
+    """Whether `choose` needs no measurement."""
     return bool(os.environ.get("VKSTEER_KERNELS")) or "choice" in _stored(
         cache_folder() / "kernels.json"
     ).get(_key(device, weight_type), {})
 
 
-def _trusted(engine, engine_device, device, weight_type) -> list[str]:
-    """The baseline, and every other family that gives the baseline's bits on this device (a
-    first-use self-test: drivers have had bugs).
+def _trusted(engine_device: extension.Device, device: Device, weight_type: str) -> list[str]:
+    """The baseline kernel family, and every other one that is bit-identical to it on this device: a
+    self-test at first use, because drivers have had bugs.
     """
     from .device import _engine
 
@@ -72,7 +78,7 @@ def _trusted(engine, engine_device, device, weight_type) -> list[str]:
     (_, baseline), *others = bench.families()
     trusted = [baseline]
     for number, family in others:
-        # shared memory makes it ten times slower there: not worth compiling to find out again
+        # on software devices shared memory makes it ten times slower, so it is not even compiled
         if device.type == "software" and family == "tiled":
             continue
         reason = _crash(device, number, weight_type) if device.type == "software" else None
@@ -92,9 +98,9 @@ def _trusted(engine, engine_device, device, weight_type) -> list[str]:
     return trusted
 
 
-def _crash(device, number: int, weight_type: str) -> str | None:
-    """Software drivers run kernels inside this process, and a driver's bug would end it: the first
-    try is another process's. None if it lives.
+def _crash(device: Device, number: int, weight_type: str) -> str | None:
+    """Probe in a subprocess, because software drivers run kernels inside the process and a driver's
+    bug would end it. None on success, else what happened.
     """
     if not sys.executable:
         return "no Python executable to try them in"
@@ -112,6 +118,7 @@ def _crash(device, number: int, weight_type: str) -> str | None:
         ],
         capture_output=True,
         text=True,
+        check=False,
     )
     if done.returncode == 0:
         return None
@@ -121,7 +128,9 @@ def _crash(device, number: int, weight_type: str) -> str | None:
     )
 
 
-def choose(engine, engine_device, device, weight_type: str) -> str:
+def choose(
+    engine: extension.Model, engine_device: extension.Device, device: Device, weight_type: str
+) -> str:
     """Sets the engine model's matrix kernels and returns their name. Raises ValueError for an
     unknown VKSTEER_KERNELS.
     """
@@ -134,15 +143,15 @@ def choose(engine, engine_device, device, weight_type: str) -> str:
         engine.kernels = pinned
         return pinned
     path, key = cache_folder() / "kernels.json", _key(device, weight_type)
-    found = _stored(path).get(key, {}).get("choice")
-    if found in engine.families:
+    found: Any = _stored(path).get(key, {}).get("choice")
+    if isinstance(found, str) and found in engine.families:
         engine.kernels = found
         return found
     rates = {}
-    for family in _trusted(engine, engine_device, device, weight_type):
+    for family in _trusted(engine_device, device, weight_type):
         engine.kernels = family
         rates[family] = engine.measure_linear(64, 512, 512)[0]
-    choice = max(rates, key=rates.get)
+    choice = max(rates, key=rates.__getitem__)
     engine.kernels = choice
     _store(
         path, key, {"choice": choice, "gflops": {k: round(v / 1e9, 2) for k, v in rates.items()}}
@@ -150,13 +159,9 @@ def choose(engine, engine_device, device, weight_type: str) -> str:
     return choice
 
 
-def _store(path: Path, key: str, entry: dict) -> None:
-    """Written beside and renamed. A folder that cannot be written to costs a measurement at the
-    next load, nothing else.
-    """
-    try:
+def _store(path: Path, key: str, entry: dict[str, Any]) -> None:
+    # A folder that cannot be written to only costs a measurement at the next load.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         content = _stored(path) | {key: entry}
         write_whole(path, json.dumps(content, indent=1).encode())
-    except OSError:
-        return

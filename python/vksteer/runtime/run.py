@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterable, KeysView, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
+from ..base.types import BoolArray, Float32Array, Int32Array, IntArray
 from .batch import Batch, check_freeze_spec
 from .edit_compiler import RowShape, per_row, touched
 
+if TYPE_CHECKING:
+    from .model import Model
+    from .sites import Site
+
 
 class Run:
-    """What a run gave. Arrays are float32 C-contiguous, own their memory and
-    never change afterwards.
+    """The result of `model.run`. Arrays are float32 C-contiguous, own their memory and never change
+    afterwards.
 
     logits: [B, S, V], [B, V] or None. tokens: int32 [B, S], left-padded with 0. mask: bool [B, S],
     True at real positions; `[:, -1]` is the last token of every row. touched: int64 [n_edits, B],
     tokens that each edit changed. `run[site]`: a captured site, axes as `model.sites` says.
     """
 
-    def __init__(self, logits, tokens, mask, touched, captured):
-        self.logits, self.tokens, self.mask, self.touched, self._captured = (
-            logits,
-            tokens,
-            mask,
-            touched,
-            captured,
-        )
+    def __init__(
+        self,
+        logits: Float32Array | None,
+        tokens: Int32Array,
+        mask: BoolArray,
+        touched: IntArray,
+        captured: dict[str, Float32Array],
+    ) -> None:
+        self.logits, self.tokens, self.mask = logits, tokens, mask
+        self.touched, self._captured = touched, captured
 
-    def __getitem__(self, site: str) -> np.ndarray:
+    def __getitem__(self, site: str) -> Float32Array:
         try:
             return self._captured[site]
         except KeyError:
@@ -35,26 +45,27 @@ class Run:
                 f" {', '.join(self._captured) or 'no captures'}"
             ) from None
 
-    def __contains__(self, site) -> bool:
+    def __contains__(self, site: object) -> bool:
         return site in self._captured
 
-    def keys(self):
+    def keys(self) -> KeysView[str]:
         """Names of captured sites."""
         return self._captured.keys()
 
-    def items(self):
+    def items(self) -> ItemsView[str, Float32Array]:
+        """Names and values of captured sites."""
         return self._captured.items()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Run(rows={self.tokens.shape[0]}, positions={self.tokens.shape[1]},"
             f" captured={len(self._captured)})"
         )
 
 
-def split_rows(model, prompts, responses):
-    """(token rows with their responses, prompt lengths): texts through the template, everything
-    checked against vocabulary and context.
+def split_rows(model: Model, prompts: Any, responses: Any) -> tuple[list[list[int]], list[int]]:
+    """(token rows with their responses, prompt lengths). Texts go through the chat template, and
+    everything is checked against vocabulary and context.
     """
     from ..loading.tokenizer import prompt_list
 
@@ -68,18 +79,21 @@ def split_rows(model, prompts, responses):
             raise ValueError(
                 f"{len(answers)} responses for {len(rows)} prompts: give one per prompt"
             )
-        for row, answer in zip(rows, answers):
+        for row, answer in zip(rows, answers, strict=True):
             if isinstance(answer, str):
-                row += model._need_tokenizer("a text response").encode(answer, add_bos=False)
+                tokenizer = model._need_tokenizer("a text response")
+                row.extend(tokenizer.encode(answer, add_bos=False))
             elif len(answer):
-                row += prompt_list([answer])[0]
+                row.extend(map(int, prompt_list([answer])[0]))
     for i, row in enumerate(rows):
         check_tokens(model, row, i)
     return rows, lengths
 
 
-def check_tokens(model, row, i, room: int = 0):
-    """Vocabulary and context, before any work. room: tokens that will still come."""
+def check_tokens(model: Model, row: Sequence[int], i: int, room: int = 0) -> None:
+    """Raises ValueError where row i does not fit the vocabulary or the context. room: tokens that
+    will follow.
+    """
     c = model.config
     if len(row) + room > c.n_ctx:
         more = f" and {room} new ones" if room else ""
@@ -95,17 +109,42 @@ def check_tokens(model, row, i, room: int = 0):
         )
 
 
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int32Array, BoolArray]:
+    """(tokens int32 [B, S], padded with 0; mask bool [B, S], True at tokens)."""
+    n_columns = max(map(len, rows))
+    tokens = np.zeros((len(rows), n_columns), np.int32)
+    mask = np.zeros((len(rows), n_columns), bool)
+    for b, row in enumerate(rows):
+        tokens[b, n_columns - len(row) :] = row
+        mask[b, n_columns - len(row) :] = True
+    return tokens, mask
+
+
+def _stop_layer(sites: Sequence[Site]) -> int:
+    """The layer at which a pass without logits may stop, because no hook needs it or what follows; 0
+    where all layers are needed.
+    """
+    layered = [
+        max(1, s.key[1] + (not s.name.endswith("hook_resid_pre")))
+        for s in sites
+        if s.name.startswith("blocks.")
+    ]
+    if not layered or len(layered) < sum(s.name != "hook_embed" for s in sites):
+        return 0
+    return max(layered)
+
+
 def execute(
-    model,
-    prompts,
-    responses=None,
+    model: Model,
+    prompts: Any,
+    responses: Any = None,
     *,
-    edits=(),
-    capture=(),
-    logits="all",
-    freeze=None,
-    ablate=None,
-    freeze_layers=None,
+    edits: Any = (),
+    capture: str | Iterable[str] = (),
+    logits: str | None = "all",
+    freeze: str | None = None,
+    ablate: str | None = None,
+    freeze_layers: Iterable[int] | None = None,
 ) -> Run:
     """See Model.run."""
     if logits not in ("all", "last", None):
@@ -119,17 +158,6 @@ def execute(
     batch = Batch(model, lengths, totals, (rows_edits, shared), spec)
     n_columns = max(totals)
     cache, slots = model._run_cache(totals, 2 if batch.paired else 1)
-    # Nothing above the last captured layer is looked at where no logits are wanted.
-    layered = [
-        max(1, s.key[1] + (not s.name.endswith("hook_resid_pre")))
-        for s in sites
-        if s.name.startswith("blocks.")
-    ]
-    stop = (
-        {"stop_layer": max(layered)}
-        if logits is None and layered and len(layered) == sum(s.name != "hook_embed" for s in sites)
-        else {}
-    )
     values, captured = batch.forward(
         cache,
         rows,
@@ -138,13 +166,7 @@ def execute(
         n_columns=n_columns,
         capture=[s.key for s in sites],
         logits=logits,
-        **stop,
+        stop_layer=0 if logits is not None else _stop_layer(sites),
     )
-    tokens, mask = (
-        np.zeros((len(rows), n_columns), np.int32),
-        np.zeros((len(rows), n_columns), bool),
-    )
-    for b, row in enumerate(rows):
-        tokens[b, n_columns - len(row) :] = row
-        mask[b, n_columns - len(row) :] = True
+    tokens, mask = left_padded(rows)
     return Run(values, tokens, mask, counts, {s.name: captured[s.key] for s in sites})

@@ -14,7 +14,7 @@ import numpy as np
 from ..base.checks import require_int
 from ..base.figures import new_figure
 from ..base.progress import Progress
-from ..base.provenance import digest, fingerprint, provenance
+from ..base.provenance import digest, fingerprint, kernel_names, provenance
 from ..base.types import PathLike
 from ..freezing import random_vector
 from ..inputs.prompt_pair import AnswerStore, PromptPair, magnitudes
@@ -406,7 +406,7 @@ def _run(
         what="file of a sparsity sweep",
         other="another model or other prompts",
         field=None,
-        about={"kernels": getattr(pair.model, "kernels", None)},
+        about={"kernels": kernel_names(pair.model)},
     )
     runs = {c.key: c for c in conditions}
     with Progress(progress, len(runs) * len(pair), "sparsity") as bar:
@@ -443,6 +443,6 @@ def _setting(
         },
         **options,
         "prompts_hash": digest(pair.harmful_rows, pair.harmless_rows),
-        "kernels": getattr(pair.model, "kernels", None),
+        "kernels": kernel_names(pair.model),
         **provenance(pair.model),
     }

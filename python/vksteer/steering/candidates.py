@@ -14,7 +14,7 @@ from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, Float64Array, IntArray, ProgressLike, Prompts
 from ..inputs.prompts import as_list, as_tokens, batches, token_text
 from ..inputs.vectors import SteeringVector
-from ..runtime.resume import streams
+from ..runtime.resume import layer_inputs
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
 from .scores import Scorer, Scores
 
@@ -283,7 +283,7 @@ def _means(
     most = max(1, CAPTURE_BYTES // (4 * longest * config.n_layers * config.d_model))
     total: Float64Array = np.zeros((len(positions), config.n_layers, config.d_model))
     for part in batches(rows, tokens=8192, most=most):
-        _, rest = streams(model, rows[part], range(config.n_layers), -int(positions[0]))
+        _, rest = layer_inputs(model, rows[part], range(config.n_layers), -int(positions[0]))
         # Rows are padded on the left, so negative positions are those of the row.
         captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)
         for one in captured:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 import numpy as np
 
 from ..base.checks import require_int
-from ..base.provenance import digest, provenance
+from ..base.provenance import digest, kernel_names, provenance
 from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
 from ..errors import ModelError
@@ -215,7 +215,7 @@ def training_data(
     examples, counts = _examples(model, harmful, harmless, made, judge, min_words)
     meta = provenance(
         model,
-        kernels=getattr(model, "kernels", None),
+        kernels=kernel_names(model),
         vector_hash=digest(vector.direction),
         layer=vector.layer,
         coefficient=minus,

@@ -85,9 +85,9 @@ def _last_logits(model: Model, rows: Rows) -> Float32Array:
     Rows that come together share their first edited layer, so that the run can resume from a kept
     input of that layer. All runs of candidates go through this function.
     """
-    from ..runtime.resume import can_resume, last_logits
+    from ..runtime.resume import can_resume, keeps_layer_inputs, last_logits
 
-    if hasattr(model, "_layer_inputs") and can_resume(rows):
+    if keeps_layer_inputs(model) and can_resume(rows):
         return last_logits(model, rows)
     logits = model.run(
         [tokens for tokens, _ in rows], edits=[edits for _, edits in rows], logits="last"

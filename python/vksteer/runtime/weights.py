@@ -1,0 +1,177 @@
+"""Loading a model's weights into the engine: what the engine reads of a config, which tensors are
+stacked in which of its matrices, and the model's fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..base.progress import Progress
+from ..base.types import ProgressLike
+from . import kernels
+from .device import _engine, cache_folder
+
+if TYPE_CHECKING:
+    from .. import _engine as extension
+    from ..loading.config import Config
+    from ..loading.model_files import ModelFiles
+    from .device import Device
+
+_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+#: The engine's matrices and vectors -> the tensors that are stacked in them.
+_MATRICES = {
+    "qkv": ("wq", "wk", "wv"),
+    "o": ("wo",),
+    "gate_up": ("wgate", "wup"),
+    "down": ("wdown",),
+}
+_VECTORS = {
+    "ln1": ("ln1",),
+    "ln2": ("ln2",),
+    "ln1_post": ("ln1_post",),
+    "ln2_post": ("ln2_post",),
+    "q_norm": ("q_norm",),
+    "k_norm": ("k_norm",),
+    "b_qkv": ("bq", "bk", "bv"),
+    "b_o": ("bo",),
+    "b_gate_up": ("bgate", "bup"),
+    "b_down": ("bdown",),
+}
+
+
+def _facts(config: Config, weight_type: int) -> dict[str, Any]:
+    """The config as the engine reads it (csrc/python/model_facts.c)."""
+    names = (
+        "n_layers",
+        "d_model",
+        "n_heads",
+        "n_kv_heads",
+        "d_head",
+        "d_mlp",
+        "d_vocab",
+        "n_ctx",
+        "norm_eps",
+        "norm_offset",
+        "embed_scale",
+        "attn_scale",
+        "attn_softcap",
+        "final_softcap",
+        "post_norms",
+        "qk_norm",
+        "qkv_bias",
+        "o_bias",
+        "mlp_bias",
+        "tied",
+    )
+    facts = {n: getattr(config, n) for n in names}
+    facts.update(
+        act=_ACTS[config.act],
+        weight_type=weight_type,
+        window=list(config.window),
+        rope_table=list(config.rope_table),
+        rope=[
+            (np.asarray(t.inv_freq, np.float64).tolist(), float(t.attention_factor))
+            for t in config.rope
+        ],
+    )
+    facts["n_ctx"] = min(facts["n_ctx"], 1 << 24)
+    return facts
+
+
+def load_weights(
+    engine_device: extension.Device,
+    device: Device,
+    files: ModelFiles,
+    name: str,
+    progress: ProgressLike,
+) -> tuple[extension.Model, str]:
+    """The engine's model with all weights, and a hash over config and a sample of the weights."""
+    kinds = {t.dtype for t in files.tensors if len(t.shape) == 2}
+    weight_type = _TYPES[kinds.pop()] if len(kinds) == 1 else 0
+    model: extension.Model = _engine().Model(engine_device, _facts(files.config, weight_type))
+    if progress is True:
+        _print_plan(model, engine_device, device, name)
+    weights, jobs = _Weights(files), _jobs(files)
+    try:
+        with Progress(progress, len(jobs), "load") as bar:
+            for target, layer, names, matrix in jobs:
+                load = model.load_matrix if matrix else model.load_vector
+                load(target, layer, [weights.source(n) for n in names])
+                bar.step()
+        model.finish()
+        kind = kernels.WEIGHT_TYPES[weight_type]
+        if progress is True and not kernels.is_chosen(device, kind):
+            print(
+                f"vksteer: testing and measuring the matrix kernels for {kind} on {device.name}"
+                f" (once; stored in {cache_folder()})",
+                file=sys.stderr,
+            )
+        kernels.choose(model, engine_device, device, kind)
+        model.prepare()
+        return model, _fingerprint(model, files.config)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _print_plan(
+    model: extension.Model, engine_device: extension.Device, device: Device, name: str
+) -> None:
+    plan = model.plan()
+    print(
+        f"vksteer: {name} on {device.name}: weights {plan['weights'] / 1e6:.0f} MB, work memory"
+        f" {plan['work'] / 1e6:.0f} MB, {plan['cache_per_token'] / 1e3:.1f} kB per cached token;"
+        f" {engine_device.available_bytes / 1e9:.1f} GB free",
+        file=sys.stderr,
+    )
+
+
+def _jobs(files: ModelFiles) -> list[tuple[str, int, list[str], bool]]:
+    """(the engine's matrix or vector, layer or -1, tensors that are stacked in it, is a matrix) for
+    everything that is loaded.
+    """
+    present = {t.name for t in files.tensors}
+    jobs = [("embed", -1, ["embed"], True), ("ln_final", -1, ["ln_final"], False)]
+    if not files.config.tied:
+        jobs.append(("unembed", -1, ["unembed"], True))
+    for layer in range(files.config.n_layers):
+        for table, matrix in ((_MATRICES, True), (_VECTORS, False)):
+            for target, parts in table.items():
+                names = [f"l.{layer}.{p}" for p in parts]
+                if present.issuperset(names):
+                    jobs.append((target, layer, names, matrix))
+    return jobs
+
+
+class _Weights:
+    """Tensors as the engine takes them: ranges of mapped files, or arrays."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._paths, self._tensors = files.paths, {t.name: t for t in files.tensors}
+        self._mapped: dict[int, extension.MappedFile] = {}
+
+    def source(self, name: str) -> tuple[Any, ...]:
+        """(type, rows, columns, mapped file, offset), or (type, rows, columns, array)."""
+        tensor = self._tensors[name]
+        rows, columns = tensor.shape if len(tensor.shape) == 2 else (tensor.shape[0], 1)
+        shape = (_TYPES[tensor.dtype], rows, columns)
+        if tensor.file is None:
+            array = tensor.array()
+            return (*shape, array if array.dtype != np.float16 else array.view(np.uint16))
+        if tensor.file not in self._mapped:
+            self._mapped[tensor.file] = _engine().MappedFile(self._paths[tensor.file])
+        return (*shape, self._mapped[tensor.file], tensor.offset)
+
+
+def _fingerprint(model: extension.Model, config: Config) -> str:
+    digest = hashlib.sha256(repr(config).encode())
+    for vector in ("ln_final", "ln1"):
+        digest.update(model.vector(vector, 0).tobytes())
+    probe = np.random.default_rng(0).standard_normal((1, config.d_model)).astype(np.float32)
+    digest.update(model.apply("qkv", config.n_layers // 2, probe).tobytes())
+    return digest.hexdigest()[:16]
