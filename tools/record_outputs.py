@@ -85,7 +85,7 @@ def setting_of(model) -> dict:
         "device": d.name,
         "driver": d.driver,
         "uuid": d.uuid,
-        "kernels": model.kernels,
+        "kernels": ", ".join(model.kernels),
         "LP_NATIVE_VECTOR_WIDTH": os.environ.get("LP_NATIVE_VECTOR_WIDTH", ""),
         "numpy": np.__version__,
         "python": platform.python_version(),

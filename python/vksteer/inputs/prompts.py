@@ -1,6 +1,4 @@
-"""Prompts as users give them (texts, requests of the toy world, token lists) to prompts as the engine
-takes them (token lists).
-"""
+"""From prompts as users give them (texts, requests of the toy world, token lists) to token lists."""
 
 from __future__ import annotations
 

@@ -237,7 +237,8 @@ def make_samples(
         batch_size=batch_size,
         progress=progress,
     )
-    answers = {side: made[i * len(rows) : (i + 1) * len(rows)] for i, side in enumerate(sides)}
+    n = len(rows)
+    answers = {side: made[i * n : (i + 1) * n] for i, side in enumerate(sides)}
     setting = {
         "responses": responses,
         "keep": keep,
@@ -283,7 +284,7 @@ def _flipped(
     judge: Any,
     min_words: int | str | None,
 ) -> BoolArray:
-    """bool [prompts]: the judge's verdicts on the base and the steered response differ."""
+    """A bool for each prompt: whether the judge's verdicts on its two responses differ."""
     assert model.tokenizer is not None  # make_samples has checked
     decode = model.tokenizer.decode
     asked = [p if isinstance(p, str) else decode(p) for p in prompts]

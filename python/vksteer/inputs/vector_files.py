@@ -190,7 +190,7 @@ def _from_npz(path: Path, asked: int | None) -> Fields:
                 name = entry.filename.removesuffix(".npy")
                 if name in members:
                     raise ModelError(f"{path}: member {name!r} occurs twice")
-                # The members that vksteer writes are stored or deflated once; a larger ratio is a bomb.
+                # vksteer stores members or deflates them once; a larger ratio is a bomb.
                 if entry.file_size > 4 * len(data) + (1 << 20):
                     raise ModelError(
                         f"{path}: member {name!r} claims {entry.file_size} bytes in a file of"

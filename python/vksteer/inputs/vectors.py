@@ -183,10 +183,10 @@ class SteeringVector:
     ) -> SteeringVector:
         """Reads what `save` or another program wrote.
 
-        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: what to
-        `check` it against. Raises ValueError where several layers are in
-        the file and none is named, or the named one is not there (both list them); vs.ModelError
-        where the file is damaged or not a steering vector; OSError where it cannot be read.
+        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: what
+        the vector has to fit (`check`). Raises ValueError where several layers are in the file and
+        none is named, or the named one is not there (both list them); vs.ModelError where the file
+        is damaged or not a steering vector; OSError where it cannot be read.
         """
         direction, at, position, method, meta = vector_files.load(path, layer)
         try:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """matrix: float operations per second of the engine's matrix kernel. read: bytes per second that
-    a kernel reads from memory.
+    """matrix: float operations per second of the engine's matrix kernel. read: bytes per second
+    that a kernel reads from memory.
     """
 
     matrix: float

@@ -71,9 +71,9 @@ def _prepare_environment() -> None:
             flags = ""
         if " avx512f " in flags and " avx512bw " in flags and " avx512vl " in flags:
             os.environ["LP_NATIVE_VECTOR_WIDTH"] = "512"
-    # The key of lavapipe's compiled texel fetches in Mesa's cache on disk holds their format and not
-    # the width of vectors (Mesa 25.0): an entry from a process of another width gives wrong values
-    # or crashes. So each width has a folder of its own.
+    # Mesa's cache on disk finds lavapipe's compiled texel fetches by their format and not by the
+    # width of vectors (Mesa 25.0): an entry from a process of another width gives wrong values or
+    # crashes. So each width has a folder of its own.
     inherited = Path(os.environ.get("MESA_SHADER_CACHE_DIR") or cache_folder() / "mesa")
     width = (
         "".join(c for c in os.environ.get("LP_NATIVE_VECTOR_WIDTH", "") if c.isalnum()) or "default"

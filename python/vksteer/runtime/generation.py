@@ -255,8 +255,8 @@ def _sites(model: Model, capture: str | Iterable[str]) -> list[Site]:
 def _micro_batches(model: Model, slots: list[int], batch_size: int | None) -> Iterator[list[int]]:
     """Groups of consecutive rows whose caches fit half of the free memory together.
 
-    slots: cache slots of each row. Raises ValueError, saying what would fit, for a row that does not
-    fit alone.
+    slots: cache slots of each row. Raises ValueError, saying what would fit, for a row that does
+    not fit alone.
     """
     per_slot = model._engine.plan()["cache_per_token"]
     budget = max(model._engine_device.available_bytes // 2, per_slot)

@@ -71,8 +71,8 @@ class KL:
 
 
 class Gradients:
-    """The result of `model.gradients`. `grads[site]`: float32, shaped and left-padded as `run[site]`,
-    zeros at padding and masked keys.
+    """The result of `model.gradients`. `grads[site]`: float32, shaped and left-padded as
+    `run[site]`, with zeros at padding and masked keys.
 
     values: float64 [B], the scalars. tokens int32 [B, S], mask bool [B, S].
     """
@@ -153,7 +153,7 @@ def _ids(tokens: Any, n: int, vocab: int, what: str) -> UInt32Array:
 
 
 def row_metric(of: Any, shape: RowShape, vocab: int, row: int) -> RowMetric:
-    """The metric of one row. Raises ValueError or TypeError where the scalar does not fit the row."""
+    """The metric of one row. ValueError or TypeError where the scalar does not fit the row."""
     what = f"row {row}, {type(of).__name__}"
     if isinstance(of, LogitDiff):
         at = _positions([of.position], shape, what)
@@ -320,7 +320,9 @@ def differentiate(
     n_columns: int | None = None,
     tape_layer: int | None = None,
 ) -> tuple[Float32Array, dict[tuple[int, int], Float32Array]]:
-    """One packed batch through the forward and the backward pass. rows: token lists; edits: (per-row lists, shared);
+    """One packed batch through the forward and the backward pass.
+
+    rows: token lists; edits: (per-row lists, shared);
     metrics: RowMetric of one kind a row; keys: (site, layer) pairs; inputs: per-row float32 [n, D]
     residual streams entering first_layer; tape_layer: where the tape begins (default: the stop
     layer), for calls that share one. Returns (values a metric token, {key: array}).

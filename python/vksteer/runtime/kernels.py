@@ -1,5 +1,5 @@
-"""Which matrix kernels a model uses: the choice is measured once for each device, stored and reused,
-so that two runs never differ because of it.
+"""Which matrix kernels a model uses: the choice is measured once for each device, stored and
+reused, so that two runs never differ because of it.
 
 The stored choice is keyed by device UUID, driver, engine version, the kernels themselves and weight
 type. VKSTEER_KERNELS pins it by name.

@@ -196,9 +196,9 @@ class Model:
         prompts: a str, a token list, or a list of these. responses: one per prompt (text or
         tokens), after it. edits: one list for all rows, or one list per row. capture: site names or
         patterns ("blocks.*.hook_resid_post"). logits: "all" [B, S, V], "last" [B, V] or None.
-        freeze: None, "qk", "ov", "mlp"; ablate: None, "svv", "mlp_direct" (docs/method.md section 6;
-        exactly one Steer edit a row); freeze_layers: act only in these layers instead of all from
-        the steering layer on.
+        freeze: None, "qk", "ov", "mlp"; ablate: None, "svv", "mlp_direct" (docs/method.md section
+        6; exactly one Steer edit a row); freeze_layers: act only in these layers instead of all
+        from the steering layer on.
         Returns a Run. Raises ValueError, TypeError, KeyError (unknown site, nearest named) before
         any work; DeviceError.
         """
@@ -238,13 +238,13 @@ class Model:
         on_token: Callable[[int, int, str], object] | None = None,
         progress: ProgressLike = True,
     ) -> list[Generation]:
-        """Continues every prompt, greedily unless a temperature is given. One Generation per prompt.
+        """Continues every prompt, greedily unless a temperature is given; one Generation each.
 
         edits, freeze, ablate, freeze_layers: as in `run`, valid for decoded tokens too. circuit: a
         Circuit; the effect of the row's one Steer edit passes along its edges only, and everything
         else is as in the base run of the same tokens (docs/method.md section 5); other edits must
-        lie below that layer. stop: a str or list of str, cut from .text and kept in .tokens. capture: sites at the
-        new tokens. batch_size: rows at once (default: as memory allows). on_token(row, token, text
+        lie below that layer. stop: a str or list of str, cut from .text and kept in .tokens.
+        capture: sites at the new tokens. batch_size: rows at once (default: as memory allows). on_token(row, token, text
         piece) is called for every new token. progress: True, False or callable(done, total).
         Raises ValueError, TypeError, KeyError before any work; DeviceError. Ctrl-C raises
         KeyboardInterrupt and leaves the model usable.

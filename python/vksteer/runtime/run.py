@@ -121,7 +121,7 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int32Array, BoolArray]:
 
 
 def _stop_layer(sites: Sequence[Site]) -> int:
-    """The layer at which a pass without logits may stop, because no hook needs it or what follows; 0
+    """The layer at which a pass without logits may stop, because no hook needs it or a later one; 0
     where all layers are needed.
     """
     layered = [
