@@ -36,6 +36,9 @@ warnings.simplefilter("ignore")
 import numpy as np
 import vksteer as vs
 
+sys.path.append("tests")
+from clocks import clocks, seconds_since
+
 def load(i=1, **options):
     options = {"progress": False, "dtype": "float32", **options}
     return vs.Model.from_pretrained(sys.argv[i], **options)
