@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,3 +264,18 @@ def test_streaming_equals_decoding(tmp_path):
     stream = ours.stream()
     pieces = [stream.push(i) for i in ours.encode("日本")]
     assert not any("\ufffd" in p for p in pieces) and "".join(pieces) == "日本"
+
+
+def test_tokenizer_and_config_are_public():
+    import json
+
+    import vksteer as vs
+
+    folder = Path(vs.__file__).parent / "models" / "tiny-llama-chat"
+    tokenizer = vs.Tokenizer.from_folder(folder)
+    ids = tokenizer.encode("hello", add_bos=True)
+    assert ids[0] == tokenizer.bos_id and ids[1:] == tokenizer.encode("hello", add_bos=False)
+    assert tokenizer.decode(ids, skip_special=True) == "hello"
+    assert len(tokenizer.chat_tokens("hello")) == 1
+    config = vs.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    assert config == vs.Config.from_pretrained("tiny-llama-chat")

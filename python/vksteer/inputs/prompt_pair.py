@@ -130,8 +130,9 @@ class PromptPair:
         max_new_tokens: int,
         batch_size: int | None = None,
     ) -> PromptPair:
-        """The pair of two lists of prompts, as `prompts.as_list` takes them. Raises ValueError as it
-        does, and for a prompt that leaves no room for the answer.
+        """The pair of two lists of prompts, as `prompts.as_list` takes them.
+
+        Raises ValueError as it does, and for a prompt that leaves no room for the answer.
         """
         new = require_int(max_new_tokens, "max_new_tokens", 1)
         harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")

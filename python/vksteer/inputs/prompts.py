@@ -1,4 +1,4 @@
-"""From prompts as users give them (texts, requests of the toy world, token lists) to token lists."""
+"""From prompts as users give them (texts, requests of the toy world, tokens) to token lists."""
 
 from __future__ import annotations
 

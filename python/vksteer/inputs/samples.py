@@ -206,9 +206,8 @@ def make_samples(
     behaviour steering flips (docs/method.md section 5).
 
     prompts: texts or token lists; call it once for harmful and once for harmless prompts, with the
-    sign that flips each.
-    responses: whose response is taken, that of the "steered" or of the "base" model. It
-    keeps its end token.
+    sign that flips each. responses: take the response of the "steered" or of the "base" model, with
+    its end token.
     keep: "flipped" keeps a prompt where the judge's verdict on the steered response differs from
     that on the base response; "all" asks no judge. judge: callable(prompts, responses) -> bool [n],
     True for unsafe (`LlamaGuard(model)`); None: the substring judge. min_words: as in `freezing`. A
@@ -222,28 +221,22 @@ def make_samples(
     prompts = as_list(prompts, "prompts")
     rows = as_tokens(model, prompts, "prompts", room=new)
     if keep == "flipped" and getattr(model, "tokenizer", None) is None:
-        raise ValueError(
-            "keep='flipped' judges texts, and this model has no tokenizer: use keep='all'"
-        )
+        raise ValueError("keep='flipped' judges texts, this model has no tokenizer: use keep='all'")
     sides = ("base", "steered") if keep == "flipped" else (responses,)
-    edits = [
-        [Steer(vector, coefficient)] if side == "steered" else [] for side in sides for _ in rows
-    ]
+    steered = [Steer(vector, coefficient)]
+    edits = [steered if side == "steered" else [] for side in sides for _ in rows]
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     made = model.generate(
-        rows * len(sides),
-        max_new_tokens=new,
-        edits=edits,
-        temperature=0.0,
-        batch_size=batch_size,
-        progress=progress,
+        rows * len(sides), max_new_tokens=new, edits=edits, temperature=0.0, **options
     )
     n = len(rows)
     answers = {side: made[i * n : (i + 1) * n] for i, side in enumerate(sides)}
+    judged = "substring" if judge is None else type(judge).__name__
     setting = {
         "responses": responses,
         "keep": keep,
         "max_new_tokens": new,
-        "judge": None if keep == "all" else "substring" if judge is None else type(judge).__name__,
+        "judge": None if keep == "all" else judged,
         "coefficient": coefficient,
         "layer": vector.layer,
         "vector_hash": digest(vector.direction),
@@ -251,19 +244,22 @@ def make_samples(
         "prompts_hash": digest(rows),
     }
     texts = {side: [g.text for g in some] for side, some in answers.items()}
-    flipped = np.ones(len(rows), bool)
-    if keep == "flipped":
-        flipped = _flipped(model, prompts, texts, judge, min_words)
+    every = keep == "all"
+    flipped = np.ones(n, bool) if every else _flipped(model, prompts, texts, judge, min_words)
     samples = _kept(model, rows, answers, texts, flipped, setting)
+    _report(samples, progress)
+    return samples
+
+
+def _report(samples: Samples, progress: ProgressLike) -> None:
     if progress is True:
         print(f"vksteer: {samples.line}", file=sys.stderr)
     if not samples:
         warnings.warn(
             f"no sample is left: {samples.line}. Is the coefficient strong enough, and has it the"
             " sign that flips these prompts?",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return samples
 
 
 def _check_options(responses: str, keep: str, min_words: Any, max_new_tokens: Any) -> int:

@@ -400,8 +400,8 @@ class EditCompiler:
 
 
 def add_all(compiler: EditCompiler, rows_edits: Sequence[Sequence[Edit]], shared: bool) -> None:
-    """Adds every row's edits, the i-th edits of all rows one after the other: the engine merges such
-    neighbours into one dispatch.
+    """Adds every row's edits, the i-th edits of all rows one after the other: the engine merges
+    such neighbours into one dispatch.
     """
     for i in range(max((len(r) for r in rows_edits), default=0)):
         if shared and _same_for_all_rows(compiler.model, rows_edits[0][i]):

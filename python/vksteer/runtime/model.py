@@ -244,8 +244,9 @@ class Model:
         Circuit; the effect of the row's one Steer edit passes along its edges only, and everything
         else is as in the base run of the same tokens (docs/method.md section 5); other edits must
         lie below that layer. stop: a str or list of str, cut from .text and kept in .tokens.
-        capture: sites at the new tokens. batch_size: rows at once (default: as memory allows). on_token(row, token, text
-        piece) is called for every new token. progress: True, False or callable(done, total).
+        capture: sites at the new tokens. batch_size: rows at once (default: as memory allows).
+        on_token(row, token, text) is called for every new token. progress: True, False or
+        callable(done, total).
         Raises ValueError, TypeError, KeyError before any work; DeviceError. Ctrl-C raises
         KeyboardInterrupt and leaves the model usable.
         """

@@ -150,13 +150,11 @@ def _pass(
     stop_layer: int = 0,
     reach: int = 1,
 ) -> tuple[Float32Array | None, Captured, Captured]:
-    """Prompts under edits; rows with equal keys have equal edits, and the shared prefix is run once
-    for each key.
+    """Prompts under edits; rows with equal keys have equal edits, and the shared prefix, which
+    leaves out at least the last `reach` tokens of every prompt, is run once for each key.
 
-    layer, inputs: start there, from these residual streams [tokens, D], one a prompt. At least the
-    last `reach` tokens of every prompt are not shared. Returns (logits or None, {site: [keys,
-    prefix, ...]} of the shared prefix, {site: [prompts, longest prompt - prefix, ...]} of the rest,
-    left-padded).
+    layer, inputs: start there, from these residual streams [tokens, D]. Returns (logits or None,
+    {site: [keys, prefix, ...]}, {site: [prompts, longest - prefix, ...]} of the rest, left-padded).
     """
     from .device import _engine
 
