@@ -1,18 +1,30 @@
-"""The build's reader of csrc/ops/kernels.def, the one table of kernels.
+"""The build's reader of csrc/ops/kernels.def, the one table of kernels and ops.
 
-    KERNEL(name, file, "DEFINE=1 OTHER=2", params_struct)            must compile
-    KERNEL_OPTIONAL(name, file, "...", params_struct)                left out, loudly, where the
-    compiler is too old for it
+    KERNELS(name, file, "words", params_struct)      the variants of shaders/<file>.comp
+    KERNELS_OPTIONAL(...)                            left out, with a warning, where no compiler of
+                                                     this machine can build them
+    OP(name, params_struct, ...), OP_GRID(...)       the C side's business; here: one kernel without
+                                                     variants, unless a KERNELS row has that name
 
-A word of the third column that starts with "-" goes to glslc as it stands (e.g. "-O0");
-without one, -O is used.
+Words of a KERNELS row:
 
-    kernels.py rules TABLE OUT.cmake         one CMake rule a row
-    kernels.py try NAME SPIRV NEXT COMMAND...  compile an optional row, with the compiler NEXT where
-                                             COMMAND's cannot; a failure leaves an empty file
-    kernels.py embed TABLE FOLDER            FOLDER/spirv/*.spv -> FOLDER/kernels_spirv.c and .h
+    AXIS=a,b,c      one variant for each value, with -DAXIS=value. A value that is no number is a
+                    constant of params.h: WEIGHT=f32 means -DWEIGHT=<value of WEIGHT_F32>
+    16:RN=4         as a value: with -DRN=4 besides
+    AXIS?           two variants, without and with -DAXIS
+    NAME, NAME=v    a define of all variants; NAME=v is an axis if another row of that name says so
+    -O0             a flag of glslc; without one of -O..., -O is used
+
+Several rows of one name add up. A variant is called name_value_..., with the values in the order of
+the axes; the present half of AXIS? is called axis.
+
+    kernels.py rules TABLE OUT.cmake OUT.h     one CMake rule for each variant; the header for C
+    kernels.py try NAME SPIRV NEXT COMMAND...  compile an optional variant, with the compiler NEXT
+                                               where COMMAND's cannot; else leave an empty file
+    kernels.py embed TABLE FOLDER              FOLDER/spirv/*.spv -> FOLDER/kernels_spirv.c and .h
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -20,38 +32,136 @@ from array import array
 from pathlib import Path
 from typing import NamedTuple
 
+HEADERS = Path(__file__).resolve().parent.parent / "shaders/include"
 ROW = re.compile(
-    r'\b(KERNEL|KERNEL_OPTIONAL)\s*\(\s*(\w+)\s*,\s*(\w+)\s*,\s*"([^"]*)"\s*,\s*(\w+)\s*\)'
+    r'\b(KERNELS|KERNELS_OPTIONAL)\s*\(\s*(\w+)\s*,\s*(\w+)\s*,\s*"([^"]*)"\s*,\s*(\w+)\s*\)'
 )
+PARENTHESES = r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"  # four deep
+OP = re.compile(rf"\bOP(?:_GRID)?\s*(?=\(\s*(\w+)\s*,\s*(\w+)\s*,){PARENTHESES}")
 
 
 class Row(NamedTuple):
+    """One variant: a SPIR-V module."""
+
     name: str
     file: str
     flags: list[str]
     params: str
     optional: bool
+    family: str  # the name of its row
+    values: dict[str, str]  # axis -> value as the table says it; "" and "1" for AXIS?
+    extra: dict[str, str]  # defines that came with a value
 
 
-def read(table: Path) -> list[Row]:
-    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", table.read_text(), flags=re.S)
-    # preprocessor lines are the C side's business
-    text = re.sub(r"^[ \t]*#.*(\\\n.*)*$", "", text, flags=re.M)
-    rows = []
-    for kind, name, file, words, params in ROW.findall(text):
-        words = words.split()
-        flags = [w if w.startswith("-") else f"-D{w}" for w in words]
-        if not any(f.startswith("-O") for f in flags):
-            flags.insert(0, "-O")
-        rows.append(Row(name, file, flags, params, kind == "KERNEL_OPTIONAL"))
-    rest = ROW.sub("", text).strip()
+class Table(NamedTuple):
+    rows: list[Row]
+    axes: dict[str, list[str]]  # family -> its axes in order
+
+
+def uncommented(path: Path) -> str:
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.S)
+    return re.sub(r"^[ \t]*#.*(\\\n.*)*$", "", text, flags=re.M)  # preprocessor lines are C's
+
+
+def constants() -> dict[str, str]:
+    """NAME -> number, of every `#define NAME number` of the headers that C and GLSL share."""
+    found = {}
+    for path in sorted(HEADERS.glob("params*.h")):
+        found |= dict(re.findall(r"^#define (\w+) (\w+)\b", path.read_text(), re.M))
+    return found
+
+
+def number(axis: str, value: str, known: dict[str, str]) -> str:
+    if re.fullmatch(r"\d+", value):
+        return value
+    name = f"{axis}_{value.upper()}"
+    if name not in known:
+        sys.exit(f"{axis}={value}: neither a number nor, as {name}, a constant of params.h")
+    return known[name]
+
+
+def is_axis(word: str) -> bool:
+    return word.endswith("?") or ("=" in word and "," in word.split("=", 1)[1])
+
+
+def axis_of(word: str) -> str:
+    return word.rstrip("?").split("=")[0]
+
+
+def choices(axis: str, word: str, known: dict[str, str]) -> list[tuple[str, list[str], dict]]:
+    """(value, flags, defines that come with it) of one axis."""
+    if word.endswith("?"):
+        return [("", [], {}), ("1", [f"-D{axis}"], {})]
+    out = []
+    for item in word.split("=", 1)[1].split(","):
+        value, *extra = item.split(":")
+        defines = dict(e.split("=") for e in extra)
+        flags = [f"-D{axis}={number(axis, value, known)}"] + [
+            f"-D{k}={v}" for k, v in defines.items()
+        ]
+        out.append((value, flags, defines))
+    return out
+
+
+def expand(kind: str, family: str, file: str, words: list[str], params: str, axes: list[str]):
+    """The variants of one row of the table."""
+    known = constants()
+    given = {axis_of(w): w for w in words if axis_of(w) in axes}
+    plain = [w if w.startswith("-") else f"-D{w}" for w in words if axis_of(w) not in axes]
+    optimize = [] if any(f.startswith("-O") for f in plain) else ["-O"]
+    present = [axis for axis in axes if axis in given]
+    for combination in itertools.product(*(choices(a, given[a], known) for a in present)):
+        chosen = dict(zip(present, combination, strict=True))
+        suffix = [
+            axis.lower() if given[axis].endswith("?") else value
+            for axis, (value, _, _) in chosen.items()
+            if value
+        ]
+        yield Row(
+            "_".join([family, *suffix]),
+            file,
+            optimize + [flag for _, flags, _ in combination for flag in flags] + plain,
+            params,
+            kind == "KERNELS_OPTIONAL",
+            family,
+            {axis: value for axis, (value, _, _) in chosen.items()},
+            {k: v for _, _, extra in combination for k, v in extra.items()},
+        )
+
+
+def read_table(table: Path) -> Table:
+    text = uncommented(table)
+    found = [
+        (kind, name, file, words.split(), params)
+        for kind, name, file, words, params in ROW.findall(text)
+    ]
+    named = {name for _, name, *_ in found}
+    found += [
+        ("KERNELS", name, name, [], params)
+        for name, params in OP.findall(text)
+        if name not in named
+    ]
+    rest = OP.sub("", ROW.sub("", text)).strip()
     if rest:
         sys.exit(f"{table}: not a row: {rest.splitlines()[0]!r}")
+    axes: dict[str, list[str]] = {}
+    for _, name, _, words, _ in found:
+        mine = axes.setdefault(name, [])
+        mine += [axis_of(w) for w in words if is_axis(w) and axis_of(w) not in mine]
+    rows = [
+        row
+        for kind, name, file, words, params in found
+        for row in expand(kind, name, file, words, params, axes[name])
+    ]
     names = [row.name for row in rows]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         sys.exit(f"{table}: twice in the table: {', '.join(sorted(twice))}")
-    return rows
+    return Table(rows, axes)
+
+
+def read(table: Path) -> list[Row]:
+    return read_table(table).rows
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -60,18 +170,82 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def rules(table: Path, out: Path) -> None:
+def lookup(name: str, axes: list[str], entries: list[tuple[list[int], str]], missing: str) -> str:
+    """A C function of the axes' values; entries: (values, what it returns)."""
+    sizes = [max(values[i] for values, _ in entries) + 1 for i in range(len(axes))]
+    arguments = [axis.lower() for axis in axes]
+    cells = "".join(
+        f"        {''.join(f'[{v}]' for v in values)} = 1 + {result},\n"
+        for values, result in entries
+    )
+    inside = " && ".join(f"{a} < {n}" for a, n in zip(arguments, sizes, strict=True))
+    return (
+        f"static inline int {name}({', '.join(f'uint32_t {a}' for a in arguments)}) {{\n"
+        f"    static const short table{''.join(f'[{n}]' for n in sizes)} = {{\n{cells}    }};\n"
+        f"    int found = {inside} ? table{''.join(f'[{a}]' for a in arguments)} : 0;\n"
+        f"    return found ? found - 1 : {missing};\n}}\n"
+    )
+
+
+def family_lookups(family: str, axes: list[str], rows: list[Row]) -> str:
+    """For a family of variants: kernel_<family>(axes), its defines, the values of its axes."""
+    known = constants()
+    values = [[int(number(a, r.values[a] or "0", known)) for a in axes] for r in rows]
+    entries = [(v, f"KERNEL_{r.name}") for v, r in zip(values, rows, strict=True)]
+    out = lookup(f"kernel_{family}", axes, entries, "-1")
+    for define in dict.fromkeys(k for r in rows for k in r.extra):
+        given = [
+            (v, r.extra[define]) for v, r in zip(values, rows, strict=True) if define in r.extra
+        ]
+        out += lookup(f"kernel_{family}_{define}", axes, given, "0")
+    for i, axis in enumerate(axes):
+        if not all(r.values[axis].isdigit() for r in rows):
+            continue
+        listed = ", ".join(map(str, dict.fromkeys(v[i] for v in values)))
+        out += f"#define KERNEL_{family}_{axis} {{{listed}}}\n"
+    return out
+
+
+def header(table: Table) -> str:
+    rows = table.rows
+    lines = [
+        "/* Made by cmake/kernels.py from csrc/ops/kernels.def: every variant, and for rows with",
+        " * axes kernel_<name>(values), which is -1 where the table has no such variant, and the",
+        " * numbers of an axis as KERNEL_<name>_<AXIS>, an initialiser. */",
+        "#pragma once",
+        "#include <stdint.h>",
+        "",
+        "enum op_kernel {",
+        *(f"    KERNEL_{row.name}," for row in rows),
+        "    KERNEL_COUNT",
+        "};",
+        "",
+        "#define KERNEL_ROWS(ROW) \\",
+        *(f"    ROW({row.name}, {row.params}) \\" for row in rows),
+        "",
+    ]
+    for family, axes in table.axes.items():
+        if axes:
+            lines.append(family_lookups(family, axes, [r for r in rows if r.family == family]))
+    return "\n".join(lines) + "\n"
+
+
+def rules(table: Path, out: Path, out_header: Path) -> None:
+    read_ = read_table(table)
     lines = [
         f"vksteer_kernel({r.name} {r.file} {'ON' if r.optional else 'OFF'} {' '.join(r.flags)})"
-        for r in read(table)
+        for r in read_.rows
     ]
     write_if_changed(out, "\n".join(lines) + "\n")
+    write_if_changed(out_header, header(read_))
 
 
 def try_row(name: str, spirv: Path, following: str, command: list[str]) -> None:
     compilers = [command[0]] + ([following] if Path(following).exists() else [])
     for compiler in compilers:
-        done = subprocess.run([compiler, *command[1:]], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, *command[1:]], check=False, capture_output=True, text=True
+        )
         if done.returncode == 0:
             return
     reason = next((line for line in done.stderr.splitlines() if "error" in line), "glslc failed")
@@ -89,10 +263,7 @@ def embed(table: Path, folder: Path) -> None:
     names = [row.name for row in read(table)]
     c = ['#include "kernels_spirv.h"\n']
     h = [
-        (
-            "// Made by cmake/kernels.py from csrc/ops/kernels.def. Sizes are in bytes; 0 = left"
-            " out by this build."
-        ),
+        "/* Made by cmake/kernels.py. Sizes are in bytes; 0: left out by this build. */",
         "#pragma once",
         "#include <stddef.h>",
         "#include <stdint.h>",
@@ -117,7 +288,7 @@ def embed(table: Path, folder: Path) -> None:
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:]
     if verb == "rules":
-        rules(Path(rest[0]), Path(rest[1]))
+        rules(*map(Path, rest))
     elif verb == "try":
         try_row(rest[0], Path(rest[1]), rest[2], rest[3:])
     elif verb == "embed":

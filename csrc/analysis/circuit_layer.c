@@ -21,15 +21,15 @@ static struct op_matrix rows_of(const struct op_matrix *matrix, uint32_t first, 
         .k = matrix->k,
         .k_cells = matrix->k_cells,
     };
-    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t start = matrix->chunks[c].first, stop = start + matrix->chunks[c].count;
+    for (uint32_t c = 0; c < matrix->n_segments; c++) {
+        uint32_t start = matrix->segments[c].first, stop = start + matrix->segments[c].count;
         uint32_t a = from > start ? from : start, b = end < stop ? end : stop;
         if (a >= b)
             continue;
-        part.chunks[part.n_chunks].address = matrix->chunks[c].address +
-                                             op_matrix_bytes(matrix->type, a - start, matrix->k);
-        part.chunks[part.n_chunks].first = a - from;
-        part.chunks[part.n_chunks++].count = b - a;
+        part.segments[part.n_segments].address =
+            matrix->segments[c].address + op_matrix_bytes(matrix->type, a - start, matrix->k);
+        part.segments[part.n_segments].first = a - from;
+        part.segments[part.n_segments++].count = b - a;
     }
     return part;
 }

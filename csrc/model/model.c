@@ -55,16 +55,16 @@ int model_load_finish(struct model *model, struct error *error) {
     static const char *const matrices[] = {"qkv", "o", "gate_up", "down"};
     const struct model_facts *f = &model->facts;
     uint32_t n, k;
-    if (model->embed.n_chunks == 0 || !model->ln_final)
+    if (model->embed.n_segments == 0 || !model->ln_final)
         return error_set(error, ERROR_MODEL, "the embedding or the final norm was not loaded");
     if (f->tied)
         model->unembed = model->embed;
-    if (model->unembed.n_chunks == 0)
+    if (model->unembed.n_segments == 0)
         return error_set(error, ERROR_MODEL, "the unembedding was not loaded");
     for (uint32_t l = 0; l < f->n_layers; l++) {
         const struct model_layer *layer = &model->layers[l];
         for (int i = 0; i < 4; i++)
-            if (model_matrix_find(model, matrices[i], (int)l, &n, &k)->n_chunks == 0)
+            if (model_matrix_find(model, matrices[i], (int)l, &n, &k)->n_segments == 0)
                 return error_set(error, ERROR_MODEL, "layer %u: %s was not loaded", l, matrices[i]);
         if (!layer->ln1 || !layer->ln2 ||
             (f->post_norms && (!layer->ln1_post || !layer->ln2_post)) ||

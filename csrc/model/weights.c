@@ -173,7 +173,7 @@ int model_matrix_load(struct model *model, const char *name, int layer,
     struct op_matrix *matrix = model_matrix_find(model, name, layer, &n, &k);
     if (!matrix)
         return error_set(error, ERROR_MODEL, "no matrix %s in layer %d", name, layer);
-    if (matrix->n_chunks)
+    if (matrix->n_segments)
         return error_set(error, ERROR_MODEL, "%s of layer %d is loaded already", name, layer);
     if (shape_check(name, layer, sources, n_sources, n, k, error))
         return -1;
@@ -188,20 +188,20 @@ int model_matrix_load(struct model *model, const char *name, int layer,
         return error_set(error, ERROR_MODEL,
                          "%s of layer %d has rows of %u, too long for the staging memory", name,
                          layer, k);
-    uint32_t chunk_rows = (uint32_t)(GPU_BUFFER_MAX / 2 / panel_bytes) * OP_PANEL,
+    uint32_t segment_rows = (uint32_t)(GPU_BUFFER_MAX / 2 / panel_bytes) * OP_PANEL,
              step_rows = (uint32_t)(STAGING_BYTES / panel_bytes) * OP_PANEL;
-    for (uint32_t first = 0; first < n; first += chunk_rows) {
-        uint32_t count = n - first < chunk_rows ? n - first : chunk_rows;
+    for (uint32_t first = 0; first < n; first += segment_rows) {
+        uint32_t count = n - first < segment_rows ? n - first : segment_rows;
         struct gpu_buffer *buffer;
         uint64_t offset;
-        if (made.n_chunks == OP_MATRIX_CHUNKS)
-            return error_set(error, ERROR_MODEL, "%s is too large: more than %d chunks", name,
-                             OP_MATRIX_CHUNKS);
+        if (made.n_segments == OP_MATRIX_SEGMENTS)
+            return error_set(error, ERROR_MODEL, "%s is too large: more than %d segments", name,
+                             OP_MATRIX_SEGMENTS);
         if (weight_buffer_cut(model, op_matrix_bytes(made.type, count, k), &buffer, &offset, error))
             return -1;
-        made.chunks[made.n_chunks].address = gpu_buffer_address(buffer) + offset;
-        made.chunks[made.n_chunks].first = first;
-        made.chunks[made.n_chunks++].count = count;
+        made.segments[made.n_segments].address = gpu_buffer_address(buffer) + offset;
+        made.segments[made.n_segments].first = first;
+        made.segments[made.n_segments++].count = count;
         for (uint32_t row = 0; row < count; row += step_rows) {
             uint32_t rows = count - row < step_rows ? count - row : step_rows;
             struct gpu_buffer *staging = NULL;

@@ -1,26 +1,6 @@
 /* Sums over tokens and steps that attribution is made of. */
 #include "ops/ops.h"
 
-int op_difference(struct ops *ops, const struct difference_params *params, uint32_t n_slots,
-                  struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_difference, params, sizeof *params, n_slots, 1, 1,
-                              4.0 * n_slots * (params->width + params->raw_width), error);
-}
-
-int op_accumulate(struct ops *ops, const struct accumulate_params *params, uint32_t n_slots,
-                  struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_accumulate, params, sizeof *params, n_slots, 1, 1,
-                              4.0 * n_slots * params->n_sources * params->width, error);
-}
-
-int op_head_inputs(struct ops *ops, const struct head_inputs_params *params, uint32_t n_slots,
-                   struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_head_inputs, params, sizeof *params, n_slots, 1, 1,
-                              8.0 * n_slots * params->n_sources *
-                                  (params->width + params->n_inputs * params->d_head),
-                              error);
-}
-
 int op_head_gradients(struct ops *ops, const struct head_gradients_params *params,
                       struct error *error) {
     return gpu_queue_dispatch(
@@ -37,10 +17,4 @@ int op_dots(struct ops *ops, const struct dots_params *params, struct error *err
                               (params->n_a + DOTS - 1) / DOTS,
                               (params->n_b + columns - 1) / columns, 1,
                               2.0 * params->n_a * params->n_b * params->n_k, error);
-}
-
-int op_node_dims(struct ops *ops, const struct node_dims_params *params, uint32_t n_nodes,
-                 struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_node_dims, params, sizeof *params, n_nodes, 1, 1,
-                              4.0 * n_nodes * params->n_slots * params->width, error);
 }

@@ -3,17 +3,17 @@
 
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
              float scale, uint64_t dst, uint32_t stride, struct error *error) {
-    for (uint32_t c = 0; c < embedding->n_chunks; c++) {
+    for (uint32_t c = 0; c < embedding->n_segments; c++) {
         struct embed_params params = {
             .tokens = tokens,
-            .weights = embedding->chunks[c].address,
+            .weights = embedding->segments[c].address,
             .dst = dst,
             .n_tokens = n_tokens,
             .width = embedding->k,
             .stride = stride,
             .k_cells = embedding->k_cells,
-            .first_id = embedding->chunks[c].first,
-            .n_ids = embedding->chunks[c].count,
+            .first_id = embedding->segments[c].first,
+            .n_ids = embedding->segments[c].count,
             .weight_type = embedding->type,
             .scale = scale,
         };
@@ -35,27 +35,9 @@ int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
                               30.0 * n_tokens * params->width, error);
 }
 
-int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens,
-               struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_act_bwd, params, sizeof *params, n_tokens, 1, 1,
-                              60.0 * n_tokens * params->width, error);
-}
-
-int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads,
-            struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_edit, params, sizeof *params, n_entries, n_heads,
-                              1, 8.0 * n_entries * n_heads * params->width, error);
-}
-
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error) {
     uint32_t x = params->n_rows < 32768 ? params->n_rows : 32768;
     return gpu_queue_dispatch(ops->queue, KERNEL_copy, params, sizeof *params, x,
                               x ? (params->n_rows + x - 1) / x : 0, 1,
                               4.0 * params->n_rows * params->width, error);
-}
-
-int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens,
-                 struct error *error) {
-    return gpu_queue_dispatch(ops->queue, KERNEL_sum_heads, params, sizeof *params, n_tokens, 1, 1,
-                              2.0 * n_tokens * params->n_heads * params->width, error);
 }

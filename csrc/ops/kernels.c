@@ -4,25 +4,21 @@
 #include "kernels_spirv.h"
 #include "ops/ops.h"
 
-#define KERNEL(name, file, defines, params) \
-    _Static_assert(sizeof(struct params) <= 128, "push constants of " #name); \
+#define ROW(name, params) \
+    _Static_assert(sizeof(struct params) <= OP_PARAMS_MAX, "push constants of " #name); \
     _Static_assert(sizeof(struct params) % 4 == 0, "push constants of " #name);
-#define KERNEL_OPTIONAL KERNEL
-#include "ops/kernels.def"
-#undef KERNEL
-#undef KERNEL_OPTIONAL
+KERNEL_ROWS(ROW)
+#undef ROW
 
 const struct gpu_kernel *op_kernels_get(void) {
     static struct gpu_kernel table[KERNEL_COUNT];
     static int filled;
     if (!filled) { /* callers hold the GIL */
-#define KERNEL(name, file, defines, params) \
+#define ROW(name, params) \
     table[KERNEL_##name] = (struct gpu_kernel){#name, spirv_##name, spirv_##name##_size, \
                                                sizeof(struct params)};
-#define KERNEL_OPTIONAL KERNEL
-#include "ops/kernels.def"
-#undef KERNEL
-#undef KERNEL_OPTIONAL
+        KERNEL_ROWS(ROW)
+#undef ROW
         filled = 1;
     }
     return table;

@@ -15,9 +15,6 @@ static int share_check(const struct op_matrix *matrix, const struct op_head_out_
 
 int op_head_out(struct ops *ops, const struct op_matrix *matrix,
                 const struct op_head_out_args *args, struct error *error) {
-    static const int kernels[2][3] = {
-        {KERNEL_head_out_f32, KERNEL_head_out_bf16, KERNEL_head_out_f16},
-        {KERNEL_head_out_f32_texels, KERNEL_head_out_bf16_texels, KERNEL_head_out_f16_texels}};
     int texels = ops->linear_family == LINEAR_TEXELS;
     /* A software device has few workers, and each reads fastest straight through its panel; a GPU
      * wants every (panel, head) at once. */
@@ -25,12 +22,12 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix,
     uint32_t columns = op_panel_columns(ops);
     if (share_check(matrix, args, error))
         return -1;
-    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint64_t first = matrix->chunks[c].first;
-        uint32_t n_out = matrix->chunks[c].count;
+    for (uint32_t c = 0; c < matrix->n_segments; c++) {
+        uint64_t first = matrix->segments[c].first;
+        uint32_t n_out = matrix->segments[c].count;
         struct head_out_params params = {
             .x = args->x,
-            .weights = matrix->chunks[c].address,
+            .weights = matrix->segments[c].address,
             .dst = args->dst + 4 * first,
             .gain = args->gain ? args->gain + 4 * first : 0,
             .n_heads = args->n_heads,
@@ -45,9 +42,9 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix,
         if (texels && gpu_queue_texels(ops->queue, params.weights,
                                        op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
-        if (gpu_queue_dispatch(ops->queue, kernels[texels][matrix->type], &params, sizeof params,
-                               (args->n_heads + each - 1) / each, (n_out + columns - 1) / columns,
-                               1, 2.0 * n_out * matrix->k, error))
+        if (gpu_queue_dispatch(ops->queue, kernel_head_out(matrix->type, texels), &params,
+                               sizeof params, (args->n_heads + each - 1) / each,
+                               (n_out + columns - 1) / columns, 1, 2.0 * n_out * matrix->k, error))
             return -1;
     }
     return 0;
@@ -55,17 +52,15 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix,
 
 int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
                  struct error *error) {
-    static const int kernels[3] = {KERNEL_row_norms_f32, KERNEL_row_norms_bf16,
-                                   KERNEL_row_norms_f16};
-    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t n_out = matrix->chunks[c].count;
+    for (uint32_t c = 0; c < matrix->n_segments; c++) {
+        uint32_t n_out = matrix->segments[c].count;
         struct row_norms_params params = {
-            .weights = matrix->chunks[c].address,
-            .dst = dst + 4 * (uint64_t)matrix->chunks[c].first,
+            .weights = matrix->segments[c].address,
+            .dst = dst + 4 * (uint64_t)matrix->segments[c].first,
             .n_out = n_out,
             .panel_cells = matrix->k_cells,
         };
-        if (gpu_queue_dispatch(ops->queue, kernels[matrix->type], &params, sizeof params,
+        if (gpu_queue_dispatch(ops->queue, kernel_row_norms(matrix->type), &params, sizeof params,
                                (n_out + ops->workgroup - 1) / ops->workgroup, 1, 1,
                                2.0 * n_out * matrix->k, error))
             return -1;

@@ -5,59 +5,14 @@
 
 #include "ops/ops.h"
 
+#define TILED_SIDE 64 /* rows and columns of a workgroup: BM, BN and BK of the tiled shaders */
+
 struct variant {
     int kernel;
-    uint32_t rows; /* of the result, a workgroup */
-    /* of the result: broadcast, a lane (0: a subgroup takes one panel); tiled, a workgroup */
+    uint32_t rows; /* of the result, for each workgroup */
+    /* of the result: broadcast, for each lane (0: a subgroup takes one panel); tiled, for each
+     * workgroup */
     uint32_t columns;
-};
-
-#define VARIANTS(type, suffix) \
-    {{KERNEL_linear_##type##_1##suffix, 1, 0}, \
-     {KERNEL_linear_##type##_2##suffix, 2, 0}, \
-     {KERNEL_linear_##type##_4##suffix, 4, 0}, \
-     {KERNEL_linear_##type##_8##suffix, 8, 0}, \
-     {KERNEL_linear_##type##_16##suffix, 16, 4}}
-static const struct variant broadcast[2][3][5] = {
-    {
-        [WEIGHT_F32] = VARIANTS(f32, ),
-        [WEIGHT_BF16] = VARIANTS(bf16, ),
-        [WEIGHT_F16] = VARIANTS(f16, ),
-    },
-    {
-        [WEIGHT_F32] = VARIANTS(f32, _texels),
-        [WEIGHT_BF16] = VARIANTS(bf16, _texels),
-        [WEIGHT_F16] = VARIANTS(f16, _texels),
-    },
-};
-
-#define PAIRS(type, suffix) \
-    {{KERNEL_linear_pairs_##type##_1##suffix, 1, 0}, \
-     {KERNEL_linear_pairs_##type##_2##suffix, 2, 0}, \
-     {KERNEL_linear_pairs_##type##_4##suffix, 4, 0}, \
-     {KERNEL_linear_pairs_##type##_8##suffix, 8, 0}}
-static const struct variant pairs[2][3][4] = {
-    {[WEIGHT_F32] = PAIRS(f32, ), [WEIGHT_BF16] = PAIRS(bf16, ), [WEIGHT_F16] = PAIRS(f16, )},
-    {
-        [WEIGHT_F32] = PAIRS(f32, _texels),
-        [WEIGHT_BF16] = PAIRS(bf16, _texels),
-        [WEIGHT_F16] = PAIRS(f16, _texels),
-    },
-};
-
-static const struct variant tiled[3] = {
-    [WEIGHT_F32] = {KERNEL_linear_f32_tiled, 64, 64},
-    [WEIGHT_BF16] = {KERNEL_linear_bf16_tiled, 64, 64},
-    [WEIGHT_F16] = {KERNEL_linear_f16_tiled, 64, 64},
-};
-#define DECODE(type) \
-    {{KERNEL_linear_##type##_decode_1, 1, 32}, \
-     {KERNEL_linear_##type##_decode_4, 4, 32}, \
-     {KERNEL_linear_##type##_decode_8, 8, 32}}
-static const struct variant decoding[3][3] = {
-    [WEIGHT_F32] = DECODE(f32),
-    [WEIGHT_BF16] = DECODE(bf16),
-    [WEIGHT_F16] = DECODE(f16),
 };
 
 static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "texels", "tiled"};
@@ -85,17 +40,57 @@ int op_linear_family_offered(const struct ops *ops, int family) {
     }
 }
 
-static const struct variant *variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows,
-                                            int decode) {
+/* The variant whose rows hold n_rows, or the one with the most; `find` is its lookup in the table.
+ * rows: what the table has, ascending. */
+static struct variant variant_find(int (*find)(uint32_t weight, uint32_t rm, uint32_t texels),
+                                   const uint32_t *rows, size_t n, uint32_t type, int texels,
+                                   uint32_t n_rows) {
+    struct variant found = {0};
+    for (size_t i = 0; i < n && (i == 0 || found.rows < n_rows); i++) {
+        int kernel = find(type, rows[i], (uint32_t)texels);
+        if (kernel >= 0)
+            found = (struct variant){.kernel = kernel, .rows = rows[i]};
+    }
+    return found;
+}
+
+static const uint32_t linear_rows[] = KERNEL_linear_RM, pairs_rows[] = KERNEL_linear_pairs_RM,
+                      decode_rows[] = KERNEL_linear_decode_RM, bwd_rows[] = KERNEL_linear_bwd_RM;
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+/* In decoding; it has no variant that reads texels. */
+static int decode_find(uint32_t type, uint32_t rm, uint32_t texels) {
+    (void)texels;
+    return kernel_linear_decode(type, rm);
+}
+
+static struct variant variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows,
+                                     int decode) {
+    if (ops->linear_family == LINEAR_TILED && decode) {
+        struct variant variant = variant_find(decode_find, decode_rows, COUNT(decode_rows), type, 0,
+                                              n_rows);
+        variant.columns = OP_PANEL;
+        return variant;
+    }
     if (ops->linear_family == LINEAR_TILED)
-        return decode ? &decoding[type][n_rows == 1 ? 0 : n_rows <= 4 ? 1 : 2] : &tiled[type];
-    /* The largest, 16 rows of 4 columns: too many accumulators for AVX2's 16 registers of 8 lanes,
-     * where 8 rows of a panel are faster for any number of rows; and NVIDIA's driver (580.159)
-     * compiles it for 30 s, while GPUs need this family only to check the tiled one against. */
-    int largest = ops->subgroup == 8 || gpu_device_get_info(ops->device)->type != GPU_SOFTWARE ? 3
-                                                                                               : 4;
-    int i = n_rows == 1 ? 0 : n_rows == 2 ? 1 : n_rows <= 4 ? 2 : n_rows <= 8 ? 3 : largest;
-    return &broadcast[ops->linear_family == LINEAR_TEXELS][type][i];
+        return (struct variant){kernel_linear_tiled(type), TILED_SIDE, TILED_SIDE};
+    /* Where a lane takes several columns (RN; 16 rows of 4 columns) there are too many accumulators
+     * for AVX2's 16 registers of 8 lanes: 8 rows of a panel are faster there for any number of
+     * rows. NVIDIA's driver (580.159) compiles that variant for 30 s, and GPUs need this family
+     * only to check the tiled one against. */
+    int texels = ops->linear_family == LINEAR_TEXELS;
+    int narrow = ops->subgroup == 8 || gpu_device_get_info(ops->device)->type != GPU_SOFTWARE;
+    size_t n = COUNT(linear_rows);
+    while (narrow && kernel_linear_RN(type, linear_rows[n - 1], (uint32_t)texels))
+        n--;
+    struct variant variant = variant_find(kernel_linear, linear_rows, n, type, texels, n_rows);
+    variant.columns = (uint32_t)kernel_linear_RN(type, variant.rows, (uint32_t)texels);
+    return variant;
+}
+
+static struct variant pairs_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
+    return variant_find(kernel_linear_pairs, pairs_rows, COUNT(pairs_rows), type,
+                        ops->linear_family == LINEAR_TEXELS, n_rows);
 }
 
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
@@ -115,20 +110,20 @@ static uint32_t rows_at_once(const struct ops *ops, const struct variant *varian
     return (groups ? groups : 1) * variant->rows;
 }
 
-static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk,
-                          const struct op_linear_args *args, uint32_t n_inputs,
-                          struct error *error) {
-    const struct variant *variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
-    uint64_t first = matrix->chunks[chunk].first;
-    uint32_t n_out = matrix->chunks[chunk].count, columns = variant_columns(ops, variant),
-             step = rows_at_once(ops, variant, n_out, n_inputs);
+static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,
+                            const struct op_linear_args *args, uint32_t n_inputs,
+                            struct error *error) {
+    struct variant variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
+    uint64_t first = matrix->segments[segment].first;
+    uint32_t n_out = matrix->segments[segment].count, columns = variant_columns(ops, &variant),
+             step = rows_at_once(ops, &variant, n_out, n_inputs);
     uint32_t inputs = op_cell_inputs(matrix->type);
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
         uint64_t out = 4 * (first + (uint64_t)row * args->dst_stride);
         struct linear_params params = {
             .x = args->x + 4 * (uint64_t)row * args->x_stride,
-            .weights = matrix->chunks[chunk].address,
+            .weights = matrix->segments[segment].address,
             .dst = args->dst + out,
             .bias = args->bias ? args->bias + 4 * first : 0,
             .add = args->add ? args->add + out : 0,
@@ -150,8 +145,8 @@ static int chunk_multiply(struct ops *ops, const struct op_matrix *matrix, uint3
             gpu_queue_texels(ops->queue, params.weights,
                              op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
-        if (gpu_queue_dispatch(ops->queue, variant->kernel, &params, sizeof params,
-                               (n + variant->rows - 1) / variant->rows,
+        if (gpu_queue_dispatch(ops->queue, variant.kernel, &params, sizeof params,
+                               (n + variant.rows - 1) / variant.rows,
                                (n_out + columns - 1) / columns, 1, 2.0 * n * n_out * n_inputs,
                                error))
             return -1;
@@ -173,8 +168,8 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
     if (args->gain && (!op_linear_norms(ops, args->n_rows) || args->n_k))
         return error_set(error, ERROR_VALUE, "a product of %u rows cannot normalise its input here",
                          args->n_rows);
-    for (uint32_t c = 0; c < matrix->n_chunks; c++)
-        if (chunk_multiply(ops, matrix, c, args, n_inputs, error))
+    for (uint32_t c = 0; c < matrix->n_segments; c++)
+        if (segment_multiply(ops, matrix, c, args, n_inputs, error))
             return -1;
     return 0;
 }
@@ -182,7 +177,7 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
 int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix,
                             uint32_t n_rows) {
     double flops = 2.0 * n_rows * matrix->n * matrix->k;
-    return op_linear_norms(ops, n_rows) && matrix->n_chunks == 1 &&
+    return op_linear_norms(ops, n_rows) && matrix->n_segments == 1 &&
            flops <= gpu_queue_flops_bound(ops->queue);
 }
 
@@ -191,11 +186,8 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
     uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = op_panel_columns(ops),
              heads = args->n_heads + 2 * args->n_kv_heads;
     int rotate = args->kind == PAIRS_ROTATE, texels = ops->linear_family == LINEAR_TEXELS;
-    const struct variant *variant = &pairs[texels][matrix->type][n_rows <= 1   ? 0
-                                                                 : n_rows == 2 ? 1
-                                                                 : n_rows <= 4 ? 2
-                                                                               : 3];
-    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_chunks != 1 ||
+    struct variant variant = pairs_choose(ops, matrix->type, n_rows);
+    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_segments != 1 ||
         args->x_stride < (matrix->k + 15) / 16 * 16 ||
         (rotate && (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n ||
                     args->dst_stride < args->n_heads * args->d_head)) ||
@@ -203,10 +195,10 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
         return error_set(
             error, ERROR_VALUE,
             "%u outputs in %u pieces cannot be finished in pairs: %u heads of %u, rows of %u",
-            matrix->n, matrix->n_chunks, heads, args->d_head, args->dst_stride);
+            matrix->n, matrix->n_segments, heads, args->d_head, args->dst_stride);
     struct linear_pairs_params params = {
         .x = args->x,
-        .weights = matrix->chunks[0].address,
+        .weights = matrix->segments[0].address,
         .dst = args->dst,
         .bias = args->bias,
         .gain = args->gain,
@@ -232,8 +224,8 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
     if (texels && gpu_queue_texels(ops->queue, params.weights,
                                    op_matrix_bytes(matrix->type, matrix->n, matrix->k), error))
         return -1;
-    return gpu_queue_dispatch(ops->queue, variant->kernel, &params, sizeof params,
-                              (n_rows + variant->rows - 1) / variant->rows,
+    return gpu_queue_dispatch(ops->queue, variant.kernel, &params, sizeof params,
+                              (n_rows + variant.rows - 1) / variant.rows,
                               (n_pairs + columns - 1) / columns, 1,
                               2.0 * n_rows * matrix->n * matrix->k, error);
 }
@@ -245,73 +237,44 @@ int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t coun
                          first + count, matrix->n);
     *rows = *matrix;
     rows->n = count;
-    rows->n_chunks = 0;
-    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t begin = matrix->chunks[c].first, end = begin + matrix->chunks[c].count;
+    rows->n_segments = 0;
+    for (uint32_t c = 0; c < matrix->n_segments; c++) {
+        uint32_t begin = matrix->segments[c].first, end = begin + matrix->segments[c].count;
         uint32_t from = begin > first ? begin : first,
                  to = end < first + count ? end : first + count;
         if (from >= to)
             continue;
-        rows->chunks[rows->n_chunks].address =
-            matrix->chunks[c].address + op_matrix_bytes(matrix->type, from - begin, matrix->k);
-        rows->chunks[rows->n_chunks].first = from - first;
-        rows->chunks[rows->n_chunks++].count = to - from;
+        rows->segments[rows->n_segments].address =
+            matrix->segments[c].address + op_matrix_bytes(matrix->type, from - begin, matrix->k);
+        rows->segments[rows->n_segments].first = from - first;
+        rows->segments[rows->n_segments++].count = to - from;
     }
     return 0;
 }
 
 /* --- backward --------------------------------------------------------------------------------- */
 
-/* As many accumulators a lane: 4 columns (a cell) of float32 times 32 rows,
- * 8 of halves times 16. */
-#define BACKWARD(type, suffix) \
-    {KERNEL_linear_bwd_##type##_1##suffix, 1, 0}, {KERNEL_linear_bwd_##type##_4##suffix, 4, 0}, \
-        {KERNEL_linear_bwd_##type##_8##suffix, 8, 0}, \
-        {KERNEL_linear_bwd_##type##_16##suffix, 16, 0}
-static const struct variant backward[2][3][5] = {
-    {
-        [WEIGHT_F32] = {BACKWARD(f32, ), {KERNEL_linear_bwd_f32_32, 32, 0}},
-        [WEIGHT_BF16] = {BACKWARD(bf16, )},
-        [WEIGHT_F16] = {BACKWARD(f16, )},
-    },
-    {
-        [WEIGHT_F32] = {BACKWARD(f32, _texels), {KERNEL_linear_bwd_f32_32_texels, 32, 0}},
-        [WEIGHT_BF16] = {BACKWARD(bf16, _texels)},
-        [WEIGHT_F16] = {BACKWARD(f16, _texels)},
-    },
-};
-static const struct variant backward_tiled[3] = {
-    [WEIGHT_F32] = {KERNEL_linear_bwd_f32_tiled, 64, 64},
-    [WEIGHT_BF16] = {KERNEL_linear_bwd_bf16_tiled, 64, 64},
-    [WEIGHT_F16] = {KERNEL_linear_bwd_f16_tiled, 64, 64},
-};
-
-static const struct variant *backward_choose(const struct ops *ops, uint32_t type,
-                                             uint32_t n_rows) {
+static struct variant backward_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
     if (ops->linear_family == LINEAR_TILED)
-        return &backward_tiled[type];
-    int i = n_rows == 1                          ? 0
-            : n_rows <= 4                        ? 1
-            : n_rows <= 8                        ? 2
-            : n_rows <= 16 || type != WEIGHT_F32 ? 3
-                                                 : 4;
-    return &backward[ops->linear_family == LINEAR_TEXELS][type][i];
+        return (struct variant){kernel_linear_bwd_tiled(type), TILED_SIDE, TILED_SIDE};
+    return variant_find(kernel_linear_bwd, bwd_rows, COUNT(bwd_rows), type,
+                        ops->linear_family == LINEAR_TEXELS, n_rows);
 }
 
-static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t chunk,
-                               const struct op_linear_bwd_args *args, uint32_t first_n,
-                               uint32_t n_sum, int add, struct error *error) {
-    const struct variant *variant = backward_choose(ops, matrix->type, args->n_rows);
+static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,
+                                 const struct op_linear_bwd_args *args, uint32_t first_n,
+                                 uint32_t n_sum, int add, struct error *error) {
+    struct variant variant = backward_choose(ops, matrix->type, args->n_rows);
     uint32_t inputs = op_cell_inputs(matrix->type),
              n_k = args->n_k ? args->n_k : matrix->k_cells * inputs, n_cells = n_k / inputs;
-    uint32_t step = rows_at_once(ops, variant, n_sum, n_k),
-             columns = variant->columns ? variant->columns : inputs * ops->workgroup;
+    uint32_t step = rows_at_once(ops, &variant, n_sum, n_k),
+             columns = variant.columns ? variant.columns : inputs * ops->workgroup;
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
         struct linear_bwd_params params = {
-            .dy = args->dy + 4 * ((uint64_t)row * args->y_stride + matrix->chunks[chunk].first +
+            .dy = args->dy + 4 * ((uint64_t)row * args->y_stride + matrix->segments[segment].first +
                                   first_n - args->first_n),
-            .weights = matrix->chunks[chunk].address,
+            .weights = matrix->segments[segment].address,
             .dx = args->dx + 4 * (uint64_t)row * args->x_stride,
             .n_rows = n,
             .n_sum = (n_sum + 15) / 16 * 16,
@@ -324,13 +287,13 @@ static int chunk_multiply_back(struct ops *ops, const struct op_matrix *matrix, 
             .flags = add ? LINEAR_ADD : 0,
         };
         if (ops->linear_family == LINEAR_TEXELS &&
-            gpu_queue_texels(ops->queue, params.weights,
-                             op_matrix_bytes(matrix->type, matrix->chunks[chunk].count, matrix->k),
-                             error))
+            gpu_queue_texels(
+                ops->queue, params.weights,
+                op_matrix_bytes(matrix->type, matrix->segments[segment].count, matrix->k), error))
             return -1;
-        if (gpu_queue_dispatch(ops->queue, variant->kernel, &params, sizeof params,
-                               (n + variant->rows - 1) / variant->rows,
-                               (n_k + columns - 1) / columns, 1, 2.0 * n * n_sum * n_k, error))
+        if (gpu_queue_dispatch(ops->queue, variant.kernel, &params, sizeof params,
+                               (n + variant.rows - 1) / variant.rows, (n_k + columns - 1) / columns,
+                               1, 2.0 * n * n_sum * n_k, error))
             return -1;
     }
     return 0;
@@ -354,16 +317,16 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
     uint32_t at_once = ops->linear_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX
                                                                                 : BACKWARD_STRIP;
     int add = args->add;
-    for (uint32_t c = 0; c < matrix->n_chunks; c++) {
-        uint32_t first = matrix->chunks[c].first,
+    for (uint32_t c = 0; c < matrix->n_segments; c++) {
+        uint32_t first = matrix->segments[c].first,
                  from = args->first_n > first ? args->first_n - first : 0,
                  end = args->first_n + n_sum - first;
         if (args->first_n + n_sum <= first)
             break;
-        end = end < matrix->chunks[c].count ? end : matrix->chunks[c].count;
+        end = end < matrix->segments[c].count ? end : matrix->segments[c].count;
         for (uint32_t n; from < end; from += n) {
             n = end - from < at_once ? end - from : at_once;
-            if (chunk_multiply_back(ops, matrix, c, args, from, n, add, error))
+            if (segment_multiply_back(ops, matrix, c, args, from, n, add, error))
                 return -1;
             add = 1; /* the chain goes on where the last piece left it */
         }
@@ -380,11 +343,11 @@ int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct er
         kernels[n++] = always[i];
     kernels[n++] = op_attn_decode_kernel(group);
     for (uint32_t rows = 1; rows <= 16; rows *= 2) {
-        kernels[n++] = variant_choose(ops, type, rows, 0)->kernel;
-        kernels[n++] = variant_choose(ops, type, rows, 1)->kernel;
+        kernels[n++] = variant_choose(ops, type, rows, 0).kernel;
+        kernels[n++] = variant_choose(ops, type, rows, 1).kernel;
     }
-    for (int i = 0; i < 4 && op_linear_norms(ops, 1); i++)
-        kernels[n++] = pairs[ops->linear_family == LINEAR_TEXELS][type][i].kernel;
+    for (size_t i = 0; i < COUNT(pairs_rows) && op_linear_norms(ops, 1); i++)
+        kernels[n++] = pairs_choose(ops, type, pairs_rows[i]).kernel;
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }
 
@@ -396,7 +359,7 @@ int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         kernels[n++] = always[i];
     for (uint32_t rows = 1; rows <= 32; rows *= 2) {
-        int kernel = backward_choose(ops, type, rows)->kernel;
+        int kernel = backward_choose(ops, type, rows).kernel;
         if (kernel != kernels[n - 1])
             kernels[n++] = kernel;
     }

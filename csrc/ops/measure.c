@@ -42,8 +42,8 @@ static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t 
         .n = n,
         .k = k,
         .k_cells = op_matrix_cells(type, k),
-        .n_chunks = 1,
-        .chunks = {{gpu_buffer_address(w), 0, n}},
+        .n_segments = 1,
+        .segments = {{gpu_buffer_address(w), 0, n}},
     };
     struct op_linear_args args = {
         .x = gpu_buffer_address(x),
@@ -123,9 +123,8 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second,
         double start = now();
         if (texels && gpu_queue_texels(ops->queue, params.x, bytes, error))
             goto done;
-        if (gpu_queue_dispatch(ops->queue, texels ? KERNEL_read_texels : KERNEL_read, &params,
-                               sizeof params, (subgroups + per_group - 1) / per_group, 1, 1, 1e6,
-                               error) ||
+        if (gpu_queue_dispatch(ops->queue, kernel_read(texels), &params, sizeof params,
+                               (subgroups + per_group - 1) / per_group, 1, 1, 1e6, error) ||
             gpu_queue_wait(ops->queue, error))
             goto done;
         if (i >= 0)

@@ -8,16 +8,8 @@
 #define VKSTEER_OPS_H
 
 #include "gpu/gpu.h"
+#include "kernel_table.h" /* enum op_kernel; made by the build from kernels.def */
 #include "params.h"
-
-enum op_kernel {
-#define KERNEL(name, file, defines, params) KERNEL_##name,
-#define KERNEL_OPTIONAL(name, file, defines, params) KERNEL_##name,
-#include "ops/kernels.def"
-#undef KERNEL
-#undef KERNEL_OPTIONAL
-    KERNEL_COUNT
-};
 
 /* All kernels with their SPIR-V; static storage. */
 const struct gpu_kernel *op_kernels_get(void);
@@ -33,6 +25,8 @@ struct ops {
 int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);
 void ops_destroy(struct ops *ops);
 
+/* bytes of a kernel's arguments at most: push constants that every driver offers */
+#define OP_PARAMS_MAX 128
 #define OP_TILE 8 /* queries of a row that one workgroup of the attention kernels takes */
 
 /* Floats from one row to the next: a multiple of 16, and never one of 1024, whose rows would fight
@@ -45,19 +39,19 @@ static inline uint32_t op_row_stride(uint32_t width) {
 /* --- linear.c --------------------------------------------------------------------------------- */
 
 #define OP_PANEL 32
-#define OP_MATRIX_CHUNKS 64
+#define OP_MATRIX_SEGMENTS 64
 
-/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp); several chunks where one
- * buffer cannot hold it. */
+/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp); several segments where
+ * one buffer cannot hold it. */
 struct op_matrix {
     uint32_t type; /* WEIGHT_* */
     uint32_t n, k;
     uint32_t k_cells; /* 16-byte cells of k a row */
-    uint32_t n_chunks;
+    uint32_t n_segments;
     struct {
         uint64_t address;
         uint32_t first, count;
-    } chunks[OP_MATRIX_CHUNKS];
+    } segments[OP_MATRIX_SEGMENTS];
 };
 
 /* A cell is 16 bytes: 4 float32 or 8 halves. */
@@ -159,83 +153,30 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix,
 /* dst[n] = 1 / |W[n, :]|, 0 where the row is zero. */
 int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
                  struct error *error);
-int op_topk(struct ops *ops, const struct topk_params *params, struct error *error);
-
-/* --- norm.c ----------------------------------------------------------------------------------- */
-int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows,
-            struct error *error);
-int op_norm_bwd(struct ops *ops, const struct norm_bwd_params *params, uint32_t n_rows,
-                struct error *error);
 
 /* --- attention.c ------------------------------------------------------------------------------ */
-int op_rope(struct ops *ops, const struct rope_params *params, uint32_t n_tokens,
-            struct error *error);
-int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles,
-                   uint32_t n_keys, struct error *error);
-int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens,
-                    uint32_t n_keys, struct error *error);
-int op_attn_output(struct ops *ops, const struct attn_output_params *params, uint32_t n_tiles,
-                   uint32_t n_keys, struct error *error);
 
+/* the kernel of op_attn_decode for `group` query heads that share a key/value head */
 int op_attn_decode_kernel(uint32_t group);
-int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t n_tokens,
-                   uint32_t n_keys, struct error *error);
-
-int op_rope_bwd(struct ops *ops, const struct rope_bwd_params *params, uint32_t n_tokens,
-                struct error *error);
-int op_attn_softmax_bwd(struct ops *ops, const struct softmax_bwd_params *params, uint32_t n_tokens,
-                        uint32_t n_keys, struct error *error);
-int op_attn_output_bwd(struct ops *ops, const struct attn_output_bwd_params *params,
-                       uint32_t n_tiles, uint32_t n_keys, struct error *error);
 
 /* --- elementwise.c ---------------------------------------------------------------------------- */
+
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
              float scale, uint64_t dst, uint32_t stride, struct error *error);
-int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
-           struct error *error);
-int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens,
-               struct error *error);
-int op_edit(struct ops *ops, const struct edit_params *params, uint32_t n_entries, uint32_t n_heads,
-            struct error *error);
-int op_copy(struct ops *ops, const struct copy_params *params, struct error *error);
-int op_sum_heads(struct ops *ops, const struct sum_heads_params *params, uint32_t n_tokens,
-                 struct error *error);
 
-/* --- metric.c: scalars of the logits ---------------------------------------------------------- */
-int op_pair_grad(struct ops *ops, const struct pair_grad_params *params, uint32_t n_rows,
-                 struct error *error);
-int op_logit_grad(struct ops *ops, const struct logit_grad_params *params, uint32_t n_rows,
+/* --- every op of kernels.def: its kernel's arguments, then its sizes -------------------------- */
+
+#define NONE
+#define ONE(size) , uint32_t size
+#define TWO(first, second) , uint32_t first, uint32_t second
+#define OP(name, params_type, ...) \
+    int op_##name(struct ops *ops, const struct params_type *params __VA_ARGS__, \
                   struct error *error);
+#include "ops/kernels.def"
 
-/* --- attribution.c ---------------------------------------------------------------------------- */
-int op_difference(struct ops *ops, const struct difference_params *params, uint32_t n_slots,
-                  struct error *error);
-int op_accumulate(struct ops *ops, const struct accumulate_params *params, uint32_t n_slots,
-                  struct error *error);
-int op_head_inputs(struct ops *ops, const struct head_inputs_params *params, uint32_t n_slots,
-                   struct error *error);
-int op_head_gradients(struct ops *ops, const struct head_gradients_params *params,
-                      struct error *error);
-int op_dots(struct ops *ops, const struct dots_params *params, struct error *error);
-int op_node_dims(struct ops *ops, const struct node_dims_params *params, uint32_t n_nodes,
-                 struct error *error);
+/* --- self_test.c ------------------------------------------------------------------------------ */
 
-/* --- circuit.c -------------------------------------------------------------------------------- */
-/* n_refs: blocks that the entries add up in all. */
-int op_circuit_inputs(struct ops *ops, const struct circuit_inputs_params *params,
-                      uint32_t n_entries, uint32_t n_refs, struct error *error);
-int op_circuit_place(struct ops *ops, const struct circuit_place_params *params, uint32_t n_entries,
-                     struct error *error);
-int op_circuit_heads(struct ops *ops, const struct circuit_heads_params *params, uint32_t n_entries,
-                     struct error *error);
-int op_circuit_outputs(struct ops *ops, const struct circuit_outputs_params *params,
-                       uint32_t n_rows, struct error *error);
-int op_pair_logits(struct ops *ops, const struct pair_logits_params *params, uint32_t n_entries,
-                   struct error *error);
-int op_logit_metrics(struct ops *ops, const struct logit_metrics_params *params, uint32_t n_rows,
-                     struct error *error);
-
-/* self_test.c: may the kernels of `family` (enum op_linear_family) take the place of the
+/* May the kernels of `family` (enum op_linear_family) take the place of the
  * baseline's? Runs both on a small awkward problem with weights of one type (WEIGHT_*; -1: of every
  * type), in both phases and backward: bits must be the baseline's (in decoding, for a family with
  * an order of its own, close to it), and a row's bits must not depend on how many rows there are.

@@ -116,8 +116,8 @@ static int product(struct ops *ops, const struct test *test, const struct job *j
         .n = TEST_N,
         .k = TEST_K,
         .k_cells = op_matrix_cells(job->type, TEST_K),
-        .n_chunks = 1,
-        .chunks = {{gpu_buffer_address(test->weights), 0, TEST_N}},
+        .n_segments = 1,
+        .segments = {{gpu_buffer_address(test->weights), 0, TEST_N}},
     };
     struct op_linear_args args = {
         .x = inputs,

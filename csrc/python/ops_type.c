@@ -22,7 +22,7 @@ struct bench_object {
 
 struct bench_run {
     const struct op_call *call;
-    void *device_block, *reference_block; /* the same arguments with either's addresses */
+    void *device_arguments, *reference_arguments; /* the same arguments with either's addresses */
     struct reference_memory memory;
     PyObject *arrays[REFERENCE_BUFFERS]; /* as they were given; held */
     const void *given[REFERENCE_BUFFERS];
@@ -95,8 +95,8 @@ static int address_read(const struct bench_run *run, const char *field, PyObject
 
 static int field_write(struct bench_run *run, const struct op_field *field, PyObject *value,
                        uint64_t arena) {
-    char *device = (char *)run->device_block + field->offset,
-         *reference = (char *)run->reference_block + field->offset;
+    char *device = (char *)run->device_arguments + field->offset,
+         *reference = (char *)run->reference_arguments + field->offset;
     if (field->kind == FIELD_ADDRESS) {
         uint32_t buffer;
         uint64_t item;
@@ -130,7 +130,7 @@ static int field_write(struct bench_run *run, const struct op_field *field, PyOb
     return 0;
 }
 
-static int block_fill(struct bench_run *run, PyObject *arguments, uint64_t arena) {
+static int arguments_fill(struct bench_run *run, PyObject *arguments, uint64_t arena) {
     Py_ssize_t used = 0;
     for (int i = 0; i < run->call->n_fields; i++) {
         PyObject *value = PyDict_GetItemString(arguments, run->call->fields[i].name);
@@ -169,7 +169,7 @@ static int arena_check(const struct bench_run *run, const unsigned char *arena,
 
 /* The reference first: it checks every access, and the device then sees only what stays inside. */
 static int run_both(struct bench_object *self, struct bench_run *run, struct error *error) {
-    run->call->reference(&run->memory, run->reference_block);
+    run->call->reference(&run->memory, run->reference_arguments);
     if (run->memory.failed) {
         *error = run->memory.error;
         return error_add_context(error, "%s", run->call->name);
@@ -178,7 +178,7 @@ static int run_both(struct bench_object *self, struct bench_run *run, struct err
     memset(arena, GUARD_BYTE, run->bytes);
     for (uint32_t i = 0; i < run->memory.n_buffers; i++)
         memcpy(arena + run->offset[i], run->given[i], 4 * run->memory.buffers[i].n);
-    if (run->call->run(&self->ops, run->device_block, error) ||
+    if (run->call->run(&self->ops, run->device_arguments, error) ||
         gpu_queue_wait(self->ops.queue, error)) {
         gpu_queue_abandon(self->ops.queue);
         return -1;
@@ -205,11 +205,12 @@ static int run_read(struct bench_run *run, const char *name, PyObject *buffers) 
         PyErr_Format(PyExc_KeyError, "no op %s", name);
         return -1;
     }
-    run->device_block = calloc(1, run->call->bytes);
-    run->reference_block = calloc(1, run->call->bytes);
+    run->device_arguments = calloc(1, run->call->bytes);
+    run->reference_arguments = calloc(1, run->call->bytes);
     run->on_device = PyDict_New();
     run->on_reference = PyDict_New();
-    if (!run->device_block || !run->reference_block || !run->on_device || !run->on_reference) {
+    if (!run->device_arguments || !run->reference_arguments || !run->on_device ||
+        !run->on_reference) {
         PyErr_NoMemory();
         return -1;
     }
@@ -238,7 +239,8 @@ static PyObject *bench_run(PyObject *object, PyObject *args) {
     if (run_read(run, name, buffers) == 0) {
         engine_lock(self->owner);
         int failed = arena_grow(self, run->bytes, &error);
-        int filled = !failed && block_fill(run, arguments, gpu_buffer_address(self->arena)) == 0;
+        int filled = !failed &&
+                     arguments_fill(run, arguments, gpu_buffer_address(self->arena)) == 0;
         if (filled) {
             Py_BEGIN_ALLOW_THREADS
             failed = run_both(self, run, &error);
@@ -254,8 +256,8 @@ static PyObject *bench_run(PyObject *object, PyObject *args) {
         Py_XDECREF(run->arrays[i]);
     Py_XDECREF(run->on_device);
     Py_XDECREF(run->on_reference);
-    free(run->device_block);
-    free(run->reference_block);
+    free(run->device_arguments);
+    free(run->reference_arguments);
     free(run);
     return result;
 }

@@ -142,7 +142,8 @@ static void query_output(struct reference_memory *memory, const struct attn_outp
 /* Every key up to the tile's last position gets a score from every query of the tile; the softmax
  * zeroes those a query must not see. */
 void reference_attn_scores(struct reference_memory *memory, const struct scores_params *p,
-                           uint32_t n_tiles) {
+                           uint32_t n_tiles, uint32_t n_keys) {
+    (void)n_keys;
     if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
@@ -157,14 +158,16 @@ void reference_attn_scores(struct reference_memory *memory, const struct scores_
 }
 
 void reference_attn_softmax(struct reference_memory *memory, const struct softmax_params *p,
-                            uint32_t n_tokens) {
+                            uint32_t n_tokens, uint32_t n_keys) {
+    (void)n_keys;
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads && !memory->failed; h++)
             query_softmax(memory, p, p->first_token + t, h);
 }
 
 void reference_attn_output(struct reference_memory *memory, const struct attn_output_params *p,
-                           uint32_t n_tiles) {
+                           uint32_t n_tiles, uint32_t n_keys) {
+    (void)n_keys;
     if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {
@@ -177,7 +180,8 @@ void reference_attn_output(struct reference_memory *memory, const struct attn_ou
 }
 
 void reference_attn_decode(struct reference_memory *memory, const struct decode_params *p,
-                           uint32_t n_tokens) {
+                           uint32_t n_tokens, uint32_t n_keys) {
+    (void)n_keys;
     if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     struct scores_params scores = {
@@ -273,7 +277,8 @@ void reference_rope_bwd(struct reference_memory *memory, const struct rope_bwd_p
 }
 
 void reference_attn_softmax_bwd(struct reference_memory *memory, const struct softmax_bwd_params *p,
-                                uint32_t n_tokens) {
+                                uint32_t n_tokens, uint32_t n_keys) {
+    (void)n_keys;
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
         uint32_t pos = reference_token(memory, p->tokens, (uint64_t)p->first_token + t).pos,
                  start = reference_window_start(pos, p->window);
@@ -322,7 +327,9 @@ static double key_sum(struct reference_memory *memory, const struct attn_output_
 }
 
 void reference_attn_output_bwd(struct reference_memory *memory,
-                               const struct attn_output_bwd_params *p, uint32_t n_tiles) {
+                               const struct attn_output_bwd_params *p, uint32_t n_tiles,
+                               uint32_t n_keys) {
+    (void)n_keys;
     if (heads_check(memory, p->n_heads, p->n_kv_heads))
         return;
     for (uint32_t y = 0; y < n_tiles && !memory->failed; y++) {

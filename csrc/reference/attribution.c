@@ -3,15 +3,6 @@
 
 #include "reference/reference.h"
 
-/* 1 / rms of a row, as a norm takes it. */
-static double inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t row, uint32_t width,
-                          double eps) {
-    double squares = 0;
-    for (uint32_t i = 0; i < width; i++)
-        squares += pow(*reference_float(memory, x, row + i), 2);
-    return 1 / sqrt(squares / width + eps);
-}
-
 void reference_difference(struct reference_memory *memory, const struct difference_params *p,
                           uint32_t n_slots) {
     for (uint32_t s = 0; s < n_slots && !memory->failed; s++) {
@@ -21,8 +12,8 @@ void reference_difference(struct reference_memory *memory, const struct differen
             uint32_t token = reference_word(memory, p->pairs, 2 * (uint64_t)s + j);
             row[j] = (uint64_t)token * p->stride;
             if (p->raw_width)
-                factor[j] = inverse_rms(memory, p->raw, (uint64_t)token * p->raw_stride,
-                                        p->raw_width, p->eps);
+                factor[j] = reference_inverse_rms(memory, p->raw, (uint64_t)token * p->raw_stride,
+                                                  p->raw_width, p->eps);
         }
         for (uint32_t i = 0; i < p->width && !memory->failed; i++)
             *reference_float(memory, p->dst, (uint64_t)s * p->stride + i) =
@@ -75,8 +66,9 @@ void reference_head_inputs(struct reference_memory *memory, const struct head_in
             uint32_t t = reference_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
             if (t == NO_SOURCE)
                 continue;
-            double inverse =
-                normed ? 1 : inverse_rms(memory, p->x, (uint64_t)t * p->d_stride, p->width, p->eps);
+            double inverse = normed ? 1
+                                    : reference_inverse_rms(memory, p->x, (uint64_t)t * p->d_stride,
+                                                            p->width, p->eps);
             if (!normed)
                 statistic_keep(memory, p, t, (uint64_t)s * p->n_steps + p->first_step + k, inverse);
             for (uint32_t i = 0; i < n && !memory->failed; i++)

@@ -1,6 +1,6 @@
-/* Every op as data: what it is called, which numbers and addresses it takes, how it runs on the
- * device and on its reference. One mechanism then fills, runs and compares any of them
- * (csrc/python/ops_type.c, tests/test_ops.py, `vksteer verify`). */
+/* Every op as data: its name, the numbers and addresses that it takes, and how it runs on the
+ * device and as its reference. csrc/python/ops_type.c fills, runs and compares any op with these,
+ * for the tests and for `vksteer verify`. */
 #ifndef VKSTEER_CALLS_H
 #define VKSTEER_CALLS_H
 
@@ -11,18 +11,39 @@ enum op_field_kind { FIELD_ADDRESS, FIELD_UINT, FIELD_FLOAT };
 struct op_field {
     const char *name;
     enum op_field_kind kind;
-    uint32_t offset; /* in the call's block; an address takes 8 bytes, a number 4 */
+    uint32_t offset; /* in the call's arguments; an address takes 8 bytes, a number 4 */
 };
 
 struct op_call {
     const char *name;
-    size_t bytes; /* of its block, zero where nothing is said */
-    /* of the argument block of params.h that it starts with, 0: it has none of its own */
+    size_t bytes; /* of its arguments; those that are not given are zero */
+    /* of the struct of params.h that the arguments begin with; 0: they begin with another */
     size_t params_bytes;
     const struct op_field *fields;
     int n_fields;
-    int (*run)(struct ops *ops, const void *block, struct error *error);
-    void (*reference)(struct reference_memory *memory, const void *block);
+    int (*run)(struct ops *ops, const void *arguments, struct error *error);
+    void (*reference)(struct reference_memory *memory, const void *arguments);
+};
+
+/* Arguments of an op of kernels.def: its kernel's, then its sizes. */
+struct op_arguments {
+    _Alignas(8) unsigned char params[OP_PARAMS_MAX];
+    uint32_t sizes[2];
+};
+
+/* Arguments of ops that take a matrix. */
+struct matrix_arguments {
+    uint64_t weights; /* panels */
+    uint32_t weight_type, n, k;
+    uint32_t segment_rows; /* rows of each segment, a multiple of 32; 0: one segment */
+};
+struct embed_arguments {
+    uint64_t tokens, dst;
+    uint32_t n_tokens, stride;
+    float scale;
+};
+struct row_norms_arguments {
+    uint64_t dst;
 };
 
 extern const struct op_call op_calls[];

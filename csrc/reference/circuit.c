@@ -3,17 +3,10 @@
 
 #include "reference/reference.h"
 
-/* 1 / rms of `width` floats. */
-static double inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t at, uint32_t width,
-                          double eps) {
-    double squares = 0;
-    for (uint32_t i = 0; i < width && !memory->failed; i++)
-        squares += pow(*reference_float(memory, x, at + i), 2);
-    return 1 / sqrt(squares / width + eps);
-}
-
 void reference_circuit_inputs(struct reference_memory *memory,
-                              const struct circuit_inputs_params *p, uint32_t n_entries) {
+                              const struct circuit_inputs_params *p, uint32_t n_entries,
+                              uint32_t n_refs) {
+    (void)n_refs;
     if (p->all_tokens && p->n_tokens > p->n_chunk)
         reference_fail(memory, "%u tokens of %u", p->n_tokens, p->n_chunk);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++)
@@ -34,7 +27,7 @@ void reference_circuit_inputs(struct reference_memory *memory,
                             i);
                 *reference_float(memory, p->dst, to + i) = v;
             }
-            double inverse = inverse_rms(memory, p->dst, to, p->width, p->eps);
+            double inverse = reference_inverse_rms(memory, p->dst, to, p->width, p->eps);
             for (uint32_t i = 0; i < p->width && !memory->failed; i++)
                 *reference_float(memory, p->dst, to + i) *= inverse *
                                                             *reference_float(memory, p->gain, i);
@@ -61,7 +54,7 @@ static void place(struct reference_memory *memory, const struct circuit_place_pa
     uint64_t to = kind == PLACE_Q ? ((uint64_t)to_block * p->n_tokens + t) * p->q_stride
                                   : ((uint64_t)to_block * p->n_slots + token.slot) * p->d_head;
     double inverse = turned && p->flags & PLACE_QK_NORM
-                         ? inverse_rms(memory, source, from, p->d_head, p->eps)
+                         ? reference_inverse_rms(memory, source, from, p->d_head, p->eps)
                          : 1;
     if (kind > PLACE_V || (kind != PLACE_Q && token.slot >= p->n_slots))
         reference_fail(memory, "kind %u, slot %u of %u", kind, token.slot, p->n_slots);
@@ -127,18 +120,15 @@ void reference_circuit_outputs(struct reference_memory *memory,
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
         uint64_t at = (uint64_t)r * p->stride,
                  base = (uint64_t)((p->first + r) % p->n_tokens) * p->stride;
-        double inverse = p->flags & OUTPUTS_NORM ? inverse_rms(memory, p->x, at, p->width, p->eps)
-                                                 : 1;
+        double inverse = p->flags & OUTPUTS_NORM
+                             ? reference_inverse_rms(memory, p->x, at, p->width, p->eps)
+                             : 1;
         for (uint32_t i = 0; i < p->width && !memory->failed; i++)
             *reference_float(memory, p->dst, at + i) =
                 *reference_float(memory, p->x, at + i) * inverse *
                     (p->flags & OUTPUTS_NORM ? *reference_float(memory, p->gain, i) : 1) -
                 *reference_float(memory, p->base, base + i);
     }
-}
-
-static double cap(double x, double softcap) {
-    return softcap != 0 ? softcap * tanh(x / softcap) : x;
 }
 
 void reference_pair_logits(struct reference_memory *memory, const struct pair_logits_params *p,
@@ -150,19 +140,9 @@ void reference_pair_logits(struct reference_memory *memory, const struct pair_lo
                 sum += *reference_float(memory, p->normed,
                                         ((uint64_t)e * p->n + k / 2) * p->stride + i) *
                        *reference_float(memory, p->rows, (uint64_t)k * p->stride + i);
-            *reference_float(memory, p->logits, 2 * (uint64_t)e * p->n + k) = cap(sum, p->softcap);
+            *reference_float(memory, p->logits,
+                             2 * (uint64_t)e * p->n + k) = reference_cap(sum, p->softcap);
         }
-}
-
-/* log sum exp of a row. */
-static double log_total(struct reference_memory *memory, uint64_t x, uint64_t row, uint32_t width,
-                        double softcap) {
-    double top = -INFINITY, sum = 0;
-    for (uint32_t i = 0; i < width && !memory->failed; i++)
-        top = fmax(top, cap(*reference_float(memory, x, row + i), softcap));
-    for (uint32_t i = 0; i < width && !memory->failed; i++)
-        sum += exp(cap(*reference_float(memory, x, row + i), softcap) - top);
-    return top + log(sum);
 }
 
 void reference_logit_metrics(struct reference_memory *memory, const struct logit_metrics_params *p,
@@ -173,16 +153,18 @@ void reference_logit_metrics(struct reference_memory *memory, const struct logit
         uint32_t j = (p->first + r) % p->n, target = reference_word(memory, p->targets, j),
                  greedy = 0;
         uint64_t row = (uint64_t)r * p->stride, at = (uint64_t)j * p->stride;
-        double x = log_total(memory, p->logits, row, p->width, p->softcap),
-               reference = log_total(memory, p->reference, at, p->width, p->softcap);
-        double other = log_total(memory, p->other, at, p->width, p->softcap), kl = 0, kl_other = 0,
-               best = -INFINITY;
+        double x = reference_log_sum(memory, p->logits, row, p->width, p->softcap),
+               reference = reference_log_sum(memory, p->reference, at, p->width, p->softcap);
+        double other = reference_log_sum(memory, p->other, at, p->width, p->softcap), kl = 0,
+               kl_other = 0, best = -INFINITY;
         if (target >= p->width)
             reference_fail(memory, "target %u of %u", target, p->width);
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-            double logit = cap(*reference_float(memory, p->logits, row + i), p->softcap);
-            double a = cap(*reference_float(memory, p->reference, at + i), p->softcap) - reference,
-                   b = cap(*reference_float(memory, p->other, at + i), p->softcap) - other;
+            double logit = reference_cap(*reference_float(memory, p->logits, row + i), p->softcap);
+            double a = reference_cap(*reference_float(memory, p->reference, at + i), p->softcap) -
+                       reference,
+                   b = reference_cap(*reference_float(memory, p->other, at + i), p->softcap) -
+                       other;
             kl += exp(a) * (a - (logit - x));
             kl_other += exp(b) * (b - (logit - x));
             if (logit > best) {
@@ -191,7 +173,8 @@ void reference_logit_metrics(struct reference_memory *memory, const struct logit
             }
         }
         const double values[4] = {
-            kl, kl_other, cap(*reference_float(memory, p->logits, row + target), p->softcap) - x,
+            kl, kl_other,
+            reference_cap(*reference_float(memory, p->logits, row + target), p->softcap) - x,
             greedy};
         for (uint32_t k = 0; k < 4 && !memory->failed; k++)
             *reference_float(memory, p->values, 4 * (uint64_t)r + k) = values[k];

@@ -4,15 +4,25 @@
 
 #include "reference/reference.h"
 
-double reference_activate(uint32_t act, double x) {
-    switch (act) {
-    case ACT_SILU: return x / (1 + exp(-x));
-    case ACT_GELU_TANH:
-        return 0.5 * x * (1 + tanh(sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x)));
-    default:
+double reference_activate(uint32_t act, double x, double *slope) {
+    const double pi = acos(-1), c = sqrt(2 / pi), inner = c * (x + 0.044715 * x * x * x);
+    double value, at;
+    if (act == ACT_SILU) {
+        double s = 1 / (1 + exp(-x));
+        value = x / (1 + exp(-x));
+        at = s + x * s * (1 - s);
+    } else if (act == ACT_GELU_TANH) {
+        double t = tanh(inner), e = cosh(inner);
+        value = 0.5 * x * (1 + t);
+        at = 0.5 * (1 + t) + (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
+    } else {
         /* not 1 + erf, which loses the tail of a very negative x */
-        return 0.5 * x * erfc(-x * sqrt(0.5));
+        value = 0.5 * x * erfc(-x * sqrt(0.5));
+        at = 0.5 * erfc(-x * sqrt(0.5)) + x * exp(-x * x / 2) / sqrt(2 * pi);
     }
+    if (slope)
+        *slope = at;
+    return value;
 }
 
 void reference_act(struct reference_memory *memory, const struct act_params *p, uint32_t n_tokens) {
@@ -24,7 +34,7 @@ void reference_act(struct reference_memory *memory, const struct act_params *p, 
             double up = *reference_float(memory, p->gate_up,
                                          (uint64_t)t * p->in_stride + p->width + i);
             *reference_float(memory, p->dst, (uint64_t)t * p->out_stride + i) =
-                reference_activate(p->act, gate) * up;
+                reference_activate(p->act, gate, NULL) * up;
         }
 }
 
@@ -50,7 +60,7 @@ static void edit_one(struct reference_memory *memory, const struct edit_params *
 }
 
 void reference_edit(struct reference_memory *memory, const struct edit_params *p,
-                    uint32_t n_entries, uint32_t n_heads) {
+                    uint32_t n_entries, uint32_t n_edit_heads) {
     if (p->kind > EDIT_ADD_SCALED)
         reference_fail(memory, "there is no edit %u", p->kind);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++) {
@@ -69,7 +79,7 @@ void reference_edit(struct reference_memory *memory, const struct edit_params *p
             end = seen < p->width ? seen : p->width;
             start = p->window && end > p->window ? end - p->window : 0;
         }
-        for (uint32_t h = 0; h < n_heads && !memory->failed; h++)
+        for (uint32_t h = 0; h < n_edit_heads && !memory->failed; h++)
             edit_one(memory, p, &entry,
                      (uint64_t)entry.token * p->token_stride +
                          (uint64_t)reference_word(memory, p->heads, h) * p->head_stride,
@@ -102,24 +112,6 @@ void reference_sum_heads(struct reference_memory *memory, const struct sum_heads
         }
 }
 
-static void activate(uint32_t act, double x, double *value, double *slope) {
-    const double pi = acos(-1);
-    if (act == ACT_SILU) {
-        double s = 1 / (1 + exp(-x));
-        *value = x * s;
-        *slope = s + x * s * (1 - s);
-    } else if (act == ACT_GELU_TANH) {
-        double c = sqrt(2 / pi), t = tanh(c * (x + 0.044715 * x * x * x)),
-               e = cosh(c * (x + 0.044715 * x * x * x));
-        *value = 0.5 * x * (1 + t);
-        *slope = 0.5 * (1 + t) +
-                 (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
-    } else {
-        *value = 0.5 * x * erfc(-x * sqrt(0.5));
-        *slope = 0.5 * erfc(-x * sqrt(0.5)) + x * exp(-x * x / 2) / sqrt(2 * pi);
-    }
-}
-
 void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_params *p,
                        uint32_t n_tokens) {
     if (p->act > ACT_GELU)
@@ -127,9 +119,9 @@ void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_par
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
             uint64_t gate = (uint64_t)t * p->in_stride + i, up = gate + p->width;
-            double d = *reference_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), value,
-                   slope;
-            activate(p->act, *reference_float(memory, p->gate_up, gate), &value, &slope);
+            double d = *reference_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), slope;
+            double value = reference_activate(p->act, *reference_float(memory, p->gate_up, gate),
+                                              &slope);
             *reference_float(memory, p->dgate_up,
                              gate) = d * *reference_float(memory, p->gate_up, up) * slope;
             *reference_float(memory, p->dgate_up, up) = d * value;

@@ -26,15 +26,15 @@ double reference_weight(struct reference_memory *memory, const struct op_matrix 
     uint32_t c = 0;
     if (n >= matrix->n || k >= matrix->k)
         return 0;
-    while (c + 1 < matrix->n_chunks && n >= matrix->chunks[c + 1].first)
+    while (c + 1 < matrix->n_segments && n >= matrix->segments[c + 1].first)
         c++;
-    uint32_t row = n - matrix->chunks[c].first;
+    uint32_t row = n - matrix->segments[c].first;
     uint32_t inputs = matrix->type == WEIGHT_F32 ? 4 : 8;
     uint64_t cell = ((uint64_t)(row / OP_PANEL) * matrix->k_cells + k / inputs) * OP_PANEL +
                     row % OP_PANEL;
     if (matrix->type == WEIGHT_F32)
-        return float_value(reference_word(memory, matrix->chunks[c].address, 4 * cell + k % 4));
-    uint32_t word = reference_word(memory, matrix->chunks[c].address, 4 * cell + k % 8 / 2);
+        return float_value(reference_word(memory, matrix->segments[c].address, 4 * cell + k % 4));
+    uint32_t word = reference_word(memory, matrix->segments[c].address, 4 * cell + k % 8 / 2);
     uint32_t half = k % 2 ? word >> 16 : word & 0xffff;
     return matrix->type == WEIGHT_BF16 ? float_value(half << 16) : half_value(half);
 }
@@ -77,7 +77,7 @@ static void finish_pair(struct reference_memory *memory, const struct op_linear_
                         uint32_t m, uint32_t pair, double first, double second) {
     if (args->kind == PAIRS_GATE) {
         *reference_float(memory, args->dst, (uint64_t)m * args->dst_stride + pair) =
-            reference_activate(args->act, first) * second;
+            reference_activate(args->act, first, NULL) * second;
         return;
     }
     uint32_t half = args->d_head / 2, head = pair / half, i = pair % half;

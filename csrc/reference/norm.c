@@ -3,6 +3,14 @@
 
 #include "reference/reference.h"
 
+double reference_inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t first,
+                             uint32_t width, double eps) {
+    double squares = 0;
+    for (uint32_t i = 0; i < width && !memory->failed; i++)
+        squares += pow(*reference_float(memory, x, first + i), 2);
+    return 1 / sqrt(squares / width + eps);
+}
+
 void reference_norm(struct reference_memory *memory, const struct norm_params *p, uint32_t n_rows) {
     for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
         uint64_t from = (uint64_t)(p->flags & NORM_ROWS ? reference_word(memory, p->rows, r) : r) *

@@ -41,7 +41,8 @@ static inline uint64_t reference_address(uint32_t buffer, uint64_t item) {
 double *reference_float(struct reference_memory *memory, uint64_t address, uint64_t index);
 uint32_t reference_word(struct reference_memory *memory, uint64_t address, uint64_t index);
 struct token_meta reference_token(struct reference_memory *memory, uint64_t tokens, uint64_t index);
-double reference_activate(uint32_t act, double x); /* act: one of ACT_* */
+/* The activation at x; act: one of ACT_*. slope: its derivative there, NULL: not needed. */
+double reference_activate(uint32_t act, double x, double *slope);
 /* Keys [start, pos] are what a query sees. */
 static inline uint32_t reference_window_start(uint32_t pos, uint32_t window) {
     return window && pos + 1 > window ? pos + 1 - window : 0;
@@ -73,13 +74,11 @@ void reference_head_out(struct reference_memory *memory, const struct op_matrix 
                         const struct op_head_out_args *args);
 void reference_row_norms(struct reference_memory *memory, const struct op_matrix *matrix,
                          uint64_t dst);
-void reference_topk(struct reference_memory *memory, const struct topk_params *params);
 
 /* norm.c */
-void reference_norm(struct reference_memory *memory, const struct norm_params *params,
-                    uint32_t n_rows);
-void reference_norm_bwd(struct reference_memory *memory, const struct norm_bwd_params *params,
-                        uint32_t n_rows);
+/* 1 / sqrt(mean of the squares of `width` floats from item `first` on + eps). */
+double reference_inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t first,
+                             uint32_t width, double eps);
 /* Gradient with respect to x of sum_i dn[i] x[i] / scale, scale = sqrt(mean x^2 + eps): dx[i] =
  * dn[i] / scale - n[i] (dn . n) / (width scale). */
 struct norm_slope {
@@ -87,66 +86,20 @@ struct norm_slope {
 };
 double reference_norm_slope_at(const struct norm_slope *slope, double dn, double x, uint32_t width);
 
-/* elementwise.c */
-void reference_act(struct reference_memory *memory, const struct act_params *params,
-                   uint32_t n_tokens);
-void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_params *params,
-                       uint32_t n_tokens);
-void reference_edit(struct reference_memory *memory, const struct edit_params *params,
-                    uint32_t n_entries, uint32_t n_heads);
-void reference_copy(struct reference_memory *memory, const struct copy_params *params);
-void reference_sum_heads(struct reference_memory *memory, const struct sum_heads_params *params,
-                         uint32_t n_tokens);
-
-/* attention.c */
-void reference_rope(struct reference_memory *memory, const struct rope_params *params,
-                    uint32_t n_tokens);
-void reference_attn_scores(struct reference_memory *memory, const struct scores_params *params,
-                           uint32_t n_tiles);
-void reference_attn_softmax(struct reference_memory *memory, const struct softmax_params *params,
-                            uint32_t n_tokens);
-void reference_attn_output(struct reference_memory *memory, const struct attn_output_params *params,
-                           uint32_t n_tiles);
-void reference_attn_decode(struct reference_memory *memory, const struct decode_params *params,
-                           uint32_t n_tokens);
-void reference_rope_bwd(struct reference_memory *memory, const struct rope_bwd_params *params,
-                        uint32_t n_tokens);
-void reference_attn_softmax_bwd(struct reference_memory *memory,
-                                const struct softmax_bwd_params *params, uint32_t n_tokens);
-void reference_attn_output_bwd(struct reference_memory *memory,
-                               const struct attn_output_bwd_params *params, uint32_t n_tiles);
-
 /* metric.c */
-void reference_pair_grad(struct reference_memory *memory, const struct pair_grad_params *params,
-                         uint32_t n_rows);
-void reference_logit_grad(struct reference_memory *memory, const struct logit_grad_params *params,
-                          uint32_t n_rows);
+/* softcap * tanh(x / softcap); x itself where softcap is 0. */
+double reference_cap(double x, double softcap);
+/* log sum exp of the `width` floats from item `first` on, each after the soft cap. */
+double reference_log_sum(struct reference_memory *memory, uint64_t x, uint64_t first,
+                         uint32_t width, double softcap);
 
-/* attribution.c */
-void reference_difference(struct reference_memory *memory, const struct difference_params *params,
-                          uint32_t n_slots);
-void reference_accumulate(struct reference_memory *memory, const struct accumulate_params *params,
-                          uint32_t n_slots);
-void reference_head_inputs(struct reference_memory *memory, const struct head_inputs_params *params,
-                           uint32_t n_slots);
-void reference_head_gradients(struct reference_memory *memory,
-                              const struct head_gradients_params *params);
-void reference_dots(struct reference_memory *memory, const struct dots_params *params);
-void reference_node_dims(struct reference_memory *memory, const struct node_dims_params *params,
-                         uint32_t n_nodes);
+/* --- reference_<op> of every op of kernels.def ------------------------------------------------ */
 
-/* circuit.c */
-void reference_circuit_inputs(struct reference_memory *memory,
-                              const struct circuit_inputs_params *params, uint32_t n_entries);
-void reference_circuit_place(struct reference_memory *memory,
-                             const struct circuit_place_params *params, uint32_t n_entries);
-void reference_circuit_heads(struct reference_memory *memory,
-                             const struct circuit_heads_params *params, uint32_t n_entries);
-void reference_circuit_outputs(struct reference_memory *memory,
-                               const struct circuit_outputs_params *params, uint32_t n_rows);
-void reference_pair_logits(struct reference_memory *memory, const struct pair_logits_params *params,
-                           uint32_t n_entries);
-void reference_logit_metrics(struct reference_memory *memory,
-                             const struct logit_metrics_params *params, uint32_t n_rows);
+#define NONE
+#define ONE(size) , uint32_t size
+#define TWO(first, second) , uint32_t first, uint32_t second
+#define OP(name, params_type, ...) \
+    void reference_##name(struct reference_memory *memory, const struct params_type *p __VA_ARGS__);
+#include "ops/kernels.def"
 
 #endif
