@@ -190,7 +190,7 @@ def lookup(name: str, axes: list[str], entries: list[tuple[list[int], str]], mis
 def family_lookups(family: str, axes: list[str], rows: list[Row]) -> str:
     """For a family of variants: kernel_<family>(axes), its defines, the values of its axes."""
     known = constants()
-    values = [[int(number(a, r.values[a] or "0", known)) for a in axes] for r in rows]
+    values = [[int(number(a, r.values.get(a) or "0", known)) for a in axes] for r in rows]
     entries = [(v, f"KERNEL_{r.name}") for v, r in zip(values, rows, strict=True)]
     out = lookup(f"kernel_{family}", axes, entries, "-1")
     for define in dict.fromkeys(k for r in rows for k in r.extra):
@@ -199,7 +199,7 @@ def family_lookups(family: str, axes: list[str], rows: list[Row]) -> str:
         ]
         out += lookup(f"kernel_{family}_{define}", axes, given, "0")
     for i, axis in enumerate(axes):
-        if not all(r.values[axis].isdigit() for r in rows):
+        if not all(r.values.get(axis, "0").isdigit() for r in rows):
             continue
         listed = ", ".join(map(str, dict.fromkeys(v[i] for v in values)))
         out += f"#define KERNEL_{family}_{axis} {{{listed}}}\n"

@@ -96,6 +96,10 @@ DEFINITION = re.compile(
 STATIC = re.compile(r"^static\b[^;={]*?\b(\w+)\s*(?:\(|\[|=)", re.M)
 
 
+#: Headers that the build makes.
+MADE = r"(?:kernels_spirv|kernel_table|op_fields)\.h"
+
+
 def preprocessed(files: dict[str, str], folder: Path) -> dict[str, str]:
     """The .c files (path under csrc/ -> text) with macros expanded, without what their headers
     bring and without system headers.
@@ -103,7 +107,7 @@ def preprocessed(files: dict[str, str], folder: Path) -> dict[str, str]:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(
-            re.sub(r"^[ \t]*#\s*include\s*(<.*>|\"kernels_spirv.h\").*$", "", text, flags=re.M)
+            re.sub(rf"^[ \t]*#\s*include\s*(<.*>|\"{MADE}\").*$", "", text, flags=re.M)
         )
     out = {}
     for name in files:
@@ -122,12 +126,15 @@ def preprocessed(files: dict[str, str], folder: Path) -> dict[str, str]:
             folder / name,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        lines, here = [], False
+        lines, inside = [], []  # files that are being read, the innermost last
         for line in done.stdout.splitlines():
-            if marker := re.match(r'# \d+ "([^"]*)"', line):
-                here = marker[1] == str(folder / name)
-            elif here:
-                lines.append(line)
+            if marker := re.match(r'# \d+ "([^"]*)"((?: \d)*)', line):
+                if "1" in marker[2].split():
+                    inside.append(marker[1])
+                else:
+                    inside = [*inside[: -1 - ("2" in marker[2].split())], marker[1]]
+            elif inside[0] == str(folder / name) and all(f.endswith(".def") for f in inside[1:]):
+                lines.append(line)  # of the file itself, or of a table that it includes
         out[name] = re.sub(r'"(?:\\.|[^"\\])*"', '""', "\n".join(lines))
     return out
 

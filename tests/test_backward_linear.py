@@ -58,7 +58,7 @@ def test_linear_bwd_of_many_rows_keeps_the_bits(on, families, rng, weight_type, 
     for family in families:
         for more in (
             {},
-            {"chunk_rows": 96 if n < 1000 else 1024},
+            {"segment_rows": 96 if n < 1000 else 1024},
             {"first_k": n_k - 16, "n_k": 16},
             *([{"first_n": 16, "n_sum": 48}] if n > 64 else []),
         ):
@@ -94,7 +94,7 @@ def test_linear_bwd_slices_and_chunks(on, families, rng, weight_type):
                 ),
             )
         for first_n, n_sum in ((0, 16), (16, 48), (64, 32), (112, 18), (32, 98), (96, 34)):
-            for chunk_rows in (0, 32, 96):
+            for segment_rows in (0, 32, 96):
                 agree(
                     on,
                     backward.linear_bwd(
@@ -106,12 +106,12 @@ def test_linear_bwd_slices_and_chunks(on, families, rng, weight_type):
                         first_n=first_n,
                         n_sum=n_sum,
                         family=family,
-                        chunk_rows=chunk_rows,
+                        segment_rows=segment_rows,
                         add=first_n == 16,
                     ),
                 )
         for rows in (1, 5, 33):
-            for chunk_rows in (32, 64, 96):
+            for segment_rows in (32, 64, 96):
                 agree(
                     on,
                     backward.linear_bwd(
@@ -121,7 +121,7 @@ def test_linear_bwd_slices_and_chunks(on, families, rng, weight_type):
                         33,
                         weight_type,
                         add=rows == 5,
-                        chunk_rows=chunk_rows,
+                        segment_rows=segment_rows,
                         family=family,
                     ),
                 )
@@ -135,7 +135,7 @@ def test_linear_bwd_in_pieces_has_the_whole_bits(on, families, rng):
         want = on.run("linear_bwd", arguments, problem.buffers)[0]["dx"]
         for rows in (32, 64, 128, 160):
             assert same_bits(
-                on.run("linear_bwd", arguments | {"chunk_rows": rows}, problem.buffers)[0]["dx"],
+                on.run("linear_bwd", arguments | {"segment_rows": rows}, problem.buffers)[0]["dx"],
                 want,
             )
         for cut in (16, 48, 128):
@@ -192,10 +192,10 @@ def test_linear_bwd_of_extreme_weights(on, rng):
     k=st.integers(1, 140),
     weight_type=st.integers(0, 2),
     add=st.booleans(),
-    chunk_rows=st.sampled_from([0, 32, 64]),
+    segment_rows=st.sampled_from([0, 32, 64]),
     family=st.integers(0, 2),
 )
-def test_any_linear_bwd(on, families, seed, rows, n, k, weight_type, add, chunk_rows, family):
+def test_any_linear_bwd(on, families, seed, rows, n, k, weight_type, add, segment_rows, family):
     agree(
         on,
         backward.linear_bwd(
@@ -205,7 +205,7 @@ def test_any_linear_bwd(on, families, seed, rows, n, k, weight_type, add, chunk_
             k,
             weight_type,
             add,
-            chunk_rows=chunk_rows,
+            segment_rows=segment_rows,
             family=families[family % len(families)],
         ),
     )

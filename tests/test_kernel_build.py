@@ -195,7 +195,7 @@ def test_optional_row_is_left_out_loudly(tmp_path):
     )
     assert done.returncode == 0 and "WARNING: optional kernel k left out" in done.stdout
     assert (tmp_path / "k.spv").read_bytes() == b""
-    (tmp_path / "t.def").write_text('KERNEL_OPTIONAL(k, broken, "A=1 -O0", some_params)\n')
+    (tmp_path / "t.def").write_text('KERNELS_OPTIONAL(k, broken, "A=1 -O0", some_params)\n')
     assert kernels.read(tmp_path / "t.def")[0].flags == ["-DA=1", "-O0"]
     (tmp_path / "spirv").mkdir()
     shutil.move(tmp_path / "k.spv", tmp_path / "spirv/k.spv")
@@ -204,8 +204,48 @@ def test_optional_row_is_left_out_loudly(tmp_path):
     assert (tmp_path / "kernels_left_out.txt").read_text() == "k\n"
 
 
+def test_a_row_expands_to_its_variants_and_their_lookup(tmp_path):
+    """Axes, defines that come with a value, flags, a second row of one name; and that C finds by
+    values what the table names.
+    """
+    (tmp_path / "t.def").write_text(
+        'KERNELS(k, file, "WEIGHT=f32,f16 RM=1,16:RN=4 TEXELS? PAIRS -O0", some_params)\n'
+        'KERNELS(k, file, "WEIGHT=f16 RM=32", some_params)\n'
+        "OP_GRID(plain, plain_params, ONE(n), (n + 1) / 2, 1, 1,\n        2.0 * (n + 1))\n"
+    )
+    kernels.rules(tmp_path / "t.def", tmp_path / "t.cmake", tmp_path / "kernel_table.h")
+    rules = (tmp_path / "t.cmake").read_text().splitlines()
+    assert len(rules) == 2 * 2 * 2 + 1 + 1
+    assert "vksteer_kernel(k_f32_1 file OFF -DWEIGHT=0 -DRM=1 -DPAIRS -O0)" in rules
+    texels = "-DWEIGHT=2 -DRM=16 -DRN=4 -DTEXELS -DPAIRS -O0"
+    assert f"vksteer_kernel(k_f16_16_texels file OFF {texels})" in rules
+    assert "vksteer_kernel(k_f16_32 file OFF -O -DWEIGHT=2 -DRM=32)" in rules
+    assert "vksteer_kernel(plain plain OFF -O)" in rules
+    (tmp_path / "main.c").write_text(
+        '#include <assert.h>\n#include "kernel_table.h"\nint main(void)\n{\n'
+        "    static const unsigned rm[] = KERNEL_k_RM;\n"
+        "    assert(sizeof rm / sizeof *rm == 3 && rm[1] == 16 && KERNEL_COUNT == 10);\n"
+        "    assert(kernel_k(0, 1, 0) == KERNEL_k_f32_1);\n"
+        "    assert(kernel_k(2, 32, 0) == KERNEL_k_f16_32);\n"
+        "    assert(kernel_k(2, 16, 1) == KERNEL_k_f16_16_texels);\n"
+        "    assert(kernel_k(0, 32, 0) == -1 && kernel_k(1, 1, 0) == -1);\n"
+        "    assert(kernel_k(9, 1, 0) == -1 && kernel_k(0, 99, 0) == -1);\n"
+        "    assert(kernel_k_RN(0, 16, 1) == 4 && kernel_k_RN(0, 1, 0) == 0);\n    return 0;\n}\n"
+    )
+    subprocess.run(["cc", tmp_path / "main.c", "-o", tmp_path / "main"], check=True)
+    subprocess.run([tmp_path / "main"], check=True)
+
+
 @pytest.mark.parametrize(
-    "bad", ['KERNEL(a, b, "", c) KERNEL(a', 'KERNEL(a, b, "", c)\nKERNEL(a, b, "", c)', "hello"]
+    "bad",
+    [
+        'KERNELS(a, b, "", c) KERNELS(a',
+        'KERNELS(a, b, "", c)\nKERNELS(a, b, "", c)',
+        'KERNELS(a, b, "RM=1,2 TEXELS?", c)\nKERNELS(a, b, "RM=2", c)',
+        'KERNELS(a, b, "WEIGHT=f32,f33", c)',
+        "OP(a, b, ONE(n)",
+        "hello",
+    ],
 )
 def test_a_damaged_table_stops_the_build(tmp_path, bad):
     (tmp_path / "t.def").write_text(bad)

@@ -35,8 +35,8 @@ def test_head_out(on, families, rng, weight_type):
                     ),
                 )
     for n in SIZES:
-        for chunk_rows in (0, 32, 96):
-            agree(on, lens.head_out(rng, n, 6, 2, 10, weight_type, chunk_rows=chunk_rows))
+        for segment_rows in (0, 32, 96):
+            agree(on, lens.head_out(rng, n, 6, 2, 10, weight_type, segment_rows=segment_rows))
 
 
 def test_head_out_is_bit_identical_by_every_family(on, families, rng):
@@ -54,7 +54,7 @@ def test_head_out_is_bit_identical_by_every_family(on, families, rng):
 def test_row_norms(on, rng, weight_type):
     for n in SIZES:
         for k in SIZES:
-            outcome = agree(on, lens.row_norms(rng, n, k, weight_type, chunk_rows=32 * (n % 2)))
+            outcome = agree(on, lens.row_norms(rng, n, k, weight_type, segment_rows=32 * (n % 2)))
             assert outcome.device["dst"][n // 2] == 0  # a row of zeros
 
 

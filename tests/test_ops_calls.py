@@ -56,7 +56,7 @@ def test_wrong_arguments_never_reach_the_device(on, rng, change, error):
         (lambda rng: forward.linear(rng, 3, 7, 33), {"first_k": 8, "n_k": 16}),
         (lambda rng: forward.linear(rng, 3, 7, 33), {"x_stride": 32}),
         (lambda rng: forward.linear(rng, 3, 7, 33), {"weights": ("weights", 1)}),
-        (lambda rng: forward.linear(rng, 3, 7, 33), {"chunk_rows": 5}),
+        (lambda rng: forward.linear(rng, 3, 7, 33), {"segment_rows": 5}),
         (lambda rng: forward.linear(rng, 3, 7, 33), {"family_plus_1": 99}),
         (lambda rng: forward.linear(rng, 3, 7, 33), {"x": ("x", 1)}),
         (lambda rng: forward.attn_scores(rng, [(0, 9)], 4, 2, 6), {"n_kv_heads": 0}),

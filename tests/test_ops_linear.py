@@ -215,7 +215,7 @@ def test_linear_slices_and_chunks(on, families, rng, weight_type):
         # reaches into the pad
         agree(on, forward.linear(rng, 3, 45, 90, weight_type, first_k=80, n_k=16, family=family))
         for rows in (1, 5, 33):
-            for chunk_rows in (32, 64, 96):
+            for segment_rows in (32, 64, 96):
                 agree(
                     on,
                     forward.linear(
@@ -226,7 +226,7 @@ def test_linear_slices_and_chunks(on, families, rng, weight_type):
                         weight_type,
                         bias=True,
                         add=True,
-                        chunk_rows=chunk_rows,
+                        segment_rows=segment_rows,
                         family=family,
                     ),
                 )
@@ -235,7 +235,7 @@ def test_linear_slices_and_chunks(on, families, rng, weight_type):
 def test_linear_chunks_change_no_bit(on, rng):
     problem = forward.linear(rng, 5, 130, 33)
     dst = [
-        on.run("linear", problem.arguments | {"chunk_rows": rows}, problem.buffers)[0]["dst"]
+        on.run("linear", problem.arguments | {"segment_rows": rows}, problem.buffers)[0]["dst"]
         for rows in (0, 32, 64, 128, 160)
     ]
     assert all(same_bits(dst[0], other) for other in dst[1:])
@@ -275,9 +275,9 @@ def test_linear_of_extreme_weights(on, rng):
     bias=st.booleans(),
     add=st.booleans(),
     softcap=st.sampled_from([0.0, 2.0]),
-    chunk_rows=st.sampled_from([0, 32, 64]),
+    segment_rows=st.sampled_from([0, 32, 64]),
 )
-def test_any_linear(on, seed, rows, n, k, weight_type, bias, add, softcap, chunk_rows):
+def test_any_linear(on, seed, rows, n, k, weight_type, bias, add, softcap, segment_rows):
     agree(
         on,
         forward.linear(
@@ -289,7 +289,7 @@ def test_any_linear(on, seed, rows, n, k, weight_type, bias, add, softcap, chunk
             bias,
             add,
             softcap,
-            chunk_rows=chunk_rows,
+            segment_rows=segment_rows,
         ),
     )
 

@@ -62,7 +62,7 @@ def linear_bwd(
     n_sum=0,
     first_k=0,
     n_k=0,
-    chunk_rows=0,
+    segment_rows=0,
     family=None,
 ) -> Problem:
     """Dx = dy W. Columns of dy up to the next multiple of 16 are zero, those of dx become what the
@@ -96,7 +96,7 @@ def linear_bwd(
         "weight_type": weight_type,
         "n": n,
         "k": k,
-        "chunk_rows": chunk_rows,
+        "segment_rows": segment_rows,
     }
     if family is not None:
         arguments["family_plus_1"] = family + 1
@@ -106,7 +106,7 @@ def linear_bwd(
             ("added", add),
             (f"n from {first_n}", n_sum),
             (f"k from {first_k}", n_k),
-            ("chunks", chunk_rows),
+            ("segments", segment_rows),
             (f"family {family}", family),
         )
         if there
@@ -441,7 +441,7 @@ def problems(rng) -> Iterator[Problem]:
     for weight_type in range(3):
         for rows in (1, 3, 7, 9, 33):
             yield linear_bwd(rng, rows, 77, 53, weight_type, add=rows == 7)
-        yield linear_bwd(rng, 3, 129, 257, weight_type, chunk_rows=64)
+        yield linear_bwd(rng, 3, 129, 257, weight_type, segment_rows=64)
         yield linear_bwd(rng, 5, 96, 80, weight_type, first_n=48, n_sum=32, first_k=32, n_k=48)
     for flags in (
         (),

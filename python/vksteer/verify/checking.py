@@ -138,10 +138,10 @@ def problems(seed=0) -> Iterator[Problem]:
     """What `vksteer verify` runs: each op over a few awkward shapes."""
     rng = np.random.default_rng(seed)
     for weight_type in range(3):
-        yield embed(rng, 7, 77, 33, weight_type, scale=3.5, chunk_rows=32)
+        yield embed(rng, 7, 77, 33, weight_type, scale=3.5, segment_rows=32)
         for rows in (1, 2, 3, 7, 9, 33):
             yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True)
-        yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, chunk_rows=64)
+        yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, segment_rows=64)
         yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
         for rows in (1, 2, 3, 8, 9):
             yield linear_pairs(

@@ -33,7 +33,7 @@ def linear(
     softcap=0.0,
     first_k=0,
     n_k=0,
-    chunk_rows=0,
+    segment_rows=0,
     family=None,
     decode=0,
 ) -> Problem:
@@ -54,7 +54,7 @@ def linear(
         "weight_type": weight_type,
         "n": n,
         "k": k,
-        "chunk_rows": chunk_rows,
+        "segment_rows": segment_rows,
         "n_rows": rows,
         "x_stride": x_stride,
         "dst_stride": dst_stride,
@@ -80,7 +80,7 @@ def linear(
             ("add", add),
             ("softcap", softcap),
             (f"k from {first_k}", n_k),
-            ("chunks", chunk_rows),
+            ("segments", segment_rows),
             (f"family {family}", family),
             ("decode", decode),
         )
@@ -143,7 +143,7 @@ def linear_pairs(
         "weight_type": weight_type,
         "n": n,
         "k": k,
-        "chunk_rows": 0,
+        "segment_rows": 0,
         "n_rows": rows,
         "x_stride": x_stride,
         "dst_stride": dst_stride,
@@ -166,7 +166,7 @@ def linear_pairs(
     )
 
 
-def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, chunk_rows=0) -> Problem:
+def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, segment_rows=0) -> Problem:
     words, _ = panels(numbers(rng, vocabulary, width), weight_type)
     tokens = np.zeros((n_tokens, 8), np.uint32)
     tokens[:, 0] = rng.integers(0, vocabulary, n_tokens)
@@ -182,7 +182,7 @@ def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, chunk_rows
         "weight_type": weight_type,
         "n": vocabulary,
         "k": width,
-        "chunk_rows": chunk_rows,
+        "segment_rows": segment_rows,
     }
     return Problem(
         "embed",

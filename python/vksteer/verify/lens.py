@@ -12,7 +12,7 @@ from .problems import WEIGHT_TYPES, Problem, nothing, numbers, padded, panels, r
 
 
 def head_out(
-    rng, n, n_heads, n_kv_heads, d_head, weight_type=0, gain=False, chunk_rows=0, family=None
+    rng, n, n_heads, n_kv_heads, d_head, weight_type=0, gain=False, segment_rows=0, family=None
 ) -> Problem:
     words, weights = panels(numbers(rng, n, n_heads * d_head), weight_type)
     x, stride = numbers(rng, n_kv_heads, d_head), row_stride(n)
@@ -29,7 +29,7 @@ def head_out(
         "weight_type": weight_type,
         "n": n,
         "k": n_heads * d_head,
-        "chunk_rows": chunk_rows,
+        "segment_rows": segment_rows,
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_head": d_head,
@@ -47,7 +47,7 @@ def head_out(
     )
 
 
-def row_norms(rng, n, k, weight_type=0, chunk_rows=0) -> Problem:
+def row_norms(rng, n, k, weight_type=0, segment_rows=0) -> Problem:
     weights = numbers(rng, n, k)
     weights[n // 2] = 0
     words, _ = panels(weights, weight_type)
@@ -60,7 +60,7 @@ def row_norms(rng, n, k, weight_type=0, chunk_rows=0) -> Problem:
             "weight_type": weight_type,
             "n": n,
             "k": k,
-            "chunk_rows": chunk_rows,
+            "segment_rows": segment_rows,
         },
         {"weights": words, "dst": nothing(n)},
     )
@@ -117,9 +117,9 @@ def problems(rng) -> Iterator[Problem]:
             (6, 16, 80)[weight_type],
             weight_type,
             gain=weight_type != 1,
-            chunk_rows=32,
+            segment_rows=32,
         )
-        yield row_norms(rng, 77, 53, weight_type, chunk_rows=32)
+        yield row_norms(rng, 77, 53, weight_type, segment_rows=32)
     for k in (1, 20, 130):
         yield topk(rng, 7, 257, k, ties=k == 20)
         yield topk(rng, 7, 257, k, first=300, held=300, scaled=k != 1)
