@@ -3,6 +3,9 @@
 
     fields.py OUT.h HEADER...
 
+Also CONSTANTS(C): C(NAME) for every `#define NAME number` of the headers, which the extension
+exports as `_engine.constants`.
+
 A header holds `BLOCK(name) { ... };` (shaders/include/params.h) or `struct name { ... };` with
 members of the types below; a struct with other members is left out.
 """
@@ -48,6 +51,12 @@ def main(out: Path, headers: list[Path]) -> None:
             for field, kind in members
         ]
         lines.append(f"#define FIELDS_{name}(BASE) \\\n" + ", \\\n".join(entries))
+    named = [
+        name
+        for path in headers
+        for name in re.findall(r"^#define (\w+) (?:0x)?[0-9a-fA-F]+u?\b", path.read_text(), re.M)
+    ]
+    lines.append("#define CONSTANTS(C) \\\n" + " \\\n".join(f"    C({name})" for name in named))
     out.write_text("\n".join(lines) + "\n")
 
 

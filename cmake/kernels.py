@@ -243,9 +243,7 @@ def rules(table: Path, out: Path, out_header: Path) -> None:
 def try_row(name: str, spirv: Path, following: str, command: list[str]) -> None:
     compilers = [command[0]] + ([following] if Path(following).exists() else [])
     for compiler in compilers:
-        done = subprocess.run(
-            [compiler, *command[1:]], check=False, capture_output=True, text=True
-        )
+        done = subprocess.run([compiler, *command[1:]], check=False, capture_output=True, text=True)
         if done.returncode == 0:
             return
     reason = next((line for line in done.stderr.splitlines() if "error" in line), "glslc failed")

@@ -2,6 +2,8 @@
  * API, state per module. */
 #include "engine.h"
 
+#include "op_fields.h"
+
 static struct engine_state *module_state(PyObject *module) { return PyModule_GetState(module); }
 
 static const char *const kind_names[] = {"width",       "one", "query_heads", "kv_heads",  "keys",
@@ -41,6 +43,40 @@ static PyObject *engine_kernels(PyObject *module, PyObject *unused) {
     return list;
 }
 
+/* module.constants = {name: number}: the constants that C, GLSL and Python share. */
+static int constants_add(PyObject *module) {
+    static const struct {
+        const char *name;
+        unsigned long long value;
+    } constants[] = {
+#define CONSTANT(name) {#name, name},
+        CONSTANTS(CONSTANT)
+#undef CONSTANT
+    };
+    PyObject *dict = PyDict_New();
+    int failed = !dict;
+    for (size_t i = 0; i < sizeof constants / sizeof constants[0] && !failed; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(constants[i].value);
+        failed = !value || PyDict_SetItemString(dict, constants[i].name, value);
+        Py_XDECREF(value);
+    }
+    failed = failed || PyModule_AddObjectRef(module, "constants", dict);
+    Py_XDECREF(dict);
+    return failed ? -1 : 0;
+}
+
+static PyObject *engine_row_stride(PyObject *module, PyObject *arg) {
+    (void)module;
+    unsigned long width = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    if (width > UINT32_MAX / 2) {
+        PyErr_SetString(PyExc_ValueError, "a row has fewer than 2^31 floats");
+        return NULL;
+    }
+    return PyLong_FromUnsignedLong(op_row_stride((uint32_t)width));
+}
+
 static int type_add(PyObject *module, PyType_Spec *spec, PyObject **slot) {
     *slot = PyType_FromModuleAndSpec(module, spec, NULL);
     return *slot ? PyModule_AddType(module, (PyTypeObject *)*slot) : -1;
@@ -69,7 +105,7 @@ static int engine_exec(PyObject *module) {
         type_add(module, &attribution_spec, &state->attribution_type) ||
         type_add(module, &circuits_spec, &state->circuits_type))
         return -1;
-    if (PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE))
+    if (PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE) || constants_add(module))
         return -1;
     return 0;
 }
@@ -125,6 +161,8 @@ static PyMethodDef engine_methods[] = {
      "measure(model, rows, n, request) -> (pairs, distributions, None): metrics of normed final "
      "rows; see "
      "csrc/analysis/read_logits.h."},
+    {"row_stride", engine_row_stride, METH_O,
+     "row_stride(width) -> floats from one row of activations to the next."},
     {"ops", engine_ops, METH_NOARGS,
      "ops() -> list of (name, bytes of its arguments, [(field, kind, offset)]): what "
      "Bench.run takes."},

@@ -9,9 +9,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from .backward import beside
-from .problems import Problem, nothing, numbers, padded, row_stride
+from .problems import NO_SOURCE, Problem, nothing, numbers, padded, row_stride
 
-NO_SOURCE = 0xFFFFFFFF
+#: The largest error of each op; see checking.BOUNDS.
+BOUNDS = {
+    "difference": 1.2e-6,  # 2.9e-7
+    "accumulate": 1.2e-6,  # 3.0e-7, 10 sources
+    "head_inputs": 1.5e-6,  # 3.8e-7
+    "head_gradients": 1e-6,  # 2.2e-7, 10 steps
+    "dots": 1e-6,  # 2.0e-7, of sum |a b|, K up to 18944
+    "node_dims": 1.2e-6,  # 2.8e-7, 32 slots
+}
+
+
 EPS = 1e-5
 
 

@@ -25,6 +25,19 @@ from .problems import (
     row_stride,
 )
 
+#: The largest error of each op; see checking.BOUNDS.
+BOUNDS = {
+    "linear_bwd": 1.5e-6,  # 3.0e-7
+    "norm_bwd": 2e-6,  # 4.0e-7
+    "rope_bwd": 2e-6,  # 5.0e-7
+    "attn_softmax_bwd": 1e-6,  # 1.9e-7
+    "attn_output_bwd": 4e-6,  # 9.8e-7, 257 queries
+    "act_bwd": 3.5e-6,  # 8.4e-7
+    "pair_grad": 1e-6,  # 1.9e-7
+    "logit_grad": 3.5e-6,  # 8.3e-7
+}
+
+
 NORM_FLAGS = {
     "add": 1,
     "normalized": 2,
@@ -316,7 +329,7 @@ def attn_output_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, 
     sums = padded(numbers(rng, n, width), out_stride) if piece else nothing(n, out_stride)
     units = np.nan_to_num(np.abs(sums[:, :width])).reshape(n, n_kv_heads, d_head).astype(np.float64)
     for t in range(first, last):
-        row, pos = int(packed.tokens[t, 7]), int(packed.tokens[t, 1])
+        pos = int(packed.tokens[t, 1])
         shares, from_above = (
             np.abs(a[t, :, : pos + 1]).astype(np.float64),
             np.abs(y[t, : n_heads * d_head]).reshape(n_heads, d_head),

@@ -18,78 +18,17 @@ from typing import Any
 import numpy as np
 
 from ..runtime.device import _engine, open_device
-from . import attribution, backward, circuit, lens
-from .forward import (
-    act,
-    attn_decode,
-    attn_output,
-    attn_scores,
-    attn_softmax,
-    copy,
-    edit,
-    embed,
-    linear,
-    linear_pairs,
-    norm,
-    rope,
-    sum_heads,
-)
-from .problems import ACTIVATIONS, EDITS, Outcome, Problem
+from . import attribution, backward, circuit, forward, lens
+from .problems import Outcome, Problem
 
 # The largest error an op may make, in its problem's units (see Problem). Beside each the worst that
 # tests/test_ops.py met on lavapipe 25.0.7 with subgroups of 4, 8 and 16. About four times that, and
 # more where Vulkan leaves the precision of exp or tanh to the driver.
 BOUNDS = {
-    "embed": 2e-7,  # 0.4e-7
-    "linear": 1.5e-6,  # 2.9e-7, of sum |x w| + |bias| + |add|, K up to 257
-    "linear_pairs": 1.2e-6,  # 2.8e-7, of sum |x gain w| + |bias|
-    "norm": 2e-6,  # 4.5e-7, width 1024
-    "rope": 1e-6,  # 2.2e-7
-    "attn_scores": 1.5e-6,  # 2.6e-7, of sum |q k|
-    "attn_softmax": 2e-6,  # 3.2e-7
-    "attn_output": 1.5e-6,  # 2.7e-7, of sum pattern |v|
-    "attn_decode": 3e-6,  # 4.6e-7
-    "act": 2e-6,  # 2.9e-7, of |gate up|
-    "edit": 1e-6,  # 1.9e-7
-    "copy": 4e-7,  # 1.1e-7
-    "sum_heads": 6e-7,  # 1.5e-7, of sum |x|
-    # Backward (verify_backward.py), of what each gradient would be without cancellation.
-    "linear_bwd": 1.5e-6,  # 3.0e-7
-    "norm_bwd": 2e-6,  # 4.0e-7
-    "rope_bwd": 2e-6,  # 5.0e-7
-    "attn_softmax_bwd": 1e-6,  # 1.9e-7
-    "attn_output_bwd": 4e-6,  # 9.8e-7, 257 queries
-    "act_bwd": 3.5e-6,  # 8.4e-7
-    "pair_grad": 1e-6,  # 1.9e-7
-    "logit_grad": 3.5e-6,  # 8.3e-7
-    # Attribution (verify_attribution.py), of sums without cancellation.
-    "difference": 1.2e-6,  # 2.9e-7
-    "accumulate": 1.2e-6,  # 3.0e-7, 10 sources
-    "head_inputs": 1.5e-6,  # 3.8e-7
-    "head_gradients": 1e-6,  # 2.2e-7, 10 steps
-    "dots": 1e-6,  # 2.0e-7, of sum |a b|, K up to 18944
-    "node_dims": 1.2e-6,  # 2.8e-7, 32 slots
-    # Circuits (verify_circuit.py), of sums without cancellation.
-    "circuit_inputs": 1.5e-6,  # 1.7e-7
-    "circuit_place": 2e-6,  # 1.7e-7
-    "circuit_heads": 1e-6,  # 1.0e-7
-    "circuit_outputs": 1.5e-6,  # 2.9e-7
-    "pair_logits": 1e-6,  # 1.0e-7
-    "logit_metrics": 3e-6,  # 2.6e-7, of the largest logit
-    # The OV circuit (verify_lens.py).
-    "head_out": 1.2e-6,  # 2.6e-7, of sum |x w gain|
-    "row_norms": 1.5e-6,  # 3.6e-7
-    "topk": 0.0,  # it only picks
+    op: bound
+    for module in (forward, backward, attribution, circuit, lens)
+    for op, bound in module.BOUNDS.items()
 }
-
-
-# -- matrices --------------------------------------------------------------------------------------
-
-
-# -- row by row ------------------------------------------------------------------------------------
-
-
-# -- attention -------------------------------------------------------------------------------------
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -137,59 +76,7 @@ def check(on, problem: Problem) -> Outcome:
 def problems(seed=0) -> Iterator[Problem]:
     """What `vksteer verify` runs: each op over a few awkward shapes."""
     rng = np.random.default_rng(seed)
-    for weight_type in range(3):
-        yield embed(rng, 7, 77, 33, weight_type, scale=3.5, segment_rows=32)
-        for rows in (1, 2, 3, 7, 9, 33):
-            yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True)
-        yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, segment_rows=64)
-        yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
-        for rows in (1, 2, 3, 8, 9):
-            yield linear_pairs(
-                rng, rows, 53, "gate", weight_type, width=77, act=rows % 3, bias=rows == 3
-            )
-            yield linear_pairs(
-                rng,
-                rows,
-                80,
-                "rotate",
-                weight_type,
-                heads=(4, 2, 10 if rows == 2 else 64),
-                bias=rows != 8,
-            )
-    for flags in (
-        (),
-        ("add",),
-        ("rows",),
-        ("write_scale", "write_normalized"),
-        ("read_scale", "write_normalized", "no_out"),
-        ("read_normalized", "add"),
-    ):
-        yield norm(rng, 3, 257, flags)
-    for d_head in (2, 6, 64, 80, 128):
-        yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
-        yield attn_scores(
-            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0
-        )
-        yield attn_output(
-            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0
-        )
-        yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)
-    # query heads that share keys and values: a kernel each, the last in two turns
-    for group in (1, 3, 4, 7):
-        yield attn_decode(
-            rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0
-        )
-    for window in (0, 1, 5):
-        yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
-    for kind in range(len(ACTIVATIONS)):
-        yield act(rng, 3, 257, kind)
-    for kind in range(len(EDITS)):
-        yield edit(rng, kind, 7, 3, 33)
-        if EDITS[kind] != "add_scaled":
-            yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
-    yield copy(rng, 7, 33, pick=True, add=True)
-    yield sum_heads(rng, 3, 5, 33, bias=True)
-    for module in (backward, attribution, circuit, lens):
+    for module in (forward, backward, attribution, circuit, lens):
         yield from module.problems(rng)
 
 

@@ -9,9 +9,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from .backward import beside
-from .problems import Problem, nothing, numbers, padded, row_stride
+from .problems import NO_BLOCK, Problem, nothing, numbers, padded, row_stride
 
-NO_BLOCK = 0xFFFFFFFF
+#: The largest error of each op; see checking.BOUNDS.
+BOUNDS = {
+    "circuit_inputs": 1.5e-6,  # 1.7e-7
+    "circuit_place": 2e-6,  # 1.7e-7
+    "circuit_heads": 1e-6,  # 1.0e-7
+    "circuit_outputs": 1.5e-6,  # 2.9e-7
+    "pair_logits": 1e-6,  # 1.0e-7
+    "logit_metrics": 3e-6,  # 2.6e-7, of the largest logit
+}
+
+
 EPS = 1e-5
 QUERY, KEY, VALUE, BASE = 0, 1, 2, 4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .problems import (
@@ -20,6 +22,23 @@ from .problems import (
     panels,
     row_stride,
 )
+
+#: The largest error of each op; see checking.BOUNDS.
+BOUNDS = {
+    "embed": 2e-7,  # 0.4e-7
+    "linear": 1.5e-6,  # 2.9e-7, of sum |x w| + |bias| + |add|, K up to 257
+    "linear_pairs": 1.2e-6,  # 2.8e-7, of sum |x gain w| + |bias|
+    "norm": 2e-6,  # 4.5e-7, width 1024
+    "rope": 1e-6,  # 2.2e-7
+    "attn_scores": 1.5e-6,  # 2.6e-7, of sum |q k|
+    "attn_softmax": 2e-6,  # 3.2e-7
+    "attn_output": 1.5e-6,  # 2.7e-7, of sum pattern |v|
+    "attn_decode": 3e-6,  # 4.6e-7
+    "act": 2e-6,  # 2.9e-7, of |gate up|
+    "edit": 1e-6,  # 1.9e-7
+    "copy": 4e-7,  # 1.1e-7
+    "sum_heads": 6e-7,  # 1.5e-7, of sum |x|
+}
 
 
 def linear(
@@ -572,3 +591,59 @@ def attn_decode(
         buffers,
         {"z": np.abs(buffers["v_cache"]).max()},
     )
+
+
+def problems(rng) -> Iterator[Problem]:
+    """What `vksteer verify` runs of these."""
+    for weight_type in range(3):
+        yield embed(rng, 7, 77, 33, weight_type, scale=3.5, segment_rows=32)
+        for rows in (1, 2, 3, 7, 9, 33):
+            yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True)
+        yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, segment_rows=64)
+        yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
+        for rows in (1, 2, 3, 8, 9):
+            yield linear_pairs(
+                rng, rows, 53, "gate", weight_type, width=77, act=rows % 3, bias=rows == 3
+            )
+            yield linear_pairs(
+                rng,
+                rows,
+                80,
+                "rotate",
+                weight_type,
+                heads=(4, 2, 10 if rows == 2 else 64),
+                bias=rows != 8,
+            )
+    for flags in (
+        (),
+        ("add",),
+        ("rows",),
+        ("write_scale", "write_normalized"),
+        ("read_scale", "write_normalized", "no_out"),
+        ("read_normalized", "add"),
+    ):
+        yield norm(rng, 3, 257, flags)
+    for d_head in (2, 6, 64, 80, 128):
+        yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
+        yield attn_scores(
+            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0
+        )
+        yield attn_output(
+            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0
+        )
+        yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)
+    # query heads that share keys and values: a kernel each, the last in two turns
+    for group in (1, 3, 4, 7):
+        yield attn_decode(
+            rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0
+        )
+    for window in (0, 1, 5):
+        yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
+    for kind in range(len(ACTIVATIONS)):
+        yield act(rng, 3, 257, kind)
+    for kind in range(len(EDITS)):
+        yield edit(rng, kind, 7, 3, 33)
+        if EDITS[kind] != "add_scaled":
+            yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
+    yield copy(rng, 7, 33, pick=True, add=True)
+    yield sum_heads(rng, 3, 5, 33, bias=True)

@@ -10,6 +10,13 @@ import numpy as np
 
 from .problems import WEIGHT_TYPES, Problem, nothing, numbers, padded, panels, row_stride
 
+#: The largest error of each op; see checking.BOUNDS.
+BOUNDS = {
+    "head_out": 1.2e-6,  # 2.6e-7, of sum |x w gain|
+    "row_norms": 1.5e-6,  # 3.6e-7
+    "topk": 0.0,  # it only picks
+}
+
 
 def head_out(
     rng, n, n_heads, n_kv_heads, d_head, weight_type=0, gain=False, segment_rows=0, family=None

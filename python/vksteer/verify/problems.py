@@ -9,20 +9,41 @@ from typing import Any
 
 import numpy as np
 
-WEIGHT_TYPES = ("float32", "bfloat16", "float16")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-EDITS = ("set", "add", "scale", "ablate", "add_scaled")
-NORM_FLAGS = {
-    "write_normalized": 1,
-    "write_scale": 2,
-    "add": 4,
-    "read_scale": 8,
-    "read_normalized": 16,
-    "rows": 32,
-    "no_out": 64,
-}
-ROPE_FLAGS = {"qk_norm": 1, "rotate": 2, "store": 4}
-TILE = 8
+from .. import _engine
+
+_C = _engine.constants
+
+
+def flags(prefix: str, *names: str) -> dict[str, int]:
+    """Each name's number: that of the constant PREFIX_NAME of shaders/include/params.h."""
+    return {name: _C[f"{prefix}_{name.upper()}"] for name in names}
+
+
+def numbered(names: dict[str, int]) -> tuple[str, ...]:
+    """Names whose numbers are 0, 1, ... as a tuple."""
+    assert sorted(names.values()) == list(range(len(names)))
+    return tuple(sorted(names, key=lambda name: names[name]))
+
+
+_TYPES = {"float32": _C["WEIGHT_F32"], "bfloat16": _C["WEIGHT_BF16"], "float16": _C["WEIGHT_F16"]}
+WEIGHT_TYPES = numbered(_TYPES)
+ACTIVATIONS = numbered(flags("ACT", "silu", "gelu_tanh", "gelu"))
+EDITS = numbered(flags("EDIT", "set", "add", "scale", "ablate", "add_scaled"))
+NORM_FLAGS = flags(
+    "NORM",
+    "write_normalized",
+    "write_scale",
+    "add",
+    "read_scale",
+    "read_normalized",
+    "rows",
+    "no_out",
+)
+ROPE_FLAGS = flags("ROPE", "qk_norm", "rotate", "store")
+TILE = _C["OP_TILE"]
+PANEL = _C["OP_PANEL"]
+NO_SOURCE, NO_BLOCK = _C["NO_SOURCE"], _C["NO_BLOCK"]
+row_stride = _engine.row_stride
 
 
 @dataclass
@@ -52,12 +73,6 @@ class Outcome:
     reference: dict[str, np.ndarray]
 
 
-def row_stride(width: int) -> int:
-    """Floats from row to row of an activation, as in csrc/ops/ops.h."""
-    stride = -(-width // 16) * 16
-    return stride if stride % 1024 else stride + 16
-
-
 def numbers(rng, *shape, scale=1.0) -> np.ndarray:
     return (rng.standard_normal(shape) * scale).astype(np.float32)
 
@@ -78,10 +93,10 @@ def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarra
     n, k = weights.shape
     whole = np.zeros((-(-n // 32) * 32, -(-k // 16) * 16), np.float32)
     whole[:n, :k] = weights
-    if weight_type == 1:  # cut to bfloat16
+    if weight_type == _C["WEIGHT_BF16"]:  # cut to bfloat16
         whole = (whole.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
         items = (whole.view(np.uint32) >> 16).astype(np.uint16)
-    elif weight_type == 2:
+    elif weight_type == _C["WEIGHT_F16"]:
         items = whole.astype(np.float16)
         whole = items.astype(np.float32)
     else:
