@@ -184,7 +184,9 @@ class PromptPair:
         substring judge decides (method.md section 3).
         """
         out = {}
-        for side, prompts in (("harmless", self.harmless), ("harmful", self.harmful)):
+        # a judge takes texts; the substring judge does not read prompts, which may be tokens
+        sides: dict[str, Any] = {"harmless": self.harmless, "harmful": self.harmful}
+        for side, prompts in sides.items():
             texts = [a.text for a in answers[side]]
             success = (
                 succeeded(prompts, texts, judge, min_words)

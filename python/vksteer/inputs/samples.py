@@ -244,14 +244,13 @@ def make_samples(
         "prompts_hash": digest(rows),
     }
     texts = {side: [g.text for g in some] for side, some in answers.items()}
-    every = keep == "all"
-    flipped = np.ones(n, bool) if every else _flipped(model, prompts, texts, judge, min_words)
-    samples = _kept(model, rows, answers, texts, flipped, setting)
-    _report(samples, progress)
-    return samples
+    flipped = np.ones(n, bool)
+    if keep == "flipped":
+        flipped = _flipped(model, prompts, texts, judge, min_words)
+    return _reported(_kept(model, rows, answers, texts, flipped, setting), progress)
 
 
-def _report(samples: Samples, progress: ProgressLike) -> None:
+def _reported(samples: Samples, progress: ProgressLike) -> Samples:
     if progress is True:
         print(f"vksteer: {samples.line}", file=sys.stderr)
     if not samples:
@@ -260,6 +259,7 @@ def _report(samples: Samples, progress: ProgressLike) -> None:
             " sign that flips these prompts?",
             stacklevel=3,
         )
+    return samples
 
 
 def _check_options(responses: str, keep: str, min_words: Any, max_new_tokens: Any) -> int:
