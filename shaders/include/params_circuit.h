@@ -1,5 +1,4 @@
-/* Argument blocks of the kernels that run circuits; a part of params.h, which includes it. Kept
- * apart for its length only. */
+/* Arguments of the kernels that run circuits; a part of params.h, which includes it. */
 #ifndef VKSTEER_PARAMS_CIRCUIT_H
 #define VKSTEER_PARAMS_CIRCUIT_H
 

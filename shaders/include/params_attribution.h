@@ -1,0 +1,99 @@
+/* Arguments of the kernels that attribution is made of; a part of params.h, which includes it. */
+#ifndef VKSTEER_PARAMS_ATTRIBUTION_H
+#define VKSTEER_PARAMS_ATTRIBUTION_H
+
+/* --- attribution (csrc/analysis/attribution.c): slots are tokens of samples; sources are tokens of
+ * a batch, NO_SOURCE where there is none --- */
+
+#define NO_SOURCE 0xffffffffu
+
+/* dst[s, :] = f(a) x[a, :] - f(b) x[b, :] for (a, b) = pairs[s]; f = 1, or with `raw` 1 /
+ * rms(raw[token, :]): a post-norm's own statistic. */
+BLOCK(difference_params) {
+    ADDRESS(FloatsIn) x;
+    ADDRESS(FloatsIn) raw; /* 0: none */
+    ADDRESS(Words) pairs;  /* [n, 2] */
+    ADDRESS(FloatsOut) dst;
+    UINT width;
+    UINT stride;    /* of x and dst */
+    UINT raw_width; /* 0: no raw */
+    UINT raw_stride;
+    float eps;
+};
+
+/* dst[s, :] += weight * sum over k of src[sources[s, k], :], in ascending k. */
+BLOCK(accumulate_params) {
+    ADDRESS(FloatsIn) src;
+    ADDRESS(Words) sources; /* [n, n_sources] */
+    ADDRESS(FloatsInOut) dst;
+    UINT width;
+    UINT stride;
+    UINT n_sources;
+    float weight;
+};
+
+#define HEAD_INPUTS_NORMED 1 /* gradients after the norm: no statistic comes in */
+
+/* What a layer's query, key and value inputs need later: with r = 1 / rms(x[t]),
+ * heads[s, :] += weight r dqkv[t, :]; for step first_step + k: steps[s, step, v] = weight r^2 / D
+ * ((qkv - bias) . dqkv of head v), xs[s, step, :] = x[t, :]. The gradient of input v before the
+ * norm is then gain * (W_v^T heads[s, v]) - sum over steps of steps[s, step, v] xs[s, step, :]. */
+BLOCK(head_inputs_params) {
+    ADDRESS(FloatsIn) dqkv; /* [T, stride] */
+    ADDRESS(FloatsIn) qkv;  /* [T, stride], before norm per head and rotation */
+    ADDRESS(FloatsIn) bias;
+    ADDRESS(FloatsIn) x;        /* [T, d_stride] the stream entering the layer */
+    ADDRESS(Words) sources;     /* [n, n_sources] */
+    ADDRESS(FloatsInOut) heads; /* [n, stride] */
+    ADDRESS(FloatsOut) steps;   /* [n, n_steps, n_inputs] */
+    ADDRESS(FloatsOut) xs;      /* [n, n_steps, d_stride] */
+    UINT n_inputs;              /* H + 2 G */
+    UINT d_head;
+    UINT stride;
+    UINT width; /* D */
+    UINT d_stride;
+    UINT n_sources;
+    UINT first_step;
+    UINT n_steps;
+    UINT flags;
+    UINT has_bias;
+    float eps;
+    float weight;
+};
+
+/* In place on g[v, t, :] = W_v^T heads[t, v]: the gradient before the norm, see above. Row (v, t)
+ * at (v * n_slots + t) * d_stride. */
+BLOCK(head_gradients_params) {
+    ADDRESS(FloatsInOut) g;
+    ADDRESS(FloatsIn) gain;
+    ADDRESS(FloatsIn) steps; /* [n_slots, n_steps, n_inputs] */
+    ADDRESS(FloatsIn) xs;    /* [n_slots, n_steps, d_stride] */
+    UINT n_inputs;
+    UINT n_slots;
+    UINT n_steps;
+    UINT width;
+    UINT d_stride;
+};
+
+/* dst[i, j] = sum over k of a[i, k] b[j, k]. */
+BLOCK(dots_params) {
+    ADDRESS(FloatsIn) a;    /* [n_a, n_k] */
+    ADDRESS(FloatsIn) b;    /* [n_b, n_k] */
+    ADDRESS(FloatsOut) dst; /* [n_a, n_b] */
+    UINT n_a;
+    UINT n_b;
+    UINT n_k;
+};
+
+/* dims[u, :] = sum over t of du[u, t, :] g[group[u], t, :]. */
+BLOCK(node_dims_params) {
+    ADDRESS(FloatsIn) du;    /* [n, n_slots, d_stride] */
+    ADDRESS(FloatsIn) g;     /* [groups, n_slots, d_stride] */
+    ADDRESS(Words) groups;   /* [n] */
+    ADDRESS(FloatsOut) dims; /* [n, width] */
+    UINT n_slots;
+    UINT width;
+    UINT d_stride;
+};
+
+#endif

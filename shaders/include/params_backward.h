@@ -1,0 +1,146 @@
+/* Arguments of the kernels of the backward pass; a part of params.h, which includes it. */
+#ifndef VKSTEER_PARAMS_BACKWARD_H
+#define VKSTEER_PARAMS_BACKWARD_H
+
+/* --- backward: gradients of a scalar with respect to activations; the weights are fixed. d in
+ * front of a name: the gradient with respect to it --- */
+
+/* dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + what dx held): one chain over ascending n, on
+ * the panels of the forward product. */
+BLOCK(linear_bwd_params) {
+    ADDRESS(Inputs) dy; /* [M, y_stride], pad columns zero */
+    ADDRESS(Panels) weights;
+    ADDRESS(FloatsInOut) dx; /* [M, x_stride] */
+    UINT n_rows;             /* M */
+    UINT n_sum;              /* rows of W to sum over, padded to 16 */
+    UINT first_n;            /* from here: a multiple of 16 */
+    UINT n_cells;            /* 16-byte cells of k to write, all columns of each */
+    UINT first_cell;
+    UINT panel_cells;
+    UINT y_stride;
+    UINT x_stride;
+    UINT flags;
+};
+
+#define NORM_BWD_ADD 1        /* dx = add + ... */
+#define NORM_BWD_NORMALIZED 2 /* dy is with respect to the normalised value, before the gain */
+#define NORM_BWD_WRITE_NORMALIZED 4
+#define NORM_BWD_WRITE_SCALE 8
+#define NORM_BWD_NO_OUT 16
+#define NORM_BWD_ROWS 32 /* row r's x is token rows[r]'s */
+
+/* Backward of the RMS norm: with scale = sqrt(mean x^2 + eps), n = x / scale, dn = dy * gain:
+ * dscale = -(dn . n) / scale, dx = dn / scale - n (dn . n) / (D scale). */
+BLOCK(norm_bwd_params) {
+    ADDRESS(FloatsIn) x;
+    ADDRESS(FloatsIn) gain;
+    ADDRESS(FloatsIn) dy;
+    ADDRESS(FloatsOut) dx;
+    ADDRESS(FloatsIn) add;
+    ADDRESS(FloatsOut) dnormalized;
+    ADDRESS(FloatsOut) dscale; /* [T] */
+    ADDRESS(Words) rows;
+    UINT width;
+    UINT stride;
+    UINT flags;
+    float eps;
+};
+
+/* dgate = dpost * up * act'(gate), dup = dpost * act(gate). */
+BLOCK(act_bwd_params) {
+    ADDRESS(FloatsIn) gate_up;   /* [T, in_stride] */
+    ADDRESS(FloatsIn) dpost;     /* [T, out_stride] */
+    ADDRESS(FloatsOut) dgate_up; /* [T, in_stride] */
+    UINT width;
+    UINT in_stride;
+    UINT out_stride;
+    UINT act;
+};
+
+/* In place on dpattern: dscores = pattern * (dpattern - sum_j pattern dpattern) * scale * (1 -
+ * (score / softcap)^2): with respect to q . k. Zeros where the forward softmax writes zeros. */
+BLOCK(softmax_bwd_params) {
+    ADDRESS(FloatsIn) pattern; /* [T', H, key_stride] */
+    ADDRESS(FloatsInOut) dpattern;
+    ADDRESS(FloatsIn) scores; /* after the soft cap; 0 without one */
+    ADDRESS(Tokens) tokens;
+    UINT first_token;
+    UINT n_heads;
+    UINT key_stride;
+    UINT window;
+    float scale;
+    float softcap;
+};
+
+/* sums[j, g, :] (+)= sum over queries t >= j of j's row and heads h of group g of a[t, h,
+ * j] y[t, h, :]: values' gradient from pattern and dz, keys' from dscores and q. One chain
+ * over ascending (t, h). */
+BLOCK(attn_output_bwd_params) {
+    ADDRESS(FloatsIn) a; /* [T', H, key_stride], T' counted from token first_token */
+    ADDRESS(FloatsIn) y; /* [T, y_stride] */
+    ADDRESS(Tokens) tokens;
+    ADDRESS(Tiles) tiles;      /* of keys: whole rows lie in the chunk */
+    ADDRESS(FloatsInOut) sums; /* [T, out_stride], already offset to the first column */
+    UINT first_token;
+    UINT last_token; /* queries [first_token, last_token) are in `a` */
+    UINT n_heads;
+    UINT n_kv_heads;
+    UINT d_head;
+    UINT y_stride;
+    UINT out_stride;
+    UINT key_stride;
+    UINT window;
+    UINT add; /* 1: sums holds the sum over earlier queries */
+};
+
+/* In place on [dq | dk | dv] rows: the rotation undone, then the backward of the norm per
+ * head (ROPE_QK_NORM). */
+BLOCK(rope_bwd_params) {
+    ADDRESS(FloatsInOut) dqkv;
+    ADDRESS(FloatsIn) qkv; /* before norm and rotation */
+    ADDRESS(FloatsIn) angles;
+    ADDRESS(Tokens) tokens;
+    ADDRESS(FloatsIn) q_gain;
+    ADDRESS(FloatsIn) k_gain;
+    UINT n_heads;
+    UINT n_kv_heads;
+    UINT d_head;
+    UINT stride;
+    UINT flags; /* ROPE_QK_NORM, ROPE_ROTATE */
+    float eps;
+};
+
+/* Row r: logits a and b of token `normed` row r; dnormed = weight (a' W[a] - b' W[b]), '
+ * the soft cap's slope. */
+BLOCK(pair_grad_params) {
+    ADDRESS(FloatsIn) normed;   /* [n, stride] */
+    ADDRESS(FloatsIn) rows;     /* [2n, stride]: W[a] of row r at 2r, W[b] at 2r + 1 */
+    ADDRESS(FloatsIn) weights;  /* [n] */
+    ADDRESS(FloatsOut) dnormed; /* [n, stride] */
+    ADDRESS(FloatsOut) logits;  /* [n, 2] after the soft cap */
+    UINT width;
+    UINT stride;
+    float softcap;
+};
+
+#define LOGIT_GRAD_LOG_PROB 0       /* log p(target) */
+#define LOGIT_GRAD_KL 1             /* KL(reference || x) */
+#define LOGIT_GRAD_DIRECTIONAL_KL 2 /* KL(other || x) - KL(reference || x) */
+
+/* In place: logits of a row (before the soft cap) -> weight * d(value)/d(logit before the cap);
+ * value[r] is the scalar itself, without its weight. */
+BLOCK(logit_grad_params) {
+    ADDRESS(FloatsInOut) logits; /* [n, stride]; pad columns become zero */
+    ADDRESS(FloatsIn) reference; /* logits of other runs */
+    ADDRESS(FloatsIn) other;
+    ADDRESS(Words) targets;    /* [n] */
+    ADDRESS(FloatsIn) weights; /* [n] */
+    ADDRESS(FloatsOut) values; /* [n] */
+    UINT width;
+    UINT stride;
+    UINT kind;
+    float softcap;           /* of `logits`; 0: none, or not wanted */
+    float reference_softcap; /* of `reference` and `other`; 0: none, or already applied */
+};
+
+#endif
