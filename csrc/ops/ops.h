@@ -102,8 +102,8 @@ struct op_linear_pairs_args {
     uint32_t n_rows, x_stride, dst_stride, kind, act, n_heads, n_kv_heads, d_head;
     float eps;
 };
-/* Has it those bits, and is it worth it, for this many rows of this matrix? Where op_linear_norms
- * says so, and the matrix is of one piece. */
+/* Is op_linear_pairs bit-identical to the separate steps, and profitable, for this many rows? Where
+ * op_linear_norms says so, and the matrix has one segment. */
 int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix, uint32_t n_rows);
 int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
                     const struct op_linear_pairs_args *args, struct error *error);

@@ -5,7 +5,7 @@ float activate(uint act, float x) {
         return x / (1.0 + exp(-x));
     if (act == ACT_GELU_TANH) {
         // Clamped: some drivers expand tanh by exponentials that overflow; beyond 15 it
-        // is 1 to the last bit.
+        // rounds to 1.
         float inner = clamp(0.7978845608028654 * (x + 0.044715 * x * x * x), -15.0, 15.0);
         return 0.5 * x * (1.0 + tanh(inner));
     }

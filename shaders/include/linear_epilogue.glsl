@@ -8,7 +8,7 @@
 float linear_finish(float acc, uint flags, float bias, float softcap, float add) {
     if ((flags & LINEAR_BIAS) != 0)
         acc += bias;
-    // clamped: tanh beyond 15 is 1 to the last bit, and some drivers overflow there
+    // clamped: beyond 15 tanh rounds to 1, and some drivers overflow there
     if ((flags & LINEAR_SOFTCAP) != 0)
         acc = softcap * tanh(clamp(acc / softcap, -15.0, 15.0));
     if ((flags & LINEAR_ADD) != 0)

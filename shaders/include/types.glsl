@@ -49,8 +49,8 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Edi
 layout(constant_id = 0) const uint SG = 8; // subgroup size
 layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
 
-// STEP for s = 0 .. n - 1, n <= SG, unrolled. A whole block asks no question between its steps:
-// GPUs then have all its loads under way at once.
+// STEP for s = 0 .. n - 1, n <= SG, unrolled. There are no bounds checks when n == SG, so the loads
+// of all steps pipeline on GPUs.
 #define FOR_STEPS(n, STEP) \
     if (n == SG) { \
         [[unroll]] for (uint s = 0; s < SG; s++) \

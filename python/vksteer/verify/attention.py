@@ -89,7 +89,8 @@ def attn_scores(
     }
     return Problem(
         "attn_scores",
-        f"{label_of(rows, n_heads, n_kv_heads, d_head)}{' capped' if softcap else ''}{' frozen' if frozen else ''}",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)}{' capped' if softcap else ''}"
+        f"{' frozen' if frozen else ''}",
         {name: name for name in buffers}
         | {
             "first_token": first,

@@ -49,7 +49,7 @@ NORM_FLAGS = {
 SCALARS = ("log_prob", "kl", "directional_kl")
 
 
-def whole(n: int) -> int:
+def padded_to_16(n: int) -> int:
     """To the next multiple of 16, as matrices are padded."""
     return -(-n // 16) * 16
 
@@ -82,10 +82,10 @@ def linear_bwd(
     zeros of W's pad give.
     """
     words, weights = panels(numbers(rng, n, k), weight_type)
-    outputs, inputs = n_sum or n, n_k or whole(k)
-    y_stride, x_stride = whole(outputs) + 16, row_stride(inputs)
+    outputs, inputs = n_sum or n, n_k or padded_to_16(k)
+    y_stride, x_stride = padded_to_16(outputs) + 16, row_stride(inputs)
     dy = padded(numbers(rng, rows, outputs), y_stride)
-    dy[:, outputs : whole(outputs)] = 0
+    dy[:, outputs : padded_to_16(outputs)] = 0
     dx = nothing(rows, x_stride)
     part = np.zeros((outputs, inputs))
     there = weights[first_n : first_n + outputs, first_k : first_k + inputs]

@@ -171,7 +171,8 @@ def linear_pairs(
     return Problem(
         "linear_pairs",
         f"{kind} {rows} x {n} x {k}"
-        f" {WEIGHT_TYPES[weight_type]}{' bias' if bias else ''}{'' if family is None else f' family {family}'}",
+        f" {WEIGHT_TYPES[weight_type]}{' bias' if bias else ''}"
+        f"{'' if family is None else f' family {family}'}",
         arguments,
         buffers,
         units,
