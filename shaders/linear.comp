@@ -13,7 +13,7 @@
 //                 finishes them together: gate with up, a head's two halves for rotation. The same
 //                 chains, and after them the arithmetic of act.comp and rope.comp
 //           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs
-//           shaderInt64); the bits do not change
+//           shaderInt64); with the same bits
 // Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel
 //           stays in cache meanwhile
 //

@@ -4,7 +4,7 @@
 // Defines   WEIGHT 0 float32, 1 bfloat16, 2 float16
 //           RM    rows of dy a subgroup
 //           TEXELS (optional) weights through a texel buffer and dy by 64-bit loads (needs
-//                 shaderInt64); the bits do not change
+//                 shaderInt64); with the same bits
 // Grid      x = ceil(M / RM), y = ceil(n_cells / WG)
 //
 // Lanes lie along cells of k: one 16-byte load of W feeds 4 or 8 chains of a lane, times RM rows.

@@ -98,7 +98,8 @@ def topk(rng, rows, columns, k, first=0, held=None, scaled=False, ties=False) ->
     return Problem(
         "topk",
         f"{k} of {rows} x {columns} from"
-        f" {first}{'' if held is None else f', {held} before'}{' scaled' if scaled else ''}{' ties' if ties else ''}",
+        f" {first}{'' if held is None else f', {held} before'}{' scaled' if scaled else ''}"
+        f"{' ties' if ties else ''}",
         {name: name for name in buffers}
         | {
             "n_rows": rows,
