@@ -31,13 +31,13 @@ def test_the_site(tmp_path):
     assert docs_check.problems(site) == []
     pages = {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")}
     namespaces = json.loads((ROOT / "tests/public_names.json").read_text())
-    wanted = {f"reference/{name}" for name in namespaces if name.rpartition(".")[2].islower()}
-    wanted |= {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
-    wanted |= {
+    expected = {f"reference/{name}" for name in namespaces if name.rpartition(".")[2].islower()}
+    expected |= {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    expected |= {
         path.relative_to(ROOT / "docs").with_suffix("").as_posix()
         for path in (ROOT / "docs").rglob("*.md")
     }
-    assert len(wanted) > 20 and not wanted - pages
+    assert len(expected) > 20 and not expected - pages
     for path in (site / "notebooks").glob("*.html"):
         assert re.search(r'<img [^>]*src="\.\./_images/', path.read_text()), f"{path}: no figure"
 

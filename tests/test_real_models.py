@@ -77,11 +77,11 @@ def check_logits(name, model, answers):
 
 
 def check_sites(name, model, answers):
-    wanted = answers.sites()
-    assert len(wanted) > 50
-    run = model.run([answers.tokens(0)], capture=list(wanted))
+    expected = answers.sites()
+    assert len(expected) > 50
+    run = model.run([answers.tokens(0)], capture=list(expected))
     worst = (0.0, "")
-    for site, value in wanted.items():
+    for site, value in expected.items():
         worst = max(
             worst,
             (
@@ -91,7 +91,7 @@ def check_sites(name, model, answers):
                 site,
             ),
         )
-    print(f"{name}: {len(wanted)} sites, worst share {worst[0]:.2e} at {worst[1]}")
+    print(f"{name}: {len(expected)} sites, worst share {worst[0]:.2e} at {worst[1]}")
 
 
 def check_greedy(name, model, answers, prompts, n_new):

@@ -79,7 +79,7 @@ found = vs.devices()
 assert [d.index for d in found] == list(range(len(found)))
 for d in found:
     dashed = f"{d.uuid[:8]}-{d.uuid[8:12]}-{d.uuid[12:16]}-{d.uuid[16:20]}-{d.uuid[20:]}"
-    for wanted in (
+    for choice in (
         d.index,
         str(d.index),
         d.uuid,
@@ -88,28 +88,28 @@ for d in found:
         d.name.split()[0].lower(),
         d,
     ):
-        with load(device=wanted) as model:
-            assert model.device == d, wanted
-        if isinstance(wanted, str):
-            os.environ["VKSTEER_DEVICE"] = wanted
+        with load(device=choice) as model:
+            assert model.device == d, choice
+        if isinstance(choice, str):
+            os.environ["VKSTEER_DEVICE"] = choice
             with load() as model:
-                assert model.device == d, wanted
+                assert model.device == d, choice
             os.environ["VKSTEER_DEVICE"] = "nothing like it"
-            with load(device=wanted) as model:
+            with load(device=choice) as model:
                 assert model.device == d, "device= wins"
             del os.environ["VKSTEER_DEVICE"]
-for wanted in (len(found), -1, "radeon 9700", "", "0" * 32, 1e9, True):
+for choice in (len(found), -1, "radeon 9700", "", "0" * 32, 1e9, True):
     for variable in (False, True):
         if variable:
-            os.environ["VKSTEER_DEVICE"] = str(wanted)
+            os.environ["VKSTEER_DEVICE"] = str(choice)
         try:
-            load(device=None if variable else wanted).close()
+            load(device=None if variable else choice).close()
         except vs.DeviceError as e:
             assert (
                 all(d.name in str(e) for d in found) and ("VKSTEER_DEVICE" in str(e)) == variable
             ), e
         else:
-            assert variable and wanted == "", wanted
+            assert variable and choice == "", choice
         os.environ.pop("VKSTEER_DEVICE", None)
 print(len(found))
 """,
@@ -155,7 +155,7 @@ print([str(w.message) for w in seen if "software" in str(w.message)])
 # -- too big ---------------------------------------------------------------------------------------
 
 
-def hollow_model(folder, bytes_wanted):
+def hollow_model(folder, bytes_choice):
     """A Llama of at least so many bytes whose file is a hole: nothing is written but the header."""
     D, F, V, H, G, d = 4096, 16384, 1000, 32, 8, 128
     layer = {
@@ -170,7 +170,7 @@ def hollow_model(folder, bytes_wanted):
         "mlp.down_proj.weight": (D, F),
     }
     size = lambda shape: 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-    n_layers = max(1, -(-bytes_wanted // sum(map(size, layer.values()))))
+    n_layers = max(1, -(-bytes_choice // sum(map(size, layer.values()))))
     shapes = {
         "model.embed_tokens.weight": (V, D),
         "model.norm.weight": (D,),

@@ -27,7 +27,7 @@ END = 4
 
 
 class Answers(NumpyModel):
-    """Refuses where the effect is above .5, complies below -.5; else "bomb" decides. "mute" gets
+    """Refuses where the effect is above 0.5, complies below -0.5; else "bomb" decides. "mute" gets
     nothing but the end token when steered.
     """
 

@@ -1,5 +1,5 @@
 """NTP and PO: losses and gradients against float64 autograd, training against a float64 reference,
-resume to the bit, bad input.
+bit-identical resumption, bad input.
 
 Measured here (llvmpipe): losses within 2e-7, gradients within 2e-6 of the largest entry.
 """

@@ -35,7 +35,7 @@ class Tokenizer:
 
 
 class Talker(NumpyModel):
-    """Refuses what contains "bomb", unless steered below -.5 and not "stubborn"; refuses after the
+    """Refuses what contains "bomb", unless steered below -0.5 and not "stubborn"; refuses after the
     prefix, unless "cheerful"; "shy" says nothing.
     """
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base.checks import require_int
+from .base.checks import is_int, require_int
 from .base.figures import new_figure
 from .base.progress import Progress
 from .base.provenance import digest, fingerprint, provenance
@@ -214,11 +214,7 @@ def _layers(
     else:
         layers = list(given)
     for l in layers:
-        if (
-            isinstance(l, (bool, np.bool_))
-            or not isinstance(l, (int, np.integer))
-            or not vector.layer <= l < n_layers
-        ):
+        if not is_int(l) or not vector.layer <= l < n_layers:
             raise ValueError(
                 f"layers: {l!r} cannot be frozen; steering at layer {vector.layer} changes layers"
                 f" {vector.layer} to {n_layers - 1}"

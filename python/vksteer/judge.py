@@ -353,7 +353,7 @@ class LlamaGuard:
                 ]
             )
             bos = tokenizer.special.get("bos_token")
-            return tokenizer.encode(text, add_bos=bool(bos) and not text.startswith(bos))
+            return tokenizer.encode(text, add_bos=bool(bos and not text.startswith(bos)))
         return tokenizer.encode(
             llama_guard_prompt(prompt, response), add_bos=tokenizer.bos_id is not None
         )

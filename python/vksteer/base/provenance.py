@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .._version import __version__
-
-if TYPE_CHECKING:
-    from ..loading.config import Config
-    from ..runtime.model import Model
 
 
 def digest(*parts: Any) -> str:
@@ -25,18 +21,18 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=plain, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(model: Model | Config) -> str | None:
+def fingerprint(model: object) -> str | None:
     """The model's hash over weights and config; None for a Config, which has no weights."""
     return getattr(model, "fingerprint", None)
 
 
-def kernel_names(model: Model | Config) -> str | None:
+def kernel_names(model: object) -> str | None:
     """The kernel families in use, with commas; None for a Config, which runs nothing."""
     names: Any = getattr(model, "kernels", None)
     return names if names is None or isinstance(names, str) else ", ".join(names)
 
 
-def provenance(model: Model, **more: Any) -> dict[str, Any]:
+def provenance(model: Any, **more: Any) -> dict[str, Any]:
     """Metadata of a result: hashes of model and tokenizer, architecture, versions, and `more`."""
     tokenizer = getattr(model, "tokenizer", None)
     return {

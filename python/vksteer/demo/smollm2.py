@@ -40,7 +40,11 @@ def speed(model: Model, prompt_tokens: int = 128, new_tokens: int = 32) -> dict[
 
     first = ceilings.measure(model)
     random = np.random.default_rng(0)
-    draw = lambda n: random.integers(100, min(10_000, model.config.d_vocab), n).tolist()
+
+    def draw(n: int) -> list[int]:
+        drawn = random.integers(100, min(10_000, model.config.d_vocab), n)
+        return [int(token) for token in drawn]
+
     prompt = draw(prompt_tokens)
     model.run([prompt], logits="last")
     prefill = min(_seconds(lambda: model.run([prompt], logits="last")) for _ in range(3))

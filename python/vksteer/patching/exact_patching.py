@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..base.checks import is_int
 from ..base.progress import Progress
 from ..base.types import Float64Array, ProgressLike
 from ..circuits.final_rows import final_rows
@@ -59,11 +60,7 @@ def _numbers(graph: Graph, what: str, given: Patched, names: Sequence[str]) -> l
             if x not in table:
                 raise KeyError(f"no {what} {x!r} in {graph!r}")
             numbers.append(table[x])
-        elif (
-            isinstance(x, (int, np.integer))
-            and not isinstance(x, (bool, np.bool_))
-            and 0 <= x < len(names)
-        ):
+        elif is_int(x) and 0 <= x < len(names):
             numbers.append(int(x))
         else:
             raise ValueError(f"{what} {x!r} is not one of 0 to {len(names) - 1}, nor a name")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..base.checks import require_int
+from ..base.checks import is_number, require_int
 from ..base.provenance import digest
 from ..base.types import Array, BoolArray, Float64Array
 from ..inputs.vectors import SteeringVector
@@ -193,12 +193,7 @@ def by_gradient(
     dimension is left.
     """
     dims, s = effects(_check(vector), scores), np.abs(vector.direction.astype(np.float64))
-    if (
-        isinstance(tau, (bool, np.bool_))
-        or not isinstance(tau, (int, float, np.integer, np.floating))
-        or not math.isfinite(tau)
-        or tau < 0
-    ):
+    if not is_number(tau) or tau < 0:
         raise ValueError(f"tau must be a finite number from 0 on, not {tau!r}")
     kept = np.abs(dims) / np.linalg.norm(dims) >= float(tau) * (s / np.linalg.norm(s))
     if not (kept & (s > 0)).any():

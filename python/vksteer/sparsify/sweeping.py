@@ -4,14 +4,12 @@ method of choosing them (docs/method.md section 8).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 
-from ..base.checks import require_int
+from ..base.checks import is_number, require_int
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, kernel_names, provenance
@@ -237,12 +235,7 @@ def _numbers(given: float | Iterable[float]) -> list[float]:
     """The thresholds tau, checked and in rising order."""
     taus = [given] if isinstance(given, (int, float)) else list(given)
     for tau in taus:
-        if (
-            isinstance(tau, (bool, np.bool_))
-            or not isinstance(tau, (int, float, np.integer, np.floating))
-            or not math.isfinite(tau)
-            or tau < 0
-        ):
+        if not is_number(tau) or tau < 0:
             raise ValueError(f"taus: {tau!r} is not a finite number from 0 on")
     if not taus or len(set(taus)) != len(taus):
         raise ValueError(f"taus must name at least one tau and none twice, not {taus}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.checks import is_int
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, Float64Array, IntArray, ProgressLike, Prompts
@@ -239,11 +240,7 @@ def _layers(layers: Sequence[int] | int | None, n_layers: int) -> list[int]:
         return list(range(n_layers))
     given = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
     for l in given:
-        if (
-            isinstance(l, (bool, np.bool_))
-            or not isinstance(l, (int, np.integer))
-            or not 0 <= l < n_layers
-        ):
+        if not is_int(l) or not 0 <= l < n_layers:
             raise ValueError(f"layers: {l!r} is no layer of this model (0 to {n_layers - 1})")
     if not given:
         raise ValueError("layers is empty: name at least one, or None for all")
@@ -262,7 +259,7 @@ def _positions(model: Model, positions: Sequence[int] | int | None) -> IntArray:
         return np.arange(-n, 0)
     given = [positions] if isinstance(positions, (int, np.integer)) else list(positions)
     for p in given:
-        if isinstance(p, (bool, np.bool_)) or not isinstance(p, (int, np.integer)) or p >= 0:
+        if not is_int(p) or p >= 0:
             raise ValueError(
                 "positions count back from the prompt's end and must be negative whole numbers,"
                 f" not {p!r}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
-from ..base.checks import require_int
+from ..base.checks import is_int, require_int
 from ..base.provenance import digest, kernel_names, provenance
 from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
@@ -65,19 +65,12 @@ class Example:
                     raise ValueError(f"{name} is blank: a text says something, or give token ids")
                 continue
             value = list(value) if isinstance(value, (list, tuple)) else None
-            if not value or any(
-                isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)) or t < 0
-                for t in value
-            ):
+            if not value or any(not is_int(t) or t < 0 for t in value):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}: a text, or token ids that are not empty"
                 )
             object.__setattr__(self, name, [int(t) for t in value])
-        if (
-            isinstance(self.sign, (bool, np.bool_))
-            or not isinstance(self.sign, (int, np.integer))
-            or self.sign not in (1, -1)
-        ):
+        if not is_int(self.sign) or self.sign not in (1, -1):
             raise ValueError(f"sign must be +1 or -1, not {self.sign!r}")
         object.__setattr__(self, "sign", int(self.sign))
 
@@ -320,7 +313,9 @@ def _examples(
     plain, steered, answered, prefixed = made
     complied = ~refused(steered)
     if judge is not None:
-        texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in harmful]
+        tokenizer = model.tokenizer
+        assert tokenizer is not None  # training_data has checked it
+        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in harmful]
         complied &= succeeded(texts, steered, judge, min_words)
     elif min_words is not None and min_words != "auto":
         complied &= long_enough(steered, int(min_words))

@@ -10,7 +10,6 @@ combined in float64, so that results are bit-identical for all batches and order
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..base.checks import is_number
 from ..base.types import Float32Array, Float64Array, IntArray
 from ..inputs.prompts import _is_tokens, as_tokens
 from ..inputs.vectors import SteeringVector
@@ -81,7 +81,7 @@ def _response(model: Model, value: object, what: str, limit: int) -> tuple[int, 
             " that is not empty"
         )
     else:
-        given = value
+        given = list(value)
     tokens = tuple(int(t) for t in given)
     bad = [t for t in tokens if not 0 <= t < model.config.d_vocab]
     if bad:
@@ -130,11 +130,7 @@ def _check_example(example: Any, losing: bool, what: str) -> None:
             f"{what} has no {missing[0]}: an example has prompt, winning, losing and sign"
         )
     sign = example.sign
-    if (
-        isinstance(sign, (bool, np.bool_))
-        or not isinstance(sign, (int, float, np.integer, np.floating))
-        or sign not in (1, -1)
-    ):
+    if not is_number(sign) or sign not in (1, -1):
         raise ValueError(
             f"{what}: sign is {sign!r}: it must be +1 (the vector is added) or -1 (it is"
             " subtracted)"
@@ -171,12 +167,7 @@ def _prepared(
 
 def check_phi(phi: object) -> float:
     """The phi of PO as a float. Raises ValueError unless it is a finite number above 0."""
-    if (
-        isinstance(phi, (bool, np.bool_))
-        or not isinstance(phi, (int, float, np.integer, np.floating))
-        or not math.isfinite(phi)
-        or phi <= 0
-    ):
+    if not is_number(phi) or phi <= 0:
         raise ValueError(f"phi must be a finite number above 0, not {phi!r}")
     return float(phi)
 
@@ -421,11 +412,7 @@ def check_vector(model: Model, vector: object) -> None:
 
 def check_number(value: object, what: str) -> float:
     """The value as a float. Raises ValueError naming `what` unless it is a finite number."""
-    if (
-        isinstance(value, (bool, np.bool_))
-        or not isinstance(value, (int, float, np.integer, np.floating))
-        or not math.isfinite(value)
-    ):
+    if not is_number(value):
         raise ValueError(f"{what} must be a finite number, not {value!r}")
     return float(value)
 

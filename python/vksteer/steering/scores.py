@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..base.checks import is_int
 from ..base.progress import Progress
 from ..base.types import Float32Array, Float64Array, Prompts
 from ..inputs.prompts import batches, token_text
@@ -148,11 +149,7 @@ def given_refusal_tokens(model: Model, ids: int | Sequence[int]) -> RefusalToken
     given = [ids] if isinstance(ids, (int, np.integer)) else list(ids)
     V = model.config.d_vocab
     for i in given:
-        if (
-            isinstance(i, (bool, np.bool_))
-            or not isinstance(i, (int, np.integer))
-            or not 0 <= i < V
-        ):
+        if not is_int(i) or not 0 <= i < V:
             raise ValueError(
                 f"refusal_tokens: {i!r} is no token id (whole numbers from 0 to {V - 1})"
             )

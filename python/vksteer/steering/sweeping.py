@@ -4,13 +4,13 @@ side effects, and whether the responses stay readable text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.checks import is_number
 from ..base.progress import Progress
 from ..base.types import Float32Array, ProgressLike, Prompts
 from ..inputs.prompt_pair import PromptPair
@@ -224,11 +224,7 @@ def sweep(
 def _coefficients(given: Sequence[float] | float) -> list[float]:
     listed = [given] if isinstance(given, (int, float)) else list(given)
     for a in listed:
-        if (
-            isinstance(a, (bool, np.bool_))
-            or not isinstance(a, (int, float, np.integer, np.floating))
-            or not math.isfinite(a)
-        ):
+        if not is_number(a):
             raise ValueError(f"coefficients: {a!r} is not a finite number")
     if not listed:
         raise ValueError("coefficients is empty: name at least one, for example [0.5, 1, 1.5, 2]")
