@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-
 from ..base.checks import is_number, require_int
 from ..base.figures import new_figure
 from ..base.progress import Progress
