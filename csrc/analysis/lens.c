@@ -8,7 +8,6 @@
 /* columns of a vocabulary tile: whole panels, so that the matrix kernels can treat it as a matrix
  */
 #define LENS_COLUMNS 8192
-#define LENS_ROWS 1024 /* vectors at once; a tile of logits then takes 32 MiB */
 
 /* Buffers of one call. lists and back: values [rows, k], then indices. */
 struct lens_memory {

@@ -12,6 +12,9 @@
 int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post,
                      float *out, struct error *error);
 
+/* Vectors at once; a tile of logits then takes 32 MiB. */
+#define LENS_ROWS 1024
+
 struct ov_lens {
     const float *vectors;    /* host, [n, D] */
     uint32_t n, k;           /* k from 1 to TOPK_MAX, at most V */

@@ -2,6 +2,7 @@
  * API, state per module. */
 #include "engine.h"
 
+#include "analysis/ov.h"
 #include "op_fields.h"
 
 static struct engine_state *module_state(PyObject *module) { return PyModule_GetState(module); }
@@ -43,15 +44,30 @@ static PyObject *engine_kernels(PyObject *module, PyObject *unused) {
     return list;
 }
 
-/* module.constants = {name: number}: the constants that C, GLSL and Python share. */
+/* module.constants = {name: number}: the constants of op_fields.h, which C, GLSL and Python share,
+ * and others that Python reads. */
 static int constants_add(PyObject *module) {
     static const struct {
         const char *name;
         unsigned long long value;
     } constants[] = {
 #define CONSTANT(name) {#name, name},
+        /* clang-format off */
         CONSTANTS(CONSTANT)
+        CONSTANT(RUN_LOGITS_NONE)
+        CONSTANT(RUN_LOGITS_LAST)
+        CONSTANT(RUN_LOGITS_ALL)
+        CONSTANT(METRIC_PAIR)
+        CONSTANT(METRIC_LOG_PROB)
+        CONSTANT(METRIC_KL)
+        CONSTANT(METRIC_DIRECTIONAL_KL)
+        CONSTANT(LENS_ROWS)
+        CONSTANT(GPU_BUFFER_MAX)
+        CONSTANT(WORK_SCRATCH)
+        CONSTANT(ATTRIBUTION_PICKS_BYTES)
+        CONSTANT(ATTRIBUTION_PICKS_ROWS)
 #undef CONSTANT
+        /* clang-format on */
     };
     PyObject *dict = PyDict_New();
     int failed = !dict;

@@ -28,7 +28,8 @@ Metric = tuple[
 ]
 
 ATTRIBUTE_TILE: int
-#: name -> number, of the constants in shaders/include/params*.h, csrc/ops/ops.h
+#: name -> number, of the constants in shaders/include/params*.h and csrc/ops/ops.h, and of those
+#: that csrc/python/module.c lists
 constants: dict[str, int]
 
 def devices() -> list[dict[str, Any]]: ...

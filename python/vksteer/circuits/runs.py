@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import _engine as extension
 from ..base.progress import Progress
 from ..base.types import Array, Float32Array, IntArray, ProgressLike
 from ..inputs.samples import check_samples, check_steering
@@ -19,7 +20,6 @@ from .plan import CompiledCircuits, Rows, compile_circuits, kept_matrix
 from .readings import MetricResult, Read, Reader, joint_request, measure_ends, read_of
 
 if TYPE_CHECKING:
-    from .. import _engine
     from ..inputs.samples import Sample
     from ..inputs.vectors import SteeringVector
     from ..runtime.model import Model
@@ -32,8 +32,8 @@ CHUNK_TOKENS, LEAST_TOKENS = 512, 16
 MEMORY_SHARE, MEMORY_MOST = 0.4, 6 << 30
 #: Most runs that are compiled together.
 RUNS_MOST = 256
-#: Bytes of the largest buffer (csrc/gpu/gpu.h).
-BUFFER_MOST = 1 << 30
+#: Bytes of the largest buffer.
+BUFFER_MOST = extension.constants["GPU_BUFFER_MAX"]
 
 
 @dataclass
@@ -90,14 +90,14 @@ class Passes:
         )
         self.named = max_memory is not None
 
-    def _make(self, rows: Sequence[Rows]) -> tuple[CompiledCircuits, _engine.Circuits]:
+    def _make(self, rows: Sequence[Rows]) -> tuple[CompiledCircuits, extension.Circuits]:
         from ..runtime.device import _engine
 
         compiled = compile_circuits(self.graph, rows, self.model.config.post_norms, self.masked)
         return compiled, _engine().Circuits(self.model._engine, self.graph.layer, compiled.arrays)
 
     def _size(
-        self, circuits: _engine.Circuits, chunk: int, longest: int, total: int
+        self, circuits: extension.Circuits, chunk: int, longest: int, total: int
     ) -> tuple[int, int, bool]:
         slots = min(total, max(chunk, longest))
         needed, largest = circuits.bytes(chunk, slots)
@@ -129,7 +129,7 @@ class Passes:
 
     def fit(
         self, rows: Sequence[Rows], lengths: Sequence[int], first: Sequence[Rows] = ()
-    ) -> tuple[CompiledCircuits, _engine.Circuits, int, int, int]:
+    ) -> tuple[CompiledCircuits, extension.Circuits, int, int, int]:
         """As many of `rows` as memory allows: (compiled circuits, the engine's, how many of `rows`
         they hold, tokens of a chunk, cache slots). first: runs that every pass needs.
         """
@@ -190,7 +190,7 @@ class Passes:
 
     def _pass(
         self,
-        circuits: _engine.Circuits,
+        circuits: extension.Circuits,
         slots: int,
         jobs: Sequence[Job],
         lengths: Sequence[int],
@@ -220,8 +220,8 @@ class Passes:
 
     def _forward(
         self,
-        circuits: _engine.Circuits,
-        cache: _engine.Cache,
+        circuits: extension.Circuits,
+        cache: extension.Cache,
         jobs: Sequence[Job],
         softcap: float,
         metrics: Sequence[str],

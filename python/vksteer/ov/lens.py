@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import _engine
 from ..base.checks import require_int
 from ..base.progress import Progress
 from ..base.types import Array, Float32Array, PathLike
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from ..runtime.model import Model
 
-MOST = 512  # longest list of tokens that the engine returns (TOPK_MAX)
-AT_ONCE = 1024  # vectors that the engine reads in one call (LENS_ROWS)
+MOST = _engine.constants["TOPK_MAX"]  # longest list of tokens that the engine returns
+AT_ONCE = _engine.constants["LENS_ROWS"]  # vectors that the engine reads at once
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import _engine
 from ..base.checks import require_int
 from ..circuits.graph import graph
 
@@ -38,16 +39,19 @@ _UNITS = {
 }
 #: Bytes of an activation or a gradient (float32).
 FLOAT = 4
-#: ATTRIBUTE_TILE: sample tokens whose scores are contracted together.
-TILE = 32
-#: OP_TILE: queries that the attention kernels compute together.
-QUERIES = 8
+#: Sample tokens whose scores are contracted together.
+TILE = _engine.ATTRIBUTE_TILE
+#: Queries that the attention kernels compute together.
+QUERIES = _engine.constants["OP_TILE"]
 #: Tokens of a forward and a backward pass, where memory allows.
 STEP_TOKENS = 512
-#: WORK_SCRATCH of csrc/run/work.h, and ATTRIBUTION_PICKS_BYTES and ATTRIBUTION_PICKS_ROWS of
-#: csrc/analysis/attribution.h.
-SCRATCH, PICKS, PICKED_ROWS = 32 << 20, 12 << 20, 8
+SCRATCH, PICKS, PICKED_ROWS = (
+    _engine.constants[name]
+    for name in ("WORK_SCRATCH", "ATTRIBUTION_PICKS_BYTES", "ATTRIBUTION_PICKS_ROWS")
+)
 MIB = 1 << 20
+#: row_stride(width): floats from one row of the device's arrays to the next.
+row_stride = _engine.row_stride
 #: Rows of logits of three runs, which the two KL metrics need (csrc/run/metric.c).
 LOGITS = 3 * (24 << 20)
 
@@ -294,12 +298,6 @@ def layouts(positions: int, steps: int, together: int | None = None) -> list[tup
             break
         part = max(TILE, -(-part // (2 * TILE)) * TILE)
     return tried
-
-
-def row_stride(width: int) -> int:
-    """Floats from one row to the next on the device (csrc/ops/ops.h)."""
-    stride = -(-width // 16) * 16
-    return stride if stride % 1024 else stride + 16
 
 
 def memory_parts(

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .. import _engine
 from ..base.types import Array, Float32Array, IntArray
 from .edit_compiler import EditCompiler, RowShape, add_all
 from .edits import Steer
 
 if TYPE_CHECKING:
-    from .. import _engine
     from .model import Model
 
 FREEZE = (None, "qk", "ov", "mlp")
@@ -29,7 +29,12 @@ CONTRADICTIONS = {
     ("ov", "svv"): "the frozen values hold no steering that could be subtracted",
     ("mlp", "mlp_direct"): "the frozen MLP output does not depend on its input",
 }
-LOGITS = {None: 0, "last": 1, "all": 2}
+#: The engine's numbers of what is returned of the logits.
+LOGITS = {
+    None: _engine.constants["RUN_LOGITS_NONE"],
+    "last": _engine.constants["RUN_LOGITS_LAST"],
+    "all": _engine.constants["RUN_LOGITS_ALL"],
+}
 
 #: One list of edits for each row.
 RowsEdits: TypeAlias = Sequence[Sequence[Any]]

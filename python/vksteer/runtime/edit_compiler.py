@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import _engine as extension
 from ..base.checks import is_int, require_int
 from ..base.types import Array, Float32Array, IntArray
 from .edits import ABLATION_SITES, Ablate, Add, MeanAblate, Scale, Set, Steer
 
 if TYPE_CHECKING:
-    from .. import _engine as extension
     from .edits import Edit
     from .model import Model
     from .sites import Site
 
-KINDS = {"set": 0, "add": 1, "scale": 2, "ablate": 3, "add_scaled": 4}
+#: The engine's numbers of the kinds of edits.
+KINDS = {
+    kind: extension.constants[f"EDIT_{kind.upper()}"]
+    for kind in ("set", "add", "scale", "ablate", "add_scaled")
+}
 OPEN = 2**31 - 1  # the end of a slice that includes decoded tokens
 SLICE = 0xFFFFFFFF
 EDIT_TYPES = (Steer, Ablate, Set, Add, Scale, MeanAblate)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import _engine as extension
 from ..base.progress import Progress
 from ..base.types import (
     BoolArray,
@@ -30,13 +31,14 @@ from .edits import Ablate, Add, MeanAblate, Scale, Set
 from .run import left_padded, split_rows
 
 if TYPE_CHECKING:
-    from .. import _engine as extension
     from .edits import Edit
     from .model import Model
     from .sites import Site
 
-#: Kinds of the engine's metrics (csrc/run/tape.h).
-PAIR, LOG_PROB, KL_DIVERGENCE, DIRECTIONAL_KL = range(4)
+#: The engine's numbers of the metrics (csrc/run/tape.h).
+PAIR, LOG_PROB, KL_DIVERGENCE, DIRECTIONAL_KL = (
+    extension.constants[f"METRIC_{name}"] for name in ("PAIR", "LOG_PROB", "KL", "DIRECTIONAL_KL")
+)
 #: Tokens that go forward and back together, unless a row is longer.
 BATCH_TOKENS = 512
 #: Share of the free device memory that a tape may take before it keeps only layer inputs.

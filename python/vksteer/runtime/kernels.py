@@ -18,16 +18,20 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import _engine as extension
 from .._version import __version__
 from ..base.whole_files import write_whole
 from .device import cache_folder
 
 if TYPE_CHECKING:
-    from .. import _engine as extension
     from .device import Device
 
-#: Order of WEIGHT_* in shaders/include/params.h.
-WEIGHT_TYPES = ("float32", "bfloat16", "float16")
+#: The engine's numbers of the types of stored weights.
+WEIGHT_TYPES = {
+    "float32": extension.constants["WEIGHT_F32"],
+    "bfloat16": extension.constants["WEIGHT_BF16"],
+    "float16": extension.constants["WEIGHT_F16"],
+}
 
 
 @cache
@@ -84,7 +88,7 @@ def _trusted(engine_device: extension.Device, device: Device, weight_type: str) 
         reason = _crash(device, number, weight_type) if device.type == "software" else None
         try:
             if reason is None:
-                bench.self_test(number, WEIGHT_TYPES.index(weight_type))
+                bench.self_test(number, WEIGHT_TYPES[weight_type])
         except ValueError as error:
             reason = str(error)
         if reason is None:
@@ -114,7 +118,7 @@ def _crash(device: Device, number: int, weight_type: str) -> str | None:
             ),
             str(device.index),
             str(number),
-            str(WEIGHT_TYPES.index(weight_type)),
+            str(WEIGHT_TYPES[weight_type]),
         ],
         capture_output=True,
         text=True,

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import _engine as extension
 from ..base.progress import Progress
 from ..base.types import ProgressLike
 from . import kernels
 from .device import _engine, cache_folder
 
 if TYPE_CHECKING:
-    from .. import _engine as extension
     from ..loading.config import Config
     from ..loading.model_files import ModelFiles
     from .device import Device
 
-_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+_ACTS = {name: extension.constants[f"ACT_{name.upper()}"] for name in ("silu", "gelu_tanh", "gelu")}
 #: The engine's matrices and vectors -> the tensors that are stacked in them.
 _MATRICES = {
     "qkv": ("wq", "wk", "wv"),
@@ -92,8 +91,9 @@ def load_weights(
 ) -> tuple[extension.Model, str]:
     """The engine's model with all weights, and a hash over config and a sample of the weights."""
     kinds = {t.dtype for t in files.tensors if len(t.shape) == 2}
-    weight_type = _TYPES[kinds.pop()] if len(kinds) == 1 else 0
-    model: extension.Model = _engine().Model(engine_device, _facts(files.config, weight_type))
+    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    facts = _facts(files.config, kernels.WEIGHT_TYPES[kind])
+    model: extension.Model = _engine().Model(engine_device, facts)
     if progress is True:
         _print_plan(model, engine_device, device, name)
     weights, jobs = _Weights(files), _jobs(files)
@@ -104,7 +104,6 @@ def load_weights(
                 load(target, layer, [weights.source(n) for n in names])
                 bar.step()
         model.finish()
-        kind = kernels.WEIGHT_TYPES[weight_type]
         if progress is True and not kernels.is_chosen(device, kind):
             print(
                 f"vksteer: testing and measuring the matrix kernels for {kind} on {device.name}"
@@ -159,7 +158,7 @@ class _Weights:
         """(type, rows, columns, mapped file, offset), or (type, rows, columns, array)."""
         tensor = self._tensors[name]
         rows, columns = tensor.shape if len(tensor.shape) == 2 else (tensor.shape[0], 1)
-        shape = (_TYPES[tensor.dtype], rows, columns)
+        shape = (kernels.WEIGHT_TYPES[tensor.dtype], rows, columns)
         if tensor.file is None:
             array = tensor.array()
             return (*shape, array if array.dtype != np.float16 else array.view(np.uint16))

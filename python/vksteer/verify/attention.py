@@ -13,6 +13,7 @@ from .problems import (
     nothing,
     numbers,
     padded,
+    rotation_angles,
     row_stride,
 )
 
@@ -33,13 +34,9 @@ def rope(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate", "st
         n_kv_heads * d_head,
         len(packed.tokens),
     )
-    angle = (
-        np.arange(packed.n_keys + 1)[:, None]
-        * 10000.0 ** (-np.arange(d_head // 2) / (d_head / 2))[None]
-    )
     buffers = {
         "qkv": padded(numbers(rng, n, width), row_stride(width)),
-        "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
+        "angles": rotation_angles(packed.n_keys + 1, d_head),
         "tokens": packed.tokens,
         "q_gain": numbers(rng, d_head),
         "k_gain": numbers(rng, d_head),

@@ -8,8 +8,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backward import beside
-from .problems import NO_SOURCE, Problem, nothing, numbers, padded, row_stride
+from .problems import (
+    EPS,
+    HEAD_INPUTS_NORMED,
+    NO_SOURCE,
+    Problem,
+    beside,
+    inverse_rms,
+    nothing,
+    numbers,
+    padded,
+    row_stride,
+)
 
 #: The largest error of each op; see checking.BOUNDS.
 BOUNDS = {
@@ -22,19 +32,14 @@ BOUNDS = {
 }
 
 
-EPS = 1e-5
-
-
-def _sources(rng, n_slots, n_sources, n_tokens, gaps) -> np.ndarray:
+def _sources(
+    rng: np.random.Generator, n_slots: int, n_sources: int, n_tokens: int, gaps: bool
+) -> np.ndarray:
     """[n_slots, n_sources] tokens; with gaps some are missing."""
     out = rng.integers(0, n_tokens, (n_slots, n_sources)).astype(np.uint32)
     if gaps:
         out[rng.random(out.shape) < 0.3] = NO_SOURCE
     return out
-
-
-def _inverse_rms(x) -> np.ndarray:
-    return 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
 
 
 def difference(rng, n_slots, n_tokens, width, raw_width=0, scale=1.0) -> Problem:
@@ -48,7 +53,7 @@ def difference(rng, n_slots, n_tokens, width, raw_width=0, scale=1.0) -> Problem
     sizes = np.abs(buffers["x"][:, :width].astype(np.float64))
     if raw_width:
         buffers["raw"] = padded(numbers(rng, n_tokens, raw_width, scale=scale), raw_stride)
-        sizes *= _inverse_rms(buffers["raw"][:, :raw_width])
+        sizes *= inverse_rms(buffers["raw"][:, :raw_width])
     return Problem(
         "difference",
         f"{n_slots} of {n_tokens} x {width}{f' over rms of {raw_width}' if raw_width else ''}",
@@ -125,13 +130,12 @@ def head_inputs(
         "n_sources": n_sources,
         "first_step": first_step,
         "n_steps": n_steps,
-        "flags": int(normed),
+        "flags": HEAD_INPUTS_NORMED * normed,
         "has_bias": int(bias),
         "eps": EPS,
         "weight": float(weight),
         "n_slots": n_slots,
     }
-    inverse, units = np.ones((n_tokens, 1)), {}
     if not normed:
         buffers |= {
             "qkv": padded(numbers(rng, n_tokens, n), stride),
@@ -139,27 +143,8 @@ def head_inputs(
             "steps": nothing(n_slots, n_steps, n_inputs),
             "xs": nothing(n_slots, n_steps, d_stride),
         }
-        sizes = np.abs(buffers["qkv"][:, :n].astype(np.float64))
         if bias:
             buffers["bias"] = numbers(rng, n)
-            sizes += np.abs(buffers["bias"])
-        inverse = _inverse_rms(buffers["x"][:, :width])
-        along = (
-            weight
-            * inverse**2
-            / width
-            * (sizes * np.abs(buffers["dqkv"][:, :n])).reshape(n_tokens, n_inputs, d_head).sum(-1)
-        )
-        units["steps"] = np.ones(buffers["steps"].shape)
-    heads = np.abs(buffers["heads"][:, :n].astype(np.float64))
-    for s, tokens in enumerate(buffers["sources"]):
-        for k, t in enumerate(tokens):
-            if t == NO_SOURCE:
-                continue
-            heads[s] += weight * inverse[t] * np.abs(buffers["dqkv"][t, :n])
-            if not normed:
-                units["steps"][s, first_step + k] = along[t]
-    units["heads"] = beside(heads, buffers["heads"])
     return Problem(
         "head_inputs",
         f"{n_slots} of {n_tokens} tokens, {n_inputs} inputs of {d_head}, width {width}, steps"
@@ -167,8 +152,40 @@ def head_inputs(
         f"{' normed' if normed else ''}{' bias' if bias else ''}{' with gaps' if gaps else ''}",
         {name: name for name in buffers} | arguments,
         buffers,
-        units,
+        _head_inputs_units(buffers, n_inputs, d_head, width, first_step, weight),
     )
+
+
+def _head_inputs_units(
+    buffers: dict[str, np.ndarray],
+    n_inputs: int,
+    d_head: int,
+    width: int,
+    first_step: int,
+    weight: np.float32,
+) -> dict[str, np.ndarray]:
+    """Of "heads", and of "steps" where the gradients do not end at the norm's result."""
+    n = n_inputs * d_head
+    dqkv = np.abs(buffers["dqkv"][:, :n])
+    n_tokens, units = len(dqkv), {}
+    inverse = along = np.ones((n_tokens, 1))
+    if "steps" in buffers:
+        sizes = np.abs(buffers["qkv"][:, :n].astype(np.float64))
+        if "bias" in buffers:
+            sizes += np.abs(buffers["bias"])
+        inverse = inverse_rms(buffers["x"][:, :width])
+        products = (sizes * dqkv).reshape(n_tokens, n_inputs, d_head).sum(-1)
+        along = weight * inverse**2 / width * products
+        units["steps"] = np.ones(buffers["steps"].shape)
+    heads = np.abs(buffers["heads"][:, :n].astype(np.float64))
+    for s, tokens in enumerate(buffers["sources"]):
+        for k, t in enumerate(tokens):
+            if t == NO_SOURCE:
+                continue
+            heads[s] += weight * inverse[t] * dqkv[t]
+            if "steps" in units:
+                units["steps"][s, first_step + k] = along[t]
+    return units | {"heads": beside(heads, buffers["heads"])}
 
 
 def head_gradients(rng, n_inputs, n_slots, n_steps, width) -> Problem:

@@ -12,17 +12,23 @@ import numpy as np
 
 from .problems import (
     ACTIVATIONS,
+    NORM_BWD_FLAGS,
     ROPE_FLAGS,
+    SCALARS,
     TILE,
     WEIGHT_TYPES,
     Packed,
     Problem,
+    beside,
     label_of,
+    matrix_arguments,
     nothing,
     numbers,
     padded,
     panels,
+    rotation_angles,
     row_stride,
+    suffix,
 )
 
 #: The largest error of each op; see checking.BOUNDS.
@@ -38,27 +44,9 @@ BOUNDS = {
 }
 
 
-NORM_FLAGS = {
-    "add": 1,
-    "normalized": 2,
-    "write_normalized": 4,
-    "write_scale": 8,
-    "no_out": 16,
-    "rows": 32,
-}
-SCALARS = ("log_prob", "kl", "directional_kl")
-
-
 def padded_to_16(n: int) -> int:
     """To the next multiple of 16, as matrices are padded."""
     return -(-n // 16) * 16
-
-
-def beside(units: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Units of the leading columns of `like`; 1 elsewhere."""
-    out = np.ones(like.shape)
-    out[..., : units.shape[-1]] = units
-    return out
 
 
 # -- matrices --------------------------------------------------------------------------------------
@@ -105,24 +93,14 @@ def linear_bwd(
         "first_k": first_k,
         "n_k": n_k,
         "add": int(add),
-        "weights": "weights",
-        "weight_type": weight_type,
-        "n": n,
-        "k": k,
-        "segment_rows": segment_rows,
+        **matrix_arguments(n, k, weight_type, segment_rows, family),
     }
-    if family is not None:
-        arguments["family_plus_1"] = family + 1
-    extras = "".join(
-        f" {name}"
-        for name, there in (
-            ("added", add),
-            (f"n from {first_n}", n_sum),
-            (f"k from {first_k}", n_k),
-            ("segments", segment_rows),
-            (f"family {family}", family),
-        )
-        if there
+    extras = suffix(
+        ("added", add),
+        (f"n from {first_n}", n_sum),
+        (f"k from {first_k}", n_k),
+        ("segments", segment_rows),
+        (f"family {family}", family),
     )
     return Problem(
         "linear_bwd",
@@ -164,7 +142,7 @@ def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
         "stride": stride,
         "n_rows": rows,
         "eps": eps,
-        "flags": sum(NORM_FLAGS[f] for f in of),
+        "flags": sum(NORM_BWD_FLAGS[f] for f in of),
     }
     x, dy = buffers["x"][buffers.get("rows", slice(None)), :width], buffers["dy"][:, :width]
     units, along = _norm_units(x, dy if "normalized" in of else dy * buffers["gain"], eps)
@@ -215,14 +193,10 @@ def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
 def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")) -> Problem:
     packed = Packed(rows)
     n, turned, width = len(packed.tokens), n_heads + n_kv_heads, (n_heads + 2 * n_kv_heads) * d_head
-    angle = (
-        np.arange(packed.n_keys + 1)[:, None]
-        * 10000.0 ** (-np.arange(d_head // 2) / (d_head / 2))[None]
-    )
     buffers = {
         "dqkv": padded(numbers(rng, n, width), row_stride(width)),
         "qkv": padded(numbers(rng, n, width), row_stride(width)),
-        "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
+        "angles": rotation_angles(packed.n_keys + 1, d_head),
         "tokens": packed.tokens,
         "q_gain": numbers(rng, d_head),
         "k_gain": numbers(rng, d_head),
@@ -410,11 +384,11 @@ def logit_grad(
     stride = row_stride(width)
     draw = lambda: padded(numbers(rng, rows, width, scale=spread), stride)
     buffers = {"logits": draw(), "weights": numbers(rng, rows), "values": nothing(rows)}
-    if kind == 0:
+    if SCALARS[kind] == "log_prob":
         buffers["targets"] = rng.integers(0, width, rows).astype(np.uint32)
     else:
         buffers["reference"] = draw()
-    if kind == 2:
+    if SCALARS[kind] == "directional_kl":
         buffers["other"] = draw()
     unit = (
         np.log(width)

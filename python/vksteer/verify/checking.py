@@ -64,11 +64,11 @@ def check(on, problem: Problem) -> Outcome:
         unit = problem.units.get(name, largest or 1.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             error = np.where(known & (got != want), np.abs(got - want) / unit, 0.0)
-        at = np.unravel_index(error.argmax(), error.shape)
+        at = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
         if error[at] > worst:
             worst, where = (
                 float(error[at]),
-                f"{name}{[int(i) for i in at]}: device {got[at]:.9g}, reference {want[at]:.9g}",
+                f"{name}{list(at)}: device {got[at]:.9g}, reference {want[at]:.9g}",
             )
     return Outcome(problem, worst, where, device, reference)
 

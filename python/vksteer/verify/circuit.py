@@ -8,8 +8,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backward import beside
-from .problems import NO_BLOCK, Problem, nothing, numbers, padded, row_stride
+from .problems import (
+    EPS,
+    HEADS_FLAGS,
+    NO_BLOCK,
+    OUTPUTS_NORM,
+    PLACE_QK_NORM,
+    PLACES,
+    Problem,
+    beside,
+    inverse_rms,
+    nothing,
+    numbers,
+    padded,
+    row_stride,
+)
 
 #: The largest error of each op; see checking.BOUNDS.
 BOUNDS = {
@@ -22,20 +35,15 @@ BOUNDS = {
 }
 
 
-EPS = 1e-5
-QUERY, KEY, VALUE, BASE = 0, 1, 2, 4
+QUERY, KEY, VALUE, BASE = (PLACES[name] for name in ("q", "k", "v", "base"))
 
 
 def _named(buffers, **more) -> dict:
     return {name: name for name in buffers} | more
 
 
-def _sizes(x, width) -> np.ndarray:
+def _sizes(x: np.ndarray, width: int) -> np.ndarray:
     return np.abs(x[..., :width].astype(np.float64))
-
-
-def _inverse_rms(x) -> np.ndarray:
-    return 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
 
 
 def _tokens(rng, n, n_slots) -> np.ndarray:
@@ -80,7 +88,7 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=No
         )
         units.append(
             size.max(-1, keepdims=True)
-            * _inverse_rms(total)
+            * inverse_rms(total)
             * np.abs(buffers["gain"]).max()
             * np.ones(width)
         )
@@ -137,7 +145,7 @@ def circuit_place(rng, n_tokens, d_head, qk_norm=False, n_slots=None, n_heads=3)
             base_stride=base_stride,
             q_stride=q_stride,
             n_slots=n_slots,
-            flags=int(qk_norm),
+            flags=PLACE_QK_NORM * qk_norm,
             eps=EPS,
             n_entries=len(entries),
         ),
@@ -179,7 +187,8 @@ def circuit_heads(
         "base_scale": np.abs(numbers(rng, n_tokens)) + 0.5,
         "dst": nothing(rows * n_tokens, out_stride),
     }
-    flags = difference + 2 * scaled + 4 * column + 8 * zero
+    chosen = {"difference": difference, "scaled": scaled, "column": column, "zero": zero}
+    flags = sum(HEADS_FLAGS[name] for name, on in chosen.items() if on)
     largest = max(np.nanmax(np.abs(buffers[name]), initial=1.0) for name in ("z", "base")) * (
         2 if scaled else 1
     )
@@ -210,7 +219,7 @@ def circuit_outputs(rng, n_rows, n_tokens, width, normed=False, first=0, in_plac
         "dst": nothing(n_rows, stride),
     }
     sizes = _sizes(buffers["x"], width) * (
-        _inverse_rms(buffers["x"][:, :width]) * np.abs(buffers["gain"]) if normed else 1
+        inverse_rms(buffers["x"][:, :width]) * np.abs(buffers["gain"]) if normed else 1
     )
     sizes += _sizes(buffers["base"], width)[(first + np.arange(n_rows)) % n_tokens]
     arguments = _named(
@@ -219,7 +228,7 @@ def circuit_outputs(rng, n_rows, n_tokens, width, normed=False, first=0, in_plac
         n_tokens=n_tokens,
         width=width,
         stride=stride,
-        flags=int(normed),
+        flags=OUTPUTS_NORM * normed,
         eps=EPS,
         n_rows=n_rows,
     )

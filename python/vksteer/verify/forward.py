@@ -9,16 +9,24 @@ import numpy as np
 from .attention import attn_decode, attn_output, attn_scores, attn_softmax, rope
 from .problems import (
     ACTIVATIONS,
+    COPY_FLAGS,
+    EDIT_KEYS,
     EDITS,
+    EPS,
     NORM_FLAGS,
+    PAIRS,
     WEIGHT_TYPES,
     Packed,
     Problem,
+    beside,
+    matrix_arguments,
     nothing,
     numbers,
     padded,
     panels,
+    rotation_angles,
     row_stride,
+    suffix,
 )
 
 #: The largest error of each op; see checking.BOUNDS.
@@ -50,8 +58,8 @@ def linear(
     decode=0,
 ) -> Problem:
     words, weights = panels(numbers(rng, n, k), weight_type)
-    inputs = n_k or k
-    x_stride, dst_stride = row_stride(inputs), row_stride(n)
+    inputs, dst_stride = n_k or k, row_stride(n)
+    x_stride = row_stride(inputs)
     buffers = {
         "weights": words,
         "x": padded(numbers(rng, rows, inputs), x_stride, 0.0),
@@ -59,14 +67,16 @@ def linear(
     }
     part = weights[:, first_k : first_k + inputs]
     unit = np.abs(buffers["x"][:, : part.shape[1]].astype(np.float64)) @ np.abs(part).T
+    if bias:
+        buffers["bias"] = numbers(rng, n)
+        unit += np.abs(buffers["bias"])
+    if add:
+        buffers["add"] = padded(numbers(rng, rows, n), dst_stride)
+        unit += np.abs(buffers["add"][:, :n])
+    unit += abs(softcap)  # drivers' tanh is good to a rounding of 1, not of a small result
     arguments = {
-        "x": "x",
-        "dst": "dst",
-        "weights": "weights",
-        "weight_type": weight_type,
-        "n": n,
-        "k": k,
-        "segment_rows": segment_rows,
+        **{name: name for name in buffers},
+        **matrix_arguments(n, k, weight_type, segment_rows, family),
         "n_rows": rows,
         "x_stride": x_stride,
         "dst_stride": dst_stride,
@@ -75,28 +85,14 @@ def linear(
         "softcap": softcap,
         "decode": decode,
     }
-    if bias:
-        buffers["bias"] = numbers(rng, n)
-        unit += np.abs(buffers["bias"])
-    if add:
-        buffers["add"] = padded(numbers(rng, rows, n), dst_stride)
-        unit += np.abs(buffers["add"][:, :n])
-    arguments |= {name: name for name in ("bias", "add") if name in buffers}
-    unit += abs(softcap)  # drivers' tanh is good to a rounding of 1, not of a small result
-    if family is not None:
-        arguments["family_plus_1"] = family + 1
-    extras = "".join(
-        f" {name}"
-        for name, there in (
-            ("bias", bias),
-            ("add", add),
-            ("softcap", softcap),
-            (f"k from {first_k}", n_k),
-            ("segments", segment_rows),
-            (f"family {family}", family),
-            ("decode", decode),
-        )
-        if there
+    extras = suffix(
+        ("bias", bias),
+        ("add", add),
+        ("softcap", softcap),
+        (f"k from {first_k}", n_k),
+        ("segments", segment_rows),
+        (f"family {family}", family),
+        ("decode", decode),
     )
     return Problem(
         "linear",
@@ -119,10 +115,6 @@ def linear_pairs(
     columns = width if kind == "gate" else n_heads * d_head
     x_stride, dst_stride = row_stride(k), row_stride(columns)
     packed = Packed([(3, 1)] * rows)
-    angle = (
-        np.arange(packed.n_keys + 1)[:, None]
-        * 10000.0 ** (-np.arange(d_head // 2) / max(d_head / 2, 1))[None]
-    )
     buffers = {
         "weights": words,
         "x": padded(numbers(rng, rows, k), x_stride, 0.0),
@@ -133,7 +125,7 @@ def linear_pairs(
         buffers["bias"] = numbers(rng, n)
     if kind == "rotate":
         buffers |= {
-            "angles": np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32),
+            "angles": rotation_angles(packed.n_keys + 1, d_head),
             "tokens": packed.tokens,
             "k_cache": nothing(packed.n_slots, n_kv_heads * d_head),
             "v_cache": nothing(packed.n_slots, n_kv_heads * d_head),
@@ -144,35 +136,24 @@ def linear_pairs(
     ).T + (np.abs(buffers["bias"]) if bias else 0)
     units = {name: terms.max() for name in ("dst", "k_cache", "v_cache")}
     if kind == "gate":  # an error of either is as large as the other makes it
-        units = {
-            "dst": np.pad(
-                terms[:, :width] * terms[:, width:],
-                ((0, 0), (0, dst_stride - width)),
-                constant_values=1,
-            )
-        }
-    arguments = {name: name for name in buffers} | {
-        "weight_type": weight_type,
-        "n": n,
-        "k": k,
-        "segment_rows": 0,
+        units = {"dst": beside(terms[:, :width] * terms[:, width:], buffers["dst"])}
+    arguments = {
+        **{name: name for name in buffers},
+        **matrix_arguments(n, k, weight_type, family=family),
         "n_rows": rows,
         "x_stride": x_stride,
         "dst_stride": dst_stride,
-        "kind": ("gate", "rotate").index(kind),
+        "kind": PAIRS[kind],
         "act": act,
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_head": d_head,
-        "eps": 1e-5,
+        "eps": EPS,
     }
-    if family is not None:
-        arguments["family_plus_1"] = family + 1
+    extras = suffix(("bias", bias), (f"family {family}", family is not None))
     return Problem(
         "linear_pairs",
-        f"{kind} {rows} x {n} x {k}"
-        f" {WEIGHT_TYPES[weight_type]}{' bias' if bias else ''}"
-        f"{'' if family is None else f' family {family}'}",
+        f"{kind} {rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}",
         arguments,
         buffers,
         units,
@@ -191,11 +172,7 @@ def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, segment_ro
         "n_tokens": n_tokens,
         "stride": stride,
         "scale": scale,
-        "weights": "weights",
-        "weight_type": weight_type,
-        "n": vocabulary,
-        "k": width,
-        "segment_rows": segment_rows,
+        **matrix_arguments(vocabulary, width, weight_type, segment_rows),
     }
     return Problem(
         "embed",
@@ -278,7 +255,7 @@ def edit(
     heads = rng.permutation(n_heads)[: max(1, n_heads - 1)].astype(np.uint32)
     edited = rng.permutation(n_tokens)[: n_tokens if n_edited is None else n_edited]
     operand = numbers(rng, 5 + (len(heads) + 3) * width)
-    if kind == 3:
+    if EDITS[kind] == "ablate":
         operand /= np.float32(np.sqrt(width))  # about unit length, wherever it begins
     entries = np.zeros((len(edited), 4), np.uint32)
     entries[:, 0] = edited
@@ -288,7 +265,9 @@ def edit(
     tokens[:, 1] = np.arange(n_tokens) + 2
     x = nothing(n_tokens, n_heads, head_stride)
     x[:, :, :width] = numbers(rng, n_tokens, n_heads, width)
-    if window and kind == 3:  # before the window patterns hold zeros; the device relies on it
+    if (
+        window and EDITS[kind] == "ablate"
+    ):  # before the window patterns hold zeros; the device relies on it
         seen = np.arange(width)[None] > tokens[:, 1][:, None] - window
         x[:, :, :width] *= seen[:, None]
     return Problem(
@@ -308,7 +287,7 @@ def edit(
             "head_step": width if step else 1,
             "step": step,
             "kind": kind,
-            "flags": int(keys),
+            "flags": EDIT_KEYS * keys,
             "window": window,
             "n_entries": len(edited),
             "n_edit_heads": len(heads),
@@ -345,7 +324,7 @@ def copy(rng, rows, width, pick=False, add=False) -> Problem:
             "width": width,
             "x_stride": x_stride,
             "out_stride": out_stride,
-            "flags": pick + 2 * add,
+            "flags": COPY_FLAGS["rows"] * pick + COPY_FLAGS["add"] * add,
         },
         buffers,
         units,

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .problems import WEIGHT_TYPES, Problem, nothing, numbers, padded, panels, row_stride
+from .problems import (
+    TOPK_FLAGS,
+    WEIGHT_TYPES,
+    Problem,
+    matrix_arguments,
+    nothing,
+    numbers,
+    padded,
+    panels,
+    row_stride,
+)
 
 #: The largest error of each op; see checking.BOUNDS.
 BOUNDS = {
@@ -32,18 +42,14 @@ def head_out(
     if gain:
         buffers["gain"] = numbers(rng, n)
         unit *= np.abs(buffers["gain"])
-    arguments = {name: name for name in buffers} | {
-        "weight_type": weight_type,
-        "n": n,
-        "k": n_heads * d_head,
-        "segment_rows": segment_rows,
+    arguments = {
+        **{name: name for name in buffers},
+        **matrix_arguments(n, n_heads * d_head, weight_type, segment_rows, family),
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_head": d_head,
         "dst_stride": stride,
     }
-    if family is not None:
-        arguments["family_plus_1"] = family + 1
     return Problem(
         "head_out",
         f"{n_heads}/{n_kv_heads} heads of {d_head} to {n}"
@@ -61,14 +67,7 @@ def row_norms(rng, n, k, weight_type=0, segment_rows=0) -> Problem:
     return Problem(
         "row_norms",
         f"{n} x {k} {WEIGHT_TYPES[weight_type]}",
-        {
-            "weights": "weights",
-            "dst": "dst",
-            "weight_type": weight_type,
-            "n": n,
-            "k": k,
-            "segment_rows": segment_rows,
-        },
+        {"dst": "dst", **matrix_arguments(n, k, weight_type, segment_rows)},
         {"weights": words, "dst": nothing(n)},
     )
 
@@ -107,7 +106,7 @@ def topk(rng, rows, columns, k, first=0, held=None, scaled=False, ties=False) ->
             "x_stride": stride,
             "first": first,
             "k": k,
-            "flags": (held is None) + 2 * scaled,
+            "flags": TOPK_FLAGS["begin"] * (held is None) + TOPK_FLAGS["scaled"] * scaled,
         },
         buffers,
         {"values": 1.0, "indices": 1.0},

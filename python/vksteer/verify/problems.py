@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import _engine
+from ..runtime import kernels
 
 _C = _engine.constants
 
@@ -25,8 +26,7 @@ def numbered(names: dict[str, int]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: names[name]))
 
 
-_TYPES = {"float32": _C["WEIGHT_F32"], "bfloat16": _C["WEIGHT_BF16"], "float16": _C["WEIGHT_F16"]}
-WEIGHT_TYPES = numbered(_TYPES)
+WEIGHT_TYPES = numbered(kernels.WEIGHT_TYPES)
 ACTIVATIONS = numbered(flags("ACT", "silu", "gelu_tanh", "gelu"))
 EDITS = numbered(flags("EDIT", "set", "add", "scale", "ablate", "add_scaled"))
 NORM_FLAGS = flags(
@@ -40,6 +40,18 @@ NORM_FLAGS = flags(
     "no_out",
 )
 ROPE_FLAGS = flags("ROPE", "qk_norm", "rotate", "store")
+NORM_BWD_FLAGS = flags(
+    "NORM_BWD", "add", "normalized", "write_normalized", "write_scale", "no_out", "rows"
+)
+COPY_FLAGS = flags("COPY", "rows", "add")
+TOPK_FLAGS = flags("TOPK", "begin", "scaled")
+HEADS_FLAGS = flags("HEADS", "difference", "scaled", "column", "zero")
+PAIRS = flags("PAIRS", "gate", "rotate")
+PLACES = flags("PLACE", "q", "k", "v", "base")
+SCALARS = numbered(flags("LOGIT_GRAD", "log_prob", "kl", "directional_kl"))
+EDIT_KEYS, PLACE_QK_NORM = _C["EDIT_KEYS"], _C["PLACE_QK_NORM"]
+HEAD_INPUTS_NORMED, OUTPUTS_NORM = _C["HEAD_INPUTS_NORMED"], _C["OUTPUTS_NORM"]
+EPS = 1e-5
 TILE = _C["OP_TILE"]
 PANEL = _C["OP_PANEL"]
 NO_SOURCE, NO_BLOCK = _C["NO_SOURCE"], _C["NO_BLOCK"]
@@ -73,12 +85,34 @@ class Outcome:
     reference: dict[str, np.ndarray]
 
 
-def numbers(rng, *shape, scale=1.0) -> np.ndarray:
+def numbers(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
     return (rng.standard_normal(shape) * scale).astype(np.float32)
 
 
-def nothing(*shape) -> np.ndarray:
+def nothing(*shape: int) -> np.ndarray:
     return np.full(shape, np.nan, np.float32)
+
+
+def beside(units: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Units of the leading columns of `like`; 1 elsewhere."""
+    out = np.ones(like.shape)
+    out[..., : units.shape[-1]] = units
+    return out
+
+
+def inverse_rms(x: np.ndarray) -> np.ndarray:
+    """1 / sqrt(mean x^2 + EPS) of each row, float64."""
+    inverse: np.ndarray = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
+    return inverse
+
+
+def rotation_angles(n_positions: int, d_head: int) -> np.ndarray:
+    """[n_positions, d_head / 2, 2]: cos and sin."""
+    angle = (
+        np.arange(n_positions)[:, None]
+        * 10000.0 ** (-np.arange(d_head // 2) / max(d_head / 2, 1))[None]
+    )
+    return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
 
 def padded(values: np.ndarray, stride: int, pad=np.nan) -> np.ndarray:
@@ -91,7 +125,7 @@ def padded(values: np.ndarray, stride: int, pad=np.nan) -> np.ndarray:
 def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarray]:
     """W [N, K] -> (words as they lie on the device, W as stored, float64)."""
     n, k = weights.shape
-    whole = np.zeros((-(-n // 32) * 32, -(-k // 16) * 16), np.float32)
+    whole = np.zeros((-(-n // PANEL) * PANEL, -(-k // 16) * 16), np.float32)
     whole[:n, :k] = weights
     if weight_type == _C["WEIGHT_BF16"]:  # cut to bfloat16
         whole = (whole.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -103,9 +137,28 @@ def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarra
         items = whole
     inputs = 16 // items.itemsize  # a cell holds 16 bytes of one row
     items = np.ascontiguousarray(
-        items.reshape(len(whole) // 32, 32, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3)
+        items.reshape(-1, PANEL, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3)
     )
     return items.reshape(-1).view(np.uint32), whole[:n, :k].astype(np.float64)
+
+
+def matrix_arguments(
+    n: int, k: int, weight_type: int, segment_rows: int = 0, family: int | None = None
+) -> dict[str, Any]:
+    """Of W [n, k] in the buffer "weights". family: of matrix kernels; None: the device's choice."""
+    arguments: dict[str, Any] = {
+        "weights": "weights",
+        "weight_type": weight_type,
+        "n": n,
+        "k": k,
+        "segment_rows": segment_rows,
+    }
+    return arguments if family is None else arguments | {"family_plus_1": family + 1}
+
+
+def suffix(*extras: tuple[str, Any]) -> str:
+    """The end of a label: each name whose value is not zero, with a space before it."""
+    return "".join(f" {name}" for name, value in extras if value)
 
 
 @dataclass
@@ -118,7 +171,9 @@ class Packed:
     n_keys: int
 
     def __init__(self, rows, frozen=False):
-        tokens, tiles, slot, n_keys = [], [], 2, 0  # a few cache slots belong to nobody
+        tokens: list[tuple[int, ...]] = []
+        tiles: list[tuple[int, int]] = []
+        slot, n_keys = 2, 0  # a few cache slots belong to nobody
         for r, (cached, n) in enumerate(rows):
             first = len(tokens)
             # an odd row uses queries, keys and values of the row before it
