@@ -137,7 +137,9 @@ def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarra
         items = whole
     inputs = 16 // items.itemsize  # a cell holds 16 bytes of one row
     items = np.ascontiguousarray(
-        items.reshape(-1, PANEL, whole.shape[1] // inputs, inputs).transpose(0, 2, 1, 3)
+        items.reshape(len(whole) // PANEL, PANEL, whole.shape[1] // inputs, inputs).transpose(
+            0, 2, 1, 3
+        )
     )
     return items.reshape(-1).view(np.uint32), whole[:n, :k].astype(np.float64)
 
