@@ -1,10 +1,10 @@
 """The limits that neither ruff nor clang-format holds: columns, function lengths, file lengths.
 
 Reads every tracked source file below csrc, shaders, python, tests, tools, benchmarks and cmake,
-and setup.py. A line may have 100 columns, strings and comments included. A function may have 60
-lines, counted from its first line (of `def` in Python, of the return type in C and GLSL) to its
-last. A file may have 500 lines. Prints every violation as `path:line: what` and exits 1 if there
-is one.
+and setup.py, CMakeLists.txt and Makefile. A line may have 100 columns, strings and comments
+included. A function may have 60 lines, counted from its first line (of `def` in Python, of the
+return type in C and GLSL) to its last. A file may have 500 lines. Prints every violation as
+`path:line: what` and exits 1 if there is one.
 
     python tools/lint.py            all files
     python tools/lint.py FILE ...   these files only; others than sources are left out
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("csrc", "shaders", "python", "tests", "tools", "benchmarks", "cmake")
-FILES = ("setup.py",)
+FILES = ("setup.py", "CMakeLists.txt", "Makefile")
 C_LIKE = (".c", ".h", ".comp", ".glsl")
 SOURCES = (*C_LIKE, ".def", ".py", ".pyi", ".sh", ".cmake")
 
@@ -36,7 +36,11 @@ def sources() -> list[Path]:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run([*command, *FOLDERS, *FILES], cwd=ROOT, capture_output=True, check=True)
     names = sorted(name for name in listed.stdout.decode().split("\0") if name)
-    return [path for name in names if (path := ROOT / name).suffix in SOURCES and path.is_file()]
+    return [
+        path
+        for name in names
+        if ((path := ROOT / name).suffix in SOURCES or name in FILES) and path.is_file()
+    ]
 
 
 def python_functions(text: str) -> Iterator[tuple[str, int, int]]:
