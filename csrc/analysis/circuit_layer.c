@@ -10,30 +10,6 @@ static struct circuit_layer *layer_of(const struct circuit_run *run, int layer) 
     return &run->layers[layer - (int)run->first_layer];
 }
 
-/* The panels that hold rows [first, first + n) of a matrix, as a matrix of its own. */
-static struct op_matrix rows_of(const struct op_matrix *matrix, uint32_t first, uint32_t n) {
-    uint32_t from = first / OP_PANEL * OP_PANEL,
-             end = (first + n + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
-    end = end < matrix->n ? end : matrix->n;
-    struct op_matrix part = {
-        .type = matrix->type,
-        .n = end - from,
-        .k = matrix->k,
-        .k_cells = matrix->k_cells,
-    };
-    for (uint32_t c = 0; c < matrix->n_segments; c++) {
-        uint32_t start = matrix->segments[c].first, stop = start + matrix->segments[c].count;
-        uint32_t a = from > start ? from : start, b = end < stop ? end : stop;
-        if (a >= b)
-            continue;
-        part.segments[part.n_segments].address =
-            matrix->segments[c].address + op_matrix_bytes(matrix->type, a - start, matrix->k);
-        part.segments[part.n_segments].first = a - from;
-        part.segments[part.n_segments++].count = b - a;
-    }
-    return part;
-}
-
 /* --- queries, keys, values -------------------------------------------------------------------- */
 
 /* run->product of inputs [from, to): their rows of run->normed times their rows of W_QKV. */
@@ -46,18 +22,23 @@ static int products(struct circuit_run *run, const struct model_layer *weights,
         uint32_t n = layer->input_first[i + 1] - layer->input_first[i], row = i * f->d_head;
         if (n == 0)
             continue;
-        struct op_matrix part = rows_of(&weights->qkv, row, f->d_head);
+        /* the panels that hold the head's rows */
+        uint32_t first = row / OP_PANEL * OP_PANEL,
+                 end = (row + f->d_head + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
+        end = end < weights->qkv.n ? end : weights->qkv.n;
+        struct op_matrix part;
         struct op_linear_args args = {
             .x = run_address(run->normed) +
                  4 * (uint64_t)(layer->input_first[i] - start) * T * run->work->d_stride,
             .dst = run_address(run->product) +
                    4 * (uint64_t)layer->input_first[i] * T * run->product_stride,
-            .bias = weights->b_qkv ? weights->b_qkv + 4 * (uint64_t)(row / OP_PANEL * OP_PANEL) : 0,
+            .bias = weights->b_qkv ? weights->b_qkv + 4 * (uint64_t)first : 0,
             .n_rows = n * T,
             .x_stride = run->work->d_stride,
             .dst_stride = run->product_stride,
             .decode = run->work->chunk.batch->decode,
         };
+        RUN(op_matrix_rows(&weights->qkv, first, end - first, &part, error));
         RUN(op_linear(&run->model->ops, &part, &args, error));
     }
     return 0;
