@@ -75,7 +75,8 @@ const uint X_REGS = (RM * KB / XV + SG - 1) / SG;
 const uint X_MAX = RM * KB_MAX / XV / 4 + 1; // at the smallest SG, 4
 
 #ifndef RN
-// As norm.comp does it with a workgroup of one subgroup.
+// 1 / rms of the row that begins at float `row` of x, computed as norm.comp does it where a
+// workgroup is one subgroup.
 float row_inverse(uint row, uint lane) {
     float sum = 0.0;
     for (uint i = lane; i < p.width; i += SG) {
@@ -85,10 +86,44 @@ float row_inverse(uint row, uint lane) {
     float scale = sqrt(subgroupAdd(sum) / float(p.width) + p.eps);
     return 1.0 / scale;
 }
+
+// For each element of the tile of x that this lane holds, 1 / rms of its row.
+void row_inverses(uint m0, uint lane, out float inverse[X_MAX]) {
+    [[unroll]] for (int i = 0; i < RM; i++) {
+        float of_row = row_inverse(min(m0 + i, p.n_rows - 1) * p.x_stride, lane);
+        [[unroll]] for (uint r = 0; r < X_REGS; r++)
+            if ((r * SG + lane) * XV / KB == i)
+                inverse[r] = of_row;
+    }
+}
+
+// The elements of x from column k on that one load returned, divided by the rms and multiplied by
+// the gain. The two products are rounded separately, as in norm.comp.
+X_TYPE normalize(X_TYPE x, float inverse, uint k) {
+    [[unroll]] for (uint v = 0; v < XV; v++) {
+        precise float normed = X_PART(x, v) * inverse;
+        normed *= p.gain.at[k + v];
+        X_PART(x, v) = normed;
+    }
+    return x;
+}
 #endif
 
+// The first cell of a column of W: column n of the result, in one of its sets. A column past the
+// end reads the last one and is not written.
+uint weight_address(uint n, uint set) {
+    n = column(min(n, p.n_out - 1), set);
+    return (n / NB * p.panel_cells + FIRST_CELL) * NB + n % NB;
+}
+
+// The load that holds element e of the first tile of x. A row past the end reads the last one and
+// is not written.
+uint x_address(uint m0, uint e) {
+    return (min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.x_stride + e % KB) / XV;
+}
+
 #ifdef PAIRS
-void finish_pair(uint m, uint n, float first, float second) {
+void write_result(uint m, uint n, float first, float second) {
     const uint head = n / p.half_, i = n % p.half_;
     if ((p.flags & LINEAR_BIAS) != 0) {
         first += p.bias.at[column(n, 0)];
@@ -120,6 +155,10 @@ void finish_pair(uint m, uint n, float first, float second) {
         p.v_cache.at[at + p.half_] = second;
     }
 }
+#else
+void write_result(uint m, uint n, float sum, float unused) {
+    p.dst.at[m * p.out_stride + n] = linear_epilogue(p, sum, m, n);
+}
 #endif
 
 void main() {
@@ -127,27 +166,16 @@ void main() {
     const uint m0 = gl_WorkGroupID.x * RM;
     const uint n0 = (gl_WorkGroupID.y * (WG / SG) + gl_SubgroupID) * SG * COLUMNS + lane;
 
-    uint w_at[SETS * COLUMNS_MAX]; // columns past the end read the last one and are not written
-    [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++) {
-        uint n = column(min(n0 + j % COLUMNS * SG, p.n_out - 1), j / COLUMNS);
-        w_at[j] = (n / NB * p.panel_cells + FIRST_CELL) * NB + n % NB;
-    }
-    uint x_at[X_MAX]; // rows past the end read the last one and are not written
-    [[unroll]] for (uint r = 0; r < X_REGS; r++) {
-        uint e = (r * SG + lane) * XV;
-        x_at[r] = (min(m0 + min(e / KB, RM - 1), p.n_rows - 1) * p.x_stride + e % KB) / XV;
-    }
+    uint w_at[SETS * COLUMNS_MAX];
+    [[unroll]] for (uint j = 0; j < SETS * COLUMNS; j++)
+        w_at[j] = weight_address(n0 + j % COLUMNS * SG, j / COLUMNS);
+    uint x_at[X_MAX];
+    [[unroll]] for (uint r = 0; r < X_REGS; r++)
+        x_at[r] = x_address(m0, (r * SG + lane) * XV);
 #ifndef RN
-    // 1 / rms of the row that each element of x belongs to.
     float inverse[X_MAX];
-    if ((p.flags & LINEAR_NORM) != 0) {
-        [[unroll]] for (int i = 0; i < RM; i++) {
-            float of_row = row_inverse(min(m0 + i, p.n_rows - 1) * p.x_stride, lane);
-            [[unroll]] for (uint r = 0; r < X_REGS; r++)
-                if ((r * SG + lane) * XV / KB == i)
-                    inverse[r] = of_row;
-        }
-    }
+    if ((p.flags & LINEAR_NORM) != 0)
+        row_inverses(m0, lane, inverse);
 #endif
     float acc[RM][SETS * COLUMNS_MAX];
     [[unroll]] for (int i = 0; i < RM; i++) {
@@ -161,15 +189,8 @@ void main() {
             x[r] = LOAD_X(x_at[r] + cell * (CELL / XV));
 #ifndef RN
         if ((p.flags & LINEAR_NORM) != 0) {
-            [[unroll]] for (uint r = 0; r < X_REGS; r++) {
-                uint k = cell * CELL + (r * SG + lane) * XV % KB;
-                [[unroll]] for (uint v = 0; v < XV; v++) {
-                    // as norm.comp: two roundings
-                    precise float normed = X_PART(x[r], v) * inverse[r];
-                    normed *= p.gain.at[k + v];
-                    X_PART(x[r], v) = normed;
-                }
-            }
+            [[unroll]] for (uint r = 0; r < X_REGS; r++)
+                x[r] = normalize(x[r], inverse[r], cell * CELL + (r * SG + lane) * XV % KB);
         }
 #endif
         [[unroll]] for (uint s = 0; s < KB / CELL; s++) {
@@ -192,20 +213,10 @@ void main() {
         }
     }
 
-#ifdef PAIRS
     [[unroll]] for (int i = 0; i < RM; i++)
         if (m0 + i < p.n_rows) {
             [[unroll]] for (uint j = 0; j < COLUMNS; j++)
                 if (n0 + j * SG < p.n_out)
-                    finish_pair(m0 + i, n0 + j * SG, acc[i][j], acc[i][COLUMNS + j]);
+                    write_result(m0 + i, n0 + j * SG, acc[i][j], acc[i][(SETS - 1) * COLUMNS + j]);
         }
-#else
-    [[unroll]] for (int i = 0; i < RM; i++)
-        if (m0 + i < p.n_rows) {
-            [[unroll]] for (uint j = 0; j < COLUMNS; j++)
-                if (n0 + j * SG < p.n_out)
-                    p.dst.at[(m0 + i) * p.out_stride + n0 + j * SG] =
-                        linear_epilogue(p, acc[i][j], m0 + i, n0 + j * SG);
-        }
-#endif
 }
