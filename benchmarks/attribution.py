@@ -220,7 +220,7 @@ def memory(model, vector) -> list[dict]:
         )
         planned[n] = {
             "bytes": chosen.bytes,
-            "n_slots": chosen.n_sample_tokens,
+            "n_sample_tokens": chosen.n_sample_tokens,
             "step_tokens": chosen.step_capacity,
             "kept": chosen.keep_inside,
         }

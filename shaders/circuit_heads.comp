@@ -25,7 +25,7 @@ void main() {
     for (uint i = lane; i < p.d_head; i += WG) {
         // no contraction: equal states cancel
         precise float there = p.base.at[base + i], here = there;
-        if (state != NO_BLOCK)
+        if (state != NO_DIFFERENCE)
             here = p.z.at[from + i];
         here *= factor;
         there *= base_factor;

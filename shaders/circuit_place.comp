@@ -15,13 +15,13 @@ void main() {
     const uint t = gl_WorkGroupID.x, e = 4 * gl_WorkGroupID.y, lane = gl_LocalInvocationID.x,
                half_ = p.d_head / 2;
     const uint entry = p.entries.at[e], kind = entry & 3, pos = p.tokens.at[t].pos,
-               to_block = p.entries.at[e + 3];
+               to_array = p.entries.at[e + 3];
     const bool is_base = (entry & PLACE_BASE) != 0;
     const uint from = (is_base ? t * p.base_stride
                                : (p.entries.at[e + 1] * p.n_tokens + t) * p.x_stride) +
                       p.entries.at[e + 2];
-    const uint to = kind == PLACE_Q ? (to_block * p.n_tokens + t) * p.q_stride
-                                    : (to_block * p.n_slots + p.tokens.at[t].slot) * p.d_head;
+    const uint to = kind == PLACE_Q ? (to_array * p.n_tokens + t) * p.q_stride
+                                    : (to_array * p.n_slots + p.tokens.at[t].slot) * p.d_head;
     const bool turned = !is_base && kind != PLACE_V,
                normed = turned && (p.flags & PLACE_QK_NORM) != 0;
     float inverse = 1.0;

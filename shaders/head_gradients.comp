@@ -14,7 +14,7 @@ void main() {
     uint at[R], step_at[R]; // inputs past the end repeat the last one and are not written
     [[unroll]] for (uint r = 0; r < R; r++) {
         uint v = min(v0 + r, p.n_inputs - 1);
-        at[r] = (v * p.n_slots + t) * p.d_stride;
+        at[r] = (v * p.n_sample_tokens + t) * p.d_stride;
         step_at[r] = t * p.n_steps * p.n_inputs + v;
     }
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {

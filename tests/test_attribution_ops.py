@@ -16,9 +16,9 @@ from vksteer.verify import attribution, backward, problems
 
 @pytest.mark.parametrize("raw_width", [0, *SIZES, 576])
 def test_difference(on, rng, raw_width):
-    for n_slots in (0, 1, 3, 33):
+    for n_sample_tokens in (0, 1, 3, 33):
         for width in (*SIZES, 576, 1024):
-            agree(on, attribution.difference(rng, n_slots, 9, width, raw_width))
+            agree(on, attribution.difference(rng, n_sample_tokens, 9, width, raw_width))
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-3, 1e6, 1e15])
@@ -39,10 +39,10 @@ def test_equal_runs_differ_by_exactly_nothing(on, rng, raw_width):
 
 @pytest.mark.parametrize("n_sources", [0, 1, 3, 10])
 def test_accumulate(on, rng, n_sources):
-    for n_slots in (0, 1, 3, 33):
+    for n_sample_tokens in (0, 1, 3, 33):
         for width in (*SIZES, 576, 1024):
             for gaps in (False, True):
-                agree(on, attribution.accumulate(rng, n_slots, 9, width, n_sources, gaps))
+                agree(on, attribution.accumulate(rng, n_sample_tokens, 9, width, n_sources, gaps))
 
 
 @pytest.mark.parametrize("d_head", [2, 6, 64, 80, 128, 256])
@@ -55,7 +55,7 @@ def test_head_inputs_over_head_sizes(on, rng, d_head):
 
 @pytest.mark.parametrize("n_inputs", [3, 8, 15, 48])
 def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
-    for n_slots in (0, 1, 33):
+    for n_sample_tokens in (0, 1, 33):
         for n_sources, first, n_steps in (
             (1, 0, 1),
             (3, 0, 10),
@@ -68,7 +68,7 @@ def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
                     on,
                     attribution.head_inputs(
                         rng,
-                        n_slots,
+                        n_sample_tokens,
                         9,
                         n_inputs,
                         16,
@@ -84,7 +84,7 @@ def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
                     on,
                     attribution.head_inputs(
                         rng,
-                        n_slots,
+                        n_sample_tokens,
                         9,
                         n_inputs,
                         16,
@@ -100,9 +100,9 @@ def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
 
 @pytest.mark.parametrize("n_inputs", [1, 3, 8, 9, 15, 48])
 def test_head_gradients(on, rng, n_inputs):
-    for n_slots in (0, 1, 7, 32):
+    for n_sample_tokens in (0, 1, 7, 32):
         for n_steps in (0, 1, 10):
-            agree(on, attribution.head_gradients(rng, n_inputs, n_slots, n_steps, 33))
+            agree(on, attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_steps, 33))
     for width in (*SIZES, 576, 1024):
         agree(on, attribution.head_gradients(rng, n_inputs, 3, 2, width))
 
@@ -115,11 +115,11 @@ def test_dots(on, rng, n_k):
                 agree(on, attribution.dots(rng, n_a, n_b, n_k))
 
 
-@pytest.mark.parametrize("n_slots", [0, 1, 3, 32])
-def test_node_dims(on, rng, n_slots):
+@pytest.mark.parametrize("n_sample_tokens", [0, 1, 3, 32])
+def test_node_dims(on, rng, n_sample_tokens):
     for n_nodes in (0, 1, 3, 33):
         for width in (*SIZES, 576, 1024):
-            agree(on, attribution.node_dims(rng, n_nodes, 3, n_slots, width))
+            agree(on, attribution.node_dims(rng, n_nodes, 3, n_sample_tokens, width))
 
 
 # -- properties on which scores rest ---------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_slot_alone_has_the_bits_of_a_slot_in_company(on, rng, build):
             name: array[s : s + 1].copy() if name in per_slot else array
             for name, array in problem.buffers.items()
         }
-        alone = on.run(problem.op, problem.arguments | {"n_slots": 1}, cut)[0]
+        alone = on.run(problem.op, problem.arguments | {"n_sample_tokens": 1}, cut)[0]
         for name in per_slot:
             if name in alone:
                 assert same_bits(alone[name], whole[name][s : s + 1]), name
@@ -209,17 +209,17 @@ def before_norm(on, rng, kept, gain, weights, shape):
     """[inputs, slots, width]: the gradient before the norm, by the reference of norm_bwd for every
     step and every input alone, averaged over steps.
     """
-    n_slots, n_steps, d_head, width = shape
+    n_sample_tokens, n_steps, d_head, width = shape
     x, dqkv = kept.buffers["x"], kept.buffers["dqkv"]
     found = []
     for v in range(len(weights) // d_head):
         rows = slice(v * d_head, (v + 1) * d_head)
-        norm = backward.norm_bwd(rng, n_slots * n_steps, width)
+        norm = backward.norm_bwd(rng, n_sample_tokens * n_steps, width)
         dy = (dqkv[:, rows].astype(np.float64) @ weights[rows]).astype(np.float32)
         norm.buffers |= {"x": x, "gain": gain, "dy": problems.padded(dy, x.shape[1])}
         arguments = norm.arguments | {"eps": attribution.EPS}
         dx = on.run("norm_bwd", arguments, norm.buffers)[1]["dx"][:, :width]
-        found.append(dx.reshape(n_slots, n_steps, width).mean(1))
+        found.append(dx.reshape(n_sample_tokens, n_steps, width).mean(1))
     return np.stack(found)
 
 
@@ -228,10 +228,10 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
     """head_inputs, the product with W^T and head_gradients, by their references and on the device,
     against the reference of the norm's backward pass, step by step and for every input alone.
     """
-    n_slots, n_inputs, d_head, width = 3, 5, 16, 33
-    n_tokens = n_slots * n_steps
-    kept = attribution.head_inputs(rng, n_slots, n_tokens, n_inputs, d_head, width, n_steps)
-    kept.buffers["sources"] = np.arange(n_tokens, dtype=np.uint32).reshape(n_slots, n_steps)
+    n_sample_tokens, n_inputs, d_head, width = 3, 5, 16, 33
+    n_tokens = n_sample_tokens * n_steps
+    kept = attribution.head_inputs(rng, n_sample_tokens, n_tokens, n_inputs, d_head, width, n_steps)
+    kept.buffers["sources"] = np.arange(n_tokens, dtype=np.uint32).reshape(n_sample_tokens, n_steps)
     kept.buffers["heads"][:, : n_inputs * d_head] = 0
     kept.arguments["weight"] = 1 / n_steps
     gain = problems.numbers(rng, width)
@@ -241,17 +241,17 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
     # the projection of the normed stream, from which the op reads the statistic of the norm
     own = (x[:, :width] / rms * gain) @ weights.T.astype(np.float64)
     kept.buffers["qkv"][:, : n_inputs * d_head] = own
-    want = before_norm(on, rng, kept, gain, weights, (n_slots, n_steps, d_head, width))
+    want = before_norm(on, rng, kept, gain, weights, (n_sample_tokens, n_steps, d_head, width))
     # The references, then the device; the largest errors met are 4.9e-8 and 1.7e-7.
     for which, bound in ((1, 2e-6), (0, 5e-6)):
         sums = on.run("head_inputs", kept.arguments, kept.buffers)[which]
         heads = sums["heads"][:, : n_inputs * d_head].astype(np.float64)
         g = np.einsum(
             "svd,vdw->vsw",
-            heads.reshape(n_slots, n_inputs, d_head),
+            heads.reshape(n_sample_tokens, n_inputs, d_head),
             weights.reshape(n_inputs, d_head, width),
         )
-        end = attribution.head_gradients(rng, n_inputs, n_slots, n_steps, width)
+        end = attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width)
         end.buffers |= {
             "g": problems.padded(g.reshape(-1, width).astype(np.float32), x.shape[1]),
             "gain": gain,
@@ -269,23 +269,23 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
 @few
 @given(
     seed=seeds,
-    n_slots=st.integers(0, 40),
+    n_sample_tokens=st.integers(0, 40),
     n_tokens=st.integers(1, 20),
     width=st.integers(1, 300),
     raw_width=st.integers(0, 300),
     n_sources=st.integers(0, 12),
     gaps=st.booleans(),
 )
-def test_any_sums(on, seed, n_slots, n_tokens, width, raw_width, n_sources, gaps):
+def test_any_sums(on, seed, n_sample_tokens, n_tokens, width, raw_width, n_sources, gaps):
     rng = np.random.default_rng(seed)
-    agree(on, attribution.difference(rng, n_slots, n_tokens, width, raw_width))
-    agree(on, attribution.accumulate(rng, n_slots, n_tokens, width, n_sources, gaps))
+    agree(on, attribution.difference(rng, n_sample_tokens, n_tokens, width, raw_width))
+    agree(on, attribution.accumulate(rng, n_sample_tokens, n_tokens, width, n_sources, gaps))
 
 
 @few
 @given(
     seed=seeds,
-    n_slots=st.integers(1, 20),
+    n_sample_tokens=st.integers(1, 20),
     n_inputs=st.integers(1, 20),
     half=st.integers(1, 40),
     width=st.integers(1, 300),
@@ -297,14 +297,14 @@ def test_any_sums(on, seed, n_slots, n_tokens, width, raw_width, n_sources, gaps
     gaps=st.booleans(),
 )
 def test_any_head_inputs(
-    on, seed, n_slots, n_inputs, half, width, first, n_sources, rest, normed, bias, gaps
+    on, seed, n_sample_tokens, n_inputs, half, width, first, n_sources, rest, normed, bias, gaps
 ):
     rng = np.random.default_rng(seed)
     agree(
         on,
         attribution.head_inputs(
             rng,
-            n_slots,
+            n_sample_tokens,
             9,
             n_inputs,
             2 * half,
@@ -317,7 +317,7 @@ def test_any_head_inputs(
             gaps,
         ),
     )
-    agree(on, attribution.head_gradients(rng, n_inputs, n_slots, n_sources, width))
+    agree(on, attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_sources, width))
 
 
 @few
@@ -326,13 +326,13 @@ def test_any_head_inputs(
     n_a=st.integers(1, 40),
     n_b=st.integers(1, 100),
     n_k=st.integers(1, 600),
-    n_slots=st.integers(1, 32),
+    n_sample_tokens=st.integers(1, 32),
     width=st.integers(1, 200),
 )
-def test_any_contraction(on, seed, n_a, n_b, n_k, n_slots, width):
+def test_any_contraction(on, seed, n_a, n_b, n_k, n_sample_tokens, width):
     rng = np.random.default_rng(seed)
     agree(on, attribution.dots(rng, n_a, n_b, n_k))
-    agree(on, attribution.node_dims(rng, n_b, 1 + n_a, n_slots, width))
+    agree(on, attribution.node_dims(rng, n_b, 1 + n_a, n_sample_tokens, width))
 
 
 # -- the bench -------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_any_contraction(on, seed, n_a, n_b, n_k, n_slots, width):
 @pytest.mark.parametrize(
     "build, change",
     [
-        (lambda rng: attribution.difference(rng, 3, 5, 33), {"n_slots": 4}),
+        (lambda rng: attribution.difference(rng, 3, 5, 33), {"n_sample_tokens": 4}),
         (lambda rng: attribution.difference(rng, 3, 5, 33), {"raw_width": 5}),
         (lambda rng: attribution.accumulate(rng, 3, 5, 33, 2), {"n_sources": 3}),
         (lambda rng: attribution.accumulate(rng, 3, 5, 33, 2), {"stride": 4800}),
@@ -352,7 +352,7 @@ def test_any_contraction(on, seed, n_a, n_b, n_k, n_slots, width):
         (lambda rng: attribution.head_gradients(rng, 4, 3, 2, 33), {"n_steps": 3}),
         (lambda rng: attribution.dots(rng, 3, 4, 5), {"n_k": 6}),
         (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_nodes": 4}),
-        (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_slots": 6}),
+        (lambda rng: attribution.node_dims(rng, 3, 2, 5, 33), {"n_sample_tokens": 6}),
     ],
 )
 def test_senseless_sizes_are_refused(on, rng, build, change):

@@ -146,7 +146,7 @@ static int input_gradients(struct attribution *a, const struct tile *tile, uint3
             .steps = rows_of(sums->steps, tile, a->n_steps * n),
             .xs = rows_of(sums->xs, tile, a->n_steps * work->d_stride),
             .n_inputs = n,
-            .n_slots = tile->n,
+            .n_sample_tokens = tile->n,
             .n_steps = a->n_steps,
             .width = f->d_model,
             .d_stride = work->d_stride,
@@ -202,7 +202,7 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
         .du = run_address(a->du),
         .g = run_address(a->g),
         .groups = uploaded,
-        .n_slots = tile->n,
+        .n_sample_tokens = tile->n,
         .width = f->d_model,
         .d_stride = d,
     };

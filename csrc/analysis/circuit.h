@@ -28,7 +28,7 @@
  * first_layer on, w = H + 2G + 1 inputs in each (q, k, v and the MLP's), and the logits' input
  * last. Differences are numbered: 0 is what steering adds; then, layer by layer, those of the
  * heads' outputs in the order of `outputs` and one for every entry of the MLP; then the masked
- * copies in the order of `masks`. NO_BLOCK in place of an entry or a state stands for the base
+ * copies in the order of `masks`. NO_DIFFERENCE in place of an entry or a state stands for the base
  * run's. */
 struct circuit_plan {
     uint32_t first_layer;
@@ -39,11 +39,11 @@ struct circuit_plan {
     const uint32_t *refs;
     const uint32_t *state_first; /* [n + 1] */
     /* [states, 4] head, then entries of its query, key and value (counted within that input) or
-     * NO_BLOCK */
+     * NO_DIFFERENCE */
     const uint32_t *states;
     const uint32_t *output_first; /* [n + 1] */
-    /* [outputs, 3] head (ascending within a layer), state (counted within the layer) or NO_BLOCK,
-     * variant (of a post-norm) */
+    /* [outputs, 3] head (ascending within a layer), state (counted within the layer) or
+     * NO_DIFFERENCE, variant (of a post-norm) */
     const uint32_t *outputs;
     const uint32_t *variant_first; /* [n + 1] */
     /* [variants, H] states of all heads of a layer, whose summed output a post-norm normalises */

@@ -16,7 +16,8 @@ static int firsts_check(const uint32_t *first, uint32_t n, uint32_t total, const
 }
 
 static int state_entry_bad(const struct circuit_plan *plan, uint32_t input, uint32_t entry) {
-    return entry != NO_BLOCK && entry >= plan->entry_first[input + 1] - plan->entry_first[input];
+    return entry != NO_DIFFERENCE &&
+           entry >= plan->entry_first[input + 1] - plan->entry_first[input];
 }
 
 /* Checks the states, outputs and variants of layer first_layer + i. */
@@ -37,16 +38,16 @@ static int layer_check(const struct model_facts *f, const struct circuit_plan *p
     for (uint32_t o = plan->output_first[i]; o < plan->output_first[i + 1]; o++) {
         const uint32_t *output = plan->outputs + 3 * (size_t)o;
         if (output[0] < head || output[0] >= f->n_heads ||
-            (output[1] != NO_BLOCK && output[1] >= n_states) ||
-            (output[1] != NO_BLOCK &&
+            (output[1] != NO_DIFFERENCE && output[1] >= n_states) ||
+            (output[1] != NO_DIFFERENCE &&
              plan->states[4 * (size_t)(plan->state_first[i] + output[1])] != output[0]) ||
-            (f->post_norms ? output[2] >= n_variants : output[1] == NO_BLOCK))
+            (f->post_norms ? output[2] >= n_variants : output[1] == NO_DIFFERENCE))
             return error_set(error, ERROR_VALUE, "output %u of a plan is invalid", o);
         head = output[0];
     }
     for (size_t v = (size_t)plan->variant_first[i] * f->n_heads;
          v < (size_t)plan->variant_first[i + 1] * f->n_heads; v++)
-        if (plan->variants[v] != NO_BLOCK &&
+        if (plan->variants[v] != NO_DIFFERENCE &&
             (plan->variants[v] >= n_states ||
              plan->states[4 * (size_t)(plan->state_first[i] + plan->variants[v])] !=
                  v % f->n_heads))
@@ -106,7 +107,7 @@ int circuit_plan_check(const struct model_facts *f, const struct circuit_plan *p
 /* The index of the base run's query, key or value of a head in this layer, behind those of the
  * entries; *n counts both. A base run's value that no state names gets none. */
 static uint32_t base_index(uint32_t *base, uint32_t i, uint32_t *n) {
-    if (base[i] == NO_BLOCK)
+    if (base[i] == NO_DIFFERENCE)
         base[i] = (*n)++;
     return base[i];
 }
@@ -123,7 +124,7 @@ static uint32_t *places_write(uint32_t *out, const struct circuit_layer *layer,
             memcpy(out, (uint32_t[]){kind, e, column, e - start}, 16);
     }
     for (uint32_t i = 0; i < n; i++)
-        if (base[i] != NO_BLOCK) {
+        if (base[i] != NO_DIFFERENCE) {
             memcpy(out, (uint32_t[]){kind | PLACE_BASE, 0, (from + i) * f->d_head, base[i]}, 16);
             out += 4;
         }
@@ -139,7 +140,7 @@ static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan 
     uint32_t H = f->n_heads, G = f->n_kv_heads, base[3 * 1024], *words = run->words;
     uint32_t *q = base, *k = base + H, *v = base + H + G;
     for (uint32_t j = 0; j < H + 2 * G; j++)
-        base[j] = NO_BLOCK;
+        base[j] = NO_DIFFERENCE;
     layer->n_q = layer->input_first[H];
     layer->n_k = layer->input_first[H + G] - layer->input_first[H];
     layer->n_v = layer->n_entries - layer->input_first[H + G];
@@ -147,14 +148,14 @@ static uint32_t layer_tables(struct circuit_run *run, const struct circuit_plan 
     for (uint32_t s = 0; s < layer->n_states; s++) {
         const uint32_t *state = plan->states + 4 * (size_t)(plan->state_first[i] + s);
         uint32_t head = state[0], group = head / (H / G);
-        resolved[3 * s] = state[1] == NO_BLOCK ? base_index(q, head, &layer->n_q)
-                                               : layer->input_first[head] + state[1];
-        resolved[3 * s + 1] = state[2] == NO_BLOCK ? base_index(k, group, &layer->n_k)
-                                                   : layer->input_first[H + group] -
-                                                         layer->input_first[H] + state[2];
-        resolved[3 * s + 2] = state[3] == NO_BLOCK ? base_index(v, group, &layer->n_v)
-                                                   : layer->input_first[H + G + group] -
-                                                         layer->input_first[H + G] + state[3];
+        resolved[3 * s] = state[1] == NO_DIFFERENCE ? base_index(q, head, &layer->n_q)
+                                                    : layer->input_first[head] + state[1];
+        resolved[3 * s + 1] = state[2] == NO_DIFFERENCE ? base_index(k, group, &layer->n_k)
+                                                        : layer->input_first[H + group] -
+                                                              layer->input_first[H] + state[2];
+        resolved[3 * s + 2] = state[3] == NO_DIFFERENCE ? base_index(v, group, &layer->n_v)
+                                                        : layer->input_first[H + G + group] -
+                                                              layer->input_first[H + G] + state[3];
     }
     layer->place_table = at;
     uint32_t *end = places_write(words + at, layer, f, PLACE_Q, 0, H, q);

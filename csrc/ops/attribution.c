@@ -4,9 +4,9 @@
 int op_head_gradients(struct ops *ops, const struct head_gradients_params *params,
                       struct error *error) {
     return gpu_queue_dispatch(
-        ops->queue, KERNEL_head_gradients, params, sizeof *params, params->n_slots,
+        ops->queue, KERNEL_head_gradients, params, sizeof *params, params->n_sample_tokens,
         (params->n_inputs + 7) / 8, 1,
-        4.0 * params->n_slots * params->n_inputs * params->n_steps * params->width, error);
+        4.0 * params->n_sample_tokens * params->n_inputs * params->n_steps * params->width, error);
 }
 
 #define DOTS 8 /* rows of either side that a subgroup takes (R of the shader) */

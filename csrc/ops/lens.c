@@ -15,7 +15,7 @@ static int share_check(const struct op_matrix *matrix, const struct op_head_out_
 
 int op_head_out(struct ops *ops, const struct op_matrix *matrix,
                 const struct op_head_out_args *args, struct error *error) {
-    int texels = ops->linear_family == LINEAR_TEXELS;
+    int texels = ops->kernel_family == LINEAR_TEXELS;
     /* A software device has few workers, and each reads fastest straight through its panel; a GPU
      * wants every (panel, head) at once. */
     uint32_t each = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? args->n_heads : 1;

@@ -17,18 +17,18 @@ struct variant {
 
 static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "texels", "tiled"};
 
-const char *op_linear_family_name(int family) {
+const char *op_kernel_family_name(int family) {
     return family >= 0 && family < LINEAR_FAMILIES ? family_names[family] : "unknown";
 }
 
-int op_linear_family_find(const char *name) {
+int op_kernel_family_find(const char *name) {
     for (int i = 0; i < LINEAR_FAMILIES; i++)
         if (strcmp(name, family_names[i]) == 0)
             return i;
     return -1;
 }
 
-int op_linear_family_offered(const struct ops *ops, int family) {
+int op_kernel_family_offered(const struct ops *ops, int family) {
     const struct gpu_device_info *info = gpu_device_get_info(ops->device);
     switch (family) {
     case LINEAR_BROADCAST: return 1;
@@ -66,19 +66,19 @@ static int decode_find(uint32_t type, uint32_t rm, uint32_t texels) {
 
 static struct variant variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows,
                                      int decode) {
-    if (ops->linear_family == LINEAR_TILED && decode) {
+    if (ops->kernel_family == LINEAR_TILED && decode) {
         struct variant variant = variant_find(decode_find, decode_rows, COUNT(decode_rows), type, 0,
                                               n_rows);
         variant.columns = OP_PANEL;
         return variant;
     }
-    if (ops->linear_family == LINEAR_TILED)
+    if (ops->kernel_family == LINEAR_TILED)
         return (struct variant){kernel_linear_tiled(type), TILED_SIDE, TILED_SIDE};
     /* Where a lane takes several columns (RN; 16 rows of 4 columns) there are too many accumulators
      * for AVX2's 16 registers of 8 lanes: 8 rows of a panel are faster there for any number of
      * rows. NVIDIA's driver (580.159) compiles that variant for 30 s, and GPUs need this family
      * only to check the tiled one against. */
-    int texels = ops->linear_family == LINEAR_TEXELS;
+    int texels = ops->kernel_family == LINEAR_TEXELS;
     int narrow = ops->subgroup == 8 || gpu_device_get_info(ops->device)->type != GPU_SOFTWARE;
     size_t n = COUNT(linear_rows);
     while (narrow && kernel_linear_RN(type, linear_rows[n - 1], (uint32_t)texels))
@@ -90,11 +90,11 @@ static struct variant variant_choose(const struct ops *ops, uint32_t type, uint3
 
 static struct variant pairs_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
     return variant_find(kernel_linear_pairs, pairs_rows, COUNT(pairs_rows), type,
-                        ops->linear_family == LINEAR_TEXELS, n_rows);
+                        ops->kernel_family == LINEAR_TEXELS, n_rows);
 }
 
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
-    if (ops->linear_family == LINEAR_TILED)
+    if (ops->kernel_family == LINEAR_TILED)
         return variant->columns;
     return variant->columns ? variant->columns * ops->workgroup : op_panel_columns(ops);
 }
@@ -141,7 +141,7 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
             .width = matrix->k,
             .eps = args->eps,
         };
-        if (ops->linear_family == LINEAR_TEXELS &&
+        if (ops->kernel_family == LINEAR_TEXELS &&
             gpu_queue_texels(ops->queue, params.weights,
                              op_matrix_bytes(matrix->type, n_out, matrix->k), error))
             return -1;
@@ -155,7 +155,7 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
 }
 
 int op_linear_norms(const struct ops *ops, uint32_t n_rows) {
-    return ops->linear_family != LINEAR_TILED && ops->workgroup == ops->subgroup && n_rows <= 8;
+    return ops->kernel_family != LINEAR_TILED && ops->workgroup == ops->subgroup && n_rows <= 8;
 }
 
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args,
@@ -185,7 +185,7 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
                     const struct op_linear_pairs_args *args, struct error *error) {
     uint32_t n_rows = args->n_rows, n_pairs = matrix->n / 2, columns = op_panel_columns(ops),
              heads = args->n_heads + 2 * args->n_kv_heads;
-    int rotate = args->kind == PAIRS_ROTATE, texels = ops->linear_family == LINEAR_TEXELS;
+    int rotate = args->kind == PAIRS_ROTATE, texels = ops->kernel_family == LINEAR_TEXELS;
     struct variant variant = pairs_choose(ops, matrix->type, n_rows);
     if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_segments != 1 ||
         args->x_stride < (matrix->k + 15) / 16 * 16 ||
@@ -255,10 +255,10 @@ int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t coun
 /* --- backward --------------------------------------------------------------------------------- */
 
 static struct variant backward_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
-    if (ops->linear_family == LINEAR_TILED)
+    if (ops->kernel_family == LINEAR_TILED)
         return (struct variant){kernel_linear_bwd_tiled(type), TILED_SIDE, TILED_SIDE};
     return variant_find(kernel_linear_bwd, bwd_rows, COUNT(bwd_rows), type,
-                        ops->linear_family == LINEAR_TEXELS, n_rows);
+                        ops->kernel_family == LINEAR_TEXELS, n_rows);
 }
 
 static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,
@@ -286,7 +286,7 @@ static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix
             .x_stride = args->x_stride,
             .flags = add ? LINEAR_ADD : 0,
         };
-        if (ops->linear_family == LINEAR_TEXELS &&
+        if (ops->kernel_family == LINEAR_TEXELS &&
             gpu_queue_texels(
                 ops->queue, params.weights,
                 op_matrix_bytes(matrix->type, matrix->segments[segment].count, matrix->k), error))
@@ -314,7 +314,7 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
         return error_set(error, ERROR_VALUE,
                          "a backward product over rows %u to %u of a matrix with %u", args->first_n,
                          args->first_n + n_sum, matrix->n);
-    uint32_t at_once = ops->linear_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX
+    uint32_t at_once = ops->kernel_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX
                                                                                 : BACKWARD_STRIP;
     int add = args->add;
     for (uint32_t c = 0; c < matrix->n_segments; c++) {

@@ -108,7 +108,7 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second,
     int failed = -1;
     if (buffer(ops, &from, bytes, error) || buffer(ops, &to, 64, error))
         goto done;
-    int texels = ops->linear_family == LINEAR_TEXELS;
+    int texels = ops->kernel_family == LINEAR_TEXELS;
     uint32_t n_cells = (uint32_t)(bytes / 16), each = 64 * 1024 / 16; /* 64 KiB a subgroup */
     struct read_params params = {
         .x = gpu_buffer_address(from),

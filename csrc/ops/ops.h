@@ -19,7 +19,7 @@ struct ops {
     struct gpu_device *device;
     struct gpu_queue *queue;
     uint32_t subgroup, workgroup; /* invocations */
-    int linear_family;            /* enum op_linear_family, measured once per device or pinned */
+    int kernel_family;            /* enum op_kernel_family, measured once per device or pinned */
 };
 
 int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);
@@ -72,11 +72,11 @@ static inline uint32_t op_panel_columns(const struct ops *ops) {
  * (software), the second reads weights through texel buffers: one chain over k in every phase. The
  * last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split
  * over a workgroup, in an order of its own. */
-enum op_linear_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };
-const char *op_linear_family_name(int family);
-int op_linear_family_find(const char *name); /* -1 if there is none */
+enum op_kernel_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };
+const char *op_kernel_family_name(int family);
+int op_kernel_family_find(const char *name); /* -1 if there is none */
 /* does the device have what it needs? */
-int op_linear_family_offered(const struct ops *ops, int family);
+int op_kernel_family_offered(const struct ops *ops, int family);
 
 struct op_linear_args {
     uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
@@ -176,7 +176,7 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
 
 /* --- self_test.c ------------------------------------------------------------------------------ */
 
-/* May the kernels of `family` (enum op_linear_family) take the place of the
+/* May the kernels of `family` (enum op_kernel_family) take the place of the
  * baseline's? Runs both on a small awkward problem with weights of one type (WEIGHT_*; -1: of every
  * type), in both phases and backward: bits must be the baseline's (in decoding, for a family with
  * an order of its own, close to it), and a row's bits must not depend on how many rows there are.

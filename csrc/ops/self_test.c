@@ -108,7 +108,7 @@ static int product_back(struct ops *ops, const struct test *test, const struct j
 /* The first `n_rows` rows' product into `out`, whose other rows become zero. */
 static int product(struct ops *ops, const struct test *test, const struct job *job, uint32_t n_rows,
                    int family, struct gpu_buffer *out, struct error *error) {
-    int before = ops->linear_family, failed;
+    int before = ops->kernel_family, failed;
     uint64_t inputs = gpu_buffer_address(test->inputs),
              bias = inputs + 4 * (uint64_t)TEST_M * test->x_stride;
     struct op_matrix matrix = {
@@ -133,12 +133,12 @@ static int product(struct ops *ops, const struct test *test, const struct job *j
         .decode = job->phase == DECODING,
     };
     memset(gpu_buffer_map(out), 0, 4 * (size_t)TEST_M * test->dst_stride);
-    ops->linear_family = family;
+    ops->kernel_family = family;
     failed = job->phase == BACKWARD
                  ? product_back(ops, test, job, &matrix, n_rows, args.add, out, error)
                  : op_linear(ops, &matrix, &args, error);
     failed = failed || gpu_queue_wait(ops->queue, error);
-    ops->linear_family = before;
+    ops->kernel_family = before;
     return failed ? -1 : 0;
 }
 
@@ -158,7 +158,7 @@ static int compare(const struct test *test, const struct job *job, uint32_t n_ro
             return error_set(error, ERROR_VALUE,
                              "matrix kernels '%s', %s weights, %s, %u rows: row %u, column %u is "
                              "%.9g where %.9g is due",
-                             op_linear_family_name(family), types[job->type], phases[job->phase],
+                             op_kernel_family_name(family), types[job->type], phases[job->phase],
                              n_rows, i / test->dst_stride, i % test->dst_stride, (double)got[i],
                              (double)*expected);
     }
@@ -186,10 +186,10 @@ static int job_run(struct ops *ops, const struct test *test, const struct job *j
 
 int op_linear_self_test(struct ops *ops, int family, int only_type, struct error *error) {
     struct test test = {0};
-    if (!op_linear_family_offered(ops, family))
+    if (!op_kernel_family_offered(ops, family))
         return error_set(error, ERROR_VALUE,
                          "matrix kernels '%s' (%d) are not offered by this device",
-                         op_linear_family_name(family), family);
+                         op_kernel_family_name(family), family);
     int failed = test_make(&test, ops->device, error);
     for (uint32_t type = WEIGHT_F32; type <= WEIGHT_F16 && !failed; type++) {
         if (only_type >= 0 && type != (uint32_t)only_type)

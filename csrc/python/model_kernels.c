@@ -13,7 +13,7 @@ static struct ops *ops_of(PyObject *object) {
 PyObject *model_get_family(PyObject *object, void *unused) {
     (void)unused;
     struct ops *ops = ops_of(object);
-    return ops ? PyUnicode_FromString(op_linear_family_name(ops->linear_family)) : NULL;
+    return ops ? PyUnicode_FromString(op_kernel_family_name(ops->kernel_family)) : NULL;
 }
 
 int model_set_family(PyObject *object, PyObject *value, void *unused) {
@@ -22,15 +22,15 @@ int model_set_family(PyObject *object, PyObject *value, void *unused) {
     PyObject *text = ops && value ? PyUnicode_AsUTF8String(value) : NULL;
     if (!text)
         return -1;
-    int family = op_linear_family_find(PyBytes_AsString(text));
+    int family = op_kernel_family_find(PyBytes_AsString(text));
     Py_DECREF(text);
-    if (family < 0 || !op_linear_family_offered(ops, family)) {
+    if (family < 0 || !op_kernel_family_offered(ops, family)) {
         PyErr_Format(PyExc_ValueError, "%R is not one of this device's matrix kernels", value);
         return -1;
     }
     if (engine_begin((struct model_object *)object, 0))
         return -1;
-    ops->linear_family = family;
+    ops->kernel_family = family;
     engine_end((struct model_object *)object);
     return 0;
 }
@@ -40,9 +40,9 @@ PyObject *model_get_families(PyObject *object, void *unused) {
     struct ops *ops = ops_of(object);
     PyObject *list = ops ? PyList_New(0) : NULL;
     for (int i = 0; list && i < LINEAR_FAMILIES; i++) {
-        if (!op_linear_family_offered(ops, i))
+        if (!op_kernel_family_offered(ops, i))
             continue;
-        PyObject *name = PyUnicode_FromString(op_linear_family_name(i));
+        PyObject *name = PyUnicode_FromString(op_kernel_family_name(i));
         if (!name || PyList_Append(list, name))
             Py_CLEAR(list);
         Py_XDECREF(name);

@@ -281,8 +281,8 @@ static PyObject *bench_families(PyObject *object, PyObject *unused) {
     struct bench_object *self = (struct bench_object *)object;
     PyObject *list = PyList_New(0);
     for (int i = 0; list && i < LINEAR_FAMILIES; i++) {
-        PyObject *item = op_linear_family_offered(&self->ops, i)
-                             ? Py_BuildValue("(is)", i, op_linear_family_name(i))
+        PyObject *item = op_kernel_family_offered(&self->ops, i)
+                             ? Py_BuildValue("(is)", i, op_kernel_family_name(i))
                              : Py_NewRef(Py_None);
         if (!item || (item != Py_None && PyList_Append(list, item)))
             Py_CLEAR(list);

@@ -4,8 +4,8 @@
 #include "reference/reference.h"
 
 void reference_difference(struct reference_memory *memory, const struct difference_params *p,
-                          uint32_t n_slots) {
-    for (uint32_t s = 0; s < n_slots && !memory->failed; s++) {
+                          uint32_t n_sample_tokens) {
+    for (uint32_t s = 0; s < n_sample_tokens && !memory->failed; s++) {
         uint64_t row[2];
         double factor[2] = {1, 1};
         for (uint32_t j = 0; j < 2; j++) {
@@ -23,8 +23,8 @@ void reference_difference(struct reference_memory *memory, const struct differen
 }
 
 void reference_accumulate(struct reference_memory *memory, const struct accumulate_params *p,
-                          uint32_t n_slots) {
-    for (uint32_t s = 0; s < n_slots && !memory->failed; s++)
+                          uint32_t n_sample_tokens) {
+    for (uint32_t s = 0; s < n_sample_tokens && !memory->failed; s++)
         for (uint32_t k = 0; k < p->n_sources && !memory->failed; k++) {
             uint32_t t = reference_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
             for (uint32_t i = 0; t != NO_SOURCE && i < p->width && !memory->failed; i++)
@@ -54,14 +54,14 @@ static void statistic_keep(struct reference_memory *memory, const struct head_in
 }
 
 void reference_head_inputs(struct reference_memory *memory, const struct head_inputs_params *p,
-                           uint32_t n_slots) {
+                           uint32_t n_sample_tokens) {
     int normed = (p->flags & HEAD_INPUTS_NORMED) != 0;
     uint32_t n = p->n_inputs * p->d_head;
     if (n > p->stride ||
         (!normed && (p->first_step > p->n_steps || p->n_sources > p->n_steps - p->first_step)))
         reference_fail(memory, "%u columns in rows of %u, steps %u to %u of %u", n, p->stride,
                        p->first_step, p->first_step + p->n_sources, p->n_steps);
-    for (uint32_t s = 0; s < n_slots && !memory->failed; s++)
+    for (uint32_t s = 0; s < n_sample_tokens && !memory->failed; s++)
         for (uint32_t k = 0; k < p->n_sources && !memory->failed; k++) {
             uint32_t t = reference_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
             if (t == NO_SOURCE)
@@ -81,10 +81,10 @@ void reference_head_inputs(struct reference_memory *memory, const struct head_in
 void reference_head_gradients(struct reference_memory *memory,
                               const struct head_gradients_params *p) {
     for (uint32_t v = 0; v < p->n_inputs && !memory->failed; v++)
-        for (uint32_t t = 0; t < p->n_slots && !memory->failed; t++)
+        for (uint32_t t = 0; t < p->n_sample_tokens && !memory->failed; t++)
             for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-                double *g = reference_float(memory, p->g,
-                                            ((uint64_t)v * p->n_slots + t) * p->d_stride + i);
+                double *g = reference_float(
+                    memory, p->g, ((uint64_t)v * p->n_sample_tokens + t) * p->d_stride + i);
                 *g *= *reference_float(memory, p->gain, i);
                 for (uint32_t k = 0; k < p->n_steps; k++) {
                     uint64_t step = (uint64_t)t * p->n_steps + k;
@@ -108,11 +108,11 @@ void reference_dots(struct reference_memory *memory, const struct dots_params *p
 void reference_node_dims(struct reference_memory *memory, const struct node_dims_params *p,
                          uint32_t n_nodes) {
     for (uint32_t u = 0; u < n_nodes && !memory->failed; u++) {
-        uint64_t du = (uint64_t)u * p->n_slots,
-                 g = (uint64_t)reference_word(memory, p->groups, u) * p->n_slots;
+        uint64_t du = (uint64_t)u * p->n_sample_tokens,
+                 g = (uint64_t)reference_word(memory, p->groups, u) * p->n_sample_tokens;
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
             double sum = 0;
-            for (uint32_t t = 0; t < p->n_slots && !memory->failed; t++)
+            for (uint32_t t = 0; t < p->n_sample_tokens && !memory->failed; t++)
                 sum += *reference_float(memory, p->du, (du + t) * p->d_stride + i) *
                        *reference_float(memory, p->g, (g + t) * p->d_stride + i);
             *reference_float(memory, p->dims, (uint64_t)u * p->width + i) = sum;

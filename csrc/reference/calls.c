@@ -73,11 +73,11 @@ static int reference_matrix(struct reference_memory *memory, const struct matrix
 
 /* Runs by the kernel family that a call names. */
 static int family_begin(struct ops *ops, uint32_t family_plus_1, struct error *error) {
-    int before = ops->linear_family;
+    int before = ops->kernel_family;
     if (family_plus_1 > LINEAR_FAMILIES)
         return error_set(error, ERROR_VALUE, "there is no kernel family %u", family_plus_1 - 1);
     if (family_plus_1)
-        ops->linear_family = (int)family_plus_1 - 1;
+        ops->kernel_family = (int)family_plus_1 - 1;
     return before;
 }
 
@@ -90,7 +90,7 @@ static int family_begin(struct ops *ops, uint32_t family_plus_1, struct error *e
             return -1; \
         int failed = matrix_make(&call->matrix, &matrix, error) || \
                      op_##name(ops, &matrix, &call->args, error); \
-        ops->linear_family = before; \
+        ops->kernel_family = before; \
         return failed ? -1 : 0; \
     }
 RUN_OF_FAMILY(linear)

@@ -39,9 +39,9 @@ static void place(struct reference_memory *memory, const struct circuit_place_pa
                   uint64_t entry, uint32_t t) {
     uint32_t word = reference_word(memory, p->entries, entry), kind = word & 3,
              half = p->d_head / 2;
-    uint32_t from_block = reference_word(memory, p->entries, entry + 1),
+    uint32_t from_array = reference_word(memory, p->entries, entry + 1),
              column = reference_word(memory, p->entries, entry + 2);
-    uint32_t to_block = reference_word(memory, p->entries, entry + 3);
+    uint32_t to_array = reference_word(memory, p->entries, entry + 3);
     struct token_meta token = reference_token(memory, p->tokens, t);
     int base = (word & PLACE_BASE) != 0, turned = !base && kind != PLACE_V;
     uint64_t source = base ? p->base : p->x, dst = kind == PLACE_Q   ? p->q
@@ -49,10 +49,10 @@ static void place(struct reference_memory *memory, const struct circuit_place_pa
                                                                      : p->v_cache;
     uint64_t gain = kind == PLACE_Q ? p->q_gain : p->k_gain;
     uint64_t from = (base ? (uint64_t)t * p->base_stride
-                          : ((uint64_t)from_block * p->n_tokens + t) * p->x_stride) +
+                          : ((uint64_t)from_array * p->n_tokens + t) * p->x_stride) +
                     column;
-    uint64_t to = kind == PLACE_Q ? ((uint64_t)to_block * p->n_tokens + t) * p->q_stride
-                                  : ((uint64_t)to_block * p->n_slots + token.slot) * p->d_head;
+    uint64_t to = kind == PLACE_Q ? ((uint64_t)to_array * p->n_tokens + t) * p->q_stride
+                                  : ((uint64_t)to_array * p->n_slots + token.slot) * p->d_head;
     double inverse = turned && p->flags & PLACE_QK_NORM
                          ? reference_inverse_rms(memory, source, from, p->d_head, p->eps)
                          : 1;
@@ -89,7 +89,7 @@ void reference_circuit_heads(struct reference_memory *memory, const struct circu
         for (uint32_t t = 0; t < p->n_tokens && !memory->failed; t++) {
             uint32_t state = reference_word(memory, p->entries, 4 * (uint64_t)e),
                      head = reference_word(memory, p->entries, 4 * (uint64_t)e + 1);
-            uint32_t block = reference_word(memory, p->entries, 4 * (uint64_t)e + 3),
+            uint32_t scale_row = reference_word(memory, p->entries, 4 * (uint64_t)e + 3),
                      column = p->flags & HEADS_COLUMN ? head * p->d_head : 0;
             uint64_t row =
                 ((uint64_t)reference_word(memory, p->entries, 4 * (uint64_t)e + 2) * p->n_tokens +
@@ -99,14 +99,15 @@ void reference_circuit_heads(struct reference_memory *memory, const struct circu
                      from = ((uint64_t)state * p->n_tokens + t) * p->z_stride;
             double scale = 1, base_scale = 1;
             if (p->flags & HEADS_SCALED) {
-                scale = *reference_float(memory, p->scale, (uint64_t)block * p->n_tokens + t);
+                scale = *reference_float(memory, p->scale, (uint64_t)scale_row * p->n_tokens + t);
                 base_scale = *reference_float(memory, p->base_scale, t);
             }
             for (uint32_t i = 0; i < p->out_stride && p->flags & HEADS_ZERO && !memory->failed; i++)
                 *reference_float(memory, p->dst, row + i) = 0;
             for (uint32_t i = 0; i < p->d_head && !memory->failed; i++) {
                 double there = *reference_float(memory, p->base, base + i),
-                       here = state == NO_BLOCK ? there : *reference_float(memory, p->z, from + i);
+                       here = state == NO_DIFFERENCE ? there
+                                                     : *reference_float(memory, p->z, from + i);
                 *reference_float(memory, p->dst, row + column + i) =
                     here / scale - (p->flags & HEADS_DIFFERENCE ? there / base_scale : 0);
             }

@@ -62,14 +62,14 @@ BLOCK(head_inputs_params) {
 };
 
 /* In place on g[v, t, :] = W_v^T heads[t, v]: the gradient before the norm, see above. Row (v, t)
- * at (v * n_slots + t) * d_stride. */
+ * at (v * n_sample_tokens + t) * d_stride. */
 BLOCK(head_gradients_params) {
     ADDRESS(FloatsInOut) g;
     ADDRESS(FloatsIn) gain;
-    ADDRESS(FloatsIn) steps; /* [n_slots, n_steps, n_inputs] */
-    ADDRESS(FloatsIn) xs;    /* [n_slots, n_steps, d_stride] */
+    ADDRESS(FloatsIn) steps; /* [n_sample_tokens, n_steps, n_inputs] */
+    ADDRESS(FloatsIn) xs;    /* [n_sample_tokens, n_steps, d_stride] */
     UINT n_inputs;
-    UINT n_slots;
+    UINT n_sample_tokens;
     UINT n_steps;
     UINT width;
     UINT d_stride;
@@ -87,11 +87,11 @@ BLOCK(dots_params) {
 
 /* dims[u, :] = sum over t of du[u, t, :] g[group[u], t, :]. */
 BLOCK(node_dims_params) {
-    ADDRESS(FloatsIn) du;    /* [n, n_slots, d_stride] */
-    ADDRESS(FloatsIn) g;     /* [groups, n_slots, d_stride] */
+    ADDRESS(FloatsIn) du;    /* [n, n_sample_tokens, d_stride] */
+    ADDRESS(FloatsIn) g;     /* [groups, n_sample_tokens, d_stride] */
     ADDRESS(Words) groups;   /* [n] */
     ADDRESS(FloatsOut) dims; /* [n, width] */
-    UINT n_slots;
+    UINT n_sample_tokens;
     UINT width;
     UINT d_stride;
 };

@@ -5,7 +5,7 @@
 /* --- circuits (csrc/analysis/circuit.h): T tokens of a chunk; a block is [T, stride], what a node
  * adds minus what it adds in the base run --- */
 
-#define NO_BLOCK 0xffffffffu
+#define NO_DIFFERENCE 0xffffffffu
 
 /* dst[e, j, :] = gain * v / rms(v), v = x[t, :] + the blocks refs[first[e]] ... in their order, t =
  * tokens[j] (or j): the stream as one input reads it. */
@@ -61,8 +61,8 @@ BLOCK(circuit_place_params) {
 #define HEADS_COLUMN 4     /* written at the head's own columns of a wide row, */
 #define HEADS_ZERO 8       /* the others zeroed */
 
-/* dst[row, t, :] = f(z of a head's state) [- f(z of the base run)]. Entry: state (NO_BLOCK: the
- * base run's), head, row, scale's block. */
+/* dst[row, t, :] = f(z of a head's state) [- f(z of the base run)]. Entry: state (NO_DIFFERENCE:
+ * the base run's), head, row, scale's block. */
 BLOCK(circuit_heads_params) {
     ADDRESS(FloatsIn) z;          /* [states, T, z_stride] */
     ADDRESS(FloatsIn) base;       /* [T, base_stride], all heads */

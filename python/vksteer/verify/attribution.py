@@ -33,22 +33,22 @@ BOUNDS = {
 
 
 def _sources(
-    rng: np.random.Generator, n_slots: int, n_sources: int, n_tokens: int, gaps: bool
+    rng: np.random.Generator, n_sample_tokens: int, n_sources: int, n_tokens: int, gaps: bool
 ) -> np.ndarray:
-    """[n_slots, n_sources] tokens; with gaps some are missing."""
-    out = rng.integers(0, n_tokens, (n_slots, n_sources)).astype(np.uint32)
+    """[n_sample_tokens, n_sources] tokens; with gaps some are missing."""
+    out = rng.integers(0, n_tokens, (n_sample_tokens, n_sources)).astype(np.uint32)
     if gaps:
         out[rng.random(out.shape) < 0.3] = NO_SOURCE
     return out
 
 
-def difference(rng, n_slots, n_tokens, width, raw_width=0, scale=1.0) -> Problem:
+def difference(rng, n_sample_tokens, n_tokens, width, raw_width=0, scale=1.0) -> Problem:
     """raw_width: each run's row is divided by the rms of its row of `raw` first."""
     stride, raw_stride = row_stride(width), row_stride(raw_width)
     buffers = {
         "x": padded(numbers(rng, n_tokens, width, scale=scale), stride),
-        "pairs": rng.integers(0, n_tokens, (n_slots, 2)).astype(np.uint32),
-        "dst": nothing(n_slots, stride),
+        "pairs": rng.integers(0, n_tokens, (n_sample_tokens, 2)).astype(np.uint32),
+        "dst": nothing(n_sample_tokens, stride),
     }
     sizes = np.abs(buffers["x"][:, :width].astype(np.float64))
     if raw_width:
@@ -56,7 +56,8 @@ def difference(rng, n_slots, n_tokens, width, raw_width=0, scale=1.0) -> Problem
         sizes *= inverse_rms(buffers["raw"][:, :raw_width])
     return Problem(
         "difference",
-        f"{n_slots} of {n_tokens} x {width}{f' over rms of {raw_width}' if raw_width else ''}",
+        f"{n_sample_tokens} of {n_tokens} x {width}"
+        f"{f' over rms of {raw_width}' if raw_width else ''}",
         {name: name for name in buffers}
         | {
             "width": width,
@@ -64,33 +65,34 @@ def difference(rng, n_slots, n_tokens, width, raw_width=0, scale=1.0) -> Problem
             "raw_width": raw_width,
             "raw_stride": raw_stride,
             "eps": EPS,
-            "n_slots": n_slots,
+            "n_sample_tokens": n_sample_tokens,
         },
         buffers,
         {"dst": beside(sizes[buffers["pairs"]].sum(1), buffers["dst"])},
     )
 
 
-def accumulate(rng, n_slots, n_tokens, width, n_sources, gaps=True) -> Problem:
+def accumulate(rng, n_sample_tokens, n_tokens, width, n_sources, gaps=True) -> Problem:
     stride, weight = row_stride(width), np.float32(1 / 7)
     buffers = {
         "src": padded(numbers(rng, n_tokens, width), stride),
-        "sources": _sources(rng, n_slots, n_sources, n_tokens, gaps),
-        "dst": padded(numbers(rng, n_slots, width), stride),
+        "sources": _sources(rng, n_sample_tokens, n_sources, n_tokens, gaps),
+        "dst": padded(numbers(rng, n_sample_tokens, width), stride),
     }
     units = np.abs(buffers["dst"][:, :width].astype(np.float64))
     for s, tokens in enumerate(buffers["sources"]):
         units[s] += weight * np.abs(buffers["src"][tokens[tokens != NO_SOURCE], :width]).sum(0)
     return Problem(
         "accumulate",
-        f"{n_slots} of {n_tokens} x {width}, {n_sources} sources{' with gaps' if gaps else ''}",
+        f"{n_sample_tokens} of {n_tokens} x {width}, {n_sources} sources"
+        f"{' with gaps' if gaps else ''}",
         {name: name for name in buffers}
         | {
             "width": width,
             "stride": stride,
             "n_sources": n_sources,
             "weight": float(weight),
-            "n_slots": n_slots,
+            "n_sample_tokens": n_sample_tokens,
         },
         buffers,
         {"dst": beside(units, buffers["dst"])},
@@ -99,7 +101,7 @@ def accumulate(rng, n_slots, n_tokens, width, n_sources, gaps=True) -> Problem:
 
 def head_inputs(
     rng,
-    n_slots,
+    n_sample_tokens,
     n_tokens,
     n_inputs,
     d_head,
@@ -118,8 +120,8 @@ def head_inputs(
     stride, d_stride, n_steps = row_stride(n), row_stride(width), n_steps or first_step + n_sources
     buffers = {
         "dqkv": padded(numbers(rng, n_tokens, n), stride),
-        "sources": _sources(rng, n_slots, n_sources, n_tokens, gaps),
-        "heads": padded(numbers(rng, n_slots, n), stride),
+        "sources": _sources(rng, n_sample_tokens, n_sources, n_tokens, gaps),
+        "heads": padded(numbers(rng, n_sample_tokens, n), stride),
     }
     arguments = {
         "n_inputs": n_inputs,
@@ -134,21 +136,21 @@ def head_inputs(
         "has_bias": int(bias),
         "eps": EPS,
         "weight": float(weight),
-        "n_slots": n_slots,
+        "n_sample_tokens": n_sample_tokens,
     }
     if not normed:
         buffers |= {
             "qkv": padded(numbers(rng, n_tokens, n), stride),
             "x": padded(numbers(rng, n_tokens, width), d_stride),
-            "steps": nothing(n_slots, n_steps, n_inputs),
-            "xs": nothing(n_slots, n_steps, d_stride),
+            "steps": nothing(n_sample_tokens, n_steps, n_inputs),
+            "xs": nothing(n_sample_tokens, n_steps, d_stride),
         }
         if bias:
             buffers["bias"] = numbers(rng, n)
     return Problem(
         "head_inputs",
-        f"{n_slots} of {n_tokens} tokens, {n_inputs} inputs of {d_head}, width {width}, steps"
-        f" {first_step} + {n_sources} of {n_steps}"
+        f"{n_sample_tokens} of {n_tokens} tokens, {n_inputs} inputs of {d_head}, width {width},"
+        f" steps {first_step} + {n_sources} of {n_steps}"
         f"{' normed' if normed else ''}{' bias' if bias else ''}{' with gaps' if gaps else ''}",
         {name: name for name in buffers} | arguments,
         buffers,
@@ -188,28 +190,28 @@ def _head_inputs_units(
     return units | {"heads": beside(heads, buffers["heads"])}
 
 
-def head_gradients(rng, n_inputs, n_slots, n_steps, width) -> Problem:
+def head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width) -> Problem:
     d_stride = row_stride(width)
     buffers = {
-        "g": padded(numbers(rng, n_inputs * n_slots, width), d_stride),
+        "g": padded(numbers(rng, n_inputs * n_sample_tokens, width), d_stride),
         "gain": numbers(rng, width),
-        "steps": numbers(rng, n_slots, n_steps, n_inputs),
-        "xs": padded(numbers(rng, n_slots * n_steps, width), d_stride),
+        "steps": numbers(rng, n_sample_tokens, n_steps, n_inputs),
+        "xs": padded(numbers(rng, n_sample_tokens * n_steps, width), d_stride),
     }
     steps, xs = (
         np.abs(buffers["steps"].astype(np.float64)),
-        np.abs(buffers["xs"][:, :width]).reshape(n_slots, n_steps, width),
+        np.abs(buffers["xs"][:, :width]).reshape(n_sample_tokens, n_steps, width),
     )
     units = np.abs(buffers["g"][:, :width].astype(np.float64) * buffers["gain"]) + np.einsum(
         "tkv,tkd->vtd", steps, xs
     ).reshape(-1, width)
     return Problem(
         "head_gradients",
-        f"{n_inputs} inputs x {n_slots} slots x {width}, {n_steps} steps",
+        f"{n_inputs} inputs x {n_sample_tokens} sample tokens x {width}, {n_steps} steps",
         {name: name for name in buffers}
         | {
             "n_inputs": n_inputs,
-            "n_slots": n_slots,
+            "n_sample_tokens": n_sample_tokens,
             "n_steps": n_steps,
             "width": width,
             "d_stride": d_stride,
@@ -230,23 +232,28 @@ def dots(rng, n_a, n_b, n_k) -> Problem:
     )
 
 
-def node_dims(rng, n_nodes, n_groups, n_slots, width) -> Problem:
+def node_dims(rng, n_nodes, n_groups, n_sample_tokens, width) -> Problem:
     d_stride = row_stride(width)
     groups = rng.integers(0, n_groups, n_nodes).astype(np.uint32)
     buffers = {
-        "du": padded(numbers(rng, n_nodes * n_slots, width), d_stride),
-        "g": padded(numbers(rng, n_groups * n_slots, width), d_stride),
+        "du": padded(numbers(rng, n_nodes * n_sample_tokens, width), d_stride),
+        "g": padded(numbers(rng, n_groups * n_sample_tokens, width), d_stride),
         "groups": groups,
         "dims": nothing(n_nodes, width),
     }
     rows = lambda name, n: np.abs(buffers[name][:, :width].astype(np.float64)).reshape(
-        n, n_slots, width
+        n, n_sample_tokens, width
     )
     return Problem(
         "node_dims",
-        f"{n_nodes} nodes of {n_groups} groups x {n_slots} slots x {width}",
+        f"{n_nodes} nodes of {n_groups} groups x {n_sample_tokens} sample tokens x {width}",
         {name: name for name in buffers}
-        | {"n_slots": n_slots, "width": width, "d_stride": d_stride, "n_nodes": n_nodes},
+        | {
+            "n_sample_tokens": n_sample_tokens,
+            "width": width,
+            "d_stride": d_stride,
+            "n_nodes": n_nodes,
+        },
         buffers,
         {"dims": (rows("du", n_nodes) * rows("g", n_groups)[groups]).sum(1)},
     )

@@ -11,7 +11,7 @@ import numpy as np
 from .problems import (
     EPS,
     HEADS_FLAGS,
-    NO_BLOCK,
+    NO_DIFFERENCE,
     OUTPUTS_NORM,
     PLACE_QK_NORM,
     PLACES,
@@ -172,7 +172,7 @@ def circuit_heads(
     rows = n_heads if zero or not column else 1
     entries = [
         [
-            NO_BLOCK if h == 1 else rng.integers(0, n_states),
+            NO_DIFFERENCE if h == 1 else rng.integers(0, n_states),
             h,
             h if rows > 1 else 0,
             rng.integers(0, 2),
