@@ -1,5 +1,7 @@
-// dst[s, :] += weight * the rows of its sources, in their order; a workgroup a slot.
-// See accumulate_params.
+// dst[s, :] += weight * sum over k of src[sources[s, k], :], where NO_SOURCE adds nothing.
+// Buffers   src [tokens, stride], sources [n, n_sources], dst [n, stride]; n sample tokens
+// Grid      x = sample tokens; a workgroup takes one, its lanes the columns
+// Order     one fma chain for each element, from dst on over ascending k
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

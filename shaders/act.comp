@@ -1,4 +1,6 @@
-// out = act(gate) * up. Grid: x = tokens, y = workgroups that share a token's columns.
+// dst[t, i] = act(gate[t, i]) * up[t, i].
+// Buffers   gate_up [T, in_stride], gate at column 0 and up at column `width`; dst [T, out_stride]
+// Grid      x = tokens, y = workgroups that share the columns of a token
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,5 +1,7 @@
-// Backward of act.comp, one workgroup a token: dgate = dpost * up * act'(gate), dup
-// = dpost * act(gate).
+// Backward of act.comp: dgate = dpost * up * act'(gate), dup = dpost * act(gate).
+// Buffers   gate_up and dgate_up [T, in_stride], gate at column 0 and up at column `width`; dpost
+//           [T, out_stride]
+// Grid      x = tokens; a workgroup takes one, its lanes the columns
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,7 +1,9 @@
-// z[t, h, :] = sum_j pattern[t, h, j] v_j: a subgroup takes one tile of up to 8 queries of a row
-// and RN * SG columns of the head.
-// Order: one fma chain over ascending j for every output (zeros of the pattern change nothing).
-// Grid: x = column blocks, y = tiles, z = heads.
+// z[t, h, :] = sum_j pattern[t, h, j] v[j, g, :], with g the key/value head of query head h.
+// Buffers   pattern [T', H, key_stride], T' counted from token first_token; v_cache
+//           [slots, G * dh]; z [T, z_stride]
+// Grid      x = column spans, y = tiles, z = query heads. A subgroup takes one tile, which is up to
+//           8 queries of a row, and RN * SG columns of the head; lanes lie along columns
+// Order     one fma chain for each output, over ascending j. Zeros of the pattern change nothing
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

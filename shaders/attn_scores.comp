@@ -1,7 +1,10 @@
-// scores[t, h, j] = cap(scale * q_t . k_j): a subgroup takes one tile of up to 8 queries of a row
-// and RN * SG keys; lanes lie along keys.
-// Order: one fma chain over ascending d for every score. Grid: x = key blocks,
-// y = tiles, z = heads.
+// scores[t, h, j] = cap(scale * q[t, h, :] . k[j, g, :]), with g the key/value head of query head h
+// and cap the soft cap.
+// Buffers   qkv [T, stride], k_cache [slots, G * dh], scores [T', H, key_stride] with T' counted
+//           from token first_token
+// Grid      x = key spans, y = tiles, z = query heads. A subgroup takes one tile, which is up to 8
+//           queries of a row, and RN * SG keys; lanes lie along keys
+// Order     one fma chain for each score, over ascending columns of the head
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,6 +1,10 @@
-// In place: scores[t, h, :] -> softmax over the keys in the query's window. A workgroup a (token,
-// head). Keys before the window and the few after pos that its tile computed become 0, so that the
-// next kernel may run over the whole tile.
+// In place: scores[t, h, :] becomes its softmax over the keys that query t sees.
+// Buffers   scores [T', H, key_stride], T' counted from token first_token
+// Grid      x = tokens, y = heads; a workgroup takes one row, its lanes the keys
+// Order     lane l sums the keys l, l + WG, ... in ascending order; workgroup_sum adds the lanes
+//
+// The keys before the window and the few keys after the query that its tile computed become 0, so
+// that the next kernel may run over the whole tile.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,5 +1,10 @@
-// In place: dpattern[t, h, :] -> dscores, a workgroup a (token, head); see softmax_bwd_params.
-// Zeros as attn_softmax.comp writes them.
+// In place: dpattern[t, h, :] becomes dscores[t, h, :], with softmax_bwd_params giving the
+// equation.
+// Buffers   pattern, dpattern and scores [T', H, key_stride], T' counted from token first_token
+// Grid      x = tokens, y = heads; a workgroup takes one row, its lanes the keys
+// Order     lane l sums the keys l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
+//
+// Zeros are written where attn_softmax.comp writes them.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

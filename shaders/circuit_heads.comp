@@ -1,5 +1,8 @@
-// Heads' mixes of states, their difference from the base run, gathered into rows; a workgroup a
-// (token, entry). See circuit_heads_params.
+// dst[row, t, :] = f(z of a state of a head) [- f(z of that head in the base run)], for every entry
+// (state, head, row, scale row). f divides by the run's own RMS where HEADS_SCALED is set.
+// Buffers   z [states, T, z_stride], base [T, base_stride], entries [n, 4], scale [scale rows, T],
+//           base_scale [T], dst [rows, T, out_stride]
+// Grid      x = tokens, y = entries; a workgroup takes one of each, its lanes the head's columns
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -23,7 +26,7 @@ void main() {
             if (i < column || i >= column + p.d_head)
                 p.dst.at[row + i] = 0.0;
     for (uint i = lane; i < p.d_head; i += WG) {
-        // no contraction: equal states cancel
+        // `precise` forbids contraction, so that equal states give a difference of exactly 0
         precise float there = p.base.at[base + i], here = there;
         if (state != NO_DIFFERENCE)
             here = p.z.at[from + i];

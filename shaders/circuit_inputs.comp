@@ -1,5 +1,10 @@
-// The stream as one input of a circuit reads it, normed; a workgroup a (token, entry). See
-// circuit_inputs_params. The order of the sum is that of the list.
+// dst[e, j, :] = gain * v / rms(v), where v = x[t, :] + the differences that entry e lists: the
+// residual stream as one input of the circuit reads it.
+// Buffers   x [T, stride], d [differences, T, stride], refs and first [entries + 1] (entry e lists
+//           refs[first[e]] to refs[first[e + 1] - 1]), dst [entries, n_tokens, stride]
+// Grid      x = tokens, y = entries; a workgroup takes one of each, its lanes the columns
+// Order     the differences are added in the order of the list. For the RMS, lane l sums columns l,
+//           l + WG, ... in one fma chain and workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

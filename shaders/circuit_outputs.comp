@@ -1,5 +1,9 @@
-// What MLPs add (after a post-norm where there is one) minus what they add in the base run; a
-// workgroup a row. See circuit_outputs_params.
+// dst[r, :] = f(x[r, :]) - base[(first + r) % T, :]: what an MLP adds to the residual stream minus
+// what it adds in the base run. f is the post-norm where the model has one (OUTPUTS_NORM).
+// Buffers   x and dst [rows, stride], base [T, stride], gain [width]
+// Grid      x = rows; a workgroup takes one, its lanes the columns
+// Order     for the RMS, lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum adds
+//           the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -20,7 +24,8 @@ void main() {
         inverse = 1.0 / sqrt(workgroup_sum(sum) / float(p.width) + p.eps);
     }
     for (uint i = lane; i < p.width; i += WG) {
-        precise float x = p.x.at[at + i]; // no contraction: equal rows cancel
+        // `precise` forbids contraction, so that equal rows give a difference of exactly 0
+        precise float x = p.x.at[at + i];
         if ((p.flags & OUTPUTS_NORM) != 0) {
             x *= inverse;
             x *= p.gain.at[i];

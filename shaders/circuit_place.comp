@@ -1,5 +1,12 @@
-// Single heads' queries, keys and values to where attention finds them; a workgroup a (token,
-// entry). See circuit_place_params.
+// Writes queries, keys and values of single heads to where the attention kernels read them. Queries
+// and keys are RMS-normalised (PLACE_QK_NORM) and rotated on the way; what comes from the base
+// run's rows (PLACE_BASE) is finished already and only copied.
+// Buffers   x [arrays, T, x_stride], base [T, base_stride], entries [n, 4], q
+//           [arrays, T, q_stride], k_cache and v_cache [arrays, n_slots, dh]; circuit_place_params
+//           describes an entry
+// Grid      x = tokens, y = entries; a workgroup takes one of each, its lanes pairs of columns
+// Order     for the RMS, lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum adds
+//           the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

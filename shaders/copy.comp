@@ -1,4 +1,6 @@
-// Rows out of a strided array, optionally picked by index, optionally added to another.
+// dst[r, :] = x[r, :] (COPY_ROWS: x[rows[r], :]) (COPY_ADD: + add[r, :]).
+// Buffers   x [any, x_stride], rows [n_rows], add and dst [n_rows, out_stride]
+// Grid      x * y >= rows; a workgroup takes one row, its lanes the columns
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -6,7 +8,7 @@
 layout(push_constant, scalar) uniform Params { copy_params p; };
 
 void main() {
-    // Rows beyond what one grid dimension holds go on in y.
+    // Rows beyond the limit of one grid dimension continue in y.
     uint r = gl_WorkGroupID.y * gl_NumWorkGroups.x + gl_WorkGroupID.x;
     if (r >= p.n_rows)
         return;

@@ -1,5 +1,10 @@
-// The difference of a value between two runs, slot by slot, a workgroup a slot; see
-// difference_params. Equal runs give exact zeros.
+// dst[s, :] = f(a) x[a, :] - f(b) x[b, :] for (a, b) = pairs[s], where f(token) is 1, or 1 /
+// rms(raw[token, :]) where `raw` is given. Equal inputs give exact zeros.
+// Buffers   x [tokens, stride], raw [tokens, raw_stride], pairs [n, 2], dst [n, stride]; n sample
+//           tokens
+// Grid      x = sample tokens; a workgroup takes one, its lanes the columns
+// Order     for the RMS, lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum adds
+//           the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -20,7 +25,7 @@ void main() {
     uint s = gl_WorkGroupID.x, a = p.pairs.at[2 * s], b = p.pairs.at[2 * s + 1];
     float fa = factor(a), fb = factor(b);
     for (uint i = gl_LocalInvocationID.x; i < p.width; i += WG) {
-        // no contraction: equal runs cancel
+        // `precise` forbids contraction, so that equal runs give a difference of exactly 0
         precise float xa = fa * p.x.at[a * p.stride + i], xb = fb * p.x.at[b * p.stride + i];
         p.dst.at[s * p.stride + i] = xa - xb;
     }

@@ -1,6 +1,8 @@
-// dst[i, j] = sum over k of a[i, k] b[j, k] for few long rows: a subgroup takes 8 x 8 of them,
-// lanes lie along k. Order: lane l sums k = l, l + SG, ... in one chain, then the subgroup adds its
-// lanes. Grid: x = ceil(n_a / 8), y = ceil(n_b / (8 * WG / SG)).
+// dst[i, j] = sum_k a[i, k] b[j, k], for few long rows.
+// Buffers   a [n_a, n_k], b [n_b, n_k], dst [n_a, n_b]
+// Grid      x = ceil(n_a / 8), y = ceil(n_b / (8 * WG / SG)). A subgroup takes 8 x 8 results; lanes
+//           lie along k
+// Order     lane l sums k = l, l + SG, ... in one fma chain; the subgroup then adds its lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,4 +1,10 @@
-// One edit at one site: a workgroup for each (token, head).
+// Applies one edit at one site: x[token, head, :] is set to, added to, scaled by or ablated along
+// an operand (EDIT_*), for every entry.
+// Buffers   x [tokens, token_stride], entries [n], heads [heads to edit]; edit_params gives the
+//           place of an operand
+// Grid      x = entries, y = heads to edit; a workgroup takes one of each, its lanes the columns
+// Order     for EDIT_ABLATE, lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum
+//           adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -12,7 +18,7 @@ void main() {
     uint base = token * p.token_stride + p.heads.at[ordinal] * p.head_stride;
     uint operand = entry.operand + ordinal * p.head_step;
     uint start = 0, width = p.width;
-    // neither the future nor what lies before the window can be opened
+    // an edit cannot unmask the keys after the query or before its window
     if ((p.flags & EDIT_KEYS) != 0) {
         width = min(p.width, p.tokens.at[token].pos + 1);
         start = p.window != 0 && width > p.window ? width - p.window : 0;

@@ -1,5 +1,7 @@
-// x[t, :] = scale * embedding of the token. One workgroup a token; reads the panel layout of the
-// (often tied) unembedding.
+// dst[t, :] = scale * E[id(t), :], for the tokens whose id lies in this segment of the vocabulary.
+// Buffers   tokens [T], weights: panels of E [V, D] (often tied to the unembedding; linear.comp
+//           gives the layout), dst [T, stride]
+// Grid      x = tokens; a workgroup takes one, its lanes the columns
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,6 +1,10 @@
-// Gradients of a layer's query, key and value inputs before the norm, in place; a workgroup a slot
-// and 8 inputs, so that what the steps kept of the stream is read once for all of them. See
-// head_gradients_params. Order: gain * g, then the steps in ascending order, one fma each.
+// In place: g[v, t, :] = gain * g[v, t, :] - sum over steps k of steps[t, k, v] xs[t, k, :], the
+// gradient of input v (a query, key or value head) of sample token t before the norm.
+// Buffers   g [inputs, n_sample_tokens, d_stride], gain [width], steps [n_sample_tokens, n_steps,
+//           inputs], xs [n_sample_tokens, n_steps, d_stride]
+// Grid      x = sample tokens, y = ceil(inputs / 8). A workgroup takes one token and 8 inputs, so
+//           that xs is read once for all of them; lanes lie along columns
+// Order     gain * g, then one fma for each step, in ascending order
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,5 +1,11 @@
-// Gradients of a layer's query, key and value inputs, kept small: in the heads' own space, with
-// what the norm's statistic needs beside them; a workgroup a slot. See head_inputs_params.
+// Adds up the gradients of a layer's query, key and value inputs in the heads' own columns,
+// together with what the norm's backward needs later: the terms `steps` and the stream `xs`.
+// head_inputs_params gives the equations.
+// Buffers   dqkv and qkv [T, stride], x [T, d_stride], sources [n, n_sources], heads [n, stride],
+//           steps [n, n_steps, n_inputs], xs [n, n_steps, d_stride]; n sample tokens
+// Grid      x = sample tokens; a workgroup takes one, its lanes the columns
+// Order     heads: one fma for each source, in ascending order. For the RMS and the dot products,
+//           lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,10 +1,12 @@
-// dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector a key/value head,
-// sent through the part of W_O that belongs to each query head. A product of one row that keeps the
-// heads apart: W_O is read once, where H slices of a product would be H dispatches.
-//
-// Grid: x = ceil(H / heads_each), y = ceil(N / panels of a workgroup). A subgroup runs through its
-// panel head after head, so it reads in order; lanes along n, one chain over ascending i, as in
-// linear.comp. A head may begin inside a cell: x counts as zero outside the head.
+// dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector for each key/value
+// head, multiplied by the part of W_O that belongs to each query head. W_O is read once in one
+// dispatch, where H products over slices would take H dispatches.
+// Buffers   x [G, dh], weights: panels of W [N, H * dh] (linear.comp gives the layout), dst
+//           [H, out_stride], gain [N]
+// Grid      x = ceil(H / heads_each), y = ceil(N / columns of a workgroup). A subgroup goes through
+//           its panel head after head, so it reads in order; lanes lie along n
+// Order     one fma chain for each output, over ascending i, as in linear.comp. A head may begin
+//           inside a cell: x counts as zero outside the head
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -13,7 +15,7 @@ layout(push_constant, scalar) uniform Params { head_out_params p; };
 
 #include "weights.glsl"
 
-const uint NB = 32, KB = 16; // columns in a panel; inputs a step
+const uint NB = 32, KB = 16; // columns in a panel; inputs in one step
 const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 const uint X_REGS = (KB + SG - 1) / SG, X_MAX = KB / 4;
 

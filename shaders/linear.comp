@@ -1,31 +1,35 @@
 // dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): the matrix kernel for drivers whose subgroups
 // are vector registers (software).
 //
-// Defines   WEIGHT 0 float32, 1 bfloat16, 2 float16
-//           RM    rows of x a subgroup
-//           RN    columns a lane (a subgroup covers SG * RN columns); without it a
-//                 subgroup covers one panel: for few rows, where a part of a panel would
-//                 be read at 2-4 times the cost
-//                 These variants understand LINEAR_NORM: the same arithmetic in the same order as
-//                 norm.comp where a workgroup is one subgroup. Every panel repeats it, which costs
-//                 less than the dispatch (some 40 us on lavapipe) that it saves
-//           PAIRS (optional, without RN) a subgroup also covers the columns that meet its own, and
-//                 finishes them together: gate with up, a head's two halves for rotation. The same
-//                 chains, and after them the arithmetic of act.comp and rope.comp
-//           TEXELS (optional) weights through a texel buffer and x by 64-bit loads (needs
-//           shaderInt64); with the same bits
-// Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)): rows fastest, so that a panel
-//           stays in cache meanwhile
+// Define    WEIGHT  0 float32, 1 bfloat16, 2 float16
+//           RM      rows of x that a subgroup takes
+//           RN      columns that a lane takes, so that a subgroup covers SG * RN columns. Without
+//                   RN a subgroup covers one panel: for few rows, reading a part of a panel would
+//                   cost 2 to 4 times as much. Those variants understand LINEAR_NORM, with the
+//                   arithmetic and the order of norm.comp where a workgroup is one subgroup. Every
+//                   panel repeats the norm, which costs less than the dispatch that it saves (about
+//                   40 us on lavapipe)
+//           PAIRS   (optional, without RN) a subgroup also takes the columns that belong to its
+//                   own, and finishes both together: gate with up, or the two halves of a head for
+//                   the rotation. The chains are the same, and the arithmetic of act.comp or
+//                   rope.comp follows
+//           TEXELS  (optional) reads the weights through a texel buffer and x by 64-bit loads,
+//                   which need shaderInt64. The results are bit-identical
+// Buffers   x [M, x_stride], weights: panels, dst [M, out_stride], bias [N], add [M, out_stride],
+//           gain [K]
+// Grid      x = ceil(M / RM), y = ceil(N / (RN * WG)). Rows vary fastest, so that a panel stays in
+//           cache while all rows use it
+// Order     one chain acc = fma(x, w, acc) for each output, over ascending k from zero. The shape
+//           of a tile only decides which lane holds which chain, so all variants and all M give
+//           bit-identical results
 //
-// Panels: cell e of 16 bytes = 4 or 8 consecutive k of one n, at e(n, k) = ((n / 32) * panel_cells
-// + k / CELL) * 32 + n % 32, N padded to 32 and K to 16 with zeros.
+// Panels: a cell is 16 bytes, 4 or 8 consecutive k of one column n. It lies at
+//     e(n, k) = ((n / 32) * panel_cells + k / CELL) * 32 + n % 32,
+// with N padded to 32 and K to 16 by zeros.
 //
-// Order: every output is one chain acc = fma(x, w, acc) over ascending k from zero. Tiles only
-// choose which lane holds which chain, so all variants and all M give the same bits.
-//
-// Why this shape: on lavapipe a load from a buffer in a loop is a gather and costs per element, not
-// per byte, while a broadcast from a constant lane is one or two shuffles and a texel is one load.
-// So lanes lie along n, the tile of x is loaded once by lanes along k and broadcast, and tiles are
+// Why this shape: on lavapipe a load from a buffer in a loop is a gather, which costs per element,
+// not per byte, while a broadcast from a constant lane is one or two shuffles and a texel is one
+// load. So lanes lie along n, lanes along k load the tile of x once and broadcast it, and tiles are
 // large. Shared memory and uniform buffers are several times slower there (docs/decisions.md).
 #version 450
 #extension GL_GOOGLE_include_directive : require
@@ -49,7 +53,8 @@ uint column(uint n, uint set) { return n; }
 
 const uint NB = 32;     // columns in a panel
 const uint KB_MAX = 16; // K is padded to it
-// k a step; 8 lanes: AVX2, whose code for 16 (30 KB at 16 x 4) leaves the core's instruction cache
+// k in one step. With 8 lanes (AVX2) the code for 16 (30 KB at 16 x 4) does not fit the instruction
+// cache of a core
 const uint KB = SG == 8 ? 8 : KB_MAX;
 
 #ifdef RN
@@ -58,8 +63,8 @@ const uint COLUMNS = RN, COLUMNS_MAX = RN;
 const uint COLUMNS = SG < NB ? NB / SG : 1, COLUMNS_MAX = NB / 4;
 #endif
 
-// XV floats of x a load. Element e = row * KB + k of the tile of x lives in register e / XV / SG
-// of lane e / XV % SG.
+// One load returns XV floats of x. Element e = row * KB + k of the tile of x lives in register
+// e / XV / SG of lane e / XV % SG.
 #ifdef TEXELS
 #define XV 2
 #define X_TYPE vec2

@@ -1,19 +1,22 @@
-// dx[m, k] = sum_n dy[m, n] W[n, k]: the backward of linear.comp on the same panels, for drivers
-// whose subgroups are vector registers (software).
+// dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + dx[m, k]): the backward of linear.comp on the
+// same panels, for drivers whose subgroups are vector registers (software).
 //
-// Defines   WEIGHT 0 float32, 1 bfloat16, 2 float16
-//           RM    rows of dy a subgroup
-//           TEXELS (optional) weights through a texel buffer and dy by 64-bit loads (needs
-//                 shaderInt64); with the same bits
-// Grid      x = ceil(M / RM), y = ceil(n_cells / WG)
+// Define    WEIGHT  0 float32, 1 bfloat16, 2 float16
+//           RM      rows of dy that a subgroup takes
+//           TEXELS  (optional) reads the weights through a texel buffer and dy by 64-bit loads,
+//                   which need shaderInt64. The results are bit-identical
+// Buffers   dy [M, y_stride], weights: panels (linear.comp gives the layout), dx [M, x_stride]
+// Grid      x = ceil(M / RM), y = ceil(n_cells / WG); lanes lie along cells of k
+// Order     one chain acc = fma(dy, w, acc) for each output, over ascending n, whatever M and RM
+//           are
 //
-// Lanes lie along cells of k: one 16-byte load of W feeds 4 or 8 chains of a lane, times RM rows.
-// Neighbouring lanes read 512 bytes apart, but the 32 n of a panel use up each cache line. Order:
-// every output is one chain acc = fma(dy, w, acc) over ascending n, whatever M and RM.
+// One 16-byte load of W serves 4 or 8 chains of a lane in each of RM rows. Neighbouring lanes read
+// 512 bytes apart, but the 32 rows n of a panel use every byte of a cache line in the end.
 //
-// More accumulators than there are registers: they lie on the stack. So a block of W that fills
-// half of the registers (16 of 32) meets all rows before the next is taken, and a row's
-// accumulators are loaded and stored once a block: 1.5 times as fast as once for each n.
+// There are more accumulators than registers, so they lie on the stack. A register tile of W, which
+// fills half of the registers (16 of 32), therefore meets all rows before the next one is loaded,
+// and the accumulators of a row are loaded and stored once for each tile. This is 1.5 times as fast
+// as loading and storing them for each n.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -24,9 +27,9 @@ layout(push_constant, scalar) uniform Params { linear_bwd_params p; };
 
 const uint NB = 32;     // rows of W in a panel
 const uint KB_MAX = 16; // the sum is padded to it
-// n a step; 8 lanes: AVX2, whose code for 16 leaves the core's instruction cache
+// n in one step. With 8 lanes (AVX2) the code for 16 does not fit the instruction cache of a core
 const uint KB = SG == 8 ? 4 : KB_MAX;
-const uint BLOCK = 16 / CELL; // n a block
+const uint TILE = 16 / CELL; // n of a register tile
 
 #ifdef TEXELS
 #define YV 2
@@ -72,17 +75,17 @@ void main() {
         [[unroll]] for (uint r = 0; r < Y_REGS; r++)
             y[r] = LOAD_Y(y_at[r] + n / YV);
         const uint row = (p.first_n + n) / NB * p.panel_cells * NB + (p.first_n + n) % NB;
-        [[unroll]] for (uint s = 0; s < KB; s += BLOCK) {
-            uvec4 cells[BLOCK];
-            [[unroll]] for (uint t = 0; t < BLOCK; t++)
+        [[unroll]] for (uint s = 0; s < KB; s += TILE) {
+            uvec4 cells[TILE];
+            [[unroll]] for (uint t = 0; t < TILE; t++)
                 cells[t] = LOAD_CELL(w_at + row + s + t);
-            float w[BLOCK][CELL];
-            [[unroll]] for (uint t = 0; t < BLOCK; t++) {
+            float w[TILE][CELL];
+            [[unroll]] for (uint t = 0; t < TILE; t++) {
                 [[unroll]] for (uint c = 0; c < CELL; c++)
                     w[t][c] = cell_values(cells[t], c / 4)[c % 4];
             }
             [[unroll]] for (int i = 0; i < RM; i++) {
-                [[unroll]] for (uint t = 0; t < BLOCK; t++) {
+                [[unroll]] for (uint t = 0; t < TILE; t++) {
                     uint e = i * KB + s + t;
                     float value = subgroupBroadcast(Y_PART(y[e / YV / SG], e), e / YV % SG);
                     [[unroll]] for (uint c = 0; c < CELL; c++)

@@ -1,7 +1,10 @@
-// The backward product of real GPUs: a workgroup of 128 computes 64 rows x 64 columns of dx from
-// tiles in shared memory, 8 x 4 results an invocation. Same panels and order (one fma chain over
-// ascending n) as linear_bwd.comp, hence the same bits. Grid: x = ceil(M / 64), y = ceil(K / 64).
-// The next tiles are on their way to registers while these are multiplied.
+// dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + dx[m, k]), on real GPUs.
+// Buffers   dy [M, y_stride], weights: panels (linear.comp gives the layout), dx [M, x_stride]
+// Grid      x = ceil(M / 64), y = ceil(K / 64). A workgroup of 128 computes 64 rows x 64 columns
+//           from tiles in shared memory, and each invocation 8 x 4 of them. The next tiles are
+//           loaded into registers while the present ones are multiplied
+// Order     one fma chain for each output, over ascending n, as in linear_bwd.comp, so the results
+//           are bit-identical
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 128
@@ -11,7 +14,7 @@ layout(push_constant, scalar) uniform Params { linear_bwd_params p; };
 #include "weights.glsl"
 
 const uint BM = 64, BK = 64, BN = 16;
-shared float y_tile[BN][BM + 4]; // padded: rows begin in different banks
+shared float y_tile[BN][BM + 4]; // padded, so that rows begin in different banks
 shared float w_tile[BN][BK + 4];
 
 float y_next[BM * BN / 128];
@@ -60,7 +63,7 @@ void main() {
         barrier();
         if (n0 + BN < p.n_sum)
             fetch(id, m0, k0, n0 + BN);
-        // not unrolled as a whole: software drivers would compile it for 10 s
+        // Unrolled only in part: software drivers take 10 s to compile the fully unrolled loop.
         for (uint four = 0; four < BN; four += 4) {
             [[unroll]] for (uint s = 0; s < 4; s++) {
                 const uint n = four + s;

@@ -1,7 +1,12 @@
-// The matrix kernel of real GPUs for decoding: few rows, bound by reading the weights once. A
-// workgroup of 256 takes a panel of 32 columns; eight groups of 32 lanes sum every eighth cell of
-// k, so that narrow matrices still fill a GPU, and the eight parts are added in order. The order of
-// a sum depends on K alone, never on M. RM rows at a time. Grid: x = ceil(M / RM), y = panels.
+// dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add), on real GPUs, for the few rows of decoding,
+// whose time is that of reading the weights once.
+// Define    RM      rows of x that a workgroup takes
+// Buffers   x [M, x_stride], weights: panels (linear.comp gives the layout), dst [M, out_stride]
+// Grid      x = ceil(M / RM), y = panels. A workgroup of 256 takes a panel of 32 columns; each of
+//           its eight groups of 32 lanes sums every eighth cell of k, so that narrow matrices still
+//           fill a GPU
+// Order     eight fma chains for each output, one for each group, over ascending k; then the eight
+//           sums are added in the order of the groups. It depends on K alone, never on M
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 256
@@ -36,7 +41,7 @@ void main() {
     [[unroll]] for (int i = 0; i < RM; i++)
         parts[split][i][column] = acc[i];
     barrier();
-    // One group of lanes finishes one row.
+    // Each group of lanes finishes the rows split, split + SPLITS, ...
     for (uint i = split; i < RM; i += SPLITS)
         if (m0 + i < p.n_rows && n < p.n_out) {
             float sum = parts[0][i][column];

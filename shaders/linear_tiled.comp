@@ -1,8 +1,10 @@
-// The matrix kernel of real GPUs for many rows: a workgroup of 128 computes 64 rows x 64 columns
-// from tiles in shared memory, 8 x 4 results an invocation. Same panels, same order (one fma chain
-// over ascending k) and same epilogue as linear.comp, hence the same bits.
-// Grid: x = ceil(M / 64), y = ceil(N / 64). Shared memory: 8.5 KiB. The next tiles are on their way
-// to registers while these are multiplied.
+// dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add), on real GPUs, for many rows.
+// Buffers   x [M, x_stride], weights: panels (linear.comp gives the layout), dst [M, out_stride]
+// Grid      x = ceil(M / 64), y = ceil(N / 64). A workgroup of 128 computes 64 rows x 64 columns
+//           from tiles in shared memory (8.5 KiB), and each invocation 8 x 4 of them. The next
+//           tiles are loaded into registers while the present ones are multiplied
+// Order     one fma chain for each output, over ascending k, and the epilogue of linear.comp, so
+//           the results are bit-identical
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #define FIXED_WORKGROUP 128
@@ -13,7 +15,7 @@ layout(push_constant, scalar) uniform Params { linear_params p; };
 #include "weights.glsl"
 
 const uint BM = 64, BN = 64, BK = 16;
-shared float x_tile[BK][BM + 4]; // padded: rows begin in different banks
+shared float x_tile[BK][BM + 4]; // padded, so that rows begin in different banks
 shared float w_tile[BK][BN + 4];
 
 float x_next[BM * BK / 128];
@@ -57,7 +59,7 @@ void main() {
         barrier();
         if (cell + BK / CELL < p.k_cells)
             fetch(id, m0, n0, cell + BK / CELL);
-        // not unrolled as a whole: software drivers would compile it for 10 s
+        // Unrolled only in part: software drivers take 10 s to compile the fully unrolled loop.
         for (uint four = 0; four < BK; four += 4) {
             [[unroll]] for (uint s = 0; s < 4; s++) {
                 const uint k = four + s;

@@ -1,5 +1,8 @@
-// Logits of a row -> the gradient of a scalar of its distribution, in place, a workgroup a row;
-// see logit_grad_params.
+// In place: a row of logits becomes the gradient of a scalar of its distribution (LOGIT_GRAD_*)
+// with respect to them, times the row's weight; values[r] is the scalar.
+// Buffers   logits, reference and other [n, stride], targets, weights and values [n]
+// Grid      x = rows; a workgroup takes one, its lanes the columns
+// Order     lane l sums columns l, l + WG, ... in ascending order; workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -8,14 +11,13 @@
 layout(push_constant, scalar) uniform Params { logit_grad_params p; };
 
 float cap(float x, float softcap) {
-    // the same wherever it is computed, so that
+    // `precise`: computed alike at every call, so that equal rows give a difference of exactly 0
     precise float y = softcap != 0.0 ? softcap * tanh(clamp(x / softcap, -15.0, 15.0)) : x;
-    // two equal rows differ by nothing
     return y;
 }
 
-// The row's largest logit and the log of the sum of exp above it: apart, so that large logits
-// cost no digits. A macro hands over the array: SwiftShader crashes where a reference is a
+// The row's largest logit and log sum exp(logit - largest). They stay apart, so that large logits
+// lose no precision. This is a macro because SwiftShader crashes where a buffer reference is a
 // function's argument.
 #define LOG_SUM(array, softcap, top, log_sum) \
     { \

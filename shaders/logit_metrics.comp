@@ -1,4 +1,8 @@
-// What metrics read of whole rows of logits; a workgroup a row. See logit_metrics_params.
+// values[r] = KL(reference || x), KL(other || x), log p(target) and the most probable token of row
+// r of the logits x. Its reference is row (first + r) % n.
+// Buffers   logits [rows, stride], reference and other [n, stride], targets [n], values [rows, 4]
+// Grid      x = rows; a workgroup takes one, its lanes the columns
+// Order     lane l sums columns l, l + WG, ... in ascending order; workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -10,8 +14,8 @@ float cap(float x) {
     return p.softcap != 0.0 ? p.softcap * tanh(clamp(x / p.softcap, -15.0, 15.0)) : x;
 }
 
-// The row's largest logit and the log of the sum of exp above it: apart, so that large logits
-// cost no digits. A macro hands over the array: SwiftShader crashes where a reference is a
+// The row's largest logit and log sum exp(logit - largest). They stay apart, so that large logits
+// lose no precision. This is a macro because SwiftShader crashes where a buffer reference is a
 // function's argument.
 #define LOG_SUM(array, row, top, log_sum) \
     { \
@@ -33,7 +37,7 @@ void main() {
     LOG_SUM(p.reference, other_row, reference_top, reference_sum)
     LOG_SUM(p.other, other_row, other_top, other_sum)
     const uint target = p.targets.at[j];
-    // the first of equal ones, as a largest -index
+    // greedy is the largest -index, so that of equal logits the first one counts
     float from_reference = 0.0, from_other = 0.0, target_log_p = 0.0, greedy = -float(p.width);
     for (uint i = lane; i < p.width; i += WG) {
         float capped = cap(p.logits.at[row + i]), log_p = capped - top - log_sum;

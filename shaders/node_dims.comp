@@ -1,5 +1,8 @@
-// dims[u, :] = sum over slots of du[u, t, :] g[group[u], t, :], a workgroup a node.
-// See node_dims_params.
+// dims[u, :] = sum over sample tokens t of du[u, t, :] g[groups[u], t, :].
+// Buffers   du [nodes, n_sample_tokens, d_stride], g [groups, n_sample_tokens, d_stride], groups
+//           [nodes], dims [nodes, width]
+// Grid      x = nodes; a workgroup takes one, its lanes the columns
+// Order     one fma chain for each element, over ascending t
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,4 +1,8 @@
-// RMS norm of one token's row a workgroup; see norm_params for the optional outputs and inputs.
+// RMS norm: scale = sqrt(mean x^2 + eps), normalized = x / scale, dst = normalized * gain. The
+// flags NORM_* say which of these are written, read instead of computed, or added to.
+// Buffers   x, dst, normalized and add [rows, stride], gain [width], scale and rows [rows]
+// Grid      x = rows; a workgroup takes one, its lanes the columns
+// Order     lane l sums columns l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -21,12 +25,12 @@ void main() {
         float scale = sqrt(workgroup_sum(sum) / float(p.width) + p.eps);
         if ((p.flags & NORM_WRITE_SCALE) != 0 && lane == 0)
             p.scale.at[r] = scale;
-        // 1 / sqrt must stay two steps, as it is where the scale is read back: to the compiler
-        // these bits might still change.
+        // sqrt and division must stay two steps, as they are where the scale is read back. OR-ing
+        // in a flag that is never set hides from the compiler that the value is a square root.
         inverse = 1.0 / uintBitsToFloat(floatBitsToUint(scale) | (p.flags & 0x80000000u));
     }
     for (uint i = lane; i < p.width; i += WG) {
-        // no contraction: the separate steps must give the same bits
+        // `precise` forbids contraction: the separate steps must give bit-identical results
         precise float x = p.x.at[from + i];
         if ((p.flags & NORM_READ_NORMALIZED) == 0)
             x *= inverse;

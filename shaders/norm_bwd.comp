@@ -1,4 +1,7 @@
-// Backward of the RMS norm, one token's row a workgroup; see norm_bwd_params for the equations.
+// Backward of the RMS norm; norm_bwd_params gives the equations.
+// Buffers   x, dy, dx, add and dnormalized [rows, stride], gain [width], dscale and rows [rows]
+// Grid      x = rows; a workgroup takes one, its lanes the columns
+// Order     lane l sums columns l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,5 +1,9 @@
-// Gradient of a difference of two logits with respect to the normed final stream, a workgroup a
-// row; see pair_grad_params.
+// dnormed[r, :] = weight * (a' W[a, :] - b' W[b, :]) and logits[r] = (a, b): the gradient of a
+// difference of two logits of row r with respect to the normalised final stream. a' and b' are the
+// slopes of the soft cap.
+// Buffers   normed and dnormed [n, stride], rows [2n, stride], weights [n], logits [n, 2]
+// Grid      x = rows; a workgroup takes one, its lanes the columns
+// Order     lane l sums columns l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

@@ -1,4 +1,8 @@
-// Two logits of a row; a workgroup a (row, entry). See pair_logits_params.
+// logits[e, j] = cap(normed[e, j, :] . rows[2j, :]), cap(normed[e, j, :] . rows[2j + 1, :]), with
+// cap the soft cap.
+// Buffers   normed [entries, n, stride], rows [2n, stride], logits [entries, n, 2]
+// Grid      x = rows j, y = entries; a workgroup takes one of each, its lanes the columns
+// Order     lane l sums columns l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

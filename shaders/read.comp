@@ -1,6 +1,10 @@
-// Reads memory once and does nothing else: the ceiling that a kernel bound by reading is measured
-// against. Each subgroup runs through its own stretch, lanes side by side, four loads in flight.
-// TEXELS: through a texel buffer, as weights are read where that is faster.
+// Reads n_cells cells of 16 bytes once and does nothing else. Its speed is the bound that kernels
+// limited by reading are measured against.
+// Define    TEXELS  (optional) reads through a texel buffer, as weights are read where that is
+//                   faster
+// Buffers   x [n_cells], dst: one float
+// Grid      x = subgroups. A subgroup reads cells_each consecutive cells; lanes lie side by side,
+//           with four loads in flight
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -22,5 +26,5 @@ void main() {
             sum += LOAD(i + u * SG);
     }
     if (sum == uvec4(0x9e3779b9u))
-        p.dst.at[0] = 1.0; // hardly ever; keeps the reads alive
+        p.dst.at[0] = 1.0; // hardly ever true; it keeps the compiler from removing the reads
 }

@@ -1,5 +1,11 @@
-// One workgroup a token: for every head, RMS norm (q and k), half-split rotation (rotate_half),
-// store into the cache. Subgroups share the heads.
+// In place on rows [q | k | v]: RMS norm of each head (ROPE_QK_NORM), rotation of its halves
+// (ROPE_ROTATE), and a copy of k and v into the cache (ROPE_STORE):
+//     (x[i], x[i + dh/2]) = (a c - b s, b c + a s), (a, b) the old values, (c, s) = angles[pos, i].
+// Buffers   qkv [T, stride], angles [positions, dh/2, (cos, sin)], k_cache and v_cache
+//           [slots, G * dh]
+// Grid      x = tokens; the subgroups of a workgroup share the heads of its token
+// Order     for the RMS, lane l sums columns l, l + SG, ... in one fma chain; the subgroup then
+//           adds its lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -36,8 +42,8 @@ void main() {
         const uint h = first + gl_SubgroupID, base = t * p.stride + h * p.d_head;
         bool is_q = h < p.n_heads, is_k = !is_q && h < p.n_heads + p.n_kv_heads,
              is_v = !is_q && !is_k && h < n_all;
-        // Subgroups without anything to do come to the barriers, too: lavapipe makes the whole
-        // workgroup wait in them, and loses who does not come.
+        // Subgroups without a head reach the barriers, too: on lavapipe the whole workgroup waits
+        // in a subgroup barrier, and a subgroup that does not reach it is lost.
         if ((p.flags & ROPE_QK_NORM) != 0) {
             if (is_q)
                 head_norm(base, p.q_gain);

@@ -1,5 +1,8 @@
-// Backward of rope.comp, in place on [dq | dk | dv] rows: one workgroup a token, subgroups share
-// the heads. The rotation is undone by its transpose, then the norm per head is gone back through.
+// Backward of rope.comp, in place on rows [dq | dk | dv]: the rotation is undone by its transpose,
+// and then comes the backward of the norm of each head (norm_bwd_params gives the equations).
+// Buffers   dqkv and qkv [T, stride], angles [positions, dh/2, (cos, sin)], q_gain and k_gain [dh]
+// Grid      x = tokens; the subgroups of a workgroup share the heads of its token
+// Order     lane l sums columns l, l + SG, ... in one fma chain; the subgroup then adds its lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -34,7 +37,7 @@ void main() {
     uint t = gl_WorkGroupID.x, pos = p.tokens.at[t].pos;
     for (uint first = 0; first < p.n_heads + p.n_kv_heads; first += WG / SG) {
         const uint h = first + gl_SubgroupID, base = t * p.stride + h * p.d_head;
-        // all subgroups come to the barrier: see rope.comp
+        // every subgroup reaches the barrier, for the reason given in rope.comp
         const bool mine = h < p.n_heads + p.n_kv_heads;
         if ((p.flags & ROPE_ROTATE) != 0) {
             if (mine)

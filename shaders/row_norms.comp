@@ -1,4 +1,8 @@
-// dst[n] = 1 / |W[n, :]|: what turns logits into cosines. An invocation a row; run once per model.
+// dst[n] = 1 / |W[n, :]|, or 0 for a row of zeros: the factor that turns logits into cosines. It
+// runs once for each model.
+// Buffers   weights: panels of W (linear.comp gives the layout), dst [N]
+// Grid      x = ceil(N / WG); an invocation takes one row
+// Order     one fma chain for each row, over ascending k
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

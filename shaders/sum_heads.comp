@@ -1,5 +1,8 @@
-// out[t, :] = sum over heads in ascending order (+ bias): attention's output when its
-// per-head parts were edited.
+// dst[t, :] = sum over heads h of x[t, h, :] (+ bias): the attention output where its parts for the
+// heads were edited.
+// Buffers   x [T, H, head_stride], bias [width], dst [T, out_stride]
+// Grid      x = tokens; a workgroup takes one, its lanes the columns
+// Order     heads are added in ascending order, then the bias
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"

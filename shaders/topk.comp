@@ -1,14 +1,17 @@
-// The k largest of every row, kept while the columns go by tile after tile: no [rows x vocabulary]
-// array is ever whole. A subgroup a row.
+// The k largest values of every row and their columns, kept while the columns arrive one vocabulary
+// tile after another, so that no [rows, vocabulary] array exists.
+// Buffers   x [n_rows, x_stride], factor [n_columns], values and indices [n_rows, k]
+// Grid      x = ceil(rows / ROWS); a subgroup takes one row
 //
-// Nearly all columns fail one test, "is any of these above the k-th so far?", so the scan costs a
-// load a column. What passes takes the place of the smallest in a list without order, of which
-// every lane owns each SG-th slot: no lane waits for another. About k (1 + ln(columns / k)) values
-// pass where columns come in no order. At the end of a tile the list is sorted by counting, for
-// each, how many stand before it.
+// Nearly all columns fail one test, "is any of these above the k-th largest so far?", so the scan
+// costs one load for each column. A value that passes replaces the smallest of an unordered list,
+// of which every lane owns each SG-th entry, so no lane waits for another. About k (1 +
+// ln(columns / k)) values pass where the columns come in no particular order. At the end of a tile
+// the list is sorted: the place of a value is the number of values that stand before it.
 //
-// Equal values: columns come in ascending order, one that only equals the smallest does not pass,
-// and of equal smallest the one with the highest index goes first. So the lower index stays.
+// Equal values: columns arrive in ascending order, a value that only equals the smallest does not
+// pass, and among equal smallest values the one with the highest index is replaced first. So the
+// lower index stays.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
@@ -17,17 +20,18 @@ layout(push_constant, scalar) uniform Params { topk_params p; };
 
 // rows of a workgroup, so that shared memory is 16 KiB at any subgroup size
 const uint ROWS = WG / SG < 4 ? WG / SG : 4;
-const uint AHEAD = 8; // columns a lane looks at together
+const uint AHEAD = 8; // columns that a lane loads at once
 const float NOTHING = -3.402823466e38;
 shared float values[4 * TOPK_MAX], indices[4 * TOPK_MAX];
 
-// Of the lane's own slots the first to go.
+// Of the lane's own entries, the one that is replaced first.
 uint weakest(uint list) {
-    uint slot = list + gl_SubgroupInvocationID;
-    for (uint j = slot + SG; j < list + p.k; j += SG)
-        if (values[j] < values[slot] || (values[j] == values[slot] && indices[j] > indices[slot]))
-            slot = j;
-    return slot;
+    uint entry = list + gl_SubgroupInvocationID;
+    for (uint j = entry + SG; j < list + p.k; j += SG)
+        if (values[j] < values[entry] ||
+            (values[j] == values[entry] && indices[j] > indices[entry]))
+            entry = j;
+    return entry;
 }
 
 void main() {
@@ -41,8 +45,9 @@ void main() {
     }
     const bool owner = lane < p.k;
     const float infinity = uintBitsToFloat(0x7f800000u);
-    uint slot = owner ? weakest(list) : 0;
-    float mine = owner ? values[slot] : infinity, least = subgroupMin(mine); // the one to beat
+    uint entry = owner ? weakest(list) : 0;
+    float mine = owner ? values[entry] : infinity,
+          least = subgroupMin(mine); // a value must exceed it
     for (uint c = 0; c < p.n_columns; c += AHEAD * SG) {
         float v[AHEAD], best = NOTHING;
         [[unroll]] for (uint u = 0; u < AHEAD; u++) {
@@ -58,13 +63,13 @@ void main() {
         [[unroll]] for (uint u = 0; u < AHEAD; u++)
             for (float top = subgroupMax(v[u]); top > least; top = subgroupMax(v[u])) {
                 uint from = subgroupMin(v[u] == top ? lane : SG);
-                float last = subgroupMax(mine == least ? indices[slot] : -1.0);
-                uint to = subgroupMin(mine == least && indices[slot] == last ? lane : SG);
+                float last = subgroupMax(mine == least ? indices[entry] : -1.0);
+                uint to = subgroupMin(mine == least && indices[entry] == last ? lane : SG);
                 if (lane == to) {
-                    values[slot] = top;
-                    indices[slot] = float(p.first + c + u * SG + from);
-                    slot = weakest(list);
-                    mine = values[slot];
+                    values[entry] = top;
+                    indices[entry] = float(p.first + c + u * SG + from);
+                    entry = weakest(list);
+                    mine = values[entry];
                 }
                 least = subgroupMin(mine);
                 v[u] = lane == from ? NOTHING : v[u];

@@ -1,6 +1,6 @@
-// What happens to a finished sum before it is written; the same in every matrix kernel, so that
-// kernels can be exchanged. A macro hands over the numbers: SwiftShader crashes where a struct with
-// buffer references is a function's argument.
+// What follows a finished sum before it is written: bias, soft cap, residual. Every matrix kernel
+// uses it, so that kernels are interchangeable. A macro reads the numbers because SwiftShader
+// crashes where a struct with buffer references is a function's argument.
 #define linear_epilogue(p, acc, m, n) \
     linear_finish(acc, p.flags, (p.flags & LINEAR_BIAS) != 0 ? p.bias.at[n] : 0.0, p.softcap, \
                   (p.flags & LINEAR_ADD) != 0 ? p.add.at[(m) * p.out_stride + (n)] : 0.0)
@@ -8,7 +8,7 @@
 float linear_finish(float acc, uint flags, float bias, float softcap, float add) {
     if ((flags & LINEAR_BIAS) != 0)
         acc += bias;
-    // clamped: beyond 15 tanh rounds to 1, and some drivers overflow there
+    // beyond 15 tanh rounds to 1, and some drivers overflow there
     if ((flags & LINEAR_SOFTCAP) != 0)
         acc = softcap * tanh(clamp(acc / softcap, -15.0, 15.0));
     if ((flags & LINEAR_ADD) != 0)

@@ -1,6 +1,6 @@
-/* Arguments of all kernels, read by C and by GLSL, so that none is typed twice. Addresses
- * first (8 bytes), then 4-byte scalars: the scalar layout of GLSL and C's own then agree. At most
- * 128 bytes each (push constants of the strictest driver).
+/* The arguments of all kernels, which C and GLSL both read from here. Addresses (8 bytes) come
+ * first, then 4-byte scalars, so that the scalar layout of GLSL agrees with C's own. Each struct
+ * has at most 128 bytes, the size of the push constants that every driver offers.
  *
  * T tokens, D width, H query heads, G key/value heads, dh head size, V vocabulary. `stride` counts
  * floats from one token's row to the next. */
@@ -21,10 +21,10 @@
 /* One token of a packed batch. */
 BLOCK(token_meta) {
     UINT id;   /* vocabulary index */
-    UINT pos;  /* from the row's own first token */
+    UINT pos;  /* counted from the row's own first token */
     UINT slot; /* where its key and value lie in the cache */
-    /* packed index of the token whose query is used (itself, or the base run's when
-     * patterns are frozen) */
+    /* packed index of the token whose query is used: this token, or with frozen patterns the base
+     * run's */
     UINT q_token;
     UINT k_slot; /* cache slot of position 0 of the row whose keys are used */
     UINT v_slot; /* the same for values */
@@ -32,12 +32,14 @@ BLOCK(token_meta) {
     UINT row_end; /* packed index after the row's last token in this chunk */
 };
 
-/* A run of at most 8 tokens of one row: what one workgroup of the attention kernels works on. */
+/* At most 8 consecutive tokens of one row, which one workgroup of the attention kernels takes. */
 BLOCK(query_tile) {
     UINT first; /* packed index of its first token */
     UINT count;
 };
 
+/* dst[t, :] = scale * E[id(t), :] for the tokens whose id lies in this segment of the vocabulary.
+ */
 BLOCK(embed_params) {
     ADDRESS(Tokens) tokens;
     ADDRESS(Words) weights; /* panels, V x D */
@@ -45,8 +47,8 @@ BLOCK(embed_params) {
     UINT n_tokens;
     UINT width;
     UINT stride;
-    UINT k_cells;  /* 16-byte cells of k a row: see linear.comp */
-    UINT first_id; /* this chunk of the vocabulary starts here */
+    UINT k_cells;  /* 16-byte cells of k in a row: see linear.comp */
+    UINT first_id; /* the first id of this segment of the vocabulary */
     UINT n_ids;
     UINT weight_type; /* WEIGHT_* */
     float scale;
@@ -58,9 +60,9 @@ BLOCK(embed_params) {
 
 #define NORM_WRITE_NORMALIZED 1
 #define NORM_WRITE_SCALE 2
-#define NORM_ADD 4              /* dst = add + norm: a post-norm with its residual */
-#define NORM_READ_SCALE 8       /* the scale was edited: use it */
-#define NORM_READ_NORMALIZED 16 /* the normalised value was edited: only the gain is left to do */
+#define NORM_ADD 4              /* dst = add + norm: a post-norm and the residual */
+#define NORM_READ_SCALE 8       /* the scale was edited: read it */
+#define NORM_READ_NORMALIZED 16 /* the normalised value was edited: read it */
 #define NORM_ROWS 32            /* row r reads token rows[r] */
 #define NORM_NO_OUT 64
 
@@ -82,10 +84,10 @@ BLOCK(norm_params) {
 #define LINEAR_BIAS 1
 #define LINEAR_ADD 2 /* dst = add + result: the residual stream */
 #define LINEAR_SOFTCAP 4
-#define LINEAR_NORM 8 /* the input is RMS-normalised on the way in: few rows, software drivers */
+#define LINEAR_NORM 8 /* x is RMS-normalised first: few rows, software drivers */
 
-/* dst[m, n] = sum_k in[m, k] W[n, k] (+ bias) (+ add): one sequential chain over
- * ascending k for every output. */
+/* dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): one chain over ascending k for every output.
+ */
 BLOCK(linear_params) {
     ADDRESS(Inputs) x;       /* [M, x_stride] */
     ADDRESS(Panels) weights; /* panels of 32 rows */
@@ -97,12 +99,12 @@ BLOCK(linear_params) {
     UINT n_out;              /* columns to write */
     UINT k_cells;            /* cells of k to sum over */
     UINT panel_cells;        /* cells of k in a panel */
-    UINT first_cell;         /* first cell of k in a panel: a slice of the inputs */
+    UINT first_cell;         /* first cell of k in a panel, for a slice of the inputs */
     UINT x_stride;
     UINT out_stride;
     UINT flags;
     float softcap;
-    UINT width; /* K without its pad */
+    UINT width; /* K without its padding */
     float eps;
 };
 
@@ -110,15 +112,15 @@ BLOCK(linear_params) {
 /* [q | k | v] of heads: q rotated into dst, k rotated and v into the cache */
 #define PAIRS_ROTATE 1
 
-/* A product whose outputs meet in pairs (n, n + half), each input RMS-normalised on the way in:
- * what act.comp or rope.comp would make of it. Few rows, software drivers: see linear.comp. */
+/* A product of the RMS-normalised x whose outputs n and n + half are finished together, by the
+ * arithmetic of act.comp or rope.comp. For few rows on software drivers: see linear.comp. */
 BLOCK(linear_pairs_params) {
     ADDRESS(Inputs) x;        /* [M, x_stride] */
     ADDRESS(Panels) weights;  /* panels of 32 rows */
     ADDRESS(FloatsOut) dst;   /* GATE: [M, out_stride]; ROTATE: q in [M, out_stride] */
     ADDRESS(FloatsIn) bias;   /* [N] */
     ADDRESS(FloatsIn) gain;   /* [K] */
-    ADDRESS(FloatsIn) angles; /* ROTATE: as rope_params, and what follows */
+    ADDRESS(FloatsIn) angles; /* ROTATE: this and the next three as in rope_params */
     ADDRESS(Tokens) tokens;   /* [M] */
     ADDRESS(FloatsOut) k_cache;
     ADDRESS(FloatsOut) v_cache;
@@ -142,8 +144,8 @@ BLOCK(linear_pairs_params) {
 #define ROPE_ROTATE 2
 #define ROPE_STORE 4 /* write k and v into the cache */
 
-/* In place on [q | k | v] rows: RMS norm per head, half-split rotation, then
- * store into the cache. */
+/* In place on [q | k | v] rows: RMS norm per head, rotation of the head's two halves, and a copy of
+ * k and v into the cache. */
 BLOCK(rope_params) {
     ADDRESS(FloatsInOut) qkv;
     ADDRESS(FloatsIn) angles; /* [positions, dh/2, (cos, sin)] */
@@ -177,8 +179,8 @@ BLOCK(scores_params) {
     float softcap; /* 0: none */
 };
 
-/* In place: softmax over the keys that a query sees; zeros before its window and for a tile's
- * worth of keys after it. */
+/* In place: softmax over the keys that a query sees. The keys before its window and the up to 7
+ * keys after it that its tile computed become 0. */
 BLOCK(softmax_params) {
     ADDRESS(FloatsInOut) scores;
     ADDRESS(Tokens) tokens;
@@ -204,7 +206,7 @@ BLOCK(attn_output_params) {
     UINT window;
 };
 
-/* The three steps above for tiles of one token. */
+/* The three steps above for single tokens: see attn_decode.comp. */
 BLOCK(decode_params) {
     ADDRESS(FloatsIn) qkv;
     ADDRESS(FloatsIn) k_cache;
@@ -228,6 +230,7 @@ BLOCK(decode_params) {
 #define ACT_GELU_TANH 1
 #define ACT_GELU 2
 
+/* dst[t, i] = act(gate[t, i]) * up[t, i]. */
 BLOCK(act_params) {
     ADDRESS(FloatsIn) gate_up; /* [T, in_stride]: gate at 0, up at width */
     ADDRESS(FloatsOut) dst;    /* [T, out_stride] */
@@ -240,9 +243,9 @@ BLOCK(act_params) {
 #define EDIT_SET 0
 #define EDIT_ADD 1
 #define EDIT_SCALE 2
-#define EDIT_ABLATE 3     /* x -= u (u . x), u the operand, of unit length */
-#define EDIT_ADD_SCALED 4 /* x += operand / scale[token]: ablations of what a norm lets through */
-#define EDIT_KEYS 1       /* flag: a site over keys; what the query does not see stays masked */
+#define EDIT_ABLATE 3     /* x -= u (u . x), where the operand u has unit length */
+#define EDIT_ADD_SCALED 4 /* x += operand / scale[token]: ablation of a normalised value */
+#define EDIT_KEYS 1       /* flag: a site over keys; keys that the query does not see stay masked */
 
 BLOCK(edit_entry) {
     UINT token;   /* packed index, counted from the view's first token */
@@ -298,8 +301,8 @@ BLOCK(sum_heads_params) {
     UINT has_bias;
 };
 
-/* dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector per key/value head
- * through every query head's part of W_O. */
+/* dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector for each key/value
+ * head, multiplied by the part of W_O of each of its query heads. */
 BLOCK(head_out_params) {
     ADDRESS(FloatsIn) x;     /* [n_heads / group, d_head] */
     ADDRESS(Panels) weights; /* panels of 32 rows */
@@ -308,14 +311,14 @@ BLOCK(head_out_params) {
     UINT n_heads;
     UINT group; /* query heads that share a key/value head */
     UINT d_head;
-    UINT heads_each;  /* heads that a workgroup takes one after the other */
+    UINT heads_each;  /* heads that a workgroup takes in turn */
     UINT n_out;       /* columns to write */
     UINT panel_cells; /* cells of k in a panel */
     UINT out_stride;
     UINT has_gain;
 };
 
-/* dst[n] = 1 / |W[n, :]|, 0 for a row of zeros. */
+/* dst[n] = 1 / |W[n, :]|, or 0 for a row of zeros. */
 BLOCK(row_norms_params) {
     ADDRESS(Panels) weights;
     ADDRESS(FloatsOut) dst; /* [N], already offset to the first row */
@@ -323,12 +326,12 @@ BLOCK(row_norms_params) {
     UINT panel_cells;
 };
 
-#define TOPK_BEGIN 1  /* the lists are empty: what they hold is not read */
+#define TOPK_BEGIN 1  /* the lists are empty and are not read */
 #define TOPK_SCALED 2 /* column c counts as x * factor[c] */
 #define TOPK_MAX 512  /* the longest list */
 
-/* Merges columns first, first + 1, ... of every row into its list of the k largest, which falls;
- * equal values stand by index. */
+/* Merges columns first, first + 1, ... of every row into its list of the k largest values, which is
+ * in descending order; equal values are in ascending order of their index. */
 BLOCK(topk_params) {
     ADDRESS(FloatsIn) x;          /* [n_rows, x_stride], the first of n_columns columns */
     ADDRESS(FloatsIn) factor;     /* [n_columns] */
@@ -342,7 +345,7 @@ BLOCK(topk_params) {
     UINT flags;
 };
 
-/* Reads n_cells of 16 bytes, cells_each by every subgroup. */
+/* Reads n_cells cells of 16 bytes; every subgroup reads cells_each of them. */
 BLOCK(read_params) {
     ADDRESS(Panels) x;
     ADDRESS(FloatsOut) dst; /* one float */

@@ -2,13 +2,14 @@
 #ifndef VKSTEER_PARAMS_ATTRIBUTION_H
 #define VKSTEER_PARAMS_ATTRIBUTION_H
 
-/* --- attribution (csrc/analysis/attribution.c): slots are tokens of samples; sources are tokens of
- * a batch, NO_SOURCE where there is none --- */
+/* --- attribution (csrc/analysis/attribution.c): a sample token is a token of a sample that has
+ * accumulators; a source is a token of a batch, NO_SOURCE where there is none. n: sample tokens of
+ * the dispatch --- */
 
 #define NO_SOURCE 0xffffffffu
 
-/* dst[s, :] = f(a) x[a, :] - f(b) x[b, :] for (a, b) = pairs[s]; f = 1, or with `raw` 1 /
- * rms(raw[token, :]): a post-norm's own statistic. */
+/* dst[s, :] = f(a) x[a, :] - f(b) x[b, :] for (a, b) = pairs[s]; f(token) = 1, or with `raw`
+ * 1 / rms(raw[token, :]), the factor of a post-norm. */
 BLOCK(difference_params) {
     ADDRESS(FloatsIn) x;
     ADDRESS(FloatsIn) raw; /* 0: none */
@@ -32,17 +33,20 @@ BLOCK(accumulate_params) {
     float weight;
 };
 
-#define HEAD_INPUTS_NORMED 1 /* gradients after the norm: no statistic comes in */
+#define HEAD_INPUTS_NORMED 1 /* gradients after the norm, without its RMS */
 
-/* What a layer's query, key and value inputs need later: with r = 1 / rms(x[t]),
- * heads[s, :] += weight r dqkv[t, :]; for step first_step + k: steps[s, step, v] = weight r^2 / D
- * ((qkv - bias) . dqkv of head v), xs[s, step, :] = x[t, :]. The gradient of input v before the
- * norm is then gain * (W_v^T heads[s, v]) - sum over steps of steps[s, step, v] xs[s, step, :]. */
+/* What the gradients of a layer's query, key and value inputs are made of later. For source k of
+ * sample token s, t = sources[s, k], r = 1 / rms(x[t]) and step = first_step + k:
+ *     heads[s, :] += weight r dqkv[t, :]
+ *     steps[s, step, v] = weight r^2 / D ((qkv[t] - bias) . dqkv[t] of head v)
+ *     xs[s, step, :] = x[t, :]
+ * The gradient of input v before the norm is then gain * (W_v^T heads[s, v]) minus the sum over
+ * steps of steps[s, step, v] xs[s, step, :]. */
 BLOCK(head_inputs_params) {
     ADDRESS(FloatsIn) dqkv; /* [T, stride] */
     ADDRESS(FloatsIn) qkv;  /* [T, stride], before norm per head and rotation */
     ADDRESS(FloatsIn) bias;
-    ADDRESS(FloatsIn) x;        /* [T, d_stride] the stream entering the layer */
+    ADDRESS(FloatsIn) x;        /* [T, d_stride] the residual stream before the layer */
     ADDRESS(Words) sources;     /* [n, n_sources] */
     ADDRESS(FloatsInOut) heads; /* [n, stride] */
     ADDRESS(FloatsOut) steps;   /* [n, n_steps, n_inputs] */
@@ -85,7 +89,7 @@ BLOCK(dots_params) {
     UINT n_k;
 };
 
-/* dims[u, :] = sum over t of du[u, t, :] g[group[u], t, :]. */
+/* dims[u, :] = sum over sample tokens t of du[u, t, :] g[groups[u], t, :]. */
 BLOCK(node_dims_params) {
     ADDRESS(FloatsIn) du;    /* [n, n_sample_tokens, d_stride] */
     ADDRESS(FloatsIn) g;     /* [groups, n_sample_tokens, d_stride] */

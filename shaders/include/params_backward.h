@@ -2,19 +2,19 @@
 #ifndef VKSTEER_PARAMS_BACKWARD_H
 #define VKSTEER_PARAMS_BACKWARD_H
 
-/* --- backward: gradients of a scalar with respect to activations; the weights are fixed. d in
- * front of a name: the gradient with respect to it --- */
+/* --- backward: gradients of a scalar with respect to activations; the weights have none. A name
+ * with d in front is the gradient with respect to what the name means --- */
 
-/* dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + what dx held): one chain over ascending n, on
- * the panels of the forward product. */
+/* dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + dx[m, k]): one chain over ascending n, on the
+ * panels of the forward product. */
 BLOCK(linear_bwd_params) {
     ADDRESS(Inputs) dy; /* [M, y_stride], pad columns zero */
     ADDRESS(Panels) weights;
     ADDRESS(FloatsInOut) dx; /* [M, x_stride] */
     UINT n_rows;             /* M */
     UINT n_sum;              /* rows of W to sum over, padded to 16 */
-    UINT first_n;            /* from here: a multiple of 16 */
-    UINT n_cells;            /* 16-byte cells of k to write, all columns of each */
+    UINT first_n;            /* the first of them, a multiple of 16 */
+    UINT n_cells;            /* 16-byte cells of k whose columns are written */
     UINT first_cell;
     UINT panel_cells;
     UINT y_stride;
@@ -27,7 +27,7 @@ BLOCK(linear_bwd_params) {
 #define NORM_BWD_WRITE_NORMALIZED 4
 #define NORM_BWD_WRITE_SCALE 8
 #define NORM_BWD_NO_OUT 16
-#define NORM_BWD_ROWS 32 /* row r's x is token rows[r]'s */
+#define NORM_BWD_ROWS 32 /* row r reads x of token rows[r] */
 
 /* Backward of the RMS norm: with scale = sqrt(mean x^2 + eps), n = x / scale, dn = dy * gain:
  * dscale = -(dn . n) / scale, dx = dn / scale - n (dn . n) / (D scale). */
@@ -57,8 +57,9 @@ BLOCK(act_bwd_params) {
     UINT act;
 };
 
-/* In place on dpattern: dscores = pattern * (dpattern - sum_j pattern dpattern) * scale * (1 -
- * (score / softcap)^2): with respect to q . k. Zeros where the forward softmax writes zeros. */
+/* In place on dpattern: the gradient with respect to q . k,
+ * dscores = pattern * (dpattern - sum_j pattern dpattern) * scale * (1 - (score / softcap)^2).
+ * It is 0 where the forward softmax writes 0. */
 BLOCK(softmax_bwd_params) {
     ADDRESS(FloatsIn) pattern; /* [T', H, key_stride] */
     ADDRESS(FloatsInOut) dpattern;
@@ -72,14 +73,14 @@ BLOCK(softmax_bwd_params) {
     float softcap;
 };
 
-/* sums[j, g, :] (+)= sum over queries t >= j of j's row and heads h of group g of a[t, h,
- * j] y[t, h, :]: values' gradient from pattern and dz, keys' from dscores and q. One chain
- * over ascending (t, h). */
+/* sums[j, g, :] (+)= sum over queries t >= j of j's row and heads h of group g of
+ * a[t, h, j] y[t, h, :]: the gradient of the values from pattern and dz, and of the keys from
+ * dscores and q. One chain over ascending (t, h). */
 BLOCK(attn_output_bwd_params) {
     ADDRESS(FloatsIn) a; /* [T', H, key_stride], T' counted from token first_token */
     ADDRESS(FloatsIn) y; /* [T, y_stride] */
     ADDRESS(Tokens) tokens;
-    ADDRESS(Tiles) tiles;      /* of keys: whole rows lie in the chunk */
+    ADDRESS(Tiles) tiles;      /* of keys; the chunk holds whole rows */
     ADDRESS(FloatsInOut) sums; /* [T, out_stride], already offset to the first column */
     UINT first_token;
     UINT last_token; /* queries [first_token, last_token) are in `a` */
@@ -93,7 +94,7 @@ BLOCK(attn_output_bwd_params) {
     UINT add; /* 1: sums holds the sum over earlier queries */
 };
 
-/* In place on [dq | dk | dv] rows: the rotation undone, then the backward of the norm per
+/* In place on [dq | dk | dv] rows: the rotation is undone, then comes the backward of the norm per
  * head (ROPE_QK_NORM). */
 BLOCK(rope_bwd_params) {
     ADDRESS(FloatsInOut) dqkv;
@@ -110,8 +111,8 @@ BLOCK(rope_bwd_params) {
     float eps;
 };
 
-/* Row r: logits a and b of token `normed` row r; dnormed = weight (a' W[a] - b' W[b]), '
- * the soft cap's slope. */
+/* For row r of `normed`: its logits a and b, and dnormed = weight (a' W[a] - b' W[b]), where a' and
+ * b' are the slopes of the soft cap. */
 BLOCK(pair_grad_params) {
     ADDRESS(FloatsIn) normed;   /* [n, stride] */
     ADDRESS(FloatsIn) rows;     /* [2n, stride]: W[a] of row r at 2r, W[b] at 2r + 1 */
@@ -127,8 +128,8 @@ BLOCK(pair_grad_params) {
 #define LOGIT_GRAD_KL 1             /* KL(reference || x) */
 #define LOGIT_GRAD_DIRECTIONAL_KL 2 /* KL(other || x) - KL(reference || x) */
 
-/* In place: logits of a row (before the soft cap) -> weight * d(value)/d(logit before the cap);
- * value[r] is the scalar itself, without its weight. */
+/* In place: the logits of row r, before the soft cap, become weight * d(value) / d(logit before the
+ * cap); values[r] is the scalar itself, without its weight. */
 BLOCK(logit_grad_params) {
     ADDRESS(FloatsInOut) logits; /* [n, stride]; pad columns become zero */
     ADDRESS(FloatsIn) reference; /* logits of other runs */
@@ -139,7 +140,7 @@ BLOCK(logit_grad_params) {
     UINT width;
     UINT stride;
     UINT kind;
-    float softcap;           /* of `logits`; 0: none, or not wanted */
+    float softcap;           /* of `logits`; 0: none, or not applied */
     float reference_softcap; /* of `reference` and `other`; 0: none, or already applied */
 };
 

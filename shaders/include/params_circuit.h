@@ -2,22 +2,23 @@
 #ifndef VKSTEER_PARAMS_CIRCUIT_H
 #define VKSTEER_PARAMS_CIRCUIT_H
 
-/* --- circuits (csrc/analysis/circuit.h): T tokens of a chunk; a block is [T, stride], what a node
- * adds minus what it adds in the base run --- */
+/* --- circuits (csrc/analysis/circuit.h): T tokens of a chunk. A difference is [T, stride]: what a
+ * node adds to the residual stream minus what it adds in the base run --- */
 
 #define NO_DIFFERENCE 0xffffffffu
 
-/* dst[e, j, :] = gain * v / rms(v), v = x[t, :] + the blocks refs[first[e]] ... in their order, t =
- * tokens[j] (or j): the stream as one input reads it. */
+/* dst[e, j, :] = gain * v / rms(v), where v = x[t, :] + the differences refs[first[e]] to
+ * refs[first[e + 1] - 1] in this order, and t = tokens[j] (or j): the residual stream as one input
+ * reads it. */
 BLOCK(circuit_inputs_params) {
-    ADDRESS(FloatsIn) x; /* [T, stride] the base run's stream */
-    ADDRESS(FloatsIn) d; /* [blocks, T, stride] */
+    ADDRESS(FloatsIn) x; /* [T, stride] residual stream of the base run */
+    ADDRESS(FloatsIn) d; /* [differences, T, stride] */
     ADDRESS(Words) refs;
     ADDRESS(Words) first;  /* [entries + 1] */
     ADDRESS(Words) tokens; /* [n_tokens] */
     ADDRESS(FloatsIn) gain;
     ADDRESS(FloatsOut) dst; /* [entries, n_tokens, stride] */
-    UINT all_tokens;        /* 1: all T in order instead */
+    UINT all_tokens;        /* 1: all T tokens in order, and `tokens` is not read */
     UINT n_tokens;
     UINT n_chunk; /* T */
     UINT width;
@@ -28,23 +29,23 @@ BLOCK(circuit_inputs_params) {
 #define PLACE_Q 0
 #define PLACE_K 1
 #define PLACE_V 2
-#define PLACE_BASE 4    /* from the base run's rows, which are finished: a copy */
+#define PLACE_BASE 4    /* copied from the base run's rows, which are finished */
 #define PLACE_QK_NORM 1 /* flag */
 
-/* Single heads' queries, keys and values to where attention finds them: RMS norm per head and
- * rotation for q and k, then q[to, t, :] or cache[to, slot, :].
- * Entry: kind, source block (or nothing), column of its first float in the source
- * row, destination block. */
+/* Writes queries, keys and values of single heads to where the attention kernels read them, which
+ * is q[to, t, :] or cache[to, slot, :], after RMS norm per head and rotation for q and k. An entry
+ * is: kind (PLACE_*), source array of x (unused with PLACE_BASE), column of the head's first float
+ * in the source row, destination array `to`. */
 BLOCK(circuit_place_params) {
-    ADDRESS(FloatsIn) x;      /* [blocks, T, x_stride] products */
+    ADDRESS(FloatsIn) x;      /* [arrays, T, x_stride] products */
     ADDRESS(FloatsIn) base;   /* [T, base_stride] */
     ADDRESS(Words) entries;   /* [n, 4] */
     ADDRESS(Tokens) tokens;   /* [T] */
     ADDRESS(FloatsIn) angles; /* [positions, dh/2, (cos, sin)] */
     ADDRESS(FloatsIn) q_gain;
     ADDRESS(FloatsIn) k_gain;
-    ADDRESS(FloatsOut) q;       /* [blocks, T, q_stride] */
-    ADDRESS(FloatsOut) k_cache; /* [blocks, n_slots, dh] */
+    ADDRESS(FloatsOut) q;       /* [arrays, T, q_stride] */
+    ADDRESS(FloatsOut) k_cache; /* [arrays, n_slots, dh] */
     ADDRESS(FloatsOut) v_cache;
     UINT n_tokens;
     UINT d_head;
@@ -56,18 +57,18 @@ BLOCK(circuit_place_params) {
     float eps;
 };
 
-#define HEADS_DIFFERENCE 1 /* minus the base run's */
-#define HEADS_SCALED 2     /* each divided by its run's scale: a post-norm's own statistic */
-#define HEADS_COLUMN 4     /* written at the head's own columns of a wide row, */
-#define HEADS_ZERO 8       /* the others zeroed */
+#define HEADS_DIFFERENCE 1 /* minus the value of the base run */
+#define HEADS_SCALED 2     /* each divided by the scale of its run's post-norm */
+#define HEADS_COLUMN 4     /* written at the head's own columns of a row of all heads */
+#define HEADS_ZERO 8       /* the other columns of the row become 0 */
 
-/* dst[row, t, :] = f(z of a head's state) [- f(z of the base run)]. Entry: state (NO_DIFFERENCE:
- * the base run's), head, row, scale's block. */
+/* dst[row, t, :] = f(z of a head's state) [- f(z of the base run)]. An entry is: state
+ * (NO_DIFFERENCE: that of the base run), head, row, row of `scale`. */
 BLOCK(circuit_heads_params) {
     ADDRESS(FloatsIn) z;          /* [states, T, z_stride] */
     ADDRESS(FloatsIn) base;       /* [T, base_stride], all heads */
     ADDRESS(Words) entries;       /* [n, 4] */
-    ADDRESS(FloatsIn) scale;      /* [blocks, T] */
+    ADDRESS(FloatsIn) scale;      /* [scale rows, T] */
     ADDRESS(FloatsIn) base_scale; /* [T] */
     ADDRESS(FloatsOut) dst;       /* [rows, T, out_stride] */
     UINT n_tokens;
@@ -80,7 +81,7 @@ BLOCK(circuit_heads_params) {
 
 #define OUTPUTS_NORM 1
 
-/* dst[r, :] = [gain * x / rms(x) of] x[r, :] - base[(first + r) % T, :]. */
+/* dst[r, :] = x[r, :] (OUTPUTS_NORM: gain * x / rms(x) of it) - base[(first + r) % T, :]. */
 BLOCK(circuit_outputs_params) {
     ADDRESS(FloatsIn) x;
     ADDRESS(FloatsIn) base;
@@ -94,7 +95,9 @@ BLOCK(circuit_outputs_params) {
     float eps;
 };
 
-/* logits[e, j] = (a, b) after the soft cap: normed[e, j, :] times rows 2j and 2j + 1. */
+/* logits[e, j] = (a, b), the products of normed[e, j, :] with rows 2j and 2j + 1, after the soft
+ * cap.
+ */
 BLOCK(pair_logits_params) {
     ADDRESS(FloatsIn) normed;  /* [entries, n, stride] */
     ADDRESS(FloatsIn) rows;    /* [2n, stride] of the unembedding */
@@ -105,8 +108,8 @@ BLOCK(pair_logits_params) {
     float softcap;
 };
 
-/* values[r] = KL(reference || x), KL(other || x), log p(target), greedy token of row r of logits
- * before the soft cap; its reference is row (first + r) % n. */
+/* values[r] = KL(reference || x), KL(other || x), log p(target) and the most probable token, for
+ * row r of the logits x before the soft cap. Its reference is row (first + r) % n. */
 BLOCK(logit_metrics_params) {
     ADDRESS(FloatsIn) logits;    /* [rows, stride] */
     ADDRESS(FloatsIn) reference; /* [n, stride] */

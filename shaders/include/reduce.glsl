@@ -1,5 +1,5 @@
-// Sums and maxima over a workgroup: every lane gets the same value. The order
-// depends on SG and WG only.
+// Sums and maxima over a workgroup; every lane gets the same value. subgroupAdd adds the lanes of a
+// subgroup, and the subgroups follow in ascending order, so the order depends on SG and WG alone.
 #ifndef REDUCE_GLSL
 #define REDUCE_GLSL
 

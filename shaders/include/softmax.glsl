@@ -1,5 +1,10 @@
 #include "reduce.glsl"
 
+// In place: softmax of the scores that begin at float `row`, over the keys [start, pos] that a
+// query at position `pos` sees; start is pos + 1 - window, or 0 without a window. The keys before
+// start become 0, and so do the up to 7 keys after pos that a tile of 8 queries computes. All lanes
+// of the workgroup call it. Order: lane l sums the keys start + l, start + l + WG, ... and
+// workgroup_sum adds the lanes.
 void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_stride) {
     uint start = window != 0 && pos + 1 > window ? pos + 1 - window : 0;
     uint lane = gl_LocalInvocationID.x;
@@ -9,7 +14,7 @@ void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_s
     top = workgroup_max(top);
     float sum = 0.0;
     for (uint j = start + lane; j <= pos; j += WG) {
-        // the same bits in every kernel that this is part of
+        // `precise`, so that every kernel that includes this gives bit-identical results
         precise float below = scores.at[row + j] - top;
         float e = exp(below);
         scores.at[row + j] = e;

@@ -1,5 +1,5 @@
-// Buffer references that the argument blocks name, and the two sizes every kernel
-// is specialised with.
+// The buffer references that the kernel arguments of params.h name, and the two sizes that every
+// kernel is specialised with.
 #ifndef TYPES_GLSL
 #define TYPES_GLSL
 

@@ -1,5 +1,5 @@
-// Weights in panels. A cell is 16 bytes: 4 (float32) or 8 (halves) consecutive k of one column; see
-// linear.comp for where it lies.
+// Weights in panels. A cell is 16 bytes: 4 (float32) or 8 (bfloat16, float16) consecutive k of one
+// column. linear.comp says where it lies.
 #if WEIGHT == 0
 #define CELL 4
 #else
@@ -7,15 +7,15 @@
 #endif
 
 #ifdef TEXELS
-// The same memory seen as a texel buffer. Software drivers fetch a whole texel per lane with one
-// load, where a buffer's 16 bytes are four gathers.
+// The same memory as a texel buffer. Software drivers fetch a texel of a lane with one load, where
+// 16 bytes of a buffer take four gathers.
 layout(set = 0, binding = 0) uniform usamplerBuffer weight_texels;
 #define LOAD_CELL(i) texelFetch(weight_texels, int(i))
 #else
 #define LOAD_CELL(i) p.weights.at[i]
 #endif
 
-// Four of a cell's values, as float32.
+// Values 4 * quad to 4 * quad + 3 of a cell, as float32.
 vec4 cell_values(uvec4 cell, uint quad) {
 #if WEIGHT == 0
     return uintBitsToFloat(cell);
