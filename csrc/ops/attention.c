@@ -1,8 +1,8 @@
-/* Attention in three steps whose middle result, the pattern, lies in memory: what is captured,
- * edited or frozen is what is used. */
+/* Attention in three steps. The pattern lies in memory between them, so that the pattern which is
+ * captured, edited or frozen is the one that is used. */
 #include "ops/ops.h"
 
-/* Workgroups that cover n keys, or n columns of a head: a lane takes two (RN of the shaders). */
+/* Workgroups that cover n keys or n columns of a head, two for each lane (RN of the shaders). */
 static uint32_t spans(const struct ops *ops, uint32_t n) {
     return (n + 2 * ops->workgroup - 1) / (2 * ops->workgroup);
 }
@@ -23,7 +23,8 @@ int op_attn_output(struct ops *ops, const struct attn_output_params *params, uin
                               error);
 }
 
-/* The kernel that takes the whole group at once, else the largest, in several turns. */
+/* The kernel that takes the whole head group in one pass, or else the largest, in several passes.
+ */
 int op_attn_decode_kernel(uint32_t group) {
     static const uint32_t heads[] = KERNEL_attn_decode_HEADS;
     uint32_t most = heads[sizeof heads / sizeof heads[0] - 1];
@@ -38,7 +39,7 @@ int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t
                               4.0 * n_tokens * n_keys * params->n_heads * params->d_head, error);
 }
 
-/* n_keys: the most keys of a row, hence the most queries of one. */
+/* n_keys: the most keys of a row, which is also the most queries of one. */
 int op_attn_output_bwd(struct ops *ops, const struct attn_output_bwd_params *params,
                        uint32_t n_tiles, uint32_t n_keys, struct error *error) {
     /* RN of the shader */

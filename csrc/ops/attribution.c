@@ -1,4 +1,4 @@
-/* Sums over tokens and steps that attribution is made of. */
+/* The sums over tokens and steps of attribution. */
 #include "ops/ops.h"
 
 int op_head_gradients(struct ops *ops, const struct head_gradients_params *params,
@@ -9,7 +9,7 @@ int op_head_gradients(struct ops *ops, const struct head_gradients_params *param
         4.0 * params->n_sample_tokens * params->n_inputs * params->n_steps * params->width, error);
 }
 
-#define DOTS 8 /* rows of either side that a subgroup takes (R of the shader) */
+#define DOTS 8 /* rows of a and of b that a subgroup takes (R of the shader) */
 
 int op_dots(struct ops *ops, const struct dots_params *params, struct error *error) {
     uint32_t columns = DOTS * (ops->workgroup / ops->subgroup);

@@ -1,4 +1,4 @@
-/* Embedding, activation, edits, copies: one workgroup a row, or (activation on GPUs) several. */
+/* Embedding, activation, copies: one workgroup for each row, or several (activation on GPUs). */
 #include "ops/ops.h"
 
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
@@ -24,8 +24,8 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
     return 0;
 }
 
-/* One token has too few columns for a workgroup to be worth its start on a software device, and too
- * many for one alone to fill a GPU. */
+/* On a software device the columns of a token are too few to pay for starting several workgroups;
+ * on a GPU one workgroup for each token would leave most of the device idle. */
 int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
            struct error *error) {
     uint32_t columns = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? params->width

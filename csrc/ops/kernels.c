@@ -37,7 +37,7 @@ int ops_create(struct ops *ops, struct gpu_device *device, struct error *error) 
     ops->device = device;
     ops->subgroup = gpu_device_get_info(device)->subgroup_size;
     ops->workgroup = gpu_device_workgroup(device);
-    ops->kernel_family = LINEAR_BROADCAST; /* until one was chosen */
+    ops->kernel_family = LINEAR_BROADCAST; /* until the device's own is chosen */
     return gpu_queue_create(&ops->queue, device, error);
 }
 

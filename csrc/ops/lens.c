@@ -16,8 +16,8 @@ static int share_check(const struct op_matrix *matrix, const struct op_head_out_
 int op_head_out(struct ops *ops, const struct op_matrix *matrix,
                 const struct op_head_out_args *args, struct error *error) {
     int texels = ops->kernel_family == LINEAR_TEXELS;
-    /* A software device has few workers, and each reads fastest straight through its panel; a GPU
-     * wants every (panel, head) at once. */
+    /* A software device has few workers, and each is fastest when it reads its panel in order; a
+     * GPU needs every (panel, head) at once to be filled. */
     uint32_t each = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? args->n_heads : 1;
     uint32_t columns = op_panel_columns(ops);
     if (share_check(matrix, args, error))
@@ -68,16 +68,16 @@ int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
     return 0;
 }
 
-/* Operations that a row takes, for bounded submissions: the scan, what enters the list (some 7 k
- * values of the first columns, about k of later ones, each as much as thousands of operations on a
- * software device), and the sort. */
+/* Operations that a row takes, by which submissions are bounded: the scan, the values that enter
+ * the list (about 7 k of the first columns and k of later ones, each of which costs as much as
+ * thousands of operations on a software device), and the sort. */
 static double topk_work(const struct topk_params *p) {
     double k = p->k, entering = (p->flags & TOPK_BEGIN ? 7 : 1) * k;
     return 4.0 * p->n_columns + entering * 7500 * (1 + k / TOPK_MAX) + 60 * k * k;
 }
 
 int op_topk(struct ops *ops, const struct topk_params *params, struct error *error) {
-    /* of a workgroup, as in topk.comp */
+    /* rows of a workgroup, as in topk.comp */
     uint32_t rows = ops->workgroup / ops->subgroup < 4 ? ops->workgroup / ops->subgroup : 4;
     if (params->k == 0 || params->k > TOPK_MAX || params->x_stride < params->n_columns ||
         (uint64_t)params->first + params->n_columns > 1u << 24)

@@ -33,15 +33,15 @@ int op_kernel_family_offered(const struct ops *ops, int family) {
     switch (family) {
     case LINEAR_BROADCAST: return 1;
     case LINEAR_TEXELS:
-        /* A way round the gathers of software drivers, which GPUs do not have. */
+        /* Texels avoid the gathers of software drivers, which GPUs do not have. */
         return info->type == GPU_SOFTWARE && info->has_int64 && info->max_texels > 0;
     case LINEAR_TILED: return info->max_invocations >= 256;
     default: return 0;
     }
 }
 
-/* The variant whose rows hold n_rows, or the one with the most; `find` is its lookup in the table.
- * rows: what the table has, ascending. */
+/* The variant with the fewest rows that hold n_rows, or the one with the most rows. `find` looks a
+ * variant up in the table; rows: [n] the numbers of rows that the table has, ascending. */
 static struct variant variant_find(int (*find)(uint32_t weight, uint32_t rm, uint32_t texels),
                                    const uint32_t *rows, size_t n, uint32_t type, int texels,
                                    uint32_t n_rows) {
@@ -58,7 +58,7 @@ static const uint32_t linear_rows[] = KERNEL_linear_RM, pairs_rows[] = KERNEL_li
                       decode_rows[] = KERNEL_linear_decode_RM, bwd_rows[] = KERNEL_linear_bwd_RM;
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-/* In decoding; it has no variant that reads texels. */
+/* The decoding kernel has no variant that reads texels. */
 static int decode_find(uint32_t type, uint32_t rm, uint32_t texels) {
     (void)texels;
     return kernel_linear_decode(type, rm);
@@ -74,10 +74,10 @@ static struct variant variant_choose(const struct ops *ops, uint32_t type, uint3
     }
     if (ops->kernel_family == LINEAR_TILED)
         return (struct variant){kernel_linear_tiled(type), TILED_SIDE, TILED_SIDE};
-    /* Where a lane takes several columns (RN; 16 rows of 4 columns) there are too many accumulators
-     * for AVX2's 16 registers of 8 lanes: 8 rows of a panel are faster there for any number of
-     * rows. NVIDIA's driver (580.159) compiles that variant for 30 s, and GPUs need this family
-     * only to check the tiled one against. */
+    /* A lane that takes several columns (RN: 16 rows of 4 columns) has too many accumulators for
+     * the 16 registers of 8 lanes of AVX2, where 8 rows of a panel are faster for any number of
+     * rows. NVIDIA's driver (580.159) takes 30 s to compile that variant, and GPUs need this kernel
+     * family only as the baseline of the tiled one. */
     int texels = ops->kernel_family == LINEAR_TEXELS;
     int narrow = ops->subgroup == 8 || gpu_device_get_info(ops->device)->type != GPU_SOFTWARE;
     size_t n = COUNT(linear_rows);
@@ -99,8 +99,8 @@ static uint32_t variant_columns(const struct ops *ops, const struct variant *var
     return variant->columns ? variant->columns * ops->workgroup : op_panel_columns(ops);
 }
 
-/* Rows of x that one dispatch may take, so that a large product is cut into pieces of bounded time.
- * Rows are independent: no bit changes. */
+/* Rows of x that one dispatch may take, so that a large product becomes several dispatches of
+ * bounded time. Rows are independent, so the results are bit-identical. */
 static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out,
                              uint32_t n_inputs) {
     double rows = gpu_queue_flops_bound(ops->queue) / (2.0 * n_out * n_inputs);
@@ -194,7 +194,7 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
         (!rotate && args->dst_stride < n_pairs))
         return error_set(
             error, ERROR_VALUE,
-            "%u outputs in %u pieces cannot be finished in pairs: %u heads of %u, rows of %u",
+            "%u outputs in %u segments cannot be finished in pairs: %u heads of %u, rows of %u",
             matrix->n, matrix->n_segments, heads, args->d_head, args->dst_stride);
     struct linear_pairs_params params = {
         .x = args->x,
@@ -299,8 +299,8 @@ static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix
     return 0;
 }
 
-/* rows of W, 256 bytes of each to a subgroup of 16 lanes: a core's cache keeps them
- * for the next rows of dy */
+/* Rows of W that one dispatch takes. A subgroup of 16 lanes reads 256 bytes of each, and a core's
+ * cache keeps them for the next rows of dy. */
 #define BACKWARD_STRIP 2048
 
 int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
@@ -328,7 +328,7 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
             n = end - from < at_once ? end - from : at_once;
             if (segment_multiply_back(ops, matrix, c, args, from, n, add, error))
                 return -1;
-            add = 1; /* the chain goes on where the last piece left it */
+            add = 1; /* continues the chain of the dispatch before */
         }
     }
     return 0;

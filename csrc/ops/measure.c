@@ -11,8 +11,8 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* The best: what else the machine does can only make a repeat slower, and the choice of kernels
- * must not depend on it. */
+/* The shortest time: other work on the machine can only make a repetition slower, and the choice of
+ * kernels must not depend on it. */
 static double best(const double *seconds) {
     double least = seconds[0];
     for (int i = 1; i < REPEATS; i++)
@@ -60,7 +60,7 @@ static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t 
         .y_stride = args.dst_stride,
         .x_stride = args.x_stride,
     };
-    for (int i = -1; i < REPEATS; i++) { /* the first compiles */
+    for (int i = -1; i < REPEATS; i++) { /* the first one compiles the kernel */
         if (gpu_queue_wait(ops->queue, error))
             goto done;
         double start = now();
@@ -109,7 +109,7 @@ int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second,
     if (buffer(ops, &from, bytes, error) || buffer(ops, &to, 64, error))
         goto done;
     int texels = ops->kernel_family == LINEAR_TEXELS;
-    uint32_t n_cells = (uint32_t)(bytes / 16), each = 64 * 1024 / 16; /* 64 KiB a subgroup */
+    uint32_t n_cells = (uint32_t)(bytes / 16), each = 64 * 1024 / 16; /* 64 KiB for each subgroup */
     struct read_params params = {
         .x = gpu_buffer_address(from),
         .dst = gpu_buffer_address(to),

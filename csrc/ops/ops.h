@@ -1,5 +1,5 @@
-/* Operations: shapes checked, argument blocks filled, kernels chosen and recorded. Nothing here
- * knows what a model is.
+/* Operations: they check shapes, choose a kernel, fill its arguments and record its dispatch.
+ * Nothing here knows what a model is.
  *
  * B rows, T packed tokens, D width, H query heads, G key/value heads, dh head size, V vocabulary.
  * Activations are float32 [T, stride] with stride = op_row_stride(width) and zero pad columns;
@@ -11,7 +11,7 @@
 #include "kernel_table.h" /* enum op_kernel; made by the build from kernels.def */
 #include "params.h"
 
-/* All kernels with their SPIR-V; static storage. */
+/* All kernels with their SPIR-V, in static storage. */
 const struct gpu_kernel *op_kernels_get(void);
 int op_kernel_find(const char *name); /* -1 if there is none */
 
@@ -25,12 +25,12 @@ struct ops {
 int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);
 void ops_destroy(struct ops *ops);
 
-/* bytes of a kernel's arguments at most: push constants that every driver offers */
+/* most bytes of a kernel's arguments: the push constants that every driver offers */
 #define OP_PARAMS_MAX 128
 #define OP_TILE 8 /* queries of a row that one workgroup of the attention kernels takes */
 
-/* Floats from one row to the next: a multiple of 16, and never one of 1024, whose rows would fight
- * for the same cache lines. */
+/* Floats from one row to the next: a multiple of 16, and never one of 1024, because rows would then
+ * compete for the same cache lines. */
 static inline uint32_t op_row_stride(uint32_t width) {
     uint32_t stride = (width + 15) / 16 * 16;
     return stride % 1024 ? stride : stride + 16;
@@ -41,12 +41,12 @@ static inline uint32_t op_row_stride(uint32_t width) {
 #define OP_PANEL 32
 #define OP_MATRIX_SEGMENTS 64
 
-/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp); several segments where
+/* W [n, k] on the device, as panels of 32 rows (see shaders/linear.comp), in several segments where
  * one buffer cannot hold it. */
 struct op_matrix {
     uint32_t type; /* WEIGHT_* */
     uint32_t n, k;
-    uint32_t k_cells; /* 16-byte cells of k a row */
+    uint32_t k_cells; /* 16-byte cells of k in a row */
     uint32_t n_segments;
     struct {
         uint64_t address;
@@ -63,24 +63,25 @@ static inline uint64_t op_matrix_bytes(uint32_t type, uint32_t rows, uint32_t k)
     return (uint64_t)(rows + OP_PANEL - 1) / OP_PANEL * OP_PANEL * op_matrix_cells(type, k) * 16;
 }
 
-/* Columns of a workgroup whose subgroups take one panel each. */
+/* Columns that a workgroup covers whose subgroups take one panel each. */
 static inline uint32_t op_panel_columns(const struct ops *ops) {
     return (ops->subgroup < OP_PANEL ? OP_PANEL : ops->subgroup) * (ops->workgroup / ops->subgroup);
 }
 
-/* Kernels for the same product. The first two are for drivers whose subgroups are vector registers
- * (software), the second reads weights through texel buffers: one chain over k in every phase. The
- * last is for real GPUs: shared-memory tiles with the same chain in prefill; in decoding k is split
- * over a workgroup, in an order of its own. */
+/* Kernel families: sets of kernels for the same product. The first two are for drivers whose
+ * subgroups are vector registers (software), and the second of them reads weights through texel
+ * buffers; both sum in one chain over k in every phase. The last is for real GPUs: in prefill it
+ * uses tiles in shared memory with the same chain; in decoding it splits k over a workgroup, in an
+ * order of its own. */
 enum op_kernel_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };
 const char *op_kernel_family_name(int family);
 int op_kernel_family_find(const char *name); /* -1 if there is none */
-/* does the device have what it needs? */
+/* Does the device have what the kernel family needs? */
 int op_kernel_family_offered(const struct ops *ops, int family);
 
 struct op_linear_args {
     uint64_t x, dst, bias, add; /* [M, x_stride], [M, dst_stride], [n], [M, dst_stride] */
-    /* [k]: x is RMS-normalised on the way in, where op_linear_norms says so; 0: not */
+    /* [k]: x is RMS-normalised first, which op_linear_norms must allow; 0: it is not */
     uint64_t gain;
     uint32_t n_rows, x_stride, dst_stride;
     uint32_t first_k, n_k; /* a slice of the inputs (multiples of 16); n_k = 0: all */
@@ -88,13 +89,13 @@ struct op_linear_args {
     uint32_t decode;       /* the phase: 1 for decoding */
     float eps;             /* of the norm */
 };
-/* Can a product of this many rows normalise its input with the bits of op_norm? */
+/* Can a product of this many rows normalise its input, bit-identically to op_norm? */
 int op_linear_norms(const struct ops *ops, uint32_t n_rows);
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args,
               struct error *error);
 
-/* dst = what op_act (PAIRS_GATE) or op_rope (PAIRS_ROTATE: no norm per head) makes of norm(x) W^T +
- * bias, without [M, n] in between: the same bits. */
+/* dst = op_act (PAIRS_GATE) or op_rope (PAIRS_ROTATE, without norm per head) of norm(x) W^T + bias,
+ * without storing the [M, n] product. Bit-identical to the separate steps. */
 struct op_linear_pairs_args {
     /* [M, x_stride], [k], [M, dst_stride]: GATE n / 2 columns, ROTATE q; [n] or 0 */
     uint64_t x, gain, dst, bias;
@@ -102,17 +103,17 @@ struct op_linear_pairs_args {
     uint32_t n_rows, x_stride, dst_stride, kind, act, n_heads, n_kv_heads, d_head;
     float eps;
 };
-/* Is op_linear_pairs bit-identical to the separate steps, and profitable, for this many rows? Where
- * op_linear_norms says so, and the matrix has one segment. */
+/* Is op_linear_pairs bit-identical to the separate steps, and profitable, for this many rows? It is
+ * where op_linear_norms holds, the matrix has one segment, and one dispatch may do all the work. */
 int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix, uint32_t n_rows);
 int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
                     const struct op_linear_pairs_args *args, struct error *error);
-/* Rows [first, first + count) as a matrix of their own, in the same memory; `first` a multiple of
- * 32. Its first row is row 0. Fails only outside. */
+/* Rows [first, first + count) of a matrix as a matrix in the same memory, whose row 0 is row
+ * `first`; `first` is a multiple of 32. Fails only where the matrix has no such rows. */
 int op_matrix_rows(const struct op_matrix *matrix, uint32_t first, uint32_t count,
                    struct op_matrix *rows, struct error *error);
 
-/* dx = dy W (+ dx): gradients with respect to a product's input. */
+/* dx = dy W (+ dx): the gradient with respect to a product's input. */
 struct op_linear_bwd_args {
     uint64_t dy, dx; /* [M, y_stride] with zero pad columns, [M, x_stride] */
     uint32_t n_rows, y_stride, x_stride;
@@ -121,12 +122,12 @@ struct op_linear_bwd_args {
     uint32_t first_n, n_sum;
     /* a slice of the inputs, dx's first column is first_k (multiples of 16); n_k = 0: all */
     uint32_t first_k, n_k;
-    uint32_t add; /* 1: onto what dx holds */
+    uint32_t add; /* 1: add to what dx holds */
 };
 int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
                   const struct op_linear_bwd_args *args, struct error *error);
 
-/* --- measure.c: the best of a few dispatches  ------------------------------------------------- */
+/* --- measure.c: the best of a few dispatches -------------------------------------------------- */
 /* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a
  * second (m = 1, decoding). */
 int op_linear_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
@@ -135,10 +136,10 @@ int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n
                           double *flops, struct error *error);
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
-/* Compiles, in parallel, what a model with weights of this type and `group` query heads a key/value
- * head will dispatch with the family in use. */
+/* Compiles in parallel the kernels that a model will dispatch, with weights of this type, `group`
+ * query heads for each key/value head and the kernel family in use. */
 int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error);
-/* the same for gradients: at their first use */
+/* The same for the backward pass, at its first use. */
 int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error);
 
 /* --- lens.c ----------------------------------------------------------------------------------- */
@@ -150,13 +151,13 @@ struct op_head_out_args {
 /* dst[h, :] = x[h's key/value head] W_O^h (* gain) for a W_O [n, n_heads * d_head]. */
 int op_head_out(struct ops *ops, const struct op_matrix *matrix,
                 const struct op_head_out_args *args, struct error *error);
-/* dst[n] = 1 / |W[n, :]|, 0 where the row is zero. */
+/* dst[n] = 1 / |W[n, :]|, or 0 where the row is zero. */
 int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
                  struct error *error);
 
 /* --- attention.c ------------------------------------------------------------------------------ */
 
-/* the kernel of op_attn_decode for `group` query heads that share a key/value head */
+/* The kernel of op_attn_decode for `group` query heads that share a key/value head. */
 int op_attn_decode_kernel(uint32_t group);
 
 /* --- elementwise.c ---------------------------------------------------------------------------- */
@@ -176,14 +177,15 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
 
 /* --- self_test.c ------------------------------------------------------------------------------ */
 
-/* May the kernels of `family` (enum op_kernel_family) take the place of the
- * baseline's? Runs both on a small awkward problem with weights of one type (WEIGHT_*; -1: of every
- * type), in both phases and backward: bits must be the baseline's (in decoding, for a family with
- * an order of its own, close to it), and a row's bits must not depend on how many rows there are.
- * 0: so it is; -1: not (ERROR_VALUE), or the device failed; the error says where.
- * For optional families, once per device, driver and engine version, before they are chosen.
- * Compiles every kernel of the two families for the type, at first use seconds on a software
- * driver; after that it takes a few hundredths of a second. */
+/* May the kernels of `family` (enum op_kernel_family) replace those of the baseline
+ * (LINEAR_BROADCAST)? Runs both on a small awkward problem with weights of one type (WEIGHT_*; -1:
+ * of every type), in both phases and backward. The results must be bit-identical to the baseline's,
+ * or, in decoding for a kernel family with an order of its own, close to them; and a row's result
+ * must not depend on how many rows there are. Returns 0 if all this holds, and -1 if it does not
+ * (ERROR_VALUE) or the device failed; the error says where.
+ * It runs once per device, driver and engine version, before an optional kernel family is chosen.
+ * The first run compiles every kernel of the two families for the type, which takes seconds on a
+ * software driver; later runs take a few hundredths of a second. */
 int op_linear_self_test(struct ops *ops, int family, int only_type, struct error *error);
 
 #endif

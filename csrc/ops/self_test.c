@@ -1,17 +1,17 @@
-/* First use of an optional family of matrix kernels: it keeps the promises that the engine's bits
- * rest on, or it is not used. */
+/* The test of an optional kernel family before its first use: it must sum in the order that the
+ * engine's reproducible results rest on, or it is not used. */
 #include <math.h>
 #include <string.h>
 
 #include "ops/ops.h"
 
-/* Awkward on purpose: no size is a multiple of a tile, and the numbers of rows reach
- * every kernel of a family. */
+/* Awkward on purpose: no size is a multiple of a tile, and the numbers of rows reach every kernel
+ * of a family. */
 #define TEST_N 77
 #define TEST_K 53
 static const uint32_t row_counts[] = {33, 16, 15, 8, 7, 4, 3, 2, 1};
 #define TEST_M 51
-/* sums of 53 products of at most 1: two orders differ by about 1e-6 */
+/* In sums of 53 products of at most 1, two orders differ by about 1e-6. */
 #define OWN_ORDER_TOLERANCE 1e-5f
 
 struct test {
@@ -27,8 +27,8 @@ static void test_free(struct test *test) {
     gpu_buffer_destroy(test->outputs[1]);
 }
 
-/* -1 to 1 with all bits of a float in play, so that another order of sums or
- * another rounding shows. */
+/* -1 to 1, with random bits in the whole mantissa, so that another order of sums or another
+ * rounding shows. */
 static float random_next(uint32_t *state) {
     *state = *state * 1664525u + 1013904223u;
     return (float)(int32_t)*state * 0x1p-31f;
@@ -55,8 +55,8 @@ static int test_make(struct test *test, struct gpu_device *device, struct error 
     return 0;
 }
 
-/* Random panels. As halves, two bit patterns a word with a small exponent: bfloat16 and
- * float16 values of about 1. */
+/* Random panels. For bfloat16 and float16 each word holds two bit patterns whose exponent is that
+ * of values of about 1. */
 static void weights_fill(struct test *test, uint32_t type) {
     uint32_t state = 7, *words = gpu_buffer_map(test->weights),
              cells = op_matrix_cells(type, TEST_K), inputs = op_cell_inputs(type);
@@ -83,7 +83,8 @@ struct job {
     enum phase phase;
 };
 
-/* The residual as dy, onto itself or (a slice) onto nothing. */
+/* The backward product of the residual as dy, added to dx = the residual, or for a slice written.
+ */
 static int product_back(struct ops *ops, const struct test *test, const struct job *job,
                         const struct op_matrix *matrix, uint32_t n_rows, uint64_t dy,
                         struct gpu_buffer *out, struct error *error) {
@@ -105,7 +106,7 @@ static int product_back(struct ops *ops, const struct test *test, const struct j
     return op_linear_bwd(ops, matrix, &args, error);
 }
 
-/* The first `n_rows` rows' product into `out`, whose other rows become zero. */
+/* Writes the product of the first `n_rows` rows to `out`, whose other rows become zero. */
 static int product(struct ops *ops, const struct test *test, const struct job *job, uint32_t n_rows,
                    int family, struct gpu_buffer *out, struct error *error) {
     int before = ops->kernel_family, failed;
@@ -142,7 +143,7 @@ static int product(struct ops *ops, const struct test *test, const struct job *j
     return failed ? -1 : 0;
 }
 
-/* outputs[1] against the first `n_rows` rows of outputs[0]; `tolerance` 0 means bits. */
+/* Compares outputs[1] with the first `n_rows` rows of outputs[0]; tolerance 0: bit-identical. */
 static int compare(const struct test *test, const struct job *job, uint32_t n_rows, int family,
                    float tolerance, struct error *error) {
     static const char *const types[] = {"float32", "bfloat16", "float16"}, *const phases[] = {
@@ -165,11 +166,11 @@ static int compare(const struct test *test, const struct job *job, uint32_t n_ro
     return 0;
 }
 
-/* All rows against the baseline; then every smaller number of rows must give
- * its rows the same bits. */
+/* Compares all rows with the baseline; then every smaller number of rows must give bit-identical
+ * rows. */
 static int job_run(struct ops *ops, const struct test *test, const struct job *job, int family,
                    struct error *error) {
-    /* k is split: close to the baseline, not equal */
+    /* k is split, so the results are only close to the baseline */
     int own_order = family == LINEAR_TILED && job->phase == DECODING;
     if (product(ops, test, job, TEST_M, LINEAR_BROADCAST, test->outputs[0], error) ||
         product(ops, test, job, TEST_M, family, test->outputs[1], error) ||

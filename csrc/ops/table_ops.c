@@ -1,4 +1,4 @@
-/* The ops of which kernels.def says all: one dispatch of one kernel. */
+/* The ops that kernels.def describes completely: one dispatch of one kernel each. */
 #include "ops/ops.h"
 
 #define NONE

@@ -1,9 +1,9 @@
-/* Reference implementations of attention's steps and their backward. */
+/* Reference implementations of the steps of attention and of their backward. */
 #include <math.h>
 
 #include "reference/reference.h"
 
-/* Sizes that a kernel divides by or assumes; nonzero: invalid. */
+/* Checks the numbers of heads that a kernel divides by. Nonzero: they are invalid. */
 static int heads_check(struct reference_memory *memory, uint32_t n_heads, uint32_t n_kv_heads) {
     if (n_kv_heads == 0 || n_heads % n_kv_heads)
         reference_fail(memory, "%u query heads cannot share %u key heads", n_heads, n_kv_heads);
@@ -21,7 +21,7 @@ static void head_norm(struct reference_memory *memory, const struct rope_params 
                                                       sqrt(sum / p->d_head + p->eps);
 }
 
-/* (a, b) = (x[i], x[i + dh/2]) turned by the angle of (position, i). */
+/* Rotates each pair (a, b) = (x[i], x[i + dh/2]) by the angle of (position, i). */
 static void head_rotate(struct reference_memory *memory, const struct rope_params *p, uint64_t base,
                         uint32_t pos) {
     uint32_t half = p->d_head / 2;
@@ -60,8 +60,8 @@ void reference_rope(struct reference_memory *memory, const struct rope_params *p
     }
 }
 
-/* A tile is 1 to 8 tokens of one row at consecutive positions, and every key of its last token fits
- * a row of scores. */
+/* Reads a tile and checks it: it is 1 to 8 tokens of one row at consecutive positions, and a row of
+ * scores has room for every key of its last token. */
 static struct query_tile tile_read(struct reference_memory *memory, uint64_t tokens, uint64_t tiles,
                                    uint32_t index, uint32_t first_token, uint32_t key_stride) {
     struct query_tile tile = {
@@ -139,8 +139,8 @@ static void query_output(struct reference_memory *memory, const struct attn_outp
     }
 }
 
-/* Every key up to the tile's last position gets a score from every query of the tile; the softmax
- * zeroes those a query must not see. */
+/* Every query of a tile gets scores of all keys up to the tile's last position; the softmax sets
+ * those that the query must not see to zero. */
 void reference_attn_scores(struct reference_memory *memory, const struct scores_params *p,
                            uint32_t n_tiles, uint32_t n_keys) {
     (void)n_keys;
@@ -304,7 +304,7 @@ void reference_attn_softmax_bwd(struct reference_memory *memory, const struct so
     }
 }
 
-/* The sum of one key's column `d` of group g over the queries of its row that see it. */
+/* Column `d` of one key in head group g, summed over the queries of its row that see the key. */
 static double key_sum(struct reference_memory *memory, const struct attn_output_bwd_params *p,
                       uint32_t key, uint32_t g, uint32_t d) {
     struct token_meta meta = reference_token(memory, p->tokens, key);

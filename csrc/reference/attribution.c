@@ -1,4 +1,4 @@
-/* Reference implementations of the ops that attribution is made of. */
+/* Reference implementations of the ops of attribution. */
 #include <math.h>
 
 #include "reference/reference.h"
@@ -33,8 +33,8 @@ void reference_accumulate(struct reference_memory *memory, const struct accumula
         }
 }
 
-/* What the norm's statistic needs of token t at one step: the stream, and for every input how far
- * its gradient goes along it. */
+/* Keeps what the norm's backward needs of token t at one step: the residual stream, and for every
+ * input the component of its gradient along it (`steps` of head_inputs_params). */
 static void statistic_keep(struct reference_memory *memory, const struct head_inputs_params *p,
                            uint32_t t, uint64_t step, double inverse) {
     for (uint32_t i = 0; i < p->width && !memory->failed; i++)

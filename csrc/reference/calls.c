@@ -1,4 +1,4 @@
-/* The table of calls. FIELDS_<struct> (op_fields.h) are made by the build from the structs. */
+/* The table of calls. The build makes FIELDS_<struct> (op_fields.h) from the structs. */
 #include <stddef.h>
 #include <string.h>
 
@@ -63,7 +63,7 @@ static int matrix_make(const struct matrix_arguments *from, struct op_matrix *ma
     return 0;
 }
 
-/* The matrix of a reference call; nonzero: there is none, and the memory has failed. */
+/* The matrix of a reference call. Nonzero: it cannot be made, and the memory has failed. */
 static int reference_matrix(struct reference_memory *memory, const struct matrix_arguments *from,
                             struct op_matrix *matrix) {
     if (matrix_make(from, matrix, &memory->error))
@@ -71,7 +71,7 @@ static int reference_matrix(struct reference_memory *memory, const struct matrix
     return memory->failed;
 }
 
-/* Runs by the kernel family that a call names. */
+/* Selects the kernel family that a call names. */
 static int family_begin(struct ops *ops, uint32_t family_plus_1, struct error *error) {
     int before = ops->kernel_family;
     if (family_plus_1 > LINEAR_FAMILIES)
@@ -98,7 +98,7 @@ RUN_OF_FAMILY(linear_pairs)
 RUN_OF_FAMILY(linear_bwd)
 RUN_OF_FAMILY(head_out)
 
-/* x: the rows that come in, which kernels may load in pairs of floats. */
+/* x: the input rows, which kernels may load in pairs of floats. */
 #define REFERENCE_OF_PRODUCT(name, x, stride) \
     static void name##_reference(struct reference_memory *memory, const void *arguments) { \
         const struct name##_call *call = arguments; \

@@ -1,6 +1,6 @@
-/* Every op as data: its name, the numbers and addresses that it takes, and how it runs on the
- * device and as its reference. csrc/python/ops_type.c fills, runs and compares any op with these,
- * for the tests and for `vksteer verify`. */
+/* Every op as data: its name, the numbers and addresses that it takes, its function for the device
+ * and its reference. csrc/python/ops_type.c fills the arguments of any op from these and runs it
+ * both ways, for the tests and for `vksteer verify`. */
 #ifndef VKSTEER_CALLS_H
 #define VKSTEER_CALLS_H
 
@@ -17,7 +17,7 @@ struct op_field {
 struct op_call {
     const char *name;
     size_t bytes; /* of its arguments; those that are not given are zero */
-    /* of the struct of params.h that the arguments begin with; 0: they begin with another */
+    /* of the struct of params.h that the arguments begin with; 0: they begin with no such struct */
     size_t params_bytes;
     const struct op_field *fields;
     int n_fields;
@@ -25,7 +25,7 @@ struct op_call {
     void (*reference)(struct reference_memory *memory, const void *arguments);
 };
 
-/* Arguments of an op of kernels.def: its kernel's, then its sizes. */
+/* Arguments of an op of kernels.def: those of its kernel, then its sizes. */
 struct op_arguments {
     _Alignas(8) unsigned char params[OP_PARAMS_MAX];
     uint32_t sizes[2];

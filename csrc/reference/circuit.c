@@ -1,4 +1,4 @@
-/* Reference implementations of the ops that circuits are run with. */
+/* Reference implementations of the ops of circuits. */
 #include <math.h>
 
 #include "reference/reference.h"
@@ -34,7 +34,8 @@ void reference_circuit_inputs(struct reference_memory *memory,
         }
 }
 
-/* One head of one token, normed and rotated where it is a query or key that is not finished. */
+/* Writes one head of one token, RMS-normalised and rotated where it is a query or key that does not
+ * come from the base run. */
 static void place(struct reference_memory *memory, const struct circuit_place_params *p,
                   uint64_t entry, uint32_t t) {
     uint32_t word = reference_word(memory, p->entries, entry), kind = word & 3,

@@ -1,5 +1,5 @@
-/* Reference implementations of what works element by element: the activation and its backward,
- * edits, copies, the sum over heads. */
+/* Reference implementations of the elementwise ops: the activation and its backward, edits, copies,
+ * the sum over heads. */
 #include <math.h>
 
 #include "reference/reference.h"
@@ -16,7 +16,7 @@ double reference_activate(uint32_t act, double x, double *slope) {
         value = 0.5 * x * (1 + t);
         at = 0.5 * (1 + t) + (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
     } else {
-        /* not 1 + erf, which loses the tail of a very negative x */
+        /* erfc, because 1 + erf loses all digits for a very negative x */
         value = 0.5 * x * erfc(-x * sqrt(0.5));
         at = 0.5 * erfc(-x * sqrt(0.5)) + x * exp(-x * x / 2) / sqrt(2 * pi);
     }
@@ -38,7 +38,7 @@ void reference_act(struct reference_memory *memory, const struct act_params *p, 
         }
 }
 
-/* x[start : end] of one (token, head) with the operand at `operand`, which steps by p->step. */
+/* Edits x[start : end] of one (token, head) with the operand at `operand`, in steps of p->step. */
 static void edit_one(struct reference_memory *memory, const struct edit_params *p,
                      const struct edit_entry *entry, uint64_t x, uint64_t operand, uint32_t start,
                      uint32_t end) {

@@ -1,5 +1,5 @@
-/* Reference implementations of what the lens reads: the heads' outputs, the norms of rows, the
- * largest of a row. */
+/* Reference implementations of the lens's ops: the outputs of heads, the norms of rows, the largest
+ * values of a row. */
 #include <float.h>
 #include <math.h>
 
@@ -37,8 +37,8 @@ void reference_row_norms(struct reference_memory *memory, const struct op_matrix
     }
 }
 
-/* Where a value goes that is to stand behind all that are not smaller; k: it is
- * too small for the list. */
+/* The place of a value in the list, behind all values that are not smaller; k: the value is too
+ * small for the list. */
 static uint32_t topk_place(struct reference_memory *memory, const struct topk_params *p,
                            uint64_t list, double value) {
     uint32_t place = p->k;

@@ -1,4 +1,4 @@
-/* Reference implementations of what reads a matrix: the product, its backward, the embedding. */
+/* Reference implementations of the ops on a matrix: the product, its backward, the embedding. */
 #include <math.h>
 
 #include "reference/reference.h"
@@ -19,8 +19,8 @@ static double float_value(uint32_t bits) {
     return pun.value;
 }
 
-/* W[n, k], 0 beyond the matrix. Panels of 32 rows; in a panel, each cell of 16 bytes holds the next
- * 4 (float32) or 8 (halves) inputs of one row. */
+/* W[n, k], or 0 outside the matrix. It lies in panels of 32 rows, in which each cell of 16 bytes
+ * holds the next 4 (float32) or 8 (bfloat16, float16) inputs of one row. */
 double reference_weight(struct reference_memory *memory, const struct op_matrix *matrix, uint32_t n,
                         uint32_t k) {
     uint32_t c = 0;
@@ -43,7 +43,7 @@ double reference_weight(struct reference_memory *memory, const struct op_matrix 
 void reference_linear(struct reference_memory *memory, const struct op_matrix *matrix,
                       const struct op_linear_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : matrix->k;
-    /* a slice may reach into the pad, whose weights are zero */
+    /* a slice may reach into the padding, whose weights are zero */
     if (args->first_k + (uint64_t)n_k > matrix->k)
         n_k = matrix->k > args->first_k ? matrix->k - args->first_k : 0;
     for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
@@ -71,8 +71,8 @@ void reference_linear(struct reference_memory *memory, const struct op_matrix *m
     }
 }
 
-/* Outputs (n, n + half) of norm(x) W^T + bias: act(first) * second, or a head's halves rotated,
- * into dst (q) and the cache (k, v). */
+/* Finishes outputs (n, n + half) of norm(x) W^T + bias: act(first) * second, or the rotated halves
+ * of a head, written to dst (q) and to the cache (k, v). */
 static void finish_pair(struct reference_memory *memory, const struct op_linear_pairs_args *args,
                         uint32_t m, uint32_t pair, double first, double second) {
     if (args->kind == PAIRS_GATE) {
@@ -132,8 +132,8 @@ void reference_linear_pairs(struct reference_memory *memory, const struct op_mat
     }
 }
 
-/* dx[m, k] = sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), pad
- * columns of both included. */
+/* dx[m, k] = sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), with the padding columns of
+ * both. */
 void reference_linear_bwd(struct reference_memory *memory, const struct op_matrix *matrix,
                           const struct op_linear_bwd_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : (matrix->k + 15) / 16 * 16,
@@ -158,7 +158,7 @@ void reference_embed(struct reference_memory *memory, const struct op_matrix *em
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
         uint32_t id = reference_token(memory, tokens, t).id;
         if (id >= embedding->n)
-            continue; /* no such row: left as it was */
+            continue; /* no such row: dst stays as it was */
         for (uint32_t k = 0; k < embedding->k; k++)
             *reference_float(memory, dst, (uint64_t)t * stride + k) =
                 scale * reference_weight(memory, embedding, id, k);

@@ -1,4 +1,4 @@
-/* The references' memory: every access checked. */
+/* The memory of the references, in which every access is checked. */
 #include "reference/reference.h"
 
 /* The buffer that `address` lies in, and the item there; NULL where there is none. */

@@ -17,7 +17,7 @@ double reference_log_sum(struct reference_memory *memory, uint64_t x, uint64_t f
     return top + log(sum);
 }
 
-/* The cap's slope where it gave `capped`. */
+/* The slope of the soft cap where its value is `capped`. */
 static double cap_slope(double capped, double softcap) {
     return softcap != 0 ? 1 - pow(capped / softcap, 2) : 1;
 }

@@ -26,39 +26,39 @@ struct reference_buffer {
 struct reference_memory {
     struct reference_buffer buffers[REFERENCE_BUFFERS]; /* borrowed */
     uint32_t n_buffers;
-    /* an access left its buffer, or an argument made no sense: `error` says which;
-     * results are then worthless */
+    /* an access was outside its buffer, or an argument was invalid; `error` says which, and the
+     * results mean nothing */
     int failed;
     struct error error;
-    double no_float; /* what a refused access gets to read or write */
+    double no_float; /* stands in for a float that must not be accessed */
 };
 
 static inline uint64_t reference_address(uint32_t buffer, uint64_t item) {
     return ((uint64_t)(buffer + 1) << REFERENCE_SHIFT) + 4 * item;
 }
 
-/* Item `index` after `address`: where a float lies (never NULL), what a word is. */
+/* Item `index` after `address`: a pointer to a float (never NULL), or the value of a word. */
 double *reference_float(struct reference_memory *memory, uint64_t address, uint64_t index);
 uint32_t reference_word(struct reference_memory *memory, uint64_t address, uint64_t index);
 struct token_meta reference_token(struct reference_memory *memory, uint64_t tokens, uint64_t index);
-/* The activation at x; act: one of ACT_*. slope: its derivative there, NULL: not needed. */
+/* The activation `act` (ACT_*) at x. slope: receives its derivative there, or NULL. */
 double reference_activate(uint32_t act, double x, double *slope);
-/* Keys [start, pos] are what a query sees. */
+/* The first of the keys [start, pos] that a query at `pos` sees. */
 static inline uint32_t reference_window_start(uint32_t pos, uint32_t window) {
     return window && pos + 1 > window ? pos + 1 - window : 0;
 }
-/* The first failure stays. */
+/* Records a failure, unless there is one already. */
 #define reference_fail(memory, ...) \
     do { \
         if (!(memory)->failed) \
             (memory)->failed = error_set(&(memory)->error, ERROR_VALUE, __VA_ARGS__); \
     } while (0)
 
-/* W[n, k], 0 beyond the matrix. */
+/* W[n, k], or 0 outside the matrix. */
 double reference_weight(struct reference_memory *memory, const struct op_matrix *matrix, uint32_t n,
                         uint32_t k);
 
-/* linear.c: matrices lie in panels of words, as on the device. */
+/* linear.c; matrices lie in panels of words, as on the device. */
 void reference_linear(struct reference_memory *memory, const struct op_matrix *matrix,
                       const struct op_linear_args *args);
 void reference_linear_pairs(struct reference_memory *memory, const struct op_matrix *matrix,
@@ -79,8 +79,8 @@ void reference_row_norms(struct reference_memory *memory, const struct op_matrix
 /* 1 / sqrt(mean of the squares of `width` floats from item `first` on + eps). */
 double reference_inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t first,
                              uint32_t width, double eps);
-/* Gradient with respect to x of sum_i dn[i] x[i] / scale, scale = sqrt(mean x^2 + eps): dx[i] =
- * dn[i] / scale - n[i] (dn . n) / (width scale). */
+/* The gradient of sum_i dn[i] n[i] with respect to x, where n = x / scale and
+ * scale = sqrt(mean x^2 + eps): dx[i] = dn[i] / scale - n[i] (dn . n) / (width scale). */
 struct norm_slope {
     double scale, along; /* dn . n */
 };
