@@ -28,9 +28,7 @@ demo-real: setup-run engine  ## the same on a real model (HARMFUL=, HARMLESS=: y
 	$(PYTHON) tools/fetch_model.py qwen
 	$(PYTHON) -m vksteer.demo --real $(DEMO_ARGS)
 
-# `make lint` is to run first; it is left out while the tree still has findings:
-# test: lint
-test: setup-test engine  ## set up, build, all tests but the long ones (PROCESSES=, ARGS=: pytest's)
+test: setup-test lint engine  ## lint, then all tests but the long ones (PROCESSES=, ARGS=)
 	$(PYTHON) tools/fetch_model.py smollm2
 	$(PYTEST) -n $(PROCESSES) --dist worksteal --durations=15 $(ARGS)
 
