@@ -107,6 +107,26 @@ def test_bad_edits_are_refused(zoo, rng, what):
         assert len(str(error.value)) > 15, "the message says too little"
 
 
+@pytest.mark.parametrize("wrong", [1.5, "a", True, None])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda x: dict(positions=[x]),
+        lambda x: dict(positions=slice(x or 1.5, None)),
+        lambda x: dict(positions=slice(None, x or 1.5)),
+        lambda x: dict(positions=slice(None, None, x or 1.5)),
+        lambda x: dict(heads=[x]),
+    ],
+    ids=["position", "start", "stop", "step", "head"],
+)
+def test_what_is_no_whole_number_is_a_type_error(zoo, place, wrong):
+    import vksteer as vs
+
+    edit = vs.Set("blocks.1.attn.hook_z", 0.0, **place(wrong))
+    with pytest.raises(TypeError, match="must be a whole number, not"):
+        zoo.engine("llama2").run([[1, 2, 3]], edits=[edit])
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -24,16 +24,18 @@ def is_number(value: Any) -> TypeGuard[float]:
     )
 
 
-def require_int(value: Any, what: str, least: int | None = None) -> int:
+def require_int(
+    value: Any, what: str, least: int | None = None, *, error: type[Exception] = ValueError
+) -> int:
     """`value` as an int.
 
-    Raises ValueError naming `what` for booleans, texts, numbers with a fraction, and
+    Raises `error` naming `what` for booleans, texts, numbers with a fraction, and
     numbers below `least`.
     """
     if is_int(value) and (least is None or value >= least):
         return int(value)
     bound = "" if least is None else f" from {least} on"
-    raise ValueError(f"{what} must be a whole number{bound}, not {value!r}")
+    raise error(f"{what} must be a whole number{bound}, not {value!r}")
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

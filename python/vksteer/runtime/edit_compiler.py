@@ -81,18 +81,18 @@ def resolve(positions: Any, row: RowShape) -> Selection:
             f"positions={positions!r}: use None, 'prompt', 'response', a list of ints or a slice"
         )
     if isinstance(positions, slice):
-        step = 1 if positions.step is None else require_int(positions.step, "the step of a slice")
+        step = 1 if positions.step is None else _int(positions.step, "the step of a slice")
         if step < 1:
             raise ValueError(f"positions={positions}: the step must be at least 1")
         start = (
             0
             if positions.start is None
-            else _from_end(require_int(positions.start, "a slice's start"), row)
+            else _from_end(_int(positions.start, "a slice's start"), row)
         )
         stop = (
             OPEN
             if positions.stop is None
-            else _from_end(require_int(positions.stop, "a slice's stop"), row)
+            else _from_end(_int(positions.stop, "a slice's stop"), row)
         )
         return Selection(start, max(start, stop), step)
     if is_int(positions):
@@ -105,7 +105,7 @@ def resolve(positions: Any, row: RowShape) -> Selection:
         ) from None
     listed = []
     for item in items:
-        position = require_int(item, "a position")
+        position = _int(item, "a position")
         if position < 0:
             position += row.prompt
         # before this row's first token: shorter rows of a ragged batch simply have no such token
@@ -113,6 +113,10 @@ def resolve(positions: Any, row: RowShape) -> Selection:
             position = OPEN
         listed.append(position)
     return Selection(listed=tuple(listed))
+
+
+def _int(value: Any, what: str) -> int:
+    return require_int(value, what, error=TypeError)
 
 
 def _from_end(position: int, row: RowShape) -> int:
@@ -263,7 +267,7 @@ class EditCompiler:
         if not site.has_heads:
             raise ValueError(f"{site.name} has no heads axis: leave heads out")
         items = [heads] if isinstance(heads, (int, np.integer)) else list(heads)
-        out = [require_int(h, "a head") for h in items]
+        out = [_int(h, "a head") for h in items]
         for h in out:
             if not -site.n_heads <= h < site.n_heads:
                 raise ValueError(
