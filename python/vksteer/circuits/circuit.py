@@ -295,7 +295,7 @@ class Circuit:
                 f" {layer} has {needed!r}"
             )
 
-    def check_rows(
+    def _check_rows(
         self,
         model: Model,
         rows_edits: RowsEdits,
@@ -306,7 +306,7 @@ class Circuit:
         """Raises ValueError where rows with these edits cannot be decoded under this circuit."""
         check_rows(self, model, rows_edits, freeze, ablate, sites)
 
-    def decoding_batch(
+    def _decoding_batch(
         self, model: Model, prompt_lengths: Sequence[int], edits: tuple[RowsEdits, bool]
     ) -> CircuitBatch:
         """The batch with which rows are decoded under this circuit, with the interface of Batch."""

@@ -212,16 +212,16 @@ def generate(
     spec = check_freeze_spec(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
     most = None if batch_size is None else require_int(batch_size, "batch_size", 1)
     if circuit is not None:
-        if not hasattr(circuit, "decoding_batch"):
+        if not hasattr(circuit, "_decoding_batch"):
             raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
-        circuit.check_rows(model, rows_edits, freeze, ablate, sites)
+        circuit._check_rows(model, rows_edits, freeze, ablate, sites)
     double = 2 if spec or circuit is not None else 1
 
     def batch_of(part: Sequence[int], under: Any = None) -> Any:
         lengths = [len(rows[i]) for i in part]
         some = ([rows_edits[i] for i in part], shared)
         if under is not None:
-            return under.decoding_batch(model, lengths, some)
+            return under._decoding_batch(model, lengths, some)
         return Batch(model, lengths, [None] * len(part), some, spec)
 
     # Every edit is checked before the first row is run; a single micro-batch needs no other.
