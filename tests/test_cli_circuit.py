@@ -5,6 +5,7 @@ several vectors, refused arguments.
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -239,6 +240,13 @@ def test_results_of_something_else_are_not_overwritten(parts, files, capsys):
     assert cli.main(call(files)) == 2 and "scores.safetensors" in capsys.readouterr().err
     (files / "out" / "keys.json").write_text("{")
     assert cli.main(call(files)) == 2 and "keys.json is damaged" in capsys.readouterr().err
+    # what 0.1.0 wrote; the advice is one that leads on
+    (files / "out" / "keys.json").write_text(json.dumps({"scores.safetensors": "0" * 64}))
+    assert cli.main(call(files)) == 2
+    message = capsys.readouterr().err
+    assert "format of version 0.1.0" in message and "remove the whole folder" in message
+    shutil.rmtree(files / "out")
+    assert cli.main(call(files)) == 0
 
 
 def test_several_vectors(parts, files, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -92,7 +93,6 @@ def test_damaged_lines_are_refused(tmp_path):
     refused(
         path,
         None,
-        b"",
         head,
         head + a[:-1],
         whole.replace(b'"value": 1', b'"value": 3'),
@@ -127,6 +127,43 @@ def refused(path, field, *contents):
         with pytest.raises(ValueError, match=r"out: .*store is damaged or no file of a test"):
             store(path, field=field)
         assert path.read_bytes() == damaged
+
+
+def test_an_empty_file_of_lines_holds_nothing(tmp_path):
+    path = tmp_path / "store"
+    path.touch()
+    empty = store(path, field=None)
+    assert not len(empty)
+    empty.put("a", 1)
+    assert list(store(path, field=None)) == ["a"]
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="it is empty"):
+        store(path)
+
+
+def npz(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        npz(content=[0], vector=[0], first=[0], second=[0], curve=[0], vectors=[0]),
+        npz(key="k", samples=np.array([0]), weights=np.array([1]), edges0=np.ones(3)),
+        b'{"key": "k", "rows": {"none": {"harmful": []}}}',
+        b'{"format": "vksteer sparsity sweep 1", "key": "k", "kernels": "texels"}\n{"run": "a"}\n',
+        json.dumps({"samples.json": "0" * 64, "scores.safetensors": "a" * 64}, indent=1).encode(),
+    ],
+    ids=["training", "attribution", "ablation table", "sweep", "circuit folder"],
+)
+def test_files_of_the_first_version_are_named_so(tmp_path, field, old):
+    path = tmp_path / "store"
+    path.write_bytes(old)
+    with pytest.raises(ValueError, match=r"format of version 0\.1\.0, .* resumed; ask me$"):
+        store(path, field=field, remedy="ask me")
+    assert path.read_bytes() == old
 
 
 def test_another_key_is_refused(tmp_path, field):

@@ -13,8 +13,11 @@ item are written together.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
+import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +31,11 @@ from .types import PathLike
 from .whole_files import write_whole
 
 _ARRAY = {"dtype", "shape", "base64"}
+#: Members of the .npz files of trainings and attributions that version 0.1.0 wrote.
+_OLD_MEMBERS = (
+    {"content.npy", "vector.npy", "first.npy", "second.npy", "curve.npy", "vectors.npy"},
+    {"key.npy", "samples.npy", "weights.npy"},
+)
 
 
 class Store:
@@ -38,10 +46,12 @@ class Store:
     differ. argument: name of the argument that gave the path, for messages. what: the kind of file,
     for example "checkpoint of a training". other: what a file with another key belongs to, for
     example "another training". about: more facts for the first line, which are not compared.
+    remedy: what to do about a file that is refused, for messages. An empty file of JSON lines holds
+    no items, as one that does not exist.
 
     Items are what JSON can hold, and arrays of numbers or booleans at any depth; tuples come back
-    as lists. Raises ValueError for a folder that does not exist, a file that is damaged or of
-    another format, and one with another key.
+    as lists. Raises ValueError for a folder that does not exist, a file that is damaged, of another
+    format or of version 0.1.0, and one with another key.
     """
 
     def __init__(
@@ -55,11 +65,13 @@ class Store:
         other: str,
         field: str | None = "items",
         about: Mapping[str, Any] | None = None,
+        remedy: str = "name another one, or remove it to begin anew",
     ) -> None:
         self.path = None if path is None else Path(path)
         self.key = json.loads(json.dumps(key))
         self._head = {"format": format, "key": self.key, **(about or {})}
         self._argument, self._what, self._other, self._field = argument, what, other, field
+        self._remedy = remedy
         self._items: dict[str, Any] = {}
         if self.path is None:
             return
@@ -108,21 +120,28 @@ class Store:
     def refuse(self, reason: object) -> NoReturn:
         """Raises the ValueError of a file whose content cannot be used."""
         raise ValueError(
-            f"{self._argument}: {self.path} is damaged or no {self._what} ({reason}); name another"
-            " one, or remove it to begin anew"
+            f"{self._argument}: {self.path} is damaged or no {self._what} ({reason});"
+            f" {self._remedy}"
         ) from None
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
+        if not data and self._field is None:
+            return
         end = len(data) if self._field is not None else data.rfind(b"\n") + 1
         try:
             key = self._parse(data[:end])
         except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.refuse(error)
+            if _is_of_first_version(data):
+                raise ValueError(
+                    f"{self._argument}: {path} has the format of version 0.1.0, which cannot be"
+                    f" resumed; {self._remedy}"
+                ) from None
+            self.refuse(error if data else "it is empty")
         if key != self.key:
             raise ValueError(
                 f"{self._argument}: {path} belongs to {self._other}{_differences(key, self.key)};"
-                " name another one, or remove it to begin anew"
+                f" {self._remedy}"
             )
         if end < len(data):  # the process was killed while it appended
             os.truncate(path, end)
@@ -140,6 +159,32 @@ class Store:
             raise ValueError("it has no complete item")
         self._items = {str(name): _decoded(value) for name, value in items}
         return head["key"]
+
+
+def _is_of_first_version(data: bytes) -> bool:
+    """Whether a file has one of the five layouts of version 0.1.0, which had no checksum: .npz
+    files of trainings and attributions, {"key", "rows"} of ablation tables, JSON lines of sparsity
+    sweeps, and {file name: digest} of `vksteer circuit`.
+    """
+    if data.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:
+                members = set(file.namelist())
+        except (zipfile.BadZipFile, ValueError, NotImplementedError):
+            return False
+        return any(members >= old for old in _OLD_MEMBERS)
+    for text in (data, data.partition(b"\n")[0]):
+        try:
+            head = parse_json(text, "its content")
+        except (ModelError, ValueError):
+            continue
+        if set(head) in ({"key", "rows"}, {"format", "key", "kernels"}):
+            return True
+        return bool(head) and all(
+            isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+            for value in head.values()
+        )
+    return False
 
 
 def _differences(there: Any, here: Any) -> str:

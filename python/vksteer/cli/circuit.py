@@ -40,6 +40,7 @@ class _Folder:
             argument="--out",
             what="list of what the folder's files were made from",
             other="another command",
+            remedy="name another folder, or remove the whole folder to begin anew",
         )
 
     def __truediv__(self, name: str) -> Path:
