@@ -62,6 +62,18 @@ def imports(tree: ast.AST):
             yield from imports(node)
 
 
+def lazy(tree: ast.Module) -> list[str]:
+    """The relative modules that a package's _LAZY names, from which a public name is taken on first
+    access.
+    """
+    return [
+        ast.literal_eval(value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_LAZY"
+        for value in node.value.values
+    ]
+
+
 def targets(path: Path, source: str, modules: set[str]) -> set[str]:
     """Modules of the package that a file imports from; `from . import x` is module x where there is
     one.
@@ -70,7 +82,11 @@ def targets(path: Path, source: str, modules: set[str]) -> set[str]:
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part != "__init__"]
     found = set()
-    for node in imports(ast.parse(source)):
+    tree = ast.parse(source)
+    for value in lazy(tree):
+        level = len(value) - len(value.lstrip("."))
+        found.add(".".join([*package[: len(package) - level + 1], value[level:]]))
+    for node in imports(tree):
         if isinstance(node, ast.Import):
             found |= {
                 a.name.removeprefix("vksteer.") for a in node.names if a.name.startswith("vksteer.")
@@ -199,6 +215,7 @@ def test_no_module_bears_the_name_of_a_public_function():
         ("from vksteer import device", {"__init__"}),
         ("import vksteer.base.checks", {"base.checks"}),
         ("from .. import _engine", {"_engine"}),
+        ('_LAZY = {"f": "..base.checks", "g": ".model"}', {"base.checks", "runtime.model"}),
     ],
 )
 def test_reader_sees(source, want):

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
     from .runtime.model import Model
 
+__all__ = [
+    "ABLATIONS",
+    "AblationTable",
+    "TableRow",
+    "ablation_table",
+    "random_vector",
+]
+
 #: The rows of the paper's table: name -> arguments of model.generate.
 ABLATIONS: dict[str, dict[str, str]] = {
     "none": {},

@@ -22,6 +22,22 @@ from .base.types import BoolArray, Float64Array
 if TYPE_CHECKING:
     from .runtime.model import Model
 
+__all__ = [
+    "CATEGORIES",
+    "REFUSALS",
+    "LlamaGuard",
+    "Rate",
+    "Verdict",
+    "attack_success_rate",
+    "compression_ratio",
+    "ended",
+    "llama_guard_prompt",
+    "refused",
+    "repetition",
+    "succeeded",
+    "wilson",
+]
+
 
 class HasText(Protocol):
     """A response that carries its text, for example a Generation."""
@@ -236,8 +252,8 @@ def succeeded(
     verdict = np.asarray(judge(list(prompts), _texts(texts)))
     if verdict.shape != (len(texts),) or verdict.dtype.kind not in "bui":
         raise ValueError(
-            f"the judge returned {verdict.dtype} {verdict.shape} for {len(texts)} responses; wanted"
-            " one True (unsafe) or False for each"
+            f"the judge returned {verdict.dtype} {verdict.shape} for {len(texts)} responses;"
+            " expected one True (unsafe) or False for each"
         )
     unsafe: BoolArray = verdict.astype(bool)
     return unsafe & enough
