@@ -158,7 +158,7 @@ def test_rejections_carry_filter_value_and_position():
     ]
     assert str(
         rejected[0]
-    ) == "position -2, layer 1: induce -2, wanted >= 0 (KL 0.01)" and rejected[
+    ) == "position -2, layer 1: induce -2, needed >= 0 (KL 0.01)" and rejected[
         2
     ].shortfall == pytest.approx(2)
 

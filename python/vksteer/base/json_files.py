@@ -86,7 +86,7 @@ def load_json(
     content = read_json(path, limit=limit)
     if content.get("format") != format:
         raise ModelError(
-            f"{path}: no {what} of vksteer (its format is {content.get('format')!r}, wanted"
+            f"{path}: no {what} of vksteer (its format is {content.get('format')!r}, not"
             f" {format!r})"
         )
     if content.get("version") != version:

@@ -96,7 +96,7 @@ def _read_facts(
     """layer, position, method, meta from the texts of `_facts`; none of them is trusted."""
     if facts.get("format") != FORMAT:
         raise ModelError(
-            f"{path}: no steering vector of vksteer (its format is {facts.get('format')!r}, wanted"
+            f"{path}: no steering vector of vksteer (its format is {facts.get('format')!r}, not"
             f" {FORMAT!r})"
         )
     if facts.get("version") != "1":
@@ -135,7 +135,7 @@ def _from_safetensors(path: Path, asked: int | None) -> Fields:
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
     facts = _read_facts(path, header.get("__metadata__") or {}, asked)
     if set(tensors) != {"direction"}:
-        raise ModelError(f"{path}: wanted one tensor named 'direction', found {sorted(tensors)}")
+        raise ModelError(f"{path}: expected one tensor named 'direction', found {sorted(tensors)}")
     tensor = tensors["direction"]
     if tensor.dtype != "F32" or len(tensor.shape) != 1:
         raise ModelError(
@@ -210,7 +210,7 @@ def _from_npz(path: Path, asked: int | None) -> Fields:
         raise ModelError(f"{path}: damaged npz file: {error}") from None
     arrays = {name: _npy(path, name, member) for name, member in members.items()}
     if "direction" not in arrays:
-        raise ModelError(f"{path}: wanted a member 'direction', found {sorted(arrays)}")
+        raise ModelError(f"{path}: expected a member 'direction', found {sorted(arrays)}")
     direction = arrays.pop("direction")
     if direction.dtype.kind != "f":
         raise ModelError(f"{path}: 'direction' must be numbers, not {direction.dtype}")
@@ -286,7 +286,7 @@ def _gguf_layers(path: Path, file: GGUFFile) -> dict[int, str]:
             or number == "0"
         ):
             raise ModelError(
-                f"{path}: tensor {name!r} in a control vector: wanted direction.N with N from 1 on"
+                f"{path}: tensor {name!r} in a control vector: expected direction.N, N from 1 on"
             )
         if len(tensor.shape) != 1:
             raise ModelError(f"{path}: {name} must be one row [D], not {list(tensor.shape)}")

@@ -88,14 +88,14 @@ def _failed(
         reason = f"a score is NaN (bypass {bypass:.3g}, induce {induce:.3g}, KL {kl:.3g})"
         return "undefined", reason, np.inf
     if not induces:
-        reason = f"induce {induce:.4g}, wanted {'>' if strict else '>='} 0"
+        reason = f"induce {induce:.4g}, needed {'>' if strict else '>='} 0"
         if np.isnan(kl):
             return "induce", reason, max(0.0, -induce)
         excess = max(0.0, kl / MAX_KL - 1)
         return "induce", f"{reason} (KL {kl:.4g})", max(0.0, -induce) + excess
     if not close:
         limit = f"{'<' if strict else '<='} {MAX_KL}"
-        reason = f"KL {kl:.4g}, wanted {limit} (induce {induce:.4g})"
+        reason = f"KL {kl:.4g}, needed {limit} (induce {induce:.4g})"
         return "kl", reason, max(0.0, kl / MAX_KL - 1)
     return None
 
