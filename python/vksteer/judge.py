@@ -375,7 +375,14 @@ class LlamaGuard:
         )
 
     def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """One Verdict for each pair of prompt and response."""
+        """The guard's answers, one Verdict for each pair, in order.
+
+        prompts: texts. responses: as many, texts or Generations. A Verdict has .unsafe (bool, or
+        None where the answer is neither "safe" nor "unsafe"), .categories (codes such as "S1") and
+        .text. Decoding is greedy, at most MAX_NEW_TOKENS tokens.
+        Raises ValueError for lists of different lengths, empty lists, a response that is no text,
+        and texts longer than the guard's context.
+        """
         prompts, responses = [str(p) for p in prompts], _texts(responses)
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")

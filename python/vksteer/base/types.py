@@ -26,3 +26,9 @@ ProgressLike: TypeAlias = bool | Callable[[int, int], object]
 
 #: Prompts of a call: texts, or lists of token ids.
 Prompts: TypeAlias = Sequence[str | Sequence[int]]
+
+#: One prompt: a text, or token ids.
+Prompt: TypeAlias = "str | Sequence[int] | npt.NDArray[np.integer[Any]]"
+
+#: One prompt or several, as `Model.run` takes them.
+OneOrMorePrompts: TypeAlias = "Prompt | Sequence[Prompt]"

@@ -323,8 +323,23 @@ class Circuit:
         progress: ProgressLike = True,
         **options: Any,
     ) -> dict[str, Any]:
-        """{metric: result with .faithfulness, .value, .full and .empty}; see
-        `vs.circuits.evaluate`, which takes many circuits at once.
+        """How much of the effect of steering remains when only the edges of this circuit carry it
+        (docs/method.md section 5). `vs.circuits.evaluate` measures many circuits over one base
+        pass.
+
+        samples: Samples. vector: a SteeringVector of the graph's layer, not necessarily the one
+        that the circuit was found with. coefficient: what the vector is multiplied by. metrics: one
+        or several of "logit_diff" (default), "logit_diff_per_sample", "kl", "directional_kl",
+        "match" and "logprob". progress: True, False or callable(done, total). options: clean
+        ("steered" or "base": the run that kl and match compare with, and the sign of logit_diff;
+        default "steered"), threshold (of directional_kl, in nats; default 0), capped (logits after
+        the final softcap; default True) and max_memory (bytes of device memory; default a share of
+        what is free).
+        Returns {metric: result} with the floats .faithfulness = (value - empty) / (full - empty),
+        .value, .full and .empty, and .per_sample {"value", "full", "empty", "weight"}, float64
+        [n_samples] each.
+        Raises ValueError before any work for another model's graph, samples that do not fit,
+        unknown metrics, a vector of another width or layer, and a max_memory that is too small.
         """
         return evaluate(
             [self], model, samples, vector, coefficient, metrics, progress=progress, **options

@@ -175,12 +175,16 @@ def minimum_faithful(
     """The smallest circuit of `scores` that carries at least `threshold` of the effect of steering
     (docs/method.md section 5): a Circuit with its `curve`.
 
-    One pass finds the smallest size of a fixed grid (every `step` of the edges) that reaches the
-    threshold. Bisection between that size and the one before it then supposes that faithfulness
-    rises within this one step. vector: may be another than the scored one, of the same layer.
-    method: as in `scores.circuit`. options: for `vs.circuits.evaluate`.
-    Raises ValueError before any work for scores of another model or graph and a threshold outside
-    (0, 1]; after it where steering changes nothing and where no circuit reaches the threshold.
+    One pass finds the smallest size of a fixed grid that reaches the threshold. Bisection between
+    that size and the one before it then supposes that faithfulness rises within this one step.
+    scores: EdgeScores of `attribute`. samples: Samples. vector: may be another than the scored one,
+    of the same layer. coefficient: what the vector is multiplied by. threshold: a faithfulness
+    above 0 and at most 1 (default 0.85). method: as in `scores.circuit`. metric: one of those of
+    `vs.circuits.evaluate`. step: distance of the grid's sizes, a share of all edges above 0 and at
+    most 1. progress: True, False or callable(done, total). options: of `Circuit.evaluate`.
+    Raises ValueError before any work for scores of another model or graph, and for a threshold,
+    step, method or metric out of range; after it where steering changes nothing and where no
+    circuit reaches the threshold.
     """
     samples = _checked(scores, model, samples, vector, threshold)
     search = _Search(
@@ -306,13 +310,17 @@ def faithfulness_curve(
     progress: ProgressLike = True,
     **options: Any,
 ) -> FaithfulnessCurve:
-    """Faithfulness of circuits of many sizes, and of random ones (docs/method.md section 5).
+    """Faithfulness of circuits of many sizes, and of random ones (docs/method.md section 5): a
+    FaithfulnessCurve with one point for each size.
 
-    sizes: numbers of edges (default: SHARES of them). metrics: the first is drawn, bootstrapped and
-    compared with random circuits; the others are measured too. random: random circuits for each
-    size (0: none). bootstrap: draws of samples (0: no intervals). halves: find the circuits on one
-    half of the samples (drawn by `seed`) and judge them on the other; needs scores made with
-    per_sample=True from the same samples in the same order. options: for `vs.circuits.evaluate`.
+    scores: EdgeScores of `attribute`. samples, vector, coefficient: as in `minimum_faithful`.
+    sizes: numbers of edges (default: fixed shares, 0.2 % to all). method: as in `scores.circuit`.
+    metrics: the first is drawn, bootstrapped and compared with random circuits; the others are
+    measured too. random: random circuits for each size, of twice the size (0: none). bootstrap:
+    draws of samples (0: no intervals). confidence: of the intervals. halves: find the circuits on
+    one half of the samples and judge them on the other; needs scores made with per_sample=True from
+    the same samples in the same order. seed: of random circuits, draws and halves. progress: True,
+    False or callable(done, total). options: of `Circuit.evaluate`.
     Raises ValueError before any work for scores of another model or graph, bad sizes, and halves
     without per-sample scores; after it where steering changes nothing.
     """
@@ -337,17 +345,9 @@ def faithfulness_curve(
     options |= {"metrics": metrics, "progress": progress}
     results = dict(zip(every, evaluate(every, model, samples, vector, coefficient, **options)))
     _check_effect(results[every[0]], metrics[0])
-    return _curve(
-        scores,
-        chosen_sizes,
-        chosen,
-        [results[x] for x in chosen],
-        metrics[0],
-        metrics,
-        setting,
-        [[(x, results[x]) for x in some] for some in control],
-        draws,
-    )
+    main = [results[x] for x in chosen]
+    beside = [[(x, results[x]) for x in some] for some in control]
+    return _curve(scores, chosen_sizes, chosen, main, metrics[0], metrics, setting, beside, draws)
 
 
 def _sizes(graph: Graph, sizes: Sequence[int] | None) -> list[int]:

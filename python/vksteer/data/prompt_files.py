@@ -32,18 +32,27 @@ STUDY = {
 }
 
 
-def tiny(split: str, *args: Any, **kwargs: Any) -> list[Request]:
-    """Requests of the bundled toy world, alternately harmful and harmless. split: "train",
-    "validation" or "test"; the other arguments are those of `vksteer.data.world.tiny`.
+def tiny(
+    split: str, n_harmful: int | None = None, n_harmless: int | None = None, seed: int = 0
+) -> list[Request]:
+    """Requests of the bundled toy world, alternately harmful and harmless, the same for the same
+    arguments.
+
+    split: "train", "validation" or "test". n_harmful, n_harmless: numbers of requests (default:
+    128, 32 and 100 of each, by split). seed: another one draws another list from the same split.
+    Returns a list of Request with .prompt (text) and .harmful (bool), among others. Raises
+    ValueError for an unknown split and for numbers out of range.
     """
     from . import world
 
-    return world.tiny(split, *args, **kwargs)
+    return world.tiny(split, n_harmful, n_harmless, seed)
 
 
 def tiny_pair(split: str, n: int | None = None, seed: int = 0) -> tuple[list[str], list[str]]:
-    """(harmful prompts, harmless prompts) of the bundled toy world, n of each (default: the split's
-    own size).
+    """(harmful prompts, harmless prompts) of the bundled toy world, two lists of texts.
+
+    split, seed: as in `tiny`. n: prompts of each list (default: the split's own size). Raises
+    ValueError for an unknown split and for n out of range.
     """
     requests = tiny(split, n, n, seed)
     return [r.prompt for r in requests if r.harmful], [r.prompt for r in requests if not r.harmful]

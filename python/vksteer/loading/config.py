@@ -103,7 +103,12 @@ class Config:
 
     @classmethod
     def from_gguf(cls, reader: GGUFFile) -> Config:
-        """From an opened GGUF file (`gguf_file.GGUFFile`)."""
+        """The architecture that the metadata of a GGUF file describes.
+
+        reader: an open GGUFFile; it stays open. `from_pretrained` takes a path. Raises ModelError,
+        naming the file and the key at fault, for metadata that are missing or wrong and for an
+        architecture that is not supported.
+        """
         facts = facts_from_gguf(reader)
         try:
             return cls(**facts)
@@ -115,7 +120,11 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some facts changed."""
+        """A copy in which the named fields have other values, checked as at loading.
+
+        changes: field=value. Raises TypeError for a name that is no field and ModelError for values
+        that contradict one another or are out of range; the message names the field.
+        """
         return replace(self, **changes)
 
     def __eq__(self, other: object) -> bool:

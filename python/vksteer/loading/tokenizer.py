@@ -198,15 +198,29 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, skip_special: bool = True) -> StreamingDecoder:
-        """A decoder that is fed one token at a time."""
+        """A decoder for text that appears token by token: `push(id)` returns the text that has
+        become certain, "" while a character is incomplete, and `flush()` the rest; together they
+        are `decode` of all tokens.
+
+        skip_special: leave out special tokens (default True). Every call returns a new decoder.
+        """
         return StreamingDecoder(self, skip_special)
 
     def token(self, index: int) -> str:
-        """One token as readable text: a token that is no whole character gives U+FFFD."""
+        """One token as readable text.
+
+        index: its id. A token that is no whole character gives U+FFFD, an id above the vocabulary
+        "".
+        Raises ValueError for what is no number and OverflowError for a negative id.
+        """
         return self.decode([index])
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Each token by itself, as readable text."""
+        """Each token by itself as readable text, one str for each id.
+
+        ids: any iterable of ints, an array included; otherwise as `token`. The texts joined need
+        not be `decode(ids)`, which may merge tokens into characters. Raises as `token`.
+        """
         return self.backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
 
     def id(self, token: str) -> int:

@@ -173,7 +173,9 @@ class DirectShares:
     n_positions: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN becomes None."""
+        """For JSON: {"layers": [n], "heads": [n][H], "total": [n], "n_positions": int}, as nested
+        lists; a share that is not defined (NaN) becomes None.
+        """
         return {
             "layers": self.layers.tolist(),
             "heads": [_plain(row) for row in self.heads],

@@ -83,23 +83,24 @@ def exact(
     max_memory: int | None = None,
     progress: ProgressLike = False,
 ) -> Float64Array:
-    """m(patched) - m(corrupt) of every edge or every node by itself, float64 [n] (docs/method.md
-    section 5). Many patches run together in one batch.
+    """m(patched) - m(corrupt) of every edge or every node by itself, float64 [n] in the order given
+    (docs/method.md section 5). Many patches run together in one batch.
 
     The patch of an edge adds u_clean - u_corrupt to the residual stream that its input reads,
-    before the norm; the patch of a node replaces what the node adds to the residual stream. edges,
-    nodes: one of the two, names or numbers of the graph. positions: where, all together (default
-    everywhere; negative positions and "response" as in an edit). clean: the run that is patched in,
-    "steered" or "base". metric, threshold, capped: as in `attribute`. max_memory: bytes of device
-    memory. Raises ValueError or KeyError before any work; ValueError where the sample has no metric
-    position.
+    before the norm; the patch of a node replaces what the node adds to the residual stream. sample:
+    one Sample. vector: a SteeringVector; its layer decides the graph. coefficient: what it is
+    multiplied by. edges, nodes: exactly one of the two, names or numbers of the graph. positions:
+    where, all together, of one list or slice as in an edit (None: everywhere). clean: the run that
+    is patched in, "steered" (default) or "base". metric: "logit_diff" (default), "directional_kl"
+    or "kl". threshold: smallest KL of a position that the KL metrics read, in nats. capped: logits
+    after the final softcap. max_memory: bytes of device memory (default: a share of what is free).
+    progress: True, False (default) or callable(done, total).
+    Raises ValueError, TypeError or KeyError (unknown edge or node) before any work; ValueError
+    where the sample has no metric position.
     """
     coefficient = check_steering(model, vector, coefficient)
     sample = check_samples(model, sample)[0]
-    if clean not in ("steered", "base"):
-        raise ValueError(f"clean must be 'steered' or 'base', not {clean!r}")
-    if metric not in ("logit_diff", "kl", "directional_kl"):
-        raise ValueError(f"metric {metric!r} is not one of logit_diff, directional_kl, kl")
+    _check_reading(clean, metric)
     graph = graph_of(model, vector.layer)
     patches = _patches(graph, edges, nodes)
     mask = _mask(positions, sample)
@@ -125,6 +126,13 @@ def exact(
         found = passes.run(rows, jobs, softcap, (metric,), bar.step, first=(source,))
     effects = [0.0 if read is None else reader.mean(metric, read) - start for (read,) in found]
     return np.array(effects)
+
+
+def _check_reading(clean: str, metric: str) -> None:
+    if clean not in ("steered", "base"):
+        raise ValueError(f"clean must be 'steered' or 'base', not {clean!r}")
+    if metric not in ("logit_diff", "kl", "directional_kl"):
+        raise ValueError(f"metric {metric!r} is not one of logit_diff, directional_kl, kl")
 
 
 def _mask(positions: object, sample: Sample) -> npt.NDArray[np.uint8] | None:

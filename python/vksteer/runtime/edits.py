@@ -14,7 +14,7 @@ first real token, never array columns:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -100,3 +100,5 @@ class MeanAblate:
 
 #: Any edit.
 Edit: TypeAlias = Steer | Ablate | Set | Add | Scale | MeanAblate
+#: Edits of a call: one list for all rows, or one list for each row.
+Edits: TypeAlias = Edit | Iterable[Edit] | Sequence[Sequence[Edit]]

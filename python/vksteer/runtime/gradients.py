@@ -104,7 +104,9 @@ class Gradients:
         return self._arrays.keys()
 
     def items(self) -> ItemsView[str, Float32Array]:
-        """Names of the sites and gradients."""
+        """Pairs (site, gradient) of all sites, float32, shaped and left-padded as `run[site]`. The
+        arrays are those that `grads[site]` returns.
+        """
         return self._arrays.items()
 
     def __repr__(self) -> str:

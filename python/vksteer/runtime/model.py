@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..base.types import Float32Array, PathLike, ProgressLike, UInt32Array
+from ..base.types import Float32Array, OneOrMorePrompts, PathLike, ProgressLike, UInt32Array
 from . import device as _devices
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..loading.config import Config
     from ..loading.tokenizer import Tokenizer
     from .device import Device
+    from .edits import Edits
     from .generation import Generation
     from .gradients import Gradients
     from .resume import LayerInputs
@@ -142,14 +143,20 @@ class Model:
 
     def chat_tokens(
         self,
-        prompts: Any,
+        prompts: OneOrMorePrompts,
         system: str | None = None,
-        response: Any = None,
+        response: OneOrMorePrompts | None = None,
         date: str = "26 Jul 2024",
     ) -> list[list[int]]:
-        """Prompts as token lists. A str is an instruction and goes through the chat template; token
-        lists stay as they are (they may not begin with two BOS). The date is fixed, so that
-        templates that print one give the same tokens every day.
+        """Prompts as token lists, one for each prompt.
+
+        prompts: one or a list. A str is an instruction and goes through the chat template; token
+        lists stay as they are. system: a system message for the instructions. response: a text or
+        tokens that are appended, one for all or one for each prompt. date: what templates that
+        print a date are given; it is fixed, so that they give the same tokens every day.
+        Raises TypeError for what is neither text nor tokens; ValueError for no prompts, another
+        number of responses, tokens that begin with two BOS, and texts without a tokenizer or a chat
+        template.
         """
         if self.tokenizer is not None:
             return self.tokenizer.chat_tokens(prompts, system=system, response=response, date=date)
@@ -181,10 +188,10 @@ class Model:
 
     def run(
         self,
-        prompts: Any,
-        responses: Any = None,
+        prompts: OneOrMorePrompts,
+        responses: OneOrMorePrompts | None = None,
         *,
-        edits: Any = (),
+        edits: Edits = (),
         capture: str | Iterable[str] = (),
         logits: str | None = "all",
         freeze: str | None = None,
@@ -219,10 +226,10 @@ class Model:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: OneOrMorePrompts,
         *,
         max_new_tokens: int = 128,
-        edits: Any = (),
+        edits: Edits = (),
         freeze: str | None = None,
         ablate: str | None = None,
         freeze_layers: Iterable[int] | None = None,
@@ -238,17 +245,21 @@ class Model:
         on_token: Callable[[int, int, str], object] | None = None,
         progress: ProgressLike = True,
     ) -> list[Generation]:
-        """Continues every prompt, greedily unless a temperature is given; one Generation each.
+        """Continues every prompt; returns one Generation each, in the order of the prompts.
 
+        prompts: as in `run`. max_new_tokens: of an answer; prompt and answer must fit the context.
         edits, freeze, ablate, freeze_layers: as in `run`, valid for decoded tokens too. circuit: a
         Circuit; the effect of the row's one Steer edit passes along its edges only, and everything
         else is as in the base run of the same tokens (docs/method.md section 5); other edits must
-        lie below that layer. stop: a str or list of str, cut from .text and kept in .tokens.
-        capture: sites at the new tokens. batch_size: rows at once (default: as memory allows).
+        lie below that layer. temperature: 0 is greedy; else logits are divided by it. top_k: the
+        most likely tokens to draw from (0: all). top_p: of those, the fewest that reach this
+        probability together (1: all). seed: of the draws, with the row's number. stop: a str or
+        list of str, cut from .text and kept in .tokens. ignore_eos: do not stop at end tokens.
+        capture: sites at the new tokens. batch_size: rows at once (default: up to 64).
         on_token(row, token, text) is called for every new token. progress: True, False or
         callable(done, total).
-        Raises ValueError, TypeError, KeyError before any work; DeviceError. Ctrl-C raises
-        KeyboardInterrupt and leaves the model usable.
+        Raises ValueError (also for a row that does not fit into memory), TypeError and KeyError
+        before any work; DeviceError. Ctrl-C raises KeyboardInterrupt; the model stays usable.
         """
         from .generation import generate
 
@@ -276,12 +287,12 @@ class Model:
 
     def gradients(
         self,
-        prompts: Any,
-        responses: Any = None,
+        prompts: OneOrMorePrompts,
+        responses: OneOrMorePrompts | None = None,
         *,
         of: Any,
         at: str | Iterable[str],
-        edits: Any = (),
+        edits: Edits = (),
         progress: ProgressLike = True,
     ) -> Gradients:
         """d(scalar)/d(site), one scalar a row, computed on the device with respect to activations.

@@ -49,11 +49,14 @@ class Run:
         return site in self._captured
 
     def keys(self) -> KeysView[str]:
-        """Names of captured sites."""
+        """Names of the captured sites."""
         return self._captured.keys()
 
     def items(self) -> ItemsView[str, Float32Array]:
-        """Names and values of captured sites."""
+        """Pairs (site, values) of all captured sites: names as in `model.sites`, values float32
+        with axes as there, left-padded with 0 along positions. The arrays are those that
+        `run[site]` returns.
+        """
         return self._captured.items()
 
     def __repr__(self) -> str:
@@ -121,8 +124,8 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int32Array, BoolArray]:
 
 
 def _stop_layer(sites: Sequence[Site]) -> int:
-    """The layer at which a pass without logits may stop, because no hook needs it or a later one; 0
-    where all layers are needed.
+    """The layer before which a pass without logits may stop: neither it nor a later one has a
+    captured site. 0 where all layers are needed.
     """
     layered = [
         max(1, s.key[1] + (not s.name.endswith("hook_resid_pre")))

@@ -88,7 +88,9 @@ class SparsitySweep:
         return sorted(rows, key=lambda r: r.sparsity)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: {"setting": ..., "rows": [one object for each row]}."""
+        """For JSON: {"setting": the arguments, hashes and device, "rows": [one object for each
+        row]}; a row has the fields of SparsityRow, its rates as objects.
+        """
         return {"setting": self.setting, "rows": [asdict(row) for row in self.rows]}
 
     def to_markdown(self) -> str:
@@ -308,17 +310,21 @@ def sweep(
     progress: bool | Callable[[int, int], Any] = True,
 ) -> SparsitySweep:
     """Steers in both directions with sparser and sparser vectors, by every method, and measures the
-    ASR on both prompt sets with intervals, "ended" and repetition (docs/method.md section 8).
+    ASR on both prompt sets with intervals, "ended" and repetition (docs/method.md section 8): a
+    SparsitySweep.
 
-    vectors: a SteeringVector, or {name: vector}. scores: as `by_gradient` takes them, for each
-    vector ({name: scores} for several). At every tau the gradient method decides how many
-    dimensions are set to zero, and the other methods set as many to zero. tau 0 is the whole
-    vector, which is run once.
-    coefficient: a, or (plus, minus), or {name: either}: harmless prompts get +plus, harmful ones
-    -minus. random_control: random directions of each vector's norm. judge, min_words: as in
-    `freezing.ablation_table`. A tau that keeps nothing is left out and named in
-    `.setting["left_out"]`. out: a .jsonl file of answers, one line for each finished run; a later
-    call with the same model and prompts takes the runs that it holds.
+    vectors: a SteeringVector, or {name: vector}. scores: as `by_gradient` takes them, EdgeScores or
+    float [D] ({name: scores} for several vectors). harmful, harmless: prompts, texts or token
+    lists. coefficient: a, or (plus, minus), or {name: either}, magnitudes: harmless prompts get
+    +plus, harmful ones -minus. taus: thresholds of `by_gradient`, from 0 on; at each the gradient
+    method decides how many dimensions are set to zero, and the other methods set as many. tau 0 is
+    the whole vector, run once; a tau that keeps nothing is left out and named in
+    `.setting["left_out"]`. methods: some of METHODS (default all). random_control: random
+    directions of each vector's norm. max_new_tokens: of an answer. judge, min_words: as in
+    `vs.freezing.ablation_table`. seed: of random dimensions and directions. batch_size: rows at
+    once (default: as memory allows). out: a .jsonl file of answers, one line for each finished run;
+    a later call with the same model and prompts takes the runs that it holds. progress: True, False
+    or callable(done, total).
     Raises ValueError before any work for vectors of another width or layer or zero, scores that do
     not fit, names that differ, taus, methods or numbers out of range, and prompts that leave no
     room for the answer.
@@ -340,14 +346,21 @@ def sweep(
         "methods": methods,
         "random_control": controls,
         "seed": seed,
+        **_judging(pair, judge, min_words),
+        "left_out": left_out,
+    }
+    return SparsitySweep(rows, _setting(pair, named, strengths, options))
+
+
+def _judging(pair: PromptPair, judge: Judge | None, min_words: int | str | None) -> dict[str, Any]:
+    """The part of a sweep's setting that says which answers are judged, and how."""
+    return {
         "n_harmless": len(pair.harmless),
         "n_harmful": len(pair.harmful),
         "max_new_tokens": pair.max_new_tokens,
         "judge": "substring" if judge is None else type(judge).__name__,
         "min_words": min_words,
-        "left_out": left_out,
     }
-    return SparsitySweep(rows, _setting(pair, named, strengths, options))
 
 
 def _vectors(

@@ -116,12 +116,13 @@ class Candidates:
         *,
         progress: ProgressLike = True,
     ) -> Scores:
-        """All four scores of every position at the given layers (default: all): Scores with float64
-        [P, L] tables, NaN at other layers.
+        """All four scores of every position at the given layers (docs/method.md section 2): Scores
+        with float64 [P, L] tables, means over prompts, NaN at other layers.
 
         val_harmful, val_harmless: prompts (texts or token lists). refusal_tokens: ids (default:
         derived from the model's first tokens on these prompts; `.refusal_tokens` of the result and
-        the progress bar show them). A zero vector gets the scores of the unsteered model and KL 0.
+        the progress bar show them). layers: one or several (default: all). progress: True, False or
+        callable(done, total). A zero vector gets the scores of the unsteered model and KL 0.
         Raises ValueError for empty lists, prompts longer than the context, and layers or tokens
         that the model does not have.
         """
@@ -149,14 +150,18 @@ class Candidates:
         *,
         progress: ProgressLike = True,
     ) -> SteeringVector:
-        """The candidate that the rule chooses on these validation prompts (`choose`), as a
-        SteeringVector with its scores in meta.
+        """The candidate that the rule chooses on these validation prompts (`choose`, docs/method.md
+        section 2), as a SteeringVector with its scores in meta.
 
+        val_harmful, val_harmless: texts or token lists. criterion: "paper" (default) or "arditi",
+        which scores bypass under ablation. strict: the paper's inequalities instead of those of the
+        authors' code. refusal_tokens: token ids (default: derived from the model's first tokens on
+        these prompts). progress: True, False or callable(done, total).
         Measures only what the choice needs: induce where the layer filter passes, KL where induce
-        does, bypass (for "arditi", bypass under ablation) where KL does. `rejected` then names the
-        filter that removed each other candidate, and `table` holds what was measured. Raises
-        ValueError where no candidate is left, with the counts and the closest one; and for bad
-        arguments as in `evaluate`.
+        does, bypass where KL does. Then `rejected` names the filter that removed each other
+        candidate, and `table` holds what was measured, float64 [P, L] with NaN elsewhere.
+        Raises ValueError where no candidate is left, with the counts and the closest one; before
+        any work for an unknown criterion; and for bad arguments as in `evaluate`.
         """
         check_criterion(criterion)
         harmful = as_tokens(self.model, val_harmful, "val_harmful")

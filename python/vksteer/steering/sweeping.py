@@ -111,7 +111,10 @@ class Sweep:
         return None if plus is None or minus is None else (plus.coefficient, minus.coefficient)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: all rows, best and best_pair."""
+        """For JSON: {"unsteered": row, "rows": [one row for each coefficient], "best": float or
+        None, "best_pair": (plus, minus) or None}. A row has the fields of SweepRow; its rates
+        are objects and its KL divergences are in nats.
+        """
         return {
             "unsteered": asdict(self.unsteered),
             "rows": [asdict(row) for row in self.rows],

@@ -264,19 +264,21 @@ def train_ntp(
     checkpoint_every: int = 20,
     progress: ProgressLike = True,
 ) -> Training:
-    """Trains a vector at resid_pre of `layer` with the NTP loss (docs/method.md section 2).
+    """Trains a vector at resid_pre of `layer` with the NTP loss (docs/method.md section 2) and
+    returns a Training, with `.vector` (a SteeringVector) and `.losses`.
 
-    examples: as in `ntp_loss`, for instance those of `vs.steering.training_data`. validation: more
-    examples; the epoch of least validation loss is chosen (without any: the last one).
-    coefficient: each example is steered by coefficient * sign. factors: strengths instead, one
-    drawn for every example and epoch, "authors" for 2, 4, ..., 20; validation keeps one draw. The
-    learning rate of an epoch is lr (1 - epoch / epochs). clip: largest norm of a gradient, or None.
-    init: standard deviation of the initial vector. limit, reduction: as in `ntp_loss`.
-    batch_tokens: tokens of a device batch (default: as memory allows); results are bit-identical
-    whatever it is. checkpoint: a file, written every `checkpoint_every` steps, at the end of each
-    epoch and on interruption; a second call with the same settings goes on from it, with
-    bit-identical results, and one with other settings raises ValueError.
-    Raises ValueError before any work for bad examples and settings.
+    examples: as in `ntp_loss`, for instance of `vs.steering.training_data`. validation: more; the
+    epoch of least validation loss is chosen (without any: the last). coefficient: each example is
+    steered by coefficient * sign. factors: strengths instead, one drawn for every example and
+    epoch, "authors" for 2, 4, ..., 20; validation keeps one draw. epochs: passes over the examples.
+    batch_size: examples of one step. lr: the first epoch's rate; an epoch's is lr (1 - epoch /
+    epochs). optimizer: "adamw" or "adam" (weight_decay differs). clip: largest norm of a gradient,
+    or None. init: standard deviation of the initial vector. seed: of init, order and factors.
+    limit, reduction: as in `ntp_loss`. batch_tokens: tokens of a device batch (default: as memory
+    allows); results are bit-identical whatever it is. checkpoint: a file, written every
+    `checkpoint_every` steps, after each epoch and on interruption; a call with the same settings
+    goes on from it with bit-identical results.
+    Raises ValueError before any work for bad examples or settings, and a checkpoint of others.
     """
     settings = Settings(
         "ntp",
@@ -323,12 +325,19 @@ def train_po(
     checkpoint_every: int = 20,
     progress: ProgressLike = True,
 ) -> Training:
-    """Trains a vector with the PO loss (docs/method.md section 2). phi and examples: as in
-    `po_loss`; otherwise as `train_ntp`.
+    """Trains a vector at resid_pre of `layer` with the PO loss (docs/method.md section 2) and
+    returns a Training, with `.vector` (a SteeringVector) and `.losses`.
 
-    Of the epochs whose validation loss is within one phi of the least, the one with the best match
-    score is chosen: the share of the tokens of winning responses that the steered model predicts
-    greedily.
+    examples: as in `po_loss`, with winning and losing responses. phi: above 0, the factor of the PO
+    loss and the tolerance of the choice: of the epochs whose validation loss is within one phi of
+    the least, the one with the best match score is chosen, the share of the tokens of winning
+    responses that the steered model predicts greedily. validation: more examples (without any, the
+    last epoch is chosen). coefficient, factors, epochs, batch_size (examples of one step), lr,
+    weight_decay, clip, optimizer, seed, init (standard deviation of the initial vector), limit
+    (tokens of a response that are summed), batch_tokens, checkpoint, checkpoint_every (steps) and
+    progress: as in `train_ntp`, with the same defaults.
+    Raises ValueError before any work for bad examples or settings, phi <= 0 included, and a
+    checkpoint of others.
     """
     settings = Settings(
         "po",

@@ -236,8 +236,8 @@ def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")
 
 
 def _patterns(rng, packed, first, n_heads, window) -> np.ndarray:
-    """As the softmax leaves them: zeros before the window and for a tile's worth of keys after pos;
-    what nobody may read is NaN.
+    """Random attention patterns, as the softmax kernel writes them: zeros before the window and
+    for one tile of keys after each token's position; NaN beyond, which no kernel may read.
     """
     pos = packed.pos[first:]
     pattern = nothing(len(pos), n_heads, row_stride(packed.n_keys))

@@ -97,7 +97,7 @@ class Row:
         return self.error <= self.bound
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: an error that is none is null."""
+        """For JSON, which has no infinity: an error that is not finite becomes None."""
         return {
             "op": self.op,
             "problems": self.n_problems,

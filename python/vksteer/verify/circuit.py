@@ -54,12 +54,12 @@ def _tokens(rng, n, n_slots) -> np.ndarray:
     return tokens
 
 
-def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=None) -> Problem:
+def circuit_inputs(rng, n_entries, n_chunk, width, n_differences=5, most=4, picked=None) -> Problem:
     """picked: so many of the tokens; None: all."""
     stride = row_stride(width)
     lengths = rng.integers(0, most + 1, n_entries)
     first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
-    refs = rng.integers(0, n_blocks, int(first[-1])).astype(np.uint32)
+    refs = rng.integers(0, n_differences, int(first[-1])).astype(np.uint32)
     chosen = (
         np.arange(n_chunk, dtype=np.uint32)
         if picked is None
@@ -68,7 +68,7 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=No
     n = len(chosen)
     buffers = {
         "x": padded(numbers(rng, n_chunk, width), stride),
-        "d": padded(numbers(rng, n_blocks * n_chunk, width), stride),
+        "d": padded(numbers(rng, n_differences * n_chunk, width), stride),
         "refs": refs,
         "first": first,
         "tokens": chosen,
@@ -77,7 +77,7 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=No
     }
     x, d = (
         buffers["x"][:, :width].astype(np.float64),
-        buffers["d"][:, :width].astype(np.float64).reshape(n_blocks, n_chunk, width),
+        buffers["d"][:, :width].astype(np.float64).reshape(n_differences, n_chunk, width),
     )
     units = []
     for e in range(n_entries):
@@ -95,7 +95,7 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=No
     unit = np.concatenate(units) if units and n else np.ones((n_entries * n, width))
     return Problem(
         "circuit_inputs",
-        f"{n_entries} entries x {n} of {n_chunk} x {width}, {len(refs)} blocks",
+        f"{n_entries} entries x {n} of {n_chunk} x {width}, {len(refs)} differences",
         _named(
             buffers,
             all_tokens=int(picked is None),
@@ -113,7 +113,9 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_blocks=5, most=4, picked=No
 
 
 def circuit_place(rng, n_tokens, d_head, qk_norm=False, n_slots=None, n_heads=3) -> Problem:
-    """Two blocks of each kind from products at odd columns, one of each from the base run."""
+    """Two queries, keys and values from products, at odd columns, and one of each from the base
+    run.
+    """
     n_slots = n_slots or n_tokens + 3
     x_stride, base_stride, q_stride = (
         row_stride(d_head + 32),
