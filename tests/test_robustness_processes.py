@@ -337,7 +337,8 @@ for call in (
         call()
         assert False, "ended before it could be interrupted"
     except KeyboardInterrupt:
-        print(seconds_since(sent[0]))
+        assert_within_a_second(sent[0])
+        print("interrupted")
     again = model.run(rows, capture=["*"])
     assert np.array_equal(again.logits, want.logits) and all(
         np.array_equal(again[s], want[s]) for s in want.keys()
@@ -347,8 +348,7 @@ for call in (
             timeout=200,
         )
     )
-    waits = [float(line) for line in out.splitlines()]
-    assert len(waits) == 3 and max(waits) < 1.0, waits
+    assert out.splitlines() == ["interrupted"] * 3
 
 
 def test_interrupting_a_load(llama):
@@ -367,7 +367,7 @@ for step in (1, 5, 9):
         load(progress=interrupt)
         assert False
     except KeyboardInterrupt:
-        assert seconds_since(start) < 1
+        assert_within_a_second(start)
     assert engine.allocated_bytes == 0
 with load() as model:
     model.run([[1, 2]])
