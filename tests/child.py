@@ -37,7 +37,7 @@ import numpy as np
 import vksteer as vs
 
 sys.path.append("tests")
-from clocks import clocks, seconds_since
+from clocks import assert_within_a_second, clocks
 
 def load(i=1, **options):
     options = {"progress": False, "dtype": "float32", **options}
@@ -57,11 +57,13 @@ def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environ
     """Runs `code` with the arguments in sys.argv[1:]; returns subprocess.CompletedProcess with
     text.
 
-    environment: variables to set; None removes one.
+    environment: variables to set; None removes one. A software driver starts its own number of
+    threads, also where conftest.py gave the processes of the test run fewer: workgroups of a kernel
+    run at the same time in children, and nowhere else on a machine of two processors.
     """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("VKSTEER_DEVICE", "VK_"))} | {
-        "PYTHONFAULTHANDLER": "1"
-    }
+    dropped = ("VKSTEER_DEVICE", "VK_", "LP_NUM_THREADS")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    env["PYTHONFAULTHANDLER"] = "1"
     inherited = json.loads(os.environ.get("CHILD_ENVIRONMENT", "{}"))  # set by test_sanitizers.py
     for name, value in (inherited | environment).items():
         if value is None:

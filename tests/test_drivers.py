@@ -3,7 +3,7 @@ null AMD devices, which only compile.
 
 Each driver runs in a child process. By default it runs driver_cases.py; with --long all tests of
 the engine (SUITE) run on each driver. Results may differ in bits between drivers, but not within
-one.
+one, whatever the number of the driver's threads.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ DRIVERS = {
     "lavapipe 16": ("lavapipe_icd", {"LP_NATIVE_VECTOR_WIDTH": 512}, 16),
     "swiftshader": ("swiftshader_icd", {}, 4),
 }
+#: More threads than the reference machine has processors: workgroups run at the same time and end
+#: in any order.
+THREADS = "lavapipe 8 with 3 threads"
+THREADED = {
+    THREADS: ("lavapipe_icd", {"LP_NATIVE_VECTOR_WIDTH": 256, "LP_NUM_THREADS": 3}, 8),
+}
 
 
 def environment(driver) -> dict:
-    key, extra, _ = DRIVERS[driver]
+    key, extra, _ = (DRIVERS | THREADED)[driver]
     icd = tool(key)
     return {"VK_DRIVER_FILES": icd, "VK_ICD_FILENAMES": icd, "VKSTEER_KERNELS": None, **extra}
 
@@ -48,7 +54,7 @@ def folders(zoo):
     return made
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", DRIVERS | THREADED)
 def test_parity_edits_freezing_and_generation(driver, folders, record_property):
     """Every kernel family against the oracle; a row alone equals the same row in a batch."""
     code = (
@@ -71,7 +77,7 @@ def test_parity_edits_freezing_and_generation(driver, folders, record_property):
     )
     for r in results:
         assert (
-            r["subgroup"] == DRIVERS[driver][2]
+            r["subgroup"] == (DRIVERS | THREADED)[driver][2]
             and r["comparisons"] > 100
             and r["worst"] < r["bound"]
         )
@@ -212,17 +218,9 @@ SUITE = [
 ]
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_the_suite(driver, tmp_path):
-    """The tests of the engine; on SwiftShader, which is very slow, only those of three families."""
-    files = [str(ROOT / "tests" / f) for f in SUITE]  # pytest refuses one that is not there
-    narrow = (
-        ["-k", "(gemma3 or qwen2 or llama3) and not window and not linear"]
-        if driver == "swiftshader"
-        else []
-    )
+def run_tests(driver, files, *options, timeout):
+    """Runs test files on a driver, in a process of pytest of their own; returns its last line."""
+    files = [str(ROOT / "tests" / f) for f in files]  # pytest refuses one that is not there
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VK_", "VKSTEER_"))}
     env |= {k: str(v) for k, v in environment(driver).items() if v is not None}
     done = subprocess.run(
@@ -234,16 +232,36 @@ def test_the_suite(driver, tmp_path):
             "no:cacheprovider",
             "-q",
             "--timeout=1200",
-            f"--basetemp={tmp_path / 'base'}",
-            *narrow,
+            *options,
             *files,
         ],
         env=env,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=3500,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, f"{driver}\n" + done.stdout[-8000:]
-    print(f"{driver}: {done.stdout.splitlines()[-1]}")
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.timeout(600)
+def test_bits_with_several_threads(tmp_path):
+    """With one thread, workgroups run one after another, and a race between two is not seen."""
+    last = run_tests(THREADS, ["test_bits.py"], f"--basetemp={tmp_path / 'base'}", timeout=580)
+    assert " passed" in last and "skipped" not in last
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_suite(driver, tmp_path):
+    """The tests of the engine; on SwiftShader, which is very slow, only those of three families."""
+    narrow = (
+        ["-k", "(gemma3 or qwen2 or llama3) and not window and not linear"]
+        if driver == "swiftshader"
+        else []
+    )
+    last = run_tests(driver, SUITE, f"--basetemp={tmp_path / 'base'}", *narrow, timeout=3500)
+    print(f"{driver}: {last}")
