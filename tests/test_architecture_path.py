@@ -34,8 +34,8 @@ def steps_of(page: str) -> list[Step]:
     return [Step(*m.groups()) for m in STEP.finditer(section.split("\n## ")[0])]
 
 
-def python_calls(source: str, name: str) -> set[str]:
-    """Names that the function (or `Class.method`) calls, attributes by their last part."""
+def python_body(source: str, name: str) -> ast.FunctionDef:
+    """The function, or the method of `Class.method`."""
     body: ast.AST = ast.parse(source)
     for part in name.split("."):
         kinds = (ast.FunctionDef, ast.ClassDef)
@@ -43,10 +43,49 @@ def python_calls(source: str, name: str) -> set[str]:
         assert found, f"no {name}"
         body = found[-1]
     assert isinstance(body, ast.FunctionDef), f"{name} is a class"
-    called = [node.func for node in ast.walk(body) if isinstance(node, ast.Call)]
-    return {f.attr for f in called if isinstance(f, ast.Attribute)} | {
-        f.id for f in called if isinstance(f, ast.Name)
-    }
+    return body
+
+
+def names_of_module(source: str, path: str, other: str) -> set[str]:
+    """What the file at `path` can call of the file `other` by its own name: all if it is the same
+    file, else what it imports from there.
+    """
+    tree = ast.parse(source)
+    if path == other:
+        return {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = Path(path).parents[node.level - 1]
+            if str(folder.joinpath(*(node.module or "").split("."))) + ".py" == other:
+                names |= {alias.name for alias in node.names if alias.asname is None}
+    return names
+
+
+def python_leads(step: Step, after: Step, read) -> bool:
+    """Whether a Python function calls `after`, judged by what stands before the name too: in C, a
+    method of an object called `_engine`; in Python, a function of that file, a method of `self`, of
+    `Class(...)`, or of an object that bears the name of the class.
+    """
+    source = read(step.path)
+    called = [n.func for n in ast.walk(python_body(source, step.name)) if isinstance(n, ast.Call)]
+    methods = {(ast.unparse(f.value), f.attr) for f in called if isinstance(f, ast.Attribute)}
+    if after.path.endswith(".c"):
+        method = method_name(read(after.path), after.name)
+        return any(name == method and on.split(".")[-1] == "_engine" for on, name in methods)
+    owner, _, name = after.name.rpartition(".")
+    known = names_of_module(source, step.path, after.path)
+    if not owner:
+        return name in known and any(isinstance(f, ast.Name) and f.id == name for f in called)
+    own = step.path == after.path and step.name.startswith(f"{owner}.")
+    object_name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.lstrip("_")).lower()
+    return (own and ("self", name) in methods) or (
+        owner in known
+        and any(
+            called_name == name and (on.startswith(f"{owner}(") or on.split(".")[-1] == object_name)
+            for on, called_name in methods
+        )
+    )
 
 
 def c_body(source: str, name: str) -> str:
@@ -72,16 +111,15 @@ def check_hop(step: Step, after: Step, read) -> None:
     """Asserts that `step` leads to `after`; read: path -> text."""
     source, name = read(step.path), after.name.split(".")[-1]
     if step.path.endswith(".py"):
-        called = python_calls(source, step.name)
-        if after.path.endswith(".c"):
-            name = method_name(read(after.path), after.name)
-        assert name in called, f"{step} does not call {after}"
+        assert python_leads(step, after, read), f"{step} does not call {after}"
     elif step.path.endswith(".c"):
         body = c_body(source, step.name)
-        pattern = rf"\bKERNEL_{name}\b" if after.path.endswith(".def") else rf"\b{name}\s*\("
+        # A kernel with variants is looked up by the generated function kernel_<name>().
+        kernel = rf"\b(KERNEL_{name}\b|kernel_{name}\s*\()"
+        pattern = kernel if after.path.endswith(".def") else rf"\b{name}\s*\("
         assert re.search(pattern, body), f"{step} does not lead to {after}"
     else:
-        rows = {row.name: row.file for row in kernels.read(ROOT / step.path)}
+        rows = {row.family: row.file for row in kernels.read(ROOT / step.path)}
         assert step.name in rows, f"no row {step}"
         assert after.path == f"shaders/{rows[step.name]}.comp", f"{step} is not compiled from it"
         assert re.search(r"^void main\(\)", read(after.path), re.MULTILINE), f"no {after}"
@@ -109,9 +147,18 @@ def test_each_step_leads_to_the_next(i):
 
 MADE = {
     "a.py": (
-        'class A:\n    def run(self):\n        """later()"""\n        return self.engine.go(1)\n'
+        'class A:\n    def run(self):\n        """later()"""\n        return self._engine.go(1)\n'
+        "    def other(self):\n        return self.queue.go(1)\n"
+        "    def both(self):\n        self.run()\n        self.thread.other()\n"
+        "def make():\n    A().run()\n    process.both()\n"
     ),
+    "d.py": (
+        "from .a import A, make\nfrom .e import low\n\n"
+        "def start(process):\n    make()\n    low()\n    process.run()\n    A(1).both()\n"
+    ),
+    "e.py": "from .d import make\n\ndef start(a):\n    make()\n    a.run()\n",
     "b.c": (
+        "int b_kernel(int n) {\n    return KERNEL_plain + kernel_many(n);\n}\n\n"
         "static int low(int n) {\n    if (n) {\n        return 1;\n    }\n    return 0;\n}\n\n"
         'int b_go(void) {\n    /* high() */\n    return low(1) + text("mid(");\n}\n'
         '    {"go", b_go, METH_NOARGS,\n     "go()"},\n'
@@ -128,6 +175,20 @@ MADE = {
         (Step("b_go", "b.c"), Step("mid", "b.c"), False),
         (Step("low", "b.c"), Step("low", "b.c"), False),
         (Step("A.run", "a.py"), Step("A.later", "a.py"), False),
+        (Step("A.other", "a.py"), Step("b_go", "b.c"), False),  # a method of something else
+        (Step("A.both", "a.py"), Step("A.run", "a.py"), True),
+        (Step("A.both", "a.py"), Step("A.other", "a.py"), False),
+        (Step("make", "a.py"), Step("A.run", "a.py"), True),
+        (Step("make", "a.py"), Step("A.both", "a.py"), False),
+        (Step("start", "d.py"), Step("make", "a.py"), True),
+        (Step("start", "d.py"), Step("A.both", "a.py"), True),
+        (Step("start", "d.py"), Step("A.run", "a.py"), False),
+        (Step("start", "d.py"), Step("low", "a.py"), False),  # imported from elsewhere
+        (Step("start", "e.py"), Step("make", "a.py"), False),
+        (Step("start", "e.py"), Step("A.run", "a.py"), False),  # A is not imported
+        (Step("b_kernel", "b.c"), Step("plain", "k.def"), True),
+        (Step("b_kernel", "b.c"), Step("many", "k.def"), True),
+        (Step("b_go", "b.c"), Step("many", "k.def"), False),
         (Step("A.gone", "a.py"), Step("b_go", "b.c"), False),
         (Step("gone", "b.c"), Step("low", "b.c"), False),
     ],
