@@ -82,6 +82,8 @@ def c_functions(text: str) -> Iterator[tuple[str, int, int]]:
     for at, char in enumerate(text):
         if char == "{":
             if depth == 0:
+                # Calls of macros, one a line and without a semicolon, are no part of the head.
+                begin += len(re.match(r"(\s*\w+\([^\n]*\)[ \t]*\n)*", text[begin:at])[0])
                 head = re.search(r"(\w+)\s*\([^;={}]*\)\s*$", text[begin:at])
                 first = begin + len(text[begin:at]) - len(text[begin:at].lstrip())
                 opened = (
