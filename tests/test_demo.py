@@ -11,19 +11,10 @@ import numpy as np
 import pytest
 
 from vksteer import data
-from vksteer.demo import (
-    __main__ as demo,
-)
-from vksteer.demo import (
-    qwen as demo_real,
-)
-from vksteer.demo import (
-    qwen_inside as demo_real_inside,
-)
-from vksteer.demo import (
-    report,
-    smollm2,
-)
+from vksteer.demo import __main__ as demo
+from vksteer.demo import qwen as demo_real
+from vksteer.demo import qwen_inside as demo_real_inside
+from vksteer.demo import report, smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".models" / smollm2.SMOLLM2

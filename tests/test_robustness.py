@@ -155,7 +155,7 @@ print([str(w.message) for w in seen if "software" in str(w.message)])
 # -- too big ---------------------------------------------------------------------------------------
 
 
-def hollow_model(folder, bytes_choice):
+def hollow_model(folder, least_bytes):
     """A Llama of at least so many bytes whose file is a hole: nothing is written but the header."""
     D, F, V, H, G, d = 4096, 16384, 1000, 32, 8, 128
     layer = {
@@ -170,7 +170,7 @@ def hollow_model(folder, bytes_choice):
         "mlp.down_proj.weight": (D, F),
     }
     size = lambda shape: 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-    n_layers = max(1, -(-bytes_choice // sum(map(size, layer.values()))))
+    n_layers = max(1, -(-least_bytes // sum(map(size, layer.values()))))
     shapes = {
         "model.embed_tokens.weight": (V, D),
         "model.norm.weight": (D,),

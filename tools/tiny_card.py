@@ -103,20 +103,16 @@ def bypassed(row: dict) -> float:
 
 
 def strengths(table: list[dict]) -> tuple[float, float]:
-    """(plus, minus): the best coefficient in each direction on a sweep; the smaller of equals."""
+    """(plus, minus): the best coefficient in each direction on a sweep; the smaller of equals.
+
+    Seed and recipe were chosen by the lesser of the two directions' scores at these coefficients,
+    on the validation sweep, among models that are right on at least 0.97 of the requests when they
+    are not steered.
+    """
     return tuple(
         max(table, key=lambda row: (score(row), -row["coefficient"]))["coefficient"]
         for score in (induced, bypassed)
     )
-
-
-def steering_score(table: list[dict]) -> float:
-    """The worse of the two directions, each at its best coefficient.
-
-    Seed and recipe are chosen by this score on the validation sweep, among models that are right on
-    at least 0.97 of the requests when they are not steered.
-    """
-    return min(max(map(induced, table)), max(map(bypassed, table)))
 
 
 def collect(folders: list[Path]) -> dict[str, dict]:

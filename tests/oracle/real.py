@@ -100,9 +100,6 @@ class Answers:
         """(new tokens, the margin between the two largest logits at each step)."""
         return self.arrays[f"new{i}"].tolist(), self.arrays[f"margin{i}"]
 
-    def has_greedy(self, i):
-        return f"new{i}" in self.arrays.files
-
 
 def answers(name, thorough):
     """thorough: greedy texts of all prompts and the logits of a long one; else 16 greedy tokens of
