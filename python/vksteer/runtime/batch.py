@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .. import _engine
+from .. import _engine as extension
 from ..base.types import Array, Float32Array, IntArray
 from .edit_compiler import EditCompiler, RowShape, add_all
 from .edits import Steer
@@ -31,16 +31,15 @@ CONTRADICTIONS = {
 }
 #: The engine's numbers of what is returned of the logits.
 LOGITS = {
-    None: _engine.constants["RUN_LOGITS_NONE"],
-    "last": _engine.constants["RUN_LOGITS_LAST"],
-    "all": _engine.constants["RUN_LOGITS_ALL"],
+    None: extension.constants["RUN_LOGITS_NONE"],
+    "last": extension.constants["RUN_LOGITS_LAST"],
+    "all": extension.constants["RUN_LOGITS_ALL"],
 }
 
 #: One list of edits for each row.
 RowsEdits: TypeAlias = Sequence[Sequence[Any]]
 #: (site, layer), as the engine numbers sites.
 Key: TypeAlias = tuple[int, int]
-Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 
 
 def first_tokens(lengths: Iterable[int]) -> IntArray:
@@ -62,7 +61,7 @@ def packed_rows(
     inputs: Sequence[Array] | Array | None = None,
     frozen: Mapping[str, Array] | None = None,
     **scalars: Any,
-) -> _engine.PackedRows:
+) -> extension.PackedRows:
     """Rows packed for one call of the engine; fields and shapes as in _engine.pyi.
 
     By default every row begins at position 0, owns consecutive cache slots, is a group of its own,
@@ -84,7 +83,7 @@ def packed_rows(
     column = [0] * n if column is None else column
     if inputs is not None and not isinstance(inputs, np.ndarray):
         inputs = np.concatenate(inputs)
-    rows: _engine.PackedRows = engine().PackedRows(
+    rows: extension.PackedRows = engine().PackedRows(
         tokens=np.concatenate([words(t) for t in tokens]),
         n_tokens=words([len(t) for t in tokens]),
         start=words([0] * n if start is None else start),
@@ -252,7 +251,7 @@ class Batch:
 
     def forward(
         self,
-        cache: _engine.Cache,
+        cache: extension.Cache,
         tokens: Sequence[Sequence[int]],
         *,
         slots: Sequence[int] | Array,

@@ -86,7 +86,7 @@ def _prepare_environment() -> None:
 
 @cache
 def _engine() -> ModuleType:
-    """The C extension, imported after the environment is prepared."""
+    """The C extension, with the environment prepared that its first use of a driver reads."""
     _prepare_environment()
     from .. import _engine
 

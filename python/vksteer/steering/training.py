@@ -281,21 +281,20 @@ def train_ntp(
     Raises ValueError before any work for bad examples or settings, and a checkpoint of others.
     """
     settings = Settings(
-        "ntp",
-        layer,
-        None,
-        coefficient,
-        factors,
-        epochs,
-        batch_size,
-        lr,
-        weight_decay,
-        clip,
-        optimizer,
-        seed,
-        init,
-        limit,
-        reduction,
+        loss="ntp",
+        layer=layer,
+        coefficient=coefficient,
+        factors=factors,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        clip=clip,
+        optimizer=optimizer,
+        seed=seed,
+        init=init,
+        limit=limit,
+        reduction=reduction,
     )
     return _train(
         model, examples, validation, settings, batch_tokens, checkpoint, checkpoint_every, progress
@@ -340,20 +339,20 @@ def train_po(
     checkpoint of others.
     """
     settings = Settings(
-        "po",
-        layer,
-        phi,
-        coefficient,
-        factors,
-        epochs,
-        batch_size,
-        lr,
-        weight_decay,
-        clip,
-        optimizer,
-        seed,
-        init,
-        limit,
+        loss="po",
+        layer=layer,
+        phi=phi,
+        coefficient=coefficient,
+        factors=factors,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        clip=clip,
+        optimizer=optimizer,
+        seed=seed,
+        init=init,
+        limit=limit,
     )
     return _train(
         model, examples, validation, settings, batch_tokens, checkpoint, checkpoint_every, progress
