@@ -48,14 +48,14 @@ class Row(NamedTuple):
     flags: list[str]
     params: str
     optional: bool
-    family: str  # the name of its row
+    kernel: str  # the name of its row
     values: dict[str, str]  # axis -> value as the table says it; "" and "1" for AXIS?
     extra: dict[str, str]  # defines that came with a value
 
 
 class Table(NamedTuple):
     rows: list[Row]
-    axes: dict[str, list[str]]  # family -> its axes in order
+    axes: dict[str, list[str]]  # name of a row -> its axes in order
 
 
 def uncommented(path: Path) -> str:
@@ -103,7 +103,7 @@ def choices(axis: str, word: str, known: dict[str, str]) -> list[tuple[str, list
     return out
 
 
-def expand(kind: str, family: str, file: str, words: list[str], params: str, axes: list[str]):
+def expand(kind: str, kernel: str, file: str, words: list[str], params: str, axes: list[str]):
     """The variants of one row of the table."""
     known = constants()
     given = {axis_of(w): w for w in words if axis_of(w) in axes}
@@ -118,12 +118,12 @@ def expand(kind: str, family: str, file: str, words: list[str], params: str, axe
             if value
         ]
         yield Row(
-            "_".join([family, *suffix]),
+            "_".join([kernel, *suffix]),
             file,
             optimize + [flag for _, flags, _ in combination for flag in flags] + plain,
             params,
             kind == "KERNELS_OPTIONAL",
-            family,
+            kernel,
             {axis: value for axis, (value, _, _) in chosen.items()},
             {k: v for _, _, extra in combination for k, v in extra.items()},
         )
@@ -187,22 +187,22 @@ def lookup(name: str, axes: list[str], entries: list[tuple[list[int], str]], mis
     )
 
 
-def family_lookups(family: str, axes: list[str], rows: list[Row]) -> str:
-    """For a family of variants: kernel_<family>(axes), its defines, the values of its axes."""
+def variant_lookups(kernel: str, axes: list[str], rows: list[Row]) -> str:
+    """For the variants of one kernel: kernel_<name>(axes), its defines, the values of its axes."""
     known = constants()
     values = [[int(number(a, r.values.get(a) or "0", known)) for a in axes] for r in rows]
     entries = [(v, f"KERNEL_{r.name}") for v, r in zip(values, rows, strict=True)]
-    out = lookup(f"kernel_{family}", axes, entries, "-1")
+    out = lookup(f"kernel_{kernel}", axes, entries, "-1")
     for define in dict.fromkeys(k for r in rows for k in r.extra):
         given = [
             (v, r.extra[define]) for v, r in zip(values, rows, strict=True) if define in r.extra
         ]
-        out += lookup(f"kernel_{family}_{define}", axes, given, "0")
+        out += lookup(f"kernel_{kernel}_{define}", axes, given, "0")
     for i, axis in enumerate(axes):
         if not all(r.values.get(axis, "0").isdigit() for r in rows):
             continue
         listed = ", ".join(map(str, dict.fromkeys(v[i] for v in values)))
-        out += f"#define KERNEL_{family}_{axis} {{{listed}}}\n"
+        out += f"#define KERNEL_{kernel}_{axis} {{{listed}}}\n"
     return out
 
 
@@ -224,9 +224,9 @@ def header(table: Table) -> str:
         *(f"    ROW({row.name}, {row.params}) \\" for row in rows),
         "",
     ]
-    for family, axes in table.axes.items():
+    for kernel, axes in table.axes.items():
         if axes:
-            lines.append(family_lookups(family, axes, [r for r in rows if r.family == family]))
+            lines.append(variant_lookups(kernel, axes, [r for r in rows if r.kernel == kernel]))
     return "\n".join(lines) + "\n"
 
 
