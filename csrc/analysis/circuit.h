@@ -60,8 +60,8 @@ struct circuit_plan {
 struct circuit_layer {
     uint32_t entry, n_entries; /* of the inputs of attention */
     uint32_t mlp_entry, n_mlp; /* of the MLP's input */
-    /* queries, and keys and values in the caches: one for every entry, then the base run's that
-     * states name */
+    /* Numbers of queries, and of keys and values in the caches: one for every entry, and after
+     * these the base run's queries, keys and values, where a state names them. */
     uint32_t n_q, n_k, n_v;
     uint32_t n_places, n_states, n_outputs, n_variants;
     /* [n_states, 3] indices of the query, the key and the value */
@@ -82,7 +82,8 @@ struct circuit_run {
     uint32_t capacity, n_slots; /* tokens of a chunk; slots of the caches */
     /* row strides: of the product of one head, of its difference, of its attention output */
     uint32_t product_stride, heads_stride, z_stride;
-    uint32_t most_entries, assembled;  /* of the largest input; assembled at once */
+    uint32_t most_entries;             /* entries of the input that has the most */
+    uint32_t assembled;                /* entries that are assembled at once */
     uint32_t logit_entry, n_logits;    /* entries of the logits' input */
     uint32_t *words;                   /* the device's tables; copies of the plan follow them */
     uint32_t n_words, ref_first, refs; /* words from the start */

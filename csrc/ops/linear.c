@@ -1,6 +1,6 @@
 /* The matrix product. In prefill every kernel sums in the same order, so the choice among them is
- * one of speed alone; in decoding the tiled family splits k. Either way the order depends on phase,
- * shape and family, never on the number of rows. */
+ * one of speed alone; in decoding the tiled kernel family splits k. Either way the order depends on
+ * phase, shape and kernel family, never on the number of rows. */
 #include <string.h>
 
 #include "ops/ops.h"

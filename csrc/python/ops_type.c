@@ -11,7 +11,9 @@
 #define GUARD 4096
 /* as a float it is NaN, so that a kernel that reads there and uses it shows */
 #define GUARD_BYTE 0xff
-#define NUMBER_MAX (1u << 20) /* no honest test needs more, and a reference's loops end in time */
+/* The largest number among an op's arguments. Tests need less, and with more a reference's loops
+ * would run for hours. */
+#define NUMBER_MAX (1u << 20)
 
 struct bench_object {
     PyObject_HEAD
@@ -22,7 +24,8 @@ struct bench_object {
 
 struct bench_run {
     const struct op_call *call;
-    void *device_arguments, *reference_arguments; /* the same arguments with either's addresses */
+    /* the same arguments twice, with addresses of the device and with those of the reference */
+    void *device_arguments, *reference_arguments;
     struct reference_memory memory;
     PyObject *arrays[REFERENCE_BUFFERS]; /* as they were given; held */
     const void *given[REFERENCE_BUFFERS];
