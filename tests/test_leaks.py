@@ -149,7 +149,7 @@ def test_no_type_leaks(llama, what):
             f"""
 import gc
 from vksteer.runtime.device import _engine
-from vksteer.runtime.model import _facts
+from vksteer.runtime.weights import _facts
 engine = _engine()
 model = load()
 device, facts = model._engine_device, _facts(model.config, 0)
