@@ -2,7 +2,7 @@
 // Buffers   pattern [T', H, key_stride], T' counted from token first_token; v_cache
 //           [slots, G * dh]; z [T, z_stride]
 // Grid      x = column spans, y = tiles, z = query heads. A subgroup takes one tile, which is up to
-//           8 queries of a row, and RN * SG columns of the head; lanes lie along columns
+//           OP_TILE queries of a row, and RN * SG columns of the head; lanes lie along columns
 // Order     one fma chain for each output, over ascending j. Zeros of the pattern change nothing
 #version 450
 #extension GL_GOOGLE_include_directive : require
@@ -10,7 +10,7 @@
 
 layout(push_constant, scalar) uniform Params { attn_output_params p; };
 
-const uint RQ = 8, RN = 2;
+const uint RQ = OP_TILE, RN = 2;
 
 void main() {
     query_tile tile = p.tiles.at[gl_WorkGroupID.y];

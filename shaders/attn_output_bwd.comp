@@ -3,14 +3,14 @@
 // values; with a = dscores and y = q, those of the keys.
 // Buffers   a [T', H, key_stride], T' counted from token first_token; y [T, y_stride]; sums
 //           [T, out_stride]
-// Grid      x = column spans, y = tiles of keys, z = key/value heads. A subgroup takes up to 16
+// Grid      x = column spans, y = tiles of keys, z = key/value heads. A subgroup takes up to RK
 //           keys of a row and RN * SG columns of the head; lanes lie along columns
 // Order     one fma chain for each output, over ascending (t, h). Where the queries are divided
 //           among dispatches, `add` continues the same chain
 //
-// A tile has at most 8 keys. A full tile with an even number also takes the keys of the next one,
-// if that continues the row. Loads cost per element on software drivers, so each element of y
-// serves 16 keys, and the accumulators take STEPS pairs (t, h) at once, for the reason given in
+// A tile has at most OP_TILE keys. A full tile with an even number also takes the keys of the next
+// one, if that continues the row. Loads cost per element on software drivers, so each element of y
+// serves RK keys, and the accumulators take STEPS pairs (t, h) at once, for the reason given in
 // linear_bwd.comp. This is 3 times as fast as 8 keys and one pair at a time.
 #version 450
 #extension GL_GOOGLE_include_directive : require
@@ -18,14 +18,14 @@
 
 layout(push_constant, scalar) uniform Params { attn_output_bwd_params p; };
 
-const uint TILE = 8, RK = 2 * TILE, STEPS = 4;
-const uint RN_MAX = 4, RN = SG <= 16 ? RN_MAX : SG == 32 ? 2 : 1;
+const uint RK = 2 * OP_TILE, STEPS = 4;
+const uint RN_MAX = 4, RN = ATTN_OUTPUT_BWD_RN(SG);
 const uint A_REGS = (RK + SG - 1) / SG, A_MAX = RK / 4; // at the smallest SG, 4
 
 // Is tile y full, and does tile y + 1 continue its row?
 bool goes_on(uint y) {
     query_tile tile = p.tiles.at[y], next = p.tiles.at[y + 1];
-    return tile.count == TILE && next.first == tile.first + TILE &&
+    return tile.count == OP_TILE && next.first == tile.first + OP_TILE &&
            next.first < p.tokens.at[tile.first].row_end;
 }
 

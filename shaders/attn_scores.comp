@@ -2,8 +2,8 @@
 // and cap the soft cap.
 // Buffers   qkv [T, stride], k_cache [slots, G * dh], scores [T', H, key_stride] with T' counted
 //           from token first_token
-// Grid      x = key spans, y = tiles, z = query heads. A subgroup takes one tile, which is up to 8
-//           queries of a row, and RN * SG keys; lanes lie along keys
+// Grid      x = key spans, y = tiles, z = query heads. A subgroup takes one tile, which is up to
+//           OP_TILE queries of a row, and RN * SG keys; lanes lie along keys
 // Order     one fma chain for each score, over ascending columns of the head
 #version 450
 #extension GL_GOOGLE_include_directive : require
@@ -11,7 +11,7 @@
 
 layout(push_constant, scalar) uniform Params { scores_params p; };
 
-const uint RQ = 8, RN = 2;
+const uint RQ = OP_TILE, RN = 2;
 
 void main() {
     query_tile tile = p.tiles.at[gl_WorkGroupID.y];

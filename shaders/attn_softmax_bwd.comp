@@ -30,6 +30,6 @@ void main() {
     }
     for (uint j = lane; j < start; j += WG)
         p.dpattern.at[row + j] = 0.0;
-    for (uint j = pos + 1 + lane; j < min(pos + 8, p.key_stride); j += WG)
+    for (uint j = pos + 1 + lane; j < min(pos + OP_TILE, p.key_stride); j += WG)
         p.dpattern.at[row + j] = 0.0;
 }

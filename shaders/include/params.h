@@ -32,7 +32,10 @@ BLOCK(token_meta) {
     UINT row_end; /* packed index after the row's last token in this chunk */
 };
 
-/* At most 8 consecutive tokens of one row, which one workgroup of the attention kernels takes. */
+/* the most queries of a row that one workgroup of the attention kernels takes */
+#define OP_TILE 8
+
+/* At most OP_TILE consecutive tokens of one row, for one workgroup of the attention kernels. */
 BLOCK(query_tile) {
     UINT first; /* packed index of its first token */
     UINT count;
@@ -179,8 +182,8 @@ BLOCK(scores_params) {
     float softcap; /* 0: none */
 };
 
-/* In place: softmax over the keys that a query sees. The keys before its window and the up to 7
- * keys after it that its tile computed become 0. */
+/* In place: softmax over the keys that a query sees. The keys before its window and the up to
+ * OP_TILE - 1 keys after it that its tile computed become 0. */
 BLOCK(softmax_params) {
     ADDRESS(FloatsInOut) scores;
     ADDRESS(Tokens) tokens;

@@ -73,6 +73,9 @@ BLOCK(softmax_bwd_params) {
     float softcap;
 };
 
+/* head columns of a lane of attn_output_bwd, at `lanes` lanes of a subgroup */
+#define ATTN_OUTPUT_BWD_RN(lanes) ((lanes) <= 16 ? 4u : (lanes) == 32 ? 2 : 1)
+
 /* sums[j, g, :] (+)= sum over queries t >= j of j's row and heads h of group g of
  * a[t, h, j] y[t, h, :]: the gradient of the values from pattern and dz, and of the keys from
  * dscores and q. One chain over ascending (t, h). */

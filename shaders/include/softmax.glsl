@@ -25,6 +25,6 @@ void softmax_row(FloatsInOut scores, uint row, uint pos, uint window, uint key_s
         scores.at[row + j] *= inverse;
     for (uint j = lane; j < start; j += WG)
         scores.at[row + j] = 0.0;
-    for (uint j = pos + 1 + lane; j < min(pos + 8, key_stride); j += WG)
+    for (uint j = pos + 1 + lane; j < min(pos + OP_TILE, key_stride); j += WG)
         scores.at[row + j] = 0.0;
 }
