@@ -84,13 +84,9 @@ static PyObject *attribution_forward_method(PyObject *object, PyObject *args) {
                 attribution_forward(self->attribution, a.cache, &a.batch, sample_token,
                                     (uint32_t)(n / 2), items, &picks, &error));
     begun = 0;
-    if (failed)
-        engine_fail(owner, &error);
-    else
-        result = PyTuple_Pack(4, out[0], out[1], out[2], out[3]);
 done:
-    if (begun)
-        engine_end(owner);
+    if (engine_finish(owner, begun, failed, &error))
+        result = PyTuple_Pack(4, out[0], out[1], out[2], out[3]);
     batch_release(&a);
     for (int i = 0; i < 4; i++)
         Py_XDECREF(out[i]);
@@ -125,13 +121,9 @@ static PyObject *attribution_step_method(PyObject *object, PyObject *args) {
                 attribution_step(self->attribution, a.cache, &a.batch, &metric, sample_token,
                                  (uint32_t)(n / n_sources), items, n_sources, first_step, &error));
     begun = 0;
-    if (failed)
-        engine_fail(owner, &error);
-    else
-        result = Py_NewRef(values);
 done:
-    if (begun)
-        engine_end(owner);
+    if (engine_finish(owner, begun, failed, &error))
+        result = Py_NewRef(values);
     batch_release(&a);
     Py_XDECREF(values);
     return result;
@@ -194,13 +186,9 @@ static PyObject *attribution_contract_method(PyObject *object, PyObject *args) {
         owner, failed,
         contract_tiles(self->attribution, items, (uint32_t)(n / 2), vector, to, dims_rows, &error));
     begun = 0;
-    if (failed)
-        engine_fail(owner, &error);
-    else
-        result = PyTuple_Pack(3, out[0], out[1], out[2]);
 done:
-    if (begun)
-        engine_end(owner);
+    if (engine_finish(owner, begun, failed, &error))
+        result = PyTuple_Pack(3, out[0], out[1], out[2]);
     for (int i = 0; i < 2; i++)
         Py_XDECREF(views[i]);
     for (int i = 0; i < 3; i++)

@@ -1,5 +1,5 @@
-/* Circuits: passes of the model under circuits, beside the base run (csrc/analysis/circuit.h). And
- * measure: metrics of final rows. */
+/* The type Circuits, which runs the model under circuits beside the base run
+ * (csrc/analysis/circuit.h), and the function measure, which computes metrics of final rows. */
 #include "engine.h"
 
 #include "analysis/circuit.h"
@@ -212,13 +212,9 @@ static PyObject *circuits_forward(PyObject *object, PyObject *args, PyObject *ke
     ENGINE_WORK(owner, failed,
                 circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error));
     begun = 0;
-    if (failed)
-        engine_fail(owner, &error);
-    else
-        result = Py_NewRef(values);
 done:
-    if (begun)
-        engine_end(owner);
+    if (engine_finish(owner, begun, failed, &error))
+        result = Py_NewRef(values);
     batch_release(&a);
     Py_XDECREF(values);
     return result;
@@ -283,13 +279,9 @@ PyObject *engine_measure(PyObject *module, PyObject *args) {
     }
     ENGINE_WORK(owner, failed, read_measure(owner->work, &read, data, (uint32_t)dims[0], &error));
     begun = 0;
-    if (failed)
-        engine_fail(owner, &error);
-    else
-        result = Py_NewRef(values);
 done:
-    if (begun)
-        engine_end(owner);
+    if (engine_finish(owner, begun, failed, &error))
+        result = Py_NewRef(values);
     batch_release(&a);
     Py_XDECREF(values);
     return result;

@@ -101,6 +101,14 @@ PyObject *engine_fail(struct model_object *model, const struct error *error) {
     return engine_raise((PyObject *)model, error);
 }
 
+int engine_finish(struct model_object *model, int begun, int failed, const struct error *error) {
+    if (begun)
+        engine_end(model);
+    else if (failed)
+        engine_fail(model, error);
+    return !begun && !failed;
+}
+
 PyObject *engine_owned_new(PyTypeObject *type, PyObject *model, int valid, const char *needs) {
     allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
     struct owned_object *self = (struct owned_object *)allocate(type, 0);

@@ -125,6 +125,11 @@ void engine_owned_free(PyObject *object, void (*destroy)(PyObject *object));
  * interpreter ends does not return. */
 PyObject *engine_fail(struct model_object *model, const struct error *error);
 
+/* The end of a method that began with engine_begin. begun: ENGINE_WORK was not reached and an
+ * exception is set; the call is ended here. Otherwise `failed` is what ENGINE_WORK gave, and
+ * `error` is raised if it is not 0. Returns 1 where the method succeeded. */
+int engine_finish(struct model_object *model, int begun, int failed, const struct error *error);
+
 /* For gpu_queue_poll, context: the device object. Non-zero when a signal handler raised (its
  * exception stays set) or the interpreter ends. */
 int engine_poll(void *context);

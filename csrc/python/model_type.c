@@ -295,13 +295,9 @@ static PyObject *model_forward(PyObject *object, PyObject *args, PyObject *keywo
         goto done;
     ENGINE_WORK(self, failed, run_forward(self->work, a.cache, &a.batch, &error));
     begun = 0;
-    if (failed)
-        engine_fail(self, &error);
-    else
-        result = Py_BuildValue("(OO)", logits, captured);
 done:
-    if (begun)
-        engine_end(self);
+    if (engine_finish(self, begun, failed, &error))
+        result = Py_BuildValue("(OO)", logits, captured);
     batch_release(&a);
     Py_XDECREF(logits);
     Py_XDECREF(captured);
@@ -353,9 +349,9 @@ static PyMethodDef model_methods[] = {
 };
 
 static PyGetSetDef model_getset[] = {
-    {"kernels", model_get_family, model_set_family, "The matrix kernels in use: one of `families`.",
+    {"kernels", model_get_family, model_set_family, "The kernel family in use: one of `families`.",
      NULL},
-    {"families", model_get_families, NULL, "Matrix kernels that this device can run.", NULL},
+    {"families", model_get_families, NULL, "Kernel families that this device can run.", NULL},
     {"dispatches", model_get_dispatches, NULL, "Dispatches recorded since the model was made.",
      NULL},
     {NULL, NULL, NULL, NULL, NULL}};

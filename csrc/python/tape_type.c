@@ -107,13 +107,9 @@ static PyObject *tape_differentiate(PyObject *object, PyObject *args, PyObject *
     ENGINE_WORK(owner, failed,
                 run_differentiate(self->work, self->tape, a.cache, &a.batch, &backward, &error));
     begun = 0;
-    if (failed)
-        engine_fail(owner, &error);
-    else
-        result = Py_BuildValue("(OO)", values, dict);
 done:
-    if (begun)
-        engine_end(owner);
+    if (engine_finish(owner, begun, failed, &error))
+        result = Py_BuildValue("(OO)", values, dict);
     batch_release(&a);
     Py_XDECREF(values);
     Py_XDECREF(dict);
