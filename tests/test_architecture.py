@@ -243,6 +243,29 @@ def test_names_and_sizes():
     assert not long, f"a file has at most {lint.FILE_LINES} lines"
 
 
+@pytest.mark.parametrize(
+    ("file", "functions"),
+    [
+        ("csrc/run/attention.c", ("queries_keys_values", "rotate")),
+        ("csrc/run/mlp.c", ("gated",)),
+    ],
+)
+def test_a_fused_kernel_passes_over_no_site(file, functions):
+    """Every site that the separate kernels visit lies between the two that step_fusable is given,
+    in the order of sites.def.
+    """
+    order = re.findall(r"^SITE\((\w+),", (ROOT / "csrc/run/sites.def").read_text(), re.M)
+    text = (ROOT / file).read_text()
+    bodies = "".join(
+        re.search(rf"^static int {name}\(.*?^}}\n", text, re.S | re.M)[0] for name in functions
+    )
+    ((first, last),) = re.findall(r"step_fusable\(work, SITE_(\w+), SITE_(\w+), l\)", bodies)
+    visited = set(re.findall(r"step_visit(?:_normed)?\(work, SITE_(\w+),", bodies))
+    for norm in re.findall(r"norm_step_of\(work->model, (\w+), l\)", bodies):
+        visited |= {f"{norm}_SCALE", f"{norm}_NORMALIZED"}
+    assert visited == set(order[order.index(first) : order.index(last) + 1])
+
+
 def test_nothing_of_others_is_copied():
     names = {p.name for p in tracked()}
     assert not names & {

@@ -130,12 +130,13 @@ static int lists_upload(struct circuit_run *run, const struct circuit_layer *lay
     return failed ? -1 : 0;
 }
 
-/* Attention outputs of the span's queries, where every tile is a single token. */
-static int attend_tokens(struct circuit_run *run, int l, const struct lists *lists,
-                         const struct query_span *span, struct error *error) {
+/* Arguments of attention over the states, each of which is one query head. */
+static struct decode_params attention_args(struct circuit_run *run, int l,
+                                           const struct lists *lists,
+                                           const struct query_span *span) {
     const struct model_facts *f = &run->model->facts;
     const struct circuit_layer *layer = layer_of(run, l);
-    struct decode_params decode = {
+    return (struct decode_params){
         .qkv = run_address(run->q),
         .k_cache = run_address(layer->k),
         .v_cache = run_address(layer->v),
@@ -153,53 +154,25 @@ static int attend_tokens(struct circuit_run *run, int l, const struct lists *lis
         .scale = f->attn_scale,
         .softcap = f->attn_softcap,
     };
-    return op_attn_decode(&run->model->ops, &decode, span->n, run->work->chunk.max_keys, error);
+}
+
+/* Attention outputs of the span's queries, where every tile is a single token. */
+static int attend_tokens(struct circuit_run *run, int l, const struct lists *lists,
+                         const struct query_span *span, struct error *error) {
+    struct decode_params args = attention_args(run, l, lists, span);
+    return op_attn_decode(&run->model->ops, &args, span->n, run->work->chunk.max_keys, error);
 }
 
 /* Attention outputs of the span's queries. */
 static int attend_tiles(struct circuit_run *run, int l, const struct lists *lists,
                         const struct query_span *span, struct error *error) {
-    const struct model_facts *f = &run->model->facts;
-    const struct circuit_layer *layer = layer_of(run, l);
     struct ops *ops = &run->model->ops;
     uint32_t n_tiles = span->end - span->tile, n_keys = run->work->chunk.max_keys;
-    struct scores_params scores = {
-        .qkv = run_address(run->q),
-        .k_cache = run_address(layer->k),
-        .tokens = lists->tokens,
-        .tiles = lists->tiles + span->tile * sizeof(struct query_tile),
-        .scores = run_address(run->scores),
-        .first_token = span->first,
-        .n_heads = 1,
-        .n_kv_heads = 1,
-        .d_head = f->d_head,
-        .stride = run->z_stride,
-        .key_stride = span->key_stride,
-        .scale = f->attn_scale,
-        .softcap = f->attn_softcap,
-    };
-    struct softmax_params softmax = {
-        .scores = scores.scores,
-        .tokens = lists->tokens,
-        .first_token = span->first,
-        .n_heads = 1,
-        .key_stride = span->key_stride,
-        .window = f->window[l],
-    };
-    struct attn_output_params output = {
-        .pattern = scores.scores,
-        .v_cache = run_address(layer->v),
-        .tokens = lists->tokens,
-        .tiles = scores.tiles,
-        .z = run_address(run->z),
-        .first_token = span->first,
-        .n_heads = 1,
-        .n_kv_heads = 1,
-        .d_head = f->d_head,
-        .z_stride = run->z_stride,
-        .key_stride = span->key_stride,
-        .window = f->window[l],
-    };
+    uint64_t tiles = lists->tiles + span->tile * sizeof(struct query_tile);
+    struct decode_params args = attention_args(run, l, lists, span);
+    struct scores_params scores = op_attn_scores_params(&args, tiles);
+    struct softmax_params softmax = op_attn_softmax_params(&args);
+    struct attn_output_params output = op_attn_output_params(&args, tiles);
     RUN(op_attn_scores(ops, &scores, n_tiles, n_keys, error));
     RUN(op_attn_softmax(ops, &softmax, span->n, n_keys, error));
     return op_attn_output(ops, &output, n_tiles, n_keys, error);

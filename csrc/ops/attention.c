@@ -7,6 +7,53 @@ static uint32_t spans(const struct ops *ops, uint32_t n) {
     return (n + 2 * ops->workgroup - 1) / (2 * ops->workgroup);
 }
 
+struct scores_params op_attn_scores_params(const struct decode_params *decode, uint64_t tiles) {
+    return (struct scores_params){
+        .qkv = decode->qkv,
+        .k_cache = decode->k_cache,
+        .tokens = decode->tokens,
+        .tiles = tiles,
+        .scores = decode->scores,
+        .first_token = decode->first_token,
+        .n_heads = decode->n_heads,
+        .n_kv_heads = decode->n_kv_heads,
+        .d_head = decode->d_head,
+        .stride = decode->stride,
+        .key_stride = decode->key_stride,
+        .scale = decode->scale,
+        .softcap = decode->softcap,
+    };
+}
+
+struct softmax_params op_attn_softmax_params(const struct decode_params *decode) {
+    return (struct softmax_params){
+        .scores = decode->scores,
+        .tokens = decode->tokens,
+        .first_token = decode->first_token,
+        .n_heads = decode->n_heads,
+        .key_stride = decode->key_stride,
+        .window = decode->window,
+    };
+}
+
+struct attn_output_params op_attn_output_params(const struct decode_params *decode,
+                                                uint64_t tiles) {
+    return (struct attn_output_params){
+        .pattern = decode->scores,
+        .v_cache = decode->v_cache,
+        .tokens = decode->tokens,
+        .tiles = tiles,
+        .z = decode->z,
+        .first_token = decode->first_token,
+        .n_heads = decode->n_heads,
+        .n_kv_heads = decode->n_kv_heads,
+        .d_head = decode->d_head,
+        .z_stride = decode->z_stride,
+        .key_stride = decode->key_stride,
+        .window = decode->window,
+    };
+}
+
 int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles,
                    uint32_t n_keys, struct error *error) {
     return gpu_queue_dispatch(ops->queue, KERNEL_attn_scores, params, sizeof *params,
@@ -42,8 +89,7 @@ int op_attn_decode(struct ops *ops, const struct decode_params *params, uint32_t
 /* n_keys: the most keys of a row, which is also the most queries of one. */
 int op_attn_output_bwd(struct ops *ops, const struct attn_output_bwd_params *params,
                        uint32_t n_tiles, uint32_t n_keys, struct error *error) {
-    /* RN of the shader */
-    uint32_t columns = (ops->subgroup <= 16 ? 4 : ops->subgroup == 32 ? 2 : 1) * ops->workgroup;
+    uint32_t columns = ATTN_OUTPUT_BWD_RN(ops->subgroup) * ops->workgroup;
     return gpu_queue_dispatch(ops->queue, KERNEL_attn_output_bwd, params, sizeof *params,
                               (params->d_head + columns - 1) / columns, n_tiles, params->n_kv_heads,
                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,

@@ -27,7 +27,6 @@ void ops_destroy(struct ops *ops);
 
 /* most bytes of a kernel's arguments: the push constants that every driver offers */
 #define OP_PARAMS_MAX 128
-#define OP_TILE 8 /* queries of a row that one workgroup of the attention kernels takes */
 
 /* Floats from one row to the next: a multiple of 16, and never one of 1024, because rows would then
  * compete for the same cache lines. */
@@ -157,6 +156,11 @@ int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
 
 /* --- attention.c ------------------------------------------------------------------------------ */
 
+/* Arguments of the three steps that op_attn_decode does in one. tiles: device address of the
+ * queries' tiles, which op_attn_decode does not have. */
+struct scores_params op_attn_scores_params(const struct decode_params *decode, uint64_t tiles);
+struct softmax_params op_attn_softmax_params(const struct decode_params *decode);
+struct attn_output_params op_attn_output_params(const struct decode_params *decode, uint64_t tiles);
 /* The kernel of op_attn_decode for `group` query heads that share a key/value head. */
 int op_attn_decode_kernel(uint32_t group);
 
@@ -184,8 +188,8 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
  * must not depend on how many rows there are. Returns 0 if all this holds, and -1 if it does not
  * (ERROR_VALUE) or the device failed; the error says where.
  * It runs once per device, driver and engine version, before an optional kernel family is chosen.
- * The first run compiles every kernel of the two families for the type, which takes seconds on a
- * software driver; later runs take a few hundredths of a second. */
+ * The first run compiles every kernel of the two kernel families for the type, which takes seconds
+ * on a software driver; later runs take a few hundredths of a second. */
 int op_linear_self_test(struct ops *ops, int family, int only_type, struct error *error);
 
 #endif

@@ -66,14 +66,12 @@ static int rotate(struct run_work *work, struct rope_params rope, int l, struct 
 /* q, k, v = rotate(ln1(x) W_qkv^T + b) */
 static int queries_keys_values(struct run_work *work, struct run_cache *cache, int l,
                                struct error *error) {
-    static const int between[] = {SITE_LN1_SCALE, SITE_LN1_NORMALIZED, SITE_Q,    SITE_K,
-                                  SITE_V,         SITE_ROT_Q,          SITE_ROT_K};
     const struct model_layer *layer = &work->model->layers[l];
     struct norm_step ln1 = norm_step_of(work->model, LN1, l);
     struct rope_params rope = rope_of(work, cache, l);
     struct qkv_rows at = qkv_rows_at(work, rope.qkv);
     int keep_scale = site_edited(work, SITE_V, l);
-    if (!work->model->facts.qk_norm && step_fusable(work, between, 7, l) &&
+    if (!work->model->facts.qk_norm && step_fusable(work, SITE_LN1_SCALE, SITE_ROT_K, l) &&
         op_linear_pairs_offered(&work->model->ops, &layer->qkv, work->chunk.n_tokens))
         return rotated_fused(work, &rope, l, error);
     RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, at.q, keep_scale, error));
@@ -107,44 +105,11 @@ struct site_view query_span_view(const struct run_work *work, const struct query
     };
 }
 
-struct scores_params query_span_scores(const struct run_work *work, const struct run_cache *cache,
-                                       int l, const struct query_span *span) {
+struct decode_params query_span_attention(const struct run_work *work,
+                                          const struct run_cache *cache, int l,
+                                          const struct query_span *span) {
     const struct model_facts *f = &work->model->facts;
-    return (struct scores_params){
-        .qkv = work->at_qkv,
-        .k_cache = run_address(cache->k[l]),
-        .tokens = token_list(work, l),
-        .tiles = work->chunk.tiles + span->tile * sizeof(struct query_tile),
-        .scores = run_address(work->scores),
-        .first_token = span->first,
-        .n_heads = f->n_heads,
-        .n_kv_heads = f->n_kv_heads,
-        .d_head = f->d_head,
-        .stride = work->qkv_stride,
-        .key_stride = span->key_stride,
-        .scale = f->attn_scale,
-        .softcap = f->attn_softcap,
-    };
-}
-
-int query_span_softmax(struct run_work *work, int l, const struct query_span *span,
-                       struct error *error) {
-    struct softmax_params softmax = {
-        .scores = run_address(work->scores),
-        .tokens = token_list(work, l),
-        .first_token = span->first,
-        .n_heads = work->model->facts.n_heads,
-        .key_stride = span->key_stride,
-        .window = work->model->facts.window[l],
-    };
-    return op_attn_softmax(&work->model->ops, &softmax, span->n, work->chunk.max_keys, error);
-}
-
-/* scores, softmax and z of single tokens in one kernel */
-static int decode_fused(struct run_work *work, const struct run_cache *cache, int l,
-                        const struct query_span *span, struct error *error) {
-    const struct model_facts *f = &work->model->facts;
-    struct decode_params decode = {
+    return (struct decode_params){
         .qkv = work->at_qkv,
         .k_cache = run_address(cache->k[l]),
         .v_cache = run_address(cache->v[l]),
@@ -162,41 +127,39 @@ static int decode_fused(struct run_work *work, const struct run_cache *cache, in
         .scale = f->attn_scale,
         .softcap = f->attn_softcap,
     };
-    return op_attn_decode(&work->model->ops, &decode, span->n, work->chunk.max_keys, error);
+}
+
+uint64_t query_span_tiles(const struct run_work *work, const struct query_span *span) {
+    return work->chunk.tiles + span->tile * sizeof(struct query_tile);
+}
+
+/* scores, softmax and z of single tokens in one kernel */
+static int decode_fused(struct run_work *work, const struct decode_params *args,
+                        const struct query_span *span, struct error *error) {
+    return op_attn_decode(&work->model->ops, args, span->n, work->chunk.max_keys, error);
 }
 
 /* z of a span's queries */
 static int attend(struct run_work *work, const struct run_cache *cache, int l,
                   const struct query_span *span, struct error *error) {
-    const struct model_facts *f = &work->model->facts;
+    struct ops *ops = &work->model->ops;
     const struct chunk *chunk = &work->chunk;
     uint32_t n_tiles = span->end - span->tile;
-    uint64_t pattern = run_address(work->scores);
+    uint64_t tiles = query_span_tiles(work, span), pattern = run_address(work->scores);
+    struct decode_params args = query_span_attention(work, cache, l, span);
     int hooked = site_wanted(work, SITE_SCORES, l) || site_wanted(work, SITE_PATTERN, l);
     if (chunk->n_tiles == chunk->n_tokens && !hooked)
-        return decode_fused(work, cache, l, span, error);
-    struct scores_params scores = query_span_scores(work, cache, l, span);
+        return decode_fused(work, &args, span, error);
+    struct scores_params scores = op_attn_scores_params(&args, tiles);
+    struct softmax_params softmax = op_attn_softmax_params(&args);
+    struct attn_output_params output = op_attn_output_params(&args, tiles);
     struct site_view scores_view = query_span_view(work, span, SITE_SCORES, l, pattern),
                      pattern_view = query_span_view(work, span, SITE_PATTERN, l, pattern);
-    struct attn_output_params output = {
-        .pattern = pattern,
-        .v_cache = run_address(cache->v[l]),
-        .tokens = scores.tokens,
-        .tiles = scores.tiles,
-        .z = run_address(work->z),
-        .first_token = span->first,
-        .n_heads = f->n_heads,
-        .n_kv_heads = f->n_kv_heads,
-        .d_head = f->d_head,
-        .z_stride = work->z_stride,
-        .key_stride = span->key_stride,
-        .window = f->window[l],
-    };
-    RUN(op_attn_scores(&work->model->ops, &scores, n_tiles, chunk->max_keys, error));
+    RUN(op_attn_scores(ops, &scores, n_tiles, chunk->max_keys, error));
     RUN(site_visit(work, &scores_view, error));
-    RUN(query_span_softmax(work, l, span, error));
+    RUN(op_attn_softmax(ops, &softmax, span->n, chunk->max_keys, error));
     RUN(site_visit(work, &pattern_view, error));
-    return op_attn_output(&work->model->ops, &output, n_tiles, chunk->max_keys, error);
+    return op_attn_output(ops, &output, n_tiles, chunk->max_keys, error);
 }
 
 /* z = softmax(scale q k^T) v, span by span */

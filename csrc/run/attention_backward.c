@@ -117,14 +117,16 @@ static int pattern_again(struct run_work *work, const struct run_cache *cache, i
                          const struct query_span *span, struct error *error) {
     struct ops *ops = &work->model->ops;
     uint32_t n_tiles = span->end - span->tile, max_keys = work->chunk.max_keys;
-    struct scores_params scores = query_span_scores(work, cache, l, span);
-    scores.qkv = run_address(work->tape->layers[l].qkv);
+    struct decode_params args = query_span_attention(work, cache, l, span);
+    args.qkv = run_address(work->tape->layers[l].qkv);
+    struct scores_params scores = op_attn_scores_params(&args, query_span_tiles(work, span));
+    struct softmax_params softmax = op_attn_softmax_params(&args);
     RUN(op_attn_scores(ops, &scores, n_tiles, max_keys, error));
     if (work->model->facts.attn_softcap != 0) {
         scores.scores = run_address(work->tape->capped);
         RUN(op_attn_scores(ops, &scores, n_tiles, max_keys, error));
     }
-    return query_span_softmax(work, l, span, error);
+    return op_attn_softmax(ops, &softmax, span->n, max_keys, error);
 }
 
 /* out[key] = [out +] sum over the span's queries of a[query, key] * y[query]: dv from the pattern

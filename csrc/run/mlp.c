@@ -33,13 +33,11 @@ static int activate(struct run_work *work, uint64_t gate_up, struct error *error
 
 /* gate, up = ln2(x) W_gate_up^T + b; post = act(gate) * up */
 static int gated(struct run_work *work, int l, struct error *error) {
-    static const int between[] = {SITE_LN2_SCALE, SITE_LN2_NORMALIZED, SITE_MLP_PRE,
-                                  SITE_MLP_PRE_LINEAR};
     const struct model_layer *layer = &work->model->layers[l];
     struct norm_step ln2 = norm_step_of(work->model, LN2, l);
     struct rows gate = {work->at_gate_up, work->gate_up_stride}, up = gate;
     up.address += 4 * (uint64_t)work->model->facts.d_mlp;
-    if (step_fusable(work, between, 4, l) &&
+    if (step_fusable(work, SITE_LN2_SCALE, SITE_MLP_PRE_LINEAR, l) &&
         op_linear_pairs_offered(&work->model->ops, &layer->gate_up, work->chunk.n_tokens))
         return gated_fused(work, l, error);
     RUN(step_norm_product(work, ln2, &layer->gate_up, layer->b_gate_up, gate, 0, error));

@@ -27,9 +27,9 @@ struct norm_step norm_step_of(const struct model *model, enum norm_name name, in
     }
 }
 
-int step_fusable(const struct run_work *work, const int *sites, int n_sites, int layer) {
-    for (int i = 0; i < n_sites; i++)
-        if (site_wanted(work, sites[i], layer))
+int step_fusable(const struct run_work *work, enum site first, enum site last, int layer) {
+    for (int site = (int)first; site <= (int)last; site++)
+        if (site_wanted(work, site, layer))
             return 0;
     return !work->tape && !work->hook;
 }

@@ -1,7 +1,8 @@
-/* Steps that attention, MLP and logits share, forward and backward. Every step decides itself
- * whether one fused kernel computes it: where no hook, edit or tape needs the intermediates, they
- * are not materialised. The separate kernels do the same arithmetic in the same order, so both
- * paths are bit-identical. */
+/* Steps that attention, MLP and logits share, forward and backward. Where one fused kernel can
+ * compute several steps, the function that would run them (here, in attention.c or in mlp.c)
+ * chooses that kernel if no hook, edit, capture or tape needs the values in between; these are then
+ * not written to memory. The separate kernels do the same arithmetic in the same order, so the
+ * results are bit-identical. */
 #ifndef VKSTEER_STEPS_H
 #define VKSTEER_STEPS_H
 
@@ -27,8 +28,9 @@ struct norm_step {
 enum norm_name { LN1, LN1_POST, LN2, LN2_POST, LN_FINAL };
 struct norm_step norm_step_of(const struct model *model, enum norm_name name, int layer);
 
-/* No hook, edit or tape needs what is computed between the sites, so the fused path may run. */
-int step_fusable(const struct run_work *work, const int *sites, int n_sites, int layer);
+/* No hook or tape runs, and no edit or capture wants a site from first to last, so one fused kernel
+ * may compute them all. sites.def has the order of the pass: a new site among them counts too. */
+int step_fusable(const struct run_work *work, enum site first, enum site last, int layer);
 /* Are attention patterns, values or MLP outputs of this layer taken from other rows? */
 int step_frozen(const struct run_work *work, int layer);
 
@@ -68,13 +70,14 @@ int step_add_output_backward(struct run_work *work, int out_site, struct norm_st
 /* to = from [+ add], [T, D] each. */
 int step_copy(struct run_work *work, uint64_t from, uint64_t to, uint64_t add, struct error *error);
 
-/* Scores [queries, H, key_stride] of a span in work->scores; their sites; their softmax. */
+/* The site of a span's scores or patterns [queries, H, key_stride] at `at`. */
 struct site_view query_span_view(const struct run_work *work, const struct query_span *span,
                                  int site, int layer, uint64_t at);
-struct scores_params query_span_scores(const struct run_work *work, const struct run_cache *cache,
-                                       int layer, const struct query_span *span);
-int query_span_softmax(struct run_work *work, int layer, const struct query_span *span,
-                       struct error *error);
+/* Arguments of a span's attention, with the scores in work->scores and z in work->z. */
+struct decode_params query_span_attention(const struct run_work *work,
+                                          const struct run_cache *cache, int layer,
+                                          const struct query_span *span);
+uint64_t query_span_tiles(const struct run_work *work, const struct query_span *span);
 /* Per-head results [tokens, H, d_stride] of n tokens in work->result, as many at once as *most. */
 struct site_view head_results_view(const struct run_work *work, int layer, uint32_t first,
                                    uint32_t n);
