@@ -23,8 +23,9 @@ from . import rope as rotation
 from .families import markdown
 from .gguf_config import facts_from_gguf
 from .gguf_file import GGUFFile
+from .gguf_parts import open_gguf
 from .hf_config import LIMITS, facts_from_hf
-from .locate import CONFIG_PATTERNS, locate, only_gguf
+from .locate import CONFIG_PATTERNS, is_gguf, locate, only_gguf
 
 CONFIG_BYTES = 16 << 20  # a config.json is a few kilobytes; a larger file is something else
 
@@ -78,8 +79,8 @@ class Config:
             if only is None:
                 raise ModelError(f"{path} has no config.json")
             path = only
-        if path.suffix == ".gguf":
-            with GGUFFile(path) as file:
+        if path.is_file() and is_gguf(path):
+            with open_gguf(path) as file:
                 return cls.from_gguf(file)
         return cls.from_json(path / "config.json" if path.is_dir() else path)
 

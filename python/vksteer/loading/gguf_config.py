@@ -4,6 +4,7 @@ of files pass the same checks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,16 @@ _READ = {
 #: Keys without influence on the numbers of these architectures.
 _HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "name", "description", "author"}
 
+#: Keys of Ollama's Gemma 3 files -> the usual ones. Their files hold the vision tower, too, whose
+#: keys and tensors say nothing about the language model.
+_OLLAMA_NAMES = {
+    "rope.global.freq_base": "rope.freq_base",
+    "rope.local.freq_base": "rope.freq_base_swa",
+    "rope.scaling.beta_fast": "rope.scaling.yarn_beta_fast",
+    "rope.scaling.beta_slow": "rope.scaling.yarn_beta_slow",
+}
+_OLLAMA_VISION = ("vision.", "mm.")
+
 #: Models whose query_pre_attn_scalar is d_model / n_heads rather than the head size; GGUF files do
 #: not say so, llama.cpp tells them by size.
 _SCALE_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # the 27B ones
@@ -79,7 +90,7 @@ def _facts(file: GGUFFile) -> dict[str, Any]:
 
 
 def _opened(file: GGUFFile) -> tuple[Family, _Metadata]:
-    """The family and the metadata of a file that holds one whole model of a supported family."""
+    """The family and the metadata of a file that holds a model of a supported family."""
     md = file.metadata
     arch = md.get("general.architecture")
     family = next((f for f in FAMILIES if arch in f.gguf), None) if isinstance(arch, str) else None
@@ -91,14 +102,27 @@ def _opened(file: GGUFFile) -> tuple[Family, _Metadata]:
         )
     if md.get("general.type", "model") != "model":
         raise ModelError(f"{file.path}: is a {md['general.type']!r}, not a model")
-    if md.get("split.count", 1) not in (0, 1):
-        raise ModelError(
-            f"{file.path}: is one of {md['split.count']} parts; join them first (llama-gguf-split"
-            " --merge)"
-        )
-    get = _Metadata(file, arch)
+    get = _Metadata(file, arch, _ollama_gemma3(file) if arch == "gemma3" else {})
     get.refuse_unknown()
     return family, get
+
+
+def _ollama_gemma3(file: GGUFFile) -> dict[str, Any]:
+    """What Ollama's converter leaves out of Gemma 3 files, or names in its own way, under the usual
+    keys (without "gemma3."); empty for files of other converters.
+    """
+    own = {k.removeprefix("gemma3."): v for k, v in file.metadata.items() if "gemma3." in k}
+    if not any(k in _OLLAMA_NAMES or k.startswith(_OLLAMA_VISION) for k in own) and not any(
+        name.startswith(("v.", "mm.")) for name in file.tensors
+    ):
+        return {}
+    found = {usual: own[k] for k, usual in _OLLAMA_NAMES.items() if k in own}
+    found.setdefault("attention.layer_norm_rms_epsilon", 1e-6)
+    context = own.get("context_length")
+    # The models with vision were stretched from 16k to 128k positions by a factor of 8.
+    if isinstance(context, int) and context >= 131072 and "rope.scaling.factor" not in own:
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    return {k: v for k, v in found.items() if k not in own}
 
 
 def _as_hf(file: GGUFFile, family: Family, get: _Metadata) -> tuple[dict[str, Any], Family]:
@@ -251,13 +275,16 @@ def _pattern(get: _Metadata, family: Family, n_layers: int) -> dict[str, Any]:
 
 
 class _Metadata:
-    """Typed reads below "{architecture}."; errors name the key."""
+    """Typed reads below "{architecture}."; errors name the key. more: values for keys that the file
+    does not have.
+    """
 
-    def __init__(self, file: GGUFFile, arch: str) -> None:
-        self.file, self.arch, self.prefix = file, arch, arch + "."
+    def __init__(self, file: GGUFFile, arch: str, more: Mapping[str, Any]) -> None:
+        self.file, self.arch, self.prefix, self.more = file, arch, arch + ".", more
 
     def raw(self, key: str) -> Any:
-        return self.file.metadata.get(self.prefix + key)
+        value = self.file.metadata.get(self.prefix + key)
+        return self.more.get(key) if value is None else value
 
     def error(self, key: str, what: str) -> ModelError:
         value = repr(self.raw(key))
@@ -290,7 +317,14 @@ class _Metadata:
 
     def refuse_unknown(self) -> None:
         for key, value in self.file.metadata.items():
-            if not key.startswith(self.prefix) or key[len(self.prefix) :] in _READ | _HARMLESS:
+            name = key.removeprefix(self.prefix)
+            if name == key or name in _READ | _HARMLESS:
+                continue
+            if self.arch == "gemma3" and (
+                name in _OLLAMA_NAMES
+                or name.startswith(_OLLAMA_VISION)
+                or (name == "rope.scaling.extrapolation_factor" and value == 1)
+            ):
                 continue
             neutral = not isinstance(value, (np.ndarray, list)) and value in (0, 0.0, False, "")
             if not neutral:

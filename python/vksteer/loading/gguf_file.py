@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -88,11 +88,13 @@ class GGUFTensor(NamedTuple):
     shape: tuple[int, ...]  # NumPy's order: slowest axis first
     offset: int  # bytes from the start of the file
     nbytes: int
+    part: int = 0  # which file of a model in several, an index into GGUFFile.parts
 
 
 class GGUFFile:
     """An open GGUF file: `.metadata` {key: value} (arrays of numbers as NumPy arrays, of strings as
-    lists of str), `.tensors` {name: GGUFTensor}.
+    lists of str), `.tensors` {name: GGUFTensor}. `.parts` holds the files of a model that is split
+    over several, this one first (`gguf_parts.open_gguf` joins them).
 
     Raises ModelError naming the file, the entry and the reason for anything that
     is not exactly right.
@@ -100,6 +102,7 @@ class GGUFFile:
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
+        self.parts: list[GGUFFile] = [self]
         try:
             with open(self.path, "rb") as stream:
                 self.size = os.fstat(stream.fileno()).st_size
@@ -116,8 +119,21 @@ class GGUFFile:
 
     def close(self) -> None:
         """Unmaps the file. Arrays that were handed out stay valid: they are copies."""
-        with contextlib.suppress(BufferError):  # a view of the map is alive and keeps it open
-            self._map.close()
+        for part in self.parts:
+            with contextlib.suppress(BufferError):  # a view of the map is alive and keeps it open
+                part._map.close()
+
+    def join(self, others: Sequence[GGUFFile]) -> None:
+        """Takes over the tensors of the model's other parts, which are closed with this one.
+
+        Raises ModelError where two parts hold a tensor of the same name.
+        """
+        for other in others:
+            self.parts.append(other)
+            for name, tensor in other.tensors.items():
+                if name in self.tensors:
+                    raise other._error(f"tensor {name[:100]!r} is in another part, too")
+                self.tensors[name] = tensor._replace(part=len(self.parts) - 1)
 
     def __enter__(self) -> Self:
         return self
@@ -304,7 +320,10 @@ class GGUFFile:
         for n in tensor.shape[:-1]:
             rows *= n
         return np.frombuffer(
-            self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset
+            self.parts[tensor.part]._map,
+            dtype=np.uint8,
+            count=tensor.nbytes,
+            offset=tensor.offset,
         ).reshape(rows, -1)
 
     def array(self, name: str, dtype: str, permuted_heads: int = 0) -> Array:
@@ -408,4 +427,8 @@ def end_tokens(md: Mapping[str, Any]) -> list[int]:
         "tokenizer.ggml.eot_token_id",
         "tokenizer.ggml.eom_token_id",
     )
-    return [md[k] for k in keys if isinstance(md.get(k), int)]
+    ids = [md[k] for k in keys if isinstance(md.get(k), int)]
+    more = md.get("tokenizer.ggml.eos_token_ids")  # as Ollama writes several
+    if isinstance(more, np.ndarray) and more.dtype.kind in "iu":
+        ids += more.tolist()
+    return list(dict.fromkeys(ids))

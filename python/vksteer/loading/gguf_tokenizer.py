@@ -1,58 +1,110 @@
-"""Building a `tokenizers.Tokenizer` from the vocabulary that a GGUF file carries."""
+"""Building a `tokenizers.Tokenizer` from the vocabulary that a GGUF file carries.
+
+Tokens of the types control, user-defined and unknown are literal text, matched before the text is
+split. In a byte-level vocabulary all other tokens are spelled in GPT-2's alphabet of bytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Container, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.checks import first_repeated
 from ..errors import ModelError
-from .gguf_file import GGUFFile
+from . import gguf_pre_tokenizers
+from .gguf_file import GGUFFile, end_tokens
+from .gguf_pre_tokenizers import FALLBACK, LLAMA3, PRE_TOKENIZERS, Rule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_LITERAL = (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED)
 
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+#: The expressions by which most files are split.
+_LLAMA3, _QWEN2 = gguf_pre_tokenizers.LLAMA3_WORDS, gguf_pre_tokenizers.QWEN2_WORDS
 
-#: tokenizer.ggml.pre -> (split pattern; "digits" = GPT-2's after single digits, "gpt2" = GPT-2's
-#: own; whether whole words skip the merges)
-PRE_TOKENIZERS = {
-    "smollm": ("digits", False),
-    "qwen2": (_QWEN2, False),
-    "deepseek-r1-qwen": (_QWEN2, False),
-    "llama-bpe": (_LLAMA3, True),
-    "llama3": (_LLAMA3, True),
-    "llama-v3": (_LLAMA3, True),
-    "tekken": (_TEKKEN, True),
-    "gpt-2": ("gpt2", False),
-    "default": ("gpt2", False),
-}
+_PRE = "tokenizer.ggml.pre"
+_LLAMA3_BOS = "<|begin_of_text|>"
+#: Llama 4 begins texts alike, but splits them otherwise and has none of these.
+_LLAMA3_TURNS = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+#: How many merges are compared with a split rule that a file does not name.
+_MERGES_COMPARED = 4096
 
 
-def build(file: GGUFFile) -> tuple[Tokenizer, bool]:
-    """(tokenizers.Tokenizer without a post-processor, whether texts begin with the BOS token unless
-    the file says otherwise).
+def arguments(file: GGUFFile, d_vocab: int | None) -> dict[str, Any] | None:
+    """The arguments of `Tokenizer` for an open file.
+
+    None where the file carries no vocabulary, and with a warning where it names a kind of
+    tokenizer or a pre-tokenizer that is not known. d_vocab: the embedding's rows.
+    Raises ModelError for a vocabulary that is damaged or does not fit the embedding.
     """
     md = file.metadata
     kind = md.get("tokenizer.ggml.model")
+    if md.get("tokenizer.ggml.tokens") is None or kind in ("none", "no_vocab"):
+        return None
+    unknown = _unknown_kind(md)
+    if unknown is not None:
+        warnings.warn(
+            f"{file.path}: {unknown}; the model is loaded without a tokenizer: pass token lists",
+            stacklevel=5,
+        )
+        return None
     tokens = _strings(file, "tokenizer.ggml.tokens")
-    types = md.get("tokenizer.ggml.token_type")
+    types = _types(file, tokens)
+    if d_vocab is not None and len(tokens) > d_vocab:
+        if not _has_vision(file):
+            raise ModelError(
+                f"{file.path}: {len(tokens):,} tokens do not fit an embedding of {d_vocab:,} rows"
+            )
+        # Ollama's files list the tokens of images, which have no row.
+        tokens, types = tokens[:d_vocab], types[:d_vocab]
+    if md.get("tokenizer.ggml.add_eos_token") is True:
+        warnings.warn(
+            f"{file.path}: metadata 'tokenizer.ggml.add_eos_token' is set; texts are prompts here"
+            " and are encoded without it",
+            stacklevel=5,
+        )
+    special = _special_texts(md, tokens)
+    if kind == "gpt2":
+        rule = _rule(file, tokens)
+        backend, adds_bos = _byte_level(file, tokens, types, rule), rule.add_bos
+        if rule is LLAMA3 and "bos_token" not in special and _LLAMA3_BOS in tokens:
+            special["bos_token"] = _LLAMA3_BOS
+    else:
+        gemma = str(md.get("general.architecture", "")).startswith("gemma")
+        backend = (_gemma if gemma else _sentencepiece)(file, tokens, types)
+        adds_bos = True
+    template = md.get("tokenizer.chat_template")
+    return {
+        "backend": backend,
+        "special": special,
+        "chat_template": template if isinstance(template, str) and template else None,
+        "add_bos": bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        "eos_ids": end_tokens(md),
+    }
+
+
+def _unknown_kind(md: Mapping[str, Any]) -> str | None:
+    """What makes a tokenizer unreadable here, as a clause; None where it can be read."""
+    kind = md.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        return f"tokenizer model {kind!r} is not supported (gpt2 and llama are)"
+    pre = md.get(_PRE)
+    if kind == "gpt2" and pre not in (None, "", "default") and pre not in PRE_TOKENIZERS:
+        return f"metadata {_PRE!r} names {pre!r}, which is not known"
+    return None
+
+
+def _has_vision(file: GGUFFile) -> bool:
+    return any(name.startswith(("v.", "mm.")) for name in file.tensors)
+
+
+def _types(file: GGUFFile, tokens: list[str]) -> list[int]:
+    types = file.metadata.get("tokenizer.ggml.token_type")
     if types is None:
         types = np.full(len(tokens), _NORMAL)
     if not isinstance(types, np.ndarray) or len(types) != len(tokens):
@@ -60,33 +112,78 @@ def build(file: GGUFFile) -> tuple[Tokenizer, bool]:
             f"{file.path}: metadata 'tokenizer.ggml.token_type' must have one entry for each of"
             f" {len(tokens):,} tokens"
         )
-    types = types.tolist()
-    if kind == "gpt2":
-        return _byte_level(file, tokens, types)
-    if kind == "llama":
-        gemma = str(md.get("general.architecture", "")).startswith("gemma")
-        return (_gemma if gemma else _sentencepiece)(file, tokens, types), True
-    raise ModelError(f"{file.path}: tokenizer model {kind!r} is not supported (gpt2 and llama are)")
+    return [int(kind) for kind in types.tolist()]
 
 
-def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+def _special_texts(md: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+    keys = {
+        "bos_token": "bos",
+        "eos_token": "eos",
+        "unk_token": "unknown",
+        "pad_token": "padding",
+    }
+    special = {}
+    for name, key in keys.items():
+        index = md.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            special[name] = tokens[index]
+    return special
 
-    pre = file.metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"{file.path}: pre-tokenizer {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}"
-        )
-    pattern, ignore_merges = PRE_TOKENIZERS[pre]
-    spelling = _byte_spelling()
-    alphabet = set(spelling.values())
-    # A few tokens are stored as plain text instead of in the byte alphabet.
-    spelled = [
-        t if alphabet.issuperset(t) else "".join(spelling[b] for b in t.encode("utf-8"))
-        for t in tokens
-    ]
-    vocab = _vocabulary(file, spelled)
+
+def _rule(file: GGUFFile, tokens: list[str]) -> Rule:
+    """The split rule of a byte-level file; a warning where it is a guess."""
+    pre = file.metadata.get(_PRE)
+    if pre not in (None, "", "default"):
+        return PRE_TOKENIZERS[pre]
+    if _is_llama3(file, tokens):
+        return LLAMA3
+    said = "is missing" if not pre else f"is {pre!r}"
+    warnings.warn(
+        f"{file.path}: metadata {_PRE!r} {said}; texts are split by the rule that llama.cpp falls"
+        " back to, which is not the model's own: convert the model anew, or pass token lists",
+        stacklevel=6,
+    )
+    return FALLBACK
+
+
+def _is_llama3(file: GGUFFile, tokens: list[str]) -> bool:
+    """Whether a vocabulary is Llama 3's: its special tokens, and merges that stay inside the pieces
+    that its rule makes.
+    """
+    names = set(tokens)
+    if _LLAMA3_BOS not in names or names.isdisjoint(_LLAMA3_TURNS):
+        return False
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(_LLAMA3), "isolated")
+    merges = _strings(file, "tokenizer.ggml.merges")[:_MERGES_COMPARED]
+    byte_of = {char: byte for byte, char in _byte_spelling().items()}
+    for merge in merges:
+        joined = merge.replace(" ", "")
+        try:
+            text = bytes(byte_of[c] for c in joined).decode("utf-8")
+        except (KeyError, UnicodeDecodeError):  # no whole character: it says nothing
+            continue
+        if len(split.pre_tokenize_str(text)) > 1 and not text.isspace():
+            return False
+    return True
+
+
+def _byte_level(file: GGUFFile, tokens: list[str], types: list[int], rule: Rule) -> Tokenizer:
+    from tokenizers import Tokenizer, models
+
     merges = [m.split(" ", 1) for m in _strings(file, "tokenizer.ggml.merges")]
+    types = _with_special_types(file.metadata, tokens, types, {"".join(m) for m in merges})
+    spelling = _byte_spelling()
+    alphabet, present = set(spelling.values()), set(tokens)
+    spelled = list(tokens)
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        # A few ordinary tokens are stored as plain text instead of in the byte alphabet.
+        if kind not in _LITERAL and not alphabet.issuperset(token):
+            bytewise = "".join(spelling[b] for b in token.encode("utf-8"))
+            if bytewise not in present:
+                spelled[i] = bytewise
+    vocab = _vocabulary(file, spelled)
     bad = next((m for m in merges if not _joins(m, vocab)), None)
     if bad is not None:
         raise ModelError(
@@ -98,30 +195,28 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[To
             vocab=vocab,
             merges=[(left, right) for left, right in merges],
             fuse_unk=False,
-            ignore_merges=ignore_merges,
+            ignore_merges=rule.ignore_merges,
         )
     )
-    if pattern == "gpt2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif pattern == "digits":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    tokenizer.decoder = decoders.ByteLevel()
-    # A control token outside the byte alphabet is a mislabelled ordinary one: it
-    # was respelled above.
-    _add_marked(tokenizer, tokens, types, control=alphabet.issuperset)
-    return tokenizer, pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
+    gguf_pre_tokenizers.apply(rule, tokenizer)
+    _add_marked(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _with_special_types(
+    md: Mapping[str, Any], tokens: list[str], types: list[int], made: Container[str]
+) -> list[int]:
+    """Token types in which the tokens that begin and end texts are control tokens, whatever the
+    file marks them as, unless merges make them (`made`) or they are single characters.
+    """
+    ids = [*end_tokens(md), md.get("tokenizer.ggml.bos_token_id")]
+    types = list(types)
+    for index in ids:
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            token = tokens[index]
+            if types[index] != _CONTROL and len(token) > 1 and token not in made:
+                types[index] = _CONTROL
+    return types
 
 
 def _joins(merge: list[str], vocab: dict[str, int]) -> bool:
@@ -157,7 +252,7 @@ def _gemma(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    _add_marked(tokenizer, tokens, types, control=lambda t: True)
+    _add_marked(tokenizer, tokens, types)
     return tokenizer
 
 
@@ -205,31 +300,31 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
     tokenizer.decoder = decoders.Sequence(
         steps + ([decoders.Strip(content=" ", left=1)] if prefix else [])
     )
-    _add_marked(tokenizer, tokens, types, control=lambda t: True)
+    _add_marked(tokenizer, tokens, types)
     return tokenizer
 
 
-def _add_marked(
-    tokenizer: Tokenizer,
-    tokens: list[str],
-    types: list[int],
-    control: Callable[[str], bool],
-) -> None:
-    """Control tokens become special; user-defined ones are matched whole but are ordinary text."""
+def _add_marked(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Control tokens and the unknown token become special; user-defined ones are matched whole but
+    are ordinary text.
+    """
     from tokenizers import AddedToken
 
-    special = [
-        AddedToken(t, normalized=False, special=True)
-        for t, kind in zip(tokens, types)
-        if kind == _CONTROL and t and control(t)
-    ]
-    tokenizer.add_special_tokens(special)
-    whole = [
-        t
-        for t, kind in zip(tokens, types)
-        if kind == _USER_DEFINED and t and tokenizer.token_to_id(t) is not None
-    ]
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in whole])
+    marked = [(t, kind) for t, kind in zip(tokens, types) if t]
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, normalized=False, special=True)
+            for t, kind in marked
+            if kind in (_CONTROL, _UNKNOWN)
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(t, normalized=False, special=False)
+            for t, kind in marked
+            if kind == _USER_DEFINED and tokenizer.token_to_id(t) is not None
+        ]
+    )
 
 
 def _strings(file: GGUFFile, key: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds a model: a folder, a .gguf file, a bundled name, or a name on the hub, which is downloaded
+"""Finds a model: a folder, a GGUF file, a bundled name, or a name on the hub, which is downloaded
 into the hub client's own cache.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..base.types import PathLike
 from ..errors import ModelError
+from .gguf_parts import first_part
 
 BUNDLED = ("tiny-llama-chat", "tiny-gemma-chat")
 
@@ -54,9 +55,9 @@ def locate(
     if os.path.isdir(path):
         return path
     if os.path.isfile(path):
-        if path.suffix in (".gguf", ".json"):
+        if path.suffix == ".json" or is_gguf(path):
             return path
-        raise ModelError(f"{path} is neither a folder, a .gguf file nor a config.json")
+        raise ModelError(f"{path} is neither a folder, a GGUF file nor a config.json")
     if os.path.exists(path):
         raise ModelError(f"{path} is not a regular file or folder")
     if (
@@ -104,7 +105,22 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is read as GGUF: it begins as GGUF files do, or is called so."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 def only_gguf(folder: Path) -> Path | None:
-    """The one .gguf file of a folder, or None where there is none or more than one."""
-    found = sorted(folder.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
+    """The one GGUF model of a folder, for a split one its first part; None where there is none or
+    more than one. Projectors of vision models ("mmproj-...") do not count.
+    """
+    found = sorted(p for p in folder.glob("*.gguf") if not p.name.startswith("mmproj"))
+    if not found:
+        found = sorted(p for p in folder.iterdir() if p.is_file() and is_gguf(p))
+    return found[0] if len(found) == 1 else first_part(found)

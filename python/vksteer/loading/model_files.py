@@ -21,7 +21,7 @@ from ..errors import ModelError
 from . import dtypes
 from .config import CONFIG_BYTES, Config
 from .hf_config import token_ids
-from .locate import MODEL_PATTERNS, locate, only_gguf
+from .locate import MODEL_PATTERNS, is_gguf, locate, only_gguf
 
 if TYPE_CHECKING:
     from .gguf_file import GGUFFile, GGUFTensor
@@ -63,7 +63,7 @@ class ModelFiles:
     paths: tuple[str, ...]  # files that entries point into
     tensors: tuple[TensorEntry, ...]  # in the forward pass's order
     extra: tuple[str, ...]  # names of tensors in the files that the engine does not need
-    folder: Path | None  # None for a lone .gguf
+    folder: Path | None  # None for GGUF
     gguf: GGUFFile | None = None  # open
     generation_eos: tuple[int, ...] = ()  # end tokens of generation_config.json
 
@@ -112,7 +112,7 @@ def open_model(source: PathLike, *, dtype: str = "auto", revision: str | None = 
                 + (" and more than one .gguf file: name one" if list(path.glob("*.gguf")) else "")
             )
         path = only
-    if path.suffix == ".gguf":
+    if path.is_file() and is_gguf(path):
         return _open_gguf(path, dtype)
     if not path.is_dir():
         raise ModelError(
@@ -185,10 +185,10 @@ def _mapped_entry(
 
 
 def _open_gguf(path: Path, dtype: str) -> ModelFiles:
-    from . import gguf_file
+    from .gguf_parts import open_gguf
     from .tensor_names import engine_tensors, gguf_name
 
-    file = gguf_file.GGUFFile(path)
+    file = open_gguf(path)
     try:
         config = Config.from_gguf(file)
         entries, used = [], {"rope_freqs.weight"}
@@ -215,7 +215,8 @@ def _open_gguf(path: Path, dtype: str) -> ModelFiles:
     except BaseException:
         file.close()
         raise
-    return ModelFiles(config, (str(path),), tuple(entries), extra, None, gguf=file)
+    paths = tuple(str(part.path) for part in file.parts)
+    return ModelFiles(config, paths, tuple(entries), extra, None, gguf=file)
 
 
 def _gguf_entry(
@@ -235,8 +236,9 @@ def _gguf_entry(
         heads = 0
     plain = PLAIN.get(tensor.type)
     if plain and not heads and (len(tensor.shape) < 2 or dtype in ("auto", plain)):
+        path = file.parts[tensor.part].path
         return _mapped_entry(
-            name, plain, tensor.shape, file.path, 0, tensor.offset, tensor.nbytes, "auto"
+            name, plain, tensor.shape, path, tensor.part, tensor.offset, tensor.nbytes, "auto"
         )
     if dtype == "auto" or len(tensor.shape) < 2:
         target = plain or ("bfloat16" if len(tensor.shape) >= 2 else "float32")

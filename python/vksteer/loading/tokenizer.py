@@ -14,7 +14,6 @@ import numpy as np
 
 from ..base.checks import is_int
 from ..base.types import PathLike
-from ..errors import ModelError
 from .chat_template import DEFAULT_DATE, render
 from .tokenizer_files import (
     add_missing_tokens,
@@ -115,40 +114,16 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, *, d_vocab: int | None = None) -> Tokenizer | None:
-        """From the metadata of an open GGUFFile; None where it carries no vocabulary. d_vocab: the
-        embedding's rows, to check against.
+        """From the metadata of an open GGUFFile. d_vocab: the embedding's rows, to check against.
+
+        None where the file carries no vocabulary, and with a warning where it names a kind of
+        tokenizer or a pre-tokenizer that is not known.
+        Raises ModelError for a vocabulary that is damaged or does not fit the embedding.
         """
         from . import gguf_tokenizer
-        from .gguf_file import end_tokens
 
-        md = file.metadata
-        tokens = md.get("tokenizer.ggml.tokens")
-        if tokens is None or md.get("tokenizer.ggml.model") in ("none", "no_vocab"):
-            return None
-        if d_vocab is not None and len(tokens) > d_vocab:
-            raise ModelError(
-                f"{file.path}: {len(tokens):,} tokens do not fit an embedding of {d_vocab:,} rows"
-            )
-        backend, adds_bos = gguf_tokenizer.build(file)
-        keys = {
-            "bos_token": "bos",
-            "eos_token": "eos",
-            "unk_token": "unknown",
-            "pad_token": "padding",
-        }
-        special = {}
-        for name, key in keys.items():
-            index = md.get(f"tokenizer.ggml.{key}_token_id")
-            if isinstance(index, int) and 0 <= index < len(tokens):
-                special[name] = tokens[index]
-        template = md.get("tokenizer.chat_template")
-        return cls(
-            backend,
-            special=special,
-            chat_template=template if isinstance(template, str) and template else None,
-            add_bos=bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)),
-            eos_ids=end_tokens(md),
-        )
+        arguments = gguf_tokenizer.arguments(file, d_vocab)
+        return None if arguments is None else cls(**arguments)
 
     @cached_property
     def fingerprint(self) -> str:
