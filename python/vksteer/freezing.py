@@ -288,7 +288,7 @@ def ablation_table(
     Raises ValueError before any work for a vector of another width or layer or zero, empty lists,
     prompts that leave no room for the answer, and numbers out of range.
     """
-    vector.check(model)
+    vector.check(model, output=False)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing, and there is nothing to ablate")
     plus, minus = magnitudes(coefficient)

@@ -412,7 +412,7 @@ def evaluate(
     unknown metrics, and a vector of another width or layer.
     """
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
-    vector.check(model)
+    vector.check(model, output=False)
     for i, circuit in enumerate(circuits):
         if not isinstance(circuit, Circuit):
             raise ValueError(f"circuits[{i}] is {circuit!r}, not a Circuit")

@@ -284,7 +284,7 @@ def _checked(
         or not 0 < threshold <= 1
     ):
         raise ValueError(f"threshold must be a share above 0 and at most 1, not {threshold!r}")
-    vector.check(model)
+    vector.check(model, output=False)
     scores.check(model, layer=vector.layer)
     return check_samples(model, samples)
 

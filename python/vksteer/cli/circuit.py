@@ -337,7 +337,7 @@ def circuit(arguments: argparse.Namespace) -> int:
         if not vectors:
             vectors = {"dim": _find(model, train, validation, arguments, _Folder(out), show)}
         for vector in vectors.values():
-            vector.check(model)
+            vector.check(model, output=False)
         judge = None
         # Answers to harmless prompts are safe with and without steering: no judge is needed.
         if arguments.judge and arguments.side == "harmful":

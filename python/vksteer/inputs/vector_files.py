@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,8 +26,9 @@ from ..base.json_files import parse_json
 from ..base.types import Array, Float32Array, PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
+from ..loading.dtypes import STORAGE, convert
 from ..loading.gguf_file import GGUFFile
-from ..loading.safetensors_files import read_header
+from ..loading.safetensors_files import DTYPES, Stored, read_header
 
 if TYPE_CHECKING:
     from .vectors import SteeringVector
@@ -56,13 +58,30 @@ def load(path: PathLike, layer: int | None = None) -> Fields:
     ending = _ending(path)
     if layer is not None:
         layer = require_int(layer, "layer")
+    _check_size(path)
+    readers = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}
+    return readers[ending](path, layer)
+
+
+def layers(path: PathLike) -> list[int]:
+    """See `SteeringVector.list`."""
+    path = Path(path)
+    ending = _ending(path)
+    _check_size(path)
+    if ending == ".gguf":
+        with GGUFFile(path) as file:
+            return sorted(_gguf_layers(path, file))
+    found: Iterable[str] = read_header(path) if ending == ".safetensors" else _npz_members(path)
+    several = _numbered(found)
+    return sorted(several) if several else [load(path)[1]]
+
+
+def _check_size(path: Path) -> None:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ModelError(
             f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})"
         )
-    readers = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}
-    return readers[ending](path, layer)
 
 
 def _ending(path: Path) -> str:
@@ -120,6 +139,39 @@ def _read_facts(
     return layer, position, facts.get("method", ""), meta
 
 
+# -- one direction for each layer, as other programs write them ------------------------------------
+#
+# repeng keeps {N: direction}, where direction N is added to the output of block N: the input of
+# layer N + 1. Its own files are GGUF; in npz and safetensors the entries are called N or
+# direction.N.
+
+_NUMBERED = re.compile(r"(?:direction\.)?(0|[1-9][0-9]{0,8})", re.ASCII)
+
+
+def _numbered(names: Iterable[str]) -> dict[int, str]:
+    """{layer: name} where all names are of that kind; {} otherwise."""
+    matches = [(_NUMBERED.fullmatch(name), name) for name in names]
+    if not all(match for match, _ in matches):
+        return {}
+    return {int(match[1]) + 1: name for match, name in matches if match}
+
+
+def _choose(path: Path, several: Mapping[int, str], asked: int | None) -> int:
+    """The layer that was asked for, or the only one. ValueError where it is not there."""
+    if asked is None and len(several) > 1:
+        raise ValueError(
+            f"{path} holds directions for layers {sorted(several)} (as resid_pre; direction.N is"
+            " layer N + 1): name one with layer="
+        )
+    layer = min(several) if asked is None else asked
+    if layer not in several:
+        raise ValueError(
+            f"{path} holds no direction for layer {layer}: it has {sorted(several)} (as"
+            " resid_pre; direction.N is layer N + 1)"
+        )
+    return layer
+
+
 # -- safetensors -----------------------------------------------------------------------------------
 
 
@@ -131,6 +183,16 @@ def _to_safetensors(vector: SteeringVector) -> bytes:
 
 def _from_safetensors(path: Path, asked: int | None) -> Fields:
     tensors = read_header(path)
+    several = _numbered(tensors)
+    if several:
+        layer = _choose(path, several, asked)
+        return (
+            _stored_row(path, several[layer], tensors[several[layer]]),
+            layer,
+            None,
+            "",
+            _foreign("safetensors"),
+        )
     data = path.read_bytes()
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
     facts = _read_facts(path, header.get("__metadata__") or {}, asked)
@@ -142,6 +204,25 @@ def _from_safetensors(path: Path, asked: int | None) -> Fields:
             f"{path}: 'direction' must be F32 [D], not {tensor.dtype} {list(tensor.shape)}"
         )
     return np.frombuffer(data, dtype="<f4", count=tensor.shape[0], offset=tensor.offset), *facts
+
+
+def _stored_row(path: Path, name: str, tensor: Stored) -> Float32Array:
+    """One tensor of a safetensors file as float32 [D]."""
+    if tensor.dtype not in DTYPES or len(tensor.shape) != 1:
+        raise ModelError(
+            f"{path}: {name!r} must be one row [D] of F32, F16 or BF16, not {tensor.dtype}"
+            f" {list(tensor.shape)}"
+        )
+    stored = DTYPES[tensor.dtype]
+    with open(path, "rb") as stream:
+        stream.seek(tensor.offset)
+        data = stream.read(tensor.nbytes)
+    row: Float32Array = convert(np.frombuffer(data, STORAGE[stored]), stored, "float32")
+    return row
+
+
+def _foreign(kind: str) -> dict[str, Any]:
+    return {"read_from": f"{kind} with one direction for each layer"}
 
 
 # -- npz: a zip of .npy members --------------------------------------------------------------------
@@ -181,7 +262,8 @@ def _npy(path: Path, name: str, data: bytes) -> Array:
     return np.frombuffer(rest, dtype=dtype).reshape(shape)
 
 
-def _from_npz(path: Path, asked: int | None) -> Fields:
+def _npz_members(path: Path) -> dict[str, bytes]:
+    """{name: .npy file} of an npz file."""
     data = path.read_bytes()
     members: dict[str, bytes] = {}
     try:
@@ -208,6 +290,22 @@ def _from_npz(path: Path, asked: int | None) -> Fields:
         zlib.error,
     ) as error:
         raise ModelError(f"{path}: damaged npz file: {error}") from None
+    return members
+
+
+def _from_npz(path: Path, asked: int | None) -> Fields:
+    members = _npz_members(path)
+    several = _numbered(members)
+    if several:
+        layer = _choose(path, several, asked)
+        row = _npy(path, several[layer], members[several[layer]])
+        if row.dtype.kind != "f" or row.ndim != 1:
+            raise ModelError(
+                f"{path}: {several[layer]!r} must be one row [D] of numbers, not {row.dtype}"
+                f" {list(row.shape)}"
+            )
+        with np.errstate(over="ignore"):  # SteeringVector refuses what is not finite
+            return row.astype(np.float32), layer, None, "", _foreign("npz")
     arrays = {name: _npy(path, name, member) for name, member in members.items()}
     if "direction" not in arrays:
         raise ModelError(f"{path}: expected a member 'direction', found {sorted(arrays)}")
@@ -276,6 +374,12 @@ def _padded(data: bytes) -> bytes:
 
 def _gguf_layers(path: Path, file: GGUFFile) -> dict[int, str]:
     """{layer: name of its tensor}."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "controlvector":
+        raise ModelError(
+            f"{path}: the file's architecture is {architecture!r}, not 'controlvector': it is no"
+            " control vector"
+        )
     layers = {}
     for name, tensor in file.tensors.items():
         number = name.removeprefix("direction.")
@@ -299,24 +403,9 @@ def _gguf_layers(path: Path, file: GGUFFile) -> dict[int, str]:
 def _from_gguf(path: Path, asked: int | None) -> Fields:
     with GGUFFile(path) as file:
         fields = file.metadata
-        if fields.get("general.architecture") != "controlvector":
-            raise ModelError(
-                f"{path}: the file's architecture is {fields.get('general.architecture')!r}, not"
-                " 'controlvector': it is no control vector"
-            )
-        layers = _gguf_layers(path, file)
-        if asked is None and len(layers) > 1:
-            raise ValueError(
-                f"{path} holds directions for layers {sorted(layers)} (as resid_pre; direction.N is"
-                " layer N + 1): name one with layer="
-            )
-        layer = min(layers) if asked is None else asked
-        if layer not in layers:
-            raise ValueError(
-                f"{path} holds no direction for layer {layer}: it has {sorted(layers)} (as"
-                " resid_pre; direction.N is layer N + 1)"
-            )
-        direction = file.array(layers[layer], "float32")
+        several = _gguf_layers(path, file)
+        layer = _choose(path, several, asked)
+        direction = file.array(several[layer], "float32")
     ours = {
         key.removeprefix("vksteer."): text
         for key, text in fields.items()

@@ -5,6 +5,7 @@ This module owns the type, its algebra and its checks; `vector_files.py` owns th
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import warnings
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class SteeringVector:
     """A direction that is added to `blocks.{layer}.hook_resid_pre` (docs/method.md section 1).
 
-    direction: float32 [D], copied and read-only. layer: whose input it steers, counted from 0.
+    direction: float32 [D], copied and read-only. layer: whose input it steers, counted from 0; in a
+    model of L layers, L steers the output of the last block, `blocks.{L-1}.hook_resid_post`.
     position: the post-instruction position it was taken from (negative), or None. method: "dim",
     "ntp", "random", ... as free text. meta: provenance, a mapping that JSON can hold (model and
     tokenizer hash, prompts' hash, versions); read-only here.
@@ -183,7 +185,10 @@ class SteeringVector:
     ) -> SteeringVector:
         """Reads what `save` or another program wrote.
 
-        layer: which one, where a GGUF file holds several (as resid_pre of that layer). model: what
+        Files of other programs hold one direction for each layer: GGUF control vectors, and npz and
+        safetensors whose entries are called "direction.N" or "N"; N is added to the output of block
+        N and is loaded as layer N + 1.
+        layer: which one, where a file holds several (`list` names them). model: what
         the vector has to fit (`check`). Raises ValueError where several layers are in the file and
         none is named, or the named one is not there (both list them); vs.ModelError where the file
         is damaged or not a steering vector; OSError where it cannot be read.
@@ -199,11 +204,22 @@ class SteeringVector:
             vector.check(model)
         return vector
 
-    def check(self, model: Model | Config) -> None:
+    @staticmethod
+    def list(path: PathLike) -> builtins.list[int]:
+        """The layers for which a file holds directions, ascending, as `load` takes them.
+
+        Layer l is the input of block l; the number of a model's layers is the output of its last
+        block. Raises as `load`.
+        """
+        return vector_files.layers(path)
+
+    def check(self, model: Model | Config, *, output: bool = True) -> None:
         """Raises ValueError where this vector cannot steer `model`: another width, or a layer that
         the model does not have.
 
-        Warns where it was made from another model of the same width.
+        output: whether a vector for the output of the last block may pass; no layer is left behind
+        it whose computation could be studied. Warns where the vector was made from another model of
+        the same width.
         """
         config: Any = getattr(model, "config", model)
         if self.width != config.d_model:
@@ -211,10 +227,16 @@ class SteeringVector:
                 f"the vector has width {self.width}, the model {config.d_model}: it belongs to"
                 " another model"
             )
-        if self.layer >= config.n_layers:
+        if self.layer == config.n_layers and not output:
+            raise ValueError(
+                f"the vector steers the output of the last block (layer {self.layer}): no layer"
+                " computes anything from it. It can be used in run and generate; this call needs"
+                f" one of the layers 0 to {config.n_layers - 1}"
+            )
+        if self.layer > config.n_layers:
             raise ValueError(
                 f"the vector steers layer {self.layer}, the model has layers 0 to"
-                f" {config.n_layers - 1}"
+                f" {config.n_layers - 1} (and {config.n_layers}, the output of the last block)"
             )
         made_with, mine = self.meta.get("model_hash"), fingerprint(model)
         if made_with and mine and made_with != mine:

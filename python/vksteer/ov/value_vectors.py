@@ -22,7 +22,7 @@ def check_vector(model: Model, vector: SteeringVector) -> None:
         raise ValueError(
             f"vector must be a SteeringVector (direction and layer), not {type(vector).__name__}"
         )
-    vector.check(model)
+    vector.check(model, output=False)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it adds nothing to any head")
 

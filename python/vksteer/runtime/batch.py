@@ -136,7 +136,7 @@ def check_freeze_spec(
     layers = None if freeze_layers is None else _layers(freeze_layers, n_layers)
     if nothing:
         return None
-    _check_steers(rows_edits, freeze is not None and layers is None)
+    _check_steers(rows_edits, freeze is not None and layers is None, n_layers)
     return FreezeSpec(freeze, ablate, layers)
 
 
@@ -148,14 +148,21 @@ def _layers(freeze_layers: Iterable[int], n_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def _check_steers(rows_edits: RowsEdits, one_layer: bool) -> None:
-    """Every row has exactly one Steer edit; one_layer: all of them at the same layer."""
+def _check_steers(rows_edits: RowsEdits, one_layer: bool, n_layers: int) -> None:
+    """Every row has exactly one Steer edit, which a layer follows; one_layer: all of them at the
+    same layer.
+    """
     for b, edits in enumerate(rows_edits):
         n = sum(isinstance(e, Steer) for e in edits)
         if n != 1:
             raise ValueError(
                 f"freeze and ablate compare a steered run with its base run: row {b} needs exactly"
                 f" one Steer edit and has {n}"
+            )
+        if _steer(edits).vector.layer >= n_layers:
+            raise ValueError(
+                f"row {b} steers the output of the last block (layer {n_layers}): no layer follows"
+                " whose parts could be frozen or ablated"
             )
     if one_layer and len({_steer(e).vector.layer for e in rows_edits}) > 1:
         raise ValueError(

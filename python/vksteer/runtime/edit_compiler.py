@@ -182,13 +182,19 @@ class EditCompiler:
         """
         if isinstance(edit, Steer):
             vector = self._vector(edit.vector, "Steer")
-            layer = int(edit.vector.layer)
-            if not 0 <= layer < self.model.config.n_layers:
+            layer, n_layers = int(edit.vector.layer), self.model.config.n_layers
+            if not 0 <= layer <= n_layers:
                 raise ValueError(
-                    f"Steer: layer {layer} is not one of the model's {self.model.config.n_layers}"
-                    f" (0 to {self.model.config.n_layers - 1})"
+                    f"Steer: layer {layer} is not one of the model's {n_layers} (0 to"
+                    f" {n_layers - 1}; {n_layers} is the output of the last block)"
                 )
-            site = self.model._sites.by_name[f"blocks.{layer}.hook_resid_pre"]
+            # No layer reads the last block's output, so it is a site of that block; the final norm
+            # reads it after the edit.
+            site = self.model._sites.by_name[
+                f"blocks.{layer}.hook_resid_pre"
+                if layer < n_layers
+                else f"blocks.{n_layers - 1}.hook_resid_post"
+            ]
             self._record(
                 site,
                 row,

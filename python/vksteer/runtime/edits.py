@@ -28,7 +28,8 @@ ABLATION_SITES = ("blocks.*.hook_resid_pre", "blocks.*.hook_attn_out", "blocks.*
 @dataclass(frozen=True, eq=False)
 class Steer:
     """Activation addition: ``resid_pre[vector.layer] += coefficient * vector.direction``
-    (docs/method.md section 1).
+    (docs/method.md section 1). In a model of L layers, a vector of layer L is added to the output
+    of the last block, ``blocks.{L-1}.hook_resid_post``, before the final norm.
 
     vector: a SteeringVector (direction float32 [D], layer).
     """

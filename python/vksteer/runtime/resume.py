@@ -103,16 +103,17 @@ def can_resume(rows: Iterable[Row]) -> bool:
     )
 
 
-def _first_layer(rows: Sequence[Row]) -> int:
-    """The first layer that any row edits; 0 for rows that must run from the start
-    (unedited, ablated).
+def _first_layer(rows: Sequence[Row], n_layers: int) -> int:
+    """The first layer that any row edits (the last one for edits of its output); 0 for rows that
+    must run from the start (unedited, ablated).
     """
     if not all(edits for _, edits in rows):
         return 0
-    return min(
+    first = min(
         (e.vector.layer if isinstance(e, Steer) else 0 for _, edits in rows for e in edits),
         default=0,
     )
+    return min(first, n_layers - 1)
 
 
 def _edit_key(edits: Iterable[Any]) -> tuple[Any, ...]:
@@ -230,7 +231,7 @@ def last_logits(model: Model, rows: Sequence[Row]) -> Float32Array:
     edits); see `can_resume`.
     """
     prompts = [tuple(tokens) for tokens, _ in rows]
-    layer = _first_layer(rows)
+    layer = _first_layer(rows, model.config.n_layers)
     inputs = model._layer_inputs.get(prompts, layer) if layer else None
     logits, _, _ = _pass(
         model,

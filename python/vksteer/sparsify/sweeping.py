@@ -371,7 +371,7 @@ def _vectors(
     for name, vector in named.items():
         if not isinstance(vector, SteeringVector):
             raise ValueError(f"vectors: {name!r} is {type(vector).__name__}, not a SteeringVector")
-        vector.check(model)
+        vector.check(model, output=False)
         if vector.norm == 0:
             raise ValueError(f"vectors: {name!r} is zero: there is nothing to keep")
     names = list(named)

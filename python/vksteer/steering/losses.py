@@ -405,7 +405,7 @@ def check_vector(model: Model, vector: object) -> None:
     """Raises ValueError unless it is a SteeringVector of this model that is not zero."""
     if not isinstance(vector, SteeringVector):
         raise ValueError(f"vector must be a SteeringVector, not {type(vector).__name__}")
-    vector.check(model)
+    vector.check(model, output=False)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing; begin from a small random one")
 
