@@ -160,8 +160,6 @@ def test_gguf_sentencepiece_equals_sentencepiece(tmp_path, prefix):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tokenizer.ggml.model": "bert"}, "bert"),
-        ({"tokenizer.ggml.pre": "jais"}, "pre-tokenizer 'jais'"),
         ({"tokenizer.ggml.merges": ["a"]}, "merges"),
         ({"tokenizer.ggml.merges": ["zzz qqq"]}, "zzz"),
         ({"tokenizer.ggml.merges": 3}, "merges"),
