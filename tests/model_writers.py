@@ -188,10 +188,11 @@ def permuted(array, heads):
 
 
 def gguf_model(
-    path, hf=TINY, seed=0, quantise=(), extra_metadata=None, gemma=False, more=(), **lies
+    path, hf=TINY, seed=0, quantise=(), extra_metadata=None, gemma=False, more=(), drop=(), **lies
 ):
     """Writes a GGUF file of a random model; returns its float32 values by engine name, before
-    quantisation. quantise: names of parts that are stored in Q8_0.
+    quantisation. quantise: names of parts that are stored in Q8_0. drop: metadata keys left out,
+    without the architecture.
     """
     import gguf
 
@@ -218,5 +219,7 @@ def gguf_model(
             )
         else:
             tensors.append((gguf_name(name), 0, shape, stored.tobytes()))
-    write_gguf(path, gguf_metadata(hf, **(extra_metadata or {})), tensors + list(more), **lies)
+    metadata = gguf_metadata(hf, **(extra_metadata or {}))
+    metadata = {k: v for k, v in metadata.items() if k.partition(".")[2] not in drop}
+    write_gguf(path, metadata, tensors + list(more), **lies)
     return values

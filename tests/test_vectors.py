@@ -331,7 +331,7 @@ def test_layers_of_a_file(tmp_path, rng, vector):
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_one_direction_for_each_layer(tmp_path, rng, name, kind, dtype):
-    """repeng's directions in npz and safetensors: N is added to the output of block N."""
+    """Directions of repeng in npz and safetensors: N is added to the output of block N."""
     from safetensors.numpy import save_file
 
     rows = {n: rng.standard_normal(33).astype(dtype) for n in (0, 1, 11)}
