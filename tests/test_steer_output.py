@@ -103,6 +103,21 @@ def test_sites_and_logits(case):
     assert_close("as Add", steered.logits, added.logits)
 
 
+def test_gradients(case):
+    """The gradient below the last block is that of the same vector added at the site."""
+    model, _, rows, directions = case
+    last = model.config.n_layers
+    site, below = f"blocks.{last - 1}.hook_resid_post", "blocks.0.hook_resid_pre"
+    options = {"of": vs.LogitDiff(-1, 3, 5), "at": [site, below], "progress": False}
+    steer = [vs.Steer(vs.SteeringVector(directions[last], last))]
+    steered = model.gradients(rows[:1], edits=steer, **options)
+    added = model.gradients(rows[:1], edits=[vs.Add(site, directions[last])], **options)
+    plain = model.gradients(rows[:1], **options)
+    for name in (site, below):
+        assert_close(name, steered[name], added[name])
+        assert np.abs(steered[name] - plain[name]).max() > 0
+
+
 def test_last_logits_of_many_rows(case):
     """Rows that resume above the unedited layers give the bits of a whole run."""
     model, _, rows, directions = case

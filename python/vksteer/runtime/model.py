@@ -78,8 +78,8 @@ class Model:
         revision: str | None = None,
         progress: ProgressLike = True,
     ) -> Model:
-        """Loads a model: a folder (safetensors, with or without a tokenizer), a .gguf file, a hub
-        name, or a bundled name.
+        """Loads a model: a folder (safetensors, with or without a tokenizer), a GGUF file (the
+        first part of a split one), a hub name, or a bundled name.
 
         dtype: how matrices are held on the device: "auto" (as stored; bfloat16 for a quantised
         file), "float32", "bfloat16", "float16". The device is opened before any weight is read.
@@ -180,7 +180,7 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(
                 f"{what} needs a tokenizer, and this model was loaded without one (no"
-                " tokenizer.json): pass token lists instead"
+                " tokenizer.json, or a GGUF tokenizer that is not known): pass token lists instead"
             )
         return self.tokenizer
 
