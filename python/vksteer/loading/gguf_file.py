@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -102,7 +102,7 @@ class GGUFFile:
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        self.parts: list[GGUFFile] = [self]
+        self._others: list[GGUFFile] = []
         try:
             with open(self.path, "rb") as stream:
                 self.size = os.fstat(stream.fileno()).st_size
@@ -123,17 +123,21 @@ class GGUFFile:
             with contextlib.suppress(BufferError):  # a view of the map is alive and keeps it open
                 part._map.close()
 
-    def join(self, others: Sequence[GGUFFile]) -> None:
-        """Takes over the tensors of the model's other parts, which are closed with this one.
+    @property
+    def parts(self) -> tuple[GGUFFile, ...]:
+        """The files that hold the model's tensors, this one first."""
+        return (self, *self._others)
 
-        Raises ModelError where two parts hold a tensor of the same name.
+    def join(self, other: GGUFFile) -> None:
+        """Takes over the tensors of another part of the model, which is closed with this one.
+
+        Raises ModelError where a tensor is in a part that was joined before.
         """
-        for other in others:
-            self.parts.append(other)
-            for name, tensor in other.tensors.items():
-                if name in self.tensors:
-                    raise other._error(f"tensor {name[:100]!r} is in another part, too")
-                self.tensors[name] = tensor._replace(part=len(self.parts) - 1)
+        self._others.append(other)
+        for name, tensor in other.tensors.items():
+            if name in self.tensors:
+                raise other._error(f"tensor {name[:100]!r} is in another part, too")
+            self.tensors[name] = tensor._replace(part=len(self._others))
 
     def __enter__(self) -> Self:
         return self

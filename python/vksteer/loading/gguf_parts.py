@@ -88,7 +88,7 @@ def _join(file: GGUFFile, count: int) -> None:
         except BaseException:
             part.close()
             raise
-        file.join([part])
+        file.join(part)
     stated = _number(file, "split.tensors.count", len(file.tensors))
     if stated != len(file.tensors):
         raise ModelError(

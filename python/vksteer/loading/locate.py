@@ -118,9 +118,9 @@ def is_gguf(path: Path) -> bool:
 
 def only_gguf(folder: Path) -> Path | None:
     """The one GGUF model of a folder, for a split one its first part; None where there is none or
-    more than one. Projectors of vision models ("mmproj-...") do not count.
+    more than one. Projectors of vision models ("mmproj") do not count.
     """
-    found = sorted(p for p in folder.glob("*.gguf") if not p.name.startswith("mmproj"))
+    found = sorted(p for p in folder.glob("*.gguf") if "mmproj" not in p.name.lower())
     if not found:
         found = sorted(p for p in folder.iterdir() if p.is_file() and is_gguf(p))
     return found[0] if len(found) == 1 else first_part(found)
