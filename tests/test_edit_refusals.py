@@ -51,7 +51,7 @@ def refusals(vs, rng):
     return {
         "steer: width": lambda: [vs.Steer(vs.SteeringVector(draw(D + 1), 1), 1.0)],
         "steer: NaN": lambda: [vs.Steer(vs.SteeringVector(nan, 1), 1.0)],
-        "steer: layer": lambda: [vs.Steer(vs.SteeringVector(draw(D), L), 1.0)],
+        "steer: layer": lambda: [vs.Steer(vs.SteeringVector(draw(D), L + 1), 1.0)],
         "steer: negative layer": lambda: [vs.Steer(vs.SteeringVector(draw(D), -1), 1.0)],
         "ablate: width": lambda: [vs.Ablate(draw(D - 1))],
         "ablate: zero": lambda: [vs.Ablate(np.zeros(D, np.float32))],

@@ -184,6 +184,7 @@ REFUSED = {
     "attribute": lambda m, v, rows: vs.patching.attribute(
         m, [Sample(rows[0], rows[1])], v, 1.0, progress=False
     ),
+    "samples": lambda m, v, rows: vs.patching.make_samples(m, rows, v, 1.0, progress=False),
     "exact": lambda m, v, rows: vs.patching.exact(
         m, Sample(rows[0], rows[1]), v, 1.0, nodes=["steer"]
     ),

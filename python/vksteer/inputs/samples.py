@@ -216,7 +216,7 @@ def make_samples(
     Raises ValueError before any work for a vector of another width or layer or zero, prompts that
     leave no room for the response, bad arguments.
     """
-    coefficient = check_steering(model, vector, coefficient, output=True)
+    coefficient = check_steering(model, vector, coefficient)
     new = _check_options(responses, keep, min_words, max_new_tokens)
     prompts = as_list(prompts, "prompts")
     rows = as_tokens(model, prompts, "prompts", room=new)
@@ -313,13 +313,11 @@ def _kept(
     )
 
 
-def check_steering(
-    model: Model | Config, vector: SteeringVector, coefficient: Any, *, output: bool = False
-) -> float:
-    """The coefficient as a finite float; ValueError for a vector that does not fit the model, a
-    zero vector, and any other coefficient. output: as in `SteeringVector.check`.
+def check_steering(model: Model | Config, vector: SteeringVector, coefficient: Any) -> float:
+    """The coefficient as a finite float; ValueError for a vector that does not fit the model or
+    steers the output of its last block, a zero vector, and any other coefficient.
     """
-    vector.check(model, output=output)
+    vector.check(model, output=False)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it steers nothing")
     if not is_number(coefficient):
