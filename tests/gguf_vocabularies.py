@@ -35,6 +35,15 @@ _PIECES = (
     "def f(x):\n\treturn x**2 a_b [1] {k:v} <html> </p> \\n C++ foo.bar/baz",
     "zero\u200dwidth no\u00a0break ideographic\u3000space line\u2028sep \ufffd \u0085",
 )
+_UNREACHED = (
+    " iPhone",
+    " McDonald",
+    " Stra\u00dfe",
+    " quick",
+    "\u0420\u0443\u0441\u0441\u043a\u0438\u0439",
+    " FOX",
+    "!!!",
+)
 _SPACES = (" ", " ", " ", "", "", "  ", "   ", "     ", "\n", "\n\n", "\r\n", " \n ", "\t", "\t\t")
 
 
@@ -65,7 +74,8 @@ def texts(count, seed):
 @cache
 def trained():
     """(tokens in GPT-2's alphabet, merges as pairs). The training text is not split into words,
-    so tokens cross every boundary that a split rule could draw.
+    so tokens cross every boundary that a split rule could draw. The last tokens are words that no
+    merges make: only rules that take whole pieces first find them.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -86,7 +96,9 @@ def trained():
     model = json.loads(backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return tokens, merges
+    spell = backend.pre_tokenizer.pre_tokenize_str
+    whole = (spell(word)[0][0] for word in _UNREACHED)
+    return tokens + [word for word in whole if word not in tokens], merges
 
 
 def write_vocabulary(path, pre=None, *, tokens=None, merges=None, marked=MARKED, **more):

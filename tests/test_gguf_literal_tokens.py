@@ -279,6 +279,24 @@ def test_fallback_is_that_of_llama_cpp(tmp_path, pre, case):
         assert ours.encode(text, add_bos=False) == want, text
 
 
+@pytest.mark.parametrize("key, value", [("pre", [1, 2]), ("pre", 7), ("model", [1.5, 2.5])])
+def test_kinds_of_another_type(tmp_path, key, value):
+    """Metadata of another type than text name nothing that is known."""
+    from model_writers import write_gguf
+    from vksteer.loading.gguf_file import GGUFFile
+
+    more = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.merges": [],
+        f"tokenizer.ggml.{key}": value,
+    }
+    file = GGUFFile(write_gguf(tmp_path / "m.gguf", more, []))
+    with pytest.warns(UserWarning, match="without a tokenizer"):
+        assert Tokenizer.from_gguf(file) is None
+
+
 @pytest.mark.parametrize("what", [{"pre": "pre-tokenizer-of-2031"}, {"model": "rwkv"}])
 def test_unknown_tokenizers_leave_the_model_usable(tmp_path, what):
     """The model runs on token lists; the reason is said once, when it is loaded."""

@@ -44,7 +44,8 @@ def arguments(file: GGUFFile, d_vocab: int | None) -> dict[str, Any] | None:
     """
     md = file.metadata
     kind = md.get("tokenizer.ggml.model")
-    if md.get("tokenizer.ggml.tokens") is None or kind in ("none", "no_vocab"):
+    none = isinstance(kind, str) and kind in ("none", "no_vocab")
+    if md.get("tokenizer.ggml.tokens") is None or none:
         return None
     unknown = _unknown_kind(md)
     if unknown is not None:
@@ -91,12 +92,17 @@ def arguments(file: GGUFFile, d_vocab: int | None) -> dict[str, Any] | None:
 def _unknown_kind(md: Mapping[str, Any]) -> str | None:
     """What makes a tokenizer unreadable here, as a clause; None where it can be read."""
     kind = md.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        return f"tokenizer model {kind!r} is not supported (gpt2 and llama are)"
-    pre = md.get(_PRE)
-    if kind == "gpt2" and pre not in (None, "", "default") and pre not in PRE_TOKENIZERS:
-        return f"metadata {_PRE!r} names {pre!r}, which is not known"
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
+        return f"tokenizer model {_short(kind)} is not supported (gpt2 and llama are)"
+    pre = md.get(_PRE, "default")
+    known = isinstance(pre, str) and (pre in ("", "default") or pre in PRE_TOKENIZERS)
+    if kind == "gpt2" and not known:
+        return f"metadata {_PRE!r} names {_short(pre)}, which is not known"
     return None
+
+
+def _short(value: object) -> str:
+    return repr(value)[:80]
 
 
 def _has_vision(file: GGUFFile) -> bool:
