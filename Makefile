@@ -15,7 +15,8 @@ CMAKE_FLAGS ?=
 DEMO_ARGS := $(if $(HARMFUL),--harmful "$(HARMFUL)") \
     $(if $(HARMLESS),--harmless "$(HARMLESS)") $(ARGS)
 
-.PHONY: help demo demo-real test test-all lint bench build engine docs wheel models clean distclean
+.PHONY: help demo demo-real test test-all lint format bench build engine docs wheel models clean \
+    distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,7 +45,12 @@ FORMATTED_C = git ls-files -z --cached --others --exclude-standard 'csrc/*.[ch]'
 
 FORMATTED_PYTHON := python tests tools benchmarks cmake docs setup.py
 
-lint: setup-test  ## ruff, clang-format, mypy, and the limits of columns, functions and files
+format:  ## let ruff and clang-format write
+	.venv/bin/ruff check --fix -q $(FORMATTED_PYTHON)
+	.venv/bin/ruff format $(FORMATTED_PYTHON)
+	$(FORMATTED_C) | xargs -0 .venv/bin/clang-format -i
+
+lint: setup-build  ## ruff, clang-format, mypy, and the limits of columns, functions and files
 	.venv/bin/ruff check $(FORMATTED_PYTHON)
 	.venv/bin/ruff format --check $(FORMATTED_PYTHON)
 	$(FORMATTED_C) | xargs -0 .venv/bin/clang-format --dry-run -Werror
@@ -81,7 +87,7 @@ setup-%:
 # The engine, into python/vksteer/: only what changed. The import shows a forgotten symbol here.
 LEFT_OUT := $(BUILD)/generated/kernels_left_out.txt
 
-engine:
+engine:  ## compile what changed in csrc/ and shaders/
 	@.venv/bin/cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING -DCMAKE_C_COMPILER=$(CC) \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PYTHON) \
 	    -DVKSTEER_WERROR=ON -DVKSTEER_IN_PLACE=ON $(CMAKE_FLAGS) >/dev/null
