@@ -22,7 +22,6 @@ from vksteer.patching.memory_plan import (
     layouts,
     memory_bytes,
     memory_parts,
-    metric_bytes,
     plan,
     row_stride,
 )
@@ -165,48 +164,6 @@ def test_memory_is_the_engine_s(zoo, name):
         arguments = (capacity, step_capacity, layer, slots, steps, normed, kept)
         want = _engine.attribution_bytes(model._engine, *arguments)
         assert sum(memory_parts(model.config, *arguments)) == want
-
-
-def test_logits_of_the_kl_metrics():
-    c = lambda d_vocab: SimpleNamespace(d_vocab=d_vocab)
-    assert metric_bytes(c(100), 50) == 3 * 4 * row_stride(100) * 50
-    # 64 MiB are 128 rows of 128 Ki logits, and fewer than 16 rows of 2 Mi
-    assert metric_bytes(c(1 << 17), 512) <= 3 * 64 << 20
-    assert metric_bytes(c(1 << 17), 512) > 3 * 63 << 20
-    assert metric_bytes(c(1 << 21), 512) == 3 * 4 * row_stride(1 << 21) * 16
-
-
-@pytest.mark.parametrize("metric", ["kl", "directional_kl"])
-def test_the_engine_holds_the_logits_that_are_planned(zoo, rng, metric):
-    """Device memory during an attribution, beside one whose metric needs no whole distributions."""
-    import vksteer as vs
-
-    model, steps, n = zoo.engine("llama3"), 4, 40
-    c, device = model.config, model._engine_device
-    tokens = rng.integers(0, c.d_vocab, n).tolist()
-    sample = patching.Sample(tokens[:1], tokens[1:])
-    vector = vs.SteeringVector(rng.standard_normal(c.d_model).astype(np.float32), 1)
-
-    def held(metric):
-        seen = [0]
-        patching.attribute(
-            model,
-            [sample],
-            vector,
-            1.0,
-            metric=metric,
-            steps=steps,
-            progress=lambda *_: seen.append(device.allocated_bytes),
-        )
-        return max(seen)
-
-    held("logit_diff")  # what a first call allocates for good
-    more = held(metric) - held("logit_diff")
-    p = plan(c, 1, n, steps=steps, metric=metric)
-    in_pass = p.step_tokens // n * (n - 1)  # metric tokens of the largest pass
-    rows_of_pairs = 8 * in_pass * row_stride(c.d_model)
-    least, most = metric_bytes(c, in_pass) - rows_of_pairs, metric_bytes(c, p.step_tokens)
-    assert least <= more <= most
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])

@@ -182,3 +182,17 @@ def test_gguf_vocabulary_and_embedding(tmp_path):
         source.open_model(tmp_path / "small.gguf").tokenizer()
     gguf_model(tmp_path / "none.gguf")
     assert source.open_model(tmp_path / "none.gguf").tokenizer() is None
+
+
+def test_gguf_named_templates(tmp_path):
+    chatml, qwen3 = TEMPLATES["chatml"][0], TEMPLATES["qwen3"][0]
+    named = {"tokenizer.chat_template.tool_use": qwen3, "tokenizer.ggml.pre": "smollm"}
+    folder = train(tmp_path / "t", qwen3)
+    for first, expected in (({"tokenizer.chat_template": chatml}, chatml), ({}, None)):
+        with gguf_with(tmp_path / "m.gguf", byte_level_metadata(folder, **named, **first)) as file:
+            ours = Tokenizer.from_gguf(file)
+            assert ours.chat_template == expected and "tool_use" in ours.named_templates
+            options = {"chat_template": "tool_use", "enable_thinking": False}
+            chosen = Tokenizer.from_gguf(file, template_options=options)
+            theirs = Tokenizer.from_folder(folder, template_options={"enable_thinking": False})
+            assert chosen.chat_tokens("Hello") == theirs.chat_tokens("Hello")

@@ -6,6 +6,8 @@
 
 #include "run/tape.h"
 
+#define LOGITS_BYTES (UINT64_C(64) << 20) /* of logits at once */
+
 /* device: [n, d_stride], [n + 1, d_stride] with a zero row at the end, [n], [n] */
 struct metric_rows {
     uint64_t normed, dnormed, weights, tokens;
@@ -84,9 +86,9 @@ static int reference(struct run_work *work, const float *normed, const float *gi
     return op_linear(&work->model->ops, &model->unembed, &args, error);
 }
 
-/* Tokens whose logits are computed at once: equal shares of at most METRIC_LOGITS_BYTES. */
+/* Tokens whose logits are computed at once: equal shares of at most LOGITS_BYTES. */
 static uint32_t tokens_at_once(uint32_t n, uint32_t v_stride) {
-    uint32_t most = (uint32_t)(METRIC_LOGITS_BYTES / (4 * (uint64_t)v_stride));
+    uint32_t most = (uint32_t)(LOGITS_BYTES / (4 * (uint64_t)v_stride));
     most = most < 16 ? 16 : most > n ? n : most;
     uint32_t shares = (n + most - 1) / most;
     return (n + shares - 1) / shares;

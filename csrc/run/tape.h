@@ -43,8 +43,6 @@ int tape_layer_begin(struct run_work *work, int layer, struct error *error);
 int tape_layer_middle(struct run_work *work, int layer, struct error *error);
 int tape_keep_qkv(struct run_work *work, int layer, struct error *error);
 
-#define METRIC_LOGITS_BYTES (UINT64_C(64) << 20) /* of logits that a metric computes at once */
-
 /* The scalar of every row whose gradient is taken: sum over its metric tokens of weight x value. */
 enum run_metric_kind { METRIC_PAIR, METRIC_LOG_PROB, METRIC_KL, METRIC_DIRECTIONAL_KL };
 struct run_metric {

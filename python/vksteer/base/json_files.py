@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .checks import first_repeated
+from .lfs import lfs_pointer
 from .provenance import digest
 from .types import PathLike
 from .whole_files import write_whole
@@ -29,6 +30,9 @@ def read_json(path: PathLike, *, limit: int) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise ModelError(pointer)
     return parse_json(text, str(path))
 
 

@@ -32,8 +32,18 @@ def kernel_names(model: object) -> str | None:
     return names if names is None or isinstance(names, str) else ", ".join(names)
 
 
+def loaded_with(model: object) -> dict[str, Any]:
+    """{"config_overrides": {...}, "template_options": {...}}, each where the model was loaded with
+    it (`Model.from_pretrained`).
+    """
+    names = ("config_overrides", "template_options")
+    return {name: dict(value) for name in names if (value := getattr(model, name, None))}
+
+
 def provenance(model: Any, **more: Any) -> dict[str, Any]:
-    """Metadata of a result: hashes of model and tokenizer, architecture, versions, and `more`."""
+    """Metadata of a result: hashes of model and tokenizer, architecture, versions, what of the
+    model's files was overridden (`loaded_with`), and `more`.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     return {
         "model": str(getattr(model, "name", "") or ""),
@@ -45,5 +55,6 @@ def provenance(model: Any, **more: Any) -> dict[str, Any]:
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
+        **loaded_with(model),
         **more,
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..base.checks import require_int
-from ..base.provenance import digest
+from ..base.provenance import digest, loaded_with
 from ..base.types import ProgressLike
 from ..inputs.samples import check_samples, samples_hash
 from . import search as circuit_search
@@ -116,6 +116,7 @@ def _setting(
         "vector_hash": digest(vector.direction),
         "samples_hash": samples_hash(samples),
         "model_hash": scores.provenance.get("model_hash"),
+        **loaded_with(model),
         "scores_vector_hash": scores.provenance.get("vector_hash"),
         **more,
     }

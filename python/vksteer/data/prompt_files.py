@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from ..base.lfs import lfs_pointer
+
 if TYPE_CHECKING:
     from ..base.types import PathLike
     from .world import Request
+
+_FIELD_LIMIT = threading.Lock()
 
 T = TypeVar("T")
 #: A row of a file: {column: value}.
@@ -68,9 +73,9 @@ def load(
     """Prompts from a file or a data set, in the file's order.
 
     path_or_name: a .csv, .tsv, .json (a list of texts, a list of objects, or an object of columns),
-      .jsonl, .parquet (needs pyarrow) or .txt file (one prompt per line); "owner/name" or
-      "owner/name:path/of/file.csv" on the hub (the path may contain *); or one of STUDY
-      ("jailbreakbench", "alpaca", "strongreject").
+      .jsonl, .parquet (needs pyarrow) or .txt file (one prompt per line), where JSON and JSON Lines
+      are told apart by the content; "owner/name" or "owner/name:path/of/file.csv" on the hub (the
+      path may contain *); or one of STUDY ("jailbreakbench", "alpaca", "strongreject").
     column: the column that holds the prompts. Default: the only text column, or the only one with
       a common name.
     keep: a function of a row (a dict) that returns whether to take it, for example `lambda row: not
@@ -92,6 +97,9 @@ def load(
         path = _from_hub(name)
     elif path.is_dir():
         raise ValueError(f"{path} is a folder: name one file of {', '.join(ENDINGS)}")
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise ValueError(pointer)
     rows = _rows(path)
     if not rows:
         raise ValueError(f"{path} holds no rows")
@@ -153,10 +161,8 @@ def _rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
         if ending in (".csv", ".tsv"):
             return _csv(path, text, "," if ending == ".csv" else "\t")
-        if ending == ".json":
-            return _json(path, json.loads(text))
-        if ending == ".jsonl":
-            return _jsonl(path, text)
+        if ending in (".json", ".jsonl"):
+            return _json_or_lines(path, text, lines=ending == ".jsonl")
         return [{"text": line} for line in text.splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
@@ -169,10 +175,14 @@ def _csv(path: Path, text: str, delimiter: str) -> list[Row]:
     import io
 
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    with _FIELD_LIMIT:  # the limit belongs to the module csv, for all threads
+        before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        finally:
+            csv.field_size_limit(before)
     for i, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(
@@ -180,6 +190,30 @@ def _csv(path: Path, text: str, delimiter: str) -> list[Row]:
                 f" ({len(reader.fieldnames or ())}): is a text with a comma unquoted?"
             )
     return rows
+
+
+def _json_or_lines(path: Path, text: str, *, lines: bool) -> list[Row]:
+    """The rows of a JSON or JSON Lines text, told apart by the content: several JSON values in
+    lines are JSON Lines, one list or object over several lines is JSON. lines: what the name says,
+    which decides about a single object in one line.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        several = error.msg == "Extra data" and "\n" in text[: error.pos]
+        if lines or several:
+            return _jsonl(path, text)
+        raise
+    columns = isinstance(content, dict) and all(isinstance(v, list) for v in content.values())
+    if lines and not isinstance(content, list) and not columns:
+        return [_row(path, 1, content)]
+    values = list(content.values()) if isinstance(content, dict) else []
+    flat = any(isinstance(v, str) for v in values) and not any(
+        isinstance(v, (list, dict)) for v in values
+    )
+    if flat and "\n" not in text.strip():
+        return [_row(path, 1, content)]
+    return _json(path, content)
 
 
 def _json(path: Path, content: Any) -> list[Row]:

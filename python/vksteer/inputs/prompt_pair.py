@@ -15,7 +15,7 @@ from ..base.store import Store
 from ..base.types import PathLike
 from ..judge import Rate, ended, succeeded
 from ..runtime.edits import Steer
-from .prompts import as_list, as_tokens
+from .prompts import as_list, as_tokens, refuse_equal_classes
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -136,6 +136,7 @@ class PromptPair:
         """
         new = require_int(max_new_tokens, "max_new_tokens", 1)
         harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
+        refuse_equal_classes(harmful, harmless)
         return cls(
             model,
             harmful,

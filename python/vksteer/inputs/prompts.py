@@ -72,6 +72,21 @@ def as_tokens(model: Model, prompts: Any, what: str, *, room: int = 0) -> list[l
     return rows
 
 
+def refuse_equal_classes(harmful: Sequence[Any], harmless: Sequence[Any]) -> None:
+    """Raises ValueError where both classes hold the same prompts, in any order: their difference
+    is zero.
+    """
+
+    def plain(prompts: Sequence[Any]) -> list[str]:
+        return sorted(repr(p) for p in prompts)
+
+    if plain(harmful) == plain(harmless):
+        raise ValueError(
+            f"harmful and harmless are the same {len(harmful)} prompts, so nothing tells the two"
+            " classes apart: was one list given twice?"
+        )
+
+
 def token_text(model: Model, token: int) -> str:
     """One token as text, control tokens included; its number where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)

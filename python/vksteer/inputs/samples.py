@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.checks import is_int, is_number, require_int
 from ..base.json_files import load_json, save_json
-from ..base.provenance import digest, fingerprint
+from ..base.provenance import digest, fingerprint, loaded_with
 from ..base.types import BoolArray, PathLike, ProgressLike
 from ..errors import ModelError
 from ..judge import succeeded
@@ -226,10 +226,8 @@ def make_samples(
     steered = [Steer(vector, coefficient)]
     edits = [steered if side == "steered" else [] for side in sides for _ in rows]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    made = model.generate(
-        rows * len(sides), max_new_tokens=new, edits=edits, temperature=0.0, **options
-    )
-    n = len(rows)
+    options.update(max_new_tokens=new, edits=edits, temperature=0.0)
+    made, n = model.generate(rows * len(sides), **options), len(rows)
     answers = {side: made[i * n : (i + 1) * n] for i, side in enumerate(sides)}
     judged = "substring" if judge is None else type(judge).__name__
     setting = {
@@ -241,6 +239,7 @@ def make_samples(
         "layer": vector.layer,
         "vector_hash": digest(vector.direction),
         "model_hash": fingerprint(model),
+        **loaded_with(model),
         "prompts_hash": digest(rows),
     }
     texts = {side: [g.text for g in some] for side, some in answers.items()}

@@ -23,12 +23,14 @@ import numpy as np
 
 from ..base.checks import require_int
 from ..base.json_files import parse_json
+from ..base.lfs import lfs_pointer
 from ..base.types import Array, Float32Array, PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..loading.dtypes import STORAGE, convert
 from ..loading.gguf_file import GGUFFile
-from ..loading.safetensors_files import DTYPES, Stored, read_header
+from ..loading.safetensors_files import read_header
+from ..loading.stored_tensors import DTYPES, Stored
 
 if TYPE_CHECKING:
     from .vectors import SteeringVector
@@ -82,6 +84,9 @@ def _check_size(path: Path) -> None:
         raise ModelError(
             f"{path}: {size} bytes are too many for a steering vector (at most {MAX_BYTES})"
         )
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise ModelError(pointer)
 
 
 def _ending(path: Path) -> str:
@@ -199,11 +204,7 @@ def _from_safetensors(path: Path, asked: int | None) -> Fields:
     if set(tensors) != {"direction"}:
         raise ModelError(f"{path}: expected one tensor named 'direction', found {sorted(tensors)}")
     tensor = tensors["direction"]
-    if tensor.dtype != "F32" or len(tensor.shape) != 1:
-        raise ModelError(
-            f"{path}: 'direction' must be F32 [D], not {tensor.dtype} {list(tensor.shape)}"
-        )
-    return np.frombuffer(data, dtype="<f4", count=tensor.shape[0], offset=tensor.offset), *facts
+    return _stored_row(path, "direction", tensor), *facts
 
 
 def _stored_row(path: Path, name: str, tensor: Stored) -> Float32Array:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
+from ..base.arrays import as_float32, as_numpy
 from ..base.checks import require_int
 from ..base.provenance import fingerprint
 from ..base.types import Array, Float32Array, PathLike
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 class SteeringVector:
     """A direction that is added to `blocks.{layer}.hook_resid_pre` (docs/method.md section 1).
 
-    direction: float32 [D], copied and read-only. layer: whose input it steers, counted from 0; in a
-    model of L layers, L steers the output of the last block, `blocks.{L-1}.hook_resid_post`.
+    direction: float32 [D], copied and read-only; any numbers are taken, torch tensors and bfloat16
+    among them. layer: whose input it steers, counted from 0; in a model of L layers, L steers the
+    output of the last block, `blocks.{L-1}.hook_resid_post`.
     position: the post-instruction position it was taken from (negative), or None. method: "dim",
     "ntp", "random", ... as free text. meta: provenance, a mapping that JSON can hold (model and
     tokenizer hash, prompts' hash, versions); read-only here.
@@ -48,8 +50,8 @@ class SteeringVector:
     meta: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
-        with np.errstate(over="ignore"):  # an overflow is reported as such below, with its index
-            direction = np.array(self.direction, dtype=np.float32, order="C")
+        # an overflow is reported as such below, with its index
+        direction = np.array(as_float32(self.direction), order="C")
         if direction.ndim != 1 or direction.size == 0:
             raise ValueError(
                 "a steering vector is one row of numbers [D], not an array of shape"
@@ -154,7 +156,9 @@ class SteeringVector:
 
         Raises ValueError for another width and where one of the two is zero.
         """
-        theirs = other.direction if isinstance(other, SteeringVector) else np.asarray(other)
+        theirs = (
+            other.direction if isinstance(other, SteeringVector) else np.asarray(as_numpy(other))
+        )
         if theirs.shape != self.direction.shape:
             raise ValueError(
                 f"cosine needs two vectors of one width: this one has {self.width}, the other has"

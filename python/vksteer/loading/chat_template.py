@@ -9,7 +9,10 @@ every day.
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -59,6 +62,74 @@ def render(
         ) from error
 
 
+#: Variables of a template that calls set themselves.
+_RESERVED = ("messages", "add_generation_prompt", "strftime_now", "raise_exception")
+
+
+def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Variables for a chat template as a dictionary that JSON can hold.
+
+    Raises TypeError for anything but a mapping of names, ValueError for a variable that every call
+    sets itself and for values that JSON cannot hold.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise TypeError(f"template_options must be a dictionary of variables, not {options!r}")
+    taken = next((name for name in _RESERVED if name in options), None)
+    if taken is not None:
+        raise ValueError(f"template_options: {taken!r} is set by every call; leave it out")
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(options)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"template_options holds a value that JSON cannot: {error}") from None
+    return plain
+
+
+def warn_unread(template: str, options: Mapping[str, Any]) -> None:
+    """Warns of options that the template does not read."""
+    from jinja2 import TemplateError, meta
+
+    try:
+        environment = _environment()
+        read = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:  # rendering says what is wrong with it
+        return
+    read -= set(environment.globals)
+    unread = [name for name in options if name not in read and name != "chat_template"]
+    if unread:
+        warnings.warn(
+            f"template_options: the chat template does not read {', '.join(map(repr, unread))}; it"
+            f" reads {', '.join(map(repr, sorted(read)))}",
+            stacklevel=2,
+        )
+
+
+def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a list of parts, [{"type": "text", "text": ...}], as templates of
+    models that also see images read it.
+    """
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m.get("content"), str)
+        else dict(m)
+        for m in messages
+    ]
+
+
+def holds(rendered: str, text: str) -> bool:
+    """Whether a rendered prompt holds a text; white space, case and the escapes of JSON and HTML
+    may differ, because templates trim and quote.
+    """
+
+    def plain(value: str) -> str:
+        return re.sub(r"\s+", "", value).casefold()
+
+    forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+    wholes = plain(rendered), plain(html.unescape(rendered))
+    return any(plain(form) in whole for form in forms for whole in wholes)
+
+
 def parse_date(date: str) -> datetime:
     """The datetime of a text like "26 Jul 2024", in any locale. ValueError for another form."""
     try:
@@ -70,6 +141,11 @@ def parse_date(date: str) -> datetime:
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -111,4 +187,4 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
+    return environment

@@ -10,8 +10,10 @@ refused by name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ..base.json_files import read_json
 from ..base.types import PathLike
 from ..errors import ModelError
 from . import rope as rotation
+from .checkpoint_kinds import without_config
 from .families import markdown
 from .gguf_config import facts_from_gguf
 from .gguf_file import GGUFFile
@@ -67,27 +70,41 @@ class Config:
     eos_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, source: PathLike, *, revision: str | None = None) -> Config:
+    def from_pretrained(
+        cls,
+        source: PathLike,
+        *,
+        revision: str | None = None,
+        config_overrides: Mapping[str, Any] | None = None,
+    ) -> Config:
         """The architecture alone, without weights and without a device.
 
         source: a folder, a path to a config.json, a .gguf file, a bundled name ("tiny-llama-chat")
-        or a name on the hub. Raises ModelError where there is no such model or it is not supported.
+        or a name on the hub. config_overrides: as in `Model.from_pretrained`. Raises ModelError
+        where there is no such model or it is not supported.
         """
         path = locate(source, revision=revision, patterns=CONFIG_PATTERNS)
         if path.is_dir() and not (path / "config.json").exists():
             only = only_gguf(path)
             if only is None:
-                raise ModelError(f"{path} has no config.json")
+                raise ModelError(without_config(path))
             path = only
         if path.is_file() and is_gguf(path):
+            check_overrides(config_overrides, path)
             with open_gguf(path) as file:
                 return cls.from_gguf(file)
-        return cls.from_json(path / "config.json" if path.is_dir() else path)
+        config = path / "config.json" if path.is_dir() else path
+        return cls.from_json(config, config_overrides=config_overrides)
 
     @classmethod
-    def from_json(cls, path: PathLike) -> Config:
-        """From a config.json file. Raises ModelError naming the file and the key at fault."""
+    def from_json(
+        cls, path: PathLike, *, config_overrides: Mapping[str, Any] | None = None
+    ) -> Config:
+        """From a config.json file, with some of its keys replaced. Raises ModelError naming the
+        file and the key at fault.
+        """
         content = read_json(path, limit=CONFIG_BYTES)
+        _override(content, check_overrides(config_overrides))
         try:
             return cls.from_hf(content)
         except ModelError as error:
@@ -150,6 +167,47 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self)
+
+
+def check_overrides(
+    config_overrides: Mapping[str, Any] | None, gguf: Path | None = None
+) -> dict[str, Any]:
+    """The keys of a config.json to replace, as a dictionary that JSON can hold.
+
+    gguf: the GGUF file that is loaded, which has no config.json. Raises TypeError for anything but
+    a mapping of names, ValueError for values that JSON cannot hold and for a GGUF file.
+    """
+    if config_overrides is None:
+        return {}
+    if not isinstance(config_overrides, Mapping) or not all(
+        isinstance(key, str) for key in config_overrides
+    ):
+        raise TypeError(
+            "config_overrides must be a dictionary of keys of config.json, not"
+            f" {config_overrides!r}"
+        )
+    if gguf is not None and config_overrides:
+        raise ValueError(
+            f"config_overrides replaces keys of a config.json; {gguf} is a GGUF file, whose"
+            " metadata say what the model is"
+        )
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(config_overrides)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config_overrides holds a value that JSON cannot: {error}") from None
+    return plain
+
+
+def _override(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Replaces keys of a config.json's content; of a model that also sees images, those that its
+    outer config lacks are keys of the text model.
+    """
+    text = content.get("text_config")
+    for key, value in overrides.items():
+        if isinstance(text, dict) and key not in content:
+            text[key] = value
+        else:
+            content[key] = value
 
 
 # -- checks on the facts, wherever they come from --------------------------------------------------

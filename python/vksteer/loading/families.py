@@ -284,13 +284,6 @@ GEMMA3_OUTER = frozenset(
     }
 )
 
-#: Keys that transformers ignores in one family although another reads them;
-#: released files carry them.
-IGNORED = {
-    "gemma2": frozenset({"hidden_act"}),
-    "gemma3_text": frozenset({"hidden_act", "_sliding_window_pattern"}),
-}
-
 #: Activation names of transformers -> the engine's.
 ACTIVATIONS = {
     "silu": "silu",

@@ -79,11 +79,17 @@ def arguments(file: GGUFFile, d_vocab: int | None) -> dict[str, Any] | None:
         gemma = str(md.get("general.architecture", "")).startswith("gemma")
         backend = (_gemma if gemma else _sentencepiece)(file, tokens, types)
         adds_bos = True
-    template = md.get("tokenizer.chat_template")
+    first = "tokenizer.chat_template"
+    templates = {
+        key[len(first) + 1 :] or "default": value
+        for key, value in md.items()
+        if (key == first or key.startswith(first + ".")) and isinstance(value, str) and value
+    }
     return {
         "backend": backend,
         "special": special,
-        "chat_template": template if isinstance(template, str) and template else None,
+        "chat_template": templates.get("default"),
+        "named_templates": templates,
         "add_bos": bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)),
         "eos_ids": end_tokens(md),
     }

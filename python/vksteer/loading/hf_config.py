@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import ModelError
 from . import rope as rotation
-from .families import ACTIVATIONS, FAMILIES, GEMMA3_OUTER, HARMLESS, IGNORED, ROPE_KEYS, Family
+from .checkpoint_kinds import QUANTISATION_KEYS, quantised
+from .families import ACTIVATIONS, FAMILIES, GEMMA3_OUTER, HARMLESS, ROPE_KEYS, Family
+from .ignored_keys import IGNORED, IGNORED_IN_ALL, say_disputed
 
 #: Upper bounds on sizes: well above any released model of these families, low enough that no
 #: product of two overflows 64 bits.
@@ -45,6 +47,10 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     max_positions = get.integer("max_position_embeddings", LIMITS["n_ctx"])
     window = _windows(get, family, n_layers)
     rope, rope_table = _rotations(get, family, window, d_head, max_positions)
+    n_ctx = max_positions
+    if family.local_theta is None:
+        # max_position_embeddings of Gemma 3 holds its scaling already
+        n_ctx = rotation.context(_rope_parameters(config, family), max_positions)
     attention_bias = get.flag("attention_bias")
     gemma = family.gemma
     score_channels = get.number("query_pre_attn_scalar", low=0.0) if gemma else d_head
@@ -59,7 +65,7 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         d_head=d_head,
         d_mlp=get.integer("intermediate_size", LIMITS["d_mlp"]),
         d_vocab=get.integer("vocab_size", LIMITS["d_vocab"]),
-        n_ctx=max_positions,
+        n_ctx=min(n_ctx, LIMITS["n_ctx"]),
         norm_eps=get.number("rms_norm_eps", low=0.0),
         norm_offset=1.0 if gemma else 0.0,
         act=get.activation("hidden_activation" if gemma else "hidden_act"),
@@ -162,7 +168,8 @@ class _Reader:
         self.config, self.defaults = config, family.defaults
 
     def raw(self, key: str) -> Any:
-        return self.config[key] if key in self.config else self.defaults.get(key)
+        # a key that the family does not have is ignored, even where another family reads it
+        return self.config.get(key, self.defaults[key]) if key in self.defaults else None
 
     def optional_integer(self, key: str, limit: int) -> int | None:
         value = self.raw(key)
@@ -204,9 +211,11 @@ class _Reader:
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family, allowed: frozenset[str]) -> None:
-    ignored = IGNORED.get(family.model_type, frozenset())
+    ignored = IGNORED_IN_ALL | IGNORED.get(family.model_type, frozenset())
     for key, value in config.items():
         neutral = value is None or value is False
+        if key == "is_causal":
+            neutral = value in (None, True)
         if key == "partial_rotary_factor":
             neutral = value in (None, 1)
             allowed = allowed - {key}
@@ -215,16 +224,17 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family, allowed: frozense
         ):
             # Gemma 3 in transformers has no soft cap on scores, whatever its config says
             allowed = allowed - {key}
-        if neutral or key in allowed or key in ignored or key in HARMLESS:
+        if neutral or key in allowed or key in HARMLESS:
             continue
-        if key == "quantization_config":
-            raise ModelError(
-                "config key 'quantization_config': quantised safetensors checkpoints are not"
-                " supported; use the unquantised checkpoint or a GGUF file"
-            )
+        if key in ignored:
+            say_disputed(key)
+            continue
+        if key in QUANTISATION_KEYS:
+            raise ModelError(f"config key {key!r}: {quantised(key, value)}")
         raise ModelError(
             f"config key {key!r} = {_short(value)} would change the numbers and is not understood"
-            f" for {family.model_type}"
+            f" for {family.model_type}; if it has no influence, leave it out with"
+            f" config_overrides={{{key!r}: None}}"
         )
 
 

@@ -8,20 +8,23 @@ they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.json_files import read_json
+from ..base.lfs import lfs_pointer
 from ..base.types import Array, PathLike
 from ..errors import ModelError
 from . import dtypes
-from .config import CONFIG_BYTES, Config
+from .checkpoint_kinds import without_config
+from .config import CONFIG_BYTES, Config, check_overrides
 from .hf_config import token_ids
 from .locate import MODEL_PATTERNS, is_gguf, locate, only_gguf
+from .stored_tensors import DTYPES as STORED_DTYPES
 
 if TYPE_CHECKING:
     from .gguf_file import GGUFFile, GGUFTensor
@@ -79,14 +82,23 @@ class ModelFiles:
         """
         return tuple(dict.fromkeys(self.generation_eos + self.config.eos_ids))
 
-    def tokenizer(self) -> Tokenizer | None:
-        """A `tokenizer.Tokenizer`, or None for a folder without one."""
+    def tokenizer(self, template_options: Mapping[str, Any] | None = None) -> Tokenizer | None:
+        """A `tokenizer.Tokenizer`, or None for a folder without one. template_options: as in
+        `Model.from_pretrained`.
+        """
         from .tokenizer import Tokenizer
 
         if self.gguf is not None:
-            return Tokenizer.from_gguf(self.gguf, d_vocab=self.config.d_vocab)
+            return Tokenizer.from_gguf(
+                self.gguf, d_vocab=self.config.d_vocab, template_options=template_options
+            )
         assert self.folder is not None  # there is a folder or a GGUF file
-        return Tokenizer.from_folder(self.folder, eos_ids=self.eos_ids, bos_id=self.config.bos_id)
+        return Tokenizer.from_folder(
+            self.folder,
+            eos_ids=self.eos_ids,
+            bos_id=self.config.bos_id,
+            template_options=template_options,
+        )
 
     def close(self) -> None:
         """Releases the mapped GGUF file, if any."""
@@ -94,8 +106,16 @@ class ModelFiles:
             self.gguf.close()
 
 
-def open_model(source: PathLike, *, dtype: str = "auto", revision: str | None = None) -> ModelFiles:
+def open_model(
+    source: PathLike,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> ModelFiles:
     """Finds and checks a model's files.
+
+    config_overrides: keys of config.json to replace (`Model.from_pretrained`).
 
     dtype: "auto" keeps what is stored and makes bfloat16 of quantised matrices; "float32",
     "bfloat16", "float16" convert matrices on the way (vectors, that is gains and biases, stay as
@@ -107,30 +127,32 @@ def open_model(source: PathLike, *, dtype: str = "auto", revision: str | None = 
     if path.is_dir() and not (path / "config.json").exists():
         only = only_gguf(path)
         if only is None:
-            raise ModelError(
-                f"{path} has no config.json"
-                + (" and more than one .gguf file: name one" if list(path.glob("*.gguf")) else "")
-            )
+            raise ModelError(without_config(path))
         path = only
     if path.is_file() and is_gguf(path):
+        check_overrides(config_overrides, path)
         return _open_gguf(path, dtype)
     if not path.is_dir():
         raise ModelError(
             f"{path} is a configuration alone, without weights; Config.from_pretrained reads it, or"
             " name its folder"
         )
-    return _open_folder(path, dtype)
+    return _open_folder(path, dtype, config_overrides)
 
 
-def _open_folder(folder: Path, dtype: str) -> ModelFiles:
+def _open_folder(
+    folder: Path, dtype: str, config_overrides: Mapping[str, Any] | None = None
+) -> ModelFiles:
     from . import safetensors_files as st
+    from . import tied_tensors
 
-    config = Config.from_json(folder / "config.json")
+    config = Config.from_json(folder / "config.json", config_overrides=config_overrides)
     paths, stored = st.read_checkpoint(folder)
+    config, stored = tied_tensors.settle(config, paths, stored)
     matched, extra = st.match(config, paths, stored)
     entries = [
         _mapped_entry(
-            name, st.DTYPES[t.dtype], t.shape, paths[t.file], t.file, t.offset, t.nbytes, dtype
+            name, STORED_DTYPES[t.dtype], t.shape, paths[t.file], t.file, t.offset, t.nbytes, dtype
         )
         for name, t in matched.items()
     ]
@@ -188,6 +210,9 @@ def _open_gguf(path: Path, dtype: str) -> ModelFiles:
     from .gguf_parts import open_gguf
     from .tensor_names import engine_tensors, gguf_name
 
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise ModelError(pointer)
     file = open_gguf(path)
     try:
         config = Config.from_gguf(file)

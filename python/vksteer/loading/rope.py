@@ -16,6 +16,7 @@ import numpy as np
 
 from ..base.types import Array, Float64Array
 from ..errors import ModelError
+from .ignored_keys import IGNORED_IN_ROPE, say_disputed
 
 
 class RopeTable(NamedTuple):
@@ -44,6 +45,9 @@ UNDERSTOOD: dict[str, tuple[str, ...]] = {
         "truncate",
     ),
 }
+
+#: What other rope types read; transformers ignores it where the type does not.
+UNREAD_FACTORS = frozenset(key for keys in UNDERSTOOD.values() for key in keys) - {"factor"}
 
 REFUSED = {
     "longrope": (
@@ -90,6 +94,21 @@ def table(
     if kind == "linear":
         return _frozen(inv_freq / factor, 1.0)
     return _frozen(_llama3(parameters, inv_freq, factor, max_positions), 1.0)
+
+
+def context(parameters: Mapping[str, Any], max_positions: int) -> int:
+    """The longest context in tokens: `max_positions` (max_position_embeddings), or the scaling's
+    factor times the original length where that is longer.
+
+    Recipes that add a scaling to a config.json leave max_position_embeddings at the original
+    length, which is what transformers takes for the original length where none is written. The
+    other types keep max_positions: "dynamic" changes every rotation beyond it.
+    """
+    if rope_type(parameters) not in ("linear", "yarn", "llama3"):
+        return max_positions
+    original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
+    factor = _number(parameters, "factor", max_positions / original, low=0.0, strict=True)
+    return max(max_positions, int(min(factor * original, 1e12)))
 
 
 def divided(rope: RopeTable, factors: Array) -> RopeTable:
@@ -167,6 +186,10 @@ def _yarn(
 def _refuse_unread(kind: str, parameters: Mapping[str, Any]) -> None:
     read = (*UNDERSTOOD[kind], "rope_theta", "rope_type", "type")
     for key, value in parameters.items():
+        if key in IGNORED_IN_ROPE or (key in UNREAD_FACTORS and key not in read):
+            if value is not None:
+                say_disputed(key)
+            continue
         neutral = (
             value is None
             or value is False
@@ -175,7 +198,8 @@ def _refuse_unread(kind: str, parameters: Mapping[str, Any]) -> None:
         if key not in read and not neutral:
             raise ModelError(
                 f"rope key {key!r} = {value!r} would change the numbers and is not understood for"
-                f" rope type {kind!r}"
+                f" rope type {kind!r}; give the entry that is meant with config_overrides="
+                "{'rope_scaling': {...}}"
             )
 
 

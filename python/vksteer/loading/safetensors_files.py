@@ -12,13 +12,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..base.json_files import parse_json, read_json
+from ..base.lfs import lfs_pointer
 from ..base.types import PathLike
 from ..errors import ModelError
+from .checkpoint_kinds import missing_shards, refuse_tensors, without_weights
 from .config import Config
-from .tensor_names import HARMLESS_LAYER_TENSOR, HF_PREFIXES, HF_UNEMBED, engine_tensors, hf_name
+from .stored_tensors import DTYPES, Stored
+from .tensor_names import HARMLESS_LAYER_TENSOR, engine_tensors, hf_name
+from .tied_tensors import UNTIED_WITHOUT_UNEMBED, is_tied_name, text_prefix, unembed_name
 
 HEADER_BYTES = 100 << 20  # the format's own limit
 INDEX_BYTES = 100 << 20
@@ -52,18 +56,6 @@ BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
-#: dtypes that the engine holds
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-class Stored(NamedTuple):
-    """A tensor as a file's header describes it, checked against the file."""
-
-    file: int  # index into the list of paths
-    dtype: str  # safetensors' name
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-    nbytes: int
 
 
 def read_header(path: PathLike, file: int = 0) -> dict[str, Stored]:
@@ -71,6 +63,9 @@ def read_header(path: PathLike, file: int = 0) -> dict[str, Stored]:
     anything that is not exactly right.
     """
     path = Path(path)
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise ModelError(pointer)
     try:
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -165,16 +160,7 @@ def read_checkpoint(folder: PathLike) -> tuple[list[Path], dict[str, Stored]]:
         return [single], read_header(single)
     if index.exists():
         return _read_shards(folder, index)
-    pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
-    hint = (
-        f"; {pickled[0]} is a pickle, which can run code and is never read: convert it to"
-        " safetensors"
-        if pickled
-        else ""
-    )
-    raise ModelError(
-        f"{folder} has no model.safetensors, model.safetensors.index.json or .gguf file{hint}"
-    )
+    raise ModelError(without_weights(folder))
 
 
 def _read_shards(folder: Path, index: Path) -> tuple[list[Path], dict[str, Stored]]:
@@ -195,12 +181,13 @@ def _read_shards(folder: Path, index: Path) -> tuple[list[Path], dict[str, Store
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
         raise ModelError(f"{index}: {len(names):,} shards are more than any model has")
+    missing = missing_shards(index, names)
+    if missing is not None:
+        raise ModelError(missing)
     paths: list[Path] = []
     tensors: dict[str, Stored] = {}
     for i, name in enumerate(names):
         path = folder / name
-        if not path.exists():
-            raise ModelError(f"{index}: the shard {name!r} is missing")
         for tensor, stored in read_header(path, i).items():
             if tensor in tensors:
                 raise ModelError(
@@ -209,6 +196,8 @@ def _read_shards(folder: Path, index: Path) -> tuple[list[Path], dict[str, Store
             tensors[tensor] = stored
         paths.append(path)
     for tensor, name in weight_map.items():
+        if tensor not in tensors and is_tied_name(tensor):
+            continue  # tied tensors may be stored under one of their two names: `tied_tensors`
         if tensor not in tensors:
             raise ModelError(
                 f"{index}: tensor {tensor[:200]!r} is not in {name!r}, nor in any shard"
@@ -228,24 +217,16 @@ def match(
     missing tensor, a shape that contradicts the config, a dtype that the engine does not hold, and
     weights inside the layers that this architecture does not have.
     """
-    prefixes = [p for p in HF_PREFIXES if p + "embed_tokens.weight" in tensors]
-    if len(prefixes) != 1:
-        found = (
-            ", ".join(repr(p + "embed_tokens.weight") for p in prefixes) or "none of them is there"
-        )
-        raise ModelError(
-            f"{paths[0].parent}: expected exactly one of"
-            f" {', '.join(repr(p + 'embed_tokens.weight') for p in HF_PREFIXES)}; found: {found}"
-        )
-    prefix = prefixes[0]
-    unembed = next((n for n in HF_UNEMBED if n in tensors), HF_UNEMBED[0])
+    refuse_tensors(str(paths[0].parent), tensors)
+    prefix, unembed = text_prefix(paths[0].parent, tensors), unembed_name(tensors)
     result: dict[str, Stored] = {}
     used: set[str] = set()
     for name, shape in engine_tensors(config):
         hf = hf_name(name, config, prefix, unembed)
         stored = tensors.get(hf)
         if stored is None:
-            raise ModelError(f"{paths[0].parent}: tensor {hf!r} is missing")
+            hint = UNTIED_WITHOUT_UNEMBED if name == "unembed" else ""
+            raise ModelError(f"{paths[0].parent}: tensor {hf!r} is missing{hint}")
         where = f"{paths[stored.file]}: tensor {hf!r}"
         if stored.dtype not in DTYPES:
             raise ModelError(
@@ -273,26 +254,4 @@ def match(
             f"{paths[tensors[stray].file]}: tensor {stray[:200]!r} belongs to no part of a"
             f" {config.architecture} with this config; ignoring it would change the numbers"
         )
-    if config.tied and unembed in tensors:
-        _check_tied(paths, tensors, prefix + "embed_tokens.weight", unembed)
     return result, extra
-
-
-def _check_tied(paths: list[Path], tensors: Mapping[str, Stored], embed: str, unembed: str) -> None:
-    """A tied model's file may hold the unembedding; its bytes must be the embedding's."""
-    a, b = tensors[embed], tensors[unembed]
-    same = a.dtype == b.dtype and a.shape == b.shape
-    if same:
-        with open(paths[a.file], "rb") as first, open(paths[b.file], "rb") as second:
-            first.seek(a.offset)
-            second.seek(b.offset)
-            left = a.nbytes
-            while left and same:
-                step = min(left, 4 << 20)
-                same = first.read(step) == second.read(step)
-                left -= step
-    if not same:
-        raise ModelError(
-            f"{paths[b.file]}: the config ties the unembedding to the embedding, but {unembed!r}"
-            f" differs from {embed!r}"
-        )

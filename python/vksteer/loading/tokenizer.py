@@ -10,33 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..base.checks import is_int
 from ..base.types import PathLike
-from .chat_template import DEFAULT_DATE, render
-from .tokenizer_files import (
-    add_missing_tokens,
-    folder_template,
-    load_backend,
-    optional_json,
-    token_text,
-)
+from .added_tokens import add_declared_tokens, declared_add_bos, optional_json
+from .chat_template import DEFAULT_DATE, as_parts, check_options, holds, render, warn_unread
+from .prompt_rows import prompt_list, refuse_surrogates
+from .tokenizer_files import folder_templates, load_backend
 
 if TYPE_CHECKING:
     import tokenizers
 
     from .gguf_file import GGUFFile
-
-_SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 #: Instructions and answers that end in different kinds of characters: what follows all of them
 #: belongs to the template.
@@ -47,7 +30,9 @@ class Tokenizer:
     """A model's tokenizer.
 
     Attributes: backend (tokenizers.Tokenizer), special {name: text} ("bos_token", ...), bos_id (int
-    or None), add_bos (whether plain texts begin with BOS), chat_template (jinja2 text or None).
+    or None), add_bos (whether plain texts begin with BOS), chat_template (jinja2 text or None),
+    named_templates {name: jinja2 text}, template_options (variables that every rendering of a
+    prompt passes to the template).
     """
 
     def __init__(
@@ -58,13 +43,19 @@ class Tokenizer:
         chat_template: str | None = None,
         add_bos: bool | None = None,
         eos_ids: Iterable[int] = (),
+        named_templates: Mapping[str, str] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """add_bos None: as the post-processor of `backend` does."""
+        """add_bos None: as the post-processor of `backend` does. template_options: as in
+        `Model.from_pretrained`; ValueError where there is no chat template to read them.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.special = dict(special or {})
-        self.chat_template = chat_template
+        self.named_templates = dict(named_templates or {})
+        self.template_options = check_options(template_options)
+        self.chat_template = self._chosen_template(chat_template)
         self.bos_id = self._id_of("bos_token")
         if add_bos is None:
             begins = backend.encode("", add_special_tokens=True).ids[:1]
@@ -76,13 +67,19 @@ class Tokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: PathLike, *, eos_ids: Iterable[int] = (), bos_id: int | None = None
+        cls,
+        folder: PathLike,
+        *,
+        eos_ids: Iterable[int] = (),
+        bos_id: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Tokenizer | None:
-        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and
-        chat_template.jinja of a folder; None without the first.
+        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json
+        and chat_template.jinja of a folder; None without the first.
 
         eos_ids, bos_id: what config.json and generation_config.json say; bos_id is used where no
-        file names the BOS token. Raises ModelError for files that cannot be read.
+        file names the BOS token. template_options: as in `Model.from_pretrained`. Raises ModelError
+        for files that cannot be read.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -90,31 +87,33 @@ class Tokenizer:
             return None
         backend = load_backend(path)
         settings = optional_json(folder / "tokenizer_config.json")
-        add_missing_tokens(backend, settings, folder / "tokenizer_config.json")
+        special = add_declared_tokens(backend, folder, settings).texts
         listed = optional_json(folder / "special_tokens_map.json")
-        special = {}
-        for name in _SPECIAL_NAMES:
-            text = (
-                token_text(settings.get(name)) if name in settings else token_text(listed.get(name))
-            )
-            if text is not None:
-                special[name] = text
         if "bos_token" not in settings and "bos_token" not in listed and bos_id is not None:
             text = backend.id_to_token(bos_id)
             if text is not None:
                 special["bos_token"] = text
-        add_bos = settings.get("add_bos_token")
+        templates = folder_templates(folder, settings)
         return cls(
             backend,
             special=special,
-            chat_template=folder_template(folder, settings),
-            add_bos=add_bos if isinstance(add_bos, bool) else None,
+            chat_template=templates.get("default"),
+            add_bos=declared_add_bos(backend, folder, settings, special.get("bos_token")),
             eos_ids=eos_ids,
+            named_templates=templates,
+            template_options=template_options,
         )
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile, *, d_vocab: int | None = None) -> Tokenizer | None:
+    def from_gguf(
+        cls,
+        file: GGUFFile,
+        *,
+        d_vocab: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Tokenizer | None:
         """From the metadata of an open GGUFFile. d_vocab: the embedding's rows, to check against.
+        template_options: as in `Model.from_pretrained`.
 
         None where the file carries no vocabulary, and with a warning where it names a kind of
         tokenizer or a pre-tokenizer that is not known.
@@ -123,15 +122,16 @@ class Tokenizer:
         from . import gguf_tokenizer
 
         arguments = gguf_tokenizer.arguments(file, d_vocab)
-        return None if arguments is None else cls(**arguments)
+        return None if arguments is None else cls(**arguments, template_options=template_options)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over vocabulary, rules and template: tells whether two models read the same
-        text as the same tokens.
+        """A hash over vocabulary, rules, template and its options: tells whether two models read
+        the same text as the same tokens.
         """
+        options = repr(sorted(self.template_options.items())) if self.template_options else ""
         return hashlib.sha256(
-            (self.backend.to_str() + repr(self.chat_template)).encode()
+            (self.backend.to_str() + repr(self.chat_template) + options).encode()
         ).hexdigest()[:16]
 
     # ---- plain text ----
@@ -215,24 +215,82 @@ class Tokenizer:
         date: str = DEFAULT_DATE,
         **variables: Any,
     ) -> str:
-        """The conversation as the template's text. messages: [{"role": ..., "content": ...}];
-        variables: anything else the template reads.
+        """The conversation as the template's text. messages: [{"role": ..., "content": ...}], given
+        to the template as lists of content parts where it leaves texts out; variables: anything
+        else the template reads, in place of those of template_options.
 
         ValueError for a model without a template.
         """
-        if self.chat_template is None:
-            raise ValueError(
-                "this model has no chat template (a base model, or files without one), so a str"
-                " cannot be taken as an instruction: pass token lists, for example"
-                " model.tokenizer.encode(text)"
-            )
+        if self._content_parts:
+            messages = as_parts(messages)
+        return self._rendered(messages, add_generation_prompt, date, variables)
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        date: str,
+        variables: Mapping[str, Any],
+    ) -> str:
+        template = self.chat_template
+        if template is None:
+            raise ValueError(self._no_template())
+        options = {k: v for k, v in self.template_options.items() if k != "chat_template"}
         return render(
-            self.chat_template,
+            template,
             messages,
             add_generation_prompt=add_generation_prompt,
             date=date,
-            variables={**self.special, **variables},
+            variables={**self.special, **options, **variables},
         )
+
+    def _no_template(self) -> str:
+        if self.named_templates:
+            names = list(self.named_templates)
+            return (
+                "this model has several chat templates and none is named 'default':"
+                f" {', '.join(map(repr, names))}; choose one with"
+                f" template_options={{'chat_template': {names[0]!r}}}"
+            )
+        return (
+            "this model has no chat template (a base model, or files without one), so a str"
+            " cannot be taken as an instruction: pass token lists, for example"
+            " model.tokenizer.encode(text)"
+        )
+
+    def _chosen_template(self, default: str | None) -> str | None:
+        """The template that template_options names, or the default one."""
+        name = self.template_options.get("chat_template")
+        if name is not None:
+            if name not in self.named_templates:
+                raise ValueError(
+                    f"template_options: there is no chat template {name!r}; there are"
+                    f" {', '.join(map(repr, self.named_templates)) or 'none'}"
+                )
+            default = self.named_templates[name]
+        if self.template_options:
+            if default is None:
+                self.chat_template = None
+                raise ValueError(f"template_options has no effect: {self._no_template()}")
+            warn_unread(default, self.template_options)
+        return default
+
+    @cached_property
+    def _content_parts(self) -> bool:
+        """Whether the template reads messages as lists of parts: with a text it leaves the
+        instruction out, with parts it does not.
+        """
+        if self.chat_template is None:
+            return False
+        messages = [{"role": "user", "content": _PROBES[0]}]
+        for parts in (False, True):
+            try:
+                given = as_parts(messages) if parts else messages
+                if holds(self._rendered(given, True, DEFAULT_DATE, {}), _PROBES[0]):
+                    return parts
+            except ValueError:  # the template's own refusal
+                continue
+        return False
 
     def chat_tokens(
         self,
@@ -329,6 +387,7 @@ class Tokenizer:
     # ---- inside ----
 
     def _ids(self, text: str) -> list[int]:
+        refuse_surrogates(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def _id_of(self, name: str) -> int | None:
@@ -339,7 +398,18 @@ class Tokenizer:
     ) -> list[int]:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": text})
-        return self._ids(self.render(messages, date=date, **variables))
+        for message in messages:
+            refuse_surrogates(message["content"])
+        rendered = self.render(messages, date=date, **variables)
+        for message in messages:
+            if not holds(rendered, message["content"]):
+                what = "instruction" if message["role"] == "user" else "system message"
+                raise ValueError(
+                    f"the model's chat template leaves the {what} out: of"
+                    f" {_short(message['content'])} it makes {_short(rendered)}. Render the prompt"
+                    " yourself and pass token lists: model.tokenizer.encode(text)"
+                )
+        return self._ids(rendered)
 
     @staticmethod
     def _common_suffix(lists: list[list[int]]) -> tuple[int, ...]:
@@ -387,49 +457,6 @@ class StreamingDecoder:
         return rest
 
 
-def prompt_list(prompts: Any) -> list[str | list[int]]:
-    """One prompt or several, as a list whose items are str or lists of int.
-
-    Raises TypeError and ValueError that say which item is wrong.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, (Sequence, np.ndarray)):
-        raise TypeError(
-            "prompts must be a str, a list of ints, or a list of these; got"
-            f" {type(prompts).__name__}"
-        )
-    if isinstance(prompts, np.ndarray) and prompts.dtype != object:
-        if prompts.ndim == 1 and prompts.dtype.kind in "iu":
-            return [_token_list(prompts, "the prompt")]
-        if prompts.ndim == 2 and prompts.dtype.kind in "iu":
-            return [_token_list(row, f"prompt {i}") for i, row in enumerate(prompts)]
-        if prompts.dtype.kind != "U":
-            raise TypeError(
-                f"an array of prompts must hold ints of one or two dimensions, got {prompts.dtype}"
-                f" {prompts.shape}"
-            )
-        prompts = prompts.tolist()
-    items = list(prompts)
-    if not items:
-        raise ValueError("no prompts: pass at least one")
-    if all(map(is_int, items)):
-        return [_token_list(items, "the prompt")]
-    return [
-        item if isinstance(item, str) else _token_list(item, f"prompt {i}")
-        for i, item in enumerate(items)
-    ]
-
-
-def _token_list(item: Any, what: str) -> list[int]:
-    if isinstance(item, (bytes, str, Mapping)) or not isinstance(item, (Sequence, np.ndarray)):
-        raise TypeError(f"{what} must be a str or a list of token ids, got {type(item).__name__}")
-    values = item.tolist() if isinstance(item, np.ndarray) else list(item)
-    if not values:
-        raise ValueError(f"{what} is empty")
-    bad = next((v for v in values if not is_int(v)), None)
-    if bad is not None:
-        raise TypeError(f"{what} holds {bad!r}, which is not a token id")
-    if min(values) < 0:
-        raise ValueError(f"{what} holds {min(values)}, which is not a token id")
-    return [int(v) for v in values]
+def _short(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 160 else shown[:157] + "..."

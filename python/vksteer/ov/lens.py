@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _engine
+from ..base.arrays import as_numpy
 from ..base.checks import require_int
 from ..base.progress import Progress
 from ..base.types import Array, Float32Array, PathLike
@@ -221,6 +222,7 @@ def _array(vectors: Any, width: int) -> tuple[Float32Array, list[list[str]] | No
     ):
         names = [[v.method or f"vector {i}" for i, v in enumerate(vectors)]]
         vectors = [v.direction for v in vectors]
+    vectors = as_numpy(vectors)
     if isinstance(vectors, (list, tuple)):
         widths = sorted({np.shape(v)[-1] if np.ndim(v) else 1 for v in vectors})
         if len(widths) > 1:

@@ -17,6 +17,8 @@ from ..base.progress import Progress
 from ..base.store import Store
 from ..base.types import Float32Array, PathLike, ProgressLike
 from ..inputs.samples import check_samples, check_steering, samples_hash
+from ..runtime import finite
+from ..runtime.edits import Steer
 from .attribution_layout import Layout, group_samples, layout
 from .attribution_pooling import SampleScores, pool
 from .attribution_runs import AttributionRuns, Settings
@@ -106,6 +108,7 @@ def _attribute(
             new = dict(zip(group, runs.group(part, inputs, bar.step), strict=True))
             found.update(new)
             for i, result in new.items():
+                _check_finite(model, samples[i], i, vector, coefficient, result)
                 store.put(str(i), result)
     return pool(
         runs.graph,
@@ -116,6 +119,33 @@ def _attribute(
         per_sample,
         (runs.dims_rows, model.config.d_model),
     )
+
+
+def _check_finite(
+    model: Model,
+    sample: Sample,
+    index: int,
+    vector: SteeringVector,
+    coefficient: float,
+    result: SampleScores,
+) -> None:
+    """Raises ValueError where a sample's scores hold NaN or infinity, with the layer and site of
+    the steered run where that begins. Scores that are all zero are examined, too: an overflow in a
+    norm makes its output zero.
+    """
+    if result is None:
+        return
+    scores = [np.asarray(x) for x in result[1:]]
+    good = all(map(finite.all_finite, scores))
+    if good and any(x.any() for x in scores):
+        return
+    n = len(sample.prompt_tokens)
+    why = finite.explain(model, sample.tokens, n, [Steer(vector, coefficient)], None)
+    if why is not None or not good:
+        raise ValueError(
+            f"samples[{index}]: scores are not finite;"
+            f" {why or 'base and steered run are finite, so the gradients overflow float32'}"
+        )
 
 
 def _announcement(plan: Layout, lengths: Sequence[int], steps: int) -> str:

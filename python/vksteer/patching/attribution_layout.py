@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .memory_plan import layouts, metric_bytes
+from .memory_plan import LOGITS, layouts
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -56,7 +56,7 @@ def layout(
         capacity = max(step_tokens, 2 * max(sample_tokens, longest))
         needed = engine.attribution_bytes(
             model._engine, capacity, step_tokens, layer, sample_tokens, steps, normed, inside
-        ) + (metric_bytes(model.config, step_tokens) if distributions else 0)
+        ) + (LOGITS if distributions else 0)
         if needed <= budget:
             return Layout(capacity, step_tokens, sample_tokens, inside, needed)
     raise ValueError(

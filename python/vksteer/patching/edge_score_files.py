@@ -19,7 +19,8 @@ from ..base.types import Array, PathLike
 from ..base.whole_files import write_whole
 from ..circuits.graph import Graph
 from ..errors import ModelError
-from ..loading.safetensors_files import HEADER_BYTES, Stored, read_header
+from ..loading.safetensors_files import HEADER_BYTES, read_header
+from ..loading.stored_tensors import Stored
 
 if TYPE_CHECKING:
     from .edge_scores import EdgeScores

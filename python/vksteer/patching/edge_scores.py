@@ -405,7 +405,16 @@ class EdgeScores:
 
 
 #: Of provenance: what must agree for scores to be combined, and what a circuit keeps.
-_IDENTITY = ("model", "architecture", "model_hash", "vector_hash", "layer", "coefficient")
+_IDENTITY = (
+    "model",
+    "architecture",
+    "model_hash",
+    "config_overrides",
+    "template_options",
+    "vector_hash",
+    "layer",
+    "coefficient",
+)
 #: Settings that belong to the samples.
 _OF_SAMPLES = {"samples_hash", "n_samples", "dropped", "left_out"}
 

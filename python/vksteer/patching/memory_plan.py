@@ -52,8 +52,8 @@ SCRATCH, PICKS, PICKED_ROWS = (
 MIB = 1 << 20
 #: row_stride(width): floats from one row of the device's arrays to the next.
 row_stride = _engine.row_stride
-#: Bytes of one run's logits that a metric computes at once.
-METRIC_LOGITS = _engine.constants["METRIC_LOGITS_BYTES"]
+#: Rows of logits of three runs, which the two KL metrics need (csrc/run/metric.c).
+LOGITS = 3 * (24 << 20)
 
 
 def memory_bytes(value: object, what: str = "max_memory") -> int | None:
@@ -214,12 +214,13 @@ def plan(
     g, limit = graph(c, layer), memory_bytes(max_memory)
     S, R, T = _check_sizes(c, positions, response, steps)
     _check_options(dims, at, metric, weight_bytes)
+    logits = LOGITS if metric != "logit_diff" else 0
     for step_tokens, sample_tokens, kept in layouts(S, T):
         capacity = max(step_tokens, 2 * max(sample_tokens, S))
         working, tape, accumulators, contracted = memory_parts(
             c, capacity, step_tokens, g.layer, sample_tokens, T, at == "normed", kept
         )
-        working += metric_bytes(c, step_tokens) if metric != "logit_diff" else 0
+        working += logits
         if limit is None or working + tape + accumulators + contracted <= limit:
             break
     mode = "kept" if kept else "recomputed"
@@ -247,14 +248,6 @@ def plan(
         backward=backward,
         contraction=contraction_operations(c, g, S, T, at),
     )
-
-
-def metric_bytes(c: Config, n_tokens: int) -> int:
-    """Most bytes of logits that the two KL metrics of at most n_tokens tokens need: rows of three
-    runs, for as many tokens as csrc/run/metric.c takes at once.
-    """
-    row = FLOAT * row_stride(c.d_vocab)
-    return 3 * row * min(n_tokens, max(16, METRIC_LOGITS // row))
 
 
 def _check_sizes(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..base.arrays import as_numpy
 from ..base.types import Array, Float64Array, IntArray
 
 
@@ -49,7 +50,7 @@ def combine(tables: Sequence[Array] | Array, weights: npt.ArrayLike) -> Float64A
 def checked_array(
     values: npt.ArrayLike, what: str, shape: Sequence[int | None], dtype: npt.DTypeLike = np.float64
 ) -> Array:
-    array = np.array(values, dtype=dtype, order="C")
+    array = np.array(as_numpy(values), dtype=dtype, order="C")
     if array.shape != tuple(shape):
         raise ValueError(f"{what} must have the shape {list(shape)}, not {list(array.shape)}")
     bad = np.argwhere(~np.isfinite(array))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _engine as extension
+from ..base.arrays import as_float32
 from ..base.checks import is_int, require_int
 from ..base.types import Array, Float32Array, IntArray
 from .edits import ABLATION_SITES, Ablate, Add, MeanAblate, Scale, Set, Steer
@@ -235,7 +236,7 @@ class EditCompiler:
     ) -> None:
         name = type(edit).__name__
         try:
-            values = np.asarray(values, dtype=np.float32)
+            values = as_float32(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} at {edit.site}: values must be numbers: {error}") from None
         if not np.isfinite(values).all():
@@ -244,7 +245,7 @@ class EditCompiler:
             self._record(site, row, kind, edit.positions, edit.heads, values, 1.0)
 
     def _vector(self, vector: Any, what: str) -> Float32Array:
-        direction = np.asarray(getattr(vector, "direction", vector), dtype=np.float32)
+        direction = as_float32(getattr(vector, "direction", vector))
         width = self.model.config.d_model
         if what == "Steer" and not hasattr(vector, "layer"):
             raise TypeError(

@@ -15,6 +15,7 @@ import numpy as np
 from ..base.checks import require_int
 from ..base.progress import Progress
 from ..base.types import Float32Array, Int32Array, ProgressLike, UInt32Array
+from . import finite
 from .batch import Batch, check_freeze_spec, steering_of
 from .edit_compiler import per_row
 from .run import check_tokens
@@ -31,7 +32,7 @@ OnToken: TypeAlias = Callable[[int, int, str], object]
 class Generation:
     """One row's answer.
 
-    text: decoded new tokens without special ones, a stop string cut off ("" without a
+    text: decoded new tokens without special ones, cut off before a stop string ("" without a
     tokenizer). tokens: int32 [n], new tokens only, an end token included. finish_reason: "stop"
     (end token or stop string) or "length". prompt_tokens: int32. captured: {site: float32 [n,
     ...]}, the site at each new token.
@@ -98,12 +99,22 @@ class Sampling:
 class _Row:
     """One prompt and its new tokens."""
 
-    def __init__(self, model: Model, index: int, prompt: list[int], request: Request) -> None:
-        self.index, self.prompt, self.request = index, prompt, request
+    def __init__(
+        self,
+        model: Model,
+        index: int,
+        prompt: list[int],
+        request: Request,
+        edits: Sequence[Any] = (),
+    ) -> None:
+        self.index, self.prompt, self.request, self.edits = index, prompt, request, edits
         self.tokens: list[int] = []
         self.random = request.sampling.generator(index)
-        self.stream = model.tokenizer.stream() if model.tokenizer is not None else None
-        self.text = ""
+        self.tokenizer = model.tokenizer
+        self.stream = None if self.tokenizer is None else self.tokenizer.stream()
+        # stop strings may hold special tokens, which `text` leaves out
+        self.searched = self.tokenizer.stream(False) if self.tokenizer and request.stops else None
+        self.text = self.whole_text = ""
         self.reason: str | None = None  # set when the row has ended
         self.cut = False  # a stop string has been cut off
         self.captured: list[dict[str, Float32Array]] = []
@@ -114,6 +125,8 @@ class _Row:
         self.tokens.append(token)
         piece = self.stream.push(token) if self.stream else ""
         self.text += piece
+        if self.searched:
+            self.whole_text += self.searched.push(token)
         if (not request.ignore_eos and token in request.eos_ids) or (
             request.stops and self._stopped()
         ):
@@ -123,11 +136,25 @@ class _Row:
         return piece
 
     def _stopped(self) -> bool:
-        # `text` lacks incomplete characters, which cannot be part of a stop string.
-        found = [i for i in (self.text.find(s) for s in self.request.stops) if i >= 0]
+        # `whole_text` lacks incomplete characters, which cannot be part of a stop string.
+        found = [i for i in (self.whole_text.find(s) for s in self.request.stops) if i >= 0]
         if found:
-            self.text, self.cut = self.text[: min(found)], True
+            self.text, self.cut = self._text_before(min(found)), True
         return bool(found)
+
+    def _text_before(self, end: int) -> str:
+        """The new text without special tokens, up to this index of the text with them."""
+        assert self.tokenizer is not None  # stop strings need one
+        decode = self.tokenizer.decode
+        n = len(self.tokens)
+        while n and not (
+            len(before := decode(self.tokens[:n])) <= end and self.whole_text.startswith(before)
+        ):
+            n -= 1
+        rest = self.whole_text[len(decode(self.tokens[:n])) if n else 0 : end]
+        # a stop string may begin inside a special token, whose text is left out
+        partial = "" if self.tokens[n] in self.tokenizer.special_ids else rest
+        return decode(self.tokens[:n], True) + partial
 
     def result(self) -> Generation:
         if self.stream and not self.cut:
@@ -234,7 +261,7 @@ def generate(
     done = []
     with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
         for part in parts:
-            states = [_Row(model, i, rows[i], request) for i in part]
+            states = [_Row(model, i, rows[i], request, rows_edits[i]) for i in part]
             single = circuit is None and len(parts) == 1
             batch = everything if single else batch_of(part, circuit)
             _Decoding(model, batch, states, sites, on_token, bar).run()
@@ -344,11 +371,8 @@ class _Decoding:
         """Picks the next token of each row."""
         for a, row in zip(rows, logits, strict=True):
             state = self.states[a]
-            if not np.isfinite(row).all():
-                raise ValueError(
-                    f"row {state.index}: the logits are not finite after {len(state.tokens)} new"
-                    " tokens; an edit is too strong for this model, or its weights are damaged"
-                )
+            if finite.suspect_row(row[None], ()) is not None:
+                self._refuse(state, bool(np.isfinite(row).all()))
             token = state.request.sampling.pick(row, state.random)
             piece = state.accept(token)
             if self.on_token is not None:
@@ -356,6 +380,21 @@ class _Decoding:
         for state in (self.states[a] for a in rows):
             if state.reason:
                 self.bar.step(state.request.max_new_tokens - len(state.tokens) + 1)
+
+    def _refuse(self, state: _Row, all_zero: bool) -> None:
+        """Raises ValueError for logits or captures that are not finite, with the layer and site
+        where that begins, and the cause. all_zero: finite logits that are all zero; nothing is
+        raised where every site is finite, too.
+        """
+        model, spec = self.batch.model, getattr(self.batch, "freeze_spec", None)
+        row = state.prompt + state.tokens
+        why = finite.explain(model, row, len(state.prompt), state.edits, spec)
+        if why is None and all_zero:
+            return
+        raise ValueError(
+            f"row {state.index}: values are not finite after {len(state.tokens)} new tokens;"
+            f" {why or 'an edit is too strong for this model, or its weights are damaged'}"
+        )
 
     def _step(self, rows: list[int]) -> Float32Array:
         """Runs the newest token of each row, keeps the captures; logits [rows, V] after it."""
@@ -376,6 +415,9 @@ class _Decoding:
             decode=True,
         )
         if self.sites:
+            if not all(finite.all_finite(captured[s.key]) for s in self.sites):
+                bad = finite.suspect_row(None, [captured[s.key] for s in self.sites])
+                self._refuse(states[bad or 0], False)
             for i, state in enumerate(states):
                 state.captured.append({s.name: captured[s.key][i, 0] for s in self.sites})
         return np.asarray(logits)

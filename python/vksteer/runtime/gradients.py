@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _engine as extension
+from ..base.arrays import as_float32
 from ..base.progress import Progress
 from ..base.types import (
     BoolArray,
@@ -25,6 +26,7 @@ from ..base.types import (
     ProgressLike,
     UInt32Array,
 )
+from . import finite
 from .batch import Batch, first_tokens, packed_rows
 from .edit_compiler import RowShape, per_row
 from .edits import Ablate, Add, MeanAblate, Scale, Set
@@ -180,7 +182,7 @@ def row_metric(of: Any, shape: RowShape, vocab: int, row: int) -> RowMetric:
     if isinstance(of, KL):
         at = _positions(of.positions, shape, what)
         order = np.argsort(at)
-        logits = np.asarray(of.reference_logits, np.float32)
+        logits = as_float32(of.reference_logits)
         logits = logits[None] if logits.ndim == 1 else logits
         if logits.shape != (len(at), vocab):
             raise ValueError(
@@ -374,17 +376,8 @@ def gradients(
     lengths = [len(r) for r in rows]
     rows_edits, shared = per_row(edits, len(rows))
     check_edits(model, rows_edits)
-    scalars = list(of) if isinstance(of, (list, tuple)) else [of] * len(rows)
-    if len(scalars) != len(rows):
-        raise ValueError(
-            f"{len(scalars)} scalars for {len(rows)} rows: give one for all, or one a row"
-        )
-    c = model.config
-    metrics = [
-        row_metric(s, RowShape(p, t), c.d_vocab, i)
-        for i, (s, p, t) in enumerate(zip(scalars, prompt_lengths, lengths))
-    ]
-    stop_layer = min(_site_layer(s, c.n_layers) for s in sites)
+    metrics = _row_metrics(of, prompt_lengths, lengths, model.config.d_vocab)
+    stop_layer = min(_site_layer(s, model.config.n_layers) for s in sites)
     n_columns = max(lengths)
     arrays: dict[tuple[int, int], Float32Array] = {}
     values = np.zeros(len(rows))
@@ -411,8 +404,74 @@ def gradients(
                     arrays[key] = np.zeros((len(rows), *array.shape[1:]), np.float32)
                 arrays[key][group] = array
             bar.step()
+    for b, metric in enumerate(metrics):
+        row_arrays = [array[b] for array in arrays.values()]
+        result = row_arrays, float(values[b])
+        _check_finite(model, b, rows[b], prompt_lengths[b], rows_edits[b], metric, *result)
     tokens, mask = left_padded(rows)
     return Gradients(values, tokens, mask, {s.name: arrays[s.key] for s in sites})
+
+
+def _row_metrics(
+    of: Any, prompt_lengths: Sequence[int], lengths: Sequence[int], vocab: int
+) -> list[RowMetric]:
+    """The metric of each row, from one scalar for all or one a row."""
+    scalars = list(of) if isinstance(of, (list, tuple)) else [of] * len(lengths)
+    if len(scalars) != len(lengths):
+        raise ValueError(
+            f"{len(scalars)} scalars for {len(lengths)} rows: give one for all, or one a row"
+        )
+    return [
+        row_metric(s, RowShape(p, t), vocab, i)
+        for i, (s, p, t) in enumerate(zip(scalars, prompt_lengths, lengths))
+    ]
+
+
+def _check_finite(
+    model: Model,
+    b: int,
+    row: Sequence[int],
+    prompt_length: int,
+    edits: Sequence[Edit],
+    metric: RowMetric,
+    arrays: Sequence[Float32Array],
+    value: float,
+) -> None:
+    """Raises ValueError where a row's scalar or gradients are not finite, saying where that begins.
+    A row with nothing but zeros is examined, too: an overflow in a norm makes its output zero.
+    """
+    if not (np.isfinite(value) and all(map(finite.all_finite, arrays))):
+        why = _origin(model, row, prompt_length, edits, metric)
+        raise ValueError(f"row {b}: the gradients are not finite; {why}")
+    if value == 0 and not any(array.any() for array in arrays):
+        forward = finite.explain(model, row, prompt_length, edits, None)
+        if forward is not None:
+            raise ValueError(f"row {b}: {forward}")
+
+
+def _origin(
+    model: Model, row: Sequence[int], prompt_length: int, edits: Sequence[Edit], metric: RowMetric
+) -> str:
+    """Where one row's gradients stop being finite, and why: in the forward pass, or else at the
+    first site of the backward pass.
+    """
+    forward = finite.explain(model, row, prompt_length, edits, None)
+    if forward is not None:
+        return forward
+    sites = model._sites.by_name
+    names = [f"blocks.{l}.hook_resid_pre" for l in range(model.config.n_layers)]
+    names.append(f"blocks.{model.config.n_layers - 1}.hook_resid_post")
+    keys = {name: sites[name].key for name in names}
+    _, got = differentiate(
+        model, [row], [prompt_length], ([list(edits)], False), [metric], list(keys.values()), 0
+    )
+    bad = [name for name in names if not finite.all_finite(got[keys[name]])]
+    if not bad:
+        return "the forward pass is finite, and the gradient overflows float32 inside a layer"
+    return (
+        "the forward pass is finite; the backward pass, which begins at the last layer, stops being"
+        f" finite at {bad[-1]}: the gradient overflows float32"
+    )
 
 
 def _batches(lengths: Sequence[int], metrics: Sequence[RowMetric]) -> list[list[int]]:

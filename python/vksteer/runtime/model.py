@@ -13,7 +13,7 @@ from ..base.types import Float32Array, OneOrMorePrompts, PathLike, ProgressLike,
 from . import device as _devices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .. import _engine as extension
     from ..loading.config import Config
@@ -40,7 +40,8 @@ class Model:
     """A language model on a Vulkan device. Use `from_pretrained`; close it (or use it as a context
     manager) to free device memory.
 
-    Attributes: config (Config), tokenizer (Tokenizer or None), device (Device), name, eos_ids.
+    Attributes: config (Config), tokenizer (Tokenizer or None), device (Device), name, eos_ids,
+    config_overrides and template_options (as `from_pretrained` got them, {} for none).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Model:
         name: str,
         eos_ids: Iterable[int],
         fingerprint: str,
+        config_overrides: Mapping[str, Any] | None = None,
     ) -> None:
         from .sites import SiteTable
 
@@ -60,6 +62,7 @@ class Model:
         self.config, self.tokenizer = config, tokenizer
         self.name, self.fingerprint = name, fingerprint
         self.eos_ids = tuple(eos_ids)
+        self.config_overrides = dict(config_overrides or {})
         self._sites = SiteTable(config)
         # the key/value cache with its slots, and the tape with its tokens, first layer, contents
         self._cache: tuple[extension.Cache, int] | None = None
@@ -76,6 +79,8 @@ class Model:
         device: int | str | Device | None = None,
         dtype: str = "auto",
         revision: str | None = None,
+        config_overrides: Mapping[str, Any] | None = None,
+        template_options: Mapping[str, Any] | None = None,
         progress: ProgressLike = True,
     ) -> Model:
         """Loads a model: a folder (safetensors, with or without a tokenizer), a GGUF file (the
@@ -83,27 +88,53 @@ class Model:
 
         dtype: how matrices are held on the device: "auto" (as stored; bfloat16 for a quantised
         file), "float32", "bfloat16", "float16". The device is opened before any weight is read.
-        progress: the memory plan and a bar on stderr.
-        Raises DeviceError (no device, not enough memory), ModelError (files), ValueError (dtype).
+        config_overrides: keys of config.json to replace, e.g. {"rope_scaling": {...}}; None for a
+        key is JSON's null and drops what the file says. template_options: variables for the chat
+        template, e.g. {"enable_thinking": False}, used wherever a prompt is rendered;
+        "chat_template" chooses among several templates by name. Both are written into the
+        provenance of results. progress: the memory plan and a bar on stderr.
+        Raises DeviceError (no device, not enough memory), ModelError (files), ValueError (dtype,
+        overrides of a GGUF file, options without a template to read them).
         """
+        from ..loading.chat_template import check_options
+        from ..loading.config import check_overrides
         from ..loading.model_files import DTYPES, open_model
         from .weights import load_weights
 
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
+        overrides, options = check_overrides(config_overrides), check_options(template_options)
         engine_device, chosen = _devices.open_device(device)
-        files = open_model(source, dtype=dtype, revision=revision)
+        files = open_model(source, dtype=dtype, revision=revision, config_overrides=overrides)
         try:
+            tokenizer = files.tokenizer(options)
+            if options and tokenizer is None:
+                raise ValueError(
+                    "template_options needs a tokenizer with a chat template, and this model has no"
+                    " tokenizer"
+                )
             engine, fingerprint = load_weights(engine_device, chosen, files, str(source), progress)
-            tokenizer = files.tokenizer()
         finally:
             files.close()
         eos = tuple(
             dict.fromkeys(files.eos_ids + (tokenizer.eos_ids if tokenizer is not None else ()))
         )
         return cls(
-            engine, engine_device, chosen, files.config, tokenizer, str(source), eos, fingerprint
+            engine,
+            engine_device,
+            chosen,
+            files.config,
+            tokenizer,
+            str(source),
+            eos,
+            fingerprint,
+            overrides,
         )
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Variables that every rendering of a prompt passes to the chat template; {} for none."""
+        return {} if self.tokenizer is None else dict(self.tokenizer.template_options)
 
     def close(self) -> None:
         """Frees the device memory; calling it again does nothing. Arrays that were returned stay as
@@ -160,7 +191,7 @@ class Model:
         """
         if self.tokenizer is not None:
             return self.tokenizer.chat_tokens(prompts, system=system, response=response, date=date)
-        from ..loading.tokenizer import prompt_list
+        from ..loading.prompt_rows import prompt_list
 
         rows = prompt_list(prompts)
         if any(isinstance(r, str) for r in rows) or isinstance(response, str) or system is not None:
@@ -254,10 +285,10 @@ class Model:
         lie below that layer. temperature: 0 is greedy; else logits are divided by it. top_k: the
         most likely tokens to draw from (0: all). top_p: of those, the fewest that reach this
         probability together (1: all). seed: of the draws, with the row's number. stop: a str or
-        list of str, cut from .text and kept in .tokens. ignore_eos: do not stop at end tokens.
-        capture: sites at the new tokens. batch_size: rows at once (default: up to 64).
-        on_token(row, token, text) is called for every new token. progress: True, False or
-        callable(done, total).
+        list of str, cut from .text and kept in .tokens, matched against the text with special
+        tokens. ignore_eos: do not stop at end tokens. capture: sites at the new tokens. batch_size:
+        rows at once (default: up to 64). on_token(row, token, text) is called for every new token.
+        progress: True, False or callable(done, total).
         Raises ValueError (also for a row that does not fit into memory), TypeError and KeyError
         before any work; DeviceError. Ctrl-C raises KeyboardInterrupt; the model stays usable.
         """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.types import BoolArray, Float32Array, Int32Array, IntArray
+from . import finite
 from .batch import Batch, check_freeze_spec
 from .edit_compiler import RowShape, per_row, touched
 
@@ -70,7 +71,7 @@ def split_rows(model: Model, prompts: Any, responses: Any) -> tuple[list[list[in
     """(token rows with their responses, prompt lengths). Texts go through the chat template, and
     everything is checked against vocabulary and context.
     """
-    from ..loading.tokenizer import prompt_list
+    from ..loading.prompt_rows import prompt_list
 
     rows = model.chat_tokens(prompts)
     lengths = [len(r) for r in rows]
@@ -171,5 +172,7 @@ def execute(
         logits=logits,
         stop_layer=0 if logits is not None else _stop_layer(sites),
     )
+    arrays = [finite.checked(s, captured[s.key]) for s in sites]
+    finite.check(model, rows, lengths, rows_edits, spec, values, arrays)
     tokens, mask = left_padded(rows)
     return Run(values, tokens, mask, counts, {s.name: captured[s.key] for s in sites})

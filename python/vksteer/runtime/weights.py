@@ -13,7 +13,7 @@ import numpy as np
 from .. import _engine as extension
 from ..base.progress import Progress
 from ..base.types import ProgressLike
-from . import kernels
+from . import kernels, memory
 from .device import _engine, cache_folder
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def load_weights(
     """The engine's model with all weights, and a hash over config and a sample of the weights."""
     kinds = {t.dtype for t in files.tensors if len(t.shape) == 2}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
+    memory.check_fits(engine_device, device, files.config, kind, name)
     facts = _facts(files.config, kernels.WEIGHT_TYPES[kind])
     model: extension.Model = _engine().Model(engine_device, facts)
     if progress is True:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..base.arrays import as_numpy
 from ..base.checks import is_number, require_int
 from ..base.provenance import digest
 from ..base.types import Array, BoolArray, Float64Array
@@ -137,7 +138,7 @@ def effects(vector: SteeringVector, scores: EdgeScores | npt.ArrayLike) -> Float
             "these scores hold no dimensions: make them with attribute(..., dims='steer')"
         )
     try:
-        dims: Float64Array = np.asarray(given, dtype=np.float64)
+        dims: Float64Array = np.asarray(as_numpy(given), dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"scores must be a result of attribute() or numbers [D]: {error}"
@@ -264,7 +265,7 @@ def kept_of(vector: SteeringVector | npt.ArrayLike) -> BoolArray:
         return vector.kept
     if isinstance(vector, SteeringVector):
         return np.asarray(vector.direction != 0)
-    mask = np.asarray(vector)
+    mask = np.asarray(as_numpy(vector))
     if mask.ndim != 1 or not mask.size or mask.dtype.kind not in "buif":
         raise ValueError(f"kept dimensions are a SteeringVector or a mask [D], not {vector!r}")
     return np.asarray(mask != 0)

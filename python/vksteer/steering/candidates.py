@@ -13,7 +13,7 @@ from ..base.checks import is_int
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, Float64Array, IntArray, ProgressLike, Prompts
-from ..inputs.prompts import as_list, as_tokens, batches, token_text
+from ..inputs.prompts import as_list, as_tokens, batches, refuse_equal_classes, token_text
 from ..inputs.vectors import SteeringVector
 from ..runtime.resume import layer_inputs
 from .rule import Rejection, best_of, check_criterion, closest, examine, layer_allowed, none_left
@@ -130,6 +130,7 @@ class Candidates:
         chosen = _layers(layers, L)
         harmful = as_tokens(self.model, val_harmful, "val_harmful")
         harmless = as_tokens(self.model, val_harmless, "val_harmless")
+        refuse_equal_classes(harmful, harmless)
         candidates = [(p, l) for l in chosen for p in range(P)]
         total = 2 * len(candidates) * (len(harmful) + len(harmless))
         with Progress(progress, total, "scores") as bar:
@@ -166,6 +167,7 @@ class Candidates:
         check_criterion(criterion)
         harmful = as_tokens(self.model, val_harmful, "val_harmful")
         harmless = as_tokens(self.model, val_harmless, "val_harmless")
+        refuse_equal_classes(harmful, harmless)
         P, L, _ = self.vectors.shape
         zero = {(p, l) for p, l in np.ndindex(P, L) if not self.vectors[p, l].any()}
         candidates = [
@@ -314,6 +316,7 @@ def difference_in_means(
     """
     at = _positions(model, positions)
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
+    refuse_equal_classes(harmful, harmless)
     rows = as_tokens(model, harmful, "harmful"), as_tokens(model, harmless, "harmless")
     for what, some in zip(("harmful", "harmless"), rows):
         for i, row in enumerate(some):

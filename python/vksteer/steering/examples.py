@@ -24,7 +24,7 @@ from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..inputs.prompt_pair import magnitudes
-from ..inputs.prompts import as_list, as_tokens
+from ..inputs.prompts import as_list, as_tokens, refuse_equal_classes
 from ..inputs.vectors import SteeringVector
 from ..judge import long_enough, refused, succeeded
 from ..runtime.edits import Steer
@@ -202,6 +202,7 @@ def training_data(
     minus = _check(model, vector, coefficient, prefix, min_words)
     new = require_int(max_new_tokens, "max_new_tokens", 1)
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
+    refuse_equal_classes(harmful, harmless)
     rows = _rows(model, harmful, harmless, prefix, new)
     steer = Steer(vector, -minus)
     made = _respond(model, rows, steer, new, batch_size, progress)

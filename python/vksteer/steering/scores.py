@@ -203,11 +203,13 @@ def derive_refusal_tokens(model: Model, harmful: Prompts, harmless: Prompts) -> 
     """Refusal tokens from the unsteered model's next tokens after these prompts (texts or token
     lists). Raises ValueError where the responses to both kinds begin alike.
     """
-    from ..inputs.prompts import as_tokens
+    from ..inputs.prompts import as_tokens, refuse_equal_classes
 
     pair = []
-    for what, prompts in (("harmful", harmful), ("harmless", harmless)):
-        rows: Rows = [(tokens, []) for tokens in as_tokens(model, prompts, what)]
+    classes = as_tokens(model, harmful, "harmful"), as_tokens(model, harmless, "harmless")
+    refuse_equal_classes(*classes)
+    for prompts in classes:
+        rows: Rows = [(tokens, []) for tokens in prompts]
         pair.append(np.concatenate([log_softmax(logits) for _, logits in last_logits(model, rows)]))
     return refusal_tokens_from(model, *pair)
 
