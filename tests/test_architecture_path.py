@@ -119,7 +119,7 @@ def check_hop(step: Step, after: Step, read) -> None:
         pattern = kernel if after.path.endswith(".def") else rf"\b{name}\s*\("
         assert re.search(pattern, body), f"{step} does not lead to {after}"
     else:
-        rows = {row.family: row.file for row in kernels.read(ROOT / step.path)}
+        rows = {row.kernel: row.file for row in kernels.read(ROOT / step.path)}
         assert step.name in rows, f"no row {step}"
         assert after.path == f"shaders/{rows[step.name]}.comp", f"{step} is not compiled from it"
         assert re.search(r"^void main\(\)", read(after.path), re.MULTILINE), f"no {after}"
