@@ -43,7 +43,8 @@ def test_tensors(tensor):
 
 
 def test_ml_dtypes():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    import ml_dtypes
+
     for dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn):
         array = np.array([0.5, -1.25, 3.0], dtype)
         np.testing.assert_array_equal(vs.SteeringVector(array, 1).direction, [0.5, -1.25, 3.0])

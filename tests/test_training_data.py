@@ -235,7 +235,7 @@ def test_files(model, vector, tmp_path):
         (dict(harmful=[""]), "harmful"),
         (dict(harmless=[[5, 6]]), "token list"),
         (dict(vector=SteeringVector(np.ones(11), 2)), "width 11"),
-        (dict(vector=SteeringVector(np.ones(12), 5)), "layer 5"),
+        (dict(vector=SteeringVector(np.ones(12), 6)), "layer 6"),
         (dict(vector=SteeringVector(np.zeros(12), 2)), "zero"),
         (dict(vector=np.ones(12)), "SteeringVector"),
         (dict(coefficient=-1), "magnitude"),
