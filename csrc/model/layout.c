@@ -17,8 +17,11 @@ int model_facts_check(const struct model_facts *f, struct error *error) {
                  {"d_vocab", f->d_vocab, 2, 1u << 22},
                  {"n_ctx", f->n_ctx, 1, 1u << 24},
                  {"weight_type", f->weight_type, 0, 2},
-                 {"act", f->act, 0, 2},
-                 {"n_ropes", f->n_ropes, 1, MODEL_ROPES_MAX}};
+                 {"act", f->act, 0, 4},
+                 {"norm", f->norm, 0, NORM_KIND_LAYER},
+                 {"qk_norm", f->qk_norm, 0, QK_NORM_LAYER},
+                 {"d_rot", f->d_rot, 0, f->d_head},
+                 {"n_ropes", f->n_ropes, f->d_rot > 0, MODEL_ROPES_MAX / 2}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
         if (sizes[i].value < sizes[i].low || sizes[i].value > sizes[i].high)
             return error_set(error, ERROR_MODEL, "%s = %llu is outside %llu to %llu", sizes[i].name,
@@ -28,17 +31,25 @@ int model_facts_check(const struct model_facts *f, struct error *error) {
         return error_set(error, ERROR_MODEL,
                          "%u query heads do not divide among %u key/value heads", f->n_heads,
                          f->n_kv_heads);
-    if (f->d_head % 2)
-        return error_set(error, ERROR_MODEL, "d_head = %u is odd: rotation needs pairs", f->d_head);
+    if (f->d_head % 2 || f->d_rot % 2)
+        return error_set(error, ERROR_MODEL,
+                         "d_head = %u or d_rot = %u is odd: rotation needs pairs", f->d_head,
+                         f->d_rot);
     if ((uint64_t)f->n_heads * f->d_head > 1u << 20)
         return error_set(error, ERROR_MODEL, "%u heads of size %u are too wide", f->n_heads,
                          f->d_head);
     for (uint32_t l = 0; l < f->n_layers; l++)
-        if (f->rope_table[l] >= f->n_ropes)
+        if (f->rope_table[l] >= f->n_ropes && f->rope_table[l] != MODEL_NO_ROPE)
             return error_set(error, ERROR_MODEL, "layer %u uses rotation table %u of %u", l,
                              f->rope_table[l], f->n_ropes);
-    const float numbers[] = {f->norm_eps,   f->norm_offset,  f->embed_scale,
-                             f->attn_scale, f->attn_softcap, f->final_softcap};
+    if (f->query_beta != 0 && f->query_length == 0)
+        return error_set(error, ERROR_MODEL, "query_length is 0");
+    if ((f->post_norms && (f->norm != NORM_KIND_RMS || f->parallel)) ||
+        (!f->pre_norms && (f->parallel || !f->post_norms)))
+        return error_set(error, ERROR_MODEL, "norms that no model has together");
+    const float numbers[] = {f->norm_eps,     f->norm_offset,   f->embed_scale,    f->attn_scale,
+                             f->attn_softcap, f->final_softcap, f->residual_scale, f->logit_scale,
+                             f->clip_qkv,     f->query_beta};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         if (!isfinite(numbers[i]))
             return error_set(error, ERROR_MODEL, "a number of the configuration is not finite");
@@ -54,6 +65,11 @@ struct op_matrix *model_matrix_find(struct model *model, const char *name, int l
         *k = f->d_model;
         return name[0] == 'e' ? &model->embed : &model->unembed;
     }
+    if (strcmp(name, "pos_embed") == 0) {
+        *n = f->n_ctx;
+        *k = f->d_model;
+        return &model->pos_embed;
+    }
     if (layer < 0 || (uint32_t)layer >= f->n_layers)
         return NULL;
     struct model_layer *l = &model->layers[layer];
@@ -63,7 +79,7 @@ struct op_matrix *model_matrix_find(struct model *model, const char *name, int l
         uint32_t n, k;
     } table[] = {{"qkv", &l->qkv, heads + 2 * kv, f->d_model},
                  {"o", &l->o, f->d_model, heads},
-                 {"gate_up", &l->gate_up, 2 * f->d_mlp, f->d_model},
+                 {"gate_up", &l->gate_up, f->d_mlp << (f->gated != 0), f->d_model},
                  {"down", &l->down, f->d_model, f->d_mlp}};
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
         if (strcmp(table[i].name, name) == 0) {
@@ -77,9 +93,16 @@ struct op_matrix *model_matrix_find(struct model *model, const char *name, int l
 uint64_t *model_vector_find(struct model *model, const char *name, int layer, uint32_t *n) {
     const struct model_facts *f = &model->facts;
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
+    int one = f->qk_norm == QK_NORM_HEAD;
     *n = f->d_model;
     if (strcmp(name, "ln_final") == 0)
         return &model->ln_final;
+    if (strcmp(name, "b_ln_final") == 0)
+        return &model->b_ln_final;
+    if (strcmp(name, "b_unembed") == 0) {
+        *n = f->d_vocab;
+        return &model->b_unembed;
+    }
     if (layer < 0 || (uint32_t)layer >= f->n_layers)
         return NULL;
     struct model_layer *l = &model->layers[layer];
@@ -91,11 +114,15 @@ uint64_t *model_vector_find(struct model *model, const char *name, int layer, ui
                  {"ln2", &l->ln2, f->d_model},
                  {"ln1_post", &l->ln1_post, f->d_model},
                  {"ln2_post", &l->ln2_post, f->d_model},
-                 {"q_norm", &l->q_norm, f->d_head},
-                 {"k_norm", &l->k_norm, f->d_head},
+                 {"q_norm", &l->q_norm, one ? f->d_head : heads},
+                 {"k_norm", &l->k_norm, one ? f->d_head : kv},
+                 {"b_ln1", &l->b_ln1, f->d_model},
+                 {"b_ln2", &l->b_ln2, f->d_model},
+                 {"b_q_norm", &l->b_q_norm, heads},
+                 {"b_k_norm", &l->b_k_norm, kv},
                  {"b_qkv", &l->b_qkv, heads + 2 * kv},
                  {"b_o", &l->b_o, f->d_model},
-                 {"b_gate_up", &l->b_gate_up, 2 * f->d_mlp},
+                 {"b_gate_up", &l->b_gate_up, f->d_mlp << (f->gated != 0)},
                  {"b_down", &l->b_down, f->d_model}};
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
         if (strcmp(table[i].name, name) == 0) {

@@ -15,14 +15,16 @@ static uint64_t align(uint64_t bytes) { return (bytes + 255) & ~UINT64_C(255); }
 
 uint64_t model_weight_bytes(const struct model_facts *f) {
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
-    uint64_t layer = align(op_matrix_bytes(f->weight_type, heads + 2 * kv, f->d_model)) +
-                     align(op_matrix_bytes(f->weight_type, f->d_model, heads)) +
-                     align(op_matrix_bytes(f->weight_type, 2 * f->d_mlp, f->d_model)) +
-                     align(op_matrix_bytes(f->weight_type, f->d_model, f->d_mlp)) +
-                     14 * align(4 * (uint64_t)(f->d_model + heads + 2 * kv + 2 * f->d_mlp)) / 4;
+    uint64_t layer =
+        align(op_matrix_bytes(f->weight_type, heads + 2 * kv, f->d_model)) +
+        align(op_matrix_bytes(f->weight_type, f->d_model, heads)) +
+        align(op_matrix_bytes(f->weight_type, f->d_mlp << (f->gated != 0), f->d_model)) +
+        align(op_matrix_bytes(f->weight_type, f->d_model, f->d_mlp)) +
+        18 * align(4 * (uint64_t)(f->d_model + heads + 2 * kv + 2 * f->d_mlp)) / 4;
     return f->n_layers * layer +
            (f->tied ? 1 : 2) * align(op_matrix_bytes(f->weight_type, f->d_vocab, f->d_model)) +
-           (1u << 20);
+           (f->pos_embed ? align(op_matrix_bytes(f->weight_type, f->n_ctx, f->d_model)) : 0) +
+           (f->unembed_bias ? align(4 * (uint64_t)f->d_vocab) : 0) + (1u << 20);
 }
 
 int weight_buffers_reserve(struct model *model, uint64_t bytes, struct error *error) {

@@ -244,9 +244,11 @@ int model_vector_load(struct model *model, const char *name, int layer,
     float *out = gpu_buffer_map(staging);
     memset(out, 0, bytes);
     float shift = name[0] == 'b' ? 0.0f : model->facts.norm_offset; /* biases are not gains */
+    /* the logits' factor is the same for all of them, so it can stand in the last norm */
+    float scale = strstr(name, "ln_final") ? model->facts.logit_scale : 1.0f;
     for (int i = 0; i < n_sources; i++)
         for (uint32_t j = 0; j < sources[i].rows; j++)
-            out[at++] = source_float(&sources[i], j) + shift;
+            out[at++] = (source_float(&sources[i], j) + shift) * scale;
     if (gpu_queue_copy(model->ops.queue, staging, 0, buffer, offset, bytes, error))
         return -1;
     *vector = gpu_buffer_address(buffer) + offset;

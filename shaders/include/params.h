@@ -61,6 +61,15 @@ BLOCK(embed_params) {
 #define WEIGHT_BF16 1
 #define WEIGHT_F16 2
 
+#define NORM_KIND_RMS 0
+#define NORM_KIND_LAYER 1 /* LayerNorm: the mean is subtracted */
+
+/* norm of q and k before rotation */
+#define QK_NORM_NONE 0
+#define QK_NORM_HEAD 1  /* RMS over each head, one gain [dh] for all heads */
+#define QK_NORM_WIDE 2  /* RMS over all heads together, gain [H * dh] or [G * dh] */
+#define QK_NORM_LAYER 3 /* LayerNorm over each head, gain [H * dh] or [G * dh] */
+
 #define NORM_WRITE_NORMALIZED 1
 #define NORM_WRITE_SCALE 2
 #define NORM_ADD 4              /* dst = add + norm: a post-norm and the residual */
@@ -232,6 +241,8 @@ BLOCK(decode_params) {
 #define ACT_SILU 0
 #define ACT_GELU_TANH 1
 #define ACT_GELU 2
+#define ACT_RELU 3
+#define ACT_RELU2 4 /* relu squared */
 
 /* dst[t, i] = act(gate[t, i]) * up[t, i]. */
 BLOCK(act_params) {

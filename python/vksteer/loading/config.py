@@ -51,23 +51,51 @@ class Config:
     n_ctx: int  # the longest context, in tokens
     norm_eps: float
     norm_offset: float  # 1.0 where the stored gain is (1 + w), else 0.0
-    act: str  # "silu", "gelu_tanh" or "gelu"
+    act: str  # "silu", "gelu_tanh", "gelu", "relu" or "relu2"
     embed_scale: float
     attn_scale: float
     attn_softcap: float  # 0.0: none
     final_softcap: float  # 0.0: none
-    post_norms: bool
-    qk_norm: bool
+    post_norms: bool  # norms on the outputs of attention and MLP
+    # norm of each head of q and k before rotation: "" none; "head": RMS over d_head, one gain for
+    # all heads; "wide": RMS over all heads together; "layer": LayerNorm over d_head, a gain for
+    # each head
+    qk_norm: str
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     tied: bool  # the unembedding is the embedding
     # [n_layers]: 0 = full attention, else a query sees the last `window` keys, itself included
     window: tuple[int, ...]
-    rope_table: tuple[int, ...]  # [n_layers]: index into `rope`
-    rope: tuple[rotation.RopeTable, ...]  # (inv_freq float64 [d_head/2], attention_factor)
+    rope_table: tuple[int, ...]  # [n_layers]: index into `rope`; -1: the layer rotates nothing
+    # (inv_freq float64 [d_rot / 2], attention_factor) each; the first d_rot channels of a head are
+    # rotated. Empty: no layer rotates
+    rope: tuple[rotation.RopeTable, ...]
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    norm: str = "rms"  # "rms", or "layer": LayerNorm, which subtracts the mean
+    norm_bias: bool = False  # biases beside the gains of ln1, ln2 and ln_final
+    pre_norms: bool = True  # norms on the inputs of attention and MLP
+    parallel: bool = False  # attention and MLP both read the layer's input
+    gated: bool = True  # MLP: act(gate) * up, else act(up)
+    pos_embed: bool = False  # learned positions [n_ctx, d_model] are added to the embeddings
+    rope_interleaved: bool = False  # channels (2i, 2i + 1) are a pair, not (i, i + d_rot / 2)
+    # the tables of texts longer than `rope_switch` tokens, as many as `rope`; empty: the same
+    rope_long: tuple[rotation.RopeTable, ...] = ()
+    rope_switch: int = 0
+    # queries after rotation are multiplied by 1 + beta log(1 + floor(position / length)); 0: not
+    query_beta: float = 0.0
+    query_length: int = 0
+    qk_norm_bias: bool = False
+    unembed_bias: bool = False
+    residual_scale: float = 1.0  # factor on what attention and MLP add to the residual stream
+    logit_scale: float = 1.0  # factor on the logits, before a soft cap
+    clip_qkv: float = 0.0  # q, k and v are clamped to +-clip_qkv; 0: not
+
+    @property
+    def d_rot(self) -> int:
+        """Channels of a head that are rotated, from the first one on."""
+        return 2 * self.rope[0].inv_freq.size if self.rope else 0
 
     @classmethod
     def from_pretrained(
@@ -151,14 +179,15 @@ class Config:
         plain = all(
             getattr(self, f.name) == getattr(other, f.name)
             for f in fields(self)
-            if f.name != "rope"
+            if f.name not in ("rope", "rope_long")
         )
+        tables, others = (*self.rope, *self.rope_long), (*other.rope, *other.rope_long)
         return (
             plain
-            and len(self.rope) == len(other.rope)
+            and (len(self.rope), len(tables)) == (len(other.rope), len(others))
             and all(
                 np.array_equal(a.inv_freq, b.inv_freq) and a.attention_factor == b.attention_factor
-                for a, b in zip(self.rope, other.rope)
+                for a, b in zip(tables, others, strict=True)
             )
         )
 
@@ -232,21 +261,42 @@ def _check(c: Config) -> None:
         value = getattr(c, name)
         if not low < value < high:
             raise ModelError(f"{name} = {value!r} must lie between {low} and {high}")
-    for name in ("attn_softcap", "final_softcap"):
+    for name in ("attn_softcap", "final_softcap", "clip_qkv"):
         if not 0.0 <= getattr(c, name) < 1e9:
             raise ModelError(f"{name} = {getattr(c, name)!r} must be 0 (none) or positive")
+    for name in ("residual_scale", "logit_scale", "query_beta"):
+        if not abs(getattr(c, name)) < 1e6:
+            raise ModelError(f"{name} = {getattr(c, name)!r} must lie between -1e6 and 1e6")
+    for name, known in (("norm", ("rms", "layer")), ("qk_norm", ("", "head", "wide", "layer"))):
+        if getattr(c, name) not in known:
+            raise ModelError(f"{name} = {getattr(c, name)!r} must be one of {known}")
+    if c.query_beta and not 1 <= c.query_length <= LIMITS["n_ctx"]:
+        raise ModelError(f"query_length = {c.query_length!r} must be positive")
+    if not c.pre_norms and not c.post_norms:
+        raise ModelError("a layer without norms before or after attention is not supported")
+    if c.post_norms and (c.norm != "rms" or c.parallel):
+        raise ModelError("norms after attention must be RMS norms, in a sequential layer")
+    if c.parallel and not c.pre_norms:
+        raise ModelError("a parallel layer must have norms before attention and MLP")
+    if c.norm_bias and c.norm != "layer":
+        raise ModelError("a bias beside a norm's gain needs LayerNorm")
+    if c.qk_norm_bias and c.qk_norm != "layer":
+        raise ModelError("a bias in the norm of heads needs LayerNorm")
     if len(c.window) != c.n_layers or len(c.rope_table) != c.n_layers:
         raise ModelError(
             f"window and rope_table must have one entry for each of {c.n_layers} layers"
         )
-    if any(not 0 <= t < len(c.rope) for t in c.rope_table):
+    if any(not -1 <= t < len(c.rope) for t in c.rope_table):
         raise ModelError(
             f"rope_table {c.rope_table} points outside the {len(c.rope)} rotation tables"
         )
-    for table in c.rope:
-        if table.inv_freq.shape != (c.d_head // 2,):
+    if c.rope_long and (len(c.rope_long) != len(c.rope) or c.rope_switch < 1):
+        raise ModelError("rotation tables for long texts need a rope_switch, and one for each")
+    for table in (*c.rope, *c.rope_long):
+        if table.inv_freq.shape != (c.d_rot // 2,) or c.d_rot > c.d_head:
             raise ModelError(
-                f"a rotation table has {table.inv_freq.size} frequencies, expected {c.d_head // 2}"
+                f"a rotation table has {table.inv_freq.size} frequencies, expected"
+                f" {c.d_rot // 2} and at most {c.d_head // 2}"
             )
 
 

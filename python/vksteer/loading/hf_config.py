@@ -74,7 +74,7 @@ def facts_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         attn_softcap=get.softcap("attn_logit_softcapping"),
         final_softcap=get.softcap("final_logit_softcapping"),
         post_norms=gemma,
-        qk_norm=family.qk_norm,
+        qk_norm="head" if family.qk_norm else "",
         qkv_bias=attention_bias or family.always_qkv_bias,
         o_bias=attention_bias,
         mlp_bias=get.flag("mlp_bias"),

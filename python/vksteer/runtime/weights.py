@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from ..loading.model_files import ModelFiles
     from .device import Device
 
-_ACTS = {name: extension.constants[f"ACT_{name.upper()}"] for name in ("silu", "gelu_tanh", "gelu")}
+_ACTS = {
+    name: extension.constants[f"ACT_{name.upper()}"]
+    for name in ("silu", "gelu_tanh", "gelu", "relu", "relu2")
+}
+_NORMS = {name: extension.constants[f"NORM_KIND_{name.upper()}"] for name in ("rms", "layer")}
+_QK_NORMS = {
+    name: extension.constants[f"QK_NORM_{(name or 'none').upper()}"]
+    for name in ("", "head", "wide", "layer")
+}
 #: The engine's matrices and vectors -> the tensors that are stacked in them.
 _MATRICES = {
     "qkv": ("wq", "wk", "wv"),
@@ -29,6 +37,17 @@ _MATRICES = {
     "gate_up": ("wgate", "wup"),
     "down": ("wdown",),
 }
+#: Of an MLP without a gate.
+_UNGATED = {"gate_up": ("wup",), "b_gate_up": ("bup",)}
+#: What belongs to no layer: (the engine's name, tensor, is a matrix).
+_OUTSIDE = (
+    ("embed", "embed", True),
+    ("pos_embed", "pos_embed", True),
+    ("ln_final", "ln_final", False),
+    ("b_ln_final", "bln_final", False),
+    ("unembed", "unembed", True),
+    ("b_unembed", "bunembed", False),
+)
 _VECTORS = {
     "ln1": ("ln1",),
     "ln2": ("ln2",),
@@ -36,6 +55,10 @@ _VECTORS = {
     "ln2_post": ("ln2_post",),
     "q_norm": ("q_norm",),
     "k_norm": ("k_norm",),
+    "b_ln1": ("bln1",),
+    "b_ln2": ("bln2",),
+    "b_q_norm": ("bq_norm",),
+    "b_k_norm": ("bk_norm",),
     "b_qkv": ("bq", "bk", "bv"),
     "b_o": ("bo",),
     "b_gate_up": ("bgate", "bup"),
@@ -61,21 +84,37 @@ def _facts(config: Config, weight_type: int) -> dict[str, Any]:
         "attn_softcap",
         "final_softcap",
         "post_norms",
-        "qk_norm",
         "qkv_bias",
         "o_bias",
         "mlp_bias",
         "tied",
+        "norm_bias",
+        "pre_norms",
+        "parallel",
+        "gated",
+        "pos_embed",
+        "d_rot",
+        "rope_interleaved",
+        "rope_switch",
+        "query_beta",
+        "query_length",
+        "qk_norm_bias",
+        "unembed_bias",
+        "residual_scale",
+        "logit_scale",
+        "clip_qkv",
     )
     facts = {n: getattr(config, n) for n in names}
     facts.update(
         act=_ACTS[config.act],
+        norm=_NORMS[config.norm],
+        qk_norm=_QK_NORMS[config.qk_norm],
         weight_type=weight_type,
         window=list(config.window),
         rope_table=list(config.rope_table),
         rope=[
             (np.asarray(t.inv_freq, np.float64).tolist(), float(t.attention_factor))
-            for t in config.rope
+            for t in (*config.rope, *config.rope_long)
         ],
     )
     facts["n_ctx"] = min(facts["n_ctx"], 1 << 24)
@@ -136,12 +175,15 @@ def _jobs(files: ModelFiles) -> list[tuple[str, int, list[str], bool]]:
     everything that is loaded.
     """
     present = {t.name for t in files.tensors}
-    jobs = [("embed", -1, ["embed"], True), ("ln_final", -1, ["ln_final"], False)]
-    if not files.config.tied:
-        jobs.append(("unembed", -1, ["unembed"], True))
+    jobs = [
+        (target, -1, [name], matrix)
+        for target, name, matrix in _OUTSIDE
+        if name in present and not (name == "unembed" and files.config.tied)
+    ]
+    other = {} if files.config.gated else _UNGATED
     for layer in range(files.config.n_layers):
         for table, matrix in ((_MATRICES, True), (_VECTORS, False)):
-            for target, parts in table.items():
+            for target, parts in {**table, **{t: other[t] for t in other if t in table}}.items():
                 names = [f"l.{layer}.{p}" for p in parts]
                 if present.issuperset(names):
                     jobs.append((target, layer, names, matrix))
