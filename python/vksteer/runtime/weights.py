@@ -4,6 +4,7 @@ stacked in which of its matrices, and the model's fingerprint.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ _MATRICES = {
     "gate_up": ("wgate", "wup"),
     "down": ("wdown",),
 }
+_OLD_DEFAULTS = ("bos_id", "eos_ids")  # facts of 0.1.0 that have defaults
 #: Of an MLP without a gate.
 _UNGATED = {"gate_up": ("wup",), "b_gate_up": ("bup",)}
 #: What belongs to no layer: (the engine's name, tensor, is a matrix).
@@ -211,9 +213,24 @@ class _Weights:
 
 
 def _fingerprint(model: extension.Model, config: Config) -> str:
-    digest = hashlib.sha256(repr(config).encode())
+    digest = hashlib.sha256(_facts_text(config).encode())
     for vector in ("ln_final", "ln1"):
         digest.update(model.vector(vector, 0).tobytes())
     probe = np.random.default_rng(0).standard_normal((1, config.d_model)).astype(np.float32)
     digest.update(model.apply("qkv", config.n_layers // 2, probe).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _facts_text(config: Config) -> str:
+    """The config as text for the fingerprint: facts added since 0.1.0 count only where a model has
+    them, so that the fingerprint of every other model stays what it was.
+    """
+    parts = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "qk_norm" and value in ("", "head"):
+            value = bool(value)
+        recent = field.default is not dataclasses.MISSING and field.name not in _OLD_DEFAULTS
+        if not recent or value != field.default:
+            parts.append(f"{field.name}={value!r}")
+    return f"Config({', '.join(parts)})"
