@@ -22,13 +22,15 @@ def test_round_trip(tmp_path):
     c = Circuit(
         SMALL, range(0, SMALL.n_edges, 3), meta={"method": "pruned", "n": 12, "note": "Größe"}
     )
-    for again in (c, Circuit(SMALL)):
+    for again in (Circuit(Graph(3, 4, 2, 1, parallel=True), range(9)), c, Circuit(SMALL)):
         again.save(tmp_path / "c.json")
-        d = Circuit.load(tmp_path / "c.json", SMALL)
+        d = Circuit.load(tmp_path / "c.json", again.graph)
         assert d == again and d.meta == again.meta and d.curve is None
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
     with pytest.raises(ValueError, match="another graph"):
         Circuit.load(tmp_path / "c.json", Graph(3, 4, 2, 0))
+    with pytest.raises(ValueError, match="another graph"):
+        Circuit.load(tmp_path / "c.json", Graph(3, 4, 2, 1, parallel=True))
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -61,6 +63,8 @@ def test_damaged_files_are_refused(tmp_path):
         {"graph": {}},
         {"graph": {**content["graph"], "n_heads": 10**9}},
         {"graph": {**content["graph"], "n_kv_heads": 0}},
+        {"graph": {**content["graph"], "parallel": "yes"}},
+        {"graph": [3, 4, 2, 1]},
         {"curve": {"sizes": [1]}},
         {"meta": 3},
     ):

@@ -29,7 +29,9 @@ def test_round_trip(tmp_path, rng):
     one = make(
         rng, dims=rng.standard_normal((1, 6)), positions=None, sample_edges=None, sample_nodes=None
     )
-    for s in (make(rng), bare, one, make(rng, positions=[rng.standard_normal((E, 0))] * 3)):
+    parallel = make(rng, Graph(3, 4, 2, 1, parallel=True))
+    empty = make(rng, positions=[rng.standard_normal((E, 0))] * 3)
+    for s in (parallel, make(rng), bare, one, empty):
         s.save(path)
         same(EdgeScores.load(str(path)), s)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -177,20 +179,31 @@ def test_right_checksum_right_content(tmp_path):
 
 
 def eap_ig_edges(cfg):
-    """(edge names, node names) of EAP-IG's graph of a sequential model, from its schema: a source
-    reaches q, k and v of every later head, later MLPs and logits.
+    """(edge names, node names) of EAP-IG's graph, from its schema: a source reaches q, k and v of
+    every later head, later MLPs and logits. With `parallel_attn_mlp` the heads of a layer come
+    after its MLP's input.
     """
     names, stream = [], ["input"]
     for l in range(cfg["n_layers"]):
         heads = [f"a{l}.h{h}" for h in range(cfg["n_heads"])]
         names += [f"{s}->{h}<{x}>" for s in stream for h in heads for x in "qkv"]
-        stream = stream + heads
-        names += [f"{s}->m{l}" for s in stream]
-        stream = stream + [f"m{l}"]
+        after_heads = stream + heads
+        names += [f"{s}->m{l}" for s in (stream if cfg["parallel_attn_mlp"] else after_heads)]
+        stream = after_heads + [f"m{l}"]
     return set(names + [f"{s}->logits" for s in stream]), set(stream + ["logits"])
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 2, 1), (3, 4, 2, 0), (2, 3, 3, 0), (2, 4, 1, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 4, 2, 1),
+        (3, 4, 2, 0),
+        (2, 3, 3, 0),
+        (2, 4, 1, 1),
+        (3, 4, 2, 0, True),
+        (2, 3, 3, 1, True),
+    ],
+)
 def test_export_round_trip(tmp_path, rng, shape):
     g = Graph(*shape)
     s = make(rng, g)
@@ -200,7 +213,7 @@ def test_export_round_trip(tmp_path, rng, shape):
     assert content["cfg"] == {
         "n_layers": shape[0],
         "n_heads": shape[1],
-        "parallel_attn_mlp": False,
+        "parallel_attn_mlp": len(shape) > 4,
         "d_model": 6,
     }
     edges, nodes = eap_ig_edges(content["cfg"])

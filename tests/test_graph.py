@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vksteer.circuits.graph import Graph, graph
+from vksteer.circuits.graph import Graph, graph, graph_facts, graph_from_facts
 
 GEMMA = SimpleNamespace(n_layers=26, n_heads=8, n_kv_heads=4)
 LLAMA = SimpleNamespace(n_layers=28, n_heads=24, n_kv_heads=8)
+PYTHIA = SimpleNamespace(n_layers=12, n_heads=12, n_kv_heads=12, parallel=True)
+GPT2 = SimpleNamespace(n_layers=12, n_heads=12, n_kv_heads=12, parallel=False)
+OLMO2 = SimpleNamespace(n_layers=16, n_heads=16, n_kv_heads=16, parallel=False)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,29 @@ LLAMA = SimpleNamespace(n_layers=28, n_heads=24, n_kv_heads=8)
             124441,
             dict(steer=657, mlp=4936, head=118848),
             dict(q=72384, k=24128, v=24128, mlp=3400, logits=401),
+        ),
+        # Pythia-160m, GPT-2 small, OLMo 2 1B. By hand, with n layers of H heads: an input of layer
+        # i (from 0) is the end of 1 + i (H + 1) edges, of H more at the MLP of a sequential layer.
+        (
+            PYTHIA,
+            6,
+            7516,
+            dict(steer=223, mlp=561, head=6732),
+            dict(q=2412, k=2412, v=2412, mlp=201, logits=79),
+        ),
+        (
+            GPT2,
+            6,
+            7588,
+            dict(steer=223, mlp=561, head=6804),
+            dict(q=2412, k=2412, v=2412, mlp=273, logits=79),
+        ),
+        (
+            OLMO2,
+            8,
+            23981,
+            dict(steer=393, mlp=1380, head=22208),
+            dict(q=7744, k=7744, v=7744, mlp=612, logits=137),
         ),
     ],
 )
@@ -66,6 +92,40 @@ def test_names_and_order():
         g.find(["a9.h0->logits"])
     with pytest.raises(ValueError):
         g.edge(g.n_upstream - 1, 0)
+
+
+def test_a_head_of_a_parallel_layer_does_not_reach_its_own_mlp():
+    """All else is the sequential graph, in the same order."""
+    sequential, parallel = Graph(3, 4, 2, 1), Graph(3, 4, 2, 1, parallel=True)
+    own = {f"a{l}.h{h}->m{l}" for l in (1, 2) for h in range(4)}
+    assert own < set(sequential.edge_names)
+    assert list(parallel.edge_names) == [e for e in sequential.edge_names if e not in own]
+    assert parallel.node_names == sequential.node_names
+    assert parallel.input_names == sequential.input_names
+    assert {"a1.h0->m2", "a1.h0->a2.h0<v>", "a2.h3->logits"} < set(parallel.edge_names)
+    for i, name in enumerate(parallel.edge_names):
+        up, down = parallel.upstream[i], parallel.downstream[i]
+        assert parallel.edge(up, down) == i == parallel.find([name])[0]
+    m1 = parallel.input_names.index("m1")
+    with pytest.raises(ValueError, match="does not reach"):
+        parallel.edge(parallel.node_names.index("a1.h0"), m1)
+    with pytest.raises(KeyError, match=r"a1\.h0->m1"):
+        parallel.find(["a1.h0->m1"])
+    assert parallel != sequential and hash(parallel) != hash(sequential)
+    assert "parallel" in repr(parallel) and "parallel" not in repr(sequential)
+
+
+def test_facts_in_files():
+    """Those of a sequential graph are the four sizes of earlier versions."""
+    for g in (Graph(3, 4, 2, 1), Graph(3, 4, 2, 1, parallel=True)):
+        assert graph_from_facts(graph_facts(g)) == g
+    assert graph_facts(Graph(3, 4, 2, 1)) == dict(n_layers=3, n_heads=4, n_kv_heads=2, layer=1)
+    sizes = graph_facts(Graph(3, 4, 2, 1))
+    for change in ({"parallel": 1}, {"parallel": None}, {"layer": True}, {"n_heads": 10**9}):
+        with pytest.raises(ValueError):
+            graph_from_facts({**sizes, **change})
+    with pytest.raises(KeyError, match="layer"):
+        graph_from_facts({k: v for k, v in sizes.items() if k != "layer"})
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
@@ -110,9 +170,10 @@ def brute_force(g, kept):
     }
 
 
+@pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])
 @pytest.mark.parametrize("shape", [(2, 2, 1, 0), (3, 4, 2, 1), (4, 3, 3, 0), (5, 6, 2, 2)])
-def test_pruning_is_the_brute_force_search(shape):
-    g = Graph(*shape)
+def test_pruning_is_the_brute_force_search(shape, parallel):
+    g = Graph(*shape, parallel)
     rng = np.random.default_rng(0)
     kept_some = 0
     for share in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):

@@ -23,7 +23,7 @@ from . import runs as circuit_runs
 from . import search as circuit_search
 from .curve import FaithfulnessCurve
 from .decoding import CircuitBatch, RowsEdits, check_rows
-from .graph import INPUT_KINDS, Graph
+from .graph import INPUT_KINDS, Graph, graph_facts, graph_from_facts
 from .graph import graph as graph_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ METRICS = ("logit_diff", "logit_diff_per_sample", "kl", "directional_kl", "match
 FORMAT = "vksteer.circuit"
 #: Most bytes of a circuit's file; a million edges take about 30 MB.
 MAX_BYTES = 1 << 28
-_SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
 
 #: Edges by number or name, or a mask of them.
 Edges: TypeAlias = "Array | Iterable[int] | Iterable[str]"
@@ -218,7 +217,7 @@ class Circuit:
         """
         g = self.graph
         content = {
-            "graph": dict(zip(_SIZES, g._key())),
+            "graph": graph_facts(g),
             "n_edges": g.n_edges,
             "meta": dict(self.meta),
             "curve": None if self.curve is None else self.curve.to_dict(),
@@ -236,10 +235,7 @@ class Circuit:
         """
         content = load_json(path, format=FORMAT, what="circuit", limit=MAX_BYTES)
         try:
-            sizes = [content["graph"][name] for name in _SIZES]
-            if not all(type(n) is int and 0 <= n <= 1 << 12 for n in sizes):
-                raise ValueError(f"graph sizes {sizes}")
-            mine = Graph(*sizes)
+            mine = graph_from_facts(content["graph"])
             if len(set(content["edges"])) != len(content["edges"]):
                 raise ValueError("an edge occurs twice")
             curve = content["curve"]

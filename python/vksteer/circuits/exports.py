@@ -16,16 +16,13 @@ import numpy.typing as npt
 
 from ..base.types import Array, PathLike
 from ..base.whole_files import write_whole
-from .graph import INPUT_KINDS, Graph
+from .graph import INPUT_KINDS, Graph, graph_facts
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
 
     from ..patching.edge_scores import EdgeScores
     from .circuit import Circuit
-
-#: Names of what identifies a graph.
-_SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
 
 
 def expanded(graph: Graph, edges: npt.ArrayLike) -> Iterator[tuple[int, str, str, str, float]]:
@@ -80,11 +77,11 @@ def eap_ig(
     config = {
         "n_layers": graph.n_layers,
         "n_heads": graph.n_heads,
-        "parallel_attn_mlp": False,
+        "parallel_attn_mlp": graph.parallel,
         "d_model": int(d_model),
     }
     more = {
-        "graph": dict(zip(_SIZES, graph._key(), strict=True)),
+        "graph": graph_facts(graph),
         "settings": dict(scores.settings),
         "provenance": dict(provenance),
         "shared": shared,
@@ -165,7 +162,7 @@ def networkx_graph(graph: Graph, edges: npt.ArrayLike, scores: Array | None = No
         import networkx as nx
     except ImportError:
         raise ImportError("this needs networkx: pip install networkx") from None
-    out = nx.MultiDiGraph(**dict(zip(_SIZES, graph._key(), strict=True)))
+    out = nx.MultiDiGraph(**graph_facts(graph))
     found = list(expanded(graph, edges))
     used = {"steer", "logits"} | {name for _, source, to, _, _ in found for name in (source, to)}
     for i, name in enumerate([*graph.node_names, "logits"]):

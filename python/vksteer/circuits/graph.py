@@ -3,14 +3,16 @@
 Upstream nodes, in order: `steer` (the residual stream entering the steering layer), then layer by
 layer every head `a{l}.h{i}` and the MLP `m{l}`. Downstream nodes, in order: layer by layer H query
 inputs `a{l}.h{i}<q>`, G key inputs `<k>`, G value inputs `<v>`, the MLP's input; `logits` is last.
-There is one key and one value input for each key/value head, as in GQA. An upstream node reaches a
-contiguous suffix of the downstream nodes, so an edge is a number: offset[upstream] + downstream -
+There is one key and one value input for each key/value head, as in GQA. In a sequential layer a
+head reaches the layer's own MLP; in a parallel one, whose attention and MLP both read the layer's
+input, heads and MLP reach from the next layer on. Either way an upstream node reaches a contiguous
+suffix of the downstream nodes, so an edge is a number: offset[upstream] + downstream -
 start[upstream]. This order of the edges, by upstream node first, also decides ties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +30,17 @@ INPUT_KINDS = ("q", "k", "v", "mlp", "logits")
 
 
 class Graph:
-    """Nodes and edges from a steering layer on. Graphs of the same sizes are equal.
+    """Nodes and edges from a steering layer on. Graphs of the same sizes and kind of layer are
+    equal.
 
-    len(graph) is the number of edges. Raises ValueError for a layer outside the model and for query
-    heads that do not divide among the key/value heads.
+    len(graph) is the number of edges. parallel: attention and MLP of a layer both read the layer's
+    input. Raises ValueError for a layer outside the model and for query heads that do not divide
+    among the key/value heads.
     """
 
-    def __init__(self, n_layers: int, n_heads: int, n_kv_heads: int, layer: int) -> None:
+    def __init__(
+        self, n_layers: int, n_heads: int, n_kv_heads: int, layer: int, parallel: bool = False
+    ) -> None:
         if not 0 <= layer < n_layers:
             raise ValueError(f"the steering layer must be one of 0 to {n_layers - 1}, not {layer}")
         if n_heads % n_kv_heads:
@@ -47,13 +53,15 @@ class Graph:
             n_kv_heads,
             layer,
         )
+        self.parallel = parallel
         self.depth = n_layers - layer  # layers in the graph
         self.width = n_heads + 2 * n_kv_heads + 1  # downstream nodes of one layer
         self.n_downstream = self.width * self.depth + 1
         self.n_upstream = 1 + self.depth * (n_heads + 1)
         starts = [0]
         for l in range(self.depth):
-            starts += [l * self.width + self.width - 1] * n_heads + [(l + 1) * self.width]
+            above = (l + 1) * self.width  # the first input of the next layer
+            starts += [above if parallel else above - 1] * n_heads + [above]
         #: First downstream node that each upstream node reaches, and the number of its first
         #: edge. int64 [n_upstream].
         self.start = np.array(starts, np.int64)
@@ -64,8 +72,8 @@ class Graph:
     def __len__(self) -> int:
         return self.n_edges
 
-    def _key(self) -> tuple[int, int, int, int]:
-        return self.n_layers, self.n_heads, self.n_kv_heads, self.layer
+    def _key(self) -> tuple[int, int, int, int, bool]:
+        return self.n_layers, self.n_heads, self.n_kv_heads, self.layer, self.parallel
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self._key() == other._key()
@@ -76,7 +84,8 @@ class Graph:
     def __repr__(self) -> str:
         return (
             f"Graph(layers {self.layer} to {self.n_layers - 1}, {self.n_upstream} upstream nodes,"
-            f" {self.n_downstream} inputs, {self.n_edges} edges)"
+            f" {self.n_downstream} inputs, {self.n_edges} edges"
+            f"{', parallel layers' if self.parallel else ''})"
         )
 
     # -- names -------------------------------------------------------------------------------------
@@ -158,7 +167,7 @@ class Graph:
         upstream, downstream = np.asarray(upstream), np.asarray(downstream)
         if ((downstream < self.start[upstream]) | (downstream >= self.n_downstream)).any():
             raise ValueError(
-                "an upstream node does not reach an input of its own or an earlier layer"
+                "an upstream node does not reach these inputs: they are not computed after it"
             )
         return np.asarray(self.offset[upstream] + downstream - self.start[upstream])
 
@@ -231,4 +240,28 @@ def graph(config_or_model: Config | Model, layer: int) -> Graph:
     """
     # A Config has no `.config` of its own.
     config: Any = getattr(config_or_model, "config", config_or_model)
-    return Graph(config.n_layers, config.n_heads, config.n_kv_heads, int(layer))
+    parallel = getattr(config, "parallel", False)
+    return Graph(config.n_layers, config.n_heads, config.n_kv_heads, int(layer), parallel)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+#: Names of a graph's sizes.
+_SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
+
+
+def graph_facts(graph: Graph) -> dict[str, Any]:
+    """What identifies a graph, for files: its sizes by name, and "parallel" where it is true."""
+    sizes = dict(zip(_SIZES, graph._key(), strict=False))
+    return {**sizes, "parallel": True} if graph.parallel else sizes
+
+
+def graph_from_facts(facts: Mapping[str, Any]) -> Graph:
+    """The graph that `graph_facts` describes. Raises KeyError for a missing size, ValueError for
+    one that is no integer from 0 to 4096.
+    """
+    sizes, parallel = [facts[name] for name in _SIZES], facts.get("parallel", False)
+    if not all(type(n) is int and 0 <= n <= 1 << 12 for n in sizes) or type(parallel) is not bool:
+        raise ValueError(f"graph {dict(facts)}")
+    n_layers, n_heads, n_kv_heads, layer = sizes
+    return Graph(n_layers, n_heads, n_kv_heads, layer, parallel)

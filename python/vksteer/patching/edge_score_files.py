@@ -17,7 +17,7 @@ import numpy as np
 from ..base.json_files import parse_json
 from ..base.types import Array, PathLike
 from ..base.whole_files import write_whole
-from ..circuits.graph import Graph
+from ..circuits.graph import graph_facts, graph_from_facts
 from ..errors import ModelError
 from ..loading.safetensors_files import HEADER_BYTES, read_header
 from ..loading.stored_tensors import Stored
@@ -31,7 +31,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "I64": np.dtype("<i8"),
 }
-_SIZES = ("n_layers", "n_heads", "n_kv_heads", "layer")
 _ARRAYS = {
     "edges": "F64",
     "nodes": "F64",
@@ -51,7 +50,7 @@ def save(scores: EdgeScores, path: PathLike) -> None:
     facts = {
         "format": FORMAT,
         "version": "1",
-        "graph": json.dumps(dict(zip(_SIZES, scores.graph._key()))),
+        "graph": json.dumps(graph_facts(scores.graph)),
         "n_positions": str(scores.n_positions),
         "has_positions": str(int(scores.positions is not None)),
         "settings": json.dumps(dict(scores.settings), sort_keys=True),
@@ -86,11 +85,10 @@ def load(path: PathLike) -> dict[str, Any]:
             f"{path}: the content does not match its checksum: the file was edited or damaged"
         )
     try:
-        sizes = json.loads(facts["graph"])
         n = sum(name.startswith("positions.") for name in arrays)
         positions = [arrays[f"positions.{i}"] for i in range(n)]
         return {
-            "graph": Graph(*(sizes[name] for name in _SIZES)),
+            "graph": graph_from_facts(json.loads(facts["graph"])),
             "n_positions": int(facts["n_positions"]),
             "settings": json.loads(facts["settings"]),
             "provenance": json.loads(facts["provenance"]),
