@@ -45,10 +45,12 @@ def model(monkeypatch):
     model = Opened(
         {"qk": 0.9, "ov": 0.0, "svv": 0.3, "mlp_direct": 0.55, "mlp": 0.1, "random": 0.0}
     )
+    model.loaded = []
 
-    def from_pretrained(source, *, device, dtype):
+    def from_pretrained(source, *, device, dtype, config_overrides, template_options):
         if source == "missing":
             raise ModelError("there is no model 'missing'")
+        model.loaded.append((source, config_overrides, template_options))
         return model
 
     monkeypatch.setattr(
@@ -143,6 +145,79 @@ def test_generate(model, files, capsys):
         and model.last["stop"] == ["x"]
         and Opened.open == 0
     )
+
+
+FREEZE = ["--vector", "v.npz", "--harmful", "h.txt", "--harmless", "g.txt"]
+CIRCUIT = [*FREEZE, "--out", "o"]
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "x"], ["freeze", *FREEZE], ["circuit", *CIRCUIT]]
+)
+def test_overrides_of_the_model(model, files, capsys, monkeypatch, command):
+    """Every command that loads a model hands both dictionaries to it, and to no judge."""
+    monkeypatch.chdir(files)
+    for name in ("h.txt", "g.txt"):
+        (files / name).write_text("".join(f"{name} {i}\n" for i in range(4)))
+
+    class Loaded(Exception):
+        pass
+
+    def stop(*a, **k):
+        raise Loaded
+
+    call = [command[0], "--model", "m", *command[1:]]
+    options = [
+        "--config-override",
+        'rope_scaling={"rope_type": "yarn", "factor": 4.0}',
+        "--config-override",
+        "sliding_window=null",
+        "--template-option",
+        "enable_thinking=false",
+        "--template-option",
+        'chat_template="tool=use"',
+    ]
+    monkeypatch.setattr(Opened, "__enter__", stop)
+    for given, overrides, variables in (
+        ([], None, None),
+        (
+            options,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "sliding_window": None},
+            {"enable_thinking": False, "chat_template": "tool=use"},
+        ),
+    ):
+        model.loaded.clear()
+        with pytest.raises(Loaded):
+            cli.main([*call, *given])
+        assert model.loaded == [("m", overrides, variables)]
+
+
+def test_overrides_are_not_those_of_the_judge(model, files, capsys):
+    call = ["freeze", "--model", "m", "--vector", str(files / "v.npz"), "--judge", "missing"]
+    call += ["--harmful", f"{files / 'harmful.csv'}:goal"]
+    call += ["--harmless", str(files / "harmless.txt"), "--config-override", "a=1"]
+    assert cli.main(call) == 2 and "no model 'missing'" in capsys.readouterr().err
+    assert model.loaded == [("m", {"a": 1}, None)]
+    call[call.index("missing")] = "guard"
+    cli.main(call)
+    assert model.loaded[1:] == [("m", {"a": 1}, None), ("guard", None, None)]
+
+
+@pytest.mark.parametrize("option", ["--config-override", "--template-option"])
+@pytest.mark.parametrize("text", ["", "a", "=1", "a=", "a=b", "a={", "a=NaN", "a=[1, -Infinity]"])
+def test_an_override_that_is_not_key_and_json(model, capsys, option, text):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", "--model", "m", "--prompt", "x", option, text])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and option in error and repr(text) in error
+    assert "JSON" in error and model.loaded == []
+
+
+@pytest.mark.parametrize("option", ["--config-override", "--template-option"])
+def test_an_override_that_is_given_twice(model, capsys, option):
+    call = ["generate", "--model", "m", "--prompt", "x", option, "a=1", option, "a=2"]
+    assert cli.main(call) == 2 and model.loaded == []
+    assert f"{option} gives a more than once" in capsys.readouterr().err
 
 
 def test_generate_from_standard_input(model, monkeypatch, capsys):

@@ -48,9 +48,11 @@ class Parts(SimpleNamespace):
         effects = np.abs(np.random.default_rng(0).standard_normal(graph(model, 2).n_edges))
         super().__init__(model=model, effects=effects, attributed=[], evaluated=[])
 
-    def from_pretrained(self, source, *, device, dtype):
+    def from_pretrained(self, source, *, device, dtype, config_overrides, template_options):
         if source == "missing":
             raise ModelError("there is no model 'missing'")
+        self.model.config_overrides = config_overrides or {}
+        self.model.template_options = template_options or {}
         return self.model
 
     def attribute(
@@ -222,6 +224,22 @@ def test_interrupted_runs_go_on(parts, files, monkeypatch):
         and len(parts.attributed) == 1
         and (files / "out" / "circuit.json").exists()
     )
+
+
+def test_overrides_are_part_of_what_files_were_made_from(parts, files, capsys):
+    """Prompts are texts, so other template options make other samples of the same prompts."""
+    options = ["--template-option", "enable_thinking=false", "--config-override", "a=[1, 2]"]
+    assert cli.main(call(files, *options)) == 0
+    meta = json.loads((files / "out" / "samples.json").read_text())
+    assert '"template_options": {"enable_thinking": false}' in json.dumps(meta)
+    assert '"config_overrides": {"a": [1, 2]}' in json.dumps(meta)
+    made = len(parts.model.calls), len(parts.attributed)
+    assert cli.main(call(files, *options)) == 0  # found again
+    assert (len(parts.model.calls), len(parts.attributed)) == made
+    capsys.readouterr()
+    for other in ([], options[:2], [*options[:2], "--config-override", "a=[1]"]):
+        assert cli.main(call(files, *other)) == 2
+        assert "was made with another model" in capsys.readouterr().err
 
 
 def test_results_of_something_else_are_not_overwritten(parts, files, capsys):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, TypeAlias
+import json
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..data.prompt_files import prompts_of, split, tiny_pair
 
@@ -38,6 +39,37 @@ def positive(text: str) -> int:
     return value
 
 
+def key_and_json(text: str) -> tuple[str, Any]:
+    """The type of an option KEY=JSON: the key and the value."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=JSON")
+    try:
+        return key, json.loads(value, parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {value!r} is not JSON; a text needs its quotes, as in {key}='\"...\"'"
+        ) from None
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(name)  # Python's reader takes NaN and Infinity, which JSON does not have
+
+
+def _dictionary(pairs: list[tuple[str, Any]] | None, option: str) -> dict[str, Any] | None:
+    """What a repeated option KEY=JSON says; None without it. Raises ValueError for a key that is
+    given twice.
+    """
+    if pairs is None:
+        return None
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{option} gives {twice} more than once")
+    return found
+
+
 def device_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--device",
@@ -65,6 +97,26 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="the type of the weights on the device (default: auto, as in the file)",
     )
+    group.add_argument(
+        "--config-override",
+        action="append",
+        type=key_and_json,
+        metavar="KEY=JSON",
+        help=(
+            "replace a key of config.json, for example rope_scaling=null; may be repeated. Written"
+            " into results"
+        ),
+    )
+    group.add_argument(
+        "--template-option",
+        action="append",
+        type=key_and_json,
+        metavar="KEY=JSON",
+        help=(
+            "a variable for the chat template, for example enable_thinking=false; may be repeated."
+            " Written into results"
+        ),
+    )
 
 
 def prompt_file_arguments(group: Group) -> None:
@@ -86,11 +138,22 @@ def judge_argument(group: Group) -> None:
 
 
 def open_model(arguments: argparse.Namespace, source: str | None = None) -> Model:
-    """The model of --model, or `source`, on the chosen device."""
+    """The model of --model on the chosen device, or `source`: another model, a judge, to which
+    --config-override and --template-option do not apply.
+
+    Raises ValueError for a key that one of these options gives twice, before the model is loaded.
+    """
     from ..runtime.model import Model
 
+    overrides = _dictionary(arguments.config_override, "--config-override")
+    options = _dictionary(arguments.template_option, "--template-option")
+    own = source is None
     return Model.from_pretrained(
-        source or arguments.model, device=arguments.device, dtype=arguments.dtype
+        arguments.model if source is None else source,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        config_overrides=overrides if own else None,
+        template_options=options if own else None,
     )
 
 
