@@ -14,6 +14,9 @@ import json
 import shutil
 from pathlib import Path
 
+from .more_families import NEW_FAMILIES
+from .released import released_style  # noqa: F401  one of the styles that a folder has
+
 #: name -> (transformers class prefix, how weights are stored, arguments of the configuration class)
 FAMILIES = {
     "llama2": (
@@ -265,51 +268,82 @@ WIDE = {
 
 MAX_POSITIONS = 512
 
+ALL = FAMILIES | NEW_FAMILIES | WIDE
+
+#: Classes whose stored gains are those of (1 + w).
+OFFSET = ("Gemma", "Gemma2", "Gemma3Text", "Nemotron")
+
 
 def _config(name):
     import transformers
 
-    prefix, _, arguments = (FAMILIES | WIDE)[name]
-    arguments = dict(arguments)
+    prefix, _, arguments = ALL[name]
     # A copy, because transformers writes into it.
-    arguments["rope_parameters"] = json.loads(json.dumps(arguments["rope_parameters"]))
+    arguments = json.loads(json.dumps(arguments))
+    positions = "n_positions" if prefix in ("GPT2", "GPTJ") else "max_position_embeddings"
     return getattr(transformers, prefix + "Config")(
-        max_position_embeddings=MAX_POSITIONS,
         bos_token_id=None,
-        eos_token_id=None,
+        eos_token_id=[] if prefix == "Glm4" else None,
         pad_token_id=None,
+        **{positions: MAX_POSITIONS},
         **arguments,
     )
 
 
-def _fill(model, gemma, seed):
-    """Fills in weights of such a spread that every part of the model matters: attention scores of a
-    few units, logits far enough apart to rank.
+def _gain(name, config):
+    """By what the rows (of Conv1D: columns) of a weight are multiplied, one number or as many as
+    there are: queries and keys are larger, so that attention attends; also in fused tensors.
     """
     import torch
 
+    if "q_proj" in name or "k_proj" in name:
+        return 1.4
+    if "lm_head" in name:
+        return 3.0
+    if not any(part in name for part in ("c_attn", "query_key_value", "qkv_proj")):
+        return 1.0
+    heads, d = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    if "query_key_value" in name:  # head by head
+        return torch.tensor([1.4, 1.4, 1.0]).repeat_interleave(d).repeat(heads)
+    groups = getattr(config, "num_key_value_heads", heads)
+    return torch.tensor([1.4] * ((heads + groups) * d) + [1.0] * (groups * d))
+
+
+def _fill(model, offset, seed):
+    """Fills in weights of such a spread that every part of the model matters: attention scores of a
+    few units, logits far enough apart to rank. offset: stored gains are those of (1 + w).
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    config = model.config
+    one = 0.0 if offset else 1.0
+    scaled = type(config).__name__.startswith("Gemma") or hasattr(config, "embedding_multiplier")
+    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     generator = torch.Generator().manual_seed(seed)
     noise = lambda like: torch.randn(like.shape, generator=generator)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name == "model.norm.weight" and model.config.tie_word_embeddings:
+            norm = "norm" in name or ".ln_" in name
+            if name.endswith("bias"):
+                p.copy_(0.3 * noise(p))
+            elif (
+                norm and "layers." not in name and ".h." not in name and config.tie_word_embeddings
+            ):
                 # Gains of both signs: with a tied unembedding a random model would otherwise only
                 # repeat its last token.
-                p.copy_(1.3 * noise(p) - (1.0 if gemma else 0.0))
-            elif "norm" in name:
-                p.copy_(0.25 * noise(p) + (0.1 if gemma else 1.0))
-            elif name.endswith("bias"):
-                p.copy_(0.3 * noise(p))
-            elif "embed_tokens" in name:
-                p.copy_(noise(p) * (0.25 if gemma else 0.7))
+                p.copy_(1.3 * noise(p) - (1.0 - one))
+            elif norm:
+                p.copy_(0.25 * noise(p) + (one or 0.1))
+            elif "embed_positions" in name or "wpe" in name:
+                p.copy_(0.6 * noise(p))
+            elif any(part in name for part in ("embed_tokens", "embed_in", "wte")):
+                p.copy_(noise(p) * (0.25 if scaled else 0.7))
+            elif name.removesuffix(".weight") in transposed:
+                p.copy_(noise(p) * _gain(name, config) / p.shape[0] ** 0.5)
             else:
-                gain = (
-                    1.4
-                    if ("q_proj" in name or "k_proj" in name)
-                    else 3.0
-                    if "lm_head" in name
-                    else 1.0
-                )
+                gain = _gain(name, config)
+                gain = gain if isinstance(gain, float) else gain[:, None]
                 p.copy_(noise(p) * gain / p.shape[1] ** 0.5)
 
 
@@ -320,44 +354,14 @@ def build(name, folder, seed=None):
     import torch
     import transformers
 
-    prefix, stored, _ = (FAMILIES | WIDE)[name]
+    prefix, stored, _ = ALL[name]
     config = _config(name)
-    cls = getattr(transformers, prefix.replace("Text", "") + "ForCausalLM")
-    model = cls(config)
-    _fill(
-        model, gemma=prefix.startswith("Gemma"), seed=sum(map(ord, name)) if seed is None else seed
-    )
+    causal = "GPT2LMHeadModel" if prefix == "GPT2" else prefix.replace("Text", "") + "ForCausalLM"
+    model = getattr(transformers, causal)(config)
+    _fill(model, prefix in OFFSET, seed=sum(map(ord, name)) if seed is None else seed)
     model = model.to(getattr(torch, stored))
     model.save_pretrained(folder)
     return Path(folder)
-
-
-def released_style(folder, to):
-    """A copy of `folder` whose config.json looks like a released checkpoint's: rope_theta and
-    rope_scaling at top level, no layer_types.
-    """
-    to = Path(to)
-    to.mkdir(parents=True, exist_ok=True)
-    for path in Path(folder).iterdir():
-        shutil.copy(path, to / path.name)
-    config = json.loads((to / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    layer_types = config.pop("layer_types", None)
-    config["torch_dtype"] = config.pop("dtype")
-    if "full_attention" in rope:  # Gemma 3
-        full = rope["full_attention"]
-        config["rope_theta"] = full.pop("rope_theta")
-        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        config["rope_scaling"] = full if full["rope_type"] != "default" else None
-        config.pop("_sliding_window_pattern", None)
-        config["sliding_window_pattern"] = layer_types.index("full_attention") + 1
-    else:
-        config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-        if config["rope_scaling"] and rope["rope_type"] in ("linear", "yarn"):
-            rope["type"] = rope.pop("rope_type")  # the older key
-    (to / "config.json").write_text(json.dumps(config, indent=2))
-    return to
 
 
 def with_config(folder, to, **changes):
