@@ -76,15 +76,22 @@ def test_differences_of_linear(on, rng, weight_type):
     )
 
 
-@pytest.mark.parametrize("flags", [(), ("normalized",), ("rows",)], ids="+".join)
-def test_differences_of_norm(on, rng, flags):
-    back = backward.norm_bwd(rng, 3, 33, ("write_scale", "write_normalized", *flags))
-    back.buffers["x"][:, :33] = on_grid(rng, len(back.buffers["x"]), 33)
+@pytest.mark.parametrize(
+    "flags, groups",
+    [((), 1), (("normalized",), 1), (("rows",), 1)]
+    + [(("layer",), 1), (("layer", "normalized"), 1), (("layer", "rows"), 1), (("layer",), 4)],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else f"{value} groups",
+)
+def test_differences_of_norm(on, rng, flags, groups):
+    back = backward.norm_bwd(rng, 3, 33, ("write_scale", "write_normalized", *flags), groups=groups)
+    whole = 33 * groups
+    back.buffers["x"][:, :whole] = on_grid(rng, len(back.buffers["x"]), whole) + 0.5
     if "normalized" in flags:
         back.buffers["gain"][:] = 1
     reference = on.run(back.op, back.arguments, back.buffers)[1]
     dy = {"dst": np.nan_to_num(back.buffers["dy"]).astype(np.float64)}
-    forward = forward_problems.norm(rng, 3, 33, [f for f in flags if f == "rows"])
+    kept = [f for f in flags if f in ("rows", "layer")] + ["bias"] * ("layer" in flags)
+    forward = forward_problems.norm(rng, 3, 33, kept, groups=groups)
     shared = {name: back.buffers[name] for name in ("x", "gain", "rows") if name in back.buffers}
     if "rows" in flags:  # a source may be read twice
         dx = np.zeros(shared["x"].shape)
@@ -92,15 +99,17 @@ def test_differences_of_norm(on, rng, flags):
     else:
         dx = reference["dx"]
     matches(on, rng, "norm", forward.arguments, forward.buffers | shared, "x", dy, dx)
-    if flags:
+    if set(flags) - {"layer"}:
         return
     # With the scale as an input, the gradient holds for any scale ...
-    scale = (np.round(np.sqrt((shared["x"][:, :33] ** 2).mean(-1) + 1e-5) / STEP) * STEP).astype(
-        np.float32
-    )
-    fixed = forward_problems.norm(rng, 3, 33, ("read_scale",))
-    x = shared["x"].astype(np.float64)[:, :33]
-    dn = np.nan_to_num(back.buffers["dy"])[:, :33].astype(np.float64) * back.buffers["gain"]
+    parts = lambda array: np.nan_to_num(array).astype(np.float64)[:, :whole].reshape(3, groups, 33)
+    x = parts(shared["x"])
+    if "layer" in flags:
+        x = x - x.mean(-1, keepdims=True)
+    scale = (np.round(np.sqrt((x**2).mean(-1) + 1e-5) / STEP) * STEP).astype(np.float32)
+    fixed = forward_problems.norm(rng, 3, 33, ("read_scale", *kept), groups=groups)
+    gain = back.buffers["gain"].astype(np.float64).reshape(groups, 33)
+    along = (parts(back.buffers["dy"]) * gain * x).sum(-1)
     matches(
         on,
         rng,
@@ -109,12 +118,12 @@ def test_differences_of_norm(on, rng, flags):
         fixed.buffers | shared | {"scale": scale},
         "scale",
         dy,
-        -(dn * x).sum(-1) / scale.astype(np.float64) ** 2,
+        -along / scale.astype(np.float64) ** 2,
     )
     # ... and the reference takes it at the scale of the row itself.
     own = np.sqrt((x**2).mean(-1) + np.float64(np.float32(1e-5)))
-    np.testing.assert_allclose(reference["dscale"], -(dn * x).sum(-1) / own**2, rtol=1e-12)
-    normed = forward_problems.norm(rng, 3, 33, ("read_normalized",))
+    np.testing.assert_allclose(reference["dscale"], -along / own**2, rtol=1e-11)
+    normed = forward_problems.norm(rng, 3, 33, ("read_normalized", *kept), groups=groups)
     matches(
         on,
         rng,

@@ -46,6 +46,32 @@ def test_norm_bwd_of_small_and_large_values(on, rng, scale):
     agree(on, backward.norm_bwd(rng, 3, 257, ("write_scale", "write_normalized"), scale=scale))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("layer",),
+        ("layer", "add", "rows"),
+        ("layer", "write_scale", "write_normalized", "add"),
+        ("layer", "write_scale", "no_out"),
+        ("layer", "normalized", "write_normalized", "add"),
+    ],
+    ids="+".join,
+)
+def test_layer_norm_bwd(on, rng, flags):
+    for rows in (0, 1, 3, 33):
+        for width in (*SIZES, 576, 1024):
+            agree(on, backward.norm_bwd(rng, rows, width, flags, mean=rows % 3))
+    for groups, width in ((1, 33), (2, 3), (5, 80), (32, 128)):
+        agree(on, backward.norm_bwd(rng, 7, width, flags, groups=groups, mean=-1.0))
+        agree(on, backward.norm_bwd(rng, 7, width, flags, groups=groups, in_place=True))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-3, 1e6, 1e15])
+def test_layer_norm_bwd_of_small_and_large_values(on, rng, scale):
+    flags = ("layer", "write_scale", "write_normalized")
+    agree(on, backward.norm_bwd(rng, 3, 257, flags, scale=scale, mean=2.0))
+
+
 @pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
 def test_act_bwd(on, rng, kind):
     for n_tokens in (0, 1, 3, 33):

@@ -108,10 +108,62 @@ def test_norm_of_small_and_large_values(on, rng, scale):
     agree(on, forward.norm(rng, 3, 257, ("write_scale", "write_normalized"), scale=scale))
 
 
-def test_norm_in_steps_has_the_fused_bits(on, rng):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("layer",),
+        ("layer", "bias"),
+        ("layer", "bias", "add", "rows"),
+        ("layer", "bias", "write_scale", "no_out"),
+        ("layer", "write_scale", "write_normalized", "add"),
+        ("layer", "bias", "read_scale"),
+        ("layer", "read_scale", "write_normalized", "no_out"),
+        ("layer", "bias", "read_normalized", "add"),
+    ],
+    ids="+".join,
+)
+def test_layer_norm(on, rng, flags):
+    for rows in (0, 1, 3, 33):
+        for width in (*SIZES, 576, 1024):
+            agree(on, forward.norm(rng, rows, width, flags, mean=rows % 3))
+    for groups, width in ((1, 33), (2, 3), (5, 80), (32, 128)):
+        agree(on, forward.norm(rng, 7, width, flags, groups=groups, mean=-1.0))
+        if "rows" not in flags:
+            agree(on, forward.norm(rng, 7, width, flags, groups=groups, in_place=True))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-3, 1e6, 1e15])
+def test_layer_norm_of_small_and_large_values(on, rng, scale):
+    flags = ("layer", "bias", "write_scale", "write_normalized")
+    agree(on, forward.norm(rng, 3, 257, flags, scale=scale, mean=2.0))
+
+
+def test_layer_norm_of_a_large_mean(on, rng):
+    """The mean is subtracted before squaring, so what is lost is what x itself has lost: a rounding
+    of the mean, 2^-24 of 1e4 beside deviations of about 1.
+    """
+    problem = forward.norm(rng, 3, 257, ("layer", "write_scale", "write_normalized"), mean=1e4)
+    outcome = verify.check(on, problem)
+    assert outcome.error <= 1e4 * 2.0**-22, outcome.where
+
+
+def test_a_constant_row_is_its_layer_norm_s_bias(on, rng):
+    problem = forward.norm(rng, 3, 256, ("layer", "bias", "write_normalized", "write_scale"))
+    problem.buffers["x"][:] = 0.5
+    device = agree(on, problem).device
+    assert same_bits(device["dst"][:, :256], np.broadcast_to(problem.buffers["bias"], (3, 256)))
+
+
+@pytest.mark.parametrize(
+    "more, groups",
+    [(("add",), 1), (("layer", "add"), 1), (("layer", "bias", "add"), 1), (("layer", "bias"), 3)],
+    ids=["rms", "layer", "layer bias", "layer groups"],
+)
+def test_norm_in_steps_has_the_fused_bits(on, rng, more, groups):
     """Scale, then normalised value, then gain: what an edited or captured norm runs."""
+    always = " ".join(f for f in more if f == "layer")
     for width in (7, 33, 257, 576):
-        problem = forward.norm(rng, 5, width, ("add",))
+        problem = forward.norm(rng, 5, width, more, groups=groups, mean=1.5)
         fused = on.run("norm", problem.arguments, problem.buffers)[0]
         flag, buffers, arguments = (
             problems.NORM_FLAGS,
@@ -121,11 +173,12 @@ def test_norm_in_steps_has_the_fused_bits(on, rng):
         for flags, source in (
             ("write_scale no_out", "x"),
             ("read_scale write_normalized no_out", "x"),
-            ("read_normalized add", "normalized"),
+            (f"read_normalized {' '.join(more)}", "normalized"),
         ):
+            wanted = {*flags.split(), *always.split()}
             buffers |= on.run(
                 "norm",
-                arguments | {"flags": sum(flag[f] for f in flags.split()), "x": source},
+                arguments | {"flags": sum(flag[f] for f in wanted), "x": source},
                 buffers,
             )[0]
         assert same_bits(buffers["dst"], fused["dst"])

@@ -1,4 +1,5 @@
-/* Embedding, activation, copies: one workgroup for each row, or several (activation on GPUs). */
+/* Embedding, norms, activation, copies: one workgroup for each row, or several (activation on GPUs,
+ * a norm of parts of a row). */
 #include "ops/ops.h"
 
 int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
@@ -22,6 +23,26 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens
             return -1;
     }
     return 0;
+}
+
+int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows,
+            struct error *error) {
+    uint32_t layer = (params->flags & NORM_LAYER) != 0;
+    uint32_t groups = params->n_groups > 1 ? params->n_groups : 1;
+    if (!layer && (groups > 1 || params->flags & NORM_BIAS))
+        return error_set(error, ERROR_VALUE, "an RMS norm has neither groups nor a bias");
+    return gpu_queue_dispatch(ops->queue, kernel_norm(layer), params, sizeof *params, n_rows,
+                              groups, 1, 8.0 * n_rows * groups * params->width, error);
+}
+
+int op_norm_bwd(struct ops *ops, const struct norm_bwd_params *params, uint32_t n_rows,
+                struct error *error) {
+    uint32_t layer = (params->flags & NORM_BWD_LAYER) != 0;
+    uint32_t groups = params->n_groups > 1 ? params->n_groups : 1;
+    if (!layer && groups > 1)
+        return error_set(error, ERROR_VALUE, "an RMS norm has no groups");
+    return gpu_queue_dispatch(ops->queue, kernel_norm_bwd(layer), params, sizeof *params, n_rows,
+                              groups, 1, 16.0 * n_rows * groups * params->width, error);
 }
 
 /* On a software device the columns of a token are too few to pay for starting several workgroups;

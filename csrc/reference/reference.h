@@ -79,10 +79,13 @@ void reference_row_norms(struct reference_memory *memory, const struct op_matrix
 /* 1 / sqrt(mean of the squares of `width` floats from item `first` on + eps). */
 double reference_inverse_rms(struct reference_memory *memory, uint64_t x, uint64_t first,
                              uint32_t width, double eps);
-/* The gradient of sum_i dn[i] n[i] with respect to x, where n = x / scale and
- * scale = sqrt(mean x^2 + eps): dx[i] = dn[i] / scale - n[i] (dn . n) / (width scale). */
+/* The gradient of sum_i dn[i] n[i] with respect to x, where n = (x - mean) / scale and
+ * scale = sqrt(mean (x - mean)^2 + eps):
+ * dx[i] = (dn[i] - dn_mean) / scale - n[i] (dn . n) / (width scale). Both means are 0 for an RMS
+ * norm. */
 struct norm_slope {
     double scale, along; /* dn . n */
+    double mean, dn_mean;
 };
 double reference_norm_slope_at(const struct norm_slope *slope, double dn, double x, uint32_t width);
 

@@ -77,19 +77,25 @@ BLOCK(embed_params) {
 #define NORM_READ_NORMALIZED 16 /* the normalised value was edited: read it */
 #define NORM_ROWS 32            /* row r reads token rows[r] */
 #define NORM_NO_OUT 64
+#define NORM_LAYER 128 /* LayerNorm: the mean is subtracted first */
+#define NORM_BIAS 256  /* LayerNorm only: out = normalized * gain + bias */
 
-/* RMS norm: scale = sqrt(mean x^2 + eps), normalized = x / scale, out = normalized * gain. */
+/* RMS norm: scale = sqrt(mean x^2 + eps), normalized = x / scale, out = normalized * gain.
+ * LayerNorm: the same of x - mean x, and of n_groups parts of a row, each `width` wide, by
+ * themselves: a norm of every head. */
 BLOCK(norm_params) {
     ADDRESS(FloatsIn) x;
-    ADDRESS(FloatsIn) gain;
+    ADDRESS(FloatsIn) gain; /* [n_groups * width] */
     ADDRESS(FloatsOut) dst;
     ADDRESS(FloatsOut) normalized;
-    ADDRESS(FloatsOut) scale; /* [T] */
+    ADDRESS(FloatsOut) scale; /* [T, n_groups] */
     ADDRESS(FloatsIn) add;
     ADDRESS(Words) rows;
+    ADDRESS(FloatsIn) bias; /* [n_groups * width] */
     UINT width;
     UINT stride;
     UINT flags;
+    UINT n_groups; /* NORM_LAYER; 0: one */
     float eps;
 };
 

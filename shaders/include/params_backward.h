@@ -27,10 +27,13 @@ BLOCK(linear_bwd_params) {
 #define NORM_BWD_WRITE_NORMALIZED 4
 #define NORM_BWD_WRITE_SCALE 8
 #define NORM_BWD_NO_OUT 16
-#define NORM_BWD_ROWS 32 /* row r reads x of token rows[r] */
+#define NORM_BWD_ROWS 32  /* row r reads x of token rows[r] */
+#define NORM_BWD_LAYER 64 /* of LayerNorm */
 
 /* Backward of the RMS norm: with scale = sqrt(mean x^2 + eps), n = x / scale, dn = dy * gain:
- * dscale = -(dn . n) / scale, dx = dn / scale - n (dn . n) / (D scale). */
+ * dscale = -(dn . n) / scale, dx = dn / scale - n (dn . n) / (D scale). Backward of LayerNorm:
+ * scale and n are those of x - mean x, and dx = (dn - mean dn) / scale - n (dn . n) / (D scale).
+ * Its n_groups parts of a row are as in norm_params. */
 BLOCK(norm_bwd_params) {
     ADDRESS(FloatsIn) x;
     ADDRESS(FloatsIn) gain;
@@ -38,11 +41,12 @@ BLOCK(norm_bwd_params) {
     ADDRESS(FloatsOut) dx;
     ADDRESS(FloatsIn) add;
     ADDRESS(FloatsOut) dnormalized;
-    ADDRESS(FloatsOut) dscale; /* [T] */
+    ADDRESS(FloatsOut) dscale; /* [T, n_groups] */
     ADDRESS(Words) rows;
     UINT width;
     UINT stride;
     UINT flags;
+    UINT n_groups; /* NORM_BWD_LAYER; 0: one */
     float eps;
 };
 

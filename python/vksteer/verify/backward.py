@@ -114,48 +114,62 @@ def linear_bwd(
 # -- row by row ------------------------------------------------------------------------------------
 
 
-def _norm_units(x, dn, eps):
-    """Of the gradient through x / sqrt(mean x^2 + eps), and of -(dn . n) / scale."""
+def _norm_units(x, dn, eps, layer=False):
+    """Of the gradient through x / sqrt(mean x^2 + eps), or (layer) through that of x - mean x, and
+    of -(dn . n) / scale. x and dn [rows, groups, width]; the same, and [rows, groups].
+    """
     x, dn = x.astype(np.float64), np.abs(dn.astype(np.float64))
-    scale = np.sqrt((x**2).mean(-1, keepdims=True) + eps)
-    along = (dn * np.abs(x)).sum(-1, keepdims=True) / scale
-    return (dn + np.abs(x) / scale * along / x.shape[-1]) / scale, along / scale
+    centred = x - x.mean(-1, keepdims=True) if layer else x
+    scale = np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    x = np.abs(x) + np.abs(x).mean(-1, keepdims=True) if layer else np.abs(x)
+    along = (dn * x).sum(-1, keepdims=True) / scale
+    terms = dn + x / scale * along / x.shape[-1]
+    if layer:
+        terms += dn.mean(-1, keepdims=True)
+    return terms / scale, (along / scale)[..., 0]
 
 
-def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
-    stride, of, eps = row_stride(width), set(flags), 1e-5
+def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False, groups=1, mean=0.0) -> Problem:
+    """groups and mean: as in forward.norm."""
+    whole = groups * width
+    stride, of, eps = row_stride(whole), set(flags), 1e-5
     sources = rows + 3 if "rows" in of else rows
     buffers = {
-        "x": padded(numbers(rng, sources, width, scale=scale), stride),
-        "gain": numbers(rng, width),
-        "dy": padded(numbers(rng, rows, width), stride),
+        "x": padded(numbers(rng, sources, whole, scale=scale) + np.float32(mean * scale), stride),
+        "gain": numbers(rng, whole),
+        "dy": padded(numbers(rng, rows, whole), stride),
         "dx": nothing(rows, stride),
         "dnormalized": nothing(rows, stride),
-        "dscale": nothing(rows),
+        "dscale": nothing(rows, groups),
     }
     if "add" in of:
-        buffers["add"] = padded(numbers(rng, rows, width), stride)
+        buffers["add"] = padded(numbers(rng, rows, whole), stride)
     if "rows" in of:
         buffers["rows"] = rng.integers(0, sources, rows).astype(np.uint32)
     arguments = {name: name for name in buffers} | {
         "width": width,
         "stride": stride,
         "n_rows": rows,
+        "n_groups": groups if groups > 1 else 0,
         "eps": eps,
         "flags": sum(NORM_BWD_FLAGS[f] for f in of),
     }
-    x, dy = buffers["x"][buffers.get("rows", slice(None)), :width], buffers["dy"][:, :width]
-    units, along = _norm_units(x, dy if "normalized" in of else dy * buffers["gain"], eps)
+    x, dy = buffers["x"][buffers.get("rows", slice(None)), :whole], buffers["dy"][:, :whole]
+    dn = dy if "normalized" in of else dy * buffers["gain"]
+    shape = (rows, groups, width)
+    units, along = _norm_units(x.reshape(shape), dn.reshape(shape), eps, "layer" in of)
+    units = units.reshape(rows, whole)
     if "add" in of:
-        units = units + np.abs(buffers["add"][:, :width])
+        units = units + np.abs(buffers["add"][:, :whole])
     to = "dy" if in_place else "dx"
     arguments["dx"] = to
+    extras = ("in place", in_place), (f"{groups} groups", groups > 1), (f"mean {mean}", mean)
     return Problem(
         "norm_bwd",
-        f"{rows} x {width} {' '.join(sorted(of))}{' in place' if in_place else ''}",
+        f"{rows} x {width} {' '.join(sorted(of))}{suffix(*extras)}",
         arguments,
         buffers,
-        {to: beside(units, buffers["dx"]), "dscale": along[:, 0]},
+        {to: beside(units, buffers["dx"]), "dscale": along},
     )
 
 
@@ -438,6 +452,8 @@ def problems(rng) -> Iterator[Problem]:
         ("write_scale", "no_out"),
     ):
         yield norm_bwd(rng, 3, 257, flags)
+        yield norm_bwd(rng, 3, 257, (*flags, "layer"), mean=3.0)
+    yield norm_bwd(rng, 3, 80, ("layer", "add", "write_scale"), groups=5)
     for d_head in (2, 6, 64, 80, 128):
         yield rope_bwd(rng, [(0, 3), (5, 1)], 4, 2, d_head)
         yield attn_output_bwd(rng, (17, 1, 9), 4, 2, d_head, window=5 if d_head == 64 else 0)

@@ -182,26 +182,35 @@ def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, segment_ro
     )
 
 
-def norm(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
-    stride, of = row_stride(width), set(flags)
+def norm(rng, rows, width, flags=(), scale=1.0, in_place=False, groups=1, mean=0.0) -> Problem:
+    """groups: parts of a row, `width` wide, each with a norm of its own. mean: of x, in units of
+    its scale.
+    """
+    whole = groups * width
+    stride, of = row_stride(whole), set(flags)
     sources = rows + 3 if "rows" in of else rows
+    scales = (rows, groups)
     buffers = {
-        "x": padded(numbers(rng, sources, width, scale=scale), stride),
-        "gain": numbers(rng, width),
+        "x": padded(numbers(rng, sources, whole, scale=scale) + np.float32(mean * scale), stride),
+        "gain": numbers(rng, whole),
         "dst": nothing(rows, stride),
         "normalized": nothing(rows, stride),
-        "scale": np.abs(numbers(rng, rows)) + 0.5 if "read_scale" in of else nothing(rows),
+        "scale": np.abs(numbers(rng, *scales)) + 0.5 if "read_scale" in of else nothing(*scales),
     }
     arguments = {name: name for name in buffers} | {
         "width": width,
         "stride": stride,
         "n_rows": rows,
+        "n_groups": groups if groups > 1 else 0,
         "eps": 1e-5,
         "flags": sum(NORM_FLAGS[f] for f in of),
     }
     units = {}
+    if "bias" in of:
+        buffers["bias"] = numbers(rng, whole)
+        arguments["bias"] = "bias"
     if "add" in of:
-        buffers["add"] = padded(numbers(rng, rows, width), stride)
+        buffers["add"] = padded(numbers(rng, rows, whole), stride)
         arguments["add"] = "add"
         units["dst"] = np.nanmax(np.abs(buffers["add"]), initial=1.0)
     if "rows" in of:
@@ -209,9 +218,10 @@ def norm(rng, rows, width, flags=(), scale=1.0, in_place=False) -> Problem:
         arguments["rows"] = "rows"
     if in_place:
         arguments["dst"] = "x"
+    extras = ("in place", in_place), (f"{groups} groups", groups > 1), (f"mean {mean}", mean)
     return Problem(
         "norm",
-        f"{rows} x {width} {' '.join(sorted(of))}{' in place' if in_place else ''}",
+        f"{rows} x {width} {' '.join(sorted(of))}{suffix(*extras)}",
         arguments,
         buffers,
         units,
@@ -384,6 +394,8 @@ def problems(rng) -> Iterator[Problem]:
         ("read_normalized", "add"),
     ):
         yield norm(rng, 3, 257, flags)
+        yield norm(rng, 3, 257, (*flags, "layer", "bias"), mean=3.0)
+    yield norm(rng, 3, 80, ("layer", "bias", "write_scale"), groups=5)
     for d_head in (2, 6, 64, 80, 128):
         yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
         yield attn_scores(

@@ -38,10 +38,12 @@ NORM_FLAGS = flags(
     "read_normalized",
     "rows",
     "no_out",
+    "layer",
+    "bias",
 )
 ROPE_FLAGS = flags("ROPE", "qk_norm", "rotate", "store")
 NORM_BWD_FLAGS = flags(
-    "NORM_BWD", "add", "normalized", "write_normalized", "write_scale", "no_out", "rows"
+    "NORM_BWD", "add", "normalized", "write_normalized", "write_scale", "no_out", "rows", "layer"
 )
 COPY_FLAGS = flags("COPY", "rows", "add")
 TOPK_FLAGS = flags("TOPK", "begin", "scaled")
