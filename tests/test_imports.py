@@ -26,6 +26,7 @@ ORDER = (
     "circuits",
     "patching",
     "steering",
+    "reliability",
     "ov",
     "freezing",
     "sparsify",
@@ -196,6 +197,7 @@ def test_no_module_bears_the_name_of_a_public_function():
                 "judge",
                 "ov",
                 "patching",
+                "reliability",
                 "sparsify",
                 "steering",
             }

@@ -28,15 +28,27 @@ _LAZY = {
     "Scale": "runtime.edits",
     "MeanAblate": "runtime.edits",
     "SteeringVector": "inputs.vectors",
+    "dose": "inputs.dosing",
     "LogitDiff": "runtime.gradients",
     "LogProb": "runtime.gradients",
     "KL": "runtime.gradients",
     "Gradients": "runtime.gradients",
 }
-_MODULES = ("circuits", "data", "freezing", "judge", "ov", "patching", "sparsify", "steering")
+_MODULES = (
+    "circuits",
+    "data",
+    "freezing",
+    "judge",
+    "ov",
+    "patching",
+    "reliability",
+    "sparsify",
+    "steering",
+)
 
 if TYPE_CHECKING:
-    from . import circuits, data, freezing, judge, ov, patching, sparsify, steering
+    from . import circuits, data, freezing, judge, ov, patching, reliability, sparsify, steering
+    from .inputs.dosing import dose
     from .inputs.vectors import SteeringVector
     from .loading.config import Config
     from .loading.tokenizer import Tokenizer
@@ -70,10 +82,12 @@ __all__ = [
     "circuits",
     "data",
     "devices",
+    "dose",
     "freezing",
     "judge",
     "ov",
     "patching",
+    "reliability",
     "sparsify",
     "steering",
 ]

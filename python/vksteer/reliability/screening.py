@@ -1,0 +1,309 @@
+"""Predictors of reliability at every layer and position, from one pass over pairs of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..base.checks import is_int, require_int
+from ..base.figures import new_figure
+from ..base.progress import Progress
+from ..base.provenance import digest, provenance
+from ..base.types import Array, Float32Array, ProgressLike, Prompts
+from ..inputs.prompts import as_list, as_tokens, batches
+from ..runtime.resume import layer_inputs
+from .separation import predictors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..runtime.model import Model
+
+#: Mean cosines of data sets that could and could not be steered (arXiv 2602.17881, 36 data sets on
+#: Llama 2 7B, layer 13): about .48 and .19. The verdicts take them as thresholds.
+STEERABLE, UNSTEERABLE = 0.48, 0.19
+_NUMBERS = (
+    "mean_cosine",
+    "pairwise_cosine",
+    "d_prime",
+    "overlap",
+    "auc",
+    "norm_ratio",
+    "stability_mean",
+    "stability_sd",
+)
+#: Bytes of activations held at a time; more layers than fit are taken in several passes.
+HELD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ScreenRow:
+    """The predictors of one layer and position (docs/reliability.md); NaN where `note` says why.
+
+    layer: the vector would steer the input of this layer (`blocks.{layer}.hook_resid_pre`).
+    position: counted back from the prompt's end.
+    """
+
+    layer: int
+    position: int
+    mean_cosine: float
+    pairwise_cosine: float
+    d_prime: float
+    overlap: float
+    auc: float
+    norm_ratio: float
+    stability_mean: float
+    stability_sd: float
+    n: int
+    n_undefined: int
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """By the mean cosine: "likely steerable" from .48 on, "likely unreliable" up to .19,
+        "uncertain" between, "undefined" where there is none.
+        """
+        if np.isnan(self.mean_cosine):
+            return "undefined"
+        if self.mean_cosine >= STEERABLE:
+            return "likely steerable"
+        return "likely unreliable" if self.mean_cosine <= UNSTEERABLE else "uncertain"
+
+
+class Screen:
+    """The rows of a screen, position by position, layers ascending; `meta`: provenance."""
+
+    def __init__(self, rows: Sequence[ScreenRow], meta: dict[str, Any]) -> None:
+        self.rows, self.meta = list(rows), meta
+
+    def __iter__(self) -> Iterator[ScreenRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: tuple[int, int]) -> ScreenRow:
+        """The row of (layer, position). Raises KeyError where it was not screened."""
+        for row in self.rows:
+            if (row.layer, row.position) == tuple(at):
+                return row
+        raise KeyError(f"(layer, position) = {at!r} was not screened")
+
+    @property
+    def best(self) -> ScreenRow | None:
+        """The row of the highest mean cosine, of equal ones the first; None where all are
+        undefined.
+        """
+        defined = [row for row in self.rows if not np.isnan(row.mean_cosine)]
+        return max(defined, key=lambda row: row.mean_cosine, default=None)
+
+    def column(self, name: str) -> Array:
+        """One predictor of all rows, float64 [rows]. Raises AttributeError for another name."""
+        return np.array([getattr(row, name) for row in self.rows], dtype=np.float64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: {"rows": [fields of ScreenRow and "verdict"], "thresholds", "meta"}; numbers
+        that are not finite become None.
+        """
+
+        def plain(value: Any) -> Any:
+            return None if isinstance(value, float) and not np.isfinite(value) else value
+
+        rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
+        return {
+            "rows": [{name: plain(value) for name, value in row.items()} for row in rows],
+            "thresholds": {"steerable": STEERABLE, "unsteerable": UNSTEERABLE},
+            "meta": self.meta,
+        }
+
+    def to_markdown(self) -> str:
+        """A table with one row for each layer and position, and what the verdicts rest on."""
+        lines = [
+            (
+                "| layer | position | mean cosine | pairwise cosine | d' | overlap | AUC"
+                " | norm ratio | stability | n | verdict |"
+            ),
+            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|:---|",
+        ]
+        for row in self.rows:
+            n = f"{row.n - row.n_undefined} of {row.n}" if row.n_undefined else str(row.n)
+            lines.append(
+                f"| {row.layer} | {row.position} | {row.mean_cosine:.3f} |"
+                f" {row.pairwise_cosine:.3f} | {row.d_prime:.2f} | {row.overlap:.3f} |"
+                f" {row.auc:.3f} | {row.norm_ratio:.3f} | {row.stability_mean:.3f} +-"
+                f" {row.stability_sd:.3f} | {n} | {row.verdict}"
+                + (f" ({row.note})" if row.note else "")
+                + " |"
+            )
+        lines += [
+            "",
+            (
+                f"Verdicts: a mean cosine from {STEERABLE} on is likely steerable, up to"
+                f" {UNSTEERABLE} likely unreliable: the means of the two kinds of data sets in"
+                " arXiv 2602.17881 (Llama 2 7B, layer 13). They are no guarantee: measure the"
+                " effect."
+            ),
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Mean cosine and AUC over layers, a line for each position, with the thresholds.
+
+        Returns the figure. Raises ImportError, naming what to install, without matplotlib.
+        """
+        if ax is None:
+            ax = new_figure(6, 3.5).subplots()
+        for position in dict.fromkeys(row.position for row in self.rows):
+            rows = [row for row in self.rows if row.position == position]
+            layers = [row.layer for row in rows]
+            line = ax.plot(
+                layers, [row.mean_cosine for row in rows], label=f"mean cosine, {position}"
+            )[0]
+            ax.plot(
+                layers,
+                [row.auc for row in rows],
+                linestyle=":",
+                color=line.get_color(),
+                label=f"AUC, {position}",
+            )
+        for threshold in (STEERABLE, UNSTEERABLE):
+            ax.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--")
+        ax.set(xlabel="layer", ylabel="predictor", title="Reliability before steering")
+        ax.legend(fontsize="small")
+        figure: Any = ax.figure
+        result: Figure = figure
+        return result
+
+
+def screen(
+    model: Model,
+    positive: Prompts,
+    negative: Prompts,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] = (-1,),
+    leave_one_out: bool = False,
+    bins: int = 50,
+    seed: int = 0,
+    progress: ProgressLike = True,
+) -> Screen:
+    """The predictors of reliability (`predictors`, docs/reliability.md) at every layer and
+    position, from one pass over the prompts.
+
+    positive, negative: pairs in order, texts or token lists, as many of each; item i of both is the
+    same question with the matching and the non-matching answer. layers: default all. positions:
+    negative, counted back from each prompt's end. leave_one_out, bins, seed: as in `predictors`.
+    Activations are `blocks.{layer}.hook_resid_pre`, float32.
+
+    Returns a Screen: a row for each layer and position, with a verdict whose thresholds it states.
+    A layer where the classes' means are equal gets NaN and a note. Raises ValueError before any
+    work for lists of unequal length, fewer than 2 pairs, prompts that are too long or shorter than
+    a position reaches back, and layers that the model does not have.
+    """
+    rows, at, chosen = _checked(model, positive, negative, layers, positions)
+    require_int(bins, "bins", 1)
+    n, width = len(rows[0]), model.config.d_model
+    some = max(1, HELD_BYTES // (8 * n * len(at) * width))
+    found: list[ScreenRow] = []
+    groups = [chosen[i : i + some] for i in range(0, len(chosen), some)]
+    with Progress(progress, 2 * n * len(groups), "screen") as bar:
+        for group in groups:
+            pos, neg = (_activations(model, side, group, at, bar) for side in rows)
+            for p, position in enumerate(at):
+                for l, layer in enumerate(group):
+                    found.append(
+                        _row(layer, position, pos[:, p, l], neg[:, p, l], leave_one_out, bins, seed)
+                    )
+    found.sort(key=lambda row: (at.index(row.position), row.layer))
+    meta = provenance(
+        model,
+        prompts_hash=digest(*rows),
+        n_prompts=[n, n],
+        leave_one_out=leave_one_out,
+        bins=bins,
+        seed=seed,
+    )
+    return Screen(found, meta)
+
+
+def _row(
+    layer: int,
+    position: int,
+    pos: Float32Array,
+    neg: Float32Array,
+    leave_one_out: bool,
+    bins: int,
+    seed: int,
+) -> ScreenRow:
+    if np.array_equal(pos, neg) or not (pos.mean(0, np.float64) != neg.mean(0, np.float64)).any():
+        undefined = dict.fromkeys(_NUMBERS, float("nan"))
+        n = len(pos)
+        return ScreenRow(layer, position, n=n, n_undefined=n, note="equal means", **undefined)
+    values = predictors(pos, neg, leave_one_out=leave_one_out, bins=bins, seed=seed)
+    note = "; ".join(values.pop("flags"))
+    return ScreenRow(layer, position, note=note, **values)
+
+
+def _checked(
+    model: Model,
+    positive: Prompts,
+    negative: Prompts,
+    layers: Sequence[int] | None,
+    positions: Sequence[int],
+) -> tuple[tuple[list[list[int]], list[list[int]]], list[int], list[int]]:
+    """(token lists of both sides, positions as given, layers ascending)."""
+    sides = as_list(positive, "positive"), as_list(negative, "negative")
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"positive and negative are pairs: {len(sides[0])} and {len(sides[1])} prompts"
+        )
+    if len(sides[0]) < 2:
+        raise ValueError("a screen needs at least 2 pairs of prompts")
+    rows = as_tokens(model, sides[0], "positive"), as_tokens(model, sides[1], "negative")
+    at = [positions] if is_int(positions) else list(positions)
+    if not at or len(set(at)) != len(at) or not all(is_int(p) and p < 0 for p in at):
+        raise ValueError(
+            "positions count back from the prompt's end: negative whole numbers, none twice, not"
+            f" {positions!r}"
+        )
+    for what, side in zip(("positive", "negative"), rows, strict=True):
+        for i, row in enumerate(side):
+            if len(row) < -min(at):
+                raise ValueError(
+                    f"{what}[{i}] has {len(row)} tokens, position {min(at)} reaches before its"
+                    " start"
+                )
+    n_layers = model.config.n_layers
+    chosen = list(range(n_layers)) if layers is None else sorted(set(layers))
+    for l in chosen:
+        if not is_int(l) or not 0 <= l < n_layers:
+            raise ValueError(f"layers: {l!r} is no layer of this model (0 to {n_layers - 1})")
+    if not chosen:
+        raise ValueError("layers is empty: name at least one, or None for all")
+    return rows, [int(p) for p in at], [int(l) for l in chosen]
+
+
+def _activations(
+    model: Model, rows: list[list[int]], layers: list[int], at: list[int], bar: Progress
+) -> Float32Array:
+    """resid_pre, float32 [n, positions, layers, D]."""
+    width = model.config.d_model
+    out = np.empty((len(rows), len(at), len(layers), width), np.float32)
+    longest = max(map(len, rows))
+    most = max(1, HELD_BYTES // 4 // (4 * longest * len(layers) * width))
+    for part in batches(rows, tokens=8192, most=most):
+        _, rest = layer_inputs(model, rows[part], layers, -min(at))
+        for i, l in enumerate(layers):
+            out[part, :, i] = rest[l][:, at]  # rows are padded on the left
+        bar.step(len(rows[part]))
+    return out
