@@ -81,3 +81,43 @@ def test_refusals(zoo, vector, arguments, message):
     given = dict(prompts=PROMPTS, vector=vector, coefficient=1.0) | arguments
     with pytest.raises(ValueError, match=message):
         vs.dose(zoo.engine("llama3"), **given)
+
+
+def test_tables_show_the_dose(vector_of_the_bundled_model):
+    model, vector = vector_of_the_bundled_model
+    harmful, harmless = [[5, 9, 7, 30], [8, 2, 7]], [[4, 1, 7], [3, 2, 7, 8, 9]]
+    unit = {
+        "harmless": vs.dose(model, harmless, vector, 1.0).mean,
+        "harmful": vs.dose(model, harmful, vector, 1.0).mean,
+    }
+    options = dict(max_new_tokens=2, progress=False)
+    rows = vs.steering.sweep(model, vector, [0.5, -2], harmful, harmless, **options)
+    mean = (unit["harmless"] + unit["harmful"]) / 2  # as many of each
+    assert [r.dose for r in rows] == pytest.approx([0.5 * mean, 2 * mean], rel=1e-12)
+    assert f"| 0.5 | {0.5 * mean:.3f} |" in rows.to_markdown() and rows.unsteered.dose == 0
+    table = vs.freezing.ablation_table(
+        model, vector, harmful, harmless, (0.5, 1.5), random_control=0, **options
+    )
+    wanted = [0.5 * unit["harmless"], 1.5 * unit["harmful"]]
+    assert table.setting["dose"] == pytest.approx(wanted, rel=1e-12)
+    assert f"Dose: {wanted[0]:.3f} harmless" in table.to_markdown()
+    both = {"one": vector, "two": vs.SteeringVector(vector.direction[::-1], vector.layer)}
+    found = vs.steering.compare(
+        model,
+        both,
+        harmful,
+        harmless,
+        coefficient=(0.5, 1.5),
+        normalize=False,
+        circuits=False,
+        **options,
+    )
+    assert found["one"].dose == pytest.approx(wanted, rel=1e-12)
+    assert f"{wanted[0]:.3f} / {wanted[1]:.3f}" in found.to_markdown()
+    assert found.to_dict()["vectors"]["one"]["dose"] == list(found["one"].dose)
+
+
+@pytest.fixture
+def vector_of_the_bundled_model(rng):
+    with vs.Model.from_pretrained("tiny-llama-chat", progress=False) as model:
+        yield model, vs.SteeringVector(rng.standard_normal(model.config.d_model), 3)

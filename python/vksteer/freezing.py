@@ -104,11 +104,13 @@ class AblationTable:
         """The table below a line that gives its setting; rates with 95 % Wilson intervals."""
         s = self.setting
         plus, minus = s["coefficient"]
+        doses = s.get("dose")
         lines = [
             (
                 f"Layer {s['layer']}; harmless prompts under +{plus:g} ({s['n_harmless']}), harmful"
                 f" prompts under -{minus:g} ({s['n_harmful']}); {s['max_new_tokens']} new tokens;"
                 f" judge of harmful answers: {s['judge']}."
+                + (f" Dose: {doses[0]:.3f} harmless, {doses[1]:.3f} harmful." if doses else "")
             ),
             "",
             (
@@ -307,7 +309,9 @@ def ablation_table(
         "min_words": min_words,
         "judge": "substring" if judge is None else type(judge).__name__,
     }
+    doses = pair.doses(vector)
     setting = _setting(pair, vector, [plus, minus], options)
+    setting["dose"] = [plus * doses["harmless"], minus * doses["harmful"]]
     return AblationTable([_row(c, rates) for c in conditions], answers, setting)
 
 

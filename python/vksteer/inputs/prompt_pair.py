@@ -15,6 +15,7 @@ from ..base.store import Store
 from ..base.types import PathLike
 from ..judge import Rate, ended, succeeded
 from ..runtime.edits import Steer
+from .dosing import stream_norms
 from .prompts import as_list, as_tokens, refuse_equal_classes
 
 if TYPE_CHECKING:
@@ -177,6 +178,17 @@ class PromptPair:
         )
         answers = [Answer(g.text, g.finish_reason, len(g.tokens)) for g in made]
         return {"harmless": answers[:n], "harmful": answers[n:]}
+
+    def doses(self, vector: SteeringVector) -> dict[str, float]:
+        """The dose of coefficient 1 (`vs.dose`) on the tokens of the prompts, the mean for each
+        side: that of a coefficient a is |a| times it.
+        """
+        sides = {"harmless": self.harmless_rows, "harmful": self.harmful_rows}
+        norms = {side: stream_norms(self.model, rows, vector.layer) for side, rows in sides.items()}
+        return {
+            side: float(np.mean([np.mean(vector.norm / row) for row in rows]))
+            for side, rows in norms.items()
+        }
 
     def rates(
         self, answers: Answers, judge: Any = None, min_words: int | str | None = "auto"

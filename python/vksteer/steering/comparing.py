@@ -202,7 +202,7 @@ def compare(
         if with_circuits:
             finder.run(bar, notes)
     return Comparison(
-        _rows(vectors, strengths, rates, finder),
+        _rows(vectors, strengths, rates, finder, pair),
         unsteered,
         _cosines(list(vectors.values())),
         finder.overlaps,
@@ -268,10 +268,12 @@ def _rows(
     strengths: Mapping[str, tuple[float, float]],
     rates: Mapping[str, Mapping[str, Rate]],
     finder: _Circuits,
+    pair: PromptPair,
 ) -> list[ComparedVector]:
     rows = []
     for name, vector in vectors.items():
-        circuit = finder.found[name]
+        circuit, doses = finder.found[name], pair.doses(vector)
+        plus, minus = strengths[name]
         rows.append(
             ComparedVector(
                 name,
@@ -282,6 +284,7 @@ def _rows(
                 circuit,
                 len(finder.samples[name]),
                 None if circuit is None else circuit.distribution(),
+                (plus * doses["harmless"], minus * doses["harmful"]),
             )
         )
     return rows

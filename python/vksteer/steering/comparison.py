@@ -34,6 +34,8 @@ class ComparedVector:
     n_samples: int = 0  # samples that the circuit was found on
     # Shares of the circuit's edges by the type of the input they end in.
     distribution: Mapping[str, float] | None = None
+    # |a s| / |h| on harmless prompts under +a and on harmful ones under -a (`vs.dose`)
+    dose: tuple[float, float] = (float("nan"), float("nan"))
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Comparison:
             r.name: {
                 "coefficient": list(r.coefficient),
                 "norm": r.norm,
+                "dose": [None if np.isnan(d) else d for d in r.dose],
                 "harmless": asdict(r.harmless),
                 "harmful": asdict(r.harmful),
                 "n_samples": r.n_samples,
@@ -129,16 +132,19 @@ class Comparison:
                 f" {s['judge']}."
             ),
             "",
-            "| vector | layer | norm | +a / -a | harmless ASR | harmful ASR | ended | repetition |",
-            "|:---|---:|---:|---:|---:|---:|---:|---:|",
+            (
+                "| vector | layer | norm | +a / -a | dose | harmless ASR | harmful ASR | ended |"
+                " repetition |"
+            ),
+            "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for r, layer in zip(self.rows, s["layers"]):
             strengths = f"{r.coefficient[0]:g} / {r.coefficient[1]:g}"
             lines.append(
                 f"| {r.name} | {layer} | {r.norm:.3g} | {strengths} |"
-                f" {both(r.harmless, r.harmful)} |"
+                f" {r.dose[0]:.3f} / {r.dose[1]:.3f} | {both(r.harmless, r.harmful)} |"
             )
-        return [*lines, f"| none | | | | {both(*self.unsteered)} |"]
+        return [*lines, f"| none | | | | | {both(*self.unsteered)} |"]
 
     def _circuits(self) -> list[str]:
         found = [(r, r.circuit, r.distribution) for r in self.rows if r.distribution]

@@ -47,6 +47,8 @@ class SweepRow:
     verdict: str
     induces: bool = False  # +a works on harmless prompts, and their texts are not broken
     bypasses: bool = False  # -a works on harmful prompts, and their texts are not broken
+    # |a s| / |h|, mean over the tokens of all prompts (`vs.dose`)
+    dose: float = 0.0
 
 
 class Sweep:
@@ -126,17 +128,19 @@ class Sweep:
         """A table with one row for each coefficient, the unsteered model first."""
         lines = [
             (
-                "| a | harmless ASR (+a) | harmful ASR (-a) | KL (+a, harmless) | KL (-a, harmless)"
-                " | ended harmless / harmful | repetition harmless / harmful | verdict |"
+                "| a | dose | harmless ASR (+a) | harmful ASR (-a) | KL (+a, harmless)"
+                " | KL (-a, harmless) | ended harmless / harmful"
+                " | repetition harmless / harmful | verdict |"
             ),
-            "|---:|---:|---:|---:|---:|---:|---:|:---|",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|:---|",
         ]
         for row in [self.unsteered, *self.rows]:
             a, b = row.harmless, row.harmful
             lines.append(
-                f"| {row.coefficient:g} | {a.asr:.2f} [{a.low:.2f}, {a.high:.2f}] | {b.asr:.2f}"
-                f" [{b.low:.2f}, {b.high:.2f}] | {row.kl:.3f} | {row.kl_side:.3f} | {a.ended:.2f} /"
-                f" {b.ended:.2f} | {a.repetition:.2f} / {b.repetition:.2f} | {row.verdict} |"
+                f"| {row.coefficient:g} | {row.dose:.3f} | {a.asr:.2f} [{a.low:.2f}, {a.high:.2f}]"
+                f" | {b.asr:.2f} [{b.low:.2f}, {b.high:.2f}] | {row.kl:.3f} | {row.kl_side:.3f}"
+                f" | {a.ended:.2f} / {b.ended:.2f} | {a.repetition:.2f} / {b.repetition:.2f}"
+                f" | {row.verdict} |"
             )
         return "\n".join(lines)
 
@@ -211,6 +215,9 @@ def sweep(
     with Progress(progress, (len(strengths) + 1) * len(pair), "sweep") as bar:
         base = pair.rates(pair.run(), judge, min_words)
         bar.step(len(pair))
+        doses = pair.doses(vector)
+        unit = doses["harmless"] * len(pair.harmless) + doses["harmful"] * len(pair.harmful)
+        unit /= len(pair)
         logp = log_softmax(next_token([]))
         rows = []
         for a in strengths:
@@ -219,7 +226,7 @@ def sweep(
                 float(kl_divergence(logp, next_token([Steer(vector, sign * a)])).mean())
                 for sign in (1, -1)
             )
-            rows.append(_row(a, rates, base, kl, side))
+            rows.append(_row(a, rates, base, kl, side, abs(a) * unit))
             bar.step(len(pair))
     return Sweep(rows, SweepRow(0.0, base["harmless"], base["harmful"], 0.0, 0.0, "unsteered"))
 
@@ -235,7 +242,12 @@ def _coefficients(given: Sequence[float] | float) -> list[float]:
 
 
 def _row(
-    a: float, rates: Mapping[str, Rate], base: dict[str, Rate], kl: float, side: float
+    a: float,
+    rates: Mapping[str, Rate],
+    base: dict[str, Rate],
+    kl: float,
+    side: float,
+    dose: float,
 ) -> SweepRow:
     harmless, harmful = rates["harmless"], rates["harmful"]
     moved, intact = _works(harmless, harmful, base)
@@ -246,6 +258,7 @@ def _row(
         kl=kl,
         kl_side=side,
         verdict=_verdict(harmless, harmful, base),
+        dose=dose,
         induces=moved[0] and intact[0],
         bypasses=moved[1] and intact[1],
     )
