@@ -1,5 +1,6 @@
 // dst[row, t, :] = f(z of a state of a head) [- f(z of that head in the base run)], for every entry
-// (state, head, row, scale row). f divides by the run's own RMS where HEADS_SCALED is set.
+// (state, head, row, scale row). f divides by the run's own RMS where HEADS_SCALED is set. With
+// HEADS_OFFSET the last word is the column of z at which the state begins.
 // Buffers   z [states, T, z_stride], base [T, base_stride], entries [n, 4], scale [scale rows, T],
 //           base_scale [T], dst [rows, T, out_stride]
 // Grid      x = tokens, y = entries; a workgroup takes one of each, its lanes the head's columns
@@ -13,8 +14,10 @@ void main() {
     const uint t = gl_WorkGroupID.x, e = 4 * gl_WorkGroupID.y, lane = gl_LocalInvocationID.x;
     const uint state = p.entries.at[e], head = p.entries.at[e + 1],
                row = (p.entries.at[e + 2] * p.n_tokens + t) * p.out_stride;
-    const uint from = (state * p.n_tokens + t) * p.z_stride,
-               base = t * p.base_stride + head * p.d_head;
+    const uint base = t * p.base_stride + head * p.d_head;
+    uint from = (state * p.n_tokens + t) * p.z_stride;
+    if ((p.flags & HEADS_OFFSET) != 0)
+        from += p.entries.at[e + 3];
     const uint column = (p.flags & HEADS_COLUMN) != 0 ? head * p.d_head : 0;
     float factor = 1.0, base_factor = 1.0;
     if ((p.flags & HEADS_SCALED) != 0) {

@@ -3,6 +3,27 @@
 
 #include "reference/reference.h"
 
+/* The norm of an assembled row, in place. */
+static void input_norm(struct reference_memory *memory, const struct circuit_inputs_params *p,
+                       uint64_t row) {
+    double mean = 0, inverse;
+    if (p->kind > NORM_KIND_NONE)
+        reference_fail(memory, "norm %u", p->kind);
+    if (p->kind == NORM_KIND_NONE)
+        return;
+    for (uint32_t i = 0; i < p->width && p->kind == NORM_KIND_LAYER && !memory->failed; i++)
+        mean += *reference_float(memory, p->dst, row + i) / p->width;
+    for (uint32_t i = 0; i < p->width && !memory->failed; i++)
+        *reference_float(memory, p->dst, row + i) -= mean;
+    inverse = reference_inverse_rms(memory, p->dst, row, p->width, p->eps);
+    for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
+        double *v = reference_float(memory, p->dst, row + i);
+        *v *= inverse * *reference_float(memory, p->gain, i);
+        if (p->kind == NORM_KIND_LAYER && p->flags & INPUTS_BIAS)
+            *v += *reference_float(memory, p->bias, i);
+    }
+}
+
 void reference_circuit_inputs(struct reference_memory *memory,
                               const struct circuit_inputs_params *p, uint32_t n_entries,
                               uint32_t n_refs) {
@@ -27,10 +48,7 @@ void reference_circuit_inputs(struct reference_memory *memory,
                             i);
                 *reference_float(memory, p->dst, to + i) = v;
             }
-            double inverse = reference_inverse_rms(memory, p->dst, to, p->width, p->eps);
-            for (uint32_t i = 0; i < p->width && !memory->failed; i++)
-                *reference_float(memory, p->dst, to + i) *= inverse *
-                                                            *reference_float(memory, p->gain, i);
+            input_norm(memory, p, to);
         }
 }
 
@@ -38,8 +56,7 @@ void reference_circuit_inputs(struct reference_memory *memory,
  * come from the base run. */
 static void place(struct reference_memory *memory, const struct circuit_place_params *p,
                   uint64_t entry, uint32_t t) {
-    uint32_t word = reference_word(memory, p->entries, entry), kind = word & 3,
-             half = p->d_head / 2;
+    uint32_t word = reference_word(memory, p->entries, entry), kind = word & 3, half = p->d_rot / 2;
     uint32_t from_array = reference_word(memory, p->entries, entry + 1),
              column = reference_word(memory, p->entries, entry + 2);
     uint32_t to_array = reference_word(memory, p->entries, entry + 3);
@@ -48,7 +65,8 @@ static void place(struct reference_memory *memory, const struct circuit_place_pa
     uint64_t source = base ? p->base : p->x, dst = kind == PLACE_Q   ? p->q
                                                    : kind == PLACE_K ? p->k_cache
                                                                      : p->v_cache;
-    uint64_t gain = kind == PLACE_Q ? p->q_gain : p->k_gain;
+    uint64_t gain = kind == PLACE_Q ? p->q_gain : p->k_gain,
+             angles = kind == PLACE_Q ? p->q_angles : p->angles;
     uint64_t from = (base ? (uint64_t)t * p->base_stride
                           : ((uint64_t)from_array * p->n_tokens + t) * p->x_stride) +
                     column;
@@ -59,26 +77,27 @@ static void place(struct reference_memory *memory, const struct circuit_place_pa
                          : 1;
     if (kind > PLACE_V || (kind != PLACE_Q && token.slot >= p->n_slots))
         reference_fail(memory, "kind %u, slot %u of %u", kind, token.slot, p->n_slots);
-    for (uint32_t i = 0; i < half && !memory->failed; i++) {
-        double a = *reference_float(memory, source, from + i),
-               b = *reference_float(memory, source, from + half + i), c = 1, s = 0;
-        if (turned && p->flags & PLACE_QK_NORM) {
-            a *= inverse * *reference_float(memory, gain, i);
-            b *= inverse * *reference_float(memory, gain, half + i);
-        }
-        if (turned) {
-            c = *reference_float(memory, p->angles, ((uint64_t)token.pos * half + i) * 2);
-            s = *reference_float(memory, p->angles, ((uint64_t)token.pos * half + i) * 2 + 1);
-        }
-        *reference_float(memory, dst, to + i) = a * c - b * s;
-        *reference_float(memory, dst, to + half + i) = b * c + a * s;
+    for (uint32_t i = 0; i < p->d_head && !memory->failed; i++)
+        *reference_float(memory, dst, to + i) =
+            *reference_float(memory, source, from + i) *
+            (turned && p->flags & PLACE_QK_NORM ? inverse * *reference_float(memory, gain, i) : 1);
+    for (uint32_t i = 0; i < half && turned && !memory->failed; i++) {
+        int neighbours = (p->flags & PLACE_INTERLEAVED) != 0;
+        uint64_t angle = ((uint64_t)token.pos * half + i) * 2;
+        double *first = reference_float(memory, dst, to + (neighbours ? 2 * i : i)),
+               *second = reference_float(memory, dst, to + (neighbours ? 2 * i + 1 : half + i));
+        double a = *first, b = *second, c = *reference_float(memory, angles, angle),
+               s = *reference_float(memory, angles, angle + 1);
+        *first = a * c - b * s;
+        *second = b * c + a * s;
     }
 }
 
 void reference_circuit_place(struct reference_memory *memory, const struct circuit_place_params *p,
                              uint32_t n_entries) {
-    if (p->d_head % 2)
-        reference_fail(memory, "a head of %u cannot be rotated", p->d_head);
+    if (p->d_rot % 2 || p->d_rot > p->d_head)
+        reference_fail(memory, "%u channels of a head of %u cannot be rotated", p->d_rot,
+                       p->d_head);
     for (uint32_t e = 0; e < n_entries && !memory->failed; e++)
         for (uint32_t t = 0; t < p->n_tokens && !memory->failed; t++)
             place(memory, p, 4 * (uint64_t)e, t);
@@ -97,8 +116,11 @@ void reference_circuit_heads(struct reference_memory *memory, const struct circu
                  t) *
                 p->out_stride;
             uint64_t base = (uint64_t)t * p->base_stride + (uint64_t)head * p->d_head,
-                     from = ((uint64_t)state * p->n_tokens + t) * p->z_stride;
+                     from = ((uint64_t)state * p->n_tokens + t) * p->z_stride +
+                            (p->flags & HEADS_OFFSET ? scale_row : 0);
             double scale = 1, base_scale = 1;
+            if (p->flags & HEADS_SCALED && p->flags & HEADS_OFFSET)
+                reference_fail(memory, "an entry with both a scale and an offset");
             if (p->flags & HEADS_SCALED) {
                 scale = *reference_float(memory, p->scale, (uint64_t)scale_row * p->n_tokens + t);
                 base_scale = *reference_float(memory, p->base_scale, t);

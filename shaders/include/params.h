@@ -63,6 +63,7 @@ BLOCK(embed_params) {
 
 #define NORM_KIND_RMS 0
 #define NORM_KIND_LAYER 1 /* LayerNorm: the mean is subtracted */
+#define NORM_KIND_NONE 2  /* the input of a layer without pre-norms */
 
 /* norm of q and k before rotation */
 #define QK_NORM_NONE 0

@@ -11,9 +11,11 @@ import numpy as np
 from .problems import (
     EPS,
     HEADS_FLAGS,
+    INPUTS_BIAS,
     NO_DIFFERENCE,
+    NORM_KINDS,
     OUTPUTS_NORM,
-    PLACE_QK_NORM,
+    PLACE_FLAGS,
     PLACES,
     Problem,
     beside,
@@ -54,8 +56,31 @@ def _tokens(rng, n, n_slots) -> np.ndarray:
     return tokens
 
 
-def circuit_inputs(rng, n_entries, n_chunk, width, n_differences=5, most=4, picked=None) -> Problem:
-    """picked: so many of the tokens; None: all."""
+def _input_units(buffers, tokens, kind) -> list[np.ndarray]:
+    """Of each entry's rows of these tokens, float64 [n, width]: what a sum would be without
+    cancellation, normalised.
+    """
+    refs, first = buffers["refs"], buffers["first"]
+    n_chunk, width = len(buffers["x"]), len(buffers["gain"])
+    x = buffers["x"][:, :width].astype(np.float64)[tokens]
+    d = buffers["d"][:, :width].astype(np.float64).reshape(-1, n_chunk, width)[:, tokens]
+    units = []
+    for e in range(len(first) - 1):
+        mine = d[refs[first[e] : first[e + 1]]]
+        total = x + mine.sum(0)
+        if kind == "layer":
+            total -= total.mean(-1, keepdims=True)
+        unit = (np.abs(x) + np.abs(mine).sum(0)).max(-1, keepdims=True) * np.ones(width)
+        if kind != "none":
+            unit *= inverse_rms(total) * np.abs(buffers["gain"]).max()
+        units.append(unit + np.abs(np.nan_to_num(buffers["bias"])))
+    return units
+
+
+def circuit_inputs(
+    rng, n_entries, n_chunk, width, kind="rms", bias=False, n_differences=5, most=4, picked=None
+) -> Problem:
+    """kind: a name of NORM_KINDS. picked: so many of the tokens; None: all."""
     stride = row_stride(width)
     lengths = rng.integers(0, most + 1, n_entries)
     first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
@@ -72,32 +97,20 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_differences=5, most=4, pick
         "refs": refs,
         "first": first,
         "tokens": chosen,
-        "gain": numbers(rng, width),
+        "gain": nothing(width) if kind == "none" else numbers(rng, width),
+        "bias": numbers(rng, width) if bias else nothing(width),
         "dst": nothing(n_entries * n, stride),
     }
-    x, d = (
-        buffers["x"][:, :width].astype(np.float64),
-        buffers["d"][:, :width].astype(np.float64).reshape(n_differences, n_chunk, width),
-    )
-    units = []
-    for e in range(n_entries):
-        mine = refs[first[e] : first[e + 1]]
-        total, size = (
-            x[chosen] + d[mine][:, chosen].sum(0),
-            np.abs(x[chosen]) + np.abs(d[mine][:, chosen]).sum(0),
-        )
-        units.append(
-            size.max(-1, keepdims=True)
-            * inverse_rms(total)
-            * np.abs(buffers["gain"]).max()
-            * np.ones(width)
-        )
+    units = _input_units(buffers, chosen, kind)
     unit = np.concatenate(units) if units and n else np.ones((n_entries * n, width))
     return Problem(
         "circuit_inputs",
-        f"{n_entries} entries x {n} of {n_chunk} x {width}, {len(refs)} differences",
+        f"{n_entries} entries x {n} of {n_chunk} x {width}, {len(refs)} differences, {kind}"
+        f"{' with bias' if bias else ''}",
         _named(
             buffers,
+            kind=NORM_KINDS[kind],
+            flags=INPUTS_BIAS * bias,
             all_tokens=int(picked is None),
             n_tokens=n,
             n_chunk=n_chunk,
@@ -112,11 +125,13 @@ def circuit_inputs(rng, n_entries, n_chunk, width, n_differences=5, most=4, pick
     )
 
 
-def circuit_place(rng, n_tokens, d_head, qk_norm=False, n_slots=None, n_heads=3) -> Problem:
+def circuit_place(
+    rng, n_tokens, d_head, qk_norm=False, d_rot=None, interleaved=False, n_slots=None, n_heads=3
+) -> Problem:
     """Two queries, keys and values from products, at odd columns, and one of each from the base
-    run.
+    run. d_rot: channels that are rotated; None: all.
     """
-    n_slots = n_slots or n_tokens + 3
+    n_slots, d_rot = n_slots or n_tokens + 3, d_head if d_rot is None else d_rot
     x_stride, base_stride, q_stride = (
         row_stride(d_head + 32),
         row_stride(n_heads * d_head),
@@ -129,7 +144,8 @@ def circuit_place(rng, n_tokens, d_head, qk_norm=False, n_slots=None, n_heads=3)
         "base": padded(numbers(rng, n_tokens, n_heads * d_head), base_stride),
         "entries": np.array(entries, np.uint32),
         "tokens": _tokens(rng, n_tokens, n_slots),
-        "angles": numbers(rng, 50, d_head),
+        "angles": numbers(rng, 50, d_rot),
+        "q_angles": numbers(rng, 50, d_rot),
         "q_gain": numbers(rng, d_head),
         "k_gain": numbers(rng, d_head),
         "q": nothing(3 * n_tokens, q_stride),
@@ -138,16 +154,18 @@ def circuit_place(rng, n_tokens, d_head, qk_norm=False, n_slots=None, n_heads=3)
     }
     return Problem(
         "circuit_place",
-        f"{n_tokens} tokens, heads of {d_head}{' normed' if qk_norm else ''}",
+        f"{n_tokens} tokens, heads of {d_head}{' normed' if qk_norm else ''}, {d_rot}"
+        f" channels{' in neighbouring pairs' if interleaved else ''}",
         _named(
             buffers,
             n_tokens=n_tokens,
             d_head=d_head,
+            d_rot=d_rot,
             x_stride=x_stride,
             base_stride=base_stride,
             q_stride=q_stride,
             n_slots=n_slots,
-            flags=PLACE_QK_NORM * qk_norm,
+            flags=PLACE_FLAGS["qk_norm"] * qk_norm + PLACE_FLAGS["interleaved"] * interleaved,
             eps=EPS,
             n_entries=len(entries),
         ),
@@ -163,13 +181,15 @@ def circuit_heads(
     scaled=False,
     column=False,
     zero=False,
+    offset=False,
     n_heads=3,
     n_states=4,
 ) -> Problem:
     """The base run's state among the others; without `column` rows hold one head, with it one row
-    has all of them or zeros beside one.
+    has all of them or zeros beside one. offset: states begin anywhere in the first 32 columns of
+    their rows.
     """
-    z_stride, base_stride = row_stride(d_head), row_stride(n_heads * d_head)
+    z_stride, base_stride = row_stride(d_head + 32 * offset), row_stride(n_heads * d_head)
     out_stride = base_stride if column else z_stride
     rows = n_heads if zero or not column else 1
     entries = [
@@ -177,19 +197,19 @@ def circuit_heads(
             NO_DIFFERENCE if h == 1 else rng.integers(0, n_states),
             h,
             h if rows > 1 else 0,
-            rng.integers(0, 2),
+            rng.integers(0, 33) if offset else rng.integers(0, 2),
         ]
         for h in range(n_heads)
     ]
     buffers = {
-        "z": padded(numbers(rng, n_states * n_tokens, d_head), z_stride),
+        "z": padded(numbers(rng, n_states * n_tokens, d_head + 32 * offset), z_stride),
         "base": padded(numbers(rng, n_tokens, n_heads * d_head), base_stride),
         "entries": np.array(entries, np.uint32),
         "scale": np.abs(numbers(rng, 2, n_tokens)) + 0.5,
         "base_scale": np.abs(numbers(rng, n_tokens)) + 0.5,
         "dst": nothing(rows * n_tokens, out_stride),
     }
-    chosen = {"difference": difference, "scaled": scaled, "column": column, "zero": zero}
+    chosen = dict(difference=difference, scaled=scaled, column=column, zero=zero, offset=offset)
     flags = sum(HEADS_FLAGS[name] for name, on in chosen.items() if on)
     largest = max(np.nanmax(np.abs(buffers[name]), initial=1.0) for name in ("z", "base")) * (
         2 if scaled else 1
@@ -308,12 +328,18 @@ def logit_metrics(rng, n_rows, n, width, softcap=0.0, first=0, spread=3.0, shift
 def problems(rng) -> Iterator[Problem]:
     """What `vksteer verify` runs of these."""
     for picked in (None, 3):
-        yield circuit_inputs(rng, 7, 5, 257, picked=picked)
+        for kind in NORM_KINDS:
+            yield circuit_inputs(rng, 7, 5, 257, kind, picked=picked)
+        yield circuit_inputs(rng, 7, 5, 257, "layer", bias=True, picked=picked)
     for d_head in (2, 6, 64, 80):
         yield circuit_place(rng, 5, d_head, qk_norm=d_head != 64)
+        for d_rot in (0, d_head // 4 * 2):
+            yield circuit_place(rng, 5, d_head, qk_norm=d_head == 64, d_rot=d_rot)
+        yield circuit_place(rng, 5, d_head, interleaved=True)
         yield circuit_heads(rng, 5, d_head)
         yield circuit_heads(rng, 5, d_head, scaled=True, column=True, zero=True)
     yield circuit_heads(rng, 5, 6, difference=False, column=True)
+    yield circuit_heads(rng, 5, 6, difference=False, column=True, offset=True)
     for normed in (False, True):
         yield circuit_outputs(rng, 7, 3, 257, normed, first=2, in_place=normed)
     for softcap in (0.0, 5.0):
