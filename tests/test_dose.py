@@ -28,9 +28,9 @@ def by_hand(model, tokens, vector, a, at=slice(None)):
 def test_mean_over_all_tokens(zoo, vector, a):
     model = zoo.engine("llama3")
     found = vs.dose(model, PROMPTS, vector, a)
-    wanted = [by_hand(model, p, vector, a) for p in PROMPTS]
-    np.testing.assert_allclose(found.ratio, wanted, rtol=1e-12)
-    assert found.mean == pytest.approx(np.mean(wanted)) and (found.ratio >= 0).all()
+    expected = [by_hand(model, p, vector, a) for p in PROMPTS]
+    np.testing.assert_allclose(found.ratio, expected, rtol=1e-12)
+    assert found.mean == pytest.approx(np.mean(expected)) and (found.ratio >= 0).all()
     assert found.ratio.dtype == np.float64 and found.ratio.shape == (3,)
 
 
@@ -39,16 +39,16 @@ def test_responses_and_positions(zoo, vector):
     responses = [[3, 4], [6], [7, 8, 9]]
     rows = [p + r for p, r in zip(PROMPTS, responses)]
     found = vs.dose(model, PROMPTS, vector, 1.0, responses=responses)
-    wanted = [by_hand(model, row, vector, 1.0) for row in rows]
-    np.testing.assert_allclose(found.ratio, wanted, rtol=1e-12)
+    expected = [by_hand(model, row, vector, 1.0) for row in rows]
+    np.testing.assert_allclose(found.ratio, expected, rtol=1e-12)
     found = vs.dose(model, PROMPTS, vector, 1.0, responses=responses, positions="response")
-    wanted = [
+    expected = [
         by_hand(model, row, vector, 1.0, slice(len(p), None)) for row, p in zip(rows, PROMPTS)
     ]
-    np.testing.assert_allclose(found.ratio, wanted, rtol=1e-12)
+    np.testing.assert_allclose(found.ratio, expected, rtol=1e-12)
     found = vs.dose(model, PROMPTS, vector, 1.0, positions=[-1, 0])
-    wanted = [by_hand(model, p, vector, 1.0, [0, len(p) - 1]) for p in PROMPTS]
-    np.testing.assert_allclose(found.ratio, wanted, rtol=1e-12)
+    expected = [by_hand(model, p, vector, 1.0, [0, len(p) - 1]) for p in PROMPTS]
+    np.testing.assert_allclose(found.ratio, expected, rtol=1e-12)
 
 
 def test_a_vector_of_the_last_output_uses_the_output_of_the_last_block(zoo, rng):
@@ -98,9 +98,9 @@ def test_tables_show_the_dose(vector_of_the_bundled_model):
     table = vs.freezing.ablation_table(
         model, vector, harmful, harmless, (0.5, 1.5), random_control=0, **options
     )
-    wanted = [0.5 * unit["harmless"], 1.5 * unit["harmful"]]
-    assert table.setting["dose"] == pytest.approx(wanted, rel=1e-12)
-    assert f"Dose: {wanted[0]:.3f} harmless" in table.to_markdown()
+    expected = [0.5 * unit["harmless"], 1.5 * unit["harmful"]]
+    assert table.setting["dose"] == pytest.approx(expected, rel=1e-12)
+    assert f"Dose: {expected[0]:.3f} harmless" in table.to_markdown()
     both = {"one": vector, "two": vs.SteeringVector(vector.direction[::-1], vector.layer)}
     found = vs.steering.compare(
         model,
@@ -112,8 +112,8 @@ def test_tables_show_the_dose(vector_of_the_bundled_model):
         circuits=False,
         **options,
     )
-    assert found["one"].dose == pytest.approx(wanted, rel=1e-12)
-    assert f"{wanted[0]:.3f} / {wanted[1]:.3f}" in found.to_markdown()
+    assert found["one"].dose == pytest.approx(expected, rel=1e-12)
+    assert f"{expected[0]:.3f} / {expected[1]:.3f}" in found.to_markdown()
     assert found.to_dict()["vectors"]["one"]["dose"] == list(found["one"].dose)
 
 

@@ -40,8 +40,8 @@ def pairs(rng):
 
 def test_predictors_equal_the_formulas(pairs):
     found = predictors(*pairs)
-    wanted, (kp, kn) = brute(*pairs)
-    for name, value in wanted.items():
+    expected, (kp, kn) = brute(*pairs)
+    for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-10), name
     # class means lie at +1 and -1 by construction
     assert np.mean(kp) == pytest.approx(1, abs=1e-12) and np.mean(kn) == pytest.approx(
@@ -54,12 +54,12 @@ def test_predictors_equal_the_formulas(pairs):
 def test_leave_one_out_takes_the_mean_of_the_others(pairs):
     pos, neg = pairs
     d = pos - neg
-    wanted = []
+    expected = []
     for i in range(len(d)):
         others = np.delete(d, i, axis=0).mean(0)
-        wanted.append(d[i] @ others / np.linalg.norm(d[i]) / np.linalg.norm(others))
+        expected.append(d[i] @ others / np.linalg.norm(d[i]) / np.linalg.norm(others))
     found = predictors(pos, neg, leave_one_out=True)
-    assert found["mean_cosine"] == pytest.approx(np.mean(wanted), abs=1e-12)
+    assert found["mean_cosine"] == pytest.approx(np.mean(expected), abs=1e-12)
     assert found["mean_cosine"] < predictors(pos, neg)["mean_cosine"]
 
 
@@ -137,9 +137,9 @@ def test_screen_equals_predictors_of_captures(zoo, rng):
             np.stack([model.run(p, capture=[site], logits=None)[site][0, position] for p in side])
             for side in (positive, negative)
         ]
-        wanted, row = predictors(*sides), table[layer, position]
+        expected, row = predictors(*sides), table[layer, position]
         for name in ("mean_cosine", "pairwise_cosine", "d_prime", "overlap", "auc"):
-            assert getattr(row, name) == wanted[name], name
+            assert getattr(row, name) == expected[name], name
     assert table.best.mean_cosine == np.nanmax(table.column("mean_cosine"))
     assert "likely" in table.to_markdown() and table.to_dict()["rows"][0]["verdict"]
     figure = table.plot()

@@ -309,9 +309,7 @@ def ablation_table(
         "min_words": min_words,
         "judge": "substring" if judge is None else type(judge).__name__,
     }
-    doses = pair.doses(vector)
     setting = _setting(pair, vector, [plus, minus], options)
-    setting["dose"] = [plus * doses["harmless"], minus * doses["harmful"]]
     return AblationTable([_row(c, rates) for c in conditions], answers, setting)
 
 
@@ -382,11 +380,13 @@ def _setting(
     pair: PromptPair, vector: SteeringVector, coefficient: list[float], options: dict[str, Any]
 ) -> dict[str, Any]:
     """A table's setting, for records: the vector, the prompts, the options and the model."""
+    doses = pair.doses(vector)
     return {
         "layer": vector.layer,
         "position": vector.position,
         "method": vector.method,
         "coefficient": coefficient,
+        "dose": [a * doses[side] for a, side in zip(coefficient, ("harmless", "harmful"))],
         "n_harmless": len(pair.harmless),
         "n_harmful": len(pair.harmful),
         "max_new_tokens": pair.max_new_tokens,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..runtime.model import Model
 
 #: Mean cosines of data sets that could and could not be steered (arXiv 2602.17881, 36 data sets on
-#: Llama 2 7B, layer 13): about .48 and .19. The verdicts take them as thresholds.
+#: Llama 2 7B, layer 13): about 0.48 and 0.19. The verdicts take them as thresholds.
 STEERABLE, UNSTEERABLE = 0.48, 0.19
 _NUMBERS = (
     "mean_cosine",
@@ -64,7 +64,7 @@ class ScreenRow:
 
     @property
     def verdict(self) -> str:
-        """By the mean cosine: "likely steerable" from .48 on, "likely unreliable" up to .19,
+        """By the mean cosine: "likely steerable" from 0.48 on, "likely unreliable" up to 0.19,
         "uncertain" between, "undefined" where there is none.
         """
         if np.isnan(self.mean_cosine):

@@ -47,10 +47,9 @@ def predictors(
     n: int, samples. n_undefined: int, samples with d_i = 0, which have no cosine and are left out
     of the cosines. flags: tuple of str, what was undefined.
 
-    Samples are put in an order of their own before anything is summed, so results do not depend on
-    the order of the rows, in no bit. Raises ValueError for arrays of other shapes or of unequal
-    shapes, fewer than 2 samples, values that are not finite, classes with equal means (v = 0), and
-    bins < 1.
+    Samples are put in an order of their own before they are summed: results are bit-identical for
+    any order of the rows. Raises ValueError for arrays of other or unequal shapes, fewer than 2 samples, values
+    that are not finite, classes with equal means (v = 0), and bins < 1.
     """
     pos, neg = _checked(a_pos, a_neg)
     require_int(bins, "bins", least=1)
@@ -59,15 +58,11 @@ def predictors(
     v = d.mean(axis=0)
     length = float(np.linalg.norm(v))
     if length == 0:
-        raise ValueError(
-            "the means of a_pos and a_neg are equal, so there is no steering vector: were the same"
-            " activations given twice?"
-        )
+        raise ValueError("a_pos and a_neg have equal means: there is no steering vector")
     norms = np.linalg.norm(d, axis=1)
     defined = norms > 0
     mean_cosine, pairwise = _cosines(d[defined], norms[defined], v, n, leave_one_out)
-    middle = (pos.mean(axis=0) + neg.mean(axis=0)) / 2
-    kappa_pos, kappa_neg = (2 * (a - middle) @ v / length**2 for a in (pos, neg))
+    kappa_pos, kappa_neg = _kappa(pos, neg, v)
     variance = (kappa_pos.var() + kappa_neg.var()) / 2
     apart = float(kappa_pos.mean() - kappa_neg.mean())
     stability = _stability(d, v, seed)
@@ -103,6 +98,15 @@ def _checked(a_pos: Array, a_neg: Array) -> tuple[Float64Array, Float64Array]:
         raise ValueError(f"predictors need at least 2 pairs, not {len(pos)}")
     order = sorted(range(len(pos)), key=lambda i: (pos[i].tobytes(), neg[i].tobytes()))
     return np.ascontiguousarray(pos[order]), np.ascontiguousarray(neg[order])
+
+
+def _kappa(
+    pos: Float64Array, neg: Float64Array, v: Float64Array
+) -> tuple[Float64Array, Float64Array]:
+    """kappa of both classes, [n] each."""
+    middle = (pos.mean(axis=0) + neg.mean(axis=0)) / 2
+    along = 2 * v / (v @ v)
+    return (pos - middle) @ along, (neg - middle) @ along
 
 
 def _cosines(
