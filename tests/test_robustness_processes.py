@@ -142,6 +142,8 @@ def test_closing_while_others_run_and_load(llama):
             """
 import threading
 
+from vksteer.runtime.directions import value_direction
+
 wrong, done = [], []
 first = load()
 device = first._engine_device
@@ -165,7 +167,7 @@ for turn in range(6):
         lambda: model.run(rows, edits=edits),
         lambda: model.generate(rows, max_new_tokens=3, progress=False),
         lambda: model.run(rows, capture="*"),
-        lambda: model._value_direction(np.ones(model.config.d_model), 1),
+        lambda: value_direction(model, np.ones(model.config.d_model), 1),
     ]
     threads = [threading.Thread(target=use, args=(c,)) for c in calls] + [
         threading.Thread(target=lambda: load().close())

@@ -87,6 +87,7 @@ def test_the_layers_are_awake(tmp_path):
 
 WORK = """
 import driver_cases
+from vksteer.runtime.directions import value_direction
 
 driver_cases.main(sys.argv[2:])
 with load(2) as model:
@@ -104,7 +105,7 @@ with load(2) as model:
         edits=[[vs.Ablate(v)], [], [vs.Steer(v, 0.5)]],
         progress=False,
     )
-    model._value_direction(np.ones(model.config.d_model), 1)
+    value_direction(model, np.ones(model.config.d_model), 1)
     for by in ("logit", "cosine"):
         vs.ov.logit_lens(model, vs.ov.steering_value_vectors(model, v), 40, by)
     vs.ov.decompose(model, rows, v, 1.0, 1), vs.ov.head_weights(model, 1, 0)

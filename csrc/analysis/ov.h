@@ -6,7 +6,8 @@
 #include "run/run.h"
 
 /* Steering value vectors of layers first_layer .. n_layers - 1: out[l, h, :] = (direction * gain_l)
- * W_V^{g(h)} W_O^h, times the gain of the post-norm if `post` and the model has one. direction [D]
+ * W_V^{g(h)} W_O^h, times the gain of the post-norm if `post` and the model has one. LayerNorm takes
+ * the direction without its mean; without a norm before attention there is no gain. direction [D]
  * and out [n, H, D] are host arrays. Reads each W_V and W_O once. Waits for the device. ERROR_VALUE
  * if the layer does not exist. */
 int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post,
@@ -22,8 +23,9 @@ struct ov_lens {
     float *values, *indices; /* host, [n, k]: descending; tokens as floats (V is below 2^24) */
 };
 /* The k largest logits of each vector after the final norm, before any soft cap; of equal ones, the
- * lower token comes first. No array [n, V] is made. Waits for the device. ERROR_VALUE if k is out
- * of range. */
+ * lower token comes first. The biases of the final norm and of the unembedding are left out: a
+ * vector of the residual stream is a direction, and they do not depend on it. No array [n, V] is
+ * made. Waits for the device. ERROR_VALUE if k is out of range. */
 int ov_lens_run(struct run_work *work, const struct ov_lens *lens, struct error *error);
 
 #endif

@@ -1,11 +1,12 @@
 /* Steering value vectors: three dispatches for each layer, without a wait between layers. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "analysis/ov.h"
 #include "run/work.h"
 
 /* Records one layer's vectors, which go to readback memory at `dst` [H, d_stride]. x: the direction
- * [d_stride]. work->norm and work->qkv are overwritten. */
+ * [d_stride], centred for LayerNorm. work->norm and work->qkv are overwritten. */
 static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post, uint64_t dst,
                          struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -23,7 +24,7 @@ static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post
         .flags = NORM_READ_NORMALIZED,
     };
     struct op_linear_args product = {
-        .x = gain.dst,
+        .x = f->pre_norms ? gain.dst : x,
         .dst = gpu_buffer_address(work->qkv),
         .n_rows = 1,
         .x_stride = work->d_stride,
@@ -39,7 +40,7 @@ static int layer_vectors(struct run_work *work, uint32_t l, uint64_t x, int post
         .d_head = f->d_head,
         .dst_stride = work->d_stride,
     };
-    if (op_norm(ops, &gain, 1, error) ||
+    if ((f->pre_norms && op_norm(ops, &gain, 1, error)) ||
         op_matrix_rows(&layer->qkv, from, layer->qkv.n - from, &values, error) ||
         op_linear(ops, &values, &product, error))
         return -1;
@@ -63,6 +64,26 @@ static int layers_vectors(struct run_work *work, uint32_t l, uint32_t n, uint64_
     return 0;
 }
 
+/* The direction in upload memory, [d_stride] with zero pad columns. LayerNorm subtracts the mean of
+ * what it reads, so of a direction, too. */
+static int direction_upload(struct run_work *work, const float *direction, uint64_t *x,
+                            struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    int centred = f->norm == NORM_KIND_LAYER && f->pre_norms;
+    double mean = 0;
+    float *row = calloc(work->d_stride, sizeof *row);
+    if (!row)
+        return error_set(error, ERROR_MEMORY, "out of memory for a direction");
+    for (uint32_t i = 0; centred && i < f->d_model; i++)
+        mean += direction[i];
+    mean /= f->d_model;
+    for (uint32_t i = 0; i < f->d_model; i++)
+        row[i] = centred ? (float)(direction[i] - mean) : direction[i];
+    int failed = work_upload(work, row, work->d_stride * sizeof *row, x, error);
+    free(row);
+    return failed;
+}
+
 int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post,
                      float *out, struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -72,7 +93,7 @@ int ov_value_vectors(struct run_work *work, const float *direction, uint32_t fir
         return error_set(error, ERROR_VALUE, "value vectors from layer %u of %u, %llu floats each",
                          first_layer, f->n_layers, (unsigned long long)layer_floats);
     if (work_upload_reset(work, error) ||
-        work_upload(work, direction, f->d_model * sizeof *direction, &x, error))
+        direction_upload(work, direction, &x, error))
         return -1;
     for (uint32_t l = first_layer, n; l < f->n_layers; l += n) {
         n = f->n_layers - l < at_once ? f->n_layers - l : (uint32_t)at_once;

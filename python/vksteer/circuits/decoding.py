@@ -78,7 +78,7 @@ def _check_below(model: Model, edit: Any, row: int, layer: int) -> None:
         names = list(edit.sites)
     for name in names:
         for site in model._sites.find_all(name):
-            if site.name != "hook_embed" and (
+            if not site.before_layers and (
                 not site.name.startswith("blocks.") or site.key[1] >= layer
             ):
                 raise ValueError(

@@ -1,13 +1,16 @@
 """The output of every head under steering, divided into a direct part (steering value vectors
 weighted by attention) and an indirect part.
 
-With H the residual stream without the added a*s and D_c = 1/RMS(H + a*s), the output of head h
-before a post-norm is, at every position,
+With H the residual stream without the added a*s, scale the `hook_scale` of the norm before
+attention and D_c = 1/scale(H + a*s), the output of head h before a post-norm is, at every position,
 
-    D_{c^h} svv^h(s)                               (direct),    D_{c^h} = A^h D_c a
-    + A^h D_c (H * gain) W_V W_O^h + b_V W_O^h     (indirect)
+    D_{c^h} svv^h(s)                                              (direct),    D_{c^h} = A^h D_c a
+    + A^h D_c (n(H) * gain) W_V W_O^h + (b_norm W_V + b_V) W_O^h     (indirect)
 
-where A^h and the RMS are those of the steered run (docs/method.md section 7).
+where A^h and the scale are those of the steered run (docs/method.md section 7). n(H) is H, without
+its mean where the norm is LayerNorm; without a norm before attention D_c is 1. Where values are
+clamped (OLMo's clip_qkv) the direct part is what steering adds before the clamp, and what the clamp
+takes away is in the indirect part.
 """
 
 from __future__ import annotations
@@ -93,21 +96,22 @@ def _layer(layer: int, vector: SteeringVector, config: Config) -> int:
     return layer
 
 
-def _scales(run: Run, layer: int, coefficient: float) -> Float64Array:
+def _scales(model: Model, run: Run, layer: int, coefficient: float) -> Float64Array:
     """A^h D_c a, float64 [B, S, H]."""
-    rms = run[f"blocks.{layer}.ln1.hook_scale"][..., 0].astype(np.float64)
-    inverse = np.where(run.mask, 1.0 / np.where(run.mask, rms, 1.0), 0.0)
+    inverse = run.mask.astype(np.float64)
+    if model.config.pre_norms:
+        scale = run[f"blocks.{layer}.ln1.hook_scale"][..., 0].astype(np.float64)
+        inverse = np.where(run.mask, 1.0 / np.where(run.mask, scale, 1.0), 0.0)
     pattern = run[f"blocks.{layer}.attn.hook_pattern"].astype(np.float64)
     scales: Float64Array = coefficient * np.einsum("bhqk,bk->bqh", pattern, inverse)
     return scales
 
 
-def _sites(layer: int) -> list[str]:
-    return [
-        f"blocks.{layer}.attn.hook_result",
-        f"blocks.{layer}.attn.hook_pattern",
-        f"blocks.{layer}.ln1.hook_scale",
-    ]
+def _sites(model: Model, layer: int) -> list[str]:
+    """The results first, then what `_scales` reads."""
+    names = ["attn.hook_result", "attn.hook_pattern"]
+    names += ["ln1.hook_scale"] if model.config.pre_norms else []
+    return [f"blocks.{layer}.{name}" for name in names]
 
 
 def decompose(
@@ -136,12 +140,12 @@ def decompose(
         _layer(layer, vector, model.config),
     )
     rows = as_tokens(model, prompts, "prompts")
-    sites = _sites(layer)
+    sites = _sites(model, layer)
     steered = model.run(
         rows, responses, edits=[Steer(vector, coefficient)], capture=sites, logits=None
     )
     base = model.run(rows, responses, capture=sites[:1], logits=None)
-    scales = _scales(steered, layer, coefficient)
+    scales = _scales(model, steered, layer, coefficient)
     # hook_result is before a post-norm, so the gain of the post-norm is left out.
     values = model._engine.value_vectors(vector.direction, layer, False)[0]
     direct = scales.astype(np.float32)[..., None] * values
@@ -251,12 +255,13 @@ def direct_shares(
         for part in batches(rows, tokens=4096, most=max(1, CAPTURE_BYTES // (one * at_once))):
             for first in range(0, len(chosen), at_once):
                 some = chosen[first : first + at_once]
-                sites = [s for l in some for s in _sites(l)]
+                sites = [s for l in some for s in _sites(model, l)]
                 steered = model.run(rows[part], edits=edits, capture=sites, logits=None)
-                base = model.run(rows[part], capture=[_sites(l)[0] for l in some], logits=None)
-                for i, layer in enumerate(some, first):
-                    scales, svv = _scales(steered, layer, coefficient), values[layer - vector.layer]
-                    result = _sites(layer)[0]
+                results = [_sites(model, l)[0] for l in some]
+                base = model.run(rows[part], capture=results, logits=None)
+                for i, (layer, result) in enumerate(zip(some, results), first):
+                    scales = _scales(model, steered, layer, coefficient)
+                    svv = values[layer - vector.layer]
                     change = steered[result].astype(np.float64) - base[result]
                     heads, total = _products(scales, svv, change)
                     per_head[:, i] += heads

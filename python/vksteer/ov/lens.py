@@ -192,8 +192,10 @@ def _nested(tokens: Array, name: Callable[[int], str]) -> list[Any]:
 # -- the call --------------------------------------------------------------------------------------
 
 
-def _vectors(vectors: Any, width: int) -> tuple[Float32Array, list[list[str]]]:
-    """(float32 [..., D], labels of the leading axes) of everything that `logit_lens` accepts."""
+def _vectors(vectors: Any, width: int, centred: bool) -> tuple[Float32Array, list[list[str]]]:
+    """(float32 [..., D], labels of the leading axes) of everything that `logit_lens` accepts.
+    centred: the final norm subtracts the mean.
+    """
     array, names = _array(vectors, width)
     if array.ndim == 0 or array.shape[-1] != width:
         raise ValueError(
@@ -202,7 +204,7 @@ def _vectors(vectors: Any, width: int) -> tuple[Float32Array, list[list[str]]]:
         )
     if not array.size:
         raise ValueError(f"there are no vectors to read: the shape is {list(array.shape)}")
-    _check_values(array)
+    _check_values(array, centred)
     if names is None:
         names = [[str(i) for i in range(n)] for n in array.shape[:-1]]
     return array, names
@@ -237,12 +239,16 @@ def _array(vectors: Any, width: int) -> tuple[Float32Array, list[list[str]] | No
         raise ValueError(f"vectors must be numbers [..., {width}]: {error}") from None
 
 
-def _check_values(array: Float32Array) -> None:
-    """Raises ValueError for vectors that are zero or not finite, naming the first."""
+def _check_values(array: Float32Array, centred: bool) -> None:
+    """Raises ValueError for vectors that are zero or not finite, or of which the final norm leaves
+    nothing, naming the first.
+    """
     flat = array.reshape(-1, array.shape[-1])
+    equal = centred & (flat == flat[:, :1]).all(axis=1)
     for bad, what in (
         (~np.isfinite(flat).all(axis=1), "not finite"),
         (~flat.any(axis=1), "zero, and promotes nothing"),
+        (equal, "a row of equal numbers, of which LayerNorm leaves nothing"),
     ):
         if bad.any():
             at = (
@@ -263,7 +269,9 @@ def logit_lens(
     progress: bool | Callable[[int, int], Any] = True,
 ) -> Lens:
     """The `top` tokens that each vector promotes, read through the final norm and the unembedding
-    without softcap (docs/method.md section 7).
+    without softcap (docs/method.md section 7). The final norm is that of the vector itself, which
+    LayerNorm centres; biases of the final norm and of the unembedding are left out, as they are the
+    same for every vector, so that -v promotes what v suppresses.
 
     vectors: numbers [..., D]; a SteeringVector or a list of them; or SteeringValueVectors, whose
     layers and heads become the labels. by: "logit", or "cosine" between the vector after the final
@@ -273,7 +281,8 @@ def logit_lens(
     vocabulary].
     Returns a Lens: `.tokens` int32 [..., top], `.values` float32 [..., top] falling, ties by the
     lower token id, `.text()`, `.find("sorry")`. Raises ValueError before any work for another
-    width, zero or non-finite vectors, top or by out of range, and labels that do not fit.
+    width, zero or non-finite vectors, vectors of equal entries where the final norm is LayerNorm,
+    top or by out of range, and labels that do not fit.
     """
     model._check_open()
     c = model.config
@@ -285,7 +294,7 @@ def logit_lens(
         )
     if by not in ("logit", "cosine"):
         raise ValueError(f"by={by!r}: use 'logit' or 'cosine'")
-    array, names = _vectors(vectors, c.d_model)
+    array, names = _vectors(vectors, c.d_model, c.norm == "layer")
     if labels is not None:
         names = [list(map(str, axis)) for axis in labels]
         if [len(axis) for axis in names] != list(array.shape[:-1]):
@@ -313,6 +322,8 @@ def logit_lens(
 def _normed_length(model: Model, flat: Float32Array) -> Float32Array:
     """The Euclidean norm of each vector after the final norm, float32 [n]."""
     x = flat.astype(np.float64)
+    if model.config.norm == "layer":
+        x -= x.mean(axis=1, keepdims=True)
     x *= model._engine.vector("ln_final", -1) / np.sqrt(
         (x**2).mean(axis=1, keepdims=True) + model.config.norm_eps
     )

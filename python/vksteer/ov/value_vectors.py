@@ -25,12 +25,18 @@ def check_vector(model: Model, vector: SteeringVector) -> None:
     vector.check(model, output=False)
     if vector.norm == 0:
         raise ValueError("the vector is zero: it adds nothing to any head")
+    if model.config.norm == "layer" and np.ptp(vector.direction) == 0:
+        raise ValueError(
+            "all entries of the vector are equal: LayerNorm subtracts their mean, so the vector"
+            " adds nothing to any head"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringValueVectors:
-    """svv^h(s) = (s * gain) W_V^{g(h)} W_O^h (* post-norm gain), one for every head h of every
-    layer from the vector's on.
+    """svv^h(s) = (n(s) * gain) W_V^{g(h)} W_O^h (* post-norm gain), one for every head h of every
+    layer from the vector's on. n(s) is s, or s without its mean where the norm is LayerNorm; a
+    layer without a norm before attention has no gain.
 
     values: float32 [n, H, D], read-only. layers: int64 [n], read-only. vector: the SteeringVector
     s. sign: -1 for `negated`.
@@ -129,9 +135,11 @@ def steering_value_vectors(model: Model, vector: SteeringVector) -> SteeringValu
     """The steering value vectors of every head of every layer from the vector's on, computed on the
     device (docs/method.md section 7).
 
-    Each W_V and W_O is read once, all layers in one call. Norm gains (Gemma's 1 + w) and post-norm
-    gains are included; biases are not part of a value vector. Raises ValueError before any work for
-    a vector of another width or layer, or zero.
+    Each W_V and W_O is read once, all layers in one call. Norm gains (Gemma's 1 + w), post-norm
+    gains and the factor on what a layer adds (Granite) are included; biases are not part of a value
+    vector, and it is that of values inside a clamp (OLMo's clip_qkv). Raises ValueError before any
+    work for a vector of another width or layer, or zero, and for a vector of equal entries in a
+    model with LayerNorm, which reads nothing of it.
     """
     model._check_open()
     check_vector(model, vector)

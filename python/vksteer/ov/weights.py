@@ -45,7 +45,7 @@ class Factored(NamedTuple):
 
 class HeadWeights(NamedTuple):
     """For the normed residual stream x [..., D]: q = x @ W_Q, k = x @ W_K, v = x @ W_V, and the
-    output is z @ W_O.
+    output is z @ W_O, times `config.residual_scale` unless the weights are folded.
 
     W_Q, W_K, W_V: float32 [D, d_head]; W_O: float32 [d_head, D]. Key and value weights are those
     of the key/value head that the query head uses.
@@ -73,8 +73,10 @@ def head_weights(model: Model, layer: int, head: int, *, folded: bool = False) -
     """The weights of one query head as the device holds them.
 
     folded: multiply the gain of the norm before attention into W_Q, W_K and W_V, and that of a
-    post-norm into W_O. Then x is the stream divided by its RMS, without the gain, and
-    `s @ W_V @ W_O` is the head's steering value vector. Biases are not included.
+    post-norm and the factor on what a layer adds (Granite) into W_O. Then x is the stream divided
+    by the norm's scale, without the gain, and `s @ W_V @ W_O` is the head's steering value vector.
+    Where the norm is LayerNorm, the mean over D is taken out of every column of the three, too:
+    x @ W is then the same for x and for x without its mean. Biases are not included.
     Raises ValueError for a layer or head that the model does not have.
     """
     model._check_open()
@@ -91,10 +93,21 @@ def head_weights(model: Model, layer: int, head: int, *, folded: bool = False) -
     inputs = [engine.rows("qkv", layer, i * c.d_head, c.d_head).T for i in places]
     out = engine.rows("o", layer, 0, c.d_model)[:, head * c.d_head : (head + 1) * c.d_head].T
     if folded:
-        inputs = [w * engine.vector("ln1", layer)[:, None] for w in inputs]
+        if c.pre_norms:
+            inputs = [w * engine.vector("ln1", layer)[:, None] for w in inputs]
+        if c.pre_norms and c.norm == "layer":
+            inputs = [_centred(w) for w in inputs]
+        if c.residual_scale != 1:
+            out = out * np.float32(c.residual_scale)
         if c.post_norms:
             out = out * engine.vector("ln1_post", layer)
     return HeadWeights(*map(np.ascontiguousarray, (*inputs, out)))
+
+
+def _centred(w: Float32Array) -> Float32Array:
+    """The columns of [D, d_head] without their means: (x - mean x) W = x (W - mean of W)."""
+    centred: Float32Array = (w - w.mean(axis=0, dtype=np.float64)).astype(np.float32)
+    return centred
 
 
 def singular_lens(
@@ -112,7 +125,8 @@ def singular_lens(
     Lens with the axes (sign, singular vector).
 
     circuit: "ov" with side "out" (what the head writes, the default) or "in" (what it reads); "qk"
-    with side "query" (the default) or "key". Norm gains are folded in. Raises ValueError for
+    with side "query" (the default) or "key". Norm gains are folded in, as in
+    `head_weights`. Raises ValueError for
     another circuit or side, a head that the model does not have, and n outside 1 to d_head.
     """
     sides = {"ov": ("out", "in"), "qk": ("query", "key")}

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from .. import _engine as extension
 from ..base.types import Array, Float32Array, IntArray
+from .directions import ablations
 from .edit_compiler import EditCompiler, RowShape, add_all
 from .edits import Steer
 
 if TYPE_CHECKING:
     from .model import Model
+    from .sites import Site
 
 FREEZE = (None, "qk", "ov", "mlp")
 ABLATE = (None, "svv", "mlp_direct")
@@ -226,32 +228,23 @@ class Batch:
     def _add_ablations(
         self, compiler: EditCompiler, rows_edits: RowsEdits, spec: FreezeSpec
     ) -> None:
-        """SVV ablation subtracts a * W_V (s * gain) / RMS from the values, MLP direct ablation
-        a * s / RMS from the normalised input (docs/method.md section 6). RMS is the ablated run's
-        own. They act where the Steer edit acts, before the user's edits of the same site.
+        """SVV ablation takes a * s out of the input of the values, MLP direct ablation out of the
+        input of the MLP, both as they are after the norm of the ablated run itself
+        (docs/method.md section 6). They act where the Steer edit acts, before the user's edits of
+        the same site.
         """
-        svv = spec.ablate == "svv"
-        site = "blocks.{}.attn.hook_v" if svv else "blocks.{}.ln2.hook_normalized"
-        vectors: dict[tuple[int, int], Float32Array] = {}
+        assert spec.ablate is not None
+        parts: dict[tuple[int, int], list[tuple[Site, str, Float32Array]]] = {}
         for b in range(0, len(rows_edits), 2):
             steer = _steer(rows_edits[b])
             for layer in self._affected_layers(rows_edits[b], spec):
                 key = (id(steer.vector), layer)
-                if key not in vectors:
-                    vectors[key] = (
-                        self.model._value_direction(steer.vector.direction, layer)
-                        if svv
-                        else steer.vector.direction
-                    )
-                compiler._record(
-                    self.model._sites.by_name[site.format(layer)],
-                    b,
-                    "add_scaled",
-                    steer.positions,
-                    None,
-                    vectors[key],
-                    -float(steer.coefficient),
-                )
+                if key not in parts:
+                    direction = steer.vector.direction
+                    parts[key] = list(ablations(self.model, spec.ablate, direction, layer))
+                for site, kind, operand in parts[key]:
+                    factor = -float(steer.coefficient)
+                    compiler._record(site, b, kind, steer.positions, None, operand, factor)
 
     def reserve(self, n_tokens: int, n_slots: int) -> None:
         """Does nothing: only a batch under a circuit reserves memory before its passes."""

@@ -23,8 +23,15 @@ if TYPE_CHECKING:
 #: (site, position from the row's first token, value)
 Origin = tuple["Site", int, float]
 
-#: Sites of every layer that are captured first; overflow shows in one of them.
-_COARSE = ("hook_resid_pre", "ln1.hook_scale", "ln2.hook_scale", "hook_resid_post")
+#: Sites of every layer, where it has them, that are captured first; overflow shows in one of them.
+_COARSE = (
+    "hook_resid_pre",
+    "ln1.hook_scale",
+    "ln1_post.hook_scale",
+    "ln2.hook_scale",
+    "ln2_post.hook_scale",
+    "hook_resid_post",
+)
 
 
 def all_finite(array: Array) -> bool:
@@ -164,7 +171,7 @@ def _origin(
     sites = model._sites.by_name
     layers = range(model.config.n_layers)
     names = [f"blocks.{l}.{name}" for l in layers for name in _COARSE]
-    names = ["hook_embed", *names, "ln_final.hook_scale"]
+    names = ["hook_embed", "hook_pos_embed", *names, "ln_final.hook_scale"]
     coarse = [sites[name] for name in names if name in sites]
     logits, captured = _captured(model, row, prompt_length, edits, spec, coarse)
     first = next((s for s in coarse if not np.isfinite(captured[s.key]).all()), None)

@@ -202,7 +202,7 @@ def _site_layer(site: Site, n_layers: int) -> int:
     name, layer = site.name, site.key[1]
     if name.startswith("ln_final"):
         return n_layers
-    return 0 if name == "hook_embed" else layer
+    return 0 if site.before_layers else layer
 
 
 _NO_GRADIENT = ("hook_scale", "hook_attn_scores", "hook_pattern")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..base.types import Float32Array, OneOrMorePrompts, PathLike, ProgressLike, UInt32Array
+from ..base.types import OneOrMorePrompts, PathLike, ProgressLike, UInt32Array
 from . import device as _devices
 
 if TYPE_CHECKING:
@@ -381,15 +381,3 @@ class Model:
         from .resume import LayerInputs
 
         return LayerInputs(self)
-
-    def _value_direction(self, direction: Float32Array, layer: int) -> Float32Array:
-        """W_V (s * gain of the layer's first norm), float32 [G, d_head]: what steering by s adds to
-        the values, up to 1/RMS (docs/method.md section 7).
-        """
-        c = self.config
-        gain = self._engine.vector("ln1", layer)
-        product = self._engine.apply(
-            "qkv", layer, np.ascontiguousarray((np.asarray(direction, np.float32) * gain)[None])
-        )[0]
-        values = product[(c.n_heads + c.n_kv_heads) * c.d_head :]
-        return np.asarray(values.reshape(c.n_kv_heads, c.d_head))

@@ -133,7 +133,7 @@ def _stop_layer(sites: Sequence[Site]) -> int:
         for s in sites
         if s.name.startswith("blocks.")
     ]
-    if not layered or len(layered) < sum(s.name != "hook_embed" for s in sites):
+    if not layered or len(layered) < sum(not s.before_layers for s in sites):
         return 0
     return max(layered)
 

@@ -45,6 +45,11 @@ class Site:
         return self.number, self.layer
 
     @property
+    def before_layers(self) -> bool:
+        """Whether it is an embedding, which every layer depends on and no layer computes."""
+        return not self.name.startswith(("blocks.", "ln_final."))
+
+    @property
     def has_heads(self) -> bool:
         return self.kind in ("query_heads", "kv_heads", "keys", "heads_width")
 
