@@ -1,5 +1,5 @@
-/* The logit lens: normed vectors times the unembedding, a vocabulary tile at a time. The largest
- * logits of each tile are merged into running lists. */
+/* The logit lens: normed vectors times the unembedding, a vocabulary tile at a time, without the
+ * biases of either. The largest logits of each tile are merged into running lists. */
 #include <string.h>
 
 #include "analysis/ov.h"
@@ -82,6 +82,7 @@ static int rows_run(struct run_work *work, const struct ov_lens *lens, uint32_t 
         .width = f->d_model,
         .stride = work->d_stride,
         .eps = f->norm_eps,
+        .flags = f->norm == NORM_KIND_LAYER ? NORM_LAYER : 0,
     };
     if (op_norm(ops, &norm, n, error))
         return -1;

@@ -6,10 +6,10 @@
 #include "run/run.h"
 
 /* Steering value vectors of layers first_layer .. n_layers - 1: out[l, h, :] = (direction * gain_l)
- * W_V^{g(h)} W_O^h, times the gain of the post-norm if `post` and the model has one. LayerNorm takes
- * the direction without its mean; without a norm before attention there is no gain. direction [D]
- * and out [n, H, D] are host arrays. Reads each W_V and W_O once. Waits for the device. ERROR_VALUE
- * if the layer does not exist. */
+ * W_V^{g(h)} W_O^h, times the gain of the post-norm if `post` and the model has one. LayerNorm
+ * takes the direction without its mean; without a norm before attention there is no gain. direction
+ * [D] and out [n, H, D] are host arrays. Reads each W_V and W_O once. Waits for the device.
+ * ERROR_VALUE if the layer does not exist. */
 int ov_value_vectors(struct run_work *work, const float *direction, uint32_t first_layer, int post,
                      float *out, struct error *error);
 

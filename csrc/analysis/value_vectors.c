@@ -92,8 +92,7 @@ int ov_value_vectors(struct run_work *work, const float *direction, uint32_t fir
     if (first_layer >= f->n_layers || at_once == 0)
         return error_set(error, ERROR_VALUE, "value vectors from layer %u of %u, %llu floats each",
                          first_layer, f->n_layers, (unsigned long long)layer_floats);
-    if (work_upload_reset(work, error) ||
-        direction_upload(work, direction, &x, error))
+    if (work_upload_reset(work, error) || direction_upload(work, direction, &x, error))
         return -1;
     for (uint32_t l = first_layer, n; l < f->n_layers; l += n) {
         n = f->n_layers - l < at_once ? f->n_layers - l : (uint32_t)at_once;
