@@ -16,6 +16,7 @@ from ..base.types import Array, Float64Array
 
 #: Stability of the vector: so many samples in a draw, so many draws.
 DRAWN, DRAWS = 25, 100
+NO_VARIANCE = "d_prime is infinite: no variance within the classes"
 
 
 def predictors(
@@ -31,7 +32,6 @@ def predictors(
     a_pos, a_neg: [n, D], row i of both from the same question with the matching and the
     non-matching answer. d_i = a_pos[i] - a_neg[i], v = mean d_i, and kappa(a) =
     2 <a - midpoint of the class means, v> / |v|^2, so that the class means lie at +1 and -1.
-
     Returns a dictionary of floats, unless said otherwise:
     mean_cosine: mean of cos(d_i, v). v contains d_i, as in the paper; leave_one_out=True takes the
     mean of the others instead.
@@ -47,9 +47,9 @@ def predictors(
     n: int, samples. n_undefined: int, samples with d_i = 0, which have no cosine and are left out
     of the cosines. flags: tuple of str, what was undefined.
 
-    Samples are put in an order of their own before they are summed: results are bit-identical for
-    any order of the rows. Raises ValueError for arrays of other or unequal shapes, fewer than 2 samples, values
-    that are not finite, classes with equal means (v = 0), and bins < 1.
+    Results are bit-identical for any order of the rows, which are sorted before they are summed.
+    Raises ValueError for arrays of other or unequal shapes, fewer than 2 samples, values that are
+    not finite, classes with equal means, and bins < 1.
     """
     pos, neg = _checked(a_pos, a_neg)
     require_int(bins, "bins", least=1)
@@ -77,7 +77,7 @@ def predictors(
         "stability_sd": float(stability.std()),
         "n": n,
         "n_undefined": int(n - defined.sum()),
-        "flags": () if variance > 0 else ("d_prime is infinite: no variance within the classes",),
+        "flags": () if variance > 0 else (NO_VARIANCE,),
     }
 
 
@@ -103,7 +103,7 @@ def _checked(a_pos: Array, a_neg: Array) -> tuple[Float64Array, Float64Array]:
 def _kappa(
     pos: Float64Array, neg: Float64Array, v: Float64Array
 ) -> tuple[Float64Array, Float64Array]:
-    """kappa of both classes, [n] each."""
+    """Give kappa of both classes, [n] each."""
     middle = (pos.mean(axis=0) + neg.mean(axis=0)) / 2
     along = 2 * v / (v @ v)
     return (pos - middle) @ along, (neg - middle) @ along

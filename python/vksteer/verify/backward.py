@@ -130,7 +130,7 @@ def _norm_units(x, dn, eps, layer=False):
 
 
 def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False, groups=1, mean=0.0) -> Problem:
-    """groups and mean: as in forward.norm."""
+    """Give groups and mean as in forward.norm."""
     whole = groups * width
     stride, of, eps = row_stride(whole), set(flags), 1e-5
     sources = rows + 3 if "rows" in of else rows
