@@ -11,7 +11,7 @@ import numpy as np
 
 from vksteer.loading import dtypes
 from vksteer.loading.config import Config
-from vksteer.loading.tensor_names import HF_UNEMBED, engine_tensors, gguf_name, hf_name
+from vksteer.loading.tensor_names import engine_tensors, gguf_name, hf_name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,7 +30,7 @@ TINY = {
 ST_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def hf_arrays(config, seed=0, prefix="model.", dtype="float32", unembed=HF_UNEMBED[0]):
+def hf_arrays(config, seed=0, prefix="model.", dtype="float32", unembed="lm_head.weight"):
     """{Hugging Face name: (dtype, array)} of a random model."""
     rng = np.random.default_rng(seed)
     return {

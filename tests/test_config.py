@@ -16,6 +16,7 @@ import pytest
 from small_configs import CLASSES, FAMILY
 from vksteer.loading import families
 from vksteer.loading.config import Config
+from vksteer.loading.harmless_keys import HARMLESS
 
 #: transformers computes frequencies in float32. Its largest relative difference from float64 over
 #: 2,035 tables of random configs is 1.3e-6.
@@ -46,9 +47,7 @@ def test_generation_parameters_of_transformers_are_harmless():
     from transformers import GenerationConfig
 
     # transformers drops these from a config.json before it builds the model
-    missing = [
-        k for k in GenerationConfig._get_default_generation_params() if k not in families.HARMLESS
-    ]
+    missing = [k for k in GenerationConfig._get_default_generation_params() if k not in HARMLESS]
     assert not missing, missing
 
 

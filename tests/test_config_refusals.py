@@ -11,8 +11,7 @@ import pytest
 
 from small_configs import CLASSES, base
 from vksteer.errors import ModelError
-from vksteer.loading import families, rope
-from vksteer.loading import hf_config as config_module
+from vksteer.loading import families, hf_layers, ignored_keys, rope
 from vksteer.loading.config import Config
 
 # ---- refusals ----
@@ -35,7 +34,7 @@ def test_unknown_keys_are_refused_by_name_and_neutral_ones_accepted(model_type):
             dict(
                 rope_scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
             ),
-            "longrope",
+            "'short_factor' must list 6 positive numbers",
         ),
         (dict(rope_scaling={"type": "su", "short_factor": [1.0]}), "'su'"),
         (dict(rope_scaling={"type": "mrope", "mrope_section": [1, 2]}), "mrope"),
@@ -43,7 +42,6 @@ def test_unknown_keys_are_refused_by_name_and_neutral_ones_accepted(model_type):
         (dict(rope_scaling={"rope_type": "linear", "factor": 0}), "'factor'"),
         (dict(rope_scaling={"rope_type": "linear", "factor": "8"}), "'factor'"),
         (dict(rope_scaling={"rope_type": "linear", "factor": float("nan")}), "'factor'"),
-        (dict(rope_scaling={"factor": 4.0}), "'factor'"),
         (
             dict(
                 rope_scaling={
@@ -65,7 +63,7 @@ def test_unknown_keys_are_refused_by_name_and_neutral_ones_accepted(model_type):
         (dict(rope_parameters={"full_attention": {}}), "nested"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
-        (dict(hidden_act="relu"), "relu"),
+        (dict(hidden_act="tanh"), "tanh"),
         (dict(head_dim=7), "even"),
         (dict(head_dim=None, hidden_size=50), "multiple"),
         (dict(num_key_value_heads=3), "multiple"),
@@ -124,7 +122,7 @@ def test_refusals_of_other_families(model_type, changes, message):
 
 
 def test_dynamic_is_said_once(monkeypatch):
-    monkeypatch.setattr(config_module, "_warned_of", set())
+    monkeypatch.setattr(hf_layers, "_warned_of", set())
     with pytest.warns(UserWarning, match="512"):
         c = Config.from_hf(base("llama", rope_scaling={"type": "dynamic", "factor": 4.0}))
     assert c.n_ctx == 512
@@ -204,10 +202,18 @@ def test_random_values_never_escape():
     assert 100 < accepted < 3500
 
 
+def test_a_factor_without_a_scaling_is_ignored_as_in_transformers(monkeypatch):
+    plain = Config.from_hf(base("llama"))
+    for values in ({"factor": 4.0}, {"rope_type": "default", "factor": 4.0}):
+        monkeypatch.setattr(ignored_keys, "_said", set())
+        with pytest.warns(UserWarning, match="'factor' is ignored in rope type 'default'"):
+            assert Config.from_hf(base("llama", rope_scaling=values)) == plain
+
+
 def test_yarn_attention_factors():
     make = lambda **k: rope.table(
         {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, **k},
-        d_head=16,
+        d_rot=16,
         max_positions=512,
         default_theta=1e4,
     )

@@ -16,7 +16,7 @@ import vksteer as vs
 from model_writers import TINY, write_folder
 from vksteer.errors import DeviceError
 from vksteer.loading.config import Config
-from vksteer.loading.tensor_names import HF_UNEMBED, engine_tensors, hf_name
+from vksteer.loading.tensor_names import engine_tensors, hf_name
 from vksteer.runtime import memory, weights
 
 #: Llama 3.2 3B: 6.4 GB of bfloat16.
@@ -45,7 +45,7 @@ def write_sparse(folder, config=LARGE):
         size = 2
         for n in shape:
             size *= n
-        header[hf_name(name, facts, "model.", HF_UNEMBED[0])] = {
+        header[hf_name(name, facts, "model.", "lm_head.weight")] = {
             "dtype": "BF16",
             "shape": list(shape),
             "data_offsets": [at, at + size],

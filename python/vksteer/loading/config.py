@@ -27,7 +27,8 @@ from .families import markdown
 from .gguf_config import facts_from_gguf
 from .gguf_file import GGUFFile
 from .gguf_parts import open_gguf
-from .hf_config import LIMITS, facts_from_hf
+from .hf_config import facts_from_hf
+from .limits import LIMITS
 from .locate import CONFIG_PATTERNS, is_gguf, locate, only_gguf
 
 CONFIG_BYTES = 16 << 20  # a config.json is a few kilobytes; a larger file is something else

@@ -11,9 +11,12 @@ import numpy as np
 
 from ..errors import ModelError
 from . import rope as rotation
-from .families import FAMILIES, Family
+from .families import FAMILIES
+from .family_type import Family
 from .gguf_file import GGUFFile, end_tokens
 from .hf_config import facts_from_hf
+
+_ARCHITECTURES = {"llama", "gemma2", "gemma3", "qwen2", "qwen3"}  # that are read here
 
 #: Keys below "{architecture}." that are read here.
 _READ = {
@@ -93,9 +96,10 @@ def _opened(file: GGUFFile) -> tuple[Family, _Metadata]:
     """The family and the metadata of a file that holds a model of a supported family."""
     md = file.metadata
     arch = md.get("general.architecture")
-    family = next((f for f in FAMILIES if arch in f.gguf), None) if isinstance(arch, str) else None
+    known = isinstance(arch, str) and arch in _ARCHITECTURES
+    family = next((f for f in FAMILIES if arch in f.gguf), None) if known else None
     if family is None or not isinstance(arch, str):
-        supported = sorted({g for f in FAMILIES for g in f.gguf})
+        supported = sorted(_ARCHITECTURES)
         raise ModelError(
             f"{file.path}: GGUF architecture {arch!r} is not supported; supported:"
             f" {', '.join(supported)}"
@@ -163,7 +167,7 @@ def _as_hf(file: GGUFFile, family: Family, get: _Metadata) -> tuple[dict[str, An
         "eos_token_id": end_tokens(md),
     }
     hf.update(_biases(file, family))
-    if family.gemma:
+    if "query_pre_attn_scalar" in family.defaults:
         hf.update(_gemma_keys(get, n_layers, d_model, n_heads, d_head, family))
     if family.local_theta is not None:
         hf["rope_local_base_freq"] = get.number("rope.freq_base_swa", family.local_theta)
@@ -197,7 +201,7 @@ def _check_sizes(get: _Metadata, d_head: int, n_rows: int) -> None:
 
 def _biases(file: GGUFFile, family: Family) -> dict[str, bool]:
     hf = {}
-    if "attention_bias" in family.defaults and not family.always_qkv_bias:
+    if "attention_bias" in family.defaults and family.qkv_bias is not True:
         # transformers' flag sets q, k, v and o together; what the file has is corrected below
         hf["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if "mlp_bias" in family.defaults:

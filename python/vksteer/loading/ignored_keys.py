@@ -21,6 +21,7 @@ IGNORED_IN_ALL = frozenset(
         "dropout",
         "embd_pdrop",
         "embedding_dropout",
+        "layerdrop",
         "emb_dropout_prob",
         "ffn_dropout",
         "hidden_dropout",
@@ -197,3 +198,10 @@ def say_disputed(key: str) -> None:
             " setting, replace what transformers reads with config_overrides={...}",
             stacklevel=2,
         )
+
+
+def say_ignored(key: str, where: str) -> None:
+    """Warns, once for each key and place in a process, that transformers ignores a key there."""
+    if f"{key} {where}" not in _said:
+        _said.add(f"{key} {where}")
+        warnings.warn(f"rope key {key!r} is ignored in {where}, as transformers does", stacklevel=2)

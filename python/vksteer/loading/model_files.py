@@ -19,7 +19,7 @@ from ..base.json_files import read_json
 from ..base.lfs import lfs_pointer
 from ..base.types import Array, PathLike
 from ..errors import ModelError
-from . import dtypes
+from . import dtypes, layouts
 from .checkpoint_kinds import without_config
 from .config import CONFIG_BYTES, Config, check_overrides
 from .hf_config import token_ids
@@ -28,6 +28,7 @@ from .stored_tensors import DTYPES as STORED_DTYPES
 
 if TYPE_CHECKING:
     from .gguf_file import GGUFFile, GGUFTensor
+    from .safetensors_files import Match
     from .tokenizer import Tokenizer
 
 DTYPES = ("auto", *dtypes.STORAGE)
@@ -150,12 +151,7 @@ def _open_folder(
     paths, stored = st.read_checkpoint(folder)
     config, stored = tied_tensors.settle(config, paths, stored)
     matched, extra = st.match(config, paths, stored)
-    entries = [
-        _mapped_entry(
-            name, STORED_DTYPES[t.dtype], t.shape, paths[t.file], t.file, t.offset, t.nbytes, dtype
-        )
-        for name, t in matched.items()
-    ]
+    entries = [_entry(name, m, paths, config, dtype) for name, m in matched.items()]
     generation = folder / "generation_config.json"
     eos = (
         token_ids(read_json(generation, limit=CONFIG_BYTES), "eos_token_id")
@@ -165,6 +161,34 @@ def _open_folder(
     return ModelFiles(
         config, tuple(str(p) for p in paths), tuple(entries), extra, folder, generation_eos=eos
     )
+
+
+def _entry(name: str, match: Match, paths: list[Path], config: Config, dtype: str) -> TensorEntry:
+    """A tensor of a safetensors checkpoint: bytes of a file where they are stored as the engine
+    takes them, else an array.
+    """
+    part, shape = match.part, match.shape
+    if not match.stored:  # a norm without parameters
+        ones = np.ones(shape, dtype=np.float32)
+        return TensorEntry(name, "float32", shape, nbytes=ones.nbytes, _load=ones.copy)
+    first = match.stored[0]
+    stored = STORED_DTYPES[first.dtype]
+    rows = layouts.row_range(part, shape, config)
+    if rows is not None:
+        row = first.nbytes // first.shape[0] if part.how == "rows" else 0
+        offset, nbytes = first.offset + rows[0] * row, rows[1] * row or first.nbytes
+        return _mapped_entry(
+            name, stored, shape, paths[first.file], first.file, offset, nbytes, dtype
+        )
+    read = [_reader(name, stored, t.shape, paths[t.file], t.offset, t.nbytes) for t in match.stored]
+
+    def turned() -> Array:
+        return layouts.cut(part, [get() for get in read], shape, config)
+
+    if dtype in ("auto", stored) or len(shape) < 2:
+        nbytes = int(np.prod(shape)) * dtypes.STORAGE[stored].itemsize
+        return TensorEntry(name, stored, shape, nbytes=nbytes, _load=turned)
+    return _converted(name, stored, shape, paths[first.file], dtype, turned)
 
 
 def _mapped_entry(
@@ -178,6 +202,16 @@ def _mapped_entry(
     dtype: str,
 ) -> TensorEntry:
     """A tensor as the bytes of a file, or converted where another dtype is asked for."""
+    read = _reader(name, stored, shape, path, offset, nbytes)
+    if dtype in ("auto", stored) or len(shape) < 2:
+        return TensorEntry(name, stored, shape, file, offset, nbytes, read)
+    return _converted(name, stored, shape, path, dtype, read)
+
+
+def _reader(
+    name: str, stored: str, shape: tuple[int, ...], path: Path, offset: int, nbytes: int
+) -> Callable[[], Array]:
+    """A function that reads a tensor's bytes from a file."""
 
     def read() -> Array:
         with open(path, "rb") as stream:
@@ -189,8 +223,18 @@ def _mapped_entry(
             )
         return np.frombuffer(bytearray(data), dtype=dtypes.STORAGE[stored]).reshape(shape)
 
-    if dtype in ("auto", stored) or len(shape) < 2:
-        return TensorEntry(name, stored, shape, file, offset, nbytes, read)
+    return read
+
+
+def _converted(
+    name: str,
+    stored: str,
+    shape: tuple[int, ...],
+    path: Path,
+    dtype: str,
+    read: Callable[[], Array],
+) -> TensorEntry:
+    """A tensor in another dtype than the stored one."""
 
     def converted() -> Array:
         values = dtypes.convert(read(), stored, dtype)
@@ -201,9 +245,8 @@ def _mapped_entry(
             )
         return values
 
-    return TensorEntry(
-        name, dtype, shape, None, 0, int(np.prod(shape)) * dtypes.STORAGE[dtype].itemsize, converted
-    )
+    nbytes = int(np.prod(shape)) * dtypes.STORAGE[dtype].itemsize
+    return TensorEntry(name, dtype, shape, nbytes=nbytes, _load=converted)
 
 
 def _open_gguf(path: Path, dtype: str) -> ModelFiles:

@@ -2,8 +2,8 @@
 supported families use.
 
 The formulas are those of transformers' `modeling_rope_utils.py`, in float64: transformers computes
-them in float32, the engine rounds once at the end. Rotation pairs channel i with i + d_head/2
-("half-split"), as Hugging Face checkpoints store it.
+them in float32, the engine rounds once at the end. Which two channels are
+a pair is another fact (`rope_interleaved`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 
 from ..base.types import Array, Float64Array
 from ..errors import ModelError
-from .ignored_keys import IGNORED_IN_ROPE, say_disputed
+from .ignored_keys import IGNORED_IN_ROPE, say_disputed, say_ignored
 
 
 class RopeTable(NamedTuple):
     """One rotation table. A plain tuple to C."""
 
-    # float64 [d_head/2]: angle of channel pair i at position p is p * inv_freq[i]
+    # float64 [d_rot/2]: angle of channel pair i at position p is p * inv_freq[i]
     inv_freq: Float64Array
-    attention_factor: float  # multiplies cos and sin (yarn; 1.0 otherwise)
+    attention_factor: float  # multiplies cos and sin (yarn and longrope; 1.0 otherwise)
 
 
 #: rope type -> keys that it reads. A key that is set and not read would mean that the file and the
@@ -44,16 +44,21 @@ UNDERSTOOD: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
 }
 
 #: What other rope types read; transformers ignores it where the type does not.
-UNREAD_FACTORS = frozenset(key for keys in UNDERSTOOD.values() for key in keys) - {"factor"}
+UNREAD_FACTORS = frozenset(
+    key for kind, keys in UNDERSTOOD.items() if kind != "longrope" for key in keys
+)
 
 REFUSED = {
-    "longrope": (
-        "it switches tables with the length of the text, so the numbers of a prefix would depend on"
-        " what follows it"
-    ),
     "su": "it is the older name of longrope",
     "mrope": "it rotates by image coordinates",
     "proportional": "no supported family uses it",
@@ -66,11 +71,12 @@ def rope_type(parameters: Mapping[str, Any]) -> Any:
 
 
 def table(
-    parameters: Mapping[str, Any], *, d_head: int, max_positions: int, default_theta: float
+    parameters: Mapping[str, Any], *, d_rot: int, max_positions: int, default_theta: float
 ) -> RopeTable:
-    """The table that a config's rope dictionary describes.
+    """The table that a config's rope dictionary describes; of longrope, that of short texts.
 
-    parameters: `rope_parameters` or `rope_scaling` with `rope_theta` merged in; max_positions:
+    parameters: `rope_parameters` or `rope_scaling` with `rope_theta` merged in; d_rot: channels of
+    a head that are rotated (an odd number counts as the next even one); max_positions:
     max_position_embeddings. Raises ModelError for a scaling that is not understood, a key without
     meaning for it, or a number out of range.
     """
@@ -83,17 +89,31 @@ def table(
     _refuse_unread(kind, parameters)
 
     base = _number(parameters, "rope_theta", default_theta, low=1.0, strict=True)
-    inv_freq = base ** -(np.arange(0, d_head, 2, dtype=np.float64) / d_head)
+    inv_freq = base ** -(np.arange(0, d_rot, 2, dtype=np.float64) / d_rot)
     if kind in ("default", "dynamic"):
         # dynamic: up to max_position_embeddings the base is scaled by exactly 1; Config limits
         # n_ctx to that length.
         return _frozen(inv_freq, 1.0)
     if kind == "yarn":
-        return _yarn(parameters, inv_freq, base, d_head, max_positions)
+        return _yarn(parameters, inv_freq, base, d_rot, max_positions)
+    if kind == "longrope":
+        return _longrope(parameters, "short_factor", inv_freq, max_positions)
     factor = _number(parameters, "factor", None, low=0.0, strict=True)
     if kind == "linear":
         return _frozen(inv_freq / factor, 1.0)
     return _frozen(_llama3(parameters, inv_freq, factor, max_positions), 1.0)
+
+
+def long_table(
+    parameters: Mapping[str, Any], *, d_rot: int, max_positions: int, default_theta: float
+) -> tuple[RopeTable, int]:
+    """(the table of longrope for long texts, the longest text in tokens that it is not for).
+    Arguments as in `table`, which has checked them.
+    """
+    base = _number(parameters, "rope_theta", default_theta, low=1.0, strict=True)
+    inv_freq = base ** -(np.arange(0, d_rot, 2, dtype=np.float64) / d_rot)
+    original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
+    return _longrope(parameters, "long_factor", inv_freq, max_positions), int(original)
 
 
 def context(parameters: Mapping[str, Any], max_positions: int) -> int:
@@ -104,7 +124,10 @@ def context(parameters: Mapping[str, Any], max_positions: int) -> int:
     length, which is what transformers takes for the original length where none is written. The
     other types keep max_positions: "dynamic" changes every rotation beyond it.
     """
-    if rope_type(parameters) not in ("linear", "yarn", "llama3"):
+    kind = rope_type(parameters)
+    if kind == "longrope" and parameters.get("factor") is None:
+        return max_positions
+    if kind not in ("linear", "yarn", "llama3", "longrope"):
         return max_positions
     original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
     factor = _number(parameters, "factor", max_positions / original, low=0.0, strict=True)
@@ -150,7 +173,7 @@ def _yarn(
     parameters: Mapping[str, Any],
     inv_freq: Float64Array,
     base: float,
-    d_head: int,
+    d_rot: int,
     max_positions: int,
 ) -> RopeTable:
     original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
@@ -170,17 +193,45 @@ def _yarn(
 
     def correction(rotations: float) -> float:
         # the channel pair that makes this many turns within the original length
-        return d_head * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        return d_rot * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = correction(beta_fast), correction(beta_slow)
     truncate = parameters.get("truncate")
     if truncate is None or truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, d_head - 1)
+    low, high = max(low, 0), min(high, d_rot - 1)
     if low == high:
         high += 0.001  # transformers' guard against division by zero
-    keep = 1 - np.clip((np.arange(d_head // 2, dtype=np.float64) - low) / (high - low), 0, 1)
+    keep = 1 - np.clip((np.arange(inv_freq.size, dtype=np.float64) - low) / (high - low), 0, 1)
     return _frozen(inv_freq / factor * (1 - keep) + inv_freq * keep, attention_factor)
+
+
+def _longrope(
+    parameters: Mapping[str, Any], key: str, inv_freq: Float64Array, max_positions: int
+) -> RopeTable:
+    """Frequencies divided by a factor each, the list `key`."""
+    original = _number(parameters, "original_max_position_embeddings", max_positions, low=1.0)
+    factor = _number(parameters, "factor", max_positions / original, low=0.0, strict=True)
+    inferred = 1.0
+    if factor > 1.0 and original > 1.0:
+        inferred = math.sqrt(1 + math.log(factor) / math.log(original))
+    attention_factor = _number(parameters, "attention_factor", inferred, low=0.0, strict=True)
+    factors = parameters.get(key)
+    if (
+        not isinstance(factors, list)
+        or len(factors) != inv_freq.size
+        or not all(_is_positive(v) for v in factors)
+    ):
+        got = f"a list of {len(factors)}" if isinstance(factors, list) else repr(factors)[:80]
+        raise ModelError(
+            f"rope key {key!r} must list {inv_freq.size} positive numbers, one for each rotated"
+            f" pair of channels, got {got}"
+        )
+    return _frozen(inv_freq / np.asarray(factors, dtype=np.float64), attention_factor)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
 
 
 def _refuse_unread(kind: str, parameters: Mapping[str, Any]) -> None:
@@ -189,12 +240,10 @@ def _refuse_unread(kind: str, parameters: Mapping[str, Any]) -> None:
         if key in IGNORED_IN_ROPE or (key in UNREAD_FACTORS and key not in read):
             if value is not None:
                 say_disputed(key)
+            if key == "factor" and value not in (None, 1):
+                say_ignored(key, f"rope type {kind!r}")
             continue
-        neutral = (
-            value is None
-            or value is False
-            or (key in ("factor", "partial_rotary_factor") and value == 1)
-        )
+        neutral = value is None or value is False
         if key not in read and not neutral:
             raise ModelError(
                 f"rope key {key!r} = {value!r} would change the numbers and is not understood for"

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..base.json_files import parse_json, read_json
 from ..base.lfs import lfs_pointer
@@ -20,8 +20,9 @@ from ..base.types import PathLike
 from ..errors import ModelError
 from .checkpoint_kinds import missing_shards, refuse_tensors, without_weights
 from .config import Config
+from .layouts import Part, layout_of, place, stored_shape
 from .stored_tensors import DTYPES, Stored
-from .tensor_names import HARMLESS_LAYER_TENSOR, engine_tensors, hf_name
+from .tensor_names import HARMLESS_LAYER_TENSOR, engine_tensors
 from .tied_tensors import UNTIED_WITHOUT_UNEMBED, is_tied_name, text_prefix, unembed_name
 
 HEADER_BYTES = 100 << 20  # the format's own limit
@@ -210,43 +211,45 @@ def _read_shards(folder: Path, index: Path) -> tuple[list[Path], dict[str, Store
     return paths, tensors
 
 
+class Match(NamedTuple):
+    """Where an engine tensor lies in a checkpoint."""
+
+    shape: tuple[int, ...]  # of the engine's tensor
+    part: Part
+    stored: tuple[Stored, ...]  # what it is cut from: none for a norm without parameters
+
+
 def match(
     config: Config, paths: list[Path], tensors: dict[str, Stored]
-) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """(engine name -> stored tensor, names of tensors that are not needed). Raises ModelError for a
+) -> tuple[dict[str, Match], tuple[str, ...]]:
+    """(engine name -> where it lies, names of tensors that are not needed). Raises ModelError for a
     missing tensor, a shape that contradicts the config, a dtype that the engine does not hold, and
     weights inside the layers that this architecture does not have.
     """
-    refuse_tensors(str(paths[0].parent), tensors)
-    prefix, unembed = text_prefix(paths[0].parent, tensors), unembed_name(tensors)
-    result: dict[str, Stored] = {}
+    folder = paths[0].parent
+    refuse_tensors(str(folder), tensors)
+    prefix, unembed = text_prefix(folder, tensors, config), unembed_name(tensors, config)
+    result: dict[str, Match] = {}
     used: set[str] = set()
     for name, shape in engine_tensors(config):
-        hf = hf_name(name, config, prefix, unembed)
-        stored = tensors.get(hf)
-        if stored is None:
-            hint = UNTIED_WITHOUT_UNEMBED if name == "unembed" else ""
-            raise ModelError(f"{paths[0].parent}: tensor {hf!r} is missing{hint}")
-        where = f"{paths[stored.file]}: tensor {hf!r}"
-        if stored.dtype not in DTYPES:
+        part, names = place(name, shape, config, prefix, unembed)
+        for hf in names:
+            if hf not in tensors:
+                hint = UNTIED_WITHOUT_UNEMBED if name == "unembed" else ""
+                raise ModelError(f"{folder}: tensor {hf!r} is missing{hint}")
+            where = f"{paths[tensors[hf].file]}: tensor {hf!r}"
+            _check_stored(where, tensors[hf], stored_shape(part, shape, config))
+        found = tuple(tensors[hf] for hf in names)
+        if len({stored.dtype for stored in found}) > 1:
             raise ModelError(
-                f"{where}: dtype {stored.dtype[:40]!r} is not supported; supported:"
-                f" {', '.join(DTYPES)}"
+                f"{folder}: tensor {names[0]!r} and those of the other heads have different dtypes"
             )
-        if stored.shape != shape:
-            raise ModelError(
-                f"{where}: shape {list(stored.shape)} contradicts the config, which asks for"
-                f" {list(shape)}"
-            )
-        result[name] = stored
-        used.add(hf)
+        result[name] = Match(shape, part, found)
+        used.update(names)
     extra = tuple(n for n in tensors if n not in used)
+    inside = prefix + layout_of(config).layers
     stray = next(
-        (
-            n
-            for n in extra
-            if n.startswith(prefix + "layers.") and not HARMLESS_LAYER_TENSOR.search(n)
-        ),
+        (n for n in extra if n.startswith(inside) and not HARMLESS_LAYER_TENSOR.search(n)),
         None,
     )
     if stray is not None:
@@ -255,3 +258,16 @@ def match(
             f" {config.architecture} with this config; ignoring it would change the numbers"
         )
     return result, extra
+
+
+def _check_stored(where: str, stored: Stored, shape: tuple[int, ...]) -> None:
+    if stored.dtype not in DTYPES:
+        raise ModelError(
+            f"{where}: dtype {stored.dtype[:40]!r} is not supported; supported: {', '.join(DTYPES)}"
+        )
+    if stored.shape != shape:
+        turned = len(shape) == 2 and stored.shape == shape[::-1]
+        raise ModelError(
+            f"{where}: shape {list(stored.shape)} contradicts the config, which asks for"
+            f" {list(shape)}{'; it is transposed' if turned else ''}"
+        )

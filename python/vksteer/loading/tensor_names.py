@@ -8,39 +8,7 @@ import re
 from typing import NamedTuple
 
 from .config import Config
-
-#: Prefixes of the text model's tensors in a checkpoint, in order of preference. The last two are
-#: Gemma 3 with an image tower.
-HF_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
-HF_UNEMBED = ("lm_head.weight", "language_model.lm_head.weight")
-
-_HF_LAYER = {
-    "ln1": "input_layernorm.weight",
-    "ln2": "post_attention_layernorm.weight",
-    "wq": "self_attn.q_proj.weight",
-    "wk": "self_attn.k_proj.weight",
-    "wv": "self_attn.v_proj.weight",
-    "wo": "self_attn.o_proj.weight",
-    "bq": "self_attn.q_proj.bias",
-    "bk": "self_attn.k_proj.bias",
-    "bv": "self_attn.v_proj.bias",
-    "bo": "self_attn.o_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "wgate": "mlp.gate_proj.weight",
-    "wup": "mlp.up_proj.weight",
-    "wdown": "mlp.down_proj.weight",
-    "bgate": "mlp.gate_proj.bias",
-    "bup": "mlp.up_proj.bias",
-    "bdown": "mlp.down_proj.bias",
-}
-#: With post-norms, transformers' post_attention_layernorm is the norm on attention's *output*, and
-#: ln2 has another name.
-_HF_POST_NORMS = {
-    "ln1_post": "post_attention_layernorm.weight",
-    "ln2": "pre_feedforward_layernorm.weight",
-    "ln2_post": "post_feedforward_layernorm.weight",
-}
+from .layouts import place
 
 _GGUF_LAYER = {
     "ln1": "attn_norm.weight",
@@ -71,7 +39,9 @@ _GGUF_TOP = {
 }
 
 #: Buffers that old checkpoints have inside layers; the config says everything that they hold.
-HARMLESS_LAYER_TENSOR = re.compile(r"\.(rotary_emb\.inv_freq|self_attn\.masked_bias)$")
+HARMLESS_LAYER_TENSOR = re.compile(
+    r"\.(rotary_emb\.inv_freq|(self_attn|attn|attention)\.masked_bias|(attn|attention)\.bias)$"
+)
 
 
 class EngineTensor(NamedTuple):
@@ -138,16 +108,8 @@ def engine_tensors(config: Config) -> list[EngineTensor]:
 
 
 def hf_name(name: str, config: Config, prefix: str, unembed: str) -> str:
-    """What a Hugging Face checkpoint calls the engine's tensor."""
-    if name in ("embed", "ln_final", "unembed"):
-        return {
-            "embed": prefix + "embed_tokens.weight",
-            "ln_final": prefix + "norm.weight",
-            "unembed": unembed,
-        }[name]
-    _, layer, part = name.split(".")
-    part_name = (_HF_POST_NORMS.get(part) if config.post_norms else None) or _HF_LAYER[part]
-    return f"{prefix}layers.{layer}.{part_name}"
+    """What a Hugging Face checkpoint calls the tensor that holds the engine's."""
+    return place(name, (config.d_head,), config, prefix, unembed)[1][0]
 
 
 def gguf_name(name: str) -> str:

@@ -18,8 +18,8 @@ from ..base.types import Float32Array
 from ..errors import ModelError
 from . import dtypes
 from .config import Config
+from .layouts import LAYOUTS, Layout, layout_of
 from .stored_tensors import DTYPES, Stored
-from .tensor_names import HF_PREFIXES, HF_UNEMBED
 
 COMPARED_ELEMENTS = 1 << 20  # elements of the two tensors that are compared at a time
 
@@ -33,23 +33,29 @@ _said: set[str] = set()  # folders of which the difference has been said
 
 def is_tied_name(name: str) -> bool:
     """Whether this is one of the names under which tied embeddings are stored."""
-    return name in HF_UNEMBED or name in {prefix + "embed_tokens.weight" for prefix in HF_PREFIXES}
+    return any(name in layout.unembed or name in _embeds(layout) for layout in LAYOUTS.values())
 
 
-def text_prefix(folder: Path, names: Collection[str]) -> str:
+def _embeds(layout: Layout) -> list[str]:
+    return [prefix + layout.embed for prefix in layout.prefixes]
+
+
+def text_prefix(folder: Path, names: Collection[str], config: Config) -> str:
     """The prefix of the text model's tensors. Raises ModelError where there is none, or two."""
-    found = [p for p in HF_PREFIXES if p + "embed_tokens.weight" in names]
+    layout = layout_of(config)
+    found = [p for p in layout.prefixes if p + layout.embed in names]
     if len(found) == 1:
         return found[0]
-    expected = ", ".join(repr(p + "embed_tokens.weight") for p in HF_PREFIXES)
-    near = [n for n in names if n.endswith("embed_tokens.weight")]
+    expected = ", ".join(map(repr, _embeds(layout)))
+    near = [n for n in names if n.endswith(layout.embed)]
     listed = ", ".join(repr(n[:200]) for n in near) or "none of them is there"
     raise ModelError(f"{folder}: expected exactly one of {expected}; found: {listed}")
 
 
-def unembed_name(names: Collection[str]) -> str:
+def unembed_name(names: Collection[str], config: Config) -> str:
     """The name of the unembedding's tensor."""
-    return next((n for n in HF_UNEMBED if n in names), HF_UNEMBED[0])
+    known = layout_of(config).unembed
+    return next((n for n in known if n in names), known[0])
 
 
 def settle(
@@ -59,13 +65,14 @@ def settle(
     unembedding gets its own name; a tied config becomes untied where the two tensors differ, which
     is said once with a warning.
     """
-    unembed = unembed_name(tensors)
+    unembed, layout = unembed_name(tensors, config), layout_of(config)
     if not config.tied or unembed not in tensors:
         return config, tensors
-    embeds = [p + "embed_tokens.weight" for p in HF_PREFIXES]
+    embeds = _embeds(layout)
     if not any(name in tensors for name in embeds):
-        norm = next((p for p in HF_PREFIXES if p + "norm.weight" in tensors), HF_PREFIXES[0])
-        renamed = {unembed: norm + "embed_tokens.weight"}
+        first = layout.layers + "0."
+        inside = (p for p in layout.prefixes if any(n.startswith(p + first) for n in tensors))
+        renamed = {unembed: next(inside, layout.prefixes[0]) + layout.embed}
         return config, {renamed.get(name, name): stored for name, stored in tensors.items()}
     embed = next(name for name in embeds if name in tensors)
     if _equal(paths, tensors[embed], tensors[unembed]):
