@@ -1,17 +1,26 @@
 // Adds up the gradients of a layer's query, key and value inputs in the heads' own columns,
 // together with what the norm's backward needs later: the terms `steps` and the stream `xs`.
 // head_inputs_params gives the equations.
+//
+// Define    LAYER   (optional) the norm is a LayerNorm
 // Buffers   dqkv and qkv [T, stride], x [T, d_stride], sources [n, n_sources], heads [n, stride],
 //           steps [n, n_steps, n_inputs], xs [n, n_steps, d_stride]; n sample tokens
 // Grid      x = sample tokens; a workgroup takes one, its lanes the columns
-// Order     heads: one fma for each source, in ascending order. For the RMS and the dot products,
-//           lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum adds the lanes
+// Order     heads: one fma for each source, in ascending order. For the norm's mean and scale and
+//           the dot products, lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum
+//           adds the lanes
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #include "types.glsl"
 #include "reduce.glsl"
 
 layout(push_constant, scalar) uniform Params { head_inputs_params p; };
+
+#ifdef LAYER
+#define CENTRED(x) ((x) - mean)
+#else
+#define CENTRED(x) (x)
+#endif
 
 void main() {
     const uint s = gl_WorkGroupID.x, lane = gl_LocalInvocationID.x, n = p.n_inputs * p.d_head;
@@ -24,8 +33,14 @@ void main() {
         if (!normed) {
             uint step_at = s * p.n_steps + p.first_step + k;
             float sum = 0.0;
+#ifdef LAYER
+            for (uint i = lane; i < p.width; i += WG)
+                sum += p.x.at[t * p.d_stride + i];
+            float mean = workgroup_sum(sum) / float(p.width);
+            sum = 0.0;
+#endif
             for (uint i = lane; i < p.width; i += WG) {
-                float x = p.x.at[t * p.d_stride + i];
+                float x = CENTRED(p.x.at[t * p.d_stride + i]);
                 p.xs.at[step_at * p.d_stride + i] = x;
                 sum = fma(x, x, sum);
             }

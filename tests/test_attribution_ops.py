@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,11 +46,13 @@ def test_accumulate(on, rng, n_sources):
                 agree(on, attribution.accumulate(rng, n_sample_tokens, 9, width, n_sources, gaps))
 
 
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("d_head", [2, 6, 64, 80, 128, 256])
-def test_head_inputs_over_head_sizes(on, rng, d_head):
+def test_head_inputs_over_head_sizes(on, rng, d_head, layer):
     for width in (*SIZES, 576):
         for bias in (False, True):
-            agree(on, attribution.head_inputs(rng, 5, 9, 5, d_head, width, 2, bias=bias))
+            more = {"bias": bias, "layer": layer}
+            agree(on, attribution.head_inputs(rng, 5, 9, 5, d_head, width, 2, **more))
     agree(on, attribution.head_inputs(rng, 5, 9, 5, d_head, 33, 2, normed=True))
 
 
@@ -78,6 +81,7 @@ def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
                         n_steps,
                         gaps=gaps,
                         bias=gaps,
+                        layer=n_inputs == 8,
                     ),
                 )
                 agree(
@@ -98,13 +102,15 @@ def test_head_inputs_over_heads_and_steps(on, rng, n_inputs):
                 )
 
 
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("n_inputs", [1, 3, 8, 9, 15, 48])
-def test_head_gradients(on, rng, n_inputs):
+def test_head_gradients(on, rng, n_inputs, layer):
     for n_sample_tokens in (0, 1, 7, 32):
         for n_steps in (0, 1, 10):
-            agree(on, attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_steps, 33))
+            sizes = n_inputs, n_sample_tokens, n_steps, 33
+            agree(on, attribution.head_gradients(rng, *sizes, layer))
     for width in (*SIZES, 576, 1024):
-        agree(on, attribution.head_gradients(rng, n_inputs, 3, 2, width))
+        agree(on, attribution.head_gradients(rng, n_inputs, 3, 2, width, layer))
 
 
 @pytest.mark.parametrize("n_k", [0, 1, 3, 16, 33, 257, 32 * 592])
@@ -125,9 +131,10 @@ def test_node_dims(on, rng, n_sample_tokens):
 # -- properties on which scores rest ---------------------------------------------------------------
 
 
-def test_steps_in_several_calls_have_the_bits_of_one(on, rng):
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
+def test_steps_in_several_calls_have_the_bits_of_one(on, rng, layer):
     """However many steps one pass takes, and whatever the order of their tokens in it."""
-    whole = attribution.head_inputs(rng, 7, 70, 8, 16, 33, 10, bias=True)
+    whole = attribution.head_inputs(rng, 7, 70, 8, 16, 33, 10, bias=True, layer=layer)
     whole.buffers["sources"] = rng.permutation(70).astype(np.uint32).reshape(7, 10)
     plain = attribution.accumulate(rng, 7, 70, 33, 10)
     plain.buffers["sources"] = whole.buffers["sources"]
@@ -155,8 +162,9 @@ def test_steps_in_several_calls_have_the_bits_of_one(on, rng):
         lambda rng: attribution.difference(rng, 33, 9, 257, 33),
         lambda rng: attribution.accumulate(rng, 33, 9, 257, 3),
         lambda rng: attribution.head_inputs(rng, 33, 9, 5, 16, 33, 3),
+        lambda rng: attribution.head_inputs(rng, 33, 9, 5, 16, 33, 3, layer=True),
     ],
-    ids=["difference", "accumulate", "head_inputs"],
+    ids=["difference", "accumulate", "head_inputs", "head_inputs LayerNorm"],
 )
 def test_a_slot_alone_has_the_bits_of_a_slot_in_company(on, rng, build):
     problem = build(rng)
@@ -177,9 +185,10 @@ def test_a_slot_alone_has_the_bits_of_a_slot_in_company(on, rng, build):
                 assert same_bits(alone[name], whole[name][s : s + 1]), name
 
 
-def test_head_gradients_do_not_depend_on_the_inputs_beside(on, rng):
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
+def test_head_gradients_do_not_depend_on_the_inputs_beside(on, rng, layer):
     """The kernel takes eight inputs at a time."""
-    problem = attribution.head_gradients(rng, 19, 3, 4, 33)
+    problem = attribution.head_gradients(rng, 19, 3, 4, 33, layer)
     whole = on.run(problem.op, problem.arguments, problem.buffers)[0]["g"]
     for v, n in ((0, 8), (8, 8), (16, 3), (5, 1), (7, 9)):
         part = problem.buffers | {
@@ -223,26 +232,53 @@ def before_norm(on, rng, kept, gain, weights, shape):
     return np.stack(found)
 
 
+def before_layer_norm(kept, gain, bias, weights, shape):
+    """The same of a LayerNorm, by autograd in float64."""
+    n_sample_tokens, n_steps, d_head, width = shape
+    x = torch.tensor(kept.buffers["x"][:, :width], dtype=torch.float64)
+    dqkv = torch.tensor(kept.buffers["dqkv"][:, : len(weights)], dtype=torch.float64)
+    gain, bias, weights = (torch.tensor(t, dtype=torch.float64) for t in (gain, bias, weights))
+    found = []
+    for v in range(len(weights) // d_head):
+        rows = slice(v * d_head, (v + 1) * d_head)
+        leaf = x.clone().requires_grad_()
+        normed = torch.nn.functional.layer_norm(leaf, (width,), gain, bias, attribution.EPS)
+        (normed @ weights[rows].T * dqkv[:, rows]).sum().backward()
+        found.append(leaf.grad.reshape(n_sample_tokens, n_steps, width).mean(1).numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("n_steps", [1, 4])
-def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
+def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps, layer):
     """head_inputs, the product with W^T and head_gradients, by their references and on the device,
-    against the reference of the norm's backward pass, step by step and for every input alone.
+    against the reference of the norm's backward pass (LayerNorm: against autograd), step by step
+    and for every input alone.
     """
     n_sample_tokens, n_inputs, d_head, width = 3, 5, 16, 33
     n_tokens = n_sample_tokens * n_steps
-    kept = attribution.head_inputs(rng, n_sample_tokens, n_tokens, n_inputs, d_head, width, n_steps)
+    sizes = n_sample_tokens, n_tokens, n_inputs, d_head, width, n_steps
+    kept = attribution.head_inputs(rng, *sizes, bias=layer, layer=layer)
     kept.buffers["sources"] = np.arange(n_tokens, dtype=np.uint32).reshape(n_sample_tokens, n_steps)
     kept.buffers["heads"][:, : n_inputs * d_head] = 0
     kept.arguments["weight"] = 1 / n_steps
     gain = problems.numbers(rng, width)
     weights = problems.numbers(rng, n_inputs * d_head, width, scale=width**-0.5)
+    shape = n_sample_tokens, n_steps, d_head, width
     x = kept.buffers["x"]
-    rms = np.sqrt((x[:, :width].astype(np.float64) ** 2).mean(-1, keepdims=True) + attribution.EPS)
+    centred = x[:, :width].astype(np.float64)
+    if layer:
+        centred -= centred.mean(-1, keepdims=True)
+        bias = problems.numbers(rng, width)
+        kept.buffers["bias"] = (weights @ bias).astype(np.float32)
+        want = before_layer_norm(kept, gain, bias, weights, shape)
+    else:
+        want = before_norm(on, rng, kept, gain, weights, shape)
+    rms = np.sqrt((centred**2).mean(-1, keepdims=True) + attribution.EPS)
     # the projection of the normed stream, from which the op reads the statistic of the norm
-    own = (x[:, :width] / rms * gain) @ weights.T.astype(np.float64)
-    kept.buffers["qkv"][:, : n_inputs * d_head] = own
-    want = before_norm(on, rng, kept, gain, weights, (n_sample_tokens, n_steps, d_head, width))
-    # The references, then the device; the largest errors met are 4.9e-8 and 1.7e-7.
+    own = (centred / rms * gain) @ weights.T.astype(np.float64)
+    kept.buffers["qkv"][:, : n_inputs * d_head] = own + kept.buffers["bias"] if layer else own
+    # The references, then the device; the largest errors met are 6.1e-8 and 1.9e-7.
     for which, bound in ((1, 2e-6), (0, 5e-6)):
         sums = on.run("head_inputs", kept.arguments, kept.buffers)[which]
         heads = sums["heads"][:, : n_inputs * d_head].astype(np.float64)
@@ -251,7 +287,7 @@ def test_kept_small_is_the_gradient_before_the_norm(on, rng, n_steps):
             heads.reshape(n_sample_tokens, n_inputs, d_head),
             weights.reshape(n_inputs, d_head, width),
         )
-        end = attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width)
+        end = attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width, layer)
         end.buffers |= {
             "g": problems.padded(g.reshape(-1, width).astype(np.float32), x.shape[1]),
             "gain": gain,
@@ -295,9 +331,22 @@ def test_any_sums(on, seed, n_sample_tokens, n_tokens, width, raw_width, n_sourc
     normed=st.booleans(),
     bias=st.booleans(),
     gaps=st.booleans(),
+    layer=st.booleans(),
 )
 def test_any_head_inputs(
-    on, seed, n_sample_tokens, n_inputs, half, width, first, n_sources, rest, normed, bias, gaps
+    on,
+    seed,
+    n_sample_tokens,
+    n_inputs,
+    half,
+    width,
+    first,
+    n_sources,
+    rest,
+    normed,
+    bias,
+    gaps,
+    layer,
 ):
     rng = np.random.default_rng(seed)
     agree(
@@ -315,9 +364,10 @@ def test_any_head_inputs(
             normed,
             bias and not normed,
             gaps,
+            layer,
         ),
     )
-    agree(on, attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_sources, width))
+    agree(on, attribution.head_gradients(rng, n_inputs, n_sample_tokens, n_sources, width, layer))
 
 
 @few

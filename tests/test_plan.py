@@ -71,8 +71,12 @@ TINY = dict(
 )
 
 
+#: Facts that the configurations above have in common.
+USUAL = dict(pre_norms=True, parallel=False, gated=True, norm_bias=False)
+
+
 def config(facts, **changes):
-    return SimpleNamespace(**{**facts, **changes})
+    return SimpleNamespace(**{**USUAL, **facts, **changes})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,14 @@ def test_memory_is_the_sum_of_its_parts():
     assert less[1] == tape - 4 * 9 * (d + 2 * qkv + gate_up + 2 * d) and less[
         2
     ] == sums - 4 * 9 * 2 * 10 * (8 + d)
+    for changes, floats in (
+        # parallel layers: heads and MLP share the gradient of the residual stream
+        (dict(post_norms=False, parallel=True), -9 * 2 * d),
+        (dict(pre_norms=False), -9 * 2 * 10 * (8 + d)),
+        (dict(post_norms=False, norm_bias=True), 2 * qkv),
+    ):
+        other = memory_parts(config(TINY, **changes), 18, 9, 1, 9, 10, False, True)
+        assert (other[2] - sums, other[3]) == (4 * floats, rows)
     assert (
         memory_parts(config(TINY, post_norms=False), 18, 9, 1, 9, 10, False, True)[1]
         == tape - 4 * 9 * 4 * d

@@ -19,18 +19,35 @@ static uint32_t inputs_of_layer(const struct model_facts *f) {
     return f->n_heads + 2 * f->n_kv_heads;
 }
 
+int attribution_passes_norm(const struct model_facts *f, int normed) {
+    return !normed && f->pre_norms;
+}
+
+/* Does the bias of a layer's ln1 count? */
+static int bias_needed(const struct model_facts *f, int normed) {
+    return attribution_passes_norm(f, normed) && f->norm_bias;
+}
+
+/* Gradients of the residual stream that the nodes of `depth` layers add to: before the first
+ * layer, and in each layer where the heads and where the MLP end, which is one place if the layer
+ * is parallel. */
+static uint32_t stream_gradients(const struct model_facts *f, uint32_t depth) {
+    return 1 + (f->parallel ? 1 : 2) * depth;
+}
+
 /* Floats of one sample token in the buffers of a layer: dz, dmlp, heads, steps, xs, mlp, mid,
  * post. */
 static void sample_token_floats(const struct model_facts *f, uint32_t n_steps, int normed,
                                 uint32_t floats[8]) {
     uint32_t d = op_row_stride(f->d_model), n = inputs_of_layer(f);
+    int passes_norm = attribution_passes_norm(f, normed);
     const uint32_t all[8] = {op_row_stride(f->n_heads * f->d_head),
                              d,
                              op_row_stride(n * f->d_head),
-                             normed ? 0 : n_steps * n,
-                             normed ? 0 : n_steps * d,
+                             passes_norm ? n_steps * n : 0,
+                             passes_norm ? n_steps * d : 0,
                              d,
-                             d,
+                             f->parallel ? 0 : d,
                              d};
     memcpy(floats, all, sizeof all);
 }
@@ -40,7 +57,7 @@ static uint64_t tile_floats(const struct model_facts *f, uint32_t depth) {
     uint32_t heads = op_row_stride(f->n_heads * f->d_head),
              qkv = op_row_stride(inputs_of_layer(f) * f->d_head);
     uint64_t nodes = 1 + (uint64_t)depth * (f->n_heads + 1), inputs = inputs_of_layer(f) + 1,
-             groups = 1 + 2 * (uint64_t)depth;
+             groups = stream_gradients(f, depth);
     uint64_t rows = nodes + (inputs > groups ? inputs : groups);
     uint64_t expanded = f->d_head % 16
                             ? (uint64_t)f->n_heads * heads + (uint64_t)inputs_of_layer(f) * qkv
@@ -70,7 +87,8 @@ uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint3
     return run_work_bytes(f, capacity, readback_bytes(f)) +
            run_tape_bytes(f, step_capacity, first_layer, keep_inside) +
            run_cache_bytes(f, capacity, first_layer) +
-           4 * (token * n_sample_tokens + tile_floats(f, depth));
+           4 * (token * n_sample_tokens + tile_floats(f, depth) +
+                (bias_needed(f, normed) ? (uint64_t)depth * floats[2] : 0));
 }
 
 /* A buffer of `floats` for each sample token; none if `floats` is 0. */
@@ -80,11 +98,42 @@ static int sums_make(struct attribution *a, struct gpu_buffer **out, uint32_t fl
                   : 0;
 }
 
+/* layer->bias = b_qkv + W_qkv b_ln1 */
+static int bias_compute(struct attribution *a, uint32_t i, struct error *error) {
+    struct run_work *work = a->work;
+    const struct model_layer *weights = &work->model->layers[a->first_layer + i];
+    RUN(work_grow(work, &a->layers[i].bias, 4 * (uint64_t)work->qkv_stride, "attribution", error));
+    struct op_linear_args args = {
+        .x = weights->b_ln1,
+        .dst = run_address(a->layers[i].bias),
+        .bias = weights->b_qkv,
+        .n_rows = 1,
+        .x_stride = work->d_stride,
+        .dst_stride = work->qkv_stride,
+    };
+    return op_linear(&work->model->ops, &weights->qkv, &args, error);
+}
+
+static int layers_make(struct attribution *a, struct error *error) {
+    const struct model_facts *f = &a->work->model->facts;
+    uint32_t floats[8];
+    sample_token_floats(f, a->n_steps, a->normed, floats);
+    for (uint32_t i = 0; i < a->depth; i++) {
+        struct attribution_layer *layer = &a->layers[i];
+        struct gpu_buffer **buffers[8] = {&layer->dz, &layer->dmlp, &layer->heads, &layer->steps,
+                                          &layer->xs, &layer->mlp,  &layer->mid,   &layer->post};
+        for (int j = 0; j < 8; j++)
+            RUN(sums_make(a, buffers[j], floats[j], "attribution", error));
+        if (bias_needed(f, a->normed))
+            RUN(bias_compute(a, i, error));
+    }
+    return 0;
+}
+
 int attribution_create(struct attribution **out, struct model *model, uint32_t capacity,
                        uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
                        uint32_t n_steps, int normed, int keep_inside, struct error *error) {
     const struct model_facts *f = &model->facts;
-    uint32_t floats[8];
     *out = NULL;
     uint64_t needed = attribution_bytes(f, capacity, step_capacity, first_layer, n_sample_tokens,
                                         n_steps, normed, keep_inside),
@@ -109,21 +158,12 @@ int attribution_create(struct attribution **out, struct model *model, uint32_t c
     if (run_work_create(&a->work, model, capacity, readback_bytes(f), error) ||
         run_tape_create(&a->tape, a->work, step_capacity, first_layer, keep_inside, error))
         goto fail;
-    sample_token_floats(f, n_steps, normed, floats);
-    for (uint32_t i = 0; i < a->depth; i++) {
-        struct attribution_layer *layer = &a->layers[i];
-        struct gpu_buffer **buffers[8] = {&layer->dz, &layer->dmlp, &layer->heads, &layer->steps,
-                                          &layer->xs, &layer->mlp,  &layer->mid,   &layer->post};
-        for (int j = 0; j < 8; j++)
-            if (sums_make(a, buffers[j], floats[j], "attribution", error))
-                goto fail;
-    }
     uint64_t row = 4 * (uint64_t)a->work->d_stride * ATTRIBUTE_TILE;
-    uint32_t groups = 1 + 2 * a->depth, inputs = inputs_of_layer(f) + 1;
+    uint32_t groups = stream_gradients(f, a->depth), inputs = inputs_of_layer(f) + 1;
     uint32_t wide = f->n_heads * a->work->z_stride > inputs_of_layer(f) * a->work->qkv_stride
                         ? f->n_heads * a->work->z_stride
                         : inputs_of_layer(f) * a->work->qkv_stride;
-    if (sums_make(a, &a->pre, a->work->d_stride, "attribution", error) ||
+    if (layers_make(a, error) || sums_make(a, &a->pre, a->work->d_stride, "attribution", error) ||
         sums_make(a, &a->logits, a->work->d_stride, "attribution", error) ||
         work_grow(a->work, &a->du, attribution_nodes(a) * row, "node differences", error) ||
         work_grow(a->work, &a->g, (groups > inputs ? groups : inputs) * row, "input gradients",
@@ -147,8 +187,9 @@ void attribution_destroy(struct attribution *a) {
         gpu_queue_wait(a->work->model->ops.queue, NULL);
     for (uint32_t i = 0; a->layers && i < a->depth; i++) {
         struct attribution_layer *layer = &a->layers[i];
-        struct gpu_buffer *buffers[] = {layer->dz, layer->dmlp, layer->heads, layer->steps,
-                                        layer->xs, layer->mlp,  layer->mid,   layer->post};
+        struct gpu_buffer *buffers[] = {layer->dz,    layer->dmlp, layer->heads,
+                                        layer->steps, layer->xs,   layer->mlp,
+                                        layer->mid,   layer->post, layer->bias};
         for (size_t j = 0; j < sizeof buffers / sizeof buffers[0]; j++)
             gpu_buffer_destroy(buffers[j]);
     }
@@ -171,7 +212,8 @@ int attribution_reset(struct attribution *a, struct error *error) {
         struct gpu_buffer *layer[] = {a->layers[i].heads, a->layers[i].mlp, a->layers[i].mid,
                                       a->layers[i].post};
         for (int j = 0; j < 4; j++)
-            RUN(gpu_queue_zero(queue, layer[j], 0, gpu_buffer_size(layer[j]), error));
+            if (layer[j])
+                RUN(gpu_queue_zero(queue, layer[j], 0, gpu_buffer_size(layer[j]), error));
     }
     return 0;
 }
@@ -218,10 +260,12 @@ static int hook_heads(struct attribution *a, struct run_work *work, int l, uint6
     const struct model_facts *f = &work->model->facts;
     struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
     uint32_t n = inputs_of_layer(f);
+    int passes_norm = attribution_passes_norm(f, a->normed);
+    uint64_t bias = layer->bias ? run_address(layer->bias) : work->model->layers[l].b_qkv;
     struct head_inputs_params params = {
         .dqkv = address,
         .qkv = run_address(a->tape->layers[l].qkv_in),
-        .bias = work->model->layers[l].b_qkv,
+        .bias = bias,
         .x = run_address(a->tape->layers[l].x),
         .sources = a->sources,
         .heads = sums_at(a, layer->heads, work->qkv_stride),
@@ -233,12 +277,13 @@ static int hook_heads(struct attribution *a, struct run_work *work, int l, uint6
         .n_sources = a->n_sources,
         .first_step = a->first_step,
         .n_steps = a->n_steps,
-        .flags = a->normed ? HEAD_INPUTS_NORMED : 0,
-        .has_bias = work->model->layers[l].b_qkv != 0,
+        .flags = (passes_norm ? 0 : HEAD_INPUTS_NORMED) |
+                 (f->norm == NORM_KIND_LAYER ? HEAD_INPUTS_LAYER : 0),
+        .has_bias = bias != 0,
         .eps = f->norm_eps,
         .weight = 1.0f / a->n_steps,
     };
-    if (!a->normed) {
+    if (passes_norm) {
         params.steps = sums_at(a, layer->steps, a->n_steps * n);
         params.xs = sums_at(a, layer->xs, a->n_steps * work->d_stride);
     }
@@ -249,8 +294,11 @@ static int hook_heads(struct attribution *a, struct run_work *work, int l, uint6
  * steps. */
 static int hook_backward(struct attribution *a, struct run_work *work, enum run_hook_point what,
                          int l, uint64_t address, uint32_t stride, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
     struct attribution_layer *layer = &a->layers[l - (int)a->first_layer];
     const struct gpu_buffer *to = NULL;
+    /* the norm that the unembedding's input comes from includes the factor on the logits */
+    float factor = what == HOOK_D_FINAL_NORMED ? f->logit_scale : 1;
     switch (what) {
     case HOOK_D_QKV: return hook_heads(a, work, l, address, error);
     case HOOK_D_RESID_POST: to = layer->post; break;
@@ -268,10 +316,10 @@ static int hook_backward(struct attribution *a, struct run_work *work, enum run_
         .src = address,
         .sources = a->sources,
         .dst = sums_at(a, to, stride),
-        .width = work->model->facts.d_model,
+        .width = f->d_model,
         .stride = stride,
         .n_sources = a->n_sources,
-        .weight = 1.0f / a->n_steps,
+        .weight = factor / a->n_steps,
     };
     return op_accumulate(&work->model->ops, &params, a->batch_n, error);
 }

@@ -26,7 +26,8 @@ struct attribution {
     struct run_tape *tape;       /* owned */
     uint32_t first_layer, depth; /* the steering layer; layers from it on */
     uint32_t n_sample_tokens, n_steps;
-    /* 1: gradients with respect to inputs after their norm and gain (at="normed"); 0: before */
+    /* 1: gradients with respect to inputs after their norm, gain and bias (at="normed"); 0: before
+     */
     int normed;
     struct attribution_layer {
         /* [n_sample_tokens, z_stride]; divided by the post-norm's RMS where there is one */
@@ -34,9 +35,11 @@ struct attribution {
         struct gpu_buffer *dmlp;               /* [n_sample_tokens, d_stride] */
         struct gpu_buffer *heads, *steps, *xs; /* see head_inputs_params */
         struct gpu_buffer *mlp; /* [n_sample_tokens, d_stride] gradient of the MLP's input */
-        /* [n_sample_tokens, d_stride] gradients of the residual stream after attention, after the
-         * MLP */
+        /* [n_sample_tokens, d_stride] gradients of the residual stream after attention (NULL in
+         * parallel layers, where it is `post`), after the MLP */
         struct gpu_buffer *mid, *post;
+        /* [qkv_stride] b_qkv + W_qkv b_ln1; NULL where ln1 has no bias or is not passed */
+        struct gpu_buffer *bias;
     } *layers; /* [depth] */
     /* [n_sample_tokens, d_stride] gradients of the steered residual stream and of the logits' input
      */
@@ -99,6 +102,9 @@ int attribution_step(struct attribution *a, struct run_cache *cache, const struc
 int attribution_picks_read(struct attribution *a, const struct attribution_picks *picks,
                            struct error *error);
 
+/* Are the gradients of q, k and v inputs passed through the backward pass of ln1? Not those after
+ * it (normed), nor in a model whose attention has no norm before it. */
+int attribution_passes_norm(const struct model_facts *facts, int normed);
 /* The number of nodes, in graph order: steer, then layer by layer the heads and the MLP. */
 uint32_t attribution_nodes(const struct attribution *a);
 /* The number of inputs: layer by layer q (H), k (G), v (G) and the MLP's; the logits' comes last.

@@ -44,6 +44,7 @@ static int rows_compute(struct attribution *a, const struct picks_tile *tile, in
     struct op_linear_args linear = {
         .x = tile->rows[run],
         .dst = tile->logits[run],
+        .bias = model->b_unembed,
         .n_rows = tile->n,
         .x_stride = work->d_stride,
         .dst_stride = tile->v_stride,

@@ -139,7 +139,7 @@ static int input_gradients(struct attribution *a, const struct tile *tile, uint3
         };
         RUN(op_linear_bwd(&work->model->ops, &layer->qkv, &args, error));
     }
-    if (!a->normed) {
+    if (attribution_passes_norm(f, a->normed)) {
         struct head_gradients_params params = {
             .g = g,
             .gain = layer->ln1,
@@ -150,6 +150,7 @@ static int input_gradients(struct attribution *a, const struct tile *tile, uint3
             .n_steps = a->n_steps,
             .width = f->d_model,
             .d_stride = work->d_stride,
+            .flags = f->norm == NORM_KIND_LAYER ? HEAD_GRADIENTS_LAYER : 0,
         };
         RUN(op_head_gradients(&work->model->ops, &params, error));
     }
@@ -172,9 +173,17 @@ static int dots(struct attribution *a, const struct tile *tile, uint64_t g, uint
     return op_dots(&a->work->model->ops, &params, error);
 }
 
+/* The gradient, in a->g, of the residual stream that node u adds to: steer's, then layer by layer
+ * the heads' and the MLP's, which are one in parallel layers. */
+static uint32_t gradient_of_node(const struct model_facts *f, uint32_t u) {
+    if (u == 0)
+        return 0;
+    uint32_t i = (u - 1) / (f->n_heads + 1), mlp = (u - 1) % (f->n_heads + 1) == f->n_heads;
+    return f->parallel ? 1 + i : 1 + 2 * i + mlp;
+}
+
 /* dims[node, :], at the next drain: differences of nodes times the gradient of the residual stream
- * that they are added to. a->g holds these gradients: steer's, then layer by layer the heads' and
- * the MLP's. */
+ * that they are added to. */
 static int node_dims(struct attribution *a, const struct tile *tile, float *dims,
                      struct error *error) {
     struct run_work *work = a->work;
@@ -184,17 +193,17 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
     if (!groups)
         return error_set(error, ERROR_MEMORY, "out of memory for node scores");
     for (uint32_t u = 0; u < n; u++)
-        groups[u] = u == 0 ? 0
-                           : 1 + 2 * ((u - 1) / (f->n_heads + 1)) +
-                                 ((u - 1) % (f->n_heads + 1) == f->n_heads);
+        groups[u] = gradient_of_node(f, u);
     int failed = work_upload(work, groups, n * sizeof *groups, &uploaded, error);
     free(groups);
     if (failed)
         return -1;
     RUN(copy(a, rows_of(a->pre, tile, d), d, g, d, f->d_model, tile->n, error));
     for (uint32_t i = 0; i < a->depth; i++) {
-        g += tile->n * tile->row;
-        RUN(copy(a, rows_of(a->layers[i].mid, tile, d), d, g, d, f->d_model, tile->n, error));
+        if (a->layers[i].mid) {
+            g += tile->n * tile->row;
+            RUN(copy(a, rows_of(a->layers[i].mid, tile, d), d, g, d, f->d_model, tile->n, error));
+        }
         g += tile->n * tile->row;
         RUN(copy(a, rows_of(a->layers[i].post, tile, d), d, g, d, f->d_model, tile->n, error));
     }
@@ -211,15 +220,16 @@ static int node_dims(struct attribution *a, const struct tile *tile, float *dims
 }
 
 /* Host arrays of one tile: for every layer the products of its inputs with the nodes that precede
- * its MLP, the products of the logits' input, and the dimension scores. */
+ * its MLP's input, the products of the logits' input, and the dimension scores. */
 struct products {
     float *layers, *logits, *dims;
 };
 
-/* Nodes below layer i and the heads of layer i: those that inputs of layer i may read. */
+/* Those that inputs of layer i may read: nodes below layer i and, unless it is parallel, its heads.
+ */
 static uint32_t nodes_below(const struct attribution *a, uint32_t i) {
-    uint32_t H = a->work->model->facts.n_heads;
-    return 1 + i * (H + 1) + H;
+    const struct model_facts *f = &a->work->model->facts;
+    return 1 + i * (f->n_heads + 1) + (f->parallel ? 0 : f->n_heads);
 }
 
 /* Computes the products of a tile; waits for the device. */

@@ -33,13 +33,34 @@ void reference_accumulate(struct reference_memory *memory, const struct accumula
         }
 }
 
+/* The mean that the norm subtracts from the residual stream of token t; 0 for an RMS norm. */
+static double norm_mean(struct reference_memory *memory, const struct head_inputs_params *p,
+                        uint32_t t) {
+    double sum = 0;
+    if (!(p->flags & HEAD_INPUTS_LAYER))
+        return 0;
+    for (uint32_t i = 0; i < p->width && !memory->failed; i++)
+        sum += *reference_float(memory, p->x, (uint64_t)t * p->d_stride + i);
+    return sum / p->width;
+}
+
+/* 1 / the norm's scale of token t. */
+static double norm_inverse(struct reference_memory *memory, const struct head_inputs_params *p,
+                           uint32_t t) {
+    double mean = norm_mean(memory, p, t), squares = 0;
+    for (uint32_t i = 0; i < p->width && !memory->failed; i++)
+        squares += pow(*reference_float(memory, p->x, (uint64_t)t * p->d_stride + i) - mean, 2);
+    return 1 / sqrt(squares / p->width + p->eps);
+}
+
 /* Keeps what the norm's backward needs of token t at one step: the residual stream, and for every
  * input the component of its gradient along it (`steps` of head_inputs_params). */
 static void statistic_keep(struct reference_memory *memory, const struct head_inputs_params *p,
                            uint32_t t, uint64_t step, double inverse) {
+    double mean = norm_mean(memory, p, t);
     for (uint32_t i = 0; i < p->width && !memory->failed; i++)
         *reference_float(memory, p->xs, step * p->d_stride + i) =
-            *reference_float(memory, p->x, (uint64_t)t * p->d_stride + i);
+            *reference_float(memory, p->x, (uint64_t)t * p->d_stride + i) - mean;
     for (uint32_t v = 0; v < p->n_inputs && !memory->failed; v++) {
         double dot = 0;
         for (uint32_t i = 0; i < p->d_head; i++) {
@@ -66,9 +87,7 @@ void reference_head_inputs(struct reference_memory *memory, const struct head_in
             uint32_t t = reference_word(memory, p->sources, (uint64_t)s * p->n_sources + k);
             if (t == NO_SOURCE)
                 continue;
-            double inverse = normed ? 1
-                                    : reference_inverse_rms(memory, p->x, (uint64_t)t * p->d_stride,
-                                                            p->width, p->eps);
+            double inverse = normed ? 1 : norm_inverse(memory, p, t);
             if (!normed)
                 statistic_keep(memory, p, t, (uint64_t)s * p->n_steps + p->first_step + k, inverse);
             for (uint32_t i = 0; i < n && !memory->failed; i++)
@@ -78,20 +97,32 @@ void reference_head_inputs(struct reference_memory *memory, const struct head_in
         }
 }
 
+/* The gradient of input v of sample token t. */
+static void head_gradient(struct reference_memory *memory, const struct head_gradients_params *p,
+                          uint32_t v, uint32_t t) {
+    uint64_t row = ((uint64_t)v * p->n_sample_tokens + t) * p->d_stride;
+    double mean = 0;
+    for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
+        double *g = reference_float(memory, p->g, row + i);
+        *g *= *reference_float(memory, p->gain, i);
+        mean += p->flags & HEAD_GRADIENTS_LAYER ? *g / p->width : 0;
+    }
+    for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
+        double *g = reference_float(memory, p->g, row + i);
+        *g -= mean;
+        for (uint32_t k = 0; k < p->n_steps; k++) {
+            uint64_t step = (uint64_t)t * p->n_steps + k;
+            *g -= *reference_float(memory, p->steps, step * p->n_inputs + v) *
+                  *reference_float(memory, p->xs, step * p->d_stride + i);
+        }
+    }
+}
+
 void reference_head_gradients(struct reference_memory *memory,
                               const struct head_gradients_params *p) {
     for (uint32_t v = 0; v < p->n_inputs && !memory->failed; v++)
         for (uint32_t t = 0; t < p->n_sample_tokens && !memory->failed; t++)
-            for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
-                double *g = reference_float(
-                    memory, p->g, ((uint64_t)v * p->n_sample_tokens + t) * p->d_stride + i);
-                *g *= *reference_float(memory, p->gain, i);
-                for (uint32_t k = 0; k < p->n_steps; k++) {
-                    uint64_t step = (uint64_t)t * p->n_steps + k;
-                    *g -= *reference_float(memory, p->steps, step * p->n_inputs + v) *
-                          *reference_float(memory, p->xs, step * p->d_stride + i);
-                }
-            }
+            head_gradient(memory, p, v, t);
 }
 
 void reference_dots(struct reference_memory *memory, const struct dots_params *p) {

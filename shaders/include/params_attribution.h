@@ -33,7 +33,8 @@ BLOCK(accumulate_params) {
     float weight;
 };
 
-#define HEAD_INPUTS_NORMED 1 /* gradients after the norm, without its RMS */
+#define HEAD_INPUTS_NORMED 1 /* gradients after the norm, without its scale */
+#define HEAD_INPUTS_LAYER 2  /* the norm is a LayerNorm */
 
 /* What the gradients of a layer's query, key and value inputs are made of later. For source k of
  * sample token s, t = sources[s, k], r = 1 / rms(x[t]) and step = first_step + k:
@@ -41,11 +42,12 @@ BLOCK(accumulate_params) {
  *     steps[s, step, v] = weight r^2 / D ((qkv[t] - bias) . dqkv[t] of head v)
  *     xs[s, step, :] = x[t, :]
  * The gradient of input v before the norm is then gain * (W_v^T heads[s, v]) minus the sum over
- * steps of steps[s, step, v] xs[s, step, :]. */
+ * steps of steps[s, step, v] xs[s, step, :]. For a LayerNorm x is x - mean x everywhere, bias
+ * includes W_qkv times the norm's bias, and the first term loses its mean over D. */
 BLOCK(head_inputs_params) {
-    ADDRESS(FloatsIn) dqkv; /* [T, stride] */
-    ADDRESS(FloatsIn) qkv;  /* [T, stride], before norm per head and rotation */
-    ADDRESS(FloatsIn) bias;
+    ADDRESS(FloatsIn) dqkv;     /* [T, stride] */
+    ADDRESS(FloatsIn) qkv;      /* [T, stride], before norm per head and rotation */
+    ADDRESS(FloatsIn) bias;     /* what qkv is where the normalised x is 0 */
     ADDRESS(FloatsIn) x;        /* [T, d_stride] the residual stream before the layer */
     ADDRESS(Words) sources;     /* [n, n_sources] */
     ADDRESS(FloatsInOut) heads; /* [n, stride] */
@@ -65,6 +67,8 @@ BLOCK(head_inputs_params) {
     float weight;
 };
 
+#define HEAD_GRADIENTS_LAYER 1 /* the norm is a LayerNorm */
+
 /* In place on g[v, t, :] = W_v^T heads[t, v]: the gradient before the norm, see above. Row (v, t)
  * at (v * n_sample_tokens + t) * d_stride. */
 BLOCK(head_gradients_params) {
@@ -77,6 +81,7 @@ BLOCK(head_gradients_params) {
     UINT n_steps;
     UINT width;
     UINT d_stride;
+    UINT flags;
 };
 
 /* dst[i, j] = sum over k of a[i, k] b[j, k]. */

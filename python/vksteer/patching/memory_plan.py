@@ -346,15 +346,22 @@ def memory_parts(
     tape = FLOAT * step_capacity * (
         n * d + inside * (n if keep_inside else 1) + 3 * d + qkv + q + gate_up + mlp
     ) + (2 if c.attn_softcap else 1) * scratch(step_capacity)
-    per_token = 2 * d + n * (q + qkv + 4 * d + (0 if normed else steps * (inputs + d)))
+    # Gradients of the residual stream where the nodes of a layer end: after attention and MLP.
+    ends = 1 if c.parallel else 2
+    passes_norm = c.pre_norms and not normed
+    per_token = 2 * d + n * (q + qkv + (2 + ends) * d)
+    if passes_norm:
+        per_token += n * steps * (inputs + d)
+    sums = per_token * sample_tokens + (n * qkv if passes_norm and c.norm_bias else 0)
     expanded = H * q + inputs * qkv if c.d_head % 16 else 0
-    rows = nodes + max(inputs + 1, 1 + 2 * n)
-    return working, tape, FLOAT * per_token * sample_tokens, FLOAT * TILE * (rows * d + expanded)
+    rows = nodes + max(inputs + 1, 1 + ends * n)
+    return working, tape, FLOAT * sums, FLOAT * TILE * (rows * d + expanded)
 
 
 def layer_weights(c: Config) -> int:
     """Number of weights in the matrices of one layer."""
-    return c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + 3 * c.d_model * c.d_mlp
+    mlp = (3 if c.gated else 2) * c.d_model * c.d_mlp
+    return c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + mlp
 
 
 # -- operations ------------------------------------------------------------------------------------
@@ -398,12 +405,12 @@ def contraction_operations(c: Config, g: Graph, S: int, T: int, at: str = "pre_n
     """Operations of (u_clean - u_corrupt)^T dm/dv over all edges of one sample of S positions.
 
     Outputs of heads and gradients of q, k and v inputs are computed from head space (z W_O and W^T
-    g); then each edge costs one product of width D. Before the norm, the derivative of the norm
+    g); then each edge costs one product of width D. Before a norm, the derivative of the norm
     adds one product with the residual stream of each step for every q, k and v input.
     """
     H, G, dh, D, n = c.n_heads, c.n_kv_heads, c.d_head, c.d_model, g.depth
     per_token = n * 2.0 * D * dh * (2 * H + 2 * G) + 2.0 * D * g.n_edges
-    if at == "pre_norm":
+    if at == "pre_norm" and c.pre_norms:
         per_token += T * 2.0 * D * n * (H + 2 * G)
     return S * per_token
 

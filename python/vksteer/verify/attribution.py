@@ -10,7 +10,7 @@ import numpy as np
 
 from .problems import (
     EPS,
-    HEAD_INPUTS_NORMED,
+    HEAD_FLAGS,
     NO_SOURCE,
     Problem,
     beside,
@@ -26,7 +26,7 @@ BOUNDS = {
     "difference": 1.2e-6,  # 2.9e-7
     "accumulate": 1.2e-6,  # 3.0e-7, 10 sources
     "head_inputs": 1.5e-6,  # 3.8e-7
-    "head_gradients": 1e-6,  # 2.2e-7, 10 steps
+    "head_gradients": 1e-6,  # 3.2e-7, 10 steps
     "dots": 1e-6,  # 2.0e-7, of sum |a b|, K up to 18944
     "node_dims": 1.2e-6,  # 2.8e-7, 32 slots
 }
@@ -112,9 +112,10 @@ def head_inputs(
     normed=False,
     bias=False,
     gaps=False,
+    layer=False,
 ) -> Problem:
     """Steps outside [first_step, first_step + n_sources) and missing sources stay as they were.
-    normed: nothing but dqkv may be read.
+    normed: nothing but dqkv may be read. layer: the norm is a LayerNorm.
     """
     n, weight = n_inputs * d_head, np.float32(1 / 7)
     stride, d_stride, n_steps = row_stride(n), row_stride(width), n_steps or first_step + n_sources
@@ -132,7 +133,7 @@ def head_inputs(
         "n_sources": n_sources,
         "first_step": first_step,
         "n_steps": n_steps,
-        "flags": HEAD_INPUTS_NORMED * normed,
+        "flags": HEAD_FLAGS["inputs_normed"] * normed + HEAD_FLAGS["inputs_layer"] * layer,
         "has_bias": int(bias),
         "eps": EPS,
         "weight": float(weight),
@@ -151,10 +152,11 @@ def head_inputs(
         "head_inputs",
         f"{n_sample_tokens} of {n_tokens} tokens, {n_inputs} inputs of {d_head}, width {width},"
         f" steps {first_step} + {n_sources} of {n_steps}"
+        f"{' LayerNorm' if layer else ''}"
         f"{' normed' if normed else ''}{' bias' if bias else ''}{' with gaps' if gaps else ''}",
         {name: name for name in buffers} | arguments,
         buffers,
-        _head_inputs_units(buffers, n_inputs, d_head, width, first_step, weight),
+        _head_inputs_units(buffers, n_inputs, d_head, width, first_step, weight, layer),
     )
 
 
@@ -165,6 +167,7 @@ def _head_inputs_units(
     width: int,
     first_step: int,
     weight: np.float32,
+    layer: bool,
 ) -> dict[str, np.ndarray]:
     """Of "heads", and of "steps" where the gradients do not end at the norm's result."""
     n = n_inputs * d_head
@@ -175,7 +178,8 @@ def _head_inputs_units(
         sizes = np.abs(buffers["qkv"][:, :n].astype(np.float64))
         if "bias" in buffers:
             sizes += np.abs(buffers["bias"])
-        inverse = inverse_rms(buffers["x"][:, :width])
+        x = buffers["x"][:, :width].astype(np.float64)
+        inverse = inverse_rms(x - x.mean(-1, keepdims=True) if layer else x)
         products = (sizes * dqkv).reshape(n_tokens, n_inputs, d_head).sum(-1)
         along = weight * inverse**2 / width * products
         units["steps"] = np.ones(buffers["steps"].shape)
@@ -190,7 +194,8 @@ def _head_inputs_units(
     return units | {"heads": beside(heads, buffers["heads"])}
 
 
-def head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width) -> Problem:
+def head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width, layer=False) -> Problem:
+    """layer: the norm is a LayerNorm."""
     d_stride = row_stride(width)
     buffers = {
         "g": padded(numbers(rng, n_inputs * n_sample_tokens, width), d_stride),
@@ -202,12 +207,14 @@ def head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width) -> Problem:
         np.abs(buffers["steps"].astype(np.float64)),
         np.abs(buffers["xs"][:, :width]).reshape(n_sample_tokens, n_steps, width),
     )
-    units = np.abs(buffers["g"][:, :width].astype(np.float64) * buffers["gain"]) + np.einsum(
-        "tkv,tkd->vtd", steps, xs
-    ).reshape(-1, width)
+    units = np.abs(buffers["g"][:, :width].astype(np.float64) * buffers["gain"])
+    if layer:
+        units += units.mean(-1, keepdims=True)
+    units += np.einsum("tkv,tkd->vtd", steps, xs).reshape(-1, width)
     return Problem(
         "head_gradients",
-        f"{n_inputs} inputs x {n_sample_tokens} sample tokens x {width}, {n_steps} steps",
+        f"{n_inputs} inputs x {n_sample_tokens} sample tokens x {width}, {n_steps} steps"
+        f"{', LayerNorm' if layer else ''}",
         {name: name for name in buffers}
         | {
             "n_inputs": n_inputs,
@@ -215,6 +222,7 @@ def head_gradients(rng, n_inputs, n_sample_tokens, n_steps, width) -> Problem:
             "n_steps": n_steps,
             "width": width,
             "d_stride": d_stride,
+            "flags": HEAD_FLAGS["gradients_layer"] * layer,
         },
         buffers,
         {"g": beside(units, buffers["g"])},
@@ -265,12 +273,12 @@ def problems(rng) -> Iterator[Problem]:
         yield difference(rng, 7, 5, 33, raw_width)
     for n_sources in (1, 3):
         yield accumulate(rng, 7, 5, 257, n_sources)
-    for d_head in (6, 64, 80):
-        yield head_inputs(
-            rng, 7, 5, 8, d_head, 257, 3, first_step=2, n_steps=7, bias=d_head == 6, gaps=True
-        )
+    for layer in (False, True):
+        for d_head in (6, 64, 80):
+            more = {"bias": d_head == 6, "gaps": True, "layer": layer}
+            yield head_inputs(rng, 7, 5, 8, d_head, 257, 3, first_step=2, n_steps=7, **more)
+        yield head_gradients(rng, 9, 7, 5, 257, layer)
     yield head_inputs(rng, 7, 5, 8, 16, 33, 3, normed=True)
-    yield head_gradients(rng, 9, 7, 5, 257)
     for n_k in (16, 33 * 272):
         yield dots(rng, 17, 33, n_k)
     yield node_dims(rng, 7, 3, 32, 257)

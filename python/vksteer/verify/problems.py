@@ -47,14 +47,14 @@ NORM_BWD_FLAGS = flags(
 )
 COPY_FLAGS = flags("COPY", "rows", "add")
 TOPK_FLAGS = flags("TOPK", "begin", "scaled")
+HEAD_FLAGS = flags("HEAD", "inputs_normed", "inputs_layer", "gradients_layer")
 HEADS_FLAGS = flags("HEADS", "difference", "scaled", "column", "zero", "offset")
 PAIRS = flags("PAIRS", "gate", "rotate")
 PLACES = flags("PLACE", "q", "k", "v", "base")
 PLACE_FLAGS = flags("PLACE", "qk_norm", "interleaved")
 NORM_KINDS = flags("NORM_KIND", "rms", "layer", "none")
 SCALARS = numbered(flags("LOGIT_GRAD", "log_prob", "kl", "directional_kl"))
-EDIT_KEYS, INPUTS_BIAS = _C["EDIT_KEYS"], _C["INPUTS_BIAS"]
-HEAD_INPUTS_NORMED, OUTPUTS_NORM = _C["HEAD_INPUTS_NORMED"], _C["OUTPUTS_NORM"]
+EDIT_KEYS, INPUTS_BIAS, OUTPUTS_NORM = _C["EDIT_KEYS"], _C["INPUTS_BIAS"], _C["OUTPUTS_NORM"]
 EPS = 1e-5
 TILE = _C["OP_TILE"]
 PANEL = _C["OP_PANEL"]
