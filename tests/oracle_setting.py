@@ -13,7 +13,20 @@ from oracle.separated import (
     edge_names,
 )
 
-KINDS = ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"]
+KINDS = [
+    "llama3",
+    "gemma2",
+    "qwen2",
+    "qwen3",
+    "llama_bias",
+    "gpt2",
+    "gpt_neox",
+    "cohere_norm",
+    "olmo",
+    "olmo2",
+    "granite",
+    "ministral3",
+]
 
 
 class Setting:

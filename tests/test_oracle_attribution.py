@@ -1,9 +1,9 @@
 """The oracle of attribution, circuits and losses itself: identities, finite differences and limits
 that hold whatever the model is.
 
-Measured here (5 kinds, 16 tokens): logits within 2e-14 of Reference's, gradients within 2e-10 of
+Measured here (12 kinds, 16 tokens): logits within 2e-14 of Reference's, gradients within 2e-10 of
 the largest of central differences, completeness at 90 steps within 7e-5 of the difference of m, 9.0
-times nearer than at 30.
+times nearer than at 30; with clipped queries, keys and values within 4e-4.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from oracle_setting import KINDS, Setting, setting  # noqa: F401
 
 # -- the graph -------------------------------------------------------------------------------------
 
-GEMMA = SimpleNamespace(n_layers=26, n_heads=8, n_kv_heads=4)
-LLAMA = SimpleNamespace(n_layers=28, n_heads=24, n_kv_heads=8)
+GEMMA = SimpleNamespace(n_layers=26, n_heads=8, n_kv_heads=4, parallel=False)
+LLAMA = SimpleNamespace(n_layers=28, n_heads=24, n_kv_heads=8, parallel=False)
+PYTHIA = SimpleNamespace(n_layers=12, n_heads=12, n_kv_heads=12, parallel=True)
+GPT2 = SimpleNamespace(n_layers=12, n_heads=12, n_kv_heads=12, parallel=False)
+OLMO2 = SimpleNamespace(n_layers=16, n_heads=16, n_kv_heads=16, parallel=False)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +54,38 @@ def test_counts_of_the_method_page(facts, layer, counts, incoming):
 
 
 @pytest.mark.parametrize(
+    "facts, layer, counts",
+    [
+        (PYTHIA, 6, (223, 561, 6732)),
+        (GPT2, 6, (223, 561, 6804)),
+        (OLMO2, 8, (393, 1380, 22208)),
+    ],
+    ids=["pythia-160m", "gpt2", "olmo2-1b"],
+)
+def test_counts_of_other_layers(facts, layer, counts):
+    """From the steering node, MLPs and heads. By hand: with n layers and w inputs in each, steer
+    has w n + 1 edges, an MLP those of later layers, a head of a parallel layer the same.
+    """
+    kinds = {name: kind for name, kind, _ in upstream_nodes(facts, layer)}
+    ups = [kinds[u] for u, _ in edge_pairs(facts, layer)]
+    assert (ups.count("steer"), ups.count("mlp"), ups.count("head")) == counts
+    n, w = facts.n_layers - layer, facts.n_heads + 2 * facts.n_kv_heads + 1
+    later = [w * (n - 1 - i) + 1 for i in range(n)]
+    own = 0 if facts.parallel else 1
+    assert counts == (w * n + 1, sum(later), facts.n_heads * sum(x + own for x in later))
+
+
+@pytest.mark.parametrize(
     "facts, layer",
     [
         (GEMMA, 15),
         (LLAMA, 12),
-        (SimpleNamespace(n_layers=3, n_heads=3, n_kv_heads=1), 0),
-        (SimpleNamespace(n_layers=2, n_heads=4, n_kv_heads=4), 1),
+        (SimpleNamespace(n_layers=3, n_heads=3, n_kv_heads=1, parallel=False), 0),
+        (SimpleNamespace(n_layers=2, n_heads=4, n_kv_heads=4, parallel=False), 1),
+        (PYTHIA, 6),
+        (SimpleNamespace(n_layers=3, n_heads=4, n_kv_heads=2, parallel=True), 1),
     ],
-    ids=["gemma", "llama", "three", "last"],
+    ids=["gemma", "llama", "three", "last", "pythia", "parallel"],
 )
 def test_names_and_order_are_those_of_the_engine(facts, layer):
     import vksteer as vs
@@ -95,14 +122,18 @@ def test_runs_are_those_of_the_reference(setting, name):
                 want = want / row.sites[block + "ln1_post.hook_scale"][:, None] * gain
             close(f"heads {l}", heads, want)
             bias = s.ref.w.get(f"model.layers.{l}.self_attn.o_proj.bias", 0.0)
-            close(f"attention {l}", heads.sum(1) + bias, row.sites[block + "hook_attn_out"])
-            gain = s.ref.w[f"model.layers.{l}.input_layernorm.weight"] + f.norm_offset
-            close(
-                f"normed {l}",
-                both.normed[f"a{l}.h0<k>"][r],
-                row.sites[block + "ln1.hook_normalized"] * gain,
-            )
-            close(f"MLP input {l}", both.inputs[f"m{l}"][r], row.sites[block + "hook_resid_mid"])
+            added = heads.sum(1) + f.residual_scale * bias
+            close(f"attention {l}", added, row.sites[block + "hook_attn_out"])
+            if f.pre_norms:
+                norm = f"model.layers.{l}.input_layernorm"
+                gain = s.ref.w[norm + ".weight"] + f.norm_offset
+                want = row.sites[block + "ln1.hook_normalized"] * gain
+                want = want + s.ref.w.get(norm + ".bias", 0.0)
+            else:
+                want = row.sites[block + "hook_resid_pre"]
+            close(f"normed {l}", both.normed[f"a{l}.h0<k>"][r], want)
+            reads = "hook_resid_pre" if f.parallel else "hook_resid_mid"
+            close(f"MLP input {l}", both.inputs[f"m{l}"][r], row.sites[block + reads])
         if f.final_softcap:
             assert not torch.allclose(both.uncapped, both.logits)
         else:
@@ -151,6 +182,9 @@ def test_both_definitions_of_dm_dv_are_one_through_the_norm(setting, name):
     _, into = gradients(s.case, s.case.metric("logit_diff"), [0.4])
     runs = s.case.net.run([0.4])
     for i, (v, kind, l) in enumerate(downstream_nodes(s.facts, s.layer)):
+        if not s.facts.pre_norms and kind != "logits":
+            assert torch.equal(into["normed"][i], into["pre_norm"][i])
+            continue
         second = "pre_feedforward_layernorm" if s.facts.post_norms else "post_attention_layernorm"
         weight = (
             "model.norm.weight"
@@ -158,11 +192,14 @@ def test_both_definitions_of_dm_dv_are_one_through_the_norm(setting, name):
             else f"model.layers.{l}.{second if kind == 'mlp' else 'input_layernorm'}.weight"
         )
         gain = s.ref.w[weight] + s.facts.norm_offset
-        x = runs.inputs[v][0]
+        x, back = runs.inputs[v][0], into["normed"][i]
+        mean = (lambda y: y.mean(-1, keepdim=True)) if s.facts.norm == "layer" else lambda y: 0.0
+        x = x - mean(x)
         rms = torch.sqrt((x * x).mean(-1, keepdim=True) + s.facts.eps)
-        # minus its part along x: the norm's derivative, by hand
-        back = into["normed"][i] * gain / rms
+        # minus its part along x, and LayerNorm's mean: the norm's derivative, by hand
+        back = back * gain / rms
         back = back - x * (back * x).mean(-1, keepdim=True) / rms**2
+        back = back - mean(back)
         assert_close(v, back, into["pre_norm"][i], 1e-10)
 
 
@@ -220,6 +257,9 @@ def test_completeness(setting, name, metric, clean):
     )
     difference = score(*s.common, case=s.case, metric=metric, clean=clean, steps=1).difference
     coarse, fine = (at("midpoint", steps) - difference for steps in (30, 90))
+    if s.facts.clip_qkv:  # m has kinks where a query, key or value reaches the bound
+        assert abs(fine) < 2e-3 * abs(difference)
+        return
     assert abs(fine) < 2e-4 * abs(difference) and 8.5 < coarse / fine < 9.5
     left, right = at("left", 90), at("right", 90)
     assert abs((left + right) / 2 - difference) < 4e-4 * abs(difference)  # the trapezoid rule

@@ -9,7 +9,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class Promote(TorchFunctionMode):
-    """Inside this context, code that asks for float32 gets float64."""
+    """Inside this context, code that asks for float32 gets float64, by name or as the default."""
+
+    def __enter__(self):
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.set_default_dtype(self.default)
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
@@ -35,6 +44,12 @@ def load(folder, float64):
             module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
         if hasattr(module, "compute_default_rope_parameters"):
             _widen_rope(module)
+        if type(module).__name__ == "GPTJRotaryEmbedding":
+            from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
+
+            with Promote():
+                table = create_sinusoidal_positions(module.max_positions, module.pos_embd_dim)
+            module.embed_positions = table
     return model
 
 
@@ -54,4 +69,6 @@ def _widen_rope(rotary):
                 device=torch.device("cpu"),
                 **({"layer_type": layer_type} if layer_type else {}),
             )
-        setattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq", freq.double())
+        prefix = f"{layer_type}_" if layer_type else ""
+        setattr(rotary, prefix + "inv_freq", freq.double())
+        setattr(rotary, prefix + "original_inv_freq", freq.double().clone())

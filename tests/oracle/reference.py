@@ -17,14 +17,13 @@ from __future__ import annotations
 import fnmatch
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from .config import read_facts
+from .weights import read_weights
 
 torch.set_num_threads(1)  # float64 sums do not depend on the number of cores
 
@@ -86,6 +85,16 @@ class MeanAblate:
     heads: Any = None
 
 
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2,
+}
+
 ABLATE_SITES = ("blocks.*.hook_resid_pre", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out")
 
 
@@ -128,47 +137,45 @@ class Reference:
     def __init__(self, folder, dtype=torch.float64):
         self.facts = read_facts(folder)
         self.dtype = dtype
-        self.w = {
-            k: v.to(dtype) for k, v in load_file(str(Path(folder) / "model.safetensors")).items()
-        }
+        self.w = read_weights(folder, self.facts, dtype)
         self.embed = self.w["model.embed_tokens.weight"]
         self.unembed = self.w.get("lm_head.weight", self.embed)
 
     def site_names(self):
         """The names of all sites, in the order of the forward pass."""
         f, names = self.facts, ["hook_embed"]
+        if "model.embed_positions.weight" in self.w:
+            names.append("hook_pos_embed")
+        norm = lambda name, there: (
+            [f"{name}.hook_scale", f"{name}.hook_normalized"] if there else []
+        )
         for l in range(f.n_layers):
-            post1 = ["ln1_post.hook_scale", "ln1_post.hook_normalized"] if f.post_norms else []
-            post2 = ["ln2_post.hook_scale", "ln2_post.hook_normalized"] if f.post_norms else []
             names += [
                 f"blocks.{l}.{s}"
                 for s in [
                     "hook_resid_pre",
-                    "ln1.hook_scale",
-                    "ln1.hook_normalized",
+                    *norm("ln1", f.pre_norms),
                     "attn.hook_q",
                     "attn.hook_k",
                     "attn.hook_v",
-                    "attn.hook_rot_q",
-                    "attn.hook_rot_k",
+                    *(["attn.hook_rot_q", "attn.hook_rot_k"] if f.rope[l] else []),
                     "attn.hook_attn_scores",
                     "attn.hook_pattern",
                     "attn.hook_z",
                     "attn.hook_result",
-                    *post1,
+                    *norm("ln1_post", f.post_norms),
                     "hook_attn_out",
-                    "hook_resid_mid",
-                    "ln2.hook_scale",
-                    "ln2.hook_normalized",
+                    *([] if f.parallel else ["hook_resid_mid"]),
+                    *norm("ln2", f.pre_norms),
                     "mlp.hook_pre",
-                    "mlp.hook_pre_linear",
+                    *(["mlp.hook_pre_linear"] if f.gated else []),
                     "mlp.hook_post",
-                    *post2,
+                    *norm("ln2_post", f.post_norms),
                     "hook_mlp_out",
                     "hook_resid_post",
                 ]
             ]
-        return names + ["ln_final.hook_scale", "ln_final.hook_normalized"]
+        return names + norm("ln_final", True)
 
     def forward(
         self,
@@ -301,43 +308,76 @@ class _Pass:
         grid = torch.meshgrid(*index, indexing="ij")
         return x.index_put(grid, change(x[grid]))
 
+    def spread(self, x):
+        """(what is divided by the scale, the scale [..., 1]) of a norm over the last axis."""
+        if self.f.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        return x, torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps)
+
     def norm(self, name, x, weight):
-        """RMS norm with its two sites. Returns (scale [S, 1], input of the next projection
+        """A norm with its two sites. Returns (scale [S, 1], input of the next projection
         [S, D], gain [D]).
         """
-        gain = self.ref.w[weight] + self.f.norm_offset
-        scale = self.site(
-            name + ".hook_scale", torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps)
-        )
+        gain = self.ref.w[weight + ".weight"] + self.f.norm_offset
+        x, scale = self.spread(x)
+        scale = self.site(name + ".hook_scale", scale)
         normed = self.site(name + ".hook_normalized", x / scale)
-        return scale, normed * gain, gain
+        return scale, normed * gain + self.ref.w.get(weight + ".bias", 0.0), gain
+
+    def pre_norm(self, name, x, weight):
+        """`norm`, or with norms after only the stream itself with a scale and a gain of 1."""
+        if self.f.pre_norms:
+            return self.norm(name, x, weight)
+        return torch.ones_like(x[:, :1]), x, torch.ones_like(x[0])
 
     def linear(self, name, x):
         y = x @ self.ref.w[name + ".weight"].T
         bias = self.ref.w.get(name + ".bias")
         return y if bias is None else y + bias
 
-    def rotate(self, x, table):
-        freq, factor = table
-        angle = torch.arange(self.n, dtype=torch.float64)[:, None] * freq
-        cos, sin = ((f(angle) * factor).to(x.dtype)[:, None, :] for f in (torch.cos, torch.sin))
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    def rotate(self, x, layer, query):
+        """Rotates the first channels of every head: [S, heads, d_head]."""
+        f = self.f
+        long = f.rope_long and self.n > f.rope_switch
+        freq, factor = (f.rope_long if long else f.rope)[layer]
+        place = torch.arange(self.n, dtype=torch.float64)
+        if query and f.query_beta:
+            factor = factor * (1 + f.query_beta * torch.log1p(torch.floor(place / f.query_length)))
+            factor = factor[:, None]
+            passed = factor[..., None]
+        else:
+            passed = 1.0
+        angle = place[:, None] * freq
+        cos, sin = ((g(angle) * factor).to(x.dtype)[:, None, :] for g in (torch.cos, torch.sin))
+        x, rest = x[..., : 2 * len(freq)], x[..., 2 * len(freq) :]
+        pairs = x.unflatten(-1, (-1, 2) if f.rope_interleaved else (2, -1))
+        a, b = pairs.unbind(-1 if f.rope_interleaved else -2)
+        turned = torch.stack(
+            [a * cos - b * sin, b * cos + a * sin], dim=-1 if f.rope_interleaved else -2
+        )
+        return torch.cat([turned.flatten(-2), rest * passed], dim=-1)
 
     def head_norm(self, x, weight):
-        return (
-            x
-            / torch.sqrt((x * x).mean(-1, keepdim=True) + self.f.eps)
-            * (self.ref.w[weight] + self.f.norm_offset)
-        )
+        """The norm of queries or keys [S, heads, d_head]: of each head, or over all of them."""
+        gain = self.ref.w[weight + ".weight"] + self.f.norm_offset
+        if self.f.qk_norm == "wide":
+            flat = x.flatten(1)
+            return (flat / self.spread(flat)[1] * gain).view(x.shape)
+        x, scale = self.spread(x)
+        return x / scale * gain + self.ref.w.get(weight + ".bias", 0.0)
 
     def without_steering(self, which, layer, x, scale, gain):
-        """docs/method.md section 6: minus a*s*gain/RMS where the Steer acts, from its layer on."""
+        """docs/method.md section 6: minus a*s*gain/scale where the Steer acts,
+        from its layer on.
+        """
         if self.ablate != which or layer < self.steer.vector.layer:
             return x
         acts = torch.zeros(self.n, 1, dtype=x.dtype)
         acts[selected(self.steer.positions, self.prompt_length, self.n)] = 1.0
-        return x - acts * (self.steer.coefficient * self.tensor(self.steer.vector) * gain / scale)
+        s = self.tensor(self.steer.vector)
+        if self.f.norm == "layer":  # what the norm passes on of it
+            s = s - s.mean()
+        return x - acts * (self.steer.coefficient * s * gain / scale)
 
     def frozen(self, which, part, layer, x):
         """The value of the base run where this run is frozen, else x; either is kept for a run
@@ -351,23 +391,20 @@ class _Pass:
     def attention(self, l, x):
         f, block, hf = self.f, f"blocks.{l}.", f"model.layers.{l}."
         n, H, G, d = self.n, f.n_heads, f.n_kv_heads, f.d_head
-        scale, normed, gain = self.norm(block + "ln1", x, hf + "input_layernorm.weight")
+        scale, normed, gain = self.pre_norm(block + "ln1", x, hf + "input_layernorm")
         attn = hf + "self_attn."
-        q = self.site(block + "attn.hook_q", self.linear(attn + "q_proj", normed).view(n, H, d))
-        k = self.site(block + "attn.hook_k", self.linear(attn + "k_proj", normed).view(n, G, d))
-        v = self.site(
-            block + "attn.hook_v",
-            self.linear(attn + "v_proj", self.without_steering("svv", l, normed, scale, gain)).view(
-                n, G, d
-            ),
+        clip = (lambda t: t.clamp(-f.clip_qkv, f.clip_qkv)) if f.clip_qkv else lambda t: t
+        heads = lambda name, x, n_heads: self.site(
+            f"{block}attn.hook_{name}",
+            clip(self.linear(f"{attn}{name}_proj", x)).view(n, n_heads, d),
         )
+        q, k = heads("q", normed, H), heads("k", normed, G)
+        v = heads("v", self.without_steering("svv", l, normed, scale, gain), G)
         if f.qk_norm:
-            q, k = (
-                self.head_norm(q, attn + "q_norm.weight"),
-                self.head_norm(k, attn + "k_norm.weight"),
-            )
-        q = self.site(block + "attn.hook_rot_q", self.rotate(q, f.rope[l]))
-        k = self.site(block + "attn.hook_rot_k", self.rotate(k, f.rope[l]))
+            q, k = self.head_norm(q, attn + "q_norm"), self.head_norm(k, attn + "k_norm")
+        if f.rope[l]:
+            q = self.site(block + "attn.hook_rot_q", self.rotate(q, l, query=True))
+            k = self.site(block + "attn.hook_rot_k", self.rotate(k, l, query=False))
         q, k, v = (
             self.frozen("qk", "q", l, q),
             self.frozen("qk", "k", l, k),
@@ -387,34 +424,30 @@ class _Pass:
         pattern = self.site(block + "attn.hook_pattern", torch.softmax(scores, dim=-1), masked)
         z = self.site(block + "attn.hook_z", torch.einsum("hqk,khd->qhd", pattern, v))
         w_o = self.ref.w[attn + "o_proj.weight"].view(f.d_model, H, d)
-        result = self.site(block + "attn.hook_result", torch.einsum("qhd,mhd->qhm", z, w_o))
+        result = f.residual_scale * torch.einsum("qhd,mhd->qhm", z, w_o)
+        result = self.site(block + "attn.hook_result", result)
         out = result.sum(dim=1)
         bias = self.ref.w.get(attn + "o_proj.bias")
-        out = out if bias is None else out + bias
+        out = out if bias is None else out + f.residual_scale * bias
         if f.post_norms:
-            out = self.norm(block + "ln1_post", out, hf + "post_attention_layernorm.weight")[1]
+            out = self.norm(block + "ln1_post", out, hf + "post_attention_layernorm")[1]
         return self.site(block + "hook_attn_out", out)
 
     def mlp(self, l, x):
         f, block, hf = self.f, f"blocks.{l}.", f"model.layers.{l}."
-        weight = (
-            "pre_feedforward_layernorm.weight"
-            if f.post_norms
-            else "post_attention_layernorm.weight"
-        )
-        scale, normed, gain = self.norm(block + "ln2", x, hf + weight)
+        weight = "pre_feedforward_layernorm" if f.post_norms else "post_attention_layernorm"
+        scale, normed, gain = self.pre_norm(block + "ln2", x, hf + weight)
         normed = self.without_steering("mlp_direct", l, normed, scale, gain)
-        gate = self.site(block + "mlp.hook_pre", self.linear(hf + "mlp.gate_proj", normed))
-        up = self.site(block + "mlp.hook_pre_linear", self.linear(hf + "mlp.up_proj", normed))
-        if f.act == "silu":
-            act = gate * torch.sigmoid(gate)
+        up = self.linear(hf + "mlp.up_proj", normed)
+        if f.gated:
+            gate = self.site(block + "mlp.hook_pre", self.linear(hf + "mlp.gate_proj", normed))
+            post = ACTIVATIONS[f.act](gate) * self.site(block + "mlp.hook_pre_linear", up)
         else:
-            act = (
-                0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-            )
-        out = self.linear(hf + "mlp.down_proj", self.site(block + "mlp.hook_post", act * up))
+            post = ACTIVATIONS[f.act](self.site(block + "mlp.hook_pre", up))
+        post = self.site(block + "mlp.hook_post", post)
+        out = f.residual_scale * self.linear(hf + "mlp.down_proj", post)
         if f.post_norms:
-            out = self.norm(block + "ln2_post", out, hf + "post_feedforward_layernorm.weight")[1]
+            out = self.norm(block + "ln2_post", out, hf + "post_feedforward_layernorm")[1]
         # What the base run added to the residual stream, its edits included.
         if self.freeze == "mlp" and l >= self.steer.vector.layer:
             out = self.base["mlp", l]
@@ -425,14 +458,22 @@ class _Pass:
         return out
 
     def run(self):
-        f = self.f
+        f, w = self.f, self.ref.w
         x = self.site("hook_embed", self.ref.embed[self.tokens] * f.embed_scale)
+        if "model.embed_positions.weight" in w:
+            places = w["model.embed_positions.weight"][: self.n]
+            x = x + self.site("hook_pos_embed", places)
         for l in range(f.n_layers):
-            x = self.site(f"blocks.{l}.hook_resid_pre", x)
-            x = self.site(f"blocks.{l}.hook_resid_mid", x + self.attention(l, x))
-            x = self.site(f"blocks.{l}.hook_resid_post", x + self.mlp(l, x))
-        _, normed, _ = self.norm("ln_final", x, "model.norm.weight")
-        logits = normed @ self.ref.unembed.T
+            before = x = self.site(f"blocks.{l}.hook_resid_pre", x)
+            x = x + self.attention(l, before)
+            if f.parallel:
+                x = x + self.mlp(l, before)
+            else:
+                x = self.site(f"blocks.{l}.hook_resid_mid", x)
+                x = x + self.mlp(l, x)
+            x = self.site(f"blocks.{l}.hook_resid_post", x)
+        _, normed, _ = self.norm("ln_final", x, "model.norm")
+        logits = f.logit_scale * (normed @ self.ref.unembed.T + w.get("lm_head.bias", 0.0))
         if f.final_softcap:
             logits = f.final_softcap * torch.tanh(logits / f.final_softcap)
         self.row.logits = logits

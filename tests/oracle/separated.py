@@ -43,26 +43,27 @@ def downstream_nodes(facts, layer):
     return nodes + [("logits", "logits", facts.n_layers)]
 
 
-def reaches(up, down):
+def reaches(up, down, parallel=False):
     """Whether there is an edge. A head reaches the MLP of its own layer but not its attention; an
-    MLP reaches inputs from the next layer on.
+    MLP reaches inputs from the next layer on. In a parallel layer neither reaches the other.
     """
     _, kind, layer = up
     _, to, to_layer = down
     return (
         kind == "steer"
         or to_layer > layer
-        or (kind == "head" and to == "mlp" and to_layer == layer)
+        or (kind == "head" and to == "mlp" and to_layer == layer and not parallel)
     )
 
 
 def edge_pairs(facts, layer):
     """[(upstream name, downstream name)], upstream-major: the order that decides ties."""
+    parallel = getattr(facts, "parallel", False)
     return [
         (u[0], v[0])
         for u in upstream_nodes(facts, layer)
         for v in downstream_nodes(facts, layer)
-        if reaches(u, v)
+        if reaches(u, v, parallel)
     ]
 
 
@@ -90,6 +91,16 @@ def fed_by(facts, name):
         if kind == "q"
         else [f"a{layer}.h{h}" for h in range(int(i) * group, (int(i) + 1) * group)]
     )
+
+
+#: An MLP's activation, by name.
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) ** 2,
+}
 
 
 # -- the pass --------------------------------------------------------------------------------------
@@ -150,11 +161,12 @@ class Separated:
         start = self.below + coefficients[:, None, None] * self.vector
         x = self._leave("steer", start.requires_grad_(torch.is_grad_enabled()))
         for l in range(self.layer, f.n_layers):
-            runs.stream[l] = x
-            x = self._attention(l, x)
-            x = self._mlp(l, x)
-        final = self._enter("logits", x, "model.norm.weight")
-        runs.uncapped = final @ self.ref.unembed.T
+            runs.stream[l] = before = x
+            x = self._attention(l, before)
+            x = x + self._mlp(l, before if f.parallel else x)
+        final = self._enter("logits", x, "model.norm")
+        bias = self.ref.w.get("lm_head.bias", 0.0)
+        runs.uncapped = f.logit_scale * (final @ self.ref.unembed.T + bias)
         runs.logits = (
             f.final_softcap * torch.tanh(runs.uncapped / f.final_softcap)
             if f.final_softcap
@@ -163,12 +175,15 @@ class Separated:
         return runs
 
     def _enter(self, name, stream, norm):
-        """The residual stream as one downstream input reads it, after the norm: [R, S, D]."""
+        """The residual stream as one downstream input reads it, after the norm (a name, or None):
+        [R, S, D].
+        """
         x = stream.clone()
         if self.at_input:
             x = self.at_input(name, x, self.runs.outputs)
         self.runs.inputs[name] = x
-        self.runs.normed[name] = self._rms_norm(x, norm)
+        # a tensor of its own also without a norm
+        self.runs.normed[name] = x.clone() if norm is None else self._norm(x, norm)
         return self.runs.normed[name]
 
     def _leave(self, name, u):
@@ -179,14 +194,18 @@ class Separated:
         self.runs.outputs[name] = u
         return u
 
-    def _gain(self, weight):
-        return self.ref.w[weight] + self.f.norm_offset
+    def _gain(self, norm):
+        return self.ref.w[norm + ".weight"] + self.f.norm_offset
 
-    def _rms(self, x):
-        return torch.sqrt((x**2).mean(-1, keepdim=True) + self.f.eps)
+    def _centred(self, x):
+        return x - x.mean(-1, keepdim=True) if self.f.norm == "layer" else x
 
-    def _rms_norm(self, x, weight):
-        return x / self._rms(x) * self._gain(weight)
+    def _scale(self, x):
+        return torch.sqrt((self._centred(x) ** 2).mean(-1, keepdim=True) + self.f.eps)
+
+    def _norm(self, x, norm):
+        bias = self.ref.w.get(norm + ".bias", 0.0)
+        return self._centred(x) / self._scale(x) * self._gain(norm) + bias
 
     def _project(self, x, layer, kind, head):
         """One head's query, key or value [R, S, d] from its own normed input."""
@@ -198,18 +217,41 @@ class Separated:
         y = x @ self.ref.w[name + "weight"][rows].T
         if name + "bias" in self.ref.w:
             y = y + self.ref.w[name + "bias"][rows]
-        if kind == "v":
+        return torch.clamp(y, -f.clip_qkv, f.clip_qkv) if f.clip_qkv else y
+
+    def _qk_norm(self, heads, layer, kind):
+        """The norm of all heads' queries or keys, [[R, S, d]]."""
+        f, name = self.f, f"model.layers.{layer}.self_attn.{kind}_norm"
+        if f.qk_norm == "head":
+            return [self._norm(y, name) for y in heads]
+        if f.qk_norm == "wide":  # of one head, the statistic is that of all heads of this run
+            return list(self._norm(torch.cat(heads, -1), name).split(f.d_head, -1))
+        if f.qk_norm == "layer":
+            gain, bias = self.ref.w[name + ".weight"], self.ref.w.get(name + ".bias")
+            normed = [self._centred(y) / self._scale(y) * gain[i] for i, y in enumerate(heads)]
+            return normed if bias is None else [y + bias[i] for i, y in enumerate(normed)]
+        return heads
+
+    def _rotate(self, y, layer, kind):
+        """A head's query or key turned in the plane of each pair of channels."""
+        f = self.f
+        if f.rope[layer] is None:
             return y
-        if f.qk_norm:
-            y = self._rms_norm(y, f"model.layers.{layer}.self_attn.{kind}_norm.weight")
-        freq, factor = f.rope[layer]
-        angle = torch.arange(self.n, dtype=torch.float64)[:, None] * torch.cat([freq, freq])
-        half = f.d_head // 2
-        turned = torch.cat([-y[..., half:], y[..., :half]], dim=-1)
-        return factor * (y * torch.cos(angle) + turned * torch.sin(angle))
+        freq, factor = (f.rope_long if f.rope_long and self.n > f.rope_switch else f.rope)[layer]
+        angle = torch.arange(self.n, dtype=torch.float64)[:, None] * freq
+        half = len(freq)
+        i = torch.arange(half)
+        first, second = (2 * i, 2 * i + 1) if f.rope_interleaved else (i, half + i)
+        a, b = y[..., first], y[..., second]
+        out = y.index_copy(-1, first, factor * (a * torch.cos(angle) - b * torch.sin(angle)))
+        out = out.index_copy(-1, second, factor * (b * torch.cos(angle) + a * torch.sin(angle)))
+        if kind == "q" and f.query_beta:
+            steps = torch.arange(self.n, dtype=torch.float64) // f.query_length
+            out = out * (1 + f.query_beta * torch.log(1 + steps))[:, None]
+        return out
 
     def _attention(self, l, x):
-        f, norm = self.f, f"model.layers.{l}.input_layernorm.weight"
+        f, norm = self.f, f"model.layers.{l}.input_layernorm" if self.f.pre_norms else None
         heads = {
             kind: [
                 self._project(self._enter(f"a{l}.h{i}<{kind}>", x, norm), l, kind, i)
@@ -217,6 +259,9 @@ class Separated:
             ]
             for kind, count in (("q", f.n_heads), ("k", f.n_kv_heads), ("v", f.n_kv_heads))
         }
+        for kind in "qk":
+            normed = self._qk_norm(heads[kind], l, kind)
+            heads[kind] = [self._rotate(y, l, kind) for y in normed]
         i = torch.arange(self.n)
         ahead = i[:, None] - i[None, :]  # how far the query is after the key
         seen = (ahead >= 0) & (ahead < (f.window[l] or self.n))
@@ -229,45 +274,35 @@ class Separated:
                 scores = f.attn_softcap * torch.tanh(scores / f.attn_softcap)
             pattern = torch.softmax(scores.masked_fill(~seen, -math.inf), dim=-1)
             z = pattern @ heads["v"][g]
-            results.append(z @ w_o[:, h * f.d_head : (h + 1) * f.d_head].T)
+            part = w_o[:, h * f.d_head : (h + 1) * f.d_head]
+            results.append(f.residual_scale * (z @ part.T))
         bias = self.ref.w.get(f"model.layers.{l}.self_attn.o_proj.bias")
         # Every head is divided by the RMS of the attention output of all heads of this run.
         if f.post_norms:
             assert bias is None
-            whole = self._rms(sum(results))
+            whole = self._scale(sum(results))
             results = [
-                r / whole * self._gain(f"model.layers.{l}.post_attention_layernorm.weight")
+                r / whole * self._gain(f"model.layers.{l}.post_attention_layernorm")
                 for r in results
             ]
-        x = x if bias is None else x + bias
+        x = x if bias is None else x + f.residual_scale * bias
         for h in range(f.n_heads):
             x = x + self._leave(f"a{l}.h{h}", results[h])
         return x
 
     def _mlp(self, l, x):
         f, w, name = self.f, self.ref.w, f"model.layers.{l}."
-        y = self._enter(
-            f"m{l}",
-            x,
-            name
-            + (
-                "pre_feedforward_layernorm.weight"
-                if f.post_norms
-                else "post_attention_layernorm.weight"
-            ),
+        norm = "pre_feedforward_layernorm" if f.post_norms else "post_attention_layernorm"
+        y = self._enter(f"m{l}", x, name + norm if f.pre_norms else None)
+        project = lambda part, x: (
+            x @ w[f"{name}mlp.{part}_proj.weight"].T + w.get(f"{name}mlp.{part}_proj.bias", 0.0)
         )
-        gate, up = (
-            y @ w[f"{name}mlp.{p}_proj.weight"].T + w.get(f"{name}mlp.{p}_proj.bias", 0.0)
-            for p in ("gate", "up")
+        post = (
+            ACTIVATIONS[f.act](project("gate", y)) * project("up", y)
+            if f.gated
+            else ACTIVATIONS[f.act](project("up", y))
         )
-        act = (
-            torch.nn.functional.silu(gate)
-            if f.act == "silu"
-            else torch.nn.functional.gelu(gate, approximate="tanh")
-        )
-        out = (act * up) @ w[name + "mlp.down_proj.weight"].T + w.get(
-            name + "mlp.down_proj.bias", 0.0
-        )
+        out = f.residual_scale * project("down", post)
         if f.post_norms:
-            out = self._rms_norm(out, name + "post_feedforward_layernorm.weight")
-        return x + self._leave(f"m{l}", out)
+            out = self._norm(out, name + "post_feedforward_layernorm")
+        return self._leave(f"m{l}", out)
