@@ -161,7 +161,7 @@ def layer_inputs(model: Model, rows: Sequence[Sequence[int]], layer: int) -> lis
     """The unsteered residual stream that enters `layer`, float32 [tokens, D] of each token row.
     Layers from `layer` on are not run.
     """
-    site = f"blocks.{layer}.hook_resid_pre" if layer else "hook_embed"
+    site = f"blocks.{layer}.hook_resid_pre"
     run = model.run([list(r) for r in rows], capture=[site], logits=None)
     return [np.ascontiguousarray(x[-len(r) :]) for r, x in zip(rows, run[site])]
 

@@ -128,10 +128,13 @@ def _edit_key(edits: Iterable[Any]) -> tuple[Any, ...]:
     )
 
 
-def _shared(prompts: Sequence[Sequence[int]], n_groups: int, reach: int) -> int:
+def _shared(model: Model, prompts: Sequence[Sequence[int]], n_groups: int, reach: int) -> int:
     """Length of the shared prefix, which leaves out the last `reach` tokens of each prompt; 0 where
-    it is not worth a pass of its own.
+    it is not worth a pass of its own, and where a prompt is so long that its rotation is another
+    one than that of its prefix (longrope).
     """
+    if 0 < model.config.rope_switch < max(map(len, prompts)):
+        return 0
     first, n = prompts[0], min(map(len, prompts)) - reach
     while n > 0 and not all(p[:n] == first[:n] for p in prompts):
         n -= 1
@@ -160,7 +163,7 @@ def _pass(
     from .device import _engine
 
     groups = list(dict.fromkeys(keys))
-    prefix = _shared(prompts, len(groups), reach)
+    prefix = _shared(model, prompts, len(groups), reach)
     lengths = [len(p) for p in prompts]
     slots = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
     cache = _engine().Cache(model._engine, int(slots[-1]))
@@ -257,7 +260,8 @@ def layer_inputs(
     are in the rest.
     """
     names = {l: f"blocks.{l}.hook_resid_pre" for l in layers}
-    if not keeps_layer_inputs(model) or _shared([tuple(p) for p in prompts], 1, reach) == 0:
+    rows = [tuple(p) for p in prompts]
+    if not keeps_layer_inputs(model) or _shared(model, rows, 1, reach) == 0:
         run = model.run([list(p) for p in prompts], capture=list(names.values()), logits=None)
         return {l: run[name][0, :0] for l, name in names.items()}, {
             l: run[name] for l, name in names.items()
@@ -265,7 +269,7 @@ def layer_inputs(
     keys = {l: model._sites.find_all([name])[0].key for l, name in names.items()}
     _, head, rest = _pass(
         model,
-        [tuple(p) for p in prompts],
+        rows,
         [[]] * len(prompts),
         [()] * len(prompts),
         list(keys.values()),
