@@ -214,7 +214,7 @@ class _Weights:
 
 def _fingerprint(model: extension.Model, config: Config) -> str:
     digest = hashlib.sha256(_facts_text(config).encode())
-    for vector in ("ln_final", "ln1"):
+    for vector in ("ln_final", "ln1" if config.pre_norms else "ln1_post"):
         digest.update(model.vector(vector, 0).tobytes())
     probe = np.random.default_rng(0).standard_normal((1, config.d_model)).astype(np.float32)
     digest.update(model.apply("qkv", config.n_layers // 2, probe).tobytes())
