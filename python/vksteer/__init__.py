@@ -41,13 +41,25 @@ _MODULES = (
     "judge",
     "ov",
     "patching",
+    "probes",
     "reliability",
     "sparsify",
     "steering",
 )
 
 if TYPE_CHECKING:
-    from . import circuits, data, freezing, judge, ov, patching, reliability, sparsify, steering
+    from . import (
+        circuits,
+        data,
+        freezing,
+        judge,
+        ov,
+        patching,
+        probes,
+        reliability,
+        sparsify,
+        steering,
+    )
     from .inputs.dosing import dose
     from .inputs.vectors import SteeringVector
     from .loading.config import Config
@@ -87,6 +99,7 @@ __all__ = [
     "judge",
     "ov",
     "patching",
+    "probes",
     "reliability",
     "sparsify",
     "steering",
