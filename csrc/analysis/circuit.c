@@ -21,6 +21,8 @@ int circuit_create(struct circuit_run **out, struct model *model, const struct c
     run->logit_entry = plan->entry_first[run->depth * (run->n_inputs + 1)];
     run->n_logits = plan->n_entries - run->logit_entry;
     run->z_stride = op_row_stride(f->d_head);
+    run->q_row_stride = op_row_stride(f->n_heads * f->d_head);
+    run->k_row_stride = op_row_stride(f->n_kv_heads * f->d_head);
     run->heads_stride = f->d_head % 16 ? op_row_stride(f->n_heads * f->d_head) : run->z_stride;
     /* A head's rows of W_QKV are multiplied in whole panels: the stride is that of the widest. */
     for (uint32_t i = 0; i < run->n_inputs; i++) {
@@ -49,10 +51,10 @@ void circuit_destroy(struct circuit_run *run) {
         return;
     if (run->work && run->model)
         gpu_queue_wait(run->model->ops.queue, NULL);
-    struct gpu_buffer *buffers[] = {run->tables, run->differences, run->normed,  run->product,
-                                    run->q,      run->z,           run->heads,   run->gathered,
-                                    run->raw,    run->scale,       run->gate_up, run->post,
-                                    run->scores, run->steer};
+    struct gpu_buffer *buffers[] = {
+        run->tables, run->differences, run->normed, run->product, run->q,       run->z,
+        run->heads,  run->gathered,    run->raw,    run->scale,   run->gate_up, run->post,
+        run->scores, run->steer,       run->q_rows, run->k_rows,  run->base_qk};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     for (uint32_t i = 0; run->layers && i < run->depth; i++) {
@@ -115,9 +117,11 @@ static int finish(struct circuit_run *run, struct error *error) {
         tile = CIRCUIT_READBACK / 64 > run->n_logits
                    ? (uint32_t)(CIRCUIT_READBACK / 64 / run->n_logits)
                    : 1;
+    struct circuit_norm norm = {run->model->facts.norm, run->model->ln_final,
+                                run->model->b_ln_final};
     for (uint32_t at = first, n; at < end; at += n) {
         n = end - at < tile ? end - at : tile;
-        RUN(circuit_assemble(run, run->logit_entry, run->n_logits, run->model->ln_final,
+        RUN(circuit_assemble(run, run->logit_entry, run->n_logits, norm,
                              address + 4 * (uint64_t)(at - first), n, error));
         if (read->pairs)
             RUN(read_pairs(work, &run->read_memory, read, at, n, run_address(run->normed),
@@ -136,11 +140,12 @@ static int hook_call(void *context, struct run_work *work, enum run_hook_point w
                      uint64_t address, uint32_t stride, struct error *error) {
     struct circuit_run *run = context;
     int post_norms = run->model->facts.post_norms;
-    (void)stride;
     if (what == HOOK_FINAL)
         return finish(run, error);
     if (layer < (int)run->first_layer)
         return 0;
+    if (what == HOOK_QKV)
+        return circuit_base_rows(run, layer, address, stride, error);
     if (what == HOOK_Z && layer == (int)run->first_layer)
         RUN(steer(run, error));
     if (what == HOOK_Z && !post_norms)

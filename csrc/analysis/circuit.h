@@ -10,7 +10,9 @@
  *
  * python/vksteer/circuits/plan.py compiles circuits into tables of these parts:
  * - an *entry* is one way in which an input is read: a list of differences;
- * - a *state* of a head is a triple of a query, a key and a value, each an entry or the base run's.
+ * - a *state* of a head is a triple of a query, a key and a value, each an entry or the base run's;
+ * - where a norm goes over the queries (or keys) of all heads together, a *row* is the entries of
+ *   all heads that one run combines, and a state names a row instead of an entry.
  * Circuits that agree on what an input reads share its entry, so that nested circuits cost little
  * more than what they differ in. This module only sees deduplicated entries, not the circuits.
  *
@@ -23,6 +25,7 @@
 
 /* readback memory, for the metrics of a tile of tokens */
 #define CIRCUIT_READBACK (UINT64_C(16) << 20)
+#define CIRCUIT_ROWS_A_GRID 32768 /* rows of one dispatch with a workgroup a row */
 
 /* Compiled circuits as flat arrays, which circuit_create checks and copies. There are n layers from
  * first_layer on, w = H + 2G + 1 inputs in each (q, k, v and the MLP's), and the logits' input
@@ -39,7 +42,7 @@ struct circuit_plan {
     const uint32_t *refs;
     const uint32_t *state_first; /* [n + 1] */
     /* [states, 4] head, then entries of its query, key and value (counted within that input) or
-     * NO_DIFFERENCE */
+     * NO_DIFFERENCE. With QK_NORM_WIDE the second and third are rows (counted within the layer). */
     const uint32_t *states;
     const uint32_t *output_first; /* [n + 1] */
     /* [outputs, 3] head (ascending within a layer), state (counted within the layer) or
@@ -53,8 +56,16 @@ struct circuit_plan {
     const uint32_t *mask_first;
     /* [masks] differences that are copied: where a token's mask is 1; the copy is zero elsewhere */
     const uint32_t *masks;
+    /* QK_NORM_WIDE: [n + 1], and [q_rows, H] or [k_rows, G] entries of all heads (counted within
+     * each head's input) or NO_DIFFERENCE, at least one of which is an entry */
+    const uint32_t *q_row_first, *q_rows, *k_row_first, *k_rows;
     /* lengths of the arrays */
-    uint32_t n_refs, n_states, n_outputs, n_variants, n_masks, n_entries;
+    uint32_t n_refs, n_states, n_outputs, n_variants, n_masks, n_entries, n_q_rows, n_k_rows;
+};
+
+/* Rows of a layer that a norm over all heads of one kind (queries or keys) normalises together. */
+struct circuit_rows {
+    uint32_t n, n_heads, table; /* circuit_heads_params; words from the start of the tables */
 };
 
 struct circuit_layer {
@@ -63,13 +74,16 @@ struct circuit_layer {
     /* Numbers of queries, and of keys and values in the caches: one for every entry, and after
      * these the base run's queries, keys and values, where a state names them. */
     uint32_t n_q, n_k, n_v;
-    uint32_t n_places, n_states, n_outputs, n_variants;
+    struct circuit_rows q_rows, k_rows;
+    /* of queries, keys and values; their entries follow each other */
+    uint32_t n_places[3];
+    uint32_t n_states, n_outputs, n_variants;
     /* [n_states, 3] indices of the query, the key and the value */
     const uint32_t *states;
     uint32_t *input_first;  /* [H + 2G + 1] entries of each input, counted from `entry` */
     uint32_t *output_first; /* [H + 1] outputs of each head */
     /* words from the start of the tables: entries of circuit_place_params, circuit_heads_params for
-     * variants, circuit_heads_params for outputs */
+     * variants, for outputs */
     uint32_t place_table, gather_table, output_table;
     uint32_t difference;      /* the first of the heads' outputs; the MLP's follow */
     struct gpu_buffer *k, *v; /* [n_k, n_slots, dh], [n_v, n_slots, dh] */
@@ -80,8 +94,9 @@ struct circuit_run {
     struct run_work *work; /* owned: the base run's; NULL before circuit_reserve */
     uint32_t first_layer, depth, n_inputs, n_differences, n_entries; /* n_inputs: H + 2G */
     uint32_t capacity, n_slots; /* tokens of a chunk; slots of the caches */
-    /* row strides: of the product of one head, of its difference, of its attention output */
-    uint32_t product_stride, heads_stride, z_stride;
+    /* row strides: of the product of one head, of its difference, of its attention output, of the
+     * queries and of the keys of all heads */
+    uint32_t product_stride, heads_stride, z_stride, q_row_stride, k_row_stride;
     uint32_t most_entries;             /* entries of the input that has the most */
     uint32_t assembled;                /* entries that are assembled at once */
     uint32_t logit_entry, n_logits;    /* entries of the logits' input */
@@ -92,6 +107,8 @@ struct circuit_run {
     struct circuit_layer *layers; /* [depth] */
     struct gpu_buffer *tables, *differences, *normed, *product, *q, *z, *heads, *gathered, *raw,
         *scale, *gate_up, *post, *scores, *steer;
+    /* QK_NORM_WIDE: rows of all heads' queries and keys; the base run's before their norm */
+    struct gpu_buffer *q_rows, *k_rows, *base_qk;
     uint32_t mlp_rows; /* rows that an MLP computes at once */
     struct read_memory read_memory;
     const struct read_request *read; /* of the pass that is running */
@@ -119,6 +136,15 @@ int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots
 int circuit_forward(struct circuit_run *run, struct run_cache *cache, const struct run_batch *batch,
                     const struct read_request *read, const uint8_t *mask, struct error *error);
 
+/* circuit_inputs.c */
+/* Queries, keys and values of all entries, where the attention kernels read them. run->work->x is
+ * the base run's residual stream before the layer. */
+int circuit_attention_inputs(struct circuit_run *run, int layer, struct error *error);
+/* Keeps what of the base run's rows [q | k | v], before norm and rotation, the layer's rows need.
+ */
+int circuit_base_rows(struct circuit_run *run, int layer, uint64_t qkv, uint32_t stride,
+                      struct error *error);
+
 /* circuit_layer.c: the states and outputs of a layer, and their differences. run->work->x is the
  * base run's residual stream before the layer, base_z its attention outputs per head, base_raw its
  * attention output before the post-norm (0 without one). */
@@ -140,10 +166,23 @@ int circuit_tables_make(struct circuit_run *run, const struct circuit_plan *plan
                         struct error *error);
 
 /* circuit_differences.c */
-/* run->normed = the inputs of entries [entry, entry + n) after norm and gain, of the listed tokens
+struct circuit_norm {
+    uint32_t kind; /* NORM_KIND_* */
+    uint64_t gain, bias;
+};
+/* The norm before a layer's attention or MLP, with these parameters. */
+struct circuit_norm circuit_norm_before(const struct circuit_run *run, uint64_t gain,
+                                        uint64_t bias);
+/* run->normed = the inputs of entries [entry, entry + n) after their norm, of the listed tokens
  * of the chunk (device address) or, if `tokens` is 0, of all. */
-int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64_t gain,
+int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, struct circuit_norm norm,
                      uint64_t tokens, uint32_t n_tokens, struct error *error);
+/* op_norm of n rows, in ranges that fit a grid: x, gain, bias, dst, scale, width, stride, flags and
+ * eps of *params. */
+int circuit_norm_rows(struct circuit_run *run, const struct norm_params *params, uint64_t n,
+                      struct error *error);
+/* The plan and the memory of a layer. */
+struct circuit_layer *circuit_layer_of(const struct circuit_run *run, int layer);
 /* Makes the masked copies of a stage (see circuit_plan.mask_first). */
 int circuit_masks(struct circuit_run *run, uint32_t stage, struct error *error);
 /* The device address of a difference, for the number of tokens of the chunk. */

@@ -3,12 +3,36 @@
 
 #include <stdlib.h>
 
+struct circuit_layer *circuit_layer_of(const struct circuit_run *run, int layer) {
+    return &run->layers[layer - (int)run->first_layer];
+}
+
 uint64_t circuit_difference(const struct circuit_run *run, uint32_t difference) {
     return run_address(run->differences) +
            4 * (uint64_t)difference * run->work->chunk.n_tokens * run->work->d_stride;
 }
 
-int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64_t gain,
+struct circuit_norm circuit_norm_before(const struct circuit_run *run, uint64_t gain,
+                                        uint64_t bias) {
+    const struct model_facts *f = &run->model->facts;
+    return (struct circuit_norm){f->pre_norms ? f->norm : NORM_KIND_NONE, gain, bias};
+}
+
+int circuit_norm_rows(struct circuit_run *run, const struct norm_params *params, uint64_t n,
+                      struct error *error) {
+    uint64_t row = 4 * (uint64_t)params->stride;
+    for (uint64_t done = 0, some; done < n; done += some) {
+        some = n - done < CIRCUIT_ROWS_A_GRID ? n - done : CIRCUIT_ROWS_A_GRID;
+        struct norm_params part = *params;
+        part.x += done * row;
+        part.dst += done * row;
+        part.scale += 4 * done;
+        RUN(op_norm(&run->model->ops, &part, (uint32_t)some, error));
+    }
+    return 0;
+}
+
+int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, struct circuit_norm norm,
                      uint64_t tokens, uint32_t n_tokens, struct error *error) {
     struct run_work *work = run->work;
     uint64_t tables = run_address(run->tables);
@@ -18,8 +42,11 @@ int circuit_assemble(struct circuit_run *run, uint32_t entry, uint32_t n, uint64
         .refs = tables + 4 * (uint64_t)run->refs,
         .first = tables + 4 * (uint64_t)entry,
         .tokens = tokens,
-        .gain = gain,
+        .gain = norm.gain,
+        .bias = norm.bias,
         .dst = run_address(run->normed),
+        .kind = norm.kind,
+        .flags = norm.bias ? INPUTS_BIAS : 0,
         .all_tokens = !tokens,
         .n_tokens = n_tokens,
         .n_chunk = work->chunk.n_tokens,

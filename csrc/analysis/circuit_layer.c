@@ -4,88 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ROWS_A_GRID 32768 /* rows of one dispatch with a workgroup a row */
-
-static struct circuit_layer *layer_of(const struct circuit_run *run, int layer) {
-    return &run->layers[layer - (int)run->first_layer];
-}
-
-/* --- queries, keys, values -------------------------------------------------------------------- */
-
-/* run->product of inputs [from, to): their rows of run->normed times their rows of W_QKV. */
-static int products(struct circuit_run *run, const struct model_layer *weights,
-                    const struct circuit_layer *layer, uint32_t from, uint32_t to,
-                    struct error *error) {
-    const struct model_facts *f = &run->model->facts;
-    uint32_t T = run->work->chunk.n_tokens, start = layer->input_first[from];
-    for (uint32_t i = from; i < to; i++) {
-        uint32_t n = layer->input_first[i + 1] - layer->input_first[i], row = i * f->d_head;
-        if (n == 0)
-            continue;
-        /* the panels that hold the head's rows */
-        uint32_t first = row / OP_PANEL * OP_PANEL,
-                 end = (row + f->d_head + OP_PANEL - 1) / OP_PANEL * OP_PANEL;
-        end = end < weights->qkv.n ? end : weights->qkv.n;
-        struct op_matrix part;
-        struct op_linear_args args = {
-            .x = run_address(run->normed) +
-                 4 * (uint64_t)(layer->input_first[i] - start) * T * run->work->d_stride,
-            .dst = run_address(run->product) +
-                   4 * (uint64_t)layer->input_first[i] * T * run->product_stride,
-            .bias = weights->b_qkv ? weights->b_qkv + 4 * (uint64_t)first : 0,
-            .n_rows = n * T,
-            .x_stride = run->work->d_stride,
-            .dst_stride = run->product_stride,
-            .decode = run->work->chunk.batch->decode,
-        };
-        RUN(op_matrix_rows(&weights->qkv, first, end - first, &part, error));
-        RUN(op_linear(&run->model->ops, &part, &args, error));
-    }
-    return 0;
-}
-
-/* Queries, keys and values of all entries, where the attention kernels read them. */
-static int attention_inputs(struct circuit_run *run, int l, struct error *error) {
-    const struct model_facts *f = &run->model->facts;
-    const struct model_layer *weights = &run->model->layers[l];
-    const struct circuit_layer *layer = layer_of(run, l);
-    struct run_work *work = run->work;
-    for (uint32_t from = 0, to; from < run->n_inputs; from = to) {
-        uint32_t start = layer->input_first[from];
-        for (to = from + 1;
-             to < run->n_inputs && layer->input_first[to + 1] - start <= run->assembled; to++)
-            ;
-        if (layer->input_first[to] == start)
-            continue;
-        RUN(circuit_assemble(run, layer->entry + start, layer->input_first[to] - start,
-                             weights->ln1, 0, work->chunk.n_tokens, error));
-        RUN(products(run, weights, layer, from, to, error));
-    }
-    struct circuit_place_params place = {
-        .x = run_address(run->product),
-        .base = work->at_qkv,
-        .entries = run_address(run->tables) + 4 * (uint64_t)layer->place_table,
-        .tokens = work->chunk.tokens,
-        .angles = run_address(run->model->angles[f->rope_table[l]]),
-        .q_angles = run_address(run->model->angles[f->rope_table[l]]),
-        .q_gain = weights->q_norm,
-        .k_gain = weights->k_norm,
-        .q = run_address(run->q),
-        .k_cache = run_address(layer->k),
-        .v_cache = run_address(layer->v),
-        .n_tokens = work->chunk.n_tokens,
-        .d_head = f->d_head,
-        .d_rot = f->d_rot,
-        .x_stride = run->product_stride,
-        .base_stride = work->qkv_stride,
-        .q_stride = run->z_stride,
-        .n_slots = run->n_slots,
-        .flags = f->qk_norm ? PLACE_QK_NORM : 0,
-        .eps = f->norm_eps,
-    };
-    return op_circuit_place(&run->model->ops, &place, layer->n_places, error);
-}
-
 /* --- attention outputs ------------------------------------------------------------------------ */
 
 /* Tokens and tiles for the attention kernels, to which every state is a row of a model with one
@@ -137,7 +55,7 @@ static struct decode_params attention_args(struct circuit_run *run, int l,
                                            const struct lists *lists,
                                            const struct query_span *span) {
     const struct model_facts *f = &run->model->facts;
-    const struct circuit_layer *layer = layer_of(run, l);
+    const struct circuit_layer *layer = circuit_layer_of(run, l);
     return (struct decode_params){
         .qkv = run_address(run->q),
         .k_cache = run_address(layer->k),
@@ -182,11 +100,13 @@ static int attend_tiles(struct circuit_run *run, int l, const struct lists *list
 
 /* run->z: attention outputs of all states. */
 static int attention_outputs(struct circuit_run *run, int l, struct error *error) {
-    const struct circuit_layer *layer = layer_of(run, l);
+    const struct circuit_layer *layer = circuit_layer_of(run, l);
     struct query_span span = {.key_stride = op_row_stride(run->work->chunk.max_keys)};
     uint64_t query_bytes = 4 * (uint64_t)span.key_stride,
              room = gpu_buffer_size(run->scores) / query_bytes;
-    uint32_t most = room < OP_TILE ? OP_TILE : room > ROWS_A_GRID ? ROWS_A_GRID : (uint32_t)room;
+    uint32_t most = room < OP_TILE               ? OP_TILE
+                    : room > CIRCUIT_ROWS_A_GRID ? CIRCUIT_ROWS_A_GRID
+                                                 : (uint32_t)room;
     struct lists lists = {0};
     RUN(work_grow(run->work, &run->scores, most * query_bytes, "circuits' scores", error));
     int failed = lists_upload(run, layer, &lists, error);
@@ -200,25 +120,20 @@ static int attention_outputs(struct circuit_run *run, int l, struct error *error
 
 /* --- differences of heads --------------------------------------------------------------------- */
 
-/* op_norm of n rows, in ranges that fit a grid. */
-static int norm_rows(struct circuit_run *run, uint64_t x, uint64_t gain, uint64_t dst,
-                     uint64_t scale, uint32_t flags, uint64_t n, struct error *error) {
-    uint64_t row = 4 * (uint64_t)run->work->d_stride;
-    for (uint64_t done = 0, some; done < n; done += some) {
-        some = n - done < ROWS_A_GRID ? n - done : ROWS_A_GRID;
-        struct norm_params params = {
-            .x = x + done * row,
-            .gain = gain,
-            .dst = dst + done * row,
-            .scale = scale + 4 * done,
-            .width = run->model->facts.d_model,
-            .stride = run->work->d_stride,
-            .flags = flags,
-            .eps = run->model->facts.norm_eps,
-        };
-        RUN(op_norm(&run->model->ops, &params, (uint32_t)some, error));
-    }
-    return 0;
+/* The post-norm of attention (of `flags`) on n rows. */
+static int post_norm(struct circuit_run *run, int l, uint64_t x, uint64_t dst, uint64_t scale,
+                     uint32_t flags, uint64_t n, struct error *error) {
+    struct norm_params params = {
+        .x = x,
+        .gain = run->model->layers[l].ln1_post,
+        .dst = dst,
+        .scale = scale,
+        .width = run->model->facts.d_model,
+        .stride = run->work->d_stride,
+        .flags = flags,
+        .eps = run->model->facts.norm_eps,
+    };
+    return circuit_norm_rows(run, &params, n, error);
 }
 
 /* run->scale: the post-norm's statistic of the attention output of every variant, then of the base
@@ -226,7 +141,7 @@ static int norm_rows(struct circuit_run *run, uint64_t x, uint64_t gain, uint64_
 static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw,
                   struct error *error) {
     const struct model_layer *weights = &run->model->layers[l];
-    const struct circuit_layer *layer = layer_of(run, l);
+    const struct circuit_layer *layer = circuit_layer_of(run, l);
     struct run_work *work = run->work;
     uint32_t T = work->chunk.n_tokens, n = layer->n_variants * T;
     struct circuit_heads_params gather = {
@@ -253,9 +168,9 @@ static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base
     RUN(op_circuit_heads(&run->model->ops, &gather, layer->n_variants * run->model->facts.n_heads,
                          error));
     RUN(op_linear(&run->model->ops, &weights->o, &args, error));
-    RUN(norm_rows(run, args.dst, weights->ln1_post, 0, run_address(run->scale),
-                  NORM_WRITE_SCALE | NORM_NO_OUT, n, error));
-    return norm_rows(run, base_raw, weights->ln1_post, 0, run_address(run->scale) + 4 * (uint64_t)n,
+    RUN(post_norm(run, l, args.dst, 0, run_address(run->scale), NORM_WRITE_SCALE | NORM_NO_OUT, n,
+                  error));
+    return post_norm(run, l, base_raw, 0, run_address(run->scale) + 4 * (uint64_t)n,
                      NORM_WRITE_SCALE | NORM_NO_OUT, T, error);
 }
 
@@ -265,7 +180,7 @@ static int scales(struct circuit_run *run, int l, uint64_t base_z, uint64_t base
 static int heads_out(struct circuit_run *run, int l, uint64_t base_z, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct model_layer *weights = &run->model->layers[l];
-    const struct circuit_layer *layer = layer_of(run, l);
+    const struct circuit_layer *layer = circuit_layer_of(run, l);
     struct run_work *work = run->work;
     /* Kernels take slices of W_O's columns in multiples of 16. With other head sizes a row is as
      * wide as all heads, with zeros for the others. */
@@ -305,15 +220,14 @@ static int heads_out(struct circuit_run *run, int l, uint64_t base_z, struct err
     }
     if (!f->post_norms)
         return 0;
-    return norm_rows(run, differences, weights->ln1_post, differences, 0, NORM_READ_NORMALIZED,
+    return post_norm(run, l, differences, differences, 0, NORM_READ_NORMALIZED,
                      (uint64_t)layer->n_outputs * T, error);
 }
 
 int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t base_raw,
                       struct error *error) {
-    const struct circuit_layer *layer = layer_of(run, l);
-    if (layer->n_places)
-        RUN(attention_inputs(run, l, error));
+    const struct circuit_layer *layer = circuit_layer_of(run, l);
+    RUN(circuit_attention_inputs(run, l, error));
     if (layer->n_states)
         RUN(attention_outputs(run, l, error));
     if (layer->n_variants)
@@ -328,14 +242,15 @@ int circuit_attention(struct circuit_run *run, int l, uint64_t base_z, uint64_t 
 int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     const struct model_layer *weights = &run->model->layers[l];
-    const struct circuit_layer *layer = layer_of(run, l);
+    const struct circuit_layer *layer = circuit_layer_of(run, l);
     struct run_work *work = run->work;
     struct ops *ops = &run->model->ops;
     uint32_t T = work->chunk.n_tokens, decode = work->chunk.batch->decode != 0;
     uint64_t rows = (uint64_t)layer->n_mlp * T, row_bytes = 4 * (uint64_t)work->d_stride,
              differences = circuit_difference(run, layer->difference + layer->n_outputs);
     if (layer->n_mlp)
-        RUN(circuit_assemble(run, layer->mlp_entry, layer->n_mlp, weights->ln2, 0, T, error));
+        RUN(circuit_assemble(run, layer->mlp_entry, layer->n_mlp,
+                             circuit_norm_before(run, weights->ln2, weights->b_ln2), 0, T, error));
     for (uint64_t row = 0; row < rows; row += run->mlp_rows) {
         uint32_t n = rows - row < run->mlp_rows ? (uint32_t)(rows - row) : run->mlp_rows;
         struct op_linear_args up = {

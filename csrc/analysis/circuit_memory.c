@@ -30,13 +30,14 @@ static uint32_t entries_at_once(const struct circuit_run *run, uint32_t capacity
 
 static uint32_t mlp_rows_at_once(const struct circuit_run *run, uint32_t capacity) {
     const struct model_facts *f = &run->model->facts;
-    uint64_t rows = MLP_BYTES /
-                    (4 * ((uint64_t)op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp))),
+    uint64_t rows = MLP_BYTES / (4 * ((uint64_t)op_row_stride(f->d_mlp << (f->gated != 0)) +
+                                      op_row_stride(f->d_mlp))),
              all = (uint64_t)MOST(run, n_mlp) * capacity;
     rows = rows < 64 ? 64 : rows > 32768 ? 32768 : rows;
     return (uint32_t)(rows < all ? rows : all);
 }
 
+#define BUFFERS_MOST 20
 /* A buffer and its size. */
 struct memory {
     struct gpu_buffer **buffer;
@@ -49,7 +50,9 @@ static int buffers_list(struct circuit_run *run, uint32_t capacity, struct memor
     const struct model_facts *f = &run->model->facts;
     uint64_t token = 4 * (uint64_t)capacity, d = op_row_stride(f->d_model),
              variants = f->post_norms ? MOST(run, n_variants) : 0;
-    uint32_t mlp = mlp_rows_at_once(run, capacity);
+    uint32_t mlp = mlp_rows_at_once(run, capacity), wide = f->qk_norm == QK_NORM_WIDE;
+    uint64_t q_rows = wide ? MOST(run, q_rows.n) : 0, k_rows = wide ? MOST(run, k_rows.n) : 0,
+             base_row = op_row_stride((f->n_heads + f->n_kv_heads) * f->d_head);
     const struct memory all[] = {
         {&run->tables, 4 * (uint64_t)run->n_words, "circuits' tables"},
         {&run->steer, 4 * d, "steering"},
@@ -64,9 +67,14 @@ static int buffers_list(struct circuit_run *run, uint32_t capacity, struct memor
          "circuits' rows of heads"},
         {&run->raw, token * variants * d, "circuits' attention"},
         {&run->scale, token * (variants + 1), "circuits' scales"},
-        {&run->gate_up, 4 * (uint64_t)mlp * op_row_stride(2 * f->d_mlp), "circuits' gates"},
+        {&run->gate_up, 4 * (uint64_t)mlp * op_row_stride(f->d_mlp << (f->gated != 0)),
+         "circuits' gates"},
         {&run->post, 4 * (uint64_t)mlp * op_row_stride(f->d_mlp), "circuits' activations"},
+        {&run->q_rows, token * q_rows * run->q_row_stride, "circuits' rows of queries"},
+        {&run->k_rows, token * k_rows * run->k_row_stride, "circuits' rows of keys"},
+        {&run->base_qk, wide ? token * base_row : 0, "queries and keys before their norm"},
         {&run->scores, WORK_SCRATCH, "circuits' scores"}};
+    _Static_assert(sizeof all / sizeof all[0] <= BUFFERS_MOST, "too many buffers");
     memcpy(memory, all, sizeof all);
     return sizeof all / sizeof all[0];
 }
@@ -74,7 +82,7 @@ static int buffers_list(struct circuit_run *run, uint32_t capacity, struct memor
 uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
                        uint64_t *largest) {
     const struct model_facts *f = &run->model->facts;
-    struct memory memory[16];
+    struct memory memory[BUFFERS_MOST];
     int n = buffers_list((struct circuit_run *)run, capacity, memory);
     uint64_t total = run_work_bytes(f, capacity, CIRCUIT_READBACK) + read_bytes(f) +
                      8 * (uint64_t)capacity * op_row_stride(f->d_model) +
@@ -122,7 +130,7 @@ static int bytes_upload(struct circuit_run *run, const void *data, uint64_t byte
 int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
                     const float *steer, struct error *error) {
     const struct model_facts *f = &run->model->facts;
-    struct memory memory[16];
+    struct memory memory[BUFFERS_MOST];
     if (run->work)
         return error_set(error, ERROR_VALUE, "these circuits have their memory already");
     int n = buffers_list(run, capacity, memory);

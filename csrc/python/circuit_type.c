@@ -10,19 +10,21 @@ struct circuits_object {
     struct circuit_run *run;
 };
 
-#define PLAN_ARRAYS 11
+#define PLAN_ARRAYS 15
 
 /* plan: entry_first, ref_first, refs, state_first, states, output_first, outputs, variant_first,
- * variants, mask_first, masks (uint32 each). */
+ * variants, mask_first, masks, q_row_first, q_rows, k_row_first, k_rows (uint32 each). */
 static int plan_read(struct batch_arguments *a, const struct model_facts *f, PyObject *tuple,
                      struct circuit_plan *plan) {
     static const char *const names[PLAN_ARRAYS] = {
-        "entry_first", "ref_first",     "refs",     "state_first", "states", "output_first",
-        "outputs",     "variant_first", "variants", "mask_first",  "masks"};
+        "entry_first",  "ref_first",   "refs",          "state_first", "states",
+        "output_first", "outputs",     "variant_first", "variants",    "mask_first",
+        "masks",        "q_row_first", "q_rows",        "k_row_first", "k_rows"};
     const uint32_t **to[PLAN_ARRAYS] = {
         &plan->entry_first, &plan->ref_first,    &plan->refs,    &plan->state_first,
         &plan->states,      &plan->output_first, &plan->outputs, &plan->variant_first,
-        &plan->variants,    &plan->mask_first,   &plan->masks};
+        &plan->variants,    &plan->mask_first,   &plan->masks,   &plan->q_row_first,
+        &plan->q_rows,      &plan->k_row_first,  &plan->k_rows};
     Py_ssize_t length[PLAN_ARRAYS], n = (Py_ssize_t)f->n_layers - plan->first_layer,
                                     w = f->n_heads + 2 * f->n_kv_heads + 1;
     if (PyTuple_Size(tuple) != PLAN_ARRAYS || n < 1)
@@ -39,7 +41,8 @@ static int plan_read(struct batch_arguments *a, const struct model_facts *f, PyO
     }
     if (length[0] != n * w + 2 || length[1] < 1 || length[3] != n + 1 || length[4] % 4 ||
         length[5] != n + 1 || length[6] % 3 || length[7] != n + 1 || length[8] % f->n_heads ||
-        length[9] != 2 * n + 2)
+        length[9] != 2 * n + 2 || length[11] != n + 1 || length[12] % f->n_heads ||
+        length[13] != n + 1 || length[14] % f->n_kv_heads)
         return PyErr_Format(PyExc_ValueError, "the arrays of a plan do not fit the model"), -1;
     plan->n_entries = (uint32_t)length[1] - 1;
     plan->n_refs = (uint32_t)length[2];
@@ -47,6 +50,8 @@ static int plan_read(struct batch_arguments *a, const struct model_facts *f, PyO
     plan->n_outputs = (uint32_t)length[6] / 3;
     plan->n_variants = (uint32_t)length[8] / f->n_heads;
     plan->n_masks = (uint32_t)length[10];
+    plan->n_q_rows = (uint32_t)length[12] / f->n_heads;
+    plan->n_k_rows = (uint32_t)length[14] / f->n_kv_heads;
     return 0;
 }
 

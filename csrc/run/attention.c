@@ -79,6 +79,7 @@ static int queries_keys_values(struct run_work *work, struct run_cache *cache, i
     RUN(step_visit(work, SITE_K, l, at.k, error));
     RUN(step_visit_normed(work, SITE_V, l, at.v, run_address(work->scale), error));
     RUN(tape_keep_qkv(work, l, error));
+    RUN(run_hook_call(work, HOOK_QKV, l, at.q.address, at.q.stride, error));
     return rotate(work, rope, l, error);
 }
 

@@ -70,6 +70,7 @@ struct run_work {
 /* Points at which a hook receives the address of a value [T, stride] on the device, for what is
  * computed beside the run (csrc/analysis). */
 enum run_hook_point {
+    HOOK_QKV,      /* [q | k | v] before their norm and rotation */
     HOOK_Z,        /* attention outputs per head, before W_O */
     HOOK_ATTN_RAW, /* attention's output before the post-norm (post-norm models only) */
     HOOK_MLP_OUT,  /* what the MLP adds to the residual stream */

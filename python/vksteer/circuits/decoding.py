@@ -109,7 +109,7 @@ class CircuitBatch:
         self.compiled = compile_circuits(
             circuit.graph,
             [Rows(kept_matrix(circuit.graph, circuit.edges))],
-            model.config.post_norms,
+            model.config,
         )
         self.layer = circuit.graph.layer
         self.circuits: _engine.Circuits | None = None

@@ -96,6 +96,7 @@ def _rows(
     coefficient: float,
     site: tuple[int, int],
     gain: Float32Array,
+    bias: Float32Array | None,
 ) -> tuple[list[Float32Array], list[Float32Array]]:
     """Final rows of the base runs and of the steered runs of some samples, float32 [n, D] each."""
     rows = [list(s.tokens) for s in samples]
@@ -130,6 +131,8 @@ def _rows(
         normed[i, width - t + len(s.prompt_tokens) - 1 :] * gain
         for i, (s, t) in enumerate(zip(double(samples), double(lengths)))
     ]
+    if bias is not None:
+        parts = [part + bias for part in parts]
     return parts[0::2], parts[1::2]
 
 
@@ -151,13 +154,14 @@ def final_rows(
 
     site = model._sites.by_name["ln_final.hook_normalized"].key
     gain = model._engine.vector("ln_final", 0)
+    bias = model._engine.vector("b_ln_final", 0) if model.config.norm_bias else None
     softcap = model.config.final_softcap if capped else 0.0
     found = []
     groups = pack([2 * len(s) for s in samples], BATCH_TOKENS)
     with Progress(progress, len(samples), "base and steered runs") as bar:
         for group in groups:
             some = [samples[i] for i in group]
-            base, steered = _rows(model, some, vector, coefficient, site, gain)
+            base, steered = _rows(model, some, vector, coefficient, site, gain, bias)
             targets = [np.array([*s.response_tokens, 0], np.uint32) for s in some]
             both = np.stack([np.concatenate(steered), np.concatenate(base)])
             _, distributions, _ = _engine().measure(

@@ -7,13 +7,17 @@ nodes without a difference reads what it reads in the base run. Any other readin
 identified by the differences that are added to it. Runs that agree on them share one entry; heads
 with the same entries for query, key and value share one state; and so on upwards. Whatever no
 later input and no metric needs is left out.
+
+Where a norm goes over the queries (or keys) of all heads, a query depends on what every head's
+query input reads: the entries of all heads that a run combines are a row, and a state names rows
+instead of entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +25,14 @@ import numpy.typing as npt
 from ..base.types import BoolArray, IntArray
 from .graph import Graph
 
+if TYPE_CHECKING:
+    from ..loading.config import Config
+
 #: Masked differences are numbered from here on until the number of the others is known.
 _MASKED = 1 << 40
 
-#: (head, entries of its query, key and value input), -1 for the base run's.
+#: (head, entries of its query, key and value input), -1 for the base run's. Where one norm goes
+#: over all heads: (head, row of queries, row of keys, entry of its value input).
 State: TypeAlias = tuple[int, int, int, int]
 #: (head, number of its state or -1, number of the layer's variant)
 Output: TypeAlias = tuple[int, int, int]
@@ -64,7 +72,17 @@ class CompiledCircuits:
     logits: IntArray
 
 
-def _needed(graph: Graph, rows: Sequence[Rows], post_norms: bool) -> tuple[BoolArray, BoolArray]:
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a model that go over several heads: post_norms, over the output of attention;
+    wide, over the queries (or keys) of all heads.
+    """
+
+    post_norms: bool
+    wide: bool
+
+
+def _needed(graph: Graph, rows: Sequence[Rows], norms: Norms) -> tuple[BoolArray, BoolArray]:
     """What metrics depend on: (outputs bool [R, n_upstream], inputs bool [R, n_downstream])."""
     H, G, w = graph.n_heads, graph.n_kv_heads, graph.width
     out = np.zeros((len(rows), graph.n_upstream), bool)
@@ -82,19 +100,19 @@ def _needed(graph: Graph, rows: Sequence[Rows], post_norms: bool) -> tuple[BoolA
         into[:, at + w - 1] = out[:, first + H]
         heads = out[:, first : first + H] | leads(slice(first, first + H))
         out[:, first : first + H] = heads
-        if post_norms:  # the norm's statistic depends on the sum of all heads
-            into[:, at : at + w - 1] = heads.any(axis=1, keepdims=True)
-        else:
-            groups = heads.reshape(len(rows), G, H // G).any(axis=2)
-            into[:, at : at + w - 1] = np.concatenate([heads, groups, groups], axis=1)
+        groups = heads.reshape(len(rows), G, H // G).any(axis=2)
+        into[:, at : at + w - 1] = np.concatenate([heads, groups, groups], axis=1)
+        # A norm's statistic depends on all heads that it goes over.
+        reach = w - 1 if norms.post_norms else H + G if norms.wide else 0
+        into[:, at : at + reach] |= heads.any(axis=1, keepdims=True)
     return out, into
 
 
 class _Compiler:
     """Numbers entries, states, outputs and differences in one walk from the steering layer up."""
 
-    def __init__(self, graph: Graph, rows: Sequence[Rows], masked: bool):
-        self.graph, self.rows, self.masked = graph, rows, masked
+    def __init__(self, graph: Graph, rows: Sequence[Rows], norms: Norms, masked: bool):
+        self.graph, self.rows, self.norms, self.masked = graph, rows, norms, masked
         #: int64 [R, n_upstream]: the difference of each node in each run, -1 for none.
         self.differences = np.full((len(rows), graph.n_upstream), -1, np.int64)
         self.differences[[i for i, r in enumerate(rows) if r.steered], 0] = 0
@@ -109,6 +127,8 @@ class _Compiler:
         self.states, self.state_first = list[State](), [0]
         self.outputs, self.output_first = list[Output](), [0]
         self.variants, self.variant_first = list[tuple[int, ...]](), [0]
+        self.q_rows, self.q_row_first = list[tuple[int, ...]](), [0]
+        self.k_rows, self.k_row_first = list[tuple[int, ...]](), [0]
         self.masks, self.mask_first = list[int](), [0]
 
     def stage_done(self, nodes: Iterable[int]) -> None:
@@ -142,13 +162,17 @@ class _Compiler:
         self.entry_first.append(start + len(found))
         return out
 
-    def attention(
-        self, l: int, needed_out: BoolArray, needed_in: BoolArray, post_norms: bool
-    ) -> None:
+    def attention(self, l: int, needed_out: BoolArray, needed_in: BoolArray) -> None:
         """Numbers what the heads of layer l compute (l is counted from the steering layer)."""
-        H, w = self.graph.n_heads, self.graph.width
+        H, G, w = self.graph.n_heads, self.graph.n_kv_heads, self.graph.width
+        post_norms = self.norms.post_norms
         inputs = range(l * w, l * w + w - 1)
         entries = np.stack([self.read(v, needed_in[:, v]) for v in inputs], axis=1)  # [R, H + 2G]
+        if self.norms.wide:
+            entries[:, :H] = _joined(entries[:, :H], self.q_rows)
+            entries[:, H : H + G] = _joined(entries[:, H : H + G], self.k_rows)
+        self.q_row_first.append(len(self.q_rows))
+        self.k_row_first.append(len(self.k_rows))
         heads = slice(1 + l * (H + 1), 1 + l * (H + 1) + H)
         states, variants, made = self._heads(entries, needed_out[:, heads], post_norms)
         if not post_norms and states:
@@ -203,6 +227,19 @@ class _Compiler:
         self.stage_done([u])
 
 
+def _joined(entries: IntArray, rows: list[tuple[int, ...]]) -> IntArray:
+    """What a norm over all heads normalises together: each run's entries of all heads, numbered
+    anew in the layer and appended to `rows`. Returns the number of each run's, or -1 where no head
+    has an entry: int64 [R, 1]. entries: int64 [R, heads].
+    """
+    found: dict[tuple[int, ...], int] = {}
+    numbers = [
+        -1 if max(row) < 0 else found.setdefault(tuple(row), len(found)) for row in entries.tolist()
+    ]
+    rows += list(found)
+    return np.array(numbers, np.int64)[:, None]
+
+
 def _without_unused(
     states: dict[State, int], made: list[tuple[int, Output]]
 ) -> tuple[dict[State, int], list[tuple[int, Output]]]:
@@ -217,16 +254,15 @@ def _without_unused(
 
 
 def compile_circuits(
-    graph: Graph, rows: Sequence[Rows], post_norms: bool, masked: bool = False
+    graph: Graph, rows: Sequence[Rows], config: Config, masked: bool = False
 ) -> CompiledCircuits:
-    """The tables of these runs. post_norms: whether the model normalises the output of attention.
-    masked: whether patches act at some tokens only.
-    """
-    needed_out, needed_in = _needed(graph, rows, post_norms)
-    compiler = _Compiler(graph, rows, masked)
+    """The tables of these runs of a model. masked: whether patches act at some tokens only."""
+    norms = Norms(config.post_norms, config.qk_norm == "wide")
+    needed_out, needed_in = _needed(graph, rows, norms)
+    compiler = _Compiler(graph, rows, norms, masked)
     compiler.stage_done([0])
     for l in range(graph.depth):
-        compiler.attention(l, needed_out, needed_in, post_norms)
+        compiler.attention(l, needed_out, needed_in)
         compiler.mlp(l, needed_in)
     logits = compiler.read(graph.n_downstream - 1, needed_in[:, -1])
     lengths = [len(r) for r in compiler.refs]
@@ -249,5 +285,9 @@ def compile_circuits(
         numbers(compiler.variants),
         numbers(compiler.mask_first),
         numbers(compiler.masks),
+        numbers(compiler.q_row_first),
+        numbers(compiler.q_rows),
+        numbers(compiler.k_row_first),
+        numbers(compiler.k_rows),
     )
     return CompiledCircuits(arrays, logits)

@@ -93,7 +93,7 @@ class Passes:
     def _make(self, rows: Sequence[Rows]) -> tuple[CompiledCircuits, extension.Circuits]:
         from ..runtime.device import _engine
 
-        compiled = compile_circuits(self.graph, rows, self.model.config.post_norms, self.masked)
+        compiled = compile_circuits(self.graph, rows, self.model.config, self.masked)
         return compiled, _engine().Circuits(self.model._engine, self.graph.layer, compiled.arrays)
 
     def _size(
