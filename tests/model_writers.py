@@ -11,7 +11,8 @@ import numpy as np
 
 from vksteer.loading import dtypes
 from vksteer.loading.config import Config
-from vksteer.loading.tensor_names import engine_tensors, gguf_name, hf_name
+from vksteer.loading.gguf_layouts import gguf_name
+from vksteer.loading.tensor_names import engine_tensors, hf_name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -4,50 +4,53 @@ of files pass the same checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import ModelError
 from . import rope as rotation
-from .families import FAMILIES
+from .families import BY_MODEL_TYPE
 from .family_type import Family
 from .gguf_file import GGUFFile, end_tokens
+from .gguf_layouts import LAYOUTS, Layout
+from .gguf_metadata import Metadata
+from .gguf_rope import rope_keys
 from .hf_config import facts_from_hf
 
-_ARCHITECTURES = {"llama", "gemma2", "gemma3", "qwen2", "qwen3"}  # that are read here
-
-#: Keys below "{architecture}." that are read here.
-_READ = {
-    "vocab_size",
-    "context_length",
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.scale",
-    "attention.sliding_window",
-    "attention.sliding_window_pattern",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.freq_base_swa",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scale_linear",
-    "rope.scaling.original_context_length",
-    "rope.scaling.attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-}
-#: Keys without influence on the numbers of these architectures.
-_HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "name", "description", "author"}
+#: Keys below "{architecture}." of all architectures that are read here.
+_READ = frozenset(
+    {
+        "vocab_size",
+        "context_length",
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_epsilon",
+        "attention.layer_norm_rms_epsilon",
+        "attention.scale",
+        "attention.sliding_window",
+        "attention.sliding_window_pattern",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scale_linear",
+        "rope.scaling.original_context_length",
+        "rope.scaling.finetuned",
+        "rope.scaling.attn_factor",
+        "rope.scaling.yarn_ext_factor",
+        "rope.scaling.yarn_attn_factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scaling.yarn_log_multiplier",
+    }
+)
 
 #: Keys of Ollama's Gemma 3 files -> the usual ones. Their files hold the vision tower, too, whose
 #: keys and tensors say nothing about the language model.
@@ -65,8 +68,8 @@ _SCALE_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # the 27B ones
 
 
 def facts_from_gguf(file: GGUFFile) -> dict[str, Any]:
-    """The facts of an opened GGUF file, as `Config` takes them. Gemma's norm gains are stored as 1
-    + w, so norm_offset is 0.
+    """The facts of an opened GGUF file, as `Config` takes them. Gains that other files store as w
+    of (1 + w) are stored as 1 + w, so norm_offset is 0.
     """
     try:
         return _facts(file)
@@ -77,38 +80,40 @@ def facts_from_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 def _facts(file: GGUFFile) -> dict[str, Any]:
-    family, get = _opened(file)
-    hf, family = _as_hf(file, family, get)
-    facts = facts_from_hf(hf)
-    changes: dict[str, Any] = {
-        "norm_offset": 0.0,
-        "o_bias": "blk.0.attn_output.bias" in file.tensors,
-    }
+    get, layout = _opened(file)
+    family = _family(get, layout)
+    facts = facts_from_hf(_as_hf(get, layout, family))
+    changes: dict[str, Any] = {"norm_offset": 0.0}
+    if family.o_bias is not True:
+        # transformers' flag may set q, k, v and o together
+        changes["o_bias"] = "blk.0.attn_output.bias" in file.tensors
     if get.raw("attention.scale"):
-        changes["attn_scale"] = get.number("attention.scale")
-    if "rope_freqs.weight" in file.tensors:
+        changes["attn_scale"] = get.number("attention.scale", 0.0)
+    if facts["rope"] and "rope_freqs.weight" in file.tensors:
         factors = file.array("rope_freqs.weight", "float32")
         changes["rope"] = (rotation.divided(facts["rope"][0], factors), *facts["rope"][1:])
     return facts | changes
 
 
-def _opened(file: GGUFFile) -> tuple[Family, _Metadata]:
-    """The family and the metadata of a file that holds a model of a supported family."""
+def _opened(file: GGUFFile) -> tuple[Metadata, Layout]:
+    """The metadata of a file that holds a model of a supported architecture."""
     md = file.metadata
     arch = md.get("general.architecture")
-    known = isinstance(arch, str) and arch in _ARCHITECTURES
-    family = next((f for f in FAMILIES if arch in f.gguf), None) if known else None
-    if family is None or not isinstance(arch, str):
-        supported = sorted(_ARCHITECTURES)
+    layout = LAYOUTS.get(arch) if isinstance(arch, str) else None
+    if layout is None or not isinstance(arch, str):
         raise ModelError(
             f"{file.path}: GGUF architecture {arch!r} is not supported; supported:"
-            f" {', '.join(supported)}"
+            f" {', '.join(sorted(LAYOUTS))}"
         )
     if md.get("general.type", "model") != "model":
         raise ModelError(f"{file.path}: is a {md['general.type']!r}, not a model")
-    get = _Metadata(file, arch, _ollama_gemma3(file) if arch == "gemma3" else {})
-    get.refuse_unknown()
-    return family, get
+    get = Metadata(file, arch, _ollama_gemma3(file) if arch == "gemma3" else {})
+    ollama = {k for k in get.own() if k in _OLLAMA_NAMES or k.startswith(_OLLAMA_VISION)}
+    if get.raw("rope.scaling.extrapolation_factor") == 1:
+        ollama.add("rope.scaling.extrapolation_factor")
+    numbers = {key for key, _ in layout.numbers.values()}
+    get.refuse_unknown(_READ | layout.reads | numbers | (ollama if arch == "gemma3" else set()))
+    return get, layout
 
 
 def _ollama_gemma3(file: GGUFFile) -> dict[str, Any]:
@@ -129,210 +134,206 @@ def _ollama_gemma3(file: GGUFFile) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in own}
 
 
-def _as_hf(file: GGUFFile, family: Family, get: _Metadata) -> tuple[dict[str, Any], Family]:
-    """The metadata under the keys of a config.json, and the family whose keys they are: a llama
-    file with a sliding window is a Mistral.
+def _family(get: Metadata, layout: Layout) -> Family:
+    """The family whose config.json the metadata are translated into. One architecture may serve
+    two: windows make a Mistral of a llama file and an OLMo 3 of an olmo2 file; a mistral3 file
+    without a factor on queries holds a Mistral.
     """
-    md, arch = file.metadata, get.arch
+    model_type = layout.model_type
+    window = get.integer("attention.sliding_window", 0)
+    if get.arch == "llama" and window:
+        model_type = "mistral"
+    elif get.arch == "olmo2" and window:
+        model_type = "olmo3"
+    elif get.arch == "mistral3" and not get.number("attention.temperature_scale", 0.0):
+        model_type = "mistral"
+    return BY_MODEL_TYPE[model_type]
+
+
+def _as_hf(get: Metadata, layout: Layout, family: Family) -> dict[str, Any]:
+    """The metadata under the keys of the family's config.json."""
+    file = get.file
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise ModelError(f"{file.path}: tensor 'token_embd.weight' is missing or not a matrix")
-
-    n_heads, n_layers = get.integer("attention.head_count"), get.integer("block_count")
-    d_model = get.integer("embedding_length")
-    d_head = get.integer(
-        "attention.key_length", d_model // n_heads if n_heads and d_model % n_heads == 0 else None
-    )
-    _check_sizes(get, d_head, embed.shape[0])
-    window = get.integer("attention.sliding_window", 0)
-    if arch == "llama" and window:
-        family = next(f for f in FAMILIES if f.model_type == "mistral")
-
+    if layout.needs_unembed and "output.weight" not in file.tensors:
+        raise ModelError(f"{file.path}: tensor 'output.weight' is missing")
+    n_layers = get.integer("block_count")
+    d_head = _head_size(get, embed.shape[0])
+    usual: dict[str, Any] = {
+        "hidden_size": get.integer("embedding_length"),
+        "intermediate_size": get.integer("feed_forward_length"),
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": get.integer("attention.head_count"),
+        "num_key_value_heads": _kv_heads(get, family),
+        "head_dim": d_head if "head_dim" in family.defaults else None,
+        "max_position_embeddings": get.integer("context_length"),
+    }
+    name = {**family.keys, **family.aliases}
     hf: dict[str, Any] = {
         "architectures": [family.architectures[0]],
         "model_type": family.model_type,
         "vocab_size": embed.shape[0],
-        "hidden_size": d_model,
-        "intermediate_size": get.integer("feed_forward_length"),
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": get.integer("attention.head_count_kv", n_heads),
-        "head_dim": d_head,
-        "max_position_embeddings": get.integer("context_length"),
-        "rms_norm_eps": get.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_theta": get.number("rope.freq_base", family.default_theta),
-        "rope_scaling": _scaling(get),
-        "bos_token_id": md.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": end_tokens(md),
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": end_tokens(file.metadata),
+        **{name.get(key, key): value for key, value in usual.items() if value is not None},
+        **_epsilon(get, family),
+        **_choices(get, family),
+        **_numbers(get, layout, d_head),
+        **_windows(get, layout, family, n_layers),
     }
-    hf.update(_biases(file, family))
     if "query_pre_attn_scalar" in family.defaults:
-        hf.update(_gemma_keys(get, n_layers, d_model, n_heads, d_head, family))
-    if family.local_theta is not None:
-        hf["rope_local_base_freq"] = get.number("rope.freq_base_swa", family.local_theta)
-    if "sliding_window" in family.defaults:
-        hf["sliding_window"] = window or (
-            None if arch != "gemma2" else family.defaults["sliding_window"]
-        )
-        if "use_sliding_window" in family.defaults:
-            hf["use_sliding_window"] = bool(window)
-            hf["max_window_layers"] = 0
-    if arch == "gemma3" and not window:
-        raise ModelError(f"{file.path}: metadata 'gemma3.attention.sliding_window' is missing")
-    hf.update(_pattern(get, family, n_layers))
-    return hf, family
-
-
-def _check_sizes(get: _Metadata, d_head: int, n_rows: int) -> None:
-    """ModelError where a size contradicts the head size or the embedding's rows."""
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if get.integer(key, d_head) != d_head:
-            raise ModelError(
-                f"{get.file.path}: metadata '{get.arch}.{key}' = {get.raw(key)} differs from the"
-                f" head size {d_head}, which is not supported"
-            )
-    if get.integer("vocab_size", n_rows) != n_rows:
-        raise ModelError(
-            f"{get.file.path}: metadata '{get.arch}.vocab_size' = {get.raw('vocab_size')}"
-            f" contradicts tensor 'token_embd.weight' with {n_rows} rows"
-        )
-
-
-def _biases(file: GGUFFile, family: Family) -> dict[str, bool]:
-    hf = {}
-    if "attention_bias" in family.defaults and family.qkv_bias is not True:
-        # transformers' flag sets q, k, v and o together; what the file has is corrected below
-        hf["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if "mlp_bias" in family.defaults:
-        hf["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+        hf |= _gemma_keys(get, family, d_head)
+    if family.positions == "rotary":
+        hf |= rope_keys(get, family, d_head)
+        if "original_max_position_embeddings" in family.defaults:
+            original = get.integer("rope.scaling.original_context_length", 0)
+            hf["original_max_position_embeddings"] = original or get.integer("context_length")
     return hf
 
 
-def _gemma_keys(
-    get: _Metadata, n_layers: int, d_model: int, n_heads: int, d_head: int, family: Family
-) -> dict[str, Any]:
-    """The scale of attention scores and the soft caps."""
-    by_width = (get.arch, n_layers) in _SCALE_BY_WIDTH
+def _head_size(get: Metadata, n_rows: int) -> int:
+    """The head size, after ModelError where another size contradicts it or the embedding's rows."""
+    n_heads, d_model = get.integer("attention.head_count"), get.integer("embedding_length")
+    d_head = get.integer(
+        "attention.key_length", d_model // n_heads if n_heads and d_model % n_heads == 0 else None
+    )
+    if get.integer("attention.value_length", d_head) != d_head:
+        raise get.error("attention.value_length", f"differs from the head size {d_head}")
+    if get.integer("vocab_size", n_rows) != n_rows:
+        raise get.error("vocab_size", f"contradicts tensor 'token_embd.weight' with {n_rows} rows")
+    return d_head
+
+
+def _kv_heads(get: Metadata, family: Family) -> int | None:
+    n_heads = get.integer("attention.head_count")
+    kv = get.integer("attention.head_count_kv", n_heads)
+    if "num_key_value_heads" in family.defaults:
+        return kv
+    if kv != n_heads:
+        raise get.error(
+            "attention.head_count_kv",
+            f"differs from the {n_heads} query heads, which {get.arch} does not have",
+        )
+    return None
+
+
+def _epsilon(get: Metadata, family: Family) -> dict[str, float]:
+    rms = family.norm == "rms"
+    key = "attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"
+    if get.raw(key) is None:
+        raise get.error(key, "is missing")
+    value = get.number(key, 0.0)
+    if isinstance(family.eps, str):
+        return {family.eps: value}
+    if value != family.eps:
+        raise get.error(key, f"must be {family.eps} for {get.arch}")
+    return {}
+
+
+def _choices(get: Metadata, family: Family) -> dict[str, bool]:
+    """What a config.json says by a flag and a GGUF file by the tensors that it has."""
+    tensors, hf = get.file.tensors, {}
+    if isinstance(family.o_bias, str):
+        hf[family.o_bias] = "blk.0.attn_output.bias" in tensors
+    if isinstance(family.qkv_bias, str):
+        hf[family.qkv_bias] = any(f"blk.0.attn_{x}.bias" in tensors for x in ("q", "qkv"))
+    if isinstance(family.mlp_bias, str):
+        hf[family.mlp_bias] = "blk.0.ffn_up.bias" in tensors
+    if family.qk_norm_key:
+        hf[family.qk_norm_key] = "blk.0.attn_q_norm.weight" in tensors
+    if isinstance(family.parallel, str):
+        if family.shared_norm:
+            hf[family.parallel] = "blk.0.ffn_norm.weight" not in tensors
+            if hf[family.parallel] and get.raw("use_parallel_residual") is False:
+                raise ModelError(f"{get.file.path}: tensor 'blk.0.ffn_norm.weight' is missing")
+        else:
+            value = get.raw("use_parallel_residual")
+            if not isinstance(value, bool):
+                raise get.error("use_parallel_residual", "must be true or false")
+            hf[family.parallel] = value
+    return hf
+
+
+def _numbers(get: Metadata, layout: Layout, d_head: int) -> dict[str, float]:
+    """Multipliers and clipping."""
+    hf = {}
+    for key, (metadata, default) in layout.numbers.items():
+        if get.raw(metadata) is None and default is None:
+            raise get.error(metadata, "is missing")
+        hf[key] = get.number(metadata, 0.0) or default or 0.0
+    if hf.get("clip_qkv") == 0.0:
+        del hf["clip_qkv"]
+    if layout.model_type == "granite":
+        hf["attention_multiplier"] = get.number("attention.scale", 0.0) or float(d_head) ** -0.5
+    return hf
+
+
+def _gemma_keys(get: Metadata, family: Family, d_head: int) -> dict[str, Any]:
+    """The scale of attention scores and the soft caps of Gemma 2 and 3."""
+    n_heads, d_model = get.integer("attention.head_count"), get.integer("embedding_length")
+    by_width = (get.arch, get.integer("block_count")) in _SCALE_BY_WIDTH
     hf: dict[str, Any] = {"query_pre_attn_scalar": d_model / n_heads if by_width else d_head}
     caps = ["final_logit_softcapping"]
     if get.arch == "gemma2":
         caps.append("attn_logit_softcapping")
     elif get.raw("attn_logit_softcapping"):
-        raise ModelError(
-            f"{get.file.path}: metadata '{get.arch}.attn_logit_softcapping' is not understood for"
-            f" {get.arch}"
-        )
-    return hf | {key: get.number(key, family.defaults[key]) for key in caps}
+        raise get.error("attn_logit_softcapping", f"is not understood for {get.arch}")
+    for key in caps:
+        hf[key] = family.defaults[key] if get.raw(key) is None else get.number(key, 0.0)
+    return hf
 
 
-def _scaling(get: _Metadata) -> dict[str, Any] | None:
-    """The rope_scaling of a config.json; None for unscaled rotation."""
-    kind = get.raw("rope.scaling.type")
-    factor = get.number("rope.scaling.factor", 0.0) or get.number("rope.scale_linear", 0.0) or 0.0
-    if kind in (None, "none"):
-        return (
-            {"rope_type": "linear", "factor": factor}
-            if kind is None and factor not in (0.0, 1.0)
-            else None
-        )
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor or 1.0}
-    if kind == "yarn":
-        optional = {
-            "original_max_position_embeddings": "original_context_length",
-            "attention_factor": "attn_factor",
-            "beta_fast": "yarn_beta_fast",
-            "beta_slow": "yarn_beta_slow",
-        }
-        values = {
-            ours: get.number("rope.scaling." + theirs, 0.0) or None
-            for ours, theirs in optional.items()
-        }
-        # in GGUF it multiplies yarn's own factor rather than replacing it
-        stated = values["attention_factor"]
-        if stated is not None and factor > 1:
-            values["attention_factor"] = stated * (0.1 * float(np.log(factor)) + 1.0)
-        return {"rope_type": "yarn", "factor": factor or None, **values}
-    return {"rope_type": kind}  # refused by name, with its reason
-
-
-def _pattern(get: _Metadata, family: Family, n_layers: int) -> dict[str, Any]:
-    """Which layers have a sliding window: newer files list booleans, or give the period."""
-    value = get.raw("attention.sliding_window_pattern")
-    if value is None:
+def _windows(get: Metadata, layout: Layout, family: Family, n_layers: int) -> dict[str, Any]:
+    """The sliding window and which layers have it: newer files list booleans, or give the
+    period.
+    """
+    window = get.integer("attention.sliding_window", 0)
+    if layout.needs_window and not window:
+        raise get.error("attention.sliding_window", "is missing")
+    if "sliding_window" not in family.defaults:
+        if window:
+            raise get.error("attention.sliding_window", f"is not understood for {get.arch}")
         return {}
+    if get.arch == "phi3" and get.raw("attention.sliding_window") is None:
+        window = _phi3_window(get, n_layers)
+    default = family.defaults["sliding_window"] if get.arch == "gemma2" else None
+    hf: dict[str, Any] = {"sliding_window": window or default}
+    if "use_sliding_window" in family.defaults:
+        hf["use_sliding_window"] = bool(window)
+    if "max_window_layers" in family.defaults:
+        hf["max_window_layers"] = 0
+    return hf | _pattern(get, family, n_layers, layout.period if window else 0)
+
+
+def _phi3_window(get: Metadata, n_layers: int) -> int:
+    """The window of a phi3 file that does not give one, as older files of the converter do:
+    that of the released 4k models (transformers' and llama.cpp's value); none else.
+    """
+    four_k = n_layers in (32, 40) and get.integer("context_length") == 4096
+    return 2047 if four_k else 0
+
+
+def _pattern(get: Metadata, family: Family, n_layers: int, period: int) -> dict[str, Any]:
+    key = "attention.sliding_window_pattern"
+    value = get.raw(key)
     if isinstance(value, np.ndarray):
         if len(value) < n_layers or "layer_types" not in family.defaults:
-            raise get.error(
-                "attention.sliding_window_pattern",
-                f"must have one entry for each of {n_layers} layers",
-            )
-        return {
-            "layer_types": [
-                "sliding_attention" if v else "full_attention" for v in value[:n_layers].tolist()
-            ]
-        }
-    if "sliding_window_pattern" not in family.defaults:
-        raise get.error("attention.sliding_window_pattern", "is not understood")
-    return {"sliding_window_pattern": value}
+            raise get.error(key, f"must have one entry for each of {n_layers} layers")
+        return _layer_types([bool(v) for v in value[:n_layers].tolist()])
+    if value is None and not period:
+        # an EXAONE 4 or OLMo without a window has full layers only; others have their own rule
+        full = family.windows == "period" and get.arch == "exaone4"
+        return _layer_types([False] * n_layers) if full else {}
+    if value is not None:
+        period = get.integer(key)
+        if family.windows != "period" or period < 1:
+            raise get.error(key, f"is not understood for {get.arch}")
+    if "sliding_window_pattern" in family.defaults and get.arch == "gemma3":
+        return {"sliding_window_pattern": period}
+    return _layer_types([(i + 1) % period != 0 for i in range(n_layers)])
 
 
-class _Metadata:
-    """Typed reads below "{architecture}."; errors name the key. more: values for keys that the file
-    does not have.
-    """
-
-    def __init__(self, file: GGUFFile, arch: str, more: Mapping[str, Any]) -> None:
-        self.file, self.arch, self.prefix, self.more = file, arch, arch + ".", more
-
-    def raw(self, key: str) -> Any:
-        value = self.file.metadata.get(self.prefix + key)
-        return self.more.get(key) if value is None else value
-
-    def error(self, key: str, what: str) -> ModelError:
-        value = repr(self.raw(key))
-        return ModelError(f"{self.file.path}: metadata {self.prefix + key!r} = {value[:80]} {what}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.raw(key)
-        # one number for each layer is accepted where all are equal
-        if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
-            value = value[0].item()
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, "must be one integer, the same for all layers")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float | None:
-        value = self.raw(key)
-        if value is None:
-            if (
-                default is None
-                and self.prefix + key not in self.file.metadata
-                and key == "attention.layer_norm_rms_epsilon"
-            ):
-                raise self.error(key, "is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(key, "must be a number")
-        return float(value)
-
-    def refuse_unknown(self) -> None:
-        for key, value in self.file.metadata.items():
-            name = key.removeprefix(self.prefix)
-            if name == key or name in _READ | _HARMLESS:
-                continue
-            if self.arch == "gemma3" and (
-                name in _OLLAMA_NAMES
-                or name.startswith(_OLLAMA_VISION)
-                or (name == "rope.scaling.extrapolation_factor" and value == 1)
-            ):
-                continue
-            neutral = not isinstance(value, (np.ndarray, list)) and value in (0, 0.0, False, "")
-            if not neutral:
-                raise ModelError(
-                    f"{self.file.path}: metadata {key!r} = {repr(value)[:80]} would change the"
-                    " numbers and is not understood"
-                )
+def _layer_types(slides: list[bool]) -> dict[str, Any]:
+    return {"layer_types": ["sliding_attention" if s else "full_attention" for s in slides]}

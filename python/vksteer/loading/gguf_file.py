@@ -319,9 +319,11 @@ class GGUFFile:
     # ---- tensors ----
 
     def raw(self, tensor: GGUFTensor) -> Array:
-        """The tensor's bytes, uint8 [rows, bytes a row]: a view of the mapped file."""
+        """The tensor's bytes, uint8 [rows, bytes a row]: a view of the mapped file. The elements of
+        a vector that is not quantised are rows.
+        """
         rows = 1
-        for n in tensor.shape[:-1]:
+        for n in tensor.shape if _by_element(tensor) else tensor.shape[:-1]:
             rows *= n
         return np.frombuffer(
             self.parts[tensor.part]._map,
@@ -330,20 +332,32 @@ class GGUFFile:
             offset=tensor.offset,
         ).reshape(rows, -1)
 
-    def array(self, name: str, dtype: str, permuted_heads: int = 0) -> Array:
+    def array(
+        self,
+        name: str,
+        dtype: str,
+        permuted_heads: int = 0,
+        rows: tuple[int, int] | None = None,
+    ) -> Array:
         """The tensor as a C-contiguous array of `dtype` ("float32", "bfloat16" as uint16 bits,
         "float16"), rounded to nearest even.
 
         permuted_heads: the number of heads whose rows were interleaved for rotation (llama's q and
-        k): their order is undone.
+        k): their order is undone. rows: (first, count), of a matrix that holds several tensors or
+        of the elements of a vector.
         """
         tensor = self.tensors[name]
         raw = self.raw(tensor)
+        shape = tensor.shape
+        if rows is not None:
+            if len(shape) == 1 and not _by_element(tensor):
+                raise self._error(f"tensor {name!r} is a quantised vector of several parts")
+            raw, shape = raw[rows[0] : rows[0] + rows[1]], (rows[1], *shape[1:])
         # rows are whole blocks, so bytes can be moved before anything is dequantised
         if permuted_heads:
             raw = raw.reshape(permuted_heads, -1, 2, raw.shape[1]).swapaxes(1, 2).reshape(raw.shape)
-        rows, row = raw.shape[0], tensor.shape[-1]
-        out = np.empty((rows, row), dtype=STORAGE[dtype])
+        count, row = raw.shape[0], 1 if _by_element(tensor) else shape[-1]
+        out = np.empty((count, row), dtype=STORAGE[dtype])
         dequantize = _dequantizer(self, tensor)
         step = max(1, DEQUANTISE_ELEMENTS // row)
 
@@ -354,17 +368,22 @@ class GGUFFile:
 
         # Damaged blocks hold any bits as scales: infinities and NaN are found below,
         # not warned about here.
-        if rows <= step:
+        if count <= step:
             with np.errstate(all="ignore"):
                 work(0)
         else:
-            list(_threads().map(work, range(0, rows, step)))
+            list(_threads().map(work, range(0, count, step)))
         if not _all_finite(out, dtype):
             raise self._error(
                 f"tensor {name!r} holds values that are not finite"
                 + (" in float16" if dtype == "float16" else "")
             )
-        return out.reshape(tensor.shape)
+        return out.reshape(shape)
+
+
+def _by_element(tensor: GGUFTensor) -> bool:
+    """Whether this is a vector whose elements can be told apart in the file."""
+    return len(tensor.shape) == 1 and tensor.type in PLAIN
 
 
 def _all_finite(out: Array, dtype: str) -> bool:

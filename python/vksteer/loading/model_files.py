@@ -27,7 +27,8 @@ from .locate import MODEL_PATTERNS, is_gguf, locate, only_gguf
 from .stored_tensors import DTYPES as STORED_DTYPES
 
 if TYPE_CHECKING:
-    from .gguf_file import GGUFFile, GGUFTensor
+    from .gguf_file import GGUFFile
+    from .gguf_tensors import Piece
     from .safetensors_files import Match
     from .tokenizer import Tokenizer
 
@@ -169,8 +170,7 @@ def _entry(name: str, match: Match, paths: list[Path], config: Config, dtype: st
     """
     part, shape = match.part, match.shape
     if not match.stored:  # a norm without parameters
-        ones = np.ones(shape, dtype=np.float32)
-        return TensorEntry(name, "float32", shape, nbytes=ones.nbytes, _load=ones.copy)
+        return _ones(name, shape)
     first = match.stored[0]
     stored = STORED_DTYPES[first.dtype]
     rows = layouts.row_range(part, shape, config)
@@ -251,7 +251,7 @@ def _converted(
 
 def _open_gguf(path: Path, dtype: str) -> ModelFiles:
     from .gguf_parts import open_gguf
-    from .tensor_names import engine_tensors, gguf_name
+    from .gguf_tensors import match
 
     pointer = lfs_pointer(path)
     if pointer is not None:
@@ -259,27 +259,8 @@ def _open_gguf(path: Path, dtype: str) -> ModelFiles:
     file = open_gguf(path)
     try:
         config = Config.from_gguf(file)
-        entries, used = [], {"rope_freqs.weight"}
-        for name, shape in engine_tensors(config):
-            tensor = file.tensors.get(gguf_name(name))
-            if tensor is None:
-                raise ModelError(f"{path}: tensor {gguf_name(name)!r} is missing")
-            if tensor.shape != shape:
-                raise ModelError(
-                    f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)} contradicts the"
-                    f" metadata, which ask for {list(shape)}"
-                )
-            used.add(tensor.name)
-            entries.append(_gguf_entry(file, name, tensor, config, dtype))
-        extra = tuple(n for n in file.tensors if n not in used)
-        stray = next(
-            (n for n in extra if n.startswith("blk.") and not n.endswith(".attn_rot_embd")), None
-        )
-        if stray is not None:
-            raise ModelError(
-                f"{path}: tensor {stray[:200]!r} belongs to no part of a {config.architecture} with"
-                " these metadata; ignoring it would change the numbers"
-            )
+        pieces, extra = match(file, config)
+        entries = [_gguf_entry(file, name, piece, dtype) for name, piece in pieces.items()]
     except BaseException:
         file.close()
         raise
@@ -287,38 +268,37 @@ def _open_gguf(path: Path, dtype: str) -> ModelFiles:
     return ModelFiles(config, paths, tuple(entries), extra, None, gguf=file)
 
 
-def _gguf_entry(
-    file: GGUFFile, name: str, tensor: GGUFTensor, config: Config, dtype: str
-) -> TensorEntry:
+def _gguf_entry(file: GGUFFile, name: str, piece: Piece, dtype: str) -> TensorEntry:
+    """A tensor of a GGUF file: bytes of the file where they are stored as the engine takes them,
+    else an array.
+    """
     from .gguf_file import PLAIN
 
-    # llama.cpp interleaves the rows of llama's q and k for its own rotation; the other
-    # architectures are stored as they were.
-    heads = {
-        "wq": config.n_heads,
-        "bq": config.n_heads,
-        "wk": config.n_kv_heads,
-        "bk": config.n_kv_heads,
-    }.get(name.rpartition(".")[2], 0)
-    if file.metadata["general.architecture"] != "llama":
-        heads = 0
-    plain = PLAIN.get(tensor.type)
-    if plain and not heads and (len(tensor.shape) < 2 or dtype in ("auto", plain)):
+    tensor, shape = piece.tensor, piece.shape
+    if tensor is None:
+        return _ones(name, shape)
+    plain, elements = PLAIN.get(tensor.type), int(np.prod(shape))
+    if plain and not piece.heads and (len(shape) < 2 or dtype in ("auto", plain)):
+        size = dtypes.STORAGE[plain].itemsize
+        offset = tensor.offset + piece.first * int(np.prod(shape[1:])) * size
         path = file.parts[tensor.part].path
-        return _mapped_entry(
-            name, plain, tensor.shape, path, tensor.part, tensor.offset, tensor.nbytes, "auto"
-        )
-    if dtype == "auto" or len(tensor.shape) < 2:
-        target = plain or ("bfloat16" if len(tensor.shape) >= 2 else "float32")
+        return _mapped_entry(name, plain, shape, path, tensor.part, offset, elements * size, "auto")
+    if dtype == "auto" or len(shape) < 2:
+        target = plain or ("bfloat16" if len(shape) >= 2 else "float32")
     else:
         target = dtype
-    nbytes = int(np.prod(tensor.shape)) * dtypes.STORAGE[target].itemsize
-    return TensorEntry(
-        name,
-        target,
-        tensor.shape,
-        None,
-        0,
-        nbytes,
-        lambda: file.array(tensor.name, target, permuted_heads=heads),
-    )
+
+    def read() -> Array:
+        part = elements != int(np.prod(tensor.shape))
+        rows = (piece.first, shape[0]) if part else None
+        values = file.array(tensor.name, target, permuted_heads=piece.heads, rows=rows)
+        return values.reshape(shape)
+
+    nbytes = elements * dtypes.STORAGE[target].itemsize
+    return TensorEntry(name, target, shape, nbytes=nbytes, _load=read)
+
+
+def _ones(name: str, shape: tuple[int, ...]) -> TensorEntry:
+    """The gains of a norm without parameters."""
+    ones = np.ones(shape, dtype=np.float32)
+    return TensorEntry(name, "float32", shape, nbytes=ones.nbytes, _load=ones.copy)

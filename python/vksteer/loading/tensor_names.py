@@ -10,34 +10,6 @@ from typing import NamedTuple
 from .config import Config
 from .layouts import place
 
-_GGUF_LAYER = {
-    "ln1": "attn_norm.weight",
-    "ln2": "ffn_norm.weight",
-    "ln1_post": "post_attention_norm.weight",
-    "ln2_post": "post_ffw_norm.weight",
-    "wq": "attn_q.weight",
-    "wk": "attn_k.weight",
-    "wv": "attn_v.weight",
-    "wo": "attn_output.weight",
-    "bq": "attn_q.bias",
-    "bk": "attn_k.bias",
-    "bv": "attn_v.bias",
-    "bo": "attn_output.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-    "wgate": "ffn_gate.weight",
-    "wup": "ffn_up.weight",
-    "wdown": "ffn_down.weight",
-    "bgate": "ffn_gate.bias",
-    "bup": "ffn_up.bias",
-    "bdown": "ffn_down.bias",
-}
-_GGUF_TOP = {
-    "embed": "token_embd.weight",
-    "unembed": "output.weight",
-    "ln_final": "output_norm.weight",
-}
-
 #: Buffers that old checkpoints have inside layers; the config says everything that they hold.
 HARMLESS_LAYER_TENSOR = re.compile(
     r"\.(rotary_emb\.inv_freq|(self_attn|attn|attention)\.masked_bias|(attn|attention)\.bias)$"
@@ -110,11 +82,3 @@ def engine_tensors(config: Config) -> list[EngineTensor]:
 def hf_name(name: str, config: Config, prefix: str, unembed: str) -> str:
     """What a Hugging Face checkpoint calls the tensor that holds the engine's."""
     return place(name, (config.d_head,), config, prefix, unembed)[1][0]
-
-
-def gguf_name(name: str) -> str:
-    """What a GGUF file calls the engine's tensor."""
-    if name in _GGUF_TOP:
-        return _GGUF_TOP[name]
-    _, layer, part = name.split(".")
-    return f"blk.{layer}.{_GGUF_LAYER[part]}"
