@@ -3,11 +3,13 @@ tokens that promotes, and the weights behind it.
 """
 
 from .decomposition import Decomposition, DirectShares, decompose, direct_shares
+from .direct import Attribution, direct_logit_attribution
 from .lens import Hit, Lens, logit_lens
 from .value_vectors import SteeringValueVectors, steering_value_vectors
 from .weights import Factored, HeadWeights, head_weights, singular_lens
 
 __all__ = [
+    "Attribution",
     "Decomposition",
     "DirectShares",
     "Factored",
@@ -16,6 +18,7 @@ __all__ = [
     "Lens",
     "SteeringValueVectors",
     "decompose",
+    "direct_logit_attribution",
     "direct_shares",
     "head_weights",
     "logit_lens",
