@@ -137,11 +137,9 @@ def refuse_unknown(config: Mapping[str, Any], family: Family, allowed: frozenset
 
 def _refuse_unsupported(key: str, value: Any, family: Family) -> None:
     supported, missing = family.only[key]
-    if isinstance(supported, bool):
-        if value not in (None, True, False):
-            raise ModelError(f"config key {key!r} = {short(value)} must be true or false")
-        value = bool(value)
-    if value != supported:
+    if isinstance(supported, bool) and value not in (None, True, False):
+        raise ModelError(f"config key {key!r} = {short(value)} must be true or false")
+    if (bool(value) if isinstance(supported, bool) else value) != supported:
         raise ModelError(
             f"config key {key!r} = {short(value)} would change the numbers and is not understood"
             f" for {family.model_type}: {missing} is not supported"

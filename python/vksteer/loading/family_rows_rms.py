@@ -100,7 +100,6 @@ MINISTRAL3 = Family(
     },
     gguf=("mistral3",),
     outer="mistral3",
-    default_theta=1e6,
     windows="all",
     window_note="sliding_window in all layers, null: full attention",
 )

@@ -176,7 +176,7 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, str]:
                 return family, named[0]
         elif text == family.model_type:
             return family, family.architectures[-1 if outer else 0]
-    raise ModelError(why_unsupported(named[0] if named else None, model_type))
+    raise ModelError(why_unsupported(config))
 
 
 def _text_model_type(config: Mapping[str, Any], outer: str) -> Any:
