@@ -125,8 +125,12 @@ IGNORED_IN_ALL = frozenset(
         "ignore_index",
         "base_model_name",
         "custom_generate",
+        "custom_pipelines",
         "library_name",
         "license",
+        "num_steps",
+        "output_past",
+        "_num_labels",
         "model_name",
         "model_id",
         "_diffusers_version",
@@ -159,6 +163,24 @@ IGNORED = {
     ),
     "qwen2": frozenset({"attention_bias", "mlp_bias", "no_bias", "qkv_bias"}),
     "qwen3": frozenset({"mlp_bias", "no_bias", "qkv_bias", "use_qk_norm"}),
+    "gpt2": frozenset({"n_special", "predict_special_tokens"}),
+    "gptj": frozenset({"n_special", "predict_special_tokens", "rotary"}),
+    "phi3": frozenset({"full_attn_mod", "interpolate_factor"}),
+    "smollm3": frozenset({"max_window_layers"}),
+    "cohere2": frozenset(
+        {
+            "layer_switch",
+            "order_of_interleaved_layers",
+            "rotary_pct",
+            "use_embedding_sharing",
+            "use_gated_activation",
+            "use_parallel_block",
+            "use_parallel_embedding",
+        }
+    ),
+    "exaone4": frozenset({"max_window_layers", "reorder_qk_norm"}),
+    "nemotron": frozenset({"rope_percent", "rotary_percent"}),
+    "gemma": frozenset({"hidden_activation"}),
 }
 
 #: Keys of a rope dictionary that transformers reads for no rope type of the supported families.
