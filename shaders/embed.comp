@@ -1,6 +1,9 @@
 // dst[t, :] = scale * E[id(t), :], for the tokens whose id lies in this segment of the vocabulary.
+//
+// Define    POSITIONS   (optional) the row of a token's position instead, added to another row
+//                       where EMBED_ADD says so
 // Buffers   tokens [T], weights: panels of E [V, D] (often tied to the unembedding; linear.comp
-//           gives the layout), dst [T, stride]
+//           gives the layout), dst and add [T, stride]
 // Grid      x = tokens; a workgroup takes one, its lanes the columns
 #version 450
 #extension GL_GOOGLE_include_directive : require
@@ -22,9 +25,20 @@ float weight(uint n, uint k) {
 
 void main() {
     uint t = gl_WorkGroupID.x;
+#ifdef POSITIONS
+    uint id = p.tokens.at[t].pos;
+#else
     uint id = p.tokens.at[t].id;
+#endif
     if (id < p.first_id || id - p.first_id >= p.n_ids)
         return;
-    for (uint k = gl_LocalInvocationID.x; k < p.width; k += WG)
-        p.dst.at[t * p.stride + k] = p.scale * weight(id - p.first_id, k);
+    for (uint k = gl_LocalInvocationID.x; k < p.width; k += WG) {
+        // `precise` forbids contraction: a row that is added later must give the same bits
+        precise float row = p.scale * weight(id - p.first_id, k);
+#ifdef POSITIONS
+        if ((p.flags & EMBED_ADD) != 0)
+            row = p.add.at[t * p.stride + k] + row;
+#endif
+        p.dst.at[t * p.stride + k] = row;
+    }
 }

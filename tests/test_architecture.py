@@ -252,7 +252,7 @@ def test_names_and_sizes():
     ("file", "functions"),
     [
         ("csrc/run/attention.c", ("queries_keys_values", "rotate")),
-        ("csrc/run/mlp.c", ("gated",)),
+        ("csrc/run/mlp.c", ("activation",)),
     ],
 )
 def test_a_fused_kernel_passes_over_no_site(file, functions):

@@ -136,12 +136,16 @@ def test_differences_of_norm(on, rng, flags, groups):
     )
 
 
-@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
-def test_differences_of_act(on, rng, kind):
-    back = backward.act_bwd(rng, 3, 33, kind)
-    back.buffers["gate_up"][:, :66] = on_grid(rng, 3, 66, scale=2.0)
+@pytest.mark.parametrize("plain", [False, True], ids=["gated", "plain"])
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
+def test_differences_of_act(on, rng, kind, plain):
+    back = backward.act_bwd(rng, 3, 33, kind, plain=plain)
+    columns = 33 if plain else 66
+    x = on_grid(rng, 3, columns, scale=2.0)
+    # the steps reach 4 grid points: those of relu must not cross its bend at 0
+    back.buffers["gate_up"][:, :columns] = np.where(np.abs(x) < 8 * STEP, 8 * STEP, x)
     gradient = on.run(back.op, back.arguments, back.buffers)[1]["dgate_up"]
-    forward = forward_problems.act(rng, 3, 33, kind)
+    forward = forward_problems.act(rng, 3, 33, kind, plain=plain)
     matches(
         on,
         rng,

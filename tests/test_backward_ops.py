@@ -72,14 +72,15 @@ def test_layer_norm_bwd_of_small_and_large_values(on, rng, scale):
     agree(on, backward.norm_bwd(rng, 3, 257, flags, scale=scale, mean=2.0))
 
 
-@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
 def test_act_bwd(on, rng, kind):
     for n_tokens in (0, 1, 3, 33):
         for width in SIZES:
-            agree(on, backward.act_bwd(rng, n_tokens, width, kind))
+            for plain in (False, True):
+                agree(on, backward.act_bwd(rng, n_tokens, width, kind, plain=plain))
 
 
-@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
 def test_act_bwd_everywhere(on, rng, kind):
     gate = np.concatenate(
         [
@@ -87,8 +88,10 @@ def test_act_bwd_everywhere(on, rng, kind):
             [0.0, -0.0, 1e-30, -1e-30, 88, -88, 104, -104, 1e4, -1e4, 1e10, -1e10],
         ]
     ).astype(np.float32)
-    problem = backward.act_bwd(rng, 1, len(gate), kind, gate=gate[None])
-    assert np.isfinite(agree(on, problem).device["dgate_up"][0, : 2 * len(gate)]).all()
+    for plain in (False, True):
+        problem = backward.act_bwd(rng, 1, len(gate), kind, gate=gate[None], plain=plain)
+        columns = len(gate) if plain else 2 * len(gate)
+        assert np.isfinite(agree(on, problem).device["dgate_up"][0, :columns]).all()
 
 
 # -- attention -------------------------------------------------------------------------------------
@@ -283,7 +286,7 @@ def test_any_attention_bwd(on, seed, rows, kv, group, half, window, pieces):
     seed=seeds,
     n_tokens=st.integers(1, 20),
     width=st.integers(1, 300),
-    kind=st.integers(0, 2),
+    kind=st.integers(0, 4),
     softcap=st.sampled_from([0.0, 3.0]),
 )
 def test_any_row_op_bwd(on, seed, n_tokens, width, kind, softcap):
@@ -301,9 +304,9 @@ def test_any_row_op_bwd(on, seed, n_tokens, width, kind, softcap):
             ],
         ),
     )
-    agree(on, backward.act_bwd(rng, n_tokens, width, kind))
+    agree(on, backward.act_bwd(rng, n_tokens, width, kind, plain=bool(rng.integers(2))))
     agree(on, backward.pair_grad(rng, n_tokens, width, softcap))
-    agree(on, backward.logit_grad(rng, n_tokens, width, kind, softcap))
+    agree(on, backward.logit_grad(rng, n_tokens, width, kind % 3, softcap))
 
 
 # -- the bench -------------------------------------------------------------------------------------
@@ -325,7 +328,7 @@ def test_any_row_op_bwd(on, seed, n_tokens, width, kind, softcap):
         (lambda rng: backward.attn_output_bwd(rng, (9,), 4, 2, 6), {"n_tiles": 9}),
         (lambda rng: backward.attn_softmax_bwd(rng, [(0, 9)], 4), {"key_stride": 4}),
         (lambda rng: backward.rope_bwd(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}),
-        (lambda rng: backward.act_bwd(rng, 3, 7), {"act": 3}),
+        (lambda rng: backward.act_bwd(rng, 3, 7), {"act": 5}),
         (lambda rng: backward.logit_grad(rng, 3, 7), {"kind": 3}),
         (lambda rng: backward.norm_bwd(rng, 3, 7), {"flags": 32}),
     ],

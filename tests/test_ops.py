@@ -63,6 +63,21 @@ def test_embed(on, rng, weight_type):
         agree(on, forward.embed(rng, 3, 257, width, weight_type, segment_rows=96))
 
 
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
+def test_embed_of_positions(on, rng, weight_type):
+    for n_tokens in (0, *SIZES):
+        for add in (False, True):
+            agree(on, forward.embed(rng, n_tokens, 77, 33, weight_type, positions=True, add=add))
+    for width in SIZES:
+        problem = forward.embed(
+            rng, 3, 257, width, weight_type, segment_rows=96, positions=True, add=True
+        )
+        sum_ = agree(on, problem).device["dst"]
+        without = {name: v for name, v in problem.arguments.items() if name != "add"}
+        alone = on.run(problem.op, without, problem.buffers)[0]["dst"]
+        assert same_bits(sum_[:, :width], problem.buffers["add"][:, :width] + alone[:, :width])
+
+
 def test_embed_of_an_unknown_token_writes_nothing(on, rng):
     problem = forward.embed(rng, 3, 33, 7)
     problem.buffers["tokens"][1, 0] = 33
@@ -184,14 +199,15 @@ def test_norm_in_steps_has_the_fused_bits(on, rng, more, groups):
         assert same_bits(buffers["dst"], fused["dst"])
 
 
-@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
 def test_act(on, rng, kind):
     for n_tokens in (0, 1, 3, 33):
         for width in SIZES:
-            agree(on, forward.act(rng, n_tokens, width, kind))
+            for plain in (False, True):
+                agree(on, forward.act(rng, n_tokens, width, kind, plain=plain))
 
 
-@pytest.mark.parametrize("kind", range(3), ids=problems.ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
 def test_act_everywhere(on, rng, kind):
     """Over the whole line, beside |gate up|: nothing overflows, and an act near zero is
     as good as near ten.
@@ -202,8 +218,27 @@ def test_act_everywhere(on, rng, kind):
             [0.0, -0.0, 1e-30, -1e-30, 88, -88, 104, -104, 1e4, -1e4, 1e10, -1e10],
         ]
     ).astype(np.float32)
-    problem = forward.act(rng, 1, len(gate), kind, gate=gate[None])
-    assert np.isfinite(agree(on, problem).device["dst"][0, : len(gate)]).all()
+    for plain in (False, True):
+        problem = forward.act(rng, 1, len(gate), kind, gate=gate[None], plain=plain)
+        assert np.isfinite(agree(on, problem).device["dst"][0, : len(gate)]).all()
+
+
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
+def test_act_keeps_nan(on, rng, kind):
+    problem = forward.act(rng, 1, 33, kind, plain=True)
+    problem.buffers["gate_up"][0, 7] = np.nan
+    found = np.isnan(agree(on, problem).device["dst"][0, :33])
+    assert found[7] and found.sum() == 1
+
+
+@pytest.mark.parametrize("kind", range(5), ids=problems.ACTIVATIONS)
+def test_a_plain_act_is_that_of_a_gate_of_ones(on, rng, kind):
+    problem = forward.act(rng, 3, 33, kind)
+    problem.buffers["gate_up"][:, 33:66] = 1
+    gated, plain = (
+        on.run("act", problem.arguments | {"plain": p}, problem.buffers)[0]["dst"] for p in (0, 1)
+    )
+    assert same_bits(gated, plain)
 
 
 @pytest.mark.parametrize("kind", range(5), ids=problems.EDITS)
@@ -270,6 +305,6 @@ def test_any_row_op(on, seed, n_tokens, n_heads, width, kind, step):
             [f for f in ("add", "rows", "write_scale", "write_normalized") if rng.integers(2)],
         ),
     )
-    agree(on, forward.act(rng, n_tokens, width, kind % 3))
+    agree(on, forward.act(rng, n_tokens, width, kind, plain=bool(rng.integers(2))))
     agree(on, forward.copy(rng, n_tokens, width, bool(rng.integers(2)), bool(rng.integers(2))))
     agree(on, forward.sum_heads(rng, n_tokens, n_heads, width, bool(rng.integers(2))))

@@ -66,7 +66,7 @@ def test_wrong_arguments_never_reach_the_device(on, rng, change, error):
         (lambda rng: forward.attn_output(rng, [(0, 9)], 4, 2, 6), {"first_token": 3}),
         (lambda rng: forward.attn_softmax(rng, [(0, 9)], 4), {"key_stride": 4}),
         (lambda rng: forward.rope(rng, [(0, 9)], 4, 2, 6), {"d_head": 5}),
-        (lambda rng: forward.act(rng, 3, 7), {"act": 3}),
+        (lambda rng: forward.act(rng, 3, 7), {"act": 5}),
         (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"kind": 5}),
         (lambda rng: forward.edit(rng, 0, 3, 2, 7), {"n_entries": 1000}),
     ],

@@ -269,6 +269,7 @@ int circuit_mlp(struct circuit_run *run, int l, uint64_t base_out, struct error 
             .in_stride = work->gate_up_stride,
             .out_stride = work->mlp_stride,
             .act = f->act,
+            .plain = !f->gated,
         };
         struct op_linear_args down = {
             .x = act.dst,

@@ -67,8 +67,14 @@ int read_pairs(struct run_work *work, struct read_memory *memory, const struct r
         return -1;
     RUN(work_grow(work, &memory->rows, 8 * (uint64_t)n * work->d_stride, "rows of the unembedding",
                   error));
-    RUN(op_embed(&work->model->ops, &model->unembed, ids, 2 * n, 1, run_address(memory->rows),
-                 work->d_stride, error));
+    struct op_embed_args rows_of = {
+        .tokens = ids,
+        .dst = run_address(memory->rows),
+        .n_tokens = 2 * n,
+        .stride = work->d_stride,
+        .scale = 1,
+    };
+    RUN(op_embed(&work->model->ops, &model->unembed, &rows_of, error));
     RUN(values_take(work, read->pairs, read->n, first, n, 2, n_runs, &values, error));
     struct pair_logits_params params = {
         .normed = normed,

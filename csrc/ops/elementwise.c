@@ -2,24 +2,29 @@
  * a norm of parts of a row). */
 #include "ops/ops.h"
 
-int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
-             float scale, uint64_t dst, uint32_t stride, struct error *error) {
+int op_embed(struct ops *ops, const struct op_matrix *embedding, const struct op_embed_args *args,
+             struct error *error) {
+    if (args->add && !args->positions)
+        return error_set(error, ERROR_VALUE, "only rows of positions are added to others");
     for (uint32_t c = 0; c < embedding->n_segments; c++) {
         struct embed_params params = {
-            .tokens = tokens,
+            .tokens = args->tokens,
             .weights = embedding->segments[c].address,
-            .dst = dst,
-            .n_tokens = n_tokens,
+            .dst = args->dst,
+            .add = args->add,
+            .n_tokens = args->n_tokens,
             .width = embedding->k,
-            .stride = stride,
+            .stride = args->stride,
             .k_cells = embedding->k_cells,
             .first_id = embedding->segments[c].first,
             .n_ids = embedding->segments[c].count,
             .weight_type = embedding->type,
-            .scale = scale,
+            .flags = args->add ? EMBED_ADD : 0,
+            .scale = args->scale,
         };
-        if (gpu_queue_dispatch(ops->queue, KERNEL_embed, &params, sizeof params, n_tokens, 1, 1,
-                               4.0 * n_tokens * embedding->k, error))
+        if (gpu_queue_dispatch(ops->queue, kernel_embed(args->positions != 0), &params,
+                               sizeof params, args->n_tokens, 1, 1,
+                               4.0 * args->n_tokens * embedding->k, error))
             return -1;
     }
     return 0;
@@ -51,9 +56,16 @@ int op_act(struct ops *ops, const struct act_params *params, uint32_t n_tokens,
            struct error *error) {
     uint32_t columns = gpu_device_get_info(ops->device)->type == GPU_SOFTWARE ? params->width
                                                                               : 4 * ops->workgroup;
-    return gpu_queue_dispatch(ops->queue, KERNEL_act, params, sizeof *params, n_tokens,
-                              (params->width + columns - 1) / columns, 1,
+    return gpu_queue_dispatch(ops->queue, kernel_act(params->plain != 0), params, sizeof *params,
+                              n_tokens, (params->width + columns - 1) / columns, 1,
                               30.0 * n_tokens * params->width, error);
+}
+
+int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_tokens,
+               struct error *error) {
+    return gpu_queue_dispatch(ops->queue, kernel_act_bwd(params->plain != 0), params,
+                              sizeof *params, n_tokens, 1, 1, 60.0 * n_tokens * params->width,
+                              error);
 }
 
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error) {

@@ -166,8 +166,16 @@ int op_attn_decode_kernel(uint32_t group);
 
 /* --- elementwise.c ---------------------------------------------------------------------------- */
 
-int op_embed(struct ops *ops, const struct op_matrix *embedding, uint64_t tokens, uint32_t n_tokens,
-             float scale, uint64_t dst, uint32_t stride, struct error *error);
+/* dst[t, :] = scale * E[id(t), :], or of learned positions [add[t, :] +] scale * E[pos(t), :]. Rows
+ * that the matrix does not have are left as they are. */
+struct op_embed_args {
+    uint64_t tokens, dst, add; /* [T] token_meta, [T, stride], [T, stride] or 0 */
+    uint32_t n_tokens, stride;
+    uint32_t positions; /* 1: the rows are those of positions */
+    float scale;
+};
+int op_embed(struct ops *ops, const struct op_matrix *embedding, const struct op_embed_args *args,
+             struct error *error);
 
 /* --- every op of kernels.def: its kernel's arguments, then its sizes -------------------------- */
 

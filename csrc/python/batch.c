@@ -65,9 +65,7 @@ int batch_captures_read(const struct model *model, const struct batch_arguments 
         if (!PyArg_ParseTuple(pair, "ii", &capture->site, &capture->layer))
             return -1;
         if (capture->site < 0 || capture->site >= SITE_COUNT ||
-            !site_exists(capture->site, &model->facts) || capture->layer < 0 ||
-            (uint32_t)capture->layer >=
-                (site_is_layered(capture->site) ? model->facts.n_layers : 1)) {
+            !site_exists(capture->site, capture->layer, &model->facts)) {
             PyErr_Format(PyExc_KeyError, "no site %d in layer %d", capture->site, capture->layer);
             return -1;
         }

@@ -57,6 +57,10 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
         uint32_t site_heads, width;
         if (edit->site < 0 || edit->site >= SITE_COUNT)
             continue; /* edit_list_index refuses it */
+        if (edit->layer >= 0 && (uint32_t)edit->layer < model->facts.n_layers &&
+            !site_exists(edit->site, edit->layer, &model->facts))
+            return error_set(error, ERROR_VALUE, "edit %zd: this model has no %s in layer %d", i,
+                             site_name(edit->site), edit->layer);
         site_shape(edit->site, &model->facts, &site_heads, &width);
         for (uint32_t h = 0;
              h < edit->n_heads && (uint64_t)edit->first_head + h < (uint64_t)n_heads; h++)

@@ -7,16 +7,19 @@
 
 static struct engine_state *module_state(PyObject *module) { return PyModule_GetState(module); }
 
-static const char *const kind_names[] = {"width",       "one", "query_heads", "kv_heads",  "keys",
-                                         "heads_width", "mlp", "post_one",    "post_width"};
+static const char *const kind_names[] = {"width", "one",         "query_heads", "kv_heads",
+                                         "keys",  "heads_width", "mlp"};
+static const char *const needs_names[] = {"",         "positions",  "pre_norms", "post_norms",
+                                          "rotation", "sequential", "gate"};
 
 static PyObject *engine_sites(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;
     PyObject *list = PyList_New(SITE_COUNT);
     for (int i = 0; list && i < SITE_COUNT; i++) {
-        PyObject *item = Py_BuildValue("(ssO)", site_name(i), kind_names[site_kind(i)],
-                                       site_is_layered(i) ? Py_True : Py_False);
+        PyObject *item = Py_BuildValue("(ssOs)", site_name(i), kind_names[site_kind(i)],
+                                       site_is_layered(i) ? Py_True : Py_False,
+                                       needs_names[site_needs(i)]);
         if (!item) {
             Py_DECREF(list);
             return NULL;
@@ -164,7 +167,7 @@ static PyMethodDef engine_methods[] = {
     {"devices", engine_devices, METH_NOARGS,
      "devices() -> list of dicts: every Vulkan device of this machine; [] without a driver."},
     {"sites", engine_sites, METH_NOARGS,
-     "sites() -> list of (name, kind, layered) in the order of the forward pass."},
+     "sites() -> list of (name, kind, layered, needs) in the order of the forward pass."},
     {"kernels", engine_kernels, METH_NOARGS,
      "kernels() -> list of (name, SPIR-V bytes, bytes of parameters)."},
     {"tape_bytes", engine_tape_bytes, METH_VARARGS,

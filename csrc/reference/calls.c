@@ -32,7 +32,7 @@ struct row_norms_call {
     struct matrix_arguments matrix;
 };
 struct embed_call {
-    struct embed_arguments args;
+    struct op_embed_args args;
     struct matrix_arguments matrix;
 };
 
@@ -138,21 +138,17 @@ static void row_norms_reference(struct reference_memory *memory, const void *arg
 
 static int embed_run(struct ops *ops, const void *arguments, struct error *error) {
     const struct embed_call *call = arguments;
-    const struct embed_arguments *args = &call->args;
     struct op_matrix matrix;
-    if (matrix_make(&call->matrix, &matrix, error))
-        return -1;
-    return op_embed(ops, &matrix, args->tokens, args->n_tokens, args->scale, args->dst,
-                    args->stride, error);
+    return matrix_make(&call->matrix, &matrix, error) || op_embed(ops, &matrix, &call->args, error)
+               ? -1
+               : 0;
 }
 
 static void embed_reference(struct reference_memory *memory, const void *arguments) {
     const struct embed_call *call = arguments;
-    const struct embed_arguments *args = &call->args;
     struct op_matrix matrix;
     if (!reference_matrix(memory, &call->matrix, &matrix))
-        reference_embed(memory, &matrix, args->tokens, args->n_tokens, args->scale, args->dst,
-                        args->stride);
+        reference_embed(memory, &matrix, &call->args);
 }
 
 #define FIELDS_matrix(name) FIELDS_matrix_arguments(offsetof(struct name##_call, matrix))
@@ -170,7 +166,7 @@ static const struct op_field linear_fields[] = {FIELDS_op_linear_args(0), FIELDS
                                                   FIELDS_matrix(head_out), FIELDS_family(head_out)},
                              row_norms_fields[] = {FIELDS_row_norms_arguments(0),
                                                    FIELDS_matrix(row_norms)},
-                             embed_fields[] = {FIELDS_embed_arguments(0), FIELDS_matrix(embed)};
+                             embed_fields[] = {FIELDS_op_embed_args(0), FIELDS_matrix(embed)};
 
 /* --- ops of kernels.def ----------------------------------------------------------------------- */
 

@@ -37,11 +37,6 @@ struct matrix_arguments {
     uint32_t weight_type, n, k;
     uint32_t segment_rows; /* rows of each segment, a multiple of 32; 0: one segment */
 };
-struct embed_arguments {
-    uint64_t tokens, dst;
-    uint32_t n_tokens, stride;
-    float scale;
-};
 struct row_norms_arguments {
     uint64_t dst;
 };

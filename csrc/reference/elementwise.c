@@ -15,6 +15,12 @@ double reference_activate(uint32_t act, double x, double *slope) {
         double t = tanh(inner), e = cosh(inner);
         value = 0.5 * x * (1 + t);
         at = 0.5 * (1 + t) + (isinf(e) ? 0 : 0.5 * x * c * (1 + 3 * 0.044715 * x * x) / (e * e));
+    } else if (act == ACT_RELU) {
+        value = x < 0 ? 0 : x; /* NaN stays NaN */
+        at = x > 0;
+    } else if (act == ACT_RELU2) {
+        value = x < 0 ? 0 : x * x;
+        at = x > 0 ? 2 * x : 0;
     } else {
         /* erfc, because 1 + erf loses all digits for a very negative x */
         value = 0.5 * x * erfc(-x * sqrt(0.5));
@@ -26,13 +32,14 @@ double reference_activate(uint32_t act, double x, double *slope) {
 }
 
 void reference_act(struct reference_memory *memory, const struct act_params *p, uint32_t n_tokens) {
-    if (p->act > ACT_GELU)
+    if (p->act > ACT_RELU2)
         reference_fail(memory, "there is no activation %u", p->act);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width; i++) {
             double gate = *reference_float(memory, p->gate_up, (uint64_t)t * p->in_stride + i);
-            double up = *reference_float(memory, p->gate_up,
-                                         (uint64_t)t * p->in_stride + p->width + i);
+            double up = p->plain ? 1
+                                 : *reference_float(memory, p->gate_up,
+                                                    (uint64_t)t * p->in_stride + p->width + i);
             *reference_float(memory, p->dst, (uint64_t)t * p->out_stride + i) =
                 reference_activate(p->act, gate, NULL) * up;
         }
@@ -114,7 +121,7 @@ void reference_sum_heads(struct reference_memory *memory, const struct sum_heads
 
 void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_params *p,
                        uint32_t n_tokens) {
-    if (p->act > ACT_GELU)
+    if (p->act > ACT_RELU2)
         reference_fail(memory, "there is no activation %u", p->act);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
@@ -122,8 +129,9 @@ void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_par
             double d = *reference_float(memory, p->dpost, (uint64_t)t * p->out_stride + i), slope;
             double value = reference_activate(p->act, *reference_float(memory, p->gate_up, gate),
                                               &slope);
-            *reference_float(memory, p->dgate_up,
-                             gate) = d * *reference_float(memory, p->gate_up, up) * slope;
-            *reference_float(memory, p->dgate_up, up) = d * value;
+            double times = p->plain ? 1 : *reference_float(memory, p->gate_up, up);
+            *reference_float(memory, p->dgate_up, gate) = d * times * slope;
+            if (!p->plain)
+                *reference_float(memory, p->dgate_up, up) = d * value;
         }
 }

@@ -151,16 +151,20 @@ void reference_linear_bwd(struct reference_memory *memory, const struct op_matri
         }
 }
 
-/* dst[t, :] = scale * E[id(t), :] */
+/* dst[t, :] = scale * E[id(t), :], or [add[t, :] +] scale * E[pos(t), :] */
 void reference_embed(struct reference_memory *memory, const struct op_matrix *embedding,
-                     uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
-                     uint32_t stride) {
-    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
-        uint32_t id = reference_token(memory, tokens, t).id;
-        if (id >= embedding->n)
+                     const struct op_embed_args *args) {
+    if (args->add && !args->positions)
+        reference_fail(memory, "only rows of positions are added to others");
+    for (uint32_t t = 0; t < args->n_tokens && !memory->failed; t++) {
+        struct token_meta token = reference_token(memory, args->tokens, t);
+        uint32_t row = args->positions ? token.pos : token.id;
+        uint64_t to = (uint64_t)t * args->stride;
+        if (row >= embedding->n)
             continue; /* no such row: dst stays as it was */
-        for (uint32_t k = 0; k < embedding->k; k++)
-            *reference_float(memory, dst, (uint64_t)t * stride + k) =
-                scale * reference_weight(memory, embedding, id, k);
+        for (uint32_t k = 0; k < embedding->k && !memory->failed; k++)
+            *reference_float(memory, args->dst, to + k) =
+                args->scale * reference_weight(memory, embedding, row, k) +
+                (args->add ? *reference_float(memory, args->add, to + k) : 0);
     }
 }

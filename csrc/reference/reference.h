@@ -66,8 +66,7 @@ void reference_linear_pairs(struct reference_memory *memory, const struct op_mat
 void reference_linear_bwd(struct reference_memory *memory, const struct op_matrix *matrix,
                           const struct op_linear_bwd_args *args);
 void reference_embed(struct reference_memory *memory, const struct op_matrix *embedding,
-                     uint64_t tokens, uint32_t n_tokens, float scale, uint64_t dst,
-                     uint32_t stride);
+                     const struct op_embed_args *args);
 
 /* lens.c */
 void reference_head_out(struct reference_memory *memory, const struct op_matrix *matrix,

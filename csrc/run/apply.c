@@ -70,9 +70,16 @@ static int read_rows(struct run_work *work, const struct op_matrix *matrix, uint
     int failed = work_upload_reset(work, error) ||
                  work_upload(work, rows, n * sizeof *rows, &tokens, error);
     free(rows);
-    if (failed ||
-        op_embed(&work->model->ops, matrix, tokens, n, 1, gpu_buffer_address(work->readback),
-                 matrix->k, error) ||
+    if (failed)
+        return -1;
+    struct op_embed_args args = {
+        .tokens = tokens,
+        .dst = gpu_buffer_address(work->readback),
+        .n_tokens = n,
+        .stride = matrix->k,
+        .scale = 1,
+    };
+    if (op_embed(&work->model->ops, matrix, &args, error) ||
         gpu_queue_wait(work->model->ops.queue, error))
         return -1;
     memcpy(out, gpu_buffer_map(work->readback), 4 * (size_t)n * matrix->k);

@@ -1,4 +1,4 @@
-/* x += attention(x): the forward pass of one layer's attention. */
+/* work_mid = x + attention(x): the forward pass of one layer's attention. */
 #include "run/steps.h"
 
 /* --- queries, keys and values ----------------------------------------------------------------- */
@@ -71,13 +71,14 @@ static int queries_keys_values(struct run_work *work, struct run_cache *cache, i
     struct rope_params rope = rope_of(work, cache, l);
     struct qkv_rows at = qkv_rows_at(work, rope.qkv);
     int keep_scale = site_edited(work, SITE_V, l);
-    if (!work->model->facts.qk_norm && step_fusable(work, SITE_LN1_SCALE, SITE_ROT_K, l) &&
+    if (!work->model->facts.qk_norm && step_norm_fusable(work, ln1) &&
+        step_fusable(work, SITE_LN1_SCALE, SITE_ROT_K, l) &&
         op_linear_pairs_offered(&work->model->ops, &layer->qkv, work->chunk.n_tokens))
         return rotated_fused(work, &rope, l, error);
     RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, at.q, keep_scale, error));
     RUN(step_visit(work, SITE_Q, l, at.q, error));
     RUN(step_visit(work, SITE_K, l, at.k, error));
-    RUN(step_visit_normed(work, SITE_V, l, at.v, run_address(work->scale), error));
+    RUN(step_visit_normed(work, SITE_V, l, at.v, ln1.gain ? run_address(work->scale) : 0, error));
     RUN(tape_keep_qkv(work, l, error));
     RUN(run_hook_call(work, HOOK_QKV, l, at.q.address, at.q.stride, error));
     return rotate(work, rope, l, error);
@@ -283,19 +284,21 @@ static int head_results(struct run_work *work, int l, struct error *error) {
 
 /* --- the layer -------------------------------------------------------------------------------- */
 
-/* x += [ln1_post](z W_O^T + b) */
+/* work_mid = x + [ln1_post](z W_O^T + b) */
 static int output(struct run_work *work, int l, struct error *error) {
     const struct model_layer *layer = &work->model->layers[l];
-    struct rows x = {run_address(work->x), work->d_stride},
-                z = {run_address(work->z), work->z_stride}, out = {work->at_out, work->d_stride};
+    struct residual stream = attention_residual(work);
+    struct rows to = {stream.to, work->d_stride}, z = {run_address(work->z), work->z_stride},
+                out = {work->at_out, work->d_stride};
     int post_norms = work->model->facts.post_norms, summed = site_edited(work, SITE_RESULT, l);
     if (!summed && !post_norms && !site_wanted(work, SITE_ATTN_OUT, l))
-        return step_product(work, &layer->o, z, layer->b_o, x.address, x, error);
+        return step_product(work, &layer->o, z, layer->b_o, stream.from, to, error);
     if (!summed)
         RUN(step_product(work, &layer->o, z, layer->b_o, 0, out, error));
     if (post_norms)
         RUN(run_hook_call(work, HOOK_ATTN_RAW, l, out.address, out.stride, error));
-    return step_add_output(work, SITE_ATTN_OUT, norm_step_of(work->model, LN1_POST, l), 0, error);
+    return step_add_output(work, SITE_ATTN_OUT, norm_step_of(work->model, LN1_POST, l), stream, 0,
+                           error);
 }
 
 int run_attention(struct run_work *work, struct run_cache *cache, int l, struct error *error) {

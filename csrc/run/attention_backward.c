@@ -238,7 +238,8 @@ static int queries_keys_values_backward(struct run_work *work, int l, struct err
     struct norm_step ln1 = norm_step_of(work->model, LN1, l);
     struct qkv_rows d = qkv_rows_at(work, run_address(tape->dqkv));
     struct rows dnorm = {run_address(tape->dnorm), work->d_stride};
-    uint64_t x = run_address(tape->layers[l].x), dx = run_address(tape->dx);
+    uint64_t x = run_address(tape->layers[l].x), dx = run_address(tape->dx),
+             dx_pre = run_address(tape_dx_pre(tape));
     RUN(step_visit_backward(work, SITE_ROT_Q, l, d.q, error));
     RUN(step_visit_backward(work, SITE_ROT_K, l, d.k, error));
     RUN(rotate_backward(work, l, error));
@@ -247,7 +248,7 @@ static int queries_keys_values_backward(struct run_work *work, int l, struct err
     RUN(step_visit_backward(work, SITE_Q, l, d.q, error));
     RUN(run_hook_call(work, HOOK_D_QKV, l, d.q.address, d.q.stride, error));
     RUN(step_product_backward(work, &layer->qkv, d.q, dnorm, error));
-    return step_norm_backward(work, ln1, x, dnorm.address, dx, dx, error);
+    return step_norm_backward(work, ln1, x, dnorm.address, dx_pre, dx, error);
 }
 
 /* --- the layer -------------------------------------------------------------------------------- */

@@ -29,7 +29,8 @@ static int layer_backward(struct run_work *work, struct run_cache *cache, int l,
         RUN(layer_again(work, cache, l, error));
     RUN(step_visit_backward(work, SITE_RESID_POST, l, dx, error));
     RUN(run_mlp_backward(work, l, error));
-    RUN(step_visit_backward(work, SITE_RESID_MID, l, dx, error));
+    if (!work->model->facts.parallel)
+        RUN(step_visit_backward(work, SITE_RESID_MID, l, dx, error));
     RUN(run_attention_backward(work, cache, l, error));
     RUN(run_hook_call(work, HOOK_D_RESID_PRE, l, dx.address, dx.stride, error));
     return step_visit_backward(work, SITE_RESID_PRE, l, dx, error);
@@ -43,13 +44,26 @@ static int final_norm_backward(struct run_work *work, struct rows dx, struct err
     return run_hook_call(work, HOOK_D_FINAL_INPUT, 0, dx.address, dx.stride, error);
 }
 
+/* The embedding and the learned positions are added, so both have the gradient of their sum. An
+ * edit of one leaves the other's alone, so the positions' acts on a copy. */
+static int embed_backward(struct run_work *work, struct rows dx, struct error *error) {
+    struct rows copy = {run_address(work->tape->draw), work->d_stride};
+    if (site_wanted(work, SITE_POS_EMBED, 0)) {
+        RUN(step_copy(work, dx.address, copy.address, 0, error));
+        RUN(step_visit_backward(work, SITE_POS_EMBED, 0, copy, error));
+    }
+    return step_visit_backward(work, SITE_EMBED, 0, dx, error);
+}
+
 static int layers_backward(struct run_work *work, struct run_cache *cache, int stop_layer,
                            struct error *error) {
     struct rows dx = {run_address(work->tape->dx), work->d_stride};
     RUN(final_norm_backward(work, dx, error));
     for (int l = (int)work->model->facts.n_layers - 1; l >= stop_layer; l--)
         RUN(layer_backward(work, cache, l, error));
-    return stop_layer ? 0 : step_visit_backward(work, SITE_EMBED, 0, dx, error);
+    if (stop_layer)
+        return 0;
+    return embed_backward(work, dx, error);
 }
 
 int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_cache *cache,

@@ -1,5 +1,5 @@
 /* The forward pass of one chunk, one line for each step of the model. x is the residual stream,
- * in work->x [T, D]. */
+ * in work->x [T, D]; between attention and MLP it is work_mid. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -31,20 +31,51 @@ static int resume(struct run_work *work, struct error *error) {
     return op_copy(&work->model->ops, &copy, error);
 }
 
-/* x = embed[token] * embed_scale */
+/* x += pos_embed[position] */
+static int embed_positions(struct run_work *work, struct error *error) {
+    const struct model *model = work->model;
+    struct rows x = {run_address(work->x), work->d_stride},
+                rows = {run_address(work->out), work->d_stride};
+    struct op_embed_args args = {
+        .tokens = work->chunk.tokens,
+        .dst = x.address,
+        .add = x.address,
+        .n_tokens = work->chunk.n_tokens,
+        .stride = x.stride,
+        .positions = 1,
+        .scale = 1,
+    };
+    if (!site_wanted(work, SITE_POS_EMBED, 0))
+        return op_embed(&work->model->ops, &model->pos_embed, &args, error);
+    args.dst = rows.address;
+    args.add = 0;
+    RUN(op_embed(&work->model->ops, &model->pos_embed, &args, error));
+    RUN(step_visit(work, SITE_POS_EMBED, 0, rows, error));
+    return step_copy(work, rows.address, x.address, x.address, error);
+}
+
+/* x = embed[token] * embed_scale [+ pos_embed[position]] */
 static int embed(struct run_work *work, struct error *error) {
     const struct model *model = work->model;
     struct rows x = {run_address(work->x), work->d_stride};
-    RUN(op_embed(&work->model->ops, &model->embed, work->chunk.tokens, work->chunk.n_tokens,
-                 model->facts.embed_scale, x.address, x.stride, error));
-    return step_visit(work, SITE_EMBED, 0, x, error);
+    struct op_embed_args args = {
+        .tokens = work->chunk.tokens,
+        .dst = x.address,
+        .n_tokens = work->chunk.n_tokens,
+        .stride = x.stride,
+        .scale = model->facts.embed_scale,
+    };
+    RUN(op_embed(&work->model->ops, &model->embed, &args, error));
+    RUN(step_visit(work, SITE_EMBED, 0, x, error));
+    return model->facts.pos_embed ? embed_positions(work, error) : 0;
 }
 
 int run_layer(struct run_work *work, struct run_cache *cache, int l, struct error *error) {
     struct rows x = {run_address(work->x), work->d_stride};
     RUN(tape_layer_begin(work, l, error));
     RUN(run_attention(work, cache, l, error));
-    RUN(step_visit(work, SITE_RESID_MID, l, x, error));
+    if (!work->model->facts.parallel)
+        RUN(step_visit(work, SITE_RESID_MID, l, x, error));
     RUN(tape_layer_middle(work, l, error));
     return run_mlp(work, l, error);
 }

@@ -44,6 +44,7 @@ static int unembed(struct run_work *work, uint64_t x, uint32_t n_rows, int by_ro
 static int last_normed(struct run_work *work, int normed, struct error *error) {
     const struct chunk *chunk = &work->chunk;
     const struct model *model = work->model;
+    struct norm_step ln_final = norm_step_of(model, LN_FINAL, 0);
     if (normed) {
         struct copy_params pick = {
             .x = run_address(work->norm),
@@ -59,13 +60,15 @@ static int last_normed(struct run_work *work, int normed, struct error *error) {
     }
     struct norm_params norm = {
         .x = run_address(work->x),
-        .gain = model->ln_final,
+        .gain = ln_final.gain,
+        .bias = ln_final.bias,
         .dst = run_address(work->out),
         .rows = chunk->last_rows,
         .width = model->facts.d_model,
         .stride = work->d_stride,
         .eps = model->facts.norm_eps,
-        .flags = NORM_ROWS,
+        .flags = NORM_ROWS | (ln_final.layer_norm ? NORM_LAYER : 0) |
+                 (ln_final.bias ? NORM_BIAS : 0),
     };
     return op_norm(&work->model->ops, &norm, chunk->n_last, error);
 }

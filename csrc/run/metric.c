@@ -31,8 +31,14 @@ static int pairs(struct run_work *work, struct run_tape *tape, const struct run_
         return -1;
     RUN(work_grow(work, &tape->logits, 8 * (uint64_t)metric->n * d, "rows of the unembedding",
                   error));
-    RUN(op_embed(&work->model->ops, &model->unembed, ids, 2 * metric->n, 1,
-                 run_address(tape->logits), d, error));
+    struct op_embed_args rows_of = {
+        .tokens = ids,
+        .dst = run_address(tape->logits),
+        .n_tokens = 2 * metric->n,
+        .stride = d,
+        .scale = 1,
+    };
+    RUN(op_embed(&work->model->ops, &model->unembed, &rows_of, error));
     RUN(work_readback_floats(work, 2 * metric->n, metric->values, &values, error));
     struct pair_grad_params params = {
         .normed = rows->normed,

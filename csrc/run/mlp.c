@@ -1,7 +1,8 @@
-/* x += mlp(x): the forward pass of one layer's MLP. */
+/* x = work_mid + mlp(y): the forward pass of one layer's MLP. y is work_mid, which is x, or in
+ * parallel layers x itself: either way it lies in work->x. */
 #include "run/steps.h"
 
-/* post = act(ln2(x) W_gate^T) * (ln2(x) W_up^T) in one kernel */
+/* post = act(ln2(y) W_gate^T) * (ln2(y) W_up^T) in one kernel */
 static int gated_fused(struct run_work *work, int l, struct error *error) {
     const struct model_layer *layer = &work->model->layers[l];
     struct op_linear_pairs_args args = {
@@ -27,41 +28,48 @@ static int activate(struct run_work *work, uint64_t gate_up, struct error *error
         .in_stride = work->gate_up_stride,
         .out_stride = work->mlp_stride,
         .act = work->model->facts.act,
+        .plain = !work->model->facts.gated,
     };
     return op_act(&work->model->ops, &act, work->chunk.n_tokens, error);
 }
 
-/* gate, up = ln2(x) W_gate_up^T + b; post = act(gate) * up */
-static int gated(struct run_work *work, int l, struct error *error) {
+/* gate, up = ln2(y) W_gate_up^T + b; post = act(gate) * up. Without a gate post = act(up), and up
+ * lies where the gate would. */
+static int activation(struct run_work *work, int l, struct error *error) {
     const struct model_layer *layer = &work->model->layers[l];
     struct norm_step ln2 = norm_step_of(work->model, LN2, l);
     struct rows gate = {work->at_gate_up, work->gate_up_stride}, up = gate;
     up.address += 4 * (uint64_t)work->model->facts.d_mlp;
-    if (step_fusable(work, SITE_LN2_SCALE, SITE_MLP_PRE_LINEAR, l) &&
+    int gate_there = work->model->facts.gated;
+    if (gate_there && step_norm_fusable(work, ln2) &&
+        step_fusable(work, SITE_LN2_SCALE, SITE_MLP_PRE_LINEAR, l) &&
         op_linear_pairs_offered(&work->model->ops, &layer->gate_up, work->chunk.n_tokens))
         return gated_fused(work, l, error);
     RUN(step_norm_product(work, ln2, &layer->gate_up, layer->b_gate_up, gate, 0, error));
     RUN(step_visit(work, SITE_MLP_PRE, l, gate, error));
-    RUN(step_visit(work, SITE_MLP_PRE_LINEAR, l, up, error));
+    if (gate_there)
+        RUN(step_visit(work, SITE_MLP_PRE_LINEAR, l, up, error));
     return activate(work, gate.address, error);
 }
 
-/* x += [ln2_post](post W_down^T + b) */
+/* x = work_mid + [ln2_post](post W_down^T + b) */
 static int output(struct run_work *work, int l, struct error *error) {
     const struct model_layer *layer = &work->model->layers[l];
     struct rows post = {run_address(work->post), work->mlp_stride},
                 x = {run_address(work->x), work->d_stride}, out = {work->at_out, work->d_stride};
+    struct residual stream = mlp_residual(work);
     uint64_t rows = step_frozen(work, l) ? work->chunk.mlp_rows : 0;
     int hooked = work->hook || site_wanted(work, SITE_MLP_OUT, l);
     if (!work->model->facts.post_norms && !rows && !hooked)
-        return step_product(work, &layer->down, post, layer->b_down, x.address, x, error);
+        return step_product(work, &layer->down, post, layer->b_down, stream.from, x, error);
     RUN(step_product(work, &layer->down, post, layer->b_down, 0, out, error));
-    return step_add_output(work, SITE_MLP_OUT, norm_step_of(work->model, LN2_POST, l), rows, error);
+    return step_add_output(work, SITE_MLP_OUT, norm_step_of(work->model, LN2_POST, l), stream, rows,
+                           error);
 }
 
 int run_mlp(struct run_work *work, int l, struct error *error) {
     struct rows post = {run_address(work->post), work->mlp_stride};
-    RUN(gated(work, l, error));
+    RUN(activation(work, l, error));
     RUN(step_visit(work, SITE_MLP_POST, l, post, error));
     return output(work, l, error);
 }

@@ -1,7 +1,7 @@
 /* The backward pass of mlp.c, its steps in reverse. */
 #include "run/steps.h"
 
-/* dgate, dup from dpost, where post = act(gate) * up */
+/* dgate, dup from dpost, where post = act(gate) * up, or without a gate act(up) */
 static int activate_backward(struct run_work *work, int l, struct error *error) {
     struct run_tape *tape = work->tape;
     struct act_bwd_params act = {
@@ -12,22 +12,24 @@ static int activate_backward(struct run_work *work, int l, struct error *error) 
         .in_stride = work->gate_up_stride,
         .out_stride = work->mlp_stride,
         .act = work->model->facts.act,
+        .plain = !work->model->facts.gated,
     };
     return op_act_bwd(&work->model->ops, &act, work->chunk.n_tokens, error);
 }
 
-/* dx += gradient through ln2; a hook gets what passes through the MLP alone. */
+/* dx_pre = dx + gradient through ln2; a hook gets what passes through the MLP alone. */
 static int norm_backward(struct run_work *work, int l, struct error *error) {
     struct run_tape *tape = work->tape;
     struct norm_step ln2 = norm_step_of(work->model, LN2, l);
-    uint64_t mid = run_address(tape->layers[l].mid), dx = run_address(tape->dx),
-             dnorm = run_address(tape->dnorm), input = run_address(tape->draw);
+    uint64_t y = run_address(tape_mlp_input(tape, l)), dx = run_address(tape->dx),
+             dx_pre = run_address(tape_dx_pre(tape)), dnorm = run_address(tape->dnorm),
+             input = run_address(tape->draw);
     RUN(run_hook_call(work, HOOK_D_MLP_NORMED, l, dnorm, work->d_stride, error));
     if (!work->hook)
-        return step_norm_backward(work, ln2, mid, dnorm, dx, dx, error);
-    RUN(step_norm_backward(work, ln2, mid, dnorm, 0, input, error));
+        return step_norm_backward(work, ln2, y, dnorm, dx, dx_pre, error);
+    RUN(step_norm_backward(work, ln2, y, dnorm, 0, input, error));
     RUN(run_hook_call(work, HOOK_D_MLP_INPUT, l, input, work->d_stride, error));
-    return step_copy(work, input, dx, dx, error);
+    return step_copy(work, input, dx_pre, dx, error);
 }
 
 int run_mlp_backward(struct run_work *work, int l, struct error *error) {
@@ -45,7 +47,8 @@ int run_mlp_backward(struct run_work *work, int l, struct error *error) {
     RUN(step_product_backward(work, &layer->down, d, dpost, error));
     RUN(step_visit_backward(work, SITE_MLP_POST, l, dpost, error));
     RUN(activate_backward(work, l, error));
-    RUN(step_visit_backward(work, SITE_MLP_PRE_LINEAR, l, dup, error));
+    if (work->model->facts.gated)
+        RUN(step_visit_backward(work, SITE_MLP_PRE_LINEAR, l, dup, error));
     RUN(step_visit_backward(work, SITE_MLP_PRE, l, dgate, error));
     RUN(step_product_backward(work, &layer->gate_up, dgate, dnorm, error));
     return norm_backward(work, l, error);

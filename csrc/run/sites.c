@@ -1,4 +1,4 @@
-/* The table of sites: sites.def with names and kinds. */
+/* The table of sites: sites.def with names, kinds and needs. */
 #include <string.h>
 
 #include "run/sites.h"
@@ -6,8 +6,9 @@
 static const struct {
     const char *name;
     enum site_kind kind;
+    enum site_needs needs;
 } table[SITE_COUNT] = {
-#define SITE(id, name, kind) [SITE_##id] = {name, SITE_KIND_##kind},
+#define SITE(id, name, kind, needs) [SITE_##id] = {name, SITE_KIND_##kind, SITE_NEEDS_##needs},
 #include "run/sites.def"
 #undef SITE
 };
@@ -18,16 +19,26 @@ int site_is_layered(int site) { return strncmp(table[site].name, "blocks.", 7) =
 
 enum site_kind site_kind(int site) { return table[site].kind; }
 
-int site_exists(int site, const struct model_facts *facts) {
-    return facts->post_norms ||
-           (table[site].kind != SITE_KIND_POST_ONE && table[site].kind != SITE_KIND_POST_WIDTH);
+enum site_needs site_needs(int site) { return table[site].needs; }
+
+int site_exists(int site, int layer, const struct model_facts *facts) {
+    if (layer < 0 || (uint32_t)layer >= (site_is_layered(site) ? facts->n_layers : 1))
+        return 0;
+    switch (table[site].needs) {
+    case SITE_NEEDS_POSITIONS: return facts->pos_embed;
+    case SITE_NEEDS_PRE_NORMS: return facts->pre_norms;
+    case SITE_NEEDS_POST_NORMS: return facts->post_norms;
+    case SITE_NEEDS_ROTATION: return facts->rope_table[layer] != MODEL_NO_ROPE;
+    case SITE_NEEDS_SEQUENTIAL: return !facts->parallel;
+    case SITE_NEEDS_GATE: return facts->gated;
+    default: return 1;
+    }
 }
 
 uint32_t site_shape(int site, const struct model_facts *facts, uint32_t *n_heads, uint32_t *width) {
     *n_heads = 1;
     switch (table[site].kind) {
-    case SITE_KIND_ONE:
-    case SITE_KIND_POST_ONE: *width = 1; break;
+    case SITE_KIND_ONE: *width = 1; break;
     case SITE_KIND_QUERY_HEADS:
         *n_heads = facts->n_heads;
         *width = facts->d_head;

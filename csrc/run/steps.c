@@ -14,17 +14,32 @@ struct qkv_rows qkv_rows_at(const struct run_work *work, uint64_t address) {
 
 struct norm_step norm_step_of(const struct model *model, enum norm_name name, int l) {
     const struct model_layer *layer = &model->layers[l];
+    int layer_norm = model->facts.norm == NORM_KIND_LAYER; /* post-norms are RMS norms */
     switch (name) {
-    case LN1: return (struct norm_step){SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l, layer->ln1};
+    case LN1:
+        return (struct norm_step){SITE_LN1_SCALE, SITE_LN1_NORMALIZED, l,
+                                  layer->ln1,     layer->b_ln1,        layer_norm};
     case LN1_POST:
-        return (struct norm_step){SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED, l,
-                                  layer->ln1_post};
-    case LN2: return (struct norm_step){SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l, layer->ln2};
+        return (struct norm_step){SITE_LN1_POST_SCALE, SITE_LN1_POST_NORMALIZED, l, layer->ln1_post,
+                                  .layer_norm = 0};
+    case LN2:
+        return (struct norm_step){SITE_LN2_SCALE, SITE_LN2_NORMALIZED, l,
+                                  layer->ln2,     layer->b_ln2,        layer_norm};
     case LN2_POST:
-        return (struct norm_step){SITE_LN2_POST_SCALE, SITE_LN2_POST_NORMALIZED, l,
-                                  layer->ln2_post};
-    default: return (struct norm_step){SITE_FINAL_SCALE, SITE_FINAL_NORMALIZED, 0, model->ln_final};
+        return (struct norm_step){SITE_LN2_POST_SCALE, SITE_LN2_POST_NORMALIZED, l, layer->ln2_post,
+                                  .layer_norm = 0};
+    default:
+        return (struct norm_step){SITE_FINAL_SCALE, SITE_FINAL_NORMALIZED, 0,
+                                  model->ln_final,  model->b_ln_final,     layer_norm};
     }
+}
+
+struct residual attention_residual(const struct run_work *work) {
+    return (struct residual){run_address(work->x), run_address(work_mid(work))};
+}
+
+struct residual mlp_residual(const struct run_work *work) {
+    return (struct residual){run_address(work_mid(work)), run_address(work->x)};
 }
 
 int step_fusable(const struct run_work *work, enum site first, enum site last, int layer) {
@@ -66,12 +81,14 @@ int step_visit(struct run_work *work, int site, int layer, struct rows rows, str
 int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t add, uint64_t dst,
               int keep_scale, struct error *error) {
     struct ops *ops = &work->model->ops;
-    uint32_t n = work->chunk.n_tokens, flags = add ? NORM_ADD : 0;
+    uint32_t n = work->chunk.n_tokens, kind = norm.layer_norm ? NORM_LAYER : 0;
+    uint32_t flags = kind | (norm.bias ? NORM_BIAS : 0) | (add ? NORM_ADD : 0);
     int hooked = site_wanted(work, norm.scale_site, norm.layer) ||
                  site_wanted(work, norm.normalized_site, norm.layer);
     struct norm_params params = {
         .x = x,
         .gain = norm.gain,
+        .bias = norm.bias,
         .dst = dst,
         .normalized = run_address(work->normalized),
         .scale = run_address(work->scale),
@@ -83,10 +100,10 @@ int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t
     };
     if (!hooked)
         return op_norm(ops, &params, n, error);
-    params.flags = NORM_WRITE_SCALE | NORM_NO_OUT;
+    params.flags = kind | NORM_WRITE_SCALE | NORM_NO_OUT;
     RUN(op_norm(ops, &params, n, error));
     RUN(step_visit(work, norm.scale_site, norm.layer, (struct rows){params.scale, 1}, error));
-    params.flags = NORM_READ_SCALE | NORM_WRITE_NORMALIZED | NORM_NO_OUT;
+    params.flags = kind | NORM_READ_SCALE | NORM_WRITE_NORMALIZED | NORM_NO_OUT;
     RUN(op_norm(ops, &params, n, error));
     RUN(step_visit_normed(work, norm.normalized_site, norm.layer,
                           (struct rows){params.normalized, work->d_stride}, params.scale, error));
@@ -110,13 +127,20 @@ int step_product(struct run_work *work, const struct op_matrix *matrix, struct r
     return op_linear(&work->model->ops, matrix, &args, error);
 }
 
+int step_norm_fusable(const struct run_work *work, struct norm_step norm) {
+    return norm.gain && !norm.layer_norm &&
+           op_linear_norms(&work->model->ops, work->chunk.n_tokens);
+}
+
 int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
                       uint64_t bias, struct rows dst, int keep_scale, struct error *error) {
     struct rows x = {run_address(work->x), work->d_stride},
                 normed = {run_address(work->norm), work->d_stride};
     int hooked = site_wanted(work, norm.scale_site, norm.layer) ||
                  site_wanted(work, norm.normalized_site, norm.layer);
-    if (keep_scale || hooked || !op_linear_norms(&work->model->ops, work->chunk.n_tokens)) {
+    if (!norm.gain)
+        return step_product(work, matrix, x, bias, 0, dst, error);
+    if (keep_scale || hooked || !step_norm_fusable(work, norm)) {
         RUN(step_norm(work, norm, x.address, 0, normed.address, keep_scale, error));
         return step_product(work, matrix, normed, bias, 0, dst, error);
     }
@@ -166,18 +190,18 @@ static int copy_picked(struct run_work *work, uint64_t out, uint64_t rows, uint6
     return op_copy(&work->model->ops, &pick, error);
 }
 
-int step_add_output(struct run_work *work, int out_site, struct norm_step post, uint64_t rows,
-                    struct error *error) {
-    uint64_t x = run_address(work->x), normed = run_address(work->norm), out = work->at_out;
+int step_add_output(struct run_work *work, int out_site, struct norm_step post,
+                    struct residual stream, uint64_t rows, struct error *error) {
+    uint64_t normed = run_address(work->norm), out = work->at_out;
     int l = post.layer, hooked = site_wanted(work, out_site, l) || work->hook;
     if (post.gain && !hooked && !rows)
-        return step_norm(work, post, out, x, x, 0, error);
+        return step_norm(work, post, out, stream.from, stream.to, 0, error);
     if (post.gain) {
         RUN(step_norm(work, post, out, 0, normed, 0, error));
         out = normed;
     }
     if (rows && !hooked)
-        return copy_picked(work, out, rows, x, x, error);
+        return copy_picked(work, out, rows, stream.from, stream.to, error);
     if (rows) {
         uint64_t picked = post.gain ? run_address(work->out) : normed;
         RUN(copy_picked(work, out, rows, 0, picked, error));
@@ -186,5 +210,5 @@ int step_add_output(struct run_work *work, int out_site, struct norm_step post, 
     RUN(step_visit(work, out_site, l, (struct rows){out, work->d_stride}, error));
     if (out_site == SITE_MLP_OUT)
         RUN(run_hook_call(work, HOOK_MLP_OUT, l, out, work->d_stride, error));
-    return step_copy(work, out, x, x, error);
+    return step_copy(work, out, stream.to, stream.from, error);
 }

@@ -20,10 +20,12 @@ struct qkv_rows {
 };
 struct qkv_rows qkv_rows_at(const struct run_work *work, uint64_t address);
 
-/* A norm of the model: its gain [D], and the sites of its scale and its normalised value. */
+/* A norm of the model: its gain [D] (0: the model has no such norm) and bias [D] (0: none), and the
+ * sites of its scale and its normalised value. layer_norm: it subtracts the mean. */
 struct norm_step {
     int scale_site, normalized_site, layer;
-    uint64_t gain;
+    uint64_t gain, bias;
+    int layer_norm;
 };
 enum norm_name { LN1, LN1_POST, LN2, LN2_POST, LN_FINAL };
 struct norm_step norm_step_of(const struct model *model, enum norm_name name, int layer);
@@ -39,25 +41,35 @@ int step_visit(struct run_work *work, int site, int layer, struct rows rows, str
 /* The same for rows that follow a norm with this scale [T], which EDIT_ADD_SCALED divides by. */
 int step_visit_normed(struct run_work *work, int site, int layer, struct rows rows, uint64_t scale,
                       struct error *error);
-/* dst = [add +] gain * x / rms(x). keep_scale: rms(x) is left in work->scale. */
+/* dst = [add +] norm(x). keep_scale: the norm's scale is left in work->scale. */
 int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t add, uint64_t dst,
               int keep_scale, struct error *error);
 /* dst = x W^T [+ bias] [+ add]; add has the rows of dst. */
 int step_product(struct run_work *work, const struct op_matrix *matrix, struct rows x,
                  uint64_t bias, uint64_t add, struct rows dst, struct error *error);
-/* dst = norm(the residual stream) W^T [+ bias]. */
+/* Can one kernel do the norm and a product of the residual stream? */
+int step_norm_fusable(const struct run_work *work, struct norm_step norm);
+/* dst = [norm](the residual stream in work->x) W^T [+ bias]. */
 int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
                       uint64_t bias, struct rows dst, int keep_scale, struct error *error);
-/* The residual stream += [post-norm of] a sublayer's output, which lies at work->at_out and stays
- * there. rows (0: none): device address of the chunk tokens whose output each token takes. */
-int step_add_output(struct run_work *work, int out_site, struct norm_step post, uint64_t rows,
-                    struct error *error);
+/* Where a sublayer's output is added: to = from + output, both residual streams [T, d_stride]. */
+struct residual {
+    uint64_t from, to;
+};
+/* Attention: work_mid = x + output; the MLP: x = work_mid + output. */
+struct residual attention_residual(const struct run_work *work);
+struct residual mlp_residual(const struct run_work *work);
+/* Adds [the post-norm of] a sublayer's output, which lies at work->at_out and stays there. rows (0:
+ * none): device address of the chunk tokens whose output each token takes. */
+int step_add_output(struct run_work *work, int out_site, struct norm_step post,
+                    struct residual stream, uint64_t rows, struct error *error);
 
 /* The backward pass: the gradient with respect to the rows becomes that with respect to the values
  * before the site's edits. */
 int step_visit_backward(struct run_work *work, int site, int layer, struct rows rows,
                         struct error *error);
-/* dst = [add +] gradient with respect to x, dy with respect to the norm's output. */
+/* dst = [add +] gradient with respect to x, dy with respect to the norm's output; without the norm,
+ * [add +] dy. */
 int step_norm_backward(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t dy,
                        uint64_t add, uint64_t dst, struct error *error);
 /* dx = dy W */
@@ -83,13 +95,16 @@ struct site_view head_results_view(const struct run_work *work, int layer, uint3
                                    uint32_t n);
 int head_results_reserve(struct run_work *work, uint32_t *most, struct error *error);
 
-/* attention.c, mlp.c: x += attention(x), x += mlp(x), x the residual stream. */
+/* attention.c, mlp.c: work_mid = x + attention(x), x = work_mid + mlp(y), x the residual stream. y
+ * is work_mid, which is x, or in parallel layers x itself. */
 int run_attention(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
 int run_mlp(struct run_work *work, int layer, struct error *error);
 /* logits.c: logits of the residual stream, as the batch asks for them. */
 int run_logits(struct run_work *work, struct error *error);
-/* attention_backward.c, mlp_backward.c: tape->dx, the gradient with respect to the residual stream
- * after the sublayer, becomes that with respect to the one before it. */
+/* mlp_backward.c, attention_backward.c: tape->dx, the gradient with respect to the residual stream
+ * after the layer, becomes that with respect to the one before the MLP, then before attention. In
+ * parallel layers the MLP leaves dx alone, because it is attention's, and its sum with the MLP's
+ * own waits in tape->dx_pre. */
 int run_attention_backward(struct run_work *work, struct run_cache *cache, int layer,
                            struct error *error);
 int run_mlp_backward(struct run_work *work, int layer, struct error *error);

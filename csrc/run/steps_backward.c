@@ -25,6 +25,8 @@ int step_norm_backward(struct run_work *work, struct norm_step norm, uint64_t x,
     struct ops *ops = &work->model->ops;
     uint32_t n = work->chunk.n_tokens;
     int l = norm.layer;
+    if (!norm.gain)
+        return step_copy(work, dy, dst, add, error);
     struct norm_bwd_params params = {
         .x = x,
         .gain = norm.gain,
@@ -35,17 +37,18 @@ int step_norm_backward(struct run_work *work, struct norm_step norm, uint64_t x,
         .dscale = run_address(work->scale),
         .width = work->model->facts.d_model,
         .stride = work->d_stride,
-        .flags = add ? NORM_BWD_ADD : 0,
+        .flags = (add ? NORM_BWD_ADD : 0) | (norm.layer_norm ? NORM_BWD_LAYER : 0),
         .eps = work->model->facts.norm_eps,
     };
     if (site_wanted(work, norm.scale_site, l) || site_wanted(work, norm.normalized_site, l)) {
         struct norm_bwd_params sites = params;
         struct rows dnormalized = {params.dnormalized, work->d_stride}, dscale = {params.dscale, 1};
-        sites.flags = NORM_BWD_WRITE_NORMALIZED | NORM_BWD_NO_OUT;
+        uint32_t kind = params.flags & NORM_BWD_LAYER;
+        sites.flags = kind | NORM_BWD_WRITE_NORMALIZED | NORM_BWD_NO_OUT;
         RUN(op_norm_bwd(ops, &sites, n, error));
         RUN(step_visit_backward(work, norm.normalized_site, l, dnormalized, error));
         sites.dy = dnormalized.address;
-        sites.flags = NORM_BWD_NORMALIZED | NORM_BWD_WRITE_SCALE | NORM_BWD_NO_OUT;
+        sites.flags = kind | NORM_BWD_NORMALIZED | NORM_BWD_WRITE_SCALE | NORM_BWD_NO_OUT;
         RUN(op_norm_bwd(ops, &sites, n, error));
         RUN(step_visit_backward(work, norm.scale_site, l, dscale, error));
         params.dy = dnormalized.address;

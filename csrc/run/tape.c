@@ -3,24 +3,36 @@
 
 #include "run/tape.h"
 
-/* Strides of what a layer keeps: mid, qkv_in, qkv, gate_up, attn_raw, mlp_raw. */
-static int inside_strides(const struct model_facts *f, uint32_t strides[6]) {
+/* What a layer keeps; a stride of 0: models of this kind keep nothing there. */
+enum { MID, QKV_IN, QKV, GATE_UP, ATTN_RAW, MLP_RAW, INSIDE };
+
+static void inside_strides(const struct model_facts *f, uint32_t strides[INSIDE]) {
     uint32_t d = op_row_stride(f->d_model),
              qkv = op_row_stride((f->n_heads + 2 * f->n_kv_heads) * f->d_head);
-    const uint32_t all[6] = {d, qkv, qkv, op_row_stride(2 * f->d_mlp), d, d};
-    for (int i = 0; i < 6; i++)
-        strides[i] = all[i];
-    return f->post_norms ? 6 : 4;
+    strides[MID] = f->parallel ? 0 : d;
+    strides[QKV_IN] = strides[QKV] = qkv;
+    strides[GATE_UP] = op_row_stride(work_gate_up_width(f));
+    strides[ATTN_RAW] = strides[MLP_RAW] = f->post_norms ? d : 0;
+}
+
+static void inside_buffers(struct tape_layer *layer, struct gpu_buffer **buffers[INSIDE]) {
+    buffers[MID] = &layer->mid;
+    buffers[QKV_IN] = &layer->qkv_in;
+    buffers[QKV] = &layer->qkv;
+    buffers[GATE_UP] = &layer->gate_up;
+    buffers[ATTN_RAW] = &layer->attn_raw;
+    buffers[MLP_RAW] = &layer->mlp_raw;
 }
 
 uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer,
                         int keep_inside) {
-    uint32_t strides[6], heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head,
-                         layers = f->n_layers - first_layer;
-    uint64_t inside = 0, own = 3 * (uint64_t)op_row_stride(f->d_model) +
+    uint32_t strides[INSIDE], heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head,
+                              layers = f->n_layers - first_layer;
+    uint64_t inside = 0, own = (f->parallel ? 4 : 3) * (uint64_t)op_row_stride(f->d_model) +
                                op_row_stride(heads + 2 * kv) + op_row_stride(heads) +
-                               op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp);
-    for (int i = 0, n = inside_strides(f, strides); i < n; i++)
+                               op_row_stride(work_gate_up_width(f)) + op_row_stride(f->d_mlp);
+    inside_strides(f, strides);
+    for (int i = 0; i < INSIDE; i++)
         inside += strides[i];
     return 4 * (uint64_t)capacity *
                (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) +
@@ -38,12 +50,12 @@ static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buf
 
 static int inside_make(const struct run_work *work, uint32_t capacity, struct tape_layer *layer,
                        struct error *error) {
-    uint32_t strides[6];
-    int n = inside_strides(&work->model->facts, strides);
-    struct gpu_buffer **buffers[6] = {&layer->mid,     &layer->qkv_in,   &layer->qkv,
-                                      &layer->gate_up, &layer->attn_raw, &layer->mlp_raw};
-    for (int i = 0; i < n; i++)
-        if (zeroed(work, capacity, buffers[i], strides[i], "tape", error))
+    uint32_t strides[INSIDE];
+    struct gpu_buffer **buffers[INSIDE];
+    inside_strides(&work->model->facts, strides);
+    inside_buffers(layer, buffers);
+    for (int i = 0; i < INSIDE; i++)
+        if (strides[i] && zeroed(work, capacity, buffers[i], strides[i], "tape", error))
             return -1;
     return 0;
 }
@@ -80,11 +92,11 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
     const struct {
         struct gpu_buffer **buffer;
         uint32_t stride;
-    } own[] = {{&tape->dx, work->d_stride},     {&tape->dnorm, work->d_stride},
-               {&tape->draw, work->d_stride},   {&tape->dqkv, work->qkv_stride},
-               {&tape->dz, work->z_stride},     {&tape->dgate_up, work->gate_up_stride},
-               {&tape->dpost, work->mlp_stride}};
-    for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
+    } own[] = {{&tape->dx, work->d_stride},      {&tape->dnorm, work->d_stride},
+               {&tape->draw, work->d_stride},    {&tape->dqkv, work->qkv_stride},
+               {&tape->dz, work->z_stride},      {&tape->dgate_up, work->gate_up_stride},
+               {&tape->dpost, work->mlp_stride}, {&tape->parallel_dx_pre, work->d_stride}};
+    for (size_t i = 0; i < sizeof own / sizeof own[0] - !f->parallel; i++)
         if (zeroed(work, capacity, own[i].buffer, own[i].stride, "backward pass", error))
             goto fail;
     *out = tape;
@@ -103,14 +115,15 @@ void run_tape_destroy(struct run_tape *tape) {
         gpu_buffer_destroy(layer->x);
         if (!tape->keep_inside && l + 1 < tape->n_layers)
             continue; /* these buffers are the last layer's */
-        struct gpu_buffer *inside[] = {layer->mid,     layer->qkv_in,   layer->qkv,
-                                       layer->gate_up, layer->attn_raw, layer->mlp_raw};
-        for (size_t i = 0; i < sizeof inside / sizeof inside[0]; i++)
-            gpu_buffer_destroy(inside[i]);
+        struct gpu_buffer **inside[INSIDE];
+        inside_buffers(layer, inside);
+        for (int i = 0; i < INSIDE; i++)
+            gpu_buffer_destroy(*inside[i]);
     }
-    struct gpu_buffer *own[] = {tape->dx,     tape->dnorm,    tape->draw,   tape->dqkv,
-                                tape->dz,     tape->dgate_up, tape->dpost,  tape->dscores,
-                                tape->capped, tape->metric,   tape->logits, tape->reference};
+    struct gpu_buffer *own[] = {
+        tape->dx,       tape->dnorm,     tape->draw,           tape->dqkv,   tape->dz,
+        tape->dgate_up, tape->dpost,     tape->dscores,        tape->capped, tape->metric,
+        tape->logits,   tape->reference, tape->parallel_dx_pre};
     for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
         gpu_buffer_destroy(own[i]);
     free(tape->layers);
@@ -150,8 +163,9 @@ int tape_layer_middle(struct run_work *work, int l, struct error *error) {
         return 0;
     if (layer->mlp_raw)
         work->at_out = run_address(layer->mlp_raw);
-    return keep(work, run_address(work->x), layer->mid, work->model->facts.d_model, work->d_stride,
-                error);
+    return layer->mid ? keep(work, run_address(work->x), layer->mid, work->model->facts.d_model,
+                             work->d_stride, error)
+                      : 0;
 }
 
 int tape_keep_qkv(struct run_work *work, int l, struct error *error) {

@@ -10,7 +10,7 @@
 
 struct tape_layer {
     struct gpu_buffer *x;      /* [N, d_stride] the residual stream before the layer, after edits */
-    struct gpu_buffer *mid;    /* [N, d_stride] before the MLP */
+    struct gpu_buffer *mid;    /* [N, d_stride] before the MLP; NULL in parallel layers: it is x */
     struct gpu_buffer *qkv_in; /* [N, qkv_stride] before norm per head and rotation, after edits */
     struct gpu_buffer *qkv;    /* [N, qkv_stride] after */
     struct gpu_buffer *gate_up; /* [N, gate_up_stride] */
@@ -26,9 +26,18 @@ struct run_tape {
     struct tape_layer *layers;
     /* the backward pass's own memory, [N, stride] each */
     struct gpu_buffer *dx, *dnorm, *draw, *dqkv, *dz, *dgate_up, *dpost;
+    struct gpu_buffer *parallel_dx_pre;             /* tape_dx_pre of models with parallel layers */
     struct gpu_buffer *dscores, *capped;            /* grown when needed */
     struct gpu_buffer *metric, *logits, *reference; /* rows of the scalar, grown when needed */
 };
+/* dx with the gradient through the layer's MLP: dx itself, or in parallel layers beside it. */
+static inline struct gpu_buffer *tape_dx_pre(const struct run_tape *tape) {
+    return tape->parallel_dx_pre ? tape->parallel_dx_pre : tape->dx;
+}
+/* What the layer's MLP read. */
+static inline struct gpu_buffer *tape_mlp_input(const struct run_tape *tape, int layer) {
+    return tape->layers[layer].mid ? tape->layers[layer].mid : tape->layers[layer].x;
+}
 /* capacity: tokens, at most the work's. */
 int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity,
                     uint32_t first_layer, int keep_inside, struct error *error);

@@ -98,7 +98,8 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
             .width = view->width,
             .head_step = first->head_step,
             .step = first->step,
-            .kind = first->kind,
+            /* without a norm before the value there is nothing to divide by */
+            .kind = first->kind == EDIT_ADD_SCALED && !view->scale ? EDIT_ADD : first->kind,
             .flags = over_keys ? EDIT_KEYS : 0,
             .window = work->model->facts.window[view->layer],
         };
@@ -169,7 +170,7 @@ static int edit_adjoint(struct run_work *work, const struct site_view *view,
     if (edit->kind == EDIT_ADD)
         return 0;
     if (edit->kind == EDIT_ADD_SCALED || site_kind(view->site) == SITE_KIND_KEYS ||
-        site_kind(view->site) == SITE_KIND_ONE || site_kind(view->site) == SITE_KIND_POST_ONE)
+        site_kind(view->site) == SITE_KIND_ONE)
         return error_set(error, ERROR_VALUE, "there is no gradient through an edit of %s",
                          site_name(view->site));
     if (entries_add(work, view, edit, entries, &n, error))

@@ -19,9 +19,9 @@ uint64_t work_scratch_bytes(const struct model_facts *f, uint32_t capacity) {
 
 uint64_t run_work_bytes(const struct model_facts *f, uint32_t capacity, uint64_t readback) {
     uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
-    uint64_t floats = 4 * (uint64_t)op_row_stride(f->d_model) + op_row_stride(heads + 2 * kv) +
-                      op_row_stride(heads) + op_row_stride(2 * f->d_mlp) + op_row_stride(f->d_mlp) +
-                      1;
+    uint64_t floats = (f->parallel ? 5 : 4) * (uint64_t)op_row_stride(f->d_model) +
+                      op_row_stride(heads + 2 * kv) + op_row_stride(heads) +
+                      op_row_stride(work_gate_up_width(f)) + op_row_stride(f->d_mlp) + 1;
     return floats * capacity * 4 + readback + work_scratch_bytes(f, capacity) + (4u << 20);
 }
 
@@ -46,7 +46,7 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
     work->d_stride = op_row_stride(f->d_model);
     work->qkv_stride = op_row_stride(heads + 2 * kv);
     work->z_stride = op_row_stride(heads);
-    work->gate_up_stride = op_row_stride(2 * f->d_mlp);
+    work->gate_up_stride = op_row_stride(work_gate_up_width(f));
     work->mlp_stride = op_row_stride(f->d_mlp);
     work->chunk.places = malloc(capacity * sizeof *work->chunk.places);
     work->chunk.tile_list = malloc(capacity * sizeof *work->chunk.tile_list);
@@ -67,8 +67,9 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
                  {&work->qkv, work->qkv_stride, "q, k, v"},
                  {&work->z, work->z_stride, "z"},
                  {&work->gate_up, work->gate_up_stride, "gate and up"},
-                 {&work->post, work->mlp_stride, "mlp post"}};
-    for (size_t i = 0; i < sizeof sized / sizeof sized[0]; i++)
+                 {&work->post, work->mlp_stride, "mlp post"},
+                 {&work->parallel_mid, work->d_stride, "residual stream after attention"}};
+    for (size_t i = 0; i < sizeof sized / sizeof sized[0] - !f->parallel; i++)
         if (buffer_zeroed(work, sized[i].buffer, (uint64_t)capacity * sized[i].stride * 4,
                           sized[i].name, error))
             goto fail;
@@ -107,9 +108,9 @@ void run_work_destroy(struct run_work *work) {
     if (work->model)
         gpu_queue_wait(work->model->ops.queue, NULL);
     struct gpu_buffer *buffers[] = {
-        work->x,      work->norm,     work->normalized,    work->out,     work->scale,
-        work->qkv,    work->z,        work->gate_up,       work->post,    work->scores,
-        work->result, work->expanded, work->unembed_norms, work->readback};
+        work->x,      work->norm,     work->normalized,    work->out,      work->scale,
+        work->qkv,    work->z,        work->gate_up,       work->post,     work->scores,
+        work->result, work->expanded, work->unembed_norms, work->readback, work->parallel_mid};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     uploads_destroy(work->uploads);

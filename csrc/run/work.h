@@ -51,6 +51,7 @@ struct run_work {
     uint32_t capacity; /* tokens that a chunk may hold */
     uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
+    struct gpu_buffer *parallel_mid;               /* work_mid of models with parallel layers */
     struct gpu_buffer *scores, *result, *expanded; /* grown when needed */
     /* [V], made at first use (analysis/lens.c) */
     struct gpu_buffer *unembed_norms;
@@ -66,6 +67,12 @@ struct run_work {
     struct run_tape *tape;       /* NULL: nothing is kept for a backward pass */
     const struct run_hook *hook; /* NULL: none */
 };
+
+/* The residual stream [T, d_stride] between attention and MLP: work->x itself, or in parallel
+ * layers x + attention's output beside it, because the MLP reads x, too. */
+static inline struct gpu_buffer *work_mid(const struct run_work *work) {
+    return work->parallel_mid ? work->parallel_mid : work->x;
+}
 
 /* Points at which a hook receives the address of a value [T, stride] on the device, for what is
  * computed beside the run (csrc/analysis). */
@@ -116,6 +123,11 @@ int work_readback_floats(struct run_work *work, uint32_t n, float *to, uint64_t 
                          struct error *error);
 /* Waits for the device and copies every pending readback into its array. */
 int work_readback_drain(struct run_work *work, struct error *error);
+
+/* Columns of the product before the MLP's activation: gate and up, or up alone. */
+static inline uint32_t work_gate_up_width(const struct model_facts *facts) {
+    return facts->d_mlp << (facts->gated != 0);
+}
 
 /* forward.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);

@@ -9,6 +9,10 @@ float activate(uint act, float x) {
         float inner = clamp(0.7978845608028654 * (x + 0.044715 * x * x * x), -15.0, 15.0);
         return 0.5 * x * (1.0 + tanh(inner));
     }
+    if (act == ACT_RELU || act == ACT_RELU2) {
+        float rectified = x < 0.0 ? 0.0 : x; // NaN stays NaN, which max() does not promise
+        return act == ACT_RELU ? rectified : rectified * rectified;
+    }
     // erf by formula 7.1.26 of Abramowitz and Stegun, with |error| < 1.5e-7
     float y = abs(x) * 0.7071067811865476;
     float t = 1.0 / (1.0 + 0.3275911 * y);
@@ -33,6 +37,10 @@ float activate_slope(uint act, float x) {
                                        : 0.0;
         return 0.5 * (1.0 + t) + 0.5 * x * rise;
     }
+    if (act == ACT_RELU) // 0 at 0, as PyTorch has it
+        return x > 0.0 ? 1.0 : 0.0;
+    if (act == ACT_RELU2)
+        return 2.0 * max(x, 0.0);
     // the normal distribution function at x
     float half_ = abs(x) < 1e-30 ? 0.5 : activate(act, x) / x;
     return half_ + x * 0.3989422804014327 * exp(-0.5 * x * x);

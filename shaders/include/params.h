@@ -41,12 +41,15 @@ BLOCK(query_tile) {
     UINT count;
 };
 
+#define EMBED_ADD 1 /* dst = add + row, for rows of positions */
+
 /* dst[t, :] = scale * E[id(t), :] for the tokens whose id lies in this segment of the vocabulary.
- */
+ * Learned positions: the row is that of the token's position. */
 BLOCK(embed_params) {
     ADDRESS(Tokens) tokens;
     ADDRESS(Words) weights; /* panels, V x D */
     ADDRESS(FloatsOut) dst; /* [T, stride] */
+    ADDRESS(FloatsIn) add;  /* [T, stride] */
     UINT n_tokens;
     UINT width;
     UINT stride;
@@ -54,6 +57,7 @@ BLOCK(embed_params) {
     UINT first_id; /* the first id of this segment of the vocabulary */
     UINT n_ids;
     UINT weight_type; /* WEIGHT_* */
+    UINT flags;
     float scale;
 };
 
@@ -251,14 +255,15 @@ BLOCK(decode_params) {
 #define ACT_RELU 3
 #define ACT_RELU2 4 /* relu squared */
 
-/* dst[t, i] = act(gate[t, i]) * up[t, i]. */
+/* dst[t, i] = act(gate[t, i]) * up[t, i], or dst[t, i] = act(up[t, i]) where there is no gate. */
 BLOCK(act_params) {
-    ADDRESS(FloatsIn) gate_up; /* [T, in_stride]: gate at 0, up at width */
+    ADDRESS(FloatsIn) gate_up; /* [T, in_stride]: gate at 0, up at width; or up alone */
     ADDRESS(FloatsOut) dst;    /* [T, out_stride] */
     UINT width;
     UINT in_stride;
     UINT out_stride;
     UINT act;
+    UINT plain; /* 1: there is no gate */
 };
 
 #define EDIT_SET 0

@@ -50,7 +50,8 @@ BLOCK(norm_bwd_params) {
     float eps;
 };
 
-/* dgate = dpost * up * act'(gate), dup = dpost * act(gate). */
+/* dgate = dpost * up * act'(gate), dup = dpost * act(gate); without a gate dup = dpost * act'(up).
+ */
 BLOCK(act_bwd_params) {
     ADDRESS(FloatsIn) gate_up;   /* [T, in_stride] */
     ADDRESS(FloatsIn) dpost;     /* [T, out_stride] */
@@ -59,6 +60,7 @@ BLOCK(act_bwd_params) {
     UINT in_stride;
     UINT out_stride;
     UINT act;
+    UINT plain; /* 1: there is no gate */
 };
 
 /* In place on dpattern: the gradient with respect to q . k,

@@ -314,9 +314,10 @@ def memory_parts(
     engine's attribution_bytes.
     """
     H, G, n = c.n_heads, c.n_kv_heads, c.n_layers - layer
+    gates = 2 if c.gated else 1
     d, q, qkv, gate_up, mlp = (
         row_stride(w)
-        for w in (c.d_model, H * c.d_head, (H + 2 * G) * c.d_head, 2 * c.d_mlp, c.d_mlp)
+        for w in (c.d_model, H * c.d_head, (H + 2 * G) * c.d_head, gates * c.d_mlp, c.d_mlp)
     )
     inputs, nodes = H + 2 * G, 1 + n * (H + 1)
 
@@ -336,15 +337,17 @@ def memory_parts(
         + MIB
     )
     working = (
-        FLOAT * capacity * (4 * d + qkv + q + gate_up + mlp + 1)
+        FLOAT * capacity * ((5 if c.parallel else 4) * d + qkv + q + gate_up + mlp + 1)
         + readback
         + scratch(capacity)
         + 4 * MIB
     )
     working += 2 * n * capacity * G * c.d_head * FLOAT  # keys and values of a batch
-    inside = d + 2 * qkv + gate_up + (2 * d if c.post_norms else 0)
+    # In a parallel layer attention and MLP read one stream, and their gradients wait side by side.
+    mid, own = (0, 4 * d) if c.parallel else (d, 3 * d)
+    inside = mid + 2 * qkv + gate_up + (2 * d if c.post_norms else 0)
     tape = FLOAT * step_capacity * (
-        n * d + inside * (n if keep_inside else 1) + 3 * d + qkv + q + gate_up + mlp
+        n * d + inside * (n if keep_inside else 1) + own + qkv + q + gate_up + mlp
     ) + (2 if c.attn_softcap else 1) * scratch(step_capacity)
     # Gradients of the residual stream where the nodes of a layer end: after attention and MLP.
     ends = 1 if c.parallel else 2

@@ -222,7 +222,7 @@ class EditCompiler:
         for site in self.model._sites.find_all(
             ABLATION_SITES if edit.sites is None else edit.sites
         ):
-            if site.kind not in ("width", "post_width"):
+            if site.kind != "width":
                 raise ValueError(
                     f"Ablate: {site.name} is not of the model's width {self.model.config.d_model}:"
                     " name sites of the residual stream"

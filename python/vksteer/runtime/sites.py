@@ -22,9 +22,20 @@ AXES = {
     "keys": "batch head query key",
     "heads_width": "batch pos head d_model",
     "mlp": "batch pos d_mlp",
-    "post_one": "batch pos 1",
-    "post_width": "batch pos d_model",
 }
+
+
+def _exists(needs: str, layer: int, config: Config) -> bool:
+    """Whether the model has what a site needs, in this layer (csrc/run/sites.def)."""
+    return {
+        "": True,
+        "positions": config.pos_embed,
+        "pre_norms": config.pre_norms,
+        "post_norms": config.post_norms,
+        "rotation": config.rope_table[layer] >= 0,
+        "sequential": not config.parallel,
+        "gate": config.gated,
+    }[needs]
 
 
 @dataclass(frozen=True)
@@ -72,30 +83,20 @@ class SiteTable:
             "keys": (config.n_heads, 0),
             "heads_width": (config.n_heads, config.d_model),
             "mlp": (1, config.d_mlp),
-            "post_one": (1, 1),
-            "post_width": (1, config.d_model),
         }
-        self.by_name: dict[str, Site] = {}
-        rows = [
-            (number, *row)
-            for number, row in enumerate(_engine().sites())
-            if config.post_norms or not row[1].startswith("post_")
-        ]
+        rows = [(number, *row) for number, row in enumerate(_engine().sites())]
         first = next(i for i, row in enumerate(rows) if row[3])
         last = max(i for i, row in enumerate(rows) if row[3])
-        layered = rows[first : last + 1]
-        for number, name, kind, _ in rows[:first]:
-            self._add(name, number, 0, kind, widths)
-        for layer in range(config.n_layers):
-            for number, name, kind, _ in layered:
-                self._add(name.replace("{l}", str(layer)), number, layer, kind, widths)
-        for number, name, kind, _ in rows[last + 1 :]:
-            self._add(name, number, 0, kind, widths)
-
-    def _add(
-        self, name: str, number: int, layer: int, kind: str, widths: dict[str, tuple[int, int]]
-    ) -> None:
-        self.by_name[name] = Site(name, number, layer, kind, *widths[kind])
+        in_order = [
+            *((0, row) for row in rows[:first]),
+            *((layer, row) for layer in range(config.n_layers) for row in rows[first : last + 1]),
+            *((0, row) for row in rows[last + 1 :]),
+        ]
+        self.by_name: dict[str, Site] = {}
+        for layer, (number, pattern, kind, _, needs) in in_order:
+            if _exists(needs, layer, config):
+                name = pattern.replace("{l}", str(layer))
+                self.by_name[name] = Site(name, number, layer, kind, *widths[kind])
 
     def shapes(self) -> dict[str, str]:
         """Name -> axes, e.g. "blocks.3.attn.hook_pattern": "batch head query key"."""

@@ -130,7 +130,7 @@ def _norm_units(x, dn, eps, layer=False):
 
 
 def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False, groups=1, mean=0.0) -> Problem:
-    """Give groups and mean as in forward.norm."""
+    """`groups` and `mean` are as in forward.norm."""
     whole = groups * width
     stride, of, eps = row_stride(whole), set(flags), 1e-5
     sources = rows + 3 if "rows" in of else rows
@@ -173,15 +173,22 @@ def norm_bwd(rng, rows, width, flags=(), scale=1.0, in_place=False, groups=1, me
     )
 
 
-def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
-    in_stride, out_stride = row_stride(2 * width), row_stride(width)
-    gate_up, dpost = numbers(rng, n_tokens, 2 * width), numbers(rng, n_tokens, width)
+def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None, plain=False) -> Problem:
+    """plain: there is no gate, and `gate` is what the activation is taken of."""
+    columns = width if plain else 2 * width
+    in_stride, out_stride = row_stride(columns), row_stride(width)
+    gate_up, dpost = numbers(rng, n_tokens, columns), numbers(rng, n_tokens, width)
     gate_up[:, :width] = gate_up[:, :width] * spread if gate is None else gate
     d, dgate_up = np.abs(dpost.astype(np.float64)), nothing(n_tokens, in_stride)
-    units = np.concatenate([d * np.abs(gate_up[:, width:]), d * np.abs(gate_up[:, :width])], 1)
+    size = np.abs(gate_up[:, :width].astype(np.float64))
+    tiny = np.finfo(np.float32).tiny  # squares below it are 0 on the device
+    slope, value = (2 * size, size**2 + tiny) if ACTIVATIONS[kind] == "relu2" else (1, size)
+    units = d * slope
+    if not plain:
+        units = np.concatenate([units * np.abs(gate_up[:, width:]), d * value], 1)
     return Problem(
         "act_bwd",
-        f"{ACTIVATIONS[kind]} {n_tokens} x {width}",
+        f"{ACTIVATIONS[kind]} {n_tokens} x {width}{' plain' if plain else ''}",
         {
             "gate_up": "gate_up",
             "dpost": "dpost",
@@ -190,6 +197,7 @@ def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
             "in_stride": in_stride,
             "out_stride": out_stride,
             "act": kind,
+            "plain": int(plain),
             "n_tokens": n_tokens,
         },
         {
@@ -461,6 +469,7 @@ def problems(rng) -> Iterator[Problem]:
         yield attn_softmax_bwd(rng, [(0, 33), (0, 1), (0, 9)], 3, window, softcap)
     for kind in range(len(ACTIVATIONS)):
         yield act_bwd(rng, 3, 257, kind)
+        yield act_bwd(rng, 3, 257, kind, plain=True)
     for softcap in (0.0, 5.0):
         yield pair_grad(rng, 3, 257, softcap)
         for kind in range(len(SCALARS)):

@@ -160,25 +160,46 @@ def linear_pairs(
     )
 
 
-def embed(rng, n_tokens, vocabulary, width, weight_type=0, scale=1.0, segment_rows=0) -> Problem:
-    words, _ = panels(numbers(rng, vocabulary, width), weight_type)
+def embed(
+    rng,
+    n_tokens,
+    vocabulary,
+    width,
+    weight_type=0,
+    scale=1.0,
+    segment_rows=0,
+    positions=False,
+    add=False,
+) -> Problem:
+    """positions: the rows are those of the tokens' positions; add: they are added to others."""
+    words, weights = panels(numbers(rng, vocabulary, width), weight_type)
     tokens = np.zeros((n_tokens, 8), np.uint32)
-    tokens[:, 0] = rng.integers(0, vocabulary, n_tokens)
-    tokens[:2, 0] = (0, vocabulary - 1)[:n_tokens]
+    column = int(positions)  # of a token: id, pos
+    tokens[:, column] = rng.integers(0, vocabulary, n_tokens)
+    tokens[:2, column] = (0, vocabulary - 1)[:n_tokens]
+    tokens[:, 1 - column] = vocabulary  # no such row
     stride = row_stride(width)
+    buffers = {"tokens": tokens, "weights": words, "dst": nothing(n_tokens, stride)}
+    units = {}
+    if add:
+        buffers["add"] = padded(numbers(rng, n_tokens, width), stride)
+        size = np.abs(buffers["add"][:, :width]) + np.abs(scale * weights[tokens[:, column]])
+        units["dst"] = beside(size, buffers["dst"])
     arguments = {
-        "tokens": "tokens",
-        "dst": "dst",
+        **{name: name for name in buffers if name != "weights"},
         "n_tokens": n_tokens,
         "stride": stride,
+        "positions": int(positions),
         "scale": scale,
         **matrix_arguments(vocabulary, width, weight_type, segment_rows),
     }
     return Problem(
         "embed",
-        f"{n_tokens} of {vocabulary} x {width} {WEIGHT_TYPES[weight_type]}",
+        f"{n_tokens} of {vocabulary} x {width} {WEIGHT_TYPES[weight_type]}"
+        f"{suffix(('positions', positions), ('add', add))}",
         arguments,
-        {"tokens": tokens, "weights": words, "dst": nothing(n_tokens, stride)},
+        buffers,
+        units,
     )
 
 
@@ -228,17 +249,21 @@ def norm(rng, rows, width, flags=(), scale=1.0, in_place=False, groups=1, mean=0
     )
 
 
-def act(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
-    in_stride, out_stride = row_stride(2 * width), row_stride(width)
-    gate_up = numbers(rng, n_tokens, 2 * width)
+def act(rng, n_tokens, width, kind=0, spread=4.0, gate=None, plain=False) -> Problem:
+    """plain: there is no gate, and `gate` is what the activation is taken of."""
+    columns = width if plain else 2 * width
+    in_stride, out_stride = row_stride(columns), row_stride(width)
+    gate_up = numbers(rng, n_tokens, columns)
     gate_up[:, :width] = gate_up[:, :width] * spread if gate is None else gate
-    unit = np.pad(
-        np.abs(gate_up[:, :width].astype(np.float64) * gate_up[:, width:]),
-        ((0, 0), (0, out_stride - width)),
-    )
+    unit = np.abs(gate_up[:, :width].astype(np.float64))
+    if ACTIVATIONS[kind] == "relu2":
+        unit = unit**2 + np.finfo(np.float32).tiny  # squares below it are 0 on the device
+    if not plain:
+        unit *= np.abs(gate_up[:, width:])
+    unit = np.pad(unit, ((0, 0), (0, out_stride - width)))
     return Problem(
         "act",
-        f"{ACTIVATIONS[kind]} {n_tokens} x {width}",
+        f"{ACTIVATIONS[kind]} {n_tokens} x {width}{' plain' if plain else ''}",
         {
             "gate_up": "gate_up",
             "dst": "dst",
@@ -246,6 +271,7 @@ def act(rng, n_tokens, width, kind=0, spread=4.0, gate=None) -> Problem:
             "in_stride": in_stride,
             "out_stride": out_stride,
             "act": kind,
+            "plain": int(plain),
             "n_tokens": n_tokens,
         },
         {"gate_up": padded(gate_up, in_stride), "dst": nothing(n_tokens, out_stride)},
@@ -368,6 +394,7 @@ def problems(rng) -> Iterator[Problem]:
     """What `vksteer verify` runs of these."""
     for weight_type in range(3):
         yield embed(rng, 7, 77, 33, weight_type, scale=3.5, segment_rows=32)
+        yield embed(rng, 7, 77, 33, weight_type, segment_rows=64, positions=True, add=True)
         for rows in (1, 2, 3, 7, 9, 33):
             yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True)
         yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, segment_rows=64)
@@ -414,6 +441,7 @@ def problems(rng) -> Iterator[Problem]:
         yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
     for kind in range(len(ACTIVATIONS)):
         yield act(rng, 3, 257, kind)
+        yield act(rng, 3, 257, kind, plain=True)
     for kind in range(len(EDITS)):
         yield edit(rng, kind, 7, 3, 33)
         if EDITS[kind] != "add_scaled":

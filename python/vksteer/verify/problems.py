@@ -27,7 +27,7 @@ def numbered(names: dict[str, int]) -> tuple[str, ...]:
 
 
 WEIGHT_TYPES = numbered(kernels.WEIGHT_TYPES)
-ACTIVATIONS = numbered(flags("ACT", "silu", "gelu_tanh", "gelu"))
+ACTIVATIONS = numbered(flags("ACT", "silu", "gelu_tanh", "gelu", "relu", "relu2"))
 EDITS = numbered(flags("EDIT", "set", "add", "scale", "ablate", "add_scaled"))
 NORM_FLAGS = flags(
     "NORM",
