@@ -36,10 +36,15 @@ def greedy_check(ref, prompt, new, what, **options):
     """Every new token must be the first choice of the oracle on the same prefix. Returns near ties:
     (step, token of the engine, token of the oracle, margin).
     """
+    whole, switch = prompt + new, ref.facts.rope_switch
+    said = lambda tokens: (
+        ref.forward(tokens, prompt_length=len(prompt), keep=False, **options).logits
+    )
     with torch.no_grad():
-        logits = ref.forward(prompt + new, prompt_length=len(prompt), keep=False, **options).logits[
-            len(prompt) - 1 : -1
-        ]
+        logits = said(whole)
+        if len(prompt) <= switch < len(whole):  # a longer text has other rotation tables
+            logits = torch.cat([said(whole[:switch]), logits[switch:]])
+        logits = logits[len(prompt) - 1 : -1]
     ties = []
     for step, token in enumerate(new):
         best = int(logits[step].argmax())

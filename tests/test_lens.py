@@ -18,18 +18,22 @@ TIE = 1e-5
 
 
 def reference(zoo, name):
-    """(final gain [D], W_U [V, D], eps) in float64."""
+    """(final gain [D] times the logits' factor, W_U [V, D], eps, whether the final norm takes the
+    mean out) in float64.
+    """
     ref = zoo.reference(name)
     return (
-        (ref.w["model.norm.weight"] + ref.facts.norm_offset).numpy(),
+        ref.facts.logit_scale * (ref.w["model.norm.weight"] + ref.facts.norm_offset).numpy(),
         ref.unembed.numpy(),
         ref.facts.eps,
+        ref.facts.norm == "layer",
     )
 
 
-def scores(vectors, gain, unembed, eps, by):
-    """The value of every token: float64 [n, V]."""
+def scores(vectors, gain, unembed, eps, by, centred=False):
+    """The value of every token: float64 [n, V]. Biases, the same for all vectors, are left out."""
     x = vectors.astype(np.float64)
+    x = x - x.mean(-1, keepdims=True) if centred else x
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain
     logits = normed @ unembed.T
     return (
@@ -74,7 +78,7 @@ def agree(what, lens, want):
 def test_every_family(zoo, rng, name, by):
     import vksteer as vs
 
-    gain, unembed, eps = reference(zoo, name)
+    gain, unembed, eps, centred = reference(zoo, name)
     model = zoo.engine(name)
     V, D = unembed.shape
     for n, top in ((1, 1), (3, 20), (17, V), (2, 40)):
@@ -87,7 +91,8 @@ def test_every_family(zoo, rng, name, by):
             and lens.tokens.dtype == np.int32
             and lens.values.dtype == np.float32
         )
-        agree(f"{name}, {n} vectors, {by}", lens, scores(vectors, gain, unembed, eps, by))
+        want = scores(vectors, gain, unembed, eps, by, centred)
+        agree(f"{name}, {n} vectors, {by}", lens, want)
 
 
 @pytest.mark.parametrize("by", ["logit", "cosine"])

@@ -19,6 +19,7 @@ from oracle import promoted
 from oracle.compare import assert_close, share
 from oracle.families import FAMILIES, NEW_FAMILIES
 from oracle.hf_modules import Modules, Tap, hf_sites
+from oracle.more_families import MORE_FAMILIES
 from oracle.reference import Ablate, Add, Reference, Scale, Set, Steer, Vector, selected
 
 transformers.utils.logging.disable_progress_bar()
@@ -240,7 +241,7 @@ def edit_cases(ref, model, s, rng):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3", "llama_bias", "gemma2", "gemma3", "qwen2", *NEW_FAMILIES]
+    "name", ["llama3", "llama_bias", "gemma2", "gemma3", "qwen2", *MORE_FAMILIES]
 )
 def test_edits_are_those_of_forward_hooks(zoo, name, rng):
     ref, model, context = both(zoo, name)

@@ -13,7 +13,7 @@ def _partial(factor, **changes):
 
 
 #: name -> (transformers class prefix, how weights are stored, arguments of the configuration class)
-NEW_FAMILIES = {
+MORE_FAMILIES = {
     "gpt2": (
         "GPT2",
         "float32",
