@@ -36,7 +36,7 @@ def measure(model: Model, rounds: int = 2) -> Ceilings:
     one row where that is higher.
     """
     engine, c = model._engine, model.config
-    shapes = ((512, 2 * c.d_mlp, c.d_model), (512, c.d_model, c.d_mlp))
+    shapes = ((512, (1 + c.gated) * c.d_mlp, c.d_model), (512, c.d_model, c.d_mlp))
     return Ceilings(
         max(engine.measure_linear(*shape)[0] for shape in shapes for _ in range(rounds)),
         max(
@@ -62,7 +62,8 @@ def weight_size(model: Model) -> float:
 def matrix_weights(model: Model) -> int:
     """Weights that every token is multiplied with, the unembedding included."""
     c = model.config
-    layer = c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + 3 * c.d_model * c.d_mlp
+    mlp = (3 if c.gated else 2) * c.d_model * c.d_mlp
+    layer = c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + mlp
     return c.n_layers * layer + c.d_vocab * c.d_model
 
 
