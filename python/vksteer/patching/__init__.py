@@ -15,6 +15,8 @@ _LAZY = {
     "EdgeScores": ".edge_scores",
     "attribute": ".attribution",
     "exact": ".exact_patching",
+    "heatmap": ".activation_patching",
+    "Heatmap": ".activation_patching",
     "plan": ".memory_plan",
     "Plan": ".memory_plan",
     "agreement": ".rank_agreement",
@@ -23,6 +25,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from ..inputs.samples import Sample, Samples, make_samples
+    from .activation_patching import Heatmap, heatmap
     from .attribution import attribute
     from .edge_scores import EdgeScores
     from .exact_patching import exact
@@ -33,6 +36,7 @@ __all__ = [
     "Agreement",
     "EdgeScores",
     "Graph",
+    "Heatmap",
     "Plan",
     "Sample",
     "Samples",
@@ -40,6 +44,7 @@ __all__ = [
     "attribute",
     "exact",
     "graph",
+    "heatmap",
     "make_samples",
     "plan",
 ]
