@@ -4,50 +4,19 @@ which keys each class has, their defaults, random configs, rotation tables.
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import warnings
 
-import numpy as np
 import pytest
 
+from config_checks import NEW, PARTIAL, WINDOWS, check_layers, check_rotation, check_sizes
 from small_configs import CLASSES, FAMILY
 from vksteer.loading import families
 from vksteer.loading.config import Config
 from vksteer.loading.harmless_keys import HARMLESS
 from vksteer.loading.ignored_keys import IGNORED, IGNORED_IN_ALL
 
-#: transformers computes frequencies in float32; the largest relative difference from float64 over
-#: the tables of this file is 3.3e-7.
-ROPE_RTOL = 1e-6
-
-#: model_type -> prefix of transformers' classes
-NEW = {
-    "gpt2": "GPT2",
-    "gpt_neox": "GPTNeoX",
-    "gptj": "GPTJ",
-    "opt": "OPT",
-    "phi": "Phi",
-    "phi3": "Phi3",
-    "olmo": "Olmo",
-    "olmo2": "Olmo2",
-    "olmo3": "Olmo3",
-    "smollm3": "SmolLM3",
-    "granite": "Granite",
-    "cohere": "Cohere",
-    "cohere2": "Cohere2",
-    "stablelm": "StableLm",
-    "glm4": "Glm4",
-    "exaone4": "Exaone4",
-    "ministral3": "Ministral3",
-    "arcee": "Arcee",
-    "nemotron": "Nemotron",
-    "seed_oss": "SeedOss",
-    "gemma": "Gemma",
-}
-PARTIAL = ("gpt_neox", "phi", "phi3", "stablelm", "glm4", "nemotron")
-WINDOWS = ("phi3", "olmo3", "cohere2", "exaone4", "ministral3")
 #: Members of every configuration class that are no keys.
 NO_KEYS = {
     "base_config_key",
@@ -146,6 +115,32 @@ def random_rope(rng, model_type, d_head):
     return values
 
 
+def random_extras(family, d_head, rng):
+    """Keys that only one or a few families have."""
+    found = {}
+    if family.defaults.get("head_dim"):
+        found["head_dim"] = d_head
+    if family.model_type == "granite":
+        found["residual_multiplier"] = 0.22
+    if family.model_type == "olmo":
+        found["clip_qkv"] = rng.choice([None, 8.0])
+    if family.model_type == "gptj":
+        found["rotary_dim"] = rng.choice([2, 4, 8])
+    if family.model_type in WINDOWS:
+        found["sliding_window"] = rng.randint(2, 9)
+    if family.model_type in ("phi3", "ministral3"):
+        found["sliding_window"] = rng.choice([None, 7])
+    if family.model_type in ("cohere2", "exaone4"):
+        found["sliding_window_pattern"] = rng.choice([2, 3, 4])
+    if family.model_type == "smollm3":
+        found.update(
+            use_sliding_window=rng.random() < 0.5,
+            sliding_window=5,
+            no_rope_layer_interval=rng.choice([2, 3]),
+        )
+    return found
+
+
 def random_config(model_type, rng):
     layers, heads, d_head = rng.randint(1, 9), rng.choice([2, 4, 6]), rng.choice([8, 16])
     sizes = dict(
@@ -177,26 +172,7 @@ def random_config(model_type, rng):
     for key in ("embedding_multiplier", "logits_scaling", "logit_scale", "attention_multiplier"):
         if key in family.defaults:
             arguments[key] = rng.choice([0.25, 3.0, 8.0])
-    if FAMILY[model_type].defaults.get("head_dim"):
-        arguments["head_dim"] = d_head
-    if model_type == "granite":
-        arguments["residual_multiplier"] = 0.22
-    if model_type == "olmo":
-        arguments["clip_qkv"] = rng.choice([None, 8.0])
-    if model_type == "gptj":
-        arguments["rotary_dim"] = rng.choice([2, 4, 8])
-    if model_type in WINDOWS:
-        arguments["sliding_window"] = rng.randint(2, 9)
-    if model_type in ("phi3", "ministral3"):
-        arguments["sliding_window"] = rng.choice([None, 7])
-    if model_type in ("cohere2", "exaone4"):
-        arguments["sliding_window_pattern"] = rng.choice([2, 3, 4])
-    if model_type == "smollm3":
-        arguments.update(
-            use_sliding_window=rng.random() < 0.5,
-            sliding_window=5,
-            no_rope_layer_interval=rng.choice([2, 3]),
-        )
+    arguments.update(random_extras(family, d_head, rng))
     if family.positions == "rotary" and model_type != "gptj":
         arguments["rope_parameters"] = random_rope(rng, model_type, d_head)
     if model_type == "olmo3":
@@ -262,98 +238,3 @@ def test_random_configs_equal_transformers(model_type):
         check_sizes(ours, hf)
         check_layers(ours, hf, model_type)
         check_rotation(ours, hf, model_type)
-
-
-def check_sizes(ours, hf):
-    kv = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-    for fact, value in (
-        ("n_layers", hf.num_hidden_layers),
-        ("d_model", hf.hidden_size),
-        ("n_heads", hf.num_attention_heads),
-        ("n_kv_heads", kv),
-        ("d_head", getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads),
-        ("d_vocab", hf.vocab_size),
-        ("tied", hf.tie_word_embeddings),
-    ):
-        assert getattr(ours, fact) == value, fact
-    assert ours.d_mlp in [getattr(hf, k, None) for k in ("intermediate_size", "n_inner", "ffn_dim")]
-    eps = [getattr(hf, k, None) for k in ("rms_norm_eps", "layer_norm_eps", "norm_eps")]
-    eps += [getattr(hf, "layer_norm_epsilon", None)]
-    assert ours.norm_eps == next((e for e in eps if e is not None), 1e-5)
-    assert ours.attn_scale == pytest.approx(
-        getattr(hf, "attention_multiplier", ours.d_head**-0.5)
-        if getattr(hf, "scale_attn_weights", True)
-        else 1.0
-    )
-
-
-def check_layers(ours, hf, model_type):
-    types = getattr(hf, "layer_types", None)
-    if types is None:
-        slides = bool(getattr(hf, "sliding_window", None)) and model_type in WINDOWS
-        types = ["sliding_attention" if slides else "full_attention"] * hf.num_hidden_layers
-    assert ours.window == tuple(hf.sliding_window if t == "sliding_attention" else 0 for t in types)
-    rotated = [True] * hf.num_hidden_layers
-    if model_type in ("gpt2", "opt"):
-        rotated = [False] * hf.num_hidden_layers
-    if model_type == "smollm3":
-        rotated = [bool(r) for r in hf.no_rope_layers]
-    if model_type in ("cohere2", "exaone4"):
-        rotated = [t == "sliding_attention" for t in types]
-    assert [t >= 0 for t in ours.rope_table] == rotated
-
-
-def rotary_module(hf, model_type):
-    module = importlib.import_module(type(hf).__module__.replace("configuration_", "modeling_"))
-    return getattr(module, NEW[model_type] + "RotaryEmbedding")(config=hf)
-
-
-def check_rotation(ours, hf, model_type):
-    if model_type in ("gpt2", "opt"):
-        assert ours.rope == () and ours.pos_embed and ours.d_rot == 0
-        return
-    if not ours.rope:
-        assert set(ours.rope_table) == {-1}
-        return
-    rotary = rotary_module(hf, model_type)
-    if model_type == "gptj":
-        # a table of the angles at every position: those at position 1 are the frequencies
-        sin = rotary.embed_positions[1, : hf.rotary_dim // 2].double().numpy()
-        np.testing.assert_allclose(np.sin(ours.rope[0].inv_freq), sin, rtol=ROPE_RTOL)
-        assert ours.d_rot == hf.rotary_dim
-        return
-    if model_type == "olmo3":
-        for i, kind in enumerate(("full_attention", "sliding_attention")):
-            if hasattr(rotary, f"{kind}_inv_freq"):
-                check_table(ours.rope[i], rotary, kind + "_")
-        return
-    check_table(ours.rope[0], rotary, "")
-    check_long(ours, rotary, hf)
-    if model_type == "ministral3":
-        beta = hf.rope_parameters.get("llama_4_scaling_beta")
-        assert ours.query_beta == (beta or 0.0)
-        if beta:
-            assert ours.query_length == hf.rope_parameters["original_max_position_embeddings"]
-
-
-def check_table(table, rotary, prefix):
-    inv_freq = getattr(rotary, prefix + "inv_freq")
-    assert table.inv_freq.shape == tuple(inv_freq.shape)
-    np.testing.assert_allclose(table.inv_freq, inv_freq.double().numpy(), rtol=ROPE_RTOL)
-    scaling = getattr(rotary, prefix + "attention_scaling")
-    assert table.attention_factor == pytest.approx(scaling, rel=1e-12)
-
-
-def check_long(ours, rotary, hf):
-    """The table that transformers' module has after a text beyond the original length."""
-    import torch
-
-    if rotary.rope_type != "longrope":
-        assert ours.rope_long == () and ours.rope_switch == 0
-        return
-    original = hf.rope_parameters["original_max_position_embeddings"]
-    assert ours.rope_switch == original and len(ours.rope_long) == 1
-    rotary(torch.zeros(1), torch.arange(original)[None])
-    check_table(ours.rope[0], rotary, "")
-    rotary(torch.zeros(1), torch.arange(original + 1)[None])
-    check_table(ours.rope_long[0], rotary, "")

@@ -70,7 +70,9 @@ IGNORED_IN_ALL = frozenset(
         "init_method",
         "init_std",
         "neftune_noise_alpha",
+        "output_past",
         "output_router_logits",
+        "predict_special_tokens",
         "router_aux_loss_coef",
         "use_fused_cross_entropy",
         "use_fused_rms_norm",
@@ -99,7 +101,9 @@ IGNORED_IN_ALL = frozenset(
         "n_inner",
         "n_layer",
         "n_positions",
+        "n_special",
         "seq_length",
+        "_num_labels",
         "original_vocab_size",
         "pad_vocab_size_multiple",
         "padded_vocab_size",
@@ -163,12 +167,14 @@ IGNORED = {
     ),
     "qwen2": frozenset({"attention_bias", "mlp_bias", "no_bias", "qkv_bias"}),
     "qwen3": frozenset({"mlp_bias", "no_bias", "qkv_bias", "use_qk_norm"}),
-    "gpt2": frozenset({"n_special", "predict_special_tokens"}),
-    "gptj": frozenset({"n_special", "predict_special_tokens", "rotary"}),
-    "phi3": frozenset({"full_attn_mod", "interpolate_factor"}),
+    "gptj": frozenset({"rotary"}),
+    "phi3": frozenset(
+        {"attention_bias", "full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias"}
+    ),
     "smollm3": frozenset({"max_window_layers"}),
     "cohere2": frozenset(
         {
+            "_sliding_window_pattern",
             "layer_switch",
             "order_of_interleaved_layers",
             "rotary_pct",
@@ -176,11 +182,12 @@ IGNORED = {
             "use_gated_activation",
             "use_parallel_block",
             "use_parallel_embedding",
+            "use_qk_norm",
         }
     ),
     "exaone4": frozenset({"max_window_layers", "reorder_qk_norm"}),
     "nemotron": frozenset({"rope_percent", "rotary_percent"}),
-    "gemma": frozenset({"hidden_activation"}),
+    "gemma": frozenset({"hidden_activation", "mlp_bias"}),
 }
 
 #: Keys of a rope dictionary that transformers reads for no rope type of the supported families.
