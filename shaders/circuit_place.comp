@@ -36,7 +36,7 @@ void write(uint kind, uint i, float x) {
 void main() {
     const uint t = gl_WorkGroupID.x, e = 4 * gl_WorkGroupID.y, lane = gl_LocalInvocationID.x,
                half_ = p.d_rot / 2;
-    const uint entry = p.entries.at[e], kind = entry & 3, pos = p.tokens.at[t].pos,
+    const uint entry = p.entries.at[e], kind = entry & 3, row = p.tokens.at[t].angle,
                to_array = p.entries.at[e + 3];
     const bool is_base = (entry & PLACE_BASE) != 0;
     const uint from = (is_base ? t * p.base_stride
@@ -67,7 +67,7 @@ void main() {
             b = normalized(kind, inverse, b, second);
         }
         if (turned) {
-            const uint angle = (pos * half_ + i) * 2;
+            const uint angle = (row * half_ + i) * 2;
             float c, s, old = a;
             if (kind == PLACE_Q) {
                 c = p.q_angles.at[angle];

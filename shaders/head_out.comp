@@ -1,6 +1,7 @@
-// dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector for each key/value
-// head, multiplied by the part of W_O that belongs to each query head. W_O is read once in one
-// dispatch, where H products over slices would take H dispatches.
+// dst[h, n] = scale sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector for each
+// key/value head, multiplied by the part of W_O that belongs to each query head. W_O is read once
+// in one dispatch, where H products over slices would take H dispatches.
+//
 // Buffers   x [G, dh], weights: panels of W [N, H * dh] (linear.comp gives the layout), dst
 //           [H, out_stride], gain [N]
 // Grid      x = ceil(H / heads_each), y = ceil(N / columns of a workgroup). A subgroup goes through
@@ -58,8 +59,9 @@ void main() {
         [[unroll]] for (uint j = 0; j < COLUMNS; j++) {
             uint n = n0 + j * SG;
             if (n < p.n_out)
-                p.dst.at[head * p.out_stride + n] = p.has_gain != 0 ? acc[j] * p.gain.at[n]
-                                                                    : acc[j];
+                p.dst.at[head * p.out_stride + n] = p.has_gain != 0
+                                                        ? acc[j] * p.scale * p.gain.at[n]
+                                                        : acc[j] * p.scale;
         }
     }
 }

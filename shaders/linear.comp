@@ -1,5 +1,5 @@
-// dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): the matrix kernel for drivers whose subgroups
-// are vector registers (software).
+// dst[m, n] = sum_k x[m, k] W[n, k] (* scale) (+ bias) (+ add): the matrix kernel for drivers whose
+// subgroups are vector registers (software).
 //
 // Define    WEIGHT  0 float32, 1 bfloat16, 2 float16
 //           RM      rows of x that a subgroup takes
@@ -141,8 +141,8 @@ void write_result(uint m, uint n, float first, float second) {
     const token_meta token = p.tokens.at[m];
     const uint kv_width = p.n_kv_heads * 2 * p.half_;
     if (head < p.n_heads + p.n_kv_heads) {
-        float c = p.angles.at[(token.pos * p.half_ + i) * 2],
-              s = p.angles.at[(token.pos * p.half_ + i) * 2 + 1], a = first, b = second;
+        float c = p.angles.at[(token.angle * p.half_ + i) * 2],
+              s = p.angles.at[(token.angle * p.half_ + i) * 2 + 1], a = first, b = second;
         first = a * c - b * s;
         second = b * c + a * s;
     }

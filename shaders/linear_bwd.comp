@@ -99,7 +99,9 @@ void main() {
         [[unroll]] for (int i = 0; i < RM; i++)
             if (m0 + i < p.n_rows) {
                 [[unroll]] for (uint c = 0; c < CELL; c++)
-                    p.dx.at[(m0 + i) * p.x_stride + cell * CELL + c] = acc[i][c];
+                    p.dx.at[(m0 + i) * p.x_stride + cell * CELL + c] = (p.flags & LINEAR_SCALE) != 0
+                                                                           ? acc[i][c] * p.scale
+                                                                           : acc[i][c];
             }
     }
 }

@@ -84,7 +84,8 @@ void main() {
         [[unroll]] for (int j = 0; j < 4; j++) {
             uint m = m0 + ty * 8 + i, k = k0 + tx + j * 16;
             if (m < p.n_rows && k < n_k)
-                p.dx.at[m * p.x_stride + k] = acc[i][j];
+                p.dx.at[m * p.x_stride + k] = (p.flags & LINEAR_SCALE) != 0 ? acc[i][j] * p.scale
+                                                                            : acc[i][j];
         }
     }
 }

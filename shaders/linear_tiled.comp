@@ -1,4 +1,4 @@
-// dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add), on real GPUs, for many rows.
+// dst[m, n] = sum_k x[m, k] W[n, k] (* scale) (+ bias) (+ add), on real GPUs, for many rows.
 // Buffers   x [M, x_stride], weights: panels (linear.comp gives the layout), dst [M, out_stride]
 // Grid      x = ceil(M / 64), y = ceil(N / 64). A workgroup of 128 computes 64 rows x 64 columns
 //           from tiles in shared memory (8.5 KiB), and each invocation 8 x 4 of them. The next

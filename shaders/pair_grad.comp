@@ -1,7 +1,9 @@
 // dnormed[r, :] = weight * (a' W[a, :] - b' W[b, :]) and logits[r] = (a, b): the gradient of a
 // difference of two logits of row r with respect to the normalised final stream. a' and b' are the
 // slopes of the soft cap.
-// Buffers   normed and dnormed [n, stride], rows [2n, stride], weights [n], logits [n, 2]
+// Buffers   normed and dnormed [n, stride], rows [2n, stride], weights [n], logits [n, 2], bias
+// [V],
+//           ids [2n]
 // Grid      x = rows; a workgroup takes one, its lanes the columns
 // Order     lane l sums columns l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
 #version 450
@@ -22,6 +24,10 @@ void main() {
     }
     a = workgroup_sum(a);
     b = workgroup_sum(b);
+    if (p.has_bias != 0) {
+        a += p.bias.at[p.ids.at[2 * r].id];
+        b += p.bias.at[p.ids.at[2 * r + 1].id];
+    }
     float a_slope = 1.0, b_slope = 1.0;
     if (p.softcap != 0.0) {
         float ta = tanh(clamp(a / p.softcap, -15.0, 15.0)),

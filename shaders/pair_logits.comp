@@ -1,6 +1,7 @@
-// logits[e, j] = cap(normed[e, j, :] . rows[2j, :]), cap(normed[e, j, :] . rows[2j + 1, :]), with
-// cap the soft cap.
-// Buffers   normed [entries, n, stride], rows [2n, stride], logits [entries, n, 2]
+// logits[e, j] = cap(normed[e, j, :] . rows[2j, :] (+ bias)), cap(normed[e, j, :] . rows[2j + 1, :]
+// (+ bias)), with cap the soft cap.
+// Buffers   normed [entries, n, stride], rows [2n, stride], logits [entries, n, 2], bias [V], ids
+//           [2n]
 // Grid      x = rows j, y = entries; a workgroup takes one of each, its lanes the columns
 // Order     lane l sums columns l, l + WG, ... in one fma chain; workgroup_sum adds the lanes
 #version 450
@@ -21,6 +22,10 @@ void main() {
     }
     a = workgroup_sum(a);
     b = workgroup_sum(b);
+    if (p.has_bias != 0) {
+        a += p.bias.at[p.ids.at[2 * j].id];
+        b += p.bias.at[p.ids.at[2 * j + 1].id];
+    }
     if (p.softcap != 0.0) {
         a = p.softcap * tanh(clamp(a / p.softcap, -15.0, 15.0));
         b = p.softcap * tanh(clamp(b / p.softcap, -15.0, 15.0));

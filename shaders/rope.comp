@@ -1,7 +1,8 @@
-// In place on rows [q | k | v]: RMS norm of each head (ROPE_QK_NORM), rotation of its halves
-// (ROPE_ROTATE), and a copy of k and v into the cache (ROPE_STORE):
-//     (x[i], x[i + dh/2]) = (a c - b s, b c + a s), (a, b) the old values, (c, s) = angles[pos, i].
-// Buffers   qkv [T, stride], angles [positions, dh/2, (cos, sin)], k_cache and v_cache
+// In place on rows [q | k | v]: RMS norm of each head (ROPE_QK_NORM), rotation of its first d_rot
+// channels (ROPE_ROTATE), and a copy of k and v into the cache (ROPE_STORE). Pair i of a rotated
+// head is (x[i], x[i + d_rot/2]), or with ROPE_INTERLEAVED (x[2i], x[2i + 1]):
+//     (a, b) becomes (a c - b s, b c + a s), (c, s) = angles[angle of the token, i].
+// Buffers   qkv [T, stride], angles and q_angles [rows, d_rot/2, (cos, sin)], k_cache and v_cache
 //           [slots, G * dh]
 // Grid      x = tokens; the subgroups of a workgroup share the heads of its token
 // Order     for the RMS, lane l sums columns l, l + SG, ... in one fma chain; the subgroup then
@@ -23,19 +24,22 @@ void head_norm(uint base, FloatsIn gain) {
         p.qkv.at[base + i] = p.qkv.at[base + i] * inverse * gain.at[i];
 }
 
-void head_rotate(uint base, uint pos) {
-    uint half_ = p.d_head / 2;
-    for (uint i = gl_SubgroupInvocationID; i < half_; i += SG) {
-        float c = p.angles.at[(pos * half_ + i) * 2], s = p.angles.at[(pos * half_ + i) * 2 + 1];
-        float a = p.qkv.at[base + i], b = p.qkv.at[base + half_ + i];
-        p.qkv.at[base + i] = a * c - b * s;
-        p.qkv.at[base + half_ + i] = b * c + a * s;
+void head_rotate(uint base, FloatsIn angles, uint row) {
+    const uint n_pairs = p.d_rot / 2;
+    const bool interleaved = (p.flags & ROPE_INTERLEAVED) != 0;
+    const uint step = interleaved ? 2 : 1, apart = interleaved ? 1 : n_pairs;
+    for (uint i = gl_SubgroupInvocationID; i < n_pairs; i += SG) {
+        float c = angles.at[(row * n_pairs + i) * 2], s = angles.at[(row * n_pairs + i) * 2 + 1];
+        uint first = base + i * step, second = first + apart;
+        float a = p.qkv.at[first], b = p.qkv.at[second];
+        p.qkv.at[first] = a * c - b * s;
+        p.qkv.at[second] = b * c + a * s;
     }
 }
 
 void main() {
     uint t = gl_WorkGroupID.x;
-    uint pos = p.tokens.at[t].pos, slot = p.tokens.at[t].slot;
+    uint angle = p.tokens.at[t].angle, slot = p.tokens.at[t].slot;
     uint kv_width = p.n_kv_heads * p.d_head;
     const uint n_all = p.n_heads + 2 * p.n_kv_heads;
     for (uint first = 0; first < n_all; first += WG / SG) {
@@ -53,8 +57,10 @@ void main() {
             subgroupBarrier();
         }
         if ((p.flags & ROPE_ROTATE) != 0) {
-            if (is_q || is_k)
-                head_rotate(base, pos);
+            if (is_q)
+                head_rotate(base, p.q_angles, angle);
+            else if (is_k)
+                head_rotate(base, p.angles, angle);
             subgroupMemoryBarrierBuffer();
             subgroupBarrier();
         }

@@ -127,6 +127,8 @@ def rotated(on, problem, rows, product):
         "n_heads": a["n_heads"],
         "n_kv_heads": a["n_kv_heads"],
         "d_head": a["d_head"],
+        "d_rot": a["d_head"],
+        "q_angles": "angles",
         "stride": problems.row_stride(a["n"]),
         "eps": 1e-6,
         "flags": 6,

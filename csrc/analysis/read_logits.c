@@ -80,6 +80,9 @@ int read_pairs(struct run_work *work, struct read_memory *memory, const struct r
         .normed = normed,
         .rows = run_address(memory->rows),
         .logits = values,
+        .bias = model->b_unembed,
+        .ids = ids,
+        .has_bias = model->b_unembed != 0,
         .n = n,
         .width = model->facts.d_model,
         .stride = work->d_stride,
@@ -108,6 +111,7 @@ static int unembed(struct run_work *work, uint64_t rows, uint32_t n, uint64_t to
     struct op_linear_args args = {
         .x = rows,
         .dst = to,
+        .bias = work->model->b_unembed,
         .n_rows = n,
         .x_stride = work->d_stride,
         .dst_stride = op_row_stride(work->model->facts.d_vocab),

@@ -44,6 +44,10 @@ int model_facts_check(const struct model_facts *f, struct error *error) {
                              f->rope_table[l], f->n_ropes);
     if (f->query_beta != 0 && f->query_length == 0)
         return error_set(error, ERROR_MODEL, "query_length is 0");
+    if (f->query_beta != 0 && f->d_rot != f->d_head)
+        return error_set(error, ERROR_MODEL,
+                         "queries with a factor of their own must be rotated whole, not %u of %u",
+                         f->d_rot, f->d_head);
     if ((f->post_norms && (f->norm != NORM_KIND_RMS || f->parallel)) ||
         (!f->pre_norms && (f->parallel || !f->post_norms)))
         return error_set(error, ERROR_MODEL, "norms that no model has together");

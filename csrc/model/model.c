@@ -48,10 +48,12 @@ void model_destroy(struct model *model) {
         return;
     ops_destroy(&model->ops); /* waits for the device, so that nothing below is in use */
     weight_buffers_destroy(model);
-    for (int i = 0; i < MODEL_ROPES_MAX; i++) {
+    for (int i = 0; i < MODEL_ROPES_MAX / 2; i++) {
         gpu_buffer_destroy(model->angles[i]);
-        free(model->inv_freq[i]);
+        gpu_buffer_destroy(model->q_angles[i]);
     }
+    for (int i = 0; i < MODEL_ROPES_MAX; i++)
+        free(model->inv_freq[i]);
     free(model->layers);
     free(model);
 }
@@ -87,39 +89,74 @@ int model_load_finish(struct model *model, struct error *error) {
     return weight_buffers_finish(model, error);
 }
 
+/* Fills [n_angles, d_rot / 2, (cos, sin)] of table i. of_queries: with the factor of queries. */
+static float *angles_fill(const struct model *model, uint32_t i, uint32_t n_angles, int of_queries,
+                          float *out) {
+    const struct model_facts *f = &model->facts;
+    for (uint32_t pos = 0; pos < n_angles; pos++) {
+        double factor = model->rope_factor[i];
+        if (of_queries)
+            factor *= 1 + f->query_beta * log(1 + floor((double)pos / f->query_length));
+        for (uint32_t j = 0; j < f->d_rot / 2; j++) {
+            double angle = pos * model->inv_freq[i][j];
+            *out++ = (float)(cos(angle) * factor);
+            *out++ = (float)(sin(angle) * factor);
+        }
+    }
+    return out;
+}
+
+/* Replaces *table by table i for n_angles positions, with the one for long texts behind it. */
+static int angles_make(struct model *model, uint32_t i, uint32_t n_angles, int of_queries,
+                       struct gpu_buffer **table, struct error *error) {
+    const struct model_facts *f = &model->facts;
+    int has_long = f->rope_switch > 0;
+    uint64_t bytes = (uint64_t)n_angles * f->d_rot * 4 << has_long;
+    struct gpu_buffer *upload = NULL, *made = NULL;
+    if (gpu_buffer_create(&upload, model->ops.device, bytes, GPU_UPLOAD, "rotation upload",
+                          error) ||
+        gpu_buffer_create(&made, model->ops.device, bytes, GPU_DEVICE_LOCAL, "rotation table",
+                          error))
+        goto fail;
+    float *out = angles_fill(model, i, n_angles, of_queries, gpu_buffer_map(upload));
+    if (has_long)
+        angles_fill(model, f->n_ropes + i, n_angles, of_queries, out);
+    if (gpu_queue_copy(model->ops.queue, upload, 0, made, 0, bytes, error) ||
+        gpu_queue_wait(model->ops.queue, error))
+        goto fail;
+    gpu_buffer_destroy(upload);
+    gpu_buffer_destroy(*table);
+    *table = made;
+    return 0;
+fail:
+    gpu_buffer_destroy(upload);
+    gpu_buffer_destroy(made);
+    return -1;
+}
+
 int model_angles_prepare(struct model *model, uint32_t n, struct error *error) {
+    const struct model_facts *f = &model->facts;
     if (n <= model->n_angles)
         return 0;
     /* Grown by 256 positions, so that decoding does not rebuild the table at every token. */
     n = (n + 255) / 256 * 256;
-    uint32_t half = model->facts.d_rot / 2;
-    for (uint32_t i = 0; i < model_tables(&model->facts); i++) {
-        uint64_t bytes = (uint64_t)n * half * 8;
-        struct gpu_buffer *upload = NULL, *table = NULL;
-        if (gpu_buffer_create(&upload, model->ops.device, bytes, GPU_UPLOAD, "rotation upload",
-                              error) ||
-            gpu_buffer_create(&table, model->ops.device, bytes, GPU_DEVICE_LOCAL, "rotation table",
-                              error))
-            goto fail;
-        float *out = gpu_buffer_map(upload);
-        for (uint32_t pos = 0; pos < n; pos++)
-            for (uint32_t j = 0; j < half; j++) {
-                double angle = pos * model->inv_freq[i][j];
-                *out++ = (float)(cos(angle) * model->rope_factor[i]);
-                *out++ = (float)(sin(angle) * model->rope_factor[i]);
-            }
-        if (gpu_queue_copy(model->ops.queue, upload, 0, table, 0, bytes, error) ||
-            gpu_queue_wait(model->ops.queue, error))
-            goto fail;
-        gpu_buffer_destroy(upload);
-        gpu_buffer_destroy(model->angles[i]);
-        model->angles[i] = table;
-        continue;
-fail:
-        gpu_buffer_destroy(upload);
-        gpu_buffer_destroy(table);
-        return -1;
-    }
+    for (uint32_t i = 0; i < f->n_ropes; i++)
+        if (angles_make(model, i, n, 0, &model->angles[i], error) ||
+            (f->query_beta != 0 && angles_make(model, i, n, 1, &model->q_angles[i], error)))
+            return -1;
     model->n_angles = n;
     return 0;
+}
+
+uint64_t model_angles(const struct model *model, uint32_t layer, int of_queries) {
+    uint32_t i = model->facts.rope_table[layer];
+    if (i == MODEL_NO_ROPE)
+        return 0;
+    return gpu_buffer_address(of_queries && model->q_angles[i] ? model->q_angles[i]
+                                                               : model->angles[i]);
+}
+
+uint32_t model_angle_row(const struct model *model, uint32_t pos, uint32_t length) {
+    uint32_t most = model->facts.rope_switch;
+    return pos + (most && length > most ? model->n_angles : 0);
 }

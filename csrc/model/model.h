@@ -63,10 +63,13 @@ struct model {
     struct model_layer *layers;
     double *inv_freq[MODEL_ROPES_MAX]; /* [d_rot / 2] */
     double rope_factor[MODEL_ROPES_MAX];
-    struct gpu_buffer *angles[MODEL_ROPES_MAX]; /* [n_angles, d_rot / 2, (cos, sin)] float32 */
-    uint32_t n_angles;
-    struct weight_buffer *weight_buffers; /* list, the current one first */
-    struct gpu_buffer *staging[2];        /* NULL once loading is finished */
+    /* [n_angles, d_rot / 2, (cos, sin)] float32 of the n_ropes tables; with a rope_switch, as many
+     * rows of the table for long texts follow */
+    struct gpu_buffer *angles[MODEL_ROPES_MAX / 2];
+    struct gpu_buffer *q_angles[MODEL_ROPES_MAX / 2]; /* of queries; NULL without a query_beta */
+    uint32_t n_angles;                                /* positions */
+    struct weight_buffer *weight_buffers;             /* list, the current one first */
+    struct gpu_buffer *staging[2];                    /* NULL once loading is finished */
     int next_staging;
     uint64_t weight_bytes; /* cut from the weight buffers so far */
 };
@@ -116,5 +119,10 @@ uint64_t *model_vector_find(struct model *model, const char *name, int layer, ui
 /* Computes the rotation tables for positions below `n`, unless they reach so far already. Waits for
  * the device when they grow. */
 int model_angles_prepare(struct model *model, uint32_t n, struct error *error);
+/* Device address of a layer's rotation table, or of the one for its queries; 0: the layer rotates
+ * nothing. */
+uint64_t model_angles(const struct model *model, uint32_t layer, int of_queries);
+/* The tables' row for a position of a text of `length` tokens. */
+uint32_t model_angle_row(const struct model *model, uint32_t pos, uint32_t length);
 
 #endif

@@ -167,6 +167,14 @@ static int shape_check(const char *name, int layer, const struct weight_source *
     return 0;
 }
 
+/* The factor on what attention and MLP add to the residual stream, for the matrix or the bias that
+ * they end with; 0 for others and where there is none. */
+static float added_scale(const struct model_facts *f, const char *name) {
+    int added = strcmp(name, "o") == 0 || strcmp(name, "down") == 0 || strcmp(name, "b_o") == 0 ||
+                strcmp(name, "b_down") == 0;
+    return added && f->residual_scale != 1 ? f->residual_scale : 0;
+}
+
 int model_matrix_load(struct model *model, const char *name, int layer,
                       const struct weight_source *sources, int n_sources, struct error *error) {
     uint32_t n, k;
@@ -182,6 +190,7 @@ int model_matrix_load(struct model *model, const char *name, int layer,
         .n = n,
         .k = k,
         .k_cells = op_matrix_cells(model->facts.weight_type, k),
+        .scale = added_scale(&model->facts, name),
     };
     uint64_t panel_bytes = op_matrix_bytes(made.type, OP_PANEL, k);
     if (panel_bytes > STAGING_BYTES)
@@ -245,7 +254,10 @@ int model_vector_load(struct model *model, const char *name, int layer,
     memset(out, 0, bytes);
     float shift = name[0] == 'b' ? 0.0f : model->facts.norm_offset; /* biases are not gains */
     /* the logits' factor is the same for all of them, so it can stand in the last norm */
-    float scale = strstr(name, "ln_final") ? model->facts.logit_scale : 1.0f;
+    float scale = strstr(name, "ln_final") ? model->facts.logit_scale : 1.0f,
+          added = added_scale(&model->facts, name);
+    if (added != 0)
+        scale = added;
     for (int i = 0; i < n_sources; i++)
         for (uint32_t j = 0; j < sources[i].rows; j++)
             out[at++] = (source_float(&sources[i], j) + shift) * scale;

@@ -38,6 +38,7 @@ int op_head_out(struct ops *ops, const struct op_matrix *matrix,
             .panel_cells = matrix->k_cells,
             .out_stride = args->dst_stride,
             .has_gain = args->gain != 0,
+            .scale = matrix->scale != 0 ? matrix->scale : 1,
         };
         if (texels && gpu_queue_texels(ops->queue, params.weights,
                                        op_matrix_bytes(matrix->type, n_out, matrix->k), error))

@@ -135,7 +135,10 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
             .x_stride = args->x_stride,
             .out_stride = args->dst_stride,
             .flags = (args->bias ? LINEAR_BIAS : 0) | (args->add ? LINEAR_ADD : 0) |
-                     (args->softcap != 0 ? LINEAR_SOFTCAP : 0) | (args->gain ? LINEAR_NORM : 0),
+                     (args->softcap != 0 ? LINEAR_SOFTCAP : 0) | (args->gain ? LINEAR_NORM : 0) |
+                     (matrix->scale != 0 ? LINEAR_SCALE : 0) | (args->clip != 0 ? LINEAR_CLIP : 0),
+            .scale = matrix->scale,
+            .clip = args->clip,
             .softcap = args->softcap,
             .gain = args->gain,
             .width = matrix->k,
@@ -177,7 +180,7 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
 int op_linear_pairs_offered(const struct ops *ops, const struct op_matrix *matrix,
                             uint32_t n_rows) {
     double flops = 2.0 * n_rows * matrix->n * matrix->k;
-    return op_linear_norms(ops, n_rows) && matrix->n_segments == 1 &&
+    return op_linear_norms(ops, n_rows) && matrix->n_segments == 1 && matrix->scale == 0 &&
            flops <= gpu_queue_flops_bound(ops->queue);
 }
 
@@ -187,7 +190,7 @@ int op_linear_pairs(struct ops *ops, const struct op_matrix *matrix,
              heads = args->n_heads + 2 * args->n_kv_heads;
     int rotate = args->kind == PAIRS_ROTATE, texels = ops->kernel_family == LINEAR_TEXELS;
     struct variant variant = pairs_choose(ops, matrix->type, n_rows);
-    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_segments != 1 ||
+    if (args->kind > PAIRS_ROTATE || matrix->n % 2 || matrix->n_segments != 1 || matrix->scale ||
         args->x_stride < (matrix->k + 15) / 16 * 16 ||
         (rotate && (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n ||
                     args->dst_stride < args->n_heads * args->d_head)) ||
@@ -263,7 +266,7 @@ static struct variant backward_choose(const struct ops *ops, uint32_t type, uint
 
 static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,
                                  const struct op_linear_bwd_args *args, uint32_t first_n,
-                                 uint32_t n_sum, int add, struct error *error) {
+                                 uint32_t n_sum, uint32_t flags, struct error *error) {
     struct variant variant = backward_choose(ops, matrix->type, args->n_rows);
     uint32_t inputs = op_cell_inputs(matrix->type),
              n_k = args->n_k ? args->n_k : matrix->k_cells * inputs, n_cells = n_k / inputs;
@@ -284,7 +287,8 @@ static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix
             .panel_cells = matrix->k_cells,
             .y_stride = args->y_stride,
             .x_stride = args->x_stride,
-            .flags = add ? LINEAR_ADD : 0,
+            .flags = flags,
+            .scale = matrix->scale,
         };
         if (ops->kernel_family == LINEAR_TEXELS &&
             gpu_queue_texels(
@@ -314,9 +318,12 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
         return error_set(error, ERROR_VALUE,
                          "a backward product over rows %u to %u of a matrix with %u", args->first_n,
                          args->first_n + n_sum, matrix->n);
+    if (args->add && matrix->scale != 0)
+        return error_set(error, ERROR_VALUE,
+                         "a backward product with a scaled matrix cannot be added to a sum");
     uint32_t at_once = ops->kernel_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX
                                                                                 : BACKWARD_STRIP;
-    int add = args->add;
+    uint32_t add = args->add ? LINEAR_ADD : 0;
     for (uint32_t c = 0; c < matrix->n_segments; c++) {
         uint32_t first = matrix->segments[c].first,
                  from = args->first_n > first ? args->first_n - first : 0,
@@ -326,9 +333,11 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
         end = end < matrix->segments[c].count ? end : matrix->segments[c].count;
         for (uint32_t n; from < end; from += n) {
             n = end - from < at_once ? end - from : at_once;
-            if (segment_multiply_back(ops, matrix, c, args, from, n, add, error))
+            int last = first + from + n == args->first_n + n_sum;
+            uint32_t flags = add | (last && matrix->scale != 0 ? LINEAR_SCALE : 0);
+            if (segment_multiply_back(ops, matrix, c, args, from, n, flags, error))
                 return -1;
-            add = 1; /* continues the chain of the dispatch before */
+            add = LINEAR_ADD; /* continues the chain of the dispatch before */
         }
     }
     return 0;

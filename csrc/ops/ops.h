@@ -46,6 +46,7 @@ struct op_matrix {
     uint32_t type; /* WEIGHT_* */
     uint32_t n, k;
     uint32_t k_cells; /* 16-byte cells of k in a row */
+    float scale;      /* factor on every product with W, forward and backward; 0: none */
     uint32_t n_segments;
     struct {
         uint64_t address;
@@ -85,6 +86,7 @@ struct op_linear_args {
     uint32_t n_rows, x_stride, dst_stride;
     uint32_t first_k, n_k; /* a slice of the inputs (multiples of 16); n_k = 0: all */
     float softcap;         /* 0: none */
+    float clip;            /* the product with its bias is clamped to +-clip; 0: it is not */
     uint32_t decode;       /* the phase: 1 for decoding */
     float eps;             /* of the norm */
 };
@@ -121,7 +123,7 @@ struct op_linear_bwd_args {
     uint32_t first_n, n_sum;
     /* a slice of the inputs, dx's first column is first_k (multiples of 16); n_k = 0: all */
     uint32_t first_k, n_k;
-    uint32_t add; /* 1: add to what dx holds */
+    uint32_t add; /* 1: add to what dx holds, for a matrix without a scale */
 };
 int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
                   const struct op_linear_bwd_args *args, struct error *error);

@@ -21,25 +21,32 @@ static void head_norm(struct reference_memory *memory, const struct rope_params 
                                                       sqrt(sum / p->d_head + p->eps);
 }
 
-/* Rotates each pair (a, b) = (x[i], x[i + dh/2]) by the angle of (position, i). */
-static void head_rotate(struct reference_memory *memory, const struct rope_params *p, uint64_t base,
-                        uint32_t pos) {
-    uint32_t half = p->d_head / 2;
+/* Of a head at `x`, rotates each pair (a, b) of the first d_rot channels by the angle of (row, i):
+ * (x[2i], x[2i + 1]) where they are interleaved, else (x[i], x[i + d_rot/2]). direction: 1, or -1
+ * for the transpose. */
+static void head_rotate(struct reference_memory *memory, uint64_t x, uint64_t base, uint32_t d_rot,
+                        int interleaved, uint64_t angles, uint32_t row, double direction) {
+    uint32_t half = d_rot / 2;
     for (uint32_t i = 0; i < half; i++) {
-        double *a = reference_float(memory, p->qkv, base + i),
-               *b = reference_float(memory, p->qkv, base + half + i), old_a = *a, old_b = *b;
-        double c = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
-               s = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
+        double *a = reference_float(memory, x, base + (interleaved ? 2 * i : i)),
+               *b = reference_float(memory, x, base + (interleaved ? 2 * i + 1 : half + i));
+        double old_a = *a, old_b = *b,
+               c = *reference_float(memory, angles, ((uint64_t)row * half + i) * 2),
+               s = *reference_float(memory, angles, ((uint64_t)row * half + i) * 2 + 1) * direction;
         *a = old_a * c - old_b * s;
         *b = old_b * c + old_a * s;
     }
 }
 
+static void rotation_check(struct reference_memory *memory, uint32_t d_head, uint32_t d_rot) {
+    if (d_head == 0 || d_rot % 2 || d_rot > d_head)
+        reference_fail(memory, "%u channels of a head of %u cannot be rotated", d_rot, d_head);
+}
+
 void reference_rope(struct reference_memory *memory, const struct rope_params *p,
                     uint32_t n_tokens) {
     uint64_t kv_width = (uint64_t)p->n_kv_heads * p->d_head;
-    if (p->d_head == 0 || p->d_head % 2)
-        reference_fail(memory, "a head of %u cannot be rotated", p->d_head);
+    rotation_check(memory, p->d_head, p->d_rot);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++) {
         struct token_meta token = reference_token(memory, p->tokens, t);
         for (uint32_t h = 0; h < p->n_heads + 2 * p->n_kv_heads && !memory->failed; h++) {
@@ -48,7 +55,8 @@ void reference_rope(struct reference_memory *memory, const struct rope_params *p
             if (p->flags & ROPE_QK_NORM && !is_v)
                 head_norm(memory, p, base, is_q ? p->q_gain : p->k_gain);
             if (p->flags & ROPE_ROTATE && !is_v)
-                head_rotate(memory, p, base, token.pos);
+                head_rotate(memory, p->qkv, base, p->d_rot, p->flags & ROPE_INTERLEAVED,
+                            is_q ? p->q_angles : p->angles, token.angle, 1);
             if (p->flags & ROPE_STORE && !is_q)
                 for (uint32_t i = 0; i < p->d_head; i++)
                     *reference_float(memory, is_v ? p->v_cache : p->k_cache,
@@ -230,19 +238,6 @@ void reference_attn_decode(struct reference_memory *memory, const struct decode_
         }
 }
 
-static void head_rotate_back(struct reference_memory *memory, const struct rope_bwd_params *p,
-                             uint64_t base, uint32_t pos) {
-    uint32_t half = p->d_head / 2;
-    for (uint32_t i = 0; i < half; i++) {
-        double *a = reference_float(memory, p->dqkv, base + i),
-               *b = reference_float(memory, p->dqkv, base + half + i), old_a = *a, old_b = *b;
-        double c = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2),
-               s = *reference_float(memory, p->angles, ((uint64_t)pos * half + i) * 2 + 1);
-        *a = old_a * c + old_b * s;
-        *b = old_b * c - old_a * s;
-    }
-}
-
 static void head_norm_back(struct reference_memory *memory, const struct rope_bwd_params *p,
                            uint64_t base, uint64_t gain) {
     struct norm_slope slope = {0};
@@ -264,13 +259,14 @@ static void head_norm_back(struct reference_memory *memory, const struct rope_bw
 
 void reference_rope_bwd(struct reference_memory *memory, const struct rope_bwd_params *p,
                         uint32_t n_tokens) {
-    if (p->d_head == 0 || p->d_head % 2)
-        reference_fail(memory, "a head of %u cannot be rotated", p->d_head);
+    rotation_check(memory, p->d_head, p->d_rot);
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
         for (uint32_t h = 0; h < p->n_heads + p->n_kv_heads && !memory->failed; h++) {
             uint64_t base = (uint64_t)t * p->stride + (uint64_t)h * p->d_head;
             if (p->flags & ROPE_ROTATE)
-                head_rotate_back(memory, p, base, reference_token(memory, p->tokens, t).pos);
+                head_rotate(memory, p->dqkv, base, p->d_rot, p->flags & ROPE_INTERLEAVED,
+                            h < p->n_heads ? p->q_angles : p->angles,
+                            reference_token(memory, p->tokens, t).angle, -1);
             if (p->flags & ROPE_QK_NORM)
                 head_norm_back(memory, p, base, h < p->n_heads ? p->q_gain : p->k_gain);
         }

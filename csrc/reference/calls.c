@@ -43,6 +43,7 @@ static int matrix_make(const struct matrix_arguments *from, struct op_matrix *ma
         .n = from->n,
         .k = from->k,
         .k_cells = op_matrix_cells(from->weight_type, from->k),
+        .scale = from->matrix_scale,
     };
     uint32_t rows = from->segment_rows ? from->segment_rows
                                        : (from->n + OP_PANEL - 1) / OP_PANEL * OP_PANEL;

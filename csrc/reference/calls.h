@@ -36,6 +36,7 @@ struct matrix_arguments {
     uint64_t weights; /* panels */
     uint32_t weight_type, n, k;
     uint32_t segment_rows; /* rows of each segment, a multiple of 32; 0: one segment */
+    float matrix_scale;    /* factor on products; 0: none */
 };
 struct row_norms_arguments {
     uint64_t dst;

@@ -83,7 +83,7 @@ static void place(struct reference_memory *memory, const struct circuit_place_pa
             (turned && p->flags & PLACE_QK_NORM ? inverse * *reference_float(memory, gain, i) : 1);
     for (uint32_t i = 0; i < half && turned && !memory->failed; i++) {
         int neighbours = (p->flags & PLACE_INTERLEAVED) != 0;
-        uint64_t angle = ((uint64_t)token.pos * half + i) * 2;
+        uint64_t angle = ((uint64_t)token.angle * half + i) * 2;
         double *first = reference_float(memory, dst, to + (neighbours ? 2 * i : i)),
                *second = reference_float(memory, dst, to + (neighbours ? 2 * i + 1 : half + i));
         double a = *first, b = *second, c = *reference_float(memory, angles, angle),
@@ -164,6 +164,8 @@ void reference_pair_logits(struct reference_memory *memory, const struct pair_lo
                 sum += *reference_float(memory, p->normed,
                                         ((uint64_t)e * p->n + k / 2) * p->stride + i) *
                        *reference_float(memory, p->rows, (uint64_t)k * p->stride + i);
+            if (p->has_bias)
+                sum += *reference_float(memory, p->bias, reference_token(memory, p->ids, k).id);
             *reference_float(memory, p->logits,
                              2 * (uint64_t)e * p->n + k) = reference_cap(sum, p->softcap);
         }

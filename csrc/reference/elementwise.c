@@ -119,6 +119,16 @@ void reference_sum_heads(struct reference_memory *memory, const struct sum_heads
         }
 }
 
+void reference_clip_bwd(struct reference_memory *memory, const struct clip_bwd_params *p,
+                        uint32_t n_tokens) {
+    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
+        for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
+            uint64_t at = (uint64_t)t * p->stride + i;
+            if (fabs(*reference_float(memory, p->x, at)) > p->limit)
+                *reference_float(memory, p->d, at) = 0;
+        }
+}
+
 void reference_act_bwd(struct reference_memory *memory, const struct act_bwd_params *p,
                        uint32_t n_tokens) {
     if (p->act > ACT_RELU2)

@@ -5,7 +5,7 @@
 
 #include "reference/reference.h"
 
-/* dst[h, n] = gain[n] * sum_i x[h / group, i] W[n, h * d_head + i] */
+/* dst[h, n] = scale * gain[n] * sum_i x[h / group, i] W[n, h * d_head + i] */
 void reference_head_out(struct reference_memory *memory, const struct op_matrix *matrix,
                         const struct op_head_out_args *args) {
     if (args->n_kv_heads == 0 || args->n_heads % args->n_kv_heads ||
@@ -19,6 +19,7 @@ void reference_head_out(struct reference_memory *memory, const struct op_matrix 
             for (uint32_t i = 0; i < args->d_head; i++)
                 sum += *reference_float(memory, args->x, from + i) *
                        reference_weight(memory, matrix, n, h * args->d_head + i);
+            sum *= matrix->scale != 0 ? matrix->scale : 1;
             *reference_float(memory, args->dst, (uint64_t)h * args->dst_stride + n) =
                 args->gain ? sum * *reference_float(memory, args->gain, n) : sum;
         }

@@ -39,7 +39,7 @@ double reference_weight(struct reference_memory *memory, const struct op_matrix 
     return matrix->type == WEIGHT_BF16 ? float_value(half << 16) : half_value(half);
 }
 
-/* dst[m, n] = cap(sum_k x[m, k] W[n, first_k + k] + bias[n]) + add[m, n] */
+/* dst[m, n] = cap(clamp(scale sum_k x[m, k] W[n, first_k + k] + bias[n])) + add[m, n] */
 void reference_linear(struct reference_memory *memory, const struct op_matrix *matrix,
                       const struct op_linear_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : matrix->k;
@@ -60,8 +60,11 @@ void reference_linear(struct reference_memory *memory, const struct op_matrix *m
                 sum += *reference_float(memory, args->x, (uint64_t)m * args->x_stride + k) *
                        inverse * (args->gain ? *reference_float(memory, args->gain, k) : 1) *
                        reference_weight(memory, matrix, n, args->first_k + k);
+            sum *= matrix->scale != 0 ? matrix->scale : 1;
             if (args->bias)
                 sum += *reference_float(memory, args->bias, n);
+            if (args->clip != 0)
+                sum = fmin(fmax(sum, -args->clip), args->clip);
             if (args->softcap != 0)
                 sum = args->softcap * tanh(sum / args->softcap);
             if (args->add)
@@ -83,7 +86,7 @@ static void finish_pair(struct reference_memory *memory, const struct op_linear_
     uint32_t half = args->d_head / 2, head = pair / half, i = pair % half;
     struct token_meta token = reference_token(memory, args->tokens, m);
     if (head < args->n_heads + args->n_kv_heads) {
-        uint64_t angle = 2 * ((uint64_t)token.pos * half + i);
+        uint64_t angle = 2 * ((uint64_t)token.angle * half + i);
         double c = *reference_float(memory, args->angles, angle),
                s = *reference_float(memory, args->angles, angle + 1), a = first;
         first = a * c - second * s;
@@ -104,7 +107,7 @@ void reference_linear_pairs(struct reference_memory *memory, const struct op_mat
     uint32_t half = args->kind == PAIRS_GATE ? matrix->n / 2 : args->d_head / 2,
              heads = args->n_heads + 2 * args->n_kv_heads;
     if (half == 0 || matrix->n % (2 * half) || args->kind > PAIRS_ROTATE ||
-        (args->kind == PAIRS_GATE && args->act > ACT_GELU) ||
+        (args->kind == PAIRS_GATE && args->act > ACT_GELU) || matrix->scale != 0 ||
         (args->kind == PAIRS_ROTATE &&
          (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n)))
         reference_fail(memory, "%u outputs do not pair: kind %u, %u heads of %u", matrix->n,
@@ -132,12 +135,14 @@ void reference_linear_pairs(struct reference_memory *memory, const struct op_mat
     }
 }
 
-/* dx[m, k] = sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), with the padding columns of
- * both. */
+/* dx[m, k] = scale sum_n dy[m, n] W[first_n + n, first_k + k] (+ dx[m, k]), with the padding
+ * columns of both. */
 void reference_linear_bwd(struct reference_memory *memory, const struct op_matrix *matrix,
                           const struct op_linear_bwd_args *args) {
     uint32_t n_k = args->n_k ? args->n_k : (matrix->k + 15) / 16 * 16,
              n_sum = args->n_sum ? args->n_sum : matrix->n;
+    if (args->add && matrix->scale != 0)
+        reference_fail(memory, "a scaled product cannot be added to a sum");
     for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++)
         for (uint32_t k = 0; k < n_k && !memory->failed; k++) {
             double *dx = reference_float(memory, args->dx, (uint64_t)m * args->x_stride + k),
@@ -147,7 +152,7 @@ void reference_linear_bwd(struct reference_memory *memory, const struct op_matri
                        (n < n_sum
                             ? reference_weight(memory, matrix, args->first_n + n, args->first_k + k)
                             : 0);
-            *dx = sum;
+            *dx = matrix->scale != 0 ? sum * matrix->scale : sum;
         }
 }
 

@@ -51,5 +51,6 @@ struct token_meta reference_token(struct reference_memory *memory, uint64_t toke
         .v_slot = reference_word(memory, tokens, at + 5),
         .row = reference_word(memory, tokens, at + 6),
         .row_end = reference_word(memory, tokens, at + 7),
+        .angle = reference_word(memory, tokens, at + 8),
     };
 }

@@ -31,6 +31,9 @@ void reference_pair_grad(struct reference_memory *memory, const struct pair_grad
             for (uint32_t d = 0; d < p->width; d++)
                 sum += *reference_float(memory, p->normed, (uint64_t)r * p->stride + d) *
                        *reference_float(memory, p->rows, (2 * (uint64_t)r + i) * p->stride + d);
+            if (p->has_bias)
+                sum += *reference_float(memory, p->bias,
+                                        reference_token(memory, p->ids, 2 * (uint64_t)r + i).id);
             sum = reference_cap(sum, p->softcap);
             *reference_float(memory, p->logits, 2 * (uint64_t)r + i) = sum;
             slope[i] = cap_slope(sum, p->softcap) * *reference_float(memory, p->weights, r);

@@ -3,13 +3,21 @@
 
 /* --- queries, keys and values ----------------------------------------------------------------- */
 
+int rotated(const struct model_facts *f, int l) { return f->rope_table[l] != MODEL_NO_ROPE; }
+
+uint32_t rope_flags(const struct model_facts *f, int l) {
+    return (f->qk_norm == QK_NORM_HEAD ? ROPE_QK_NORM : 0) | (rotated(f, l) ? ROPE_ROTATE : 0) |
+           (f->rope_interleaved ? ROPE_INTERLEAVED : 0);
+}
+
 static struct rope_params rope_of(const struct run_work *work, const struct run_cache *cache,
                                   int l) {
     const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
     return (struct rope_params){
         .qkv = work->at_qkv,
-        .angles = run_address(work->model->angles[f->rope_table[l]]),
+        .angles = model_angles(work->model, (uint32_t)l, 0),
+        .q_angles = model_angles(work->model, (uint32_t)l, 1),
         .tokens = work->chunk.tokens,
         .q_gain = layer->q_norm,
         .k_gain = layer->k_norm,
@@ -18,9 +26,10 @@ static struct rope_params rope_of(const struct run_work *work, const struct run_
         .n_heads = f->n_heads,
         .n_kv_heads = f->n_kv_heads,
         .d_head = f->d_head,
+        .d_rot = f->d_rot,
         .stride = work->qkv_stride,
         .eps = f->norm_eps,
-        .flags = (f->qk_norm ? ROPE_QK_NORM : 0) | ROPE_ROTATE | ROPE_STORE,
+        .flags = rope_flags(f, l) | ROPE_STORE,
     };
 }
 
@@ -49,11 +58,32 @@ static int rotated_fused(struct run_work *work, const struct rope_params *rope, 
     return op_linear_pairs(&work->model->ops, &layer->qkv, &args, error);
 }
 
+/* q, k = norm(q, k) over all heads together, in place */
+static int wide_norm(struct run_work *work, int l, struct qkv_rows at, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    struct norm_params q = {
+        .x = at.q.address,
+        .gain = layer->q_norm,
+        .dst = at.q.address,
+        .width = f->n_heads * f->d_head,
+        .stride = at.q.stride,
+        .eps = f->norm_eps,
+    };
+    struct norm_params k = q;
+    k.x = k.dst = at.k.address;
+    k.gain = layer->k_norm;
+    k.width = f->n_kv_heads * f->d_head;
+    RUN(op_norm(&work->model->ops, &q, work->chunk.n_tokens, error));
+    return op_norm(&work->model->ops, &k, work->chunk.n_tokens, error);
+}
+
 /* q, k = rotate([norm per head](q, k)); k and v into the cache */
 static int rotate(struct run_work *work, struct rope_params rope, int l, struct error *error) {
     struct ops *ops = &work->model->ops;
     struct qkv_rows at = qkv_rows_at(work, rope.qkv);
-    if (!site_wanted(work, SITE_ROT_Q, l) && !site_wanted(work, SITE_ROT_K, l))
+    if (!rotated(&work->model->facts, l) ||
+        (!site_wanted(work, SITE_ROT_Q, l) && !site_wanted(work, SITE_ROT_K, l)))
         return op_rope(ops, &rope, work->chunk.n_tokens, error);
     rope.flags &= ~(uint32_t)ROPE_STORE;
     RUN(op_rope(ops, &rope, work->chunk.n_tokens, error));
@@ -63,24 +93,35 @@ static int rotate(struct run_work *work, struct rope_params rope, int l, struct 
     return op_rope(ops, &rope, work->chunk.n_tokens, error);
 }
 
-/* q, k, v = rotate(ln1(x) W_qkv^T + b) */
+/* Does one kernel compute the whole rotation of a layer's queries and keys from the stream? */
+static int rotation_fusable(const struct run_work *work, struct norm_step ln1, int l) {
+    const struct model_facts *f = &work->model->facts;
+    return rotated(f, l) && f->d_rot == f->d_head && !f->rope_interleaved && f->query_beta == 0 &&
+           !f->qk_norm && f->clip_qkv == 0 && step_norm_fusable(work, ln1) &&
+           op_linear_pairs_offered(&work->model->ops, &work->model->layers[l].qkv,
+                                   work->chunk.n_tokens);
+}
+
+/* q, k, v = rotate([norm](clip(ln1(x) W_qkv^T + b))) */
 static int queries_keys_values(struct run_work *work, struct run_cache *cache, int l,
                                struct error *error) {
+    const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
     struct norm_step ln1 = norm_step_of(work->model, LN1, l);
     struct rope_params rope = rope_of(work, cache, l);
     struct qkv_rows at = qkv_rows_at(work, rope.qkv);
     int keep_scale = site_edited(work, SITE_V, l);
-    if (!work->model->facts.qk_norm && step_norm_fusable(work, ln1) &&
-        step_fusable(work, SITE_LN1_SCALE, SITE_ROT_K, l) &&
-        op_linear_pairs_offered(&work->model->ops, &layer->qkv, work->chunk.n_tokens))
+    if (step_fusable(work, SITE_LN1_SCALE, SITE_ROT_K, l) && rotation_fusable(work, ln1, l))
         return rotated_fused(work, &rope, l, error);
-    RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, at.q, keep_scale, error));
+    RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, f->clip_qkv, at.q, keep_scale,
+                          error));
     RUN(step_visit(work, SITE_Q, l, at.q, error));
     RUN(step_visit(work, SITE_K, l, at.k, error));
     RUN(step_visit_normed(work, SITE_V, l, at.v, ln1.gain ? run_address(work->scale) : 0, error));
     RUN(tape_keep_qkv(work, l, error));
     RUN(run_hook_call(work, HOOK_QKV, l, at.q.address, at.q.stride, error));
+    if (f->qk_norm == QK_NORM_WIDE)
+        RUN(wide_norm(work, l, at, error));
     return rotate(work, rope, l, error);
 }
 

@@ -218,21 +218,72 @@ static int rotate_backward(struct run_work *work, int l, struct error *error) {
     struct rope_bwd_params rope = {
         .dqkv = run_address(work->tape->dqkv),
         .qkv = run_address(work->tape->layers[l].qkv_in),
-        .angles = run_address(work->model->angles[f->rope_table[l]]),
+        .angles = model_angles(work->model, (uint32_t)l, 0),
+        .q_angles = model_angles(work->model, (uint32_t)l, 1),
         .tokens = work->chunk.tokens,
         .q_gain = layer->q_norm,
         .k_gain = layer->k_norm,
         .n_heads = f->n_heads,
         .n_kv_heads = f->n_kv_heads,
         .d_head = f->d_head,
+        .d_rot = f->d_rot,
         .stride = work->qkv_stride,
-        .flags = (f->qk_norm ? ROPE_QK_NORM : 0) | ROPE_ROTATE,
+        .flags = rope_flags(f, l),
         .eps = f->norm_eps,
     };
     return op_rope_bwd(&work->model->ops, &rope, work->chunk.n_tokens, error);
 }
 
+/* Gradients become 0 where the forward pass clamped q, k or v. The products before the clamp are
+ * not on the tape: they are computed again, with the edits of the sites before them. */
+static int clip_backward(struct run_work *work, int l, struct rows d, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    const struct run_batch *batch = work->chunk.batch;
+    struct run_batch silent = *batch;
+    struct rows product = {run_address(work->qkv), work->qkv_stride};
+    struct clip_bwd_params clip = {
+        .x = product.address,
+        .d = d.address,
+        .width = (f->n_heads + 2 * f->n_kv_heads) * f->d_head,
+        .stride = d.stride,
+        .limit = f->clip_qkv,
+    };
+    RUN(step_copy(work, run_address(work->tape->layers[l].x), run_address(work->x), 0, error));
+    silent.n_captures = 0;
+    work->chunk.batch = &silent;
+    int failed = step_norm_product(work, norm_step_of(work->model, LN1, l), &layer->qkv,
+                                   layer->b_qkv, 0, product, 0, error);
+    work->chunk.batch = batch;
+    return failed ? -1 : op_clip_bwd(&work->model->ops, &clip, work->chunk.n_tokens, error);
+}
+
+/* dq and dk through their norm over all heads together, in place */
+static int wide_norm_backward(struct run_work *work, int l, struct qkv_rows d,
+                              struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *layer = &work->model->layers[l];
+    struct qkv_rows at = qkv_rows_at(work, run_address(work->tape->layers[l].qkv_in));
+    struct norm_bwd_params q = {
+        .x = at.q.address,
+        .gain = layer->q_norm,
+        .dy = d.q.address,
+        .dx = d.q.address,
+        .width = f->n_heads * f->d_head,
+        .stride = d.q.stride,
+        .eps = f->norm_eps,
+    };
+    struct norm_bwd_params k = q;
+    k.x = at.k.address;
+    k.gain = layer->k_norm;
+    k.dy = k.dx = d.k.address;
+    k.width = f->n_kv_heads * f->d_head;
+    RUN(op_norm_bwd(&work->model->ops, &q, work->chunk.n_tokens, error));
+    return op_norm_bwd(&work->model->ops, &k, work->chunk.n_tokens, error);
+}
+
 static int queries_keys_values_backward(struct run_work *work, int l, struct error *error) {
+    const struct model_facts *f = &work->model->facts;
     const struct model_layer *layer = &work->model->layers[l];
     struct run_tape *tape = work->tape;
     struct norm_step ln1 = norm_step_of(work->model, LN1, l);
@@ -240,12 +291,18 @@ static int queries_keys_values_backward(struct run_work *work, int l, struct err
     struct rows dnorm = {run_address(tape->dnorm), work->d_stride};
     uint64_t x = run_address(tape->layers[l].x), dx = run_address(tape->dx),
              dx_pre = run_address(tape_dx_pre(tape));
-    RUN(step_visit_backward(work, SITE_ROT_Q, l, d.q, error));
-    RUN(step_visit_backward(work, SITE_ROT_K, l, d.k, error));
+    if (rotated(f, l)) {
+        RUN(step_visit_backward(work, SITE_ROT_Q, l, d.q, error));
+        RUN(step_visit_backward(work, SITE_ROT_K, l, d.k, error));
+    }
     RUN(rotate_backward(work, l, error));
+    if (f->qk_norm == QK_NORM_WIDE)
+        RUN(wide_norm_backward(work, l, d, error));
     RUN(step_visit_backward(work, SITE_V, l, d.v, error));
     RUN(step_visit_backward(work, SITE_K, l, d.k, error));
     RUN(step_visit_backward(work, SITE_Q, l, d.q, error));
+    if (f->clip_qkv != 0)
+        RUN(clip_backward(work, l, d.q, error));
     RUN(run_hook_call(work, HOOK_D_QKV, l, d.q.address, d.q.stride, error));
     RUN(step_product_backward(work, &layer->qkv, d.q, dnorm, error));
     return step_norm_backward(work, ln1, x, dnorm.address, dx_pre, dx, error);

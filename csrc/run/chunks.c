@@ -27,6 +27,13 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
                              "row %u has %llu tokens, the model's context holds %u: shorten the "
                              "prompt or generate fewer tokens",
                              r, (unsigned long long)end, f->n_ctx);
+        if (f->rope_switch && batch->start[r] && batch->start[r] <= f->rope_switch &&
+            end > f->rope_switch)
+            return error_set(
+                error, ERROR_VALUE,
+                "row %u grows from %u to %llu tokens: texts longer than %u are rotated "
+                "by another table, so all of its tokens must be run again",
+                r, batch->start[r], (unsigned long long)end, f->rope_switch);
         if (batch->slot[r] + end > cache->n_slots)
             return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r,
                              (unsigned long long)end, cache->n_slots - batch->slot[r]);
@@ -45,10 +52,11 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
 }
 
 /* Appends tokens [from, from + n) of row r (counted from its new tokens) to the chunk. */
-static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uint32_t *tokens,
+static void chunk_append(struct run_work *work, struct token_meta *meta, const uint32_t *tokens,
                          uint32_t r, uint32_t from, uint32_t n) {
+    struct chunk *chunk = &work->chunk;
     const struct run_batch *batch = chunk->batch;
-    uint32_t row_end = chunk->n_tokens + n;
+    uint32_t row_end = chunk->n_tokens + n, length = batch->start[r] + batch->n_tokens[r];
     for (uint32_t i = 0; i < n; i++) {
         uint32_t t = chunk->n_tokens++, pos = batch->start[r] + from + i;
         meta[t] = (struct token_meta){
@@ -60,6 +68,7 @@ static void chunk_append(struct chunk *chunk, struct token_meta *meta, const uin
             .v_slot = batch->slot[r],
             .row = r,
             .row_end = row_end,
+            .angle = model_angle_row(work->model, pos, length),
         };
         chunk->places[t] = (struct token_place){r, pos,
                                                 (uint32_t)(tokens - batch->tokens) + from + i};
@@ -179,7 +188,7 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
                 break;
             uint32_t first = chunk->n_tokens;
             for (uint32_t i = 0; i < n_rows; i++)
-                chunk_append(chunk, lists->meta, tokens + (size_t)i * length, row + i, done, n);
+                chunk_append(work, lists->meta, tokens + (size_t)i * length, row + i, done, n);
             memcpy(lists->frozen + first, lists->meta + first,
                    (chunk->n_tokens - first) * sizeof *lists->meta);
             if (batch->frozen)
@@ -255,7 +264,7 @@ int run_one_chunk(struct run_work *work, struct run_cache *cache, const struct r
         const uint32_t *tokens = batch->tokens;
         chunk->n_tokens = chunk->n_tiles = chunk->n_last = chunk->max_keys = 0;
         for (uint32_t r = 0; r < batch->n_rows; tokens += batch->n_tokens[r++])
-            chunk_append(chunk, lists.meta, tokens, r, 0, batch->n_tokens[r]);
+            chunk_append(work, lists.meta, tokens, r, 0, batch->n_tokens[r]);
         failed = chunk_run(work, cache, lists.meta, lists.frozen, lists.mlp_rows, 0, error);
     }
     token_lists_free(&lists);

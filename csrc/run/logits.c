@@ -18,6 +18,7 @@ static int unembed(struct run_work *work, uint64_t x, uint32_t n_rows, int by_ro
         struct op_linear_args args = {
             .x = x + 4 * (uint64_t)done * work->d_stride,
             .dst = run_address(work->readback) + 4 * offset,
+            .bias = model->b_unembed,
             .n_rows = n,
             .x_stride = work->d_stride,
             .dst_stride = stride,

@@ -45,7 +45,7 @@ static int activation(struct run_work *work, int l, struct error *error) {
         step_fusable(work, SITE_LN2_SCALE, SITE_MLP_PRE_LINEAR, l) &&
         op_linear_pairs_offered(&work->model->ops, &layer->gate_up, work->chunk.n_tokens))
         return gated_fused(work, l, error);
-    RUN(step_norm_product(work, ln2, &layer->gate_up, layer->b_gate_up, gate, 0, error));
+    RUN(step_norm_product(work, ln2, &layer->gate_up, layer->b_gate_up, 0, gate, 0, error));
     RUN(step_visit(work, SITE_MLP_PRE, l, gate, error));
     if (gate_there)
         RUN(step_visit(work, SITE_MLP_PRE_LINEAR, l, up, error));

@@ -112,12 +112,13 @@ int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t
     return op_norm(ops, &params, n, error);
 }
 
-int step_product(struct run_work *work, const struct op_matrix *matrix, struct rows x,
-                 uint64_t bias, uint64_t add, struct rows dst, struct error *error) {
+static int product(struct run_work *work, const struct op_matrix *matrix, struct rows x,
+                   uint64_t bias, float clip, uint64_t add, struct rows dst, struct error *error) {
     struct op_linear_args args = {
         .x = x.address,
         .dst = dst.address,
         .bias = bias,
+        .clip = clip,
         .add = add,
         .n_rows = work->chunk.n_tokens,
         .x_stride = x.stride,
@@ -127,27 +128,34 @@ int step_product(struct run_work *work, const struct op_matrix *matrix, struct r
     return op_linear(&work->model->ops, matrix, &args, error);
 }
 
+int step_product(struct run_work *work, const struct op_matrix *matrix, struct rows x,
+                 uint64_t bias, uint64_t add, struct rows dst, struct error *error) {
+    return product(work, matrix, x, bias, 0, add, dst, error);
+}
+
 int step_norm_fusable(const struct run_work *work, struct norm_step norm) {
     return norm.gain && !norm.layer_norm &&
            op_linear_norms(&work->model->ops, work->chunk.n_tokens);
 }
 
 int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
-                      uint64_t bias, struct rows dst, int keep_scale, struct error *error) {
+                      uint64_t bias, float clip, struct rows dst, int keep_scale,
+                      struct error *error) {
     struct rows x = {run_address(work->x), work->d_stride},
                 normed = {run_address(work->norm), work->d_stride};
     int hooked = site_wanted(work, norm.scale_site, norm.layer) ||
                  site_wanted(work, norm.normalized_site, norm.layer);
     if (!norm.gain)
-        return step_product(work, matrix, x, bias, 0, dst, error);
+        return product(work, matrix, x, bias, clip, 0, dst, error);
     if (keep_scale || hooked || !step_norm_fusable(work, norm)) {
         RUN(step_norm(work, norm, x.address, 0, normed.address, keep_scale, error));
-        return step_product(work, matrix, normed, bias, 0, dst, error);
+        return product(work, matrix, normed, bias, clip, 0, dst, error);
     }
     struct op_linear_args args = {
         .x = x.address,
         .dst = dst.address,
         .bias = bias,
+        .clip = clip,
         .gain = norm.gain,
         .eps = work->model->facts.norm_eps,
         .n_rows = work->chunk.n_tokens,

@@ -49,9 +49,10 @@ int step_product(struct run_work *work, const struct op_matrix *matrix, struct r
                  uint64_t bias, uint64_t add, struct rows dst, struct error *error);
 /* Can one kernel do the norm and a product of the residual stream? */
 int step_norm_fusable(const struct run_work *work, struct norm_step norm);
-/* dst = [norm](the residual stream in work->x) W^T [+ bias]. */
+/* dst = [norm](the residual stream in work->x) W^T [+ bias], clamped to +-clip unless it is 0. */
 int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
-                      uint64_t bias, struct rows dst, int keep_scale, struct error *error);
+                      uint64_t bias, float clip, struct rows dst, int keep_scale,
+                      struct error *error);
 /* Where a sublayer's output is added: to = from + output, both residual streams [T, d_stride]. */
 struct residual {
     uint64_t from, to;
@@ -95,6 +96,10 @@ struct site_view head_results_view(const struct run_work *work, int layer, uint3
                                    uint32_t n);
 int head_results_reserve(struct run_work *work, uint32_t *most, struct error *error);
 
+/* attention.c: does a layer rotate queries and keys? */
+int rotated(const struct model_facts *facts, int layer);
+/* The flags of op_rope and op_rope_bwd that a layer's norm per head and rotation need. */
+uint32_t rope_flags(const struct model_facts *facts, int layer);
 /* attention.c, mlp.c: work_mid = x + attention(x), x = work_mid + mlp(y), x the residual stream. y
  * is work_mid, which is x, or in parallel layers x itself. */
 int run_attention(struct run_work *work, struct run_cache *cache, int layer, struct error *error);

@@ -30,6 +30,7 @@ BLOCK(token_meta) {
     UINT v_slot; /* the same for values */
     UINT row;
     UINT row_end; /* packed index after the row's last token in this chunk */
+    UINT angle;   /* row of the rotation tables: pos, or a later one where its row is long */
 };
 
 /* the most queries of a row that one workgroup of the attention kernels takes */
@@ -107,10 +108,12 @@ BLOCK(norm_params) {
 #define LINEAR_BIAS 1
 #define LINEAR_ADD 2 /* dst = add + result: the residual stream */
 #define LINEAR_SOFTCAP 4
-#define LINEAR_NORM 8 /* x is RMS-normalised first: few rows, software drivers */
+#define LINEAR_NORM 8   /* x is RMS-normalised first: few rows, software drivers */
+#define LINEAR_SCALE 16 /* the sum is multiplied by `scale`, before the bias */
+#define LINEAR_CLIP 32  /* the sum with its bias is clamped to +-clip */
 
-/* dst[m, n] = sum_k x[m, k] W[n, k] (+ bias) (+ add): one chain over ascending k for every output.
- */
+/* dst[m, n] = sum_k x[m, k] W[n, k] (* scale) (+ bias) (+ add): one chain over ascending k for
+ * every output. */
 BLOCK(linear_params) {
     ADDRESS(Inputs) x;       /* [M, x_stride] */
     ADDRESS(Panels) weights; /* panels of 32 rows */
@@ -129,6 +132,8 @@ BLOCK(linear_params) {
     float softcap;
     UINT width; /* K without its padding */
     float eps;
+    float scale;
+    float clip;
 };
 
 #define PAIRS_GATE 0 /* dst[m, i] = act(first) * second */
@@ -165,13 +170,15 @@ BLOCK(linear_pairs_params) {
 
 #define ROPE_QK_NORM 1
 #define ROPE_ROTATE 2
-#define ROPE_STORE 4 /* write k and v into the cache */
+#define ROPE_STORE 4       /* write k and v into the cache */
+#define ROPE_INTERLEAVED 8 /* channels (2i, 2i + 1) are a pair, not (i, i + d_rot/2) */
 
-/* In place on [q | k | v] rows: RMS norm per head, rotation of the head's two halves, and a copy of
- * k and v into the cache. */
+/* In place on [q | k | v] rows: RMS norm per head, rotation of the first d_rot channels of a head,
+ * and a copy of k and v into the cache. */
 BLOCK(rope_params) {
     ADDRESS(FloatsInOut) qkv;
-    ADDRESS(FloatsIn) angles; /* [positions, dh/2, (cos, sin)] */
+    ADDRESS(FloatsIn) angles;   /* [rows, d_rot/2, (cos, sin)], of keys */
+    ADDRESS(FloatsIn) q_angles; /* of queries, which may have a factor of their own */
     ADDRESS(Tokens) tokens;
     ADDRESS(FloatsIn) q_gain;
     ADDRESS(FloatsIn) k_gain;
@@ -180,6 +187,7 @@ BLOCK(rope_params) {
     UINT n_heads;
     UINT n_kv_heads;
     UINT d_head;
+    UINT d_rot;
     UINT stride;
     UINT flags;
     float eps;
@@ -327,8 +335,8 @@ BLOCK(sum_heads_params) {
     UINT has_bias;
 };
 
-/* dst[h, n] = sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector for each key/value
- * head, multiplied by the part of W_O of each of its query heads. */
+/* dst[h, n] = scale sum_i x[h / group, i] W[n, h * d_head + i] (* gain[n]): one vector for each
+ * key/value head, multiplied by the part of W_O of each of its query heads. */
 BLOCK(head_out_params) {
     ADDRESS(FloatsIn) x;     /* [n_heads / group, d_head] */
     ADDRESS(Panels) weights; /* panels of 32 rows */
@@ -342,6 +350,7 @@ BLOCK(head_out_params) {
     UINT panel_cells; /* cells of k in a panel */
     UINT out_stride;
     UINT has_gain;
+    float scale;
 };
 
 /* dst[n] = 1 / |W[n, :]|, or 0 for a row of zeros. */

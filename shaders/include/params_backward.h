@@ -6,7 +6,7 @@
  * with d in front is the gradient with respect to what the name means --- */
 
 /* dx[m, k] = sum_n dy[m, n] W[n, k] (LINEAR_ADD: + dx[m, k]): one chain over ascending n, on the
- * panels of the forward product. */
+ * panels of the forward product. LINEAR_SCALE: all of this times `scale`. */
 BLOCK(linear_bwd_params) {
     ADDRESS(Inputs) dy; /* [M, y_stride], pad columns zero */
     ADDRESS(Panels) weights;
@@ -20,6 +20,7 @@ BLOCK(linear_bwd_params) {
     UINT y_stride;
     UINT x_stride;
     UINT flags;
+    float scale;
 };
 
 #define NORM_BWD_ADD 1        /* dx = add + ... */
@@ -48,6 +49,15 @@ BLOCK(norm_bwd_params) {
     UINT flags;
     UINT n_groups; /* NORM_BWD_LAYER; 0: one */
     float eps;
+};
+
+/* In place on d: 0 where |x| is larger than limit, so that a clamp to +-limit moved it. */
+BLOCK(clip_bwd_params) {
+    ADDRESS(FloatsIn) x;    /* [T, stride] before the clamp */
+    ADDRESS(FloatsInOut) d; /* [T, stride] */
+    UINT width;
+    UINT stride;
+    float limit;
 };
 
 /* dgate = dpost * up * act'(gate), dup = dpost * act(gate); without a gate dup = dpost * act'(up).
@@ -109,14 +119,16 @@ BLOCK(rope_bwd_params) {
     ADDRESS(FloatsInOut) dqkv;
     ADDRESS(FloatsIn) qkv; /* before norm and rotation */
     ADDRESS(FloatsIn) angles;
+    ADDRESS(FloatsIn) q_angles;
     ADDRESS(Tokens) tokens;
     ADDRESS(FloatsIn) q_gain;
     ADDRESS(FloatsIn) k_gain;
     UINT n_heads;
     UINT n_kv_heads;
     UINT d_head;
+    UINT d_rot;
     UINT stride;
-    UINT flags; /* ROPE_QK_NORM, ROPE_ROTATE */
+    UINT flags; /* ROPE_QK_NORM, ROPE_ROTATE, ROPE_INTERLEAVED */
     float eps;
 };
 
@@ -128,6 +140,9 @@ BLOCK(pair_grad_params) {
     ADDRESS(FloatsIn) weights;  /* [n] */
     ADDRESS(FloatsOut) dnormed; /* [n, stride] */
     ADDRESS(FloatsOut) logits;  /* [n, 2] after the soft cap */
+    ADDRESS(FloatsIn) bias;     /* [V] of the unembedding, */
+    ADDRESS(Tokens) ids;        /* [2n] where id is a or b */
+    UINT has_bias;              /* 0: these two are not read */
     UINT width;
     UINT stride;
     float softcap;

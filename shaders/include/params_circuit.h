@@ -107,13 +107,15 @@ BLOCK(circuit_outputs_params) {
     float eps;
 };
 
-/* logits[e, j] = (a, b), the products of normed[e, j, :] with rows 2j and 2j + 1, after the soft
- * cap.
- */
+/* logits[e, j] = (a, b), the products of normed[e, j, :] with rows 2j and 2j + 1 (and the bias),
+ * after the soft cap. */
 BLOCK(pair_logits_params) {
     ADDRESS(FloatsIn) normed;  /* [entries, n, stride] */
     ADDRESS(FloatsIn) rows;    /* [2n, stride] of the unembedding */
     ADDRESS(FloatsOut) logits; /* [entries, n, 2] */
+    ADDRESS(FloatsIn) bias;    /* [V] of the unembedding, */
+    ADDRESS(Tokens) ids;       /* [2n] where id is a or b */
+    UINT has_bias;             /* 0: these two are not read */
     UINT n;
     UINT width;
     UINT stride;

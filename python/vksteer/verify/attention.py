@@ -27,8 +27,30 @@ BOUNDS = {
 }
 
 
-def rope(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate", "store")) -> Problem:
-    packed = Packed(rows)
+def rotation_tables(packed, d_rot, long_rows=False) -> dict[str, np.ndarray]:
+    """The tables of keys and of queries. long_rows: the tokens of odd rows use a second table,
+    which lies behind the first in the same array.
+    """
+    n = packed.n_keys + 1
+    keys = rotation_angles(n, d_rot)
+    if long_rows:
+        keys = np.concatenate([keys, rotation_angles(7 * n, d_rot)[::7] * np.float32(0.75)])
+        packed.tokens[:, 8] += packed.tokens[:, 6] % 2 * n
+    return {"angles": keys, "q_angles": keys * np.float32(1.25), "tokens": packed.tokens}
+
+
+def rope(
+    rng,
+    rows,
+    n_heads,
+    n_kv_heads,
+    d_head,
+    flags=("qk_norm", "rotate", "store"),
+    d_rot=None,
+    long_rows=False,
+) -> Problem:
+    """d_rot: how many channels of a head are rotated; None: all."""
+    packed, d_rot = Packed(rows), d_head if d_rot is None else d_rot
     width, kv_width, n = (
         (n_heads + 2 * n_kv_heads) * d_head,
         n_kv_heads * d_head,
@@ -36,8 +58,7 @@ def rope(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate", "st
     )
     buffers = {
         "qkv": padded(numbers(rng, n, width), row_stride(width)),
-        "angles": rotation_angles(packed.n_keys + 1, d_head),
-        "tokens": packed.tokens,
+        **rotation_tables(packed, d_rot, long_rows),
         "q_gain": numbers(rng, d_head),
         "k_gain": numbers(rng, d_head),
         "k_cache": nothing(packed.n_slots, kv_width),
@@ -45,12 +66,14 @@ def rope(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate", "st
     }
     return Problem(
         "rope",
-        f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)} {d_rot}"
+        f"{' long' if long_rows else ''}",
         {name: name for name in buffers}
         | {
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
             "d_head": d_head,
+            "d_rot": d_rot,
             "stride": row_stride(width),
             "eps": 1e-6,
             "flags": sum(ROPE_FLAGS[f] for f in flags),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .attention import rotation_tables
 from .problems import (
     ACTIVATIONS,
     NORM_BWD_FLAGS,
@@ -26,10 +27,10 @@ from .problems import (
     numbers,
     padded,
     panels,
-    rotation_angles,
     row_stride,
     suffix,
 )
+from .scalars import logit_grad, pair_grad
 
 #: The largest error of each op; see checking.BOUNDS.
 BOUNDS = {
@@ -39,8 +40,7 @@ BOUNDS = {
     "attn_softmax_bwd": 1e-6,  # 1.9e-7
     "attn_output_bwd": 4e-6,  # 9.8e-7, 257 queries
     "act_bwd": 3.5e-6,  # 8.4e-7
-    "pair_grad": 1e-6,  # 1.9e-7
-    "logit_grad": 3.5e-6,  # 8.3e-7
+    "clip_bwd": 0.0,  # it only picks
 }
 
 
@@ -65,6 +65,7 @@ def linear_bwd(
     n_k=0,
     segment_rows=0,
     family=None,
+    scale=0.0,
 ) -> Problem:
     """Dx = dy W. Columns of dy up to the next multiple of 16 are zero, those of dx become what the
     zeros of W's pad give.
@@ -78,7 +79,7 @@ def linear_bwd(
     part = np.zeros((outputs, inputs))
     there = weights[first_n : first_n + outputs, first_k : first_k + inputs]
     part[:, : there.shape[1]] = there
-    units = np.abs(dy[:, :outputs].astype(np.float64)) @ np.abs(part)
+    units = np.abs(dy[:, :outputs].astype(np.float64)) @ np.abs(part) * (abs(scale) or 1.0)
     if add:
         dx[:, :inputs] = numbers(rng, rows, inputs)
         units += np.abs(dx[:, :inputs])
@@ -93,10 +94,11 @@ def linear_bwd(
         "first_k": first_k,
         "n_k": n_k,
         "add": int(add),
-        **matrix_arguments(n, k, weight_type, segment_rows, family),
+        **matrix_arguments(n, k, weight_type, segment_rows, family, scale),
     }
     extras = suffix(
         ("added", add),
+        ("scaled", scale),
         (f"n from {first_n}", n_sum),
         (f"k from {first_k}", n_k),
         ("segments", segment_rows),
@@ -212,14 +214,23 @@ def act_bwd(rng, n_tokens, width, kind=0, spread=4.0, gate=None, plain=False) ->
 # -- attention -------------------------------------------------------------------------------------
 
 
-def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")) -> Problem:
-    packed = Packed(rows)
+def rope_bwd(
+    rng,
+    rows,
+    n_heads,
+    n_kv_heads,
+    d_head,
+    flags=("qk_norm", "rotate"),
+    d_rot=None,
+    long_rows=False,
+) -> Problem:
+    """d_rot: how many channels of a head are rotated; None: all."""
+    packed, d_rot = Packed(rows), d_head if d_rot is None else d_rot
     n, turned, width = len(packed.tokens), n_heads + n_kv_heads, (n_heads + 2 * n_kv_heads) * d_head
     buffers = {
         "dqkv": padded(numbers(rng, n, width), row_stride(width)),
         "qkv": padded(numbers(rng, n, width), row_stride(width)),
-        "angles": rotation_angles(packed.n_keys + 1, d_head),
-        "tokens": packed.tokens,
+        **rotation_tables(packed, d_rot, long_rows),
         "q_gain": numbers(rng, d_head),
         "k_gain": numbers(rng, d_head),
     }
@@ -228,7 +239,13 @@ def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")
     )
     d = heads(buffers["dqkv"])
     if "rotate" in flags:
-        d = d + np.roll(d, d_head // 2, -1)
+        pair = d[..., :d_rot]
+        if "interleaved" in flags:
+            pair = pair.reshape(n, turned, d_rot // 2, 2)[..., ::-1].reshape(pair.shape)
+        else:
+            pair = np.roll(pair, d_rot // 2, -1)
+        d[..., :d_rot] += pair
+        d[:, :n_heads, :d_rot] *= 1.25
     if "qk_norm" in flags:
         gain = np.abs(
             np.concatenate(
@@ -241,12 +258,14 @@ def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")
         d, _ = _norm_units(heads(buffers["qkv"]), d * gain, 1e-6)
     return Problem(
         "rope_bwd",
-        f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)}",
+        f"{label_of(rows, n_heads, n_kv_heads, d_head)} {' '.join(flags)} {d_rot}"
+        f"{' long' if long_rows else ''}",
         {name: name for name in buffers}
         | {
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
             "d_head": d_head,
+            "d_rot": d_rot,
             "stride": row_stride(width),
             "eps": 1e-6,
             "flags": sum(ROPE_FLAGS[f] for f in flags),
@@ -254,6 +273,18 @@ def rope_bwd(rng, rows, n_heads, n_kv_heads, d_head, flags=("qk_norm", "rotate")
         },
         buffers,
         {"dqkv": beside(d.reshape(n, turned * d_head), buffers["dqkv"])},
+    )
+
+
+def clip_bwd(rng, rows, width, limit=0.7) -> Problem:
+    stride = row_stride(width)
+    x, d = numbers(rng, rows, width), numbers(rng, rows, width)
+    x[:, ::3] = limit * np.sign(x[:, ::3])  # values at the limit keep their gradient
+    return Problem(
+        "clip_bwd",
+        f"{rows} x {width}",
+        {"x": "x", "d": "d", "width": width, "stride": stride, "limit": limit, "n_tokens": rows},
+        {"x": padded(x, stride), "d": padded(d, stride)},
     )
 
 
@@ -367,89 +398,13 @@ def attn_output_bwd(rng, rows, n_heads, n_kv_heads, d_head, window=0, pieces=1, 
     )
 
 
-# -- scalars of the logits -------------------------------------------------------------------------
-
-
-def pair_grad(rng, rows, width, softcap=0.0) -> Problem:
-    stride = row_stride(width)
-    buffers = {
-        "normed": padded(numbers(rng, rows, width), stride),
-        "rows": padded(numbers(rng, 2 * rows, width, scale=width**-0.5), stride),
-        "weights": numbers(rng, rows),
-        "dnormed": nothing(rows, stride),
-        "logits": nothing(rows, 2),
-    }
-    pairs = np.abs(buffers["rows"][:, :width].astype(np.float64)).reshape(rows, 2, width)
-    logits = np.einsum("rd,rid->ri", np.abs(buffers["normed"][:, :width]), pairs) + softcap
-    return Problem(
-        "pair_grad",
-        f"{rows} x {width}{' capped' if softcap else ''}",
-        {name: name for name in buffers}
-        | {"width": width, "stride": stride, "n_rows": rows, "softcap": softcap},
-        buffers,
-        {
-            "logits": logits,
-            "dnormed": beside(
-                np.abs(buffers["weights"])[:, None] * pairs.sum(1), buffers["dnormed"]
-            ),
-        },
-    )
-
-
-def logit_grad(
-    rng, rows, width, kind=0, softcap=0.0, spread=3.0, reference_softcap=None
-) -> Problem:
-    """reference_softcap: of the reference and the other; the logits' own without it.
-    Units: of a gradient, the row's weight (probabilities are at most 1); of a scalar, the
-    largest logarithm in it.
-    """
-    stride = row_stride(width)
-    draw = lambda: padded(numbers(rng, rows, width, scale=spread), stride)
-    buffers = {"logits": draw(), "weights": numbers(rng, rows), "values": nothing(rows)}
-    if SCALARS[kind] == "log_prob":
-        buffers["targets"] = rng.integers(0, width, rows).astype(np.uint32)
-    else:
-        buffers["reference"] = draw()
-    if SCALARS[kind] == "directional_kl":
-        buffers["other"] = draw()
-    unit = (
-        np.log(width)
-        + 2
-        * max(
-            (
-                np.abs(array[:, :width]).max(initial=0)
-                for name, array in buffers.items()
-                if name in ("logits", "reference", "other")
-            ),
-            default=0,
-        )
-        + 1
-    )
-    return Problem(
-        "logit_grad",
-        f"{SCALARS[kind]} {rows} x {width}{' capped' if softcap else ''}",
-        {name: name for name in buffers}
-        | {
-            "width": width,
-            "stride": stride,
-            "kind": kind,
-            "softcap": softcap,
-            "n_rows": rows,
-            "reference_softcap": softcap if reference_softcap is None else reference_softcap,
-        },
-        buffers,
-        {
-            "logits": np.broadcast_to(np.abs(buffers["weights"])[:, None], (rows, stride)),
-            "values": unit,
-        },
-    )
-
-
 def problems(rng) -> Iterator[Problem]:
     """What `vksteer verify` runs of these."""
     for weight_type in range(3):
         for rows in (1, 3, 7, 9, 33):
-            yield linear_bwd(rng, rows, 77, 53, weight_type, add=rows == 7)
+            yield linear_bwd(
+                rng, rows, 77, 53, weight_type, add=rows == 7, scale=0.22 * (rows == 9)
+            )
         yield linear_bwd(rng, 3, 129, 257, weight_type, segment_rows=64)
         yield linear_bwd(rng, 5, 96, 80, weight_type, first_n=48, n_sum=32, first_k=32, n_k=48)
     for flags in (
@@ -464,13 +419,18 @@ def problems(rng) -> Iterator[Problem]:
     yield norm_bwd(rng, 3, 80, ("layer", "add", "write_scale"), groups=5)
     for d_head in (2, 6, 64, 80, 128):
         yield rope_bwd(rng, [(0, 3), (5, 1)], 4, 2, d_head)
+        yield rope_bwd(
+            rng, [(0, 3), (5, 1)], 4, 2, d_head, ("rotate", "interleaved"), d_head // 4 * 2, True
+        )
         yield attn_output_bwd(rng, (17, 1, 9), 4, 2, d_head, window=5 if d_head == 64 else 0)
     for window, softcap in ((0, 0.0), (1, 0.0), (5, 20.0)):
         yield attn_softmax_bwd(rng, [(0, 33), (0, 1), (0, 9)], 3, window, softcap)
     for kind in range(len(ACTIVATIONS)):
         yield act_bwd(rng, 3, 257, kind)
         yield act_bwd(rng, 3, 257, kind, plain=True)
+    yield clip_bwd(rng, 3, 257)
     for softcap in (0.0, 5.0):
         yield pair_grad(rng, 3, 257, softcap)
+        yield pair_grad(rng, 3, 257, softcap, bias=True)
         for kind in range(len(SCALARS)):
             yield logit_grad(rng, 3, 257, kind, softcap)

@@ -17,9 +17,11 @@ from .problems import (
     OUTPUTS_NORM,
     PLACE_FLAGS,
     PLACES,
+    TOKEN_WORDS,
     Problem,
     beside,
     inverse_rms,
+    logit_biases,
     nothing,
     numbers,
     padded,
@@ -49,10 +51,10 @@ def _sizes(x: np.ndarray, width: int) -> np.ndarray:
 
 
 def _tokens(rng, n, n_slots) -> np.ndarray:
-    """[n, 8] of which positions and slots count; every slot once."""
-    tokens = np.zeros((n, 8), np.uint32)
-    tokens[:, 1] = rng.integers(0, 50, n)
+    """[n, TOKEN_WORDS] of which angles and slots count; every slot once."""
+    tokens = np.zeros((n, TOKEN_WORDS), np.uint32)
     tokens[:, 2] = rng.permutation(n_slots)[:n]
+    tokens[:, 8] = rng.integers(0, 50, n)
     return tokens
 
 
@@ -266,7 +268,7 @@ def circuit_outputs(rng, n_rows, n_tokens, width, normed=False, first=0, in_plac
     )
 
 
-def pair_logits(rng, n_entries, n, width, softcap=0.0) -> Problem:
+def pair_logits(rng, n_entries, n, width, softcap=0.0, bias=False) -> Problem:
     stride = row_stride(width)
     buffers = {
         "normed": padded(numbers(rng, n_entries * n, width), stride),
@@ -281,10 +283,22 @@ def pair_logits(rng, n_entries, n, width, softcap=0.0) -> Problem:
         )
         + softcap
     )
+    if bias:
+        more, sizes = logit_biases(rng, n)
+        buffers |= more
+        units += sizes
     return Problem(
         "pair_logits",
-        f"{n_entries} x {n} x {width}{' capped' if softcap else ''}",
-        _named(buffers, n=n, width=width, stride=stride, softcap=softcap, n_entries=n_entries),
+        f"{n_entries} x {n} x {width}{' capped' if softcap else ''}{' bias' if bias else ''}",
+        _named(
+            buffers,
+            n=n,
+            width=width,
+            stride=stride,
+            softcap=softcap,
+            has_bias=int(bias),
+            n_entries=n_entries,
+        ),
         buffers,
         {"logits": units},
     )

@@ -15,6 +15,7 @@ from .problems import (
     EPS,
     NORM_FLAGS,
     PAIRS,
+    TOKEN_WORDS,
     WEIGHT_TYPES,
     Packed,
     Problem,
@@ -42,6 +43,19 @@ BOUNDS = {
 }
 
 
+def _product_units(buffers, weights, scale, softcap) -> np.ndarray:
+    """Of every output of a product with weights [N, K]: sum |x w|, with bias and residual."""
+    n, k = weights.shape
+    x = np.abs(buffers["x"][:, :k].astype(np.float64))
+    units: np.ndarray = x @ np.abs(weights).T * (abs(scale) or 1.0)
+    if "bias" in buffers:
+        units += np.abs(buffers["bias"])
+    if "add" in buffers:
+        units += np.abs(buffers["add"][:, :n])
+    units += abs(softcap)  # drivers' tanh is good to a rounding of 1, not of a small result
+    return units
+
+
 def linear(
     rng,
     rows,
@@ -56,6 +70,8 @@ def linear(
     segment_rows=0,
     family=None,
     decode=0,
+    scale=0.0,
+    clip=0.0,
 ) -> Problem:
     words, weights = panels(numbers(rng, n, k), weight_type)
     inputs, dst_stride = n_k or k, row_stride(n)
@@ -65,30 +81,29 @@ def linear(
         "x": padded(numbers(rng, rows, inputs), x_stride, 0.0),
         "dst": nothing(rows, dst_stride),
     }
-    part = weights[:, first_k : first_k + inputs]
-    unit = np.abs(buffers["x"][:, : part.shape[1]].astype(np.float64)) @ np.abs(part).T
     if bias:
         buffers["bias"] = numbers(rng, n)
-        unit += np.abs(buffers["bias"])
     if add:
         buffers["add"] = padded(numbers(rng, rows, n), dst_stride)
-        unit += np.abs(buffers["add"][:, :n])
-    unit += abs(softcap)  # drivers' tanh is good to a rounding of 1, not of a small result
+    unit = _product_units(buffers, weights[:, first_k : first_k + inputs], scale, softcap)
     arguments = {
         **{name: name for name in buffers},
-        **matrix_arguments(n, k, weight_type, segment_rows, family),
+        **matrix_arguments(n, k, weight_type, segment_rows, family, scale),
         "n_rows": rows,
         "x_stride": x_stride,
         "dst_stride": dst_stride,
         "first_k": first_k,
         "n_k": n_k,
         "softcap": softcap,
+        "clip": clip,
         "decode": decode,
     }
     extras = suffix(
         ("bias", bias),
         ("add", add),
         ("softcap", softcap),
+        ("scaled", scale),
+        ("clipped", clip),
         (f"k from {first_k}", n_k),
         ("segments", segment_rows),
         (f"family {family}", family),
@@ -173,7 +188,7 @@ def embed(
 ) -> Problem:
     """positions: the rows are those of the tokens' positions; add: they are added to others."""
     words, weights = panels(numbers(rng, vocabulary, width), weight_type)
-    tokens = np.zeros((n_tokens, 8), np.uint32)
+    tokens = np.zeros((n_tokens, TOKEN_WORDS), np.uint32)
     column = int(positions)  # of a token: id, pos
     tokens[:, column] = rng.integers(0, vocabulary, n_tokens)
     tokens[:2, column] = (0, vocabulary - 1)[:n_tokens]
@@ -297,7 +312,7 @@ def edit(
     entries[:, 0] = edited
     entries[:, 1] = rng.integers(0, 5, len(edited))
     entries[:, 2] = numbers(rng, len(edited)).view(np.uint32)
-    tokens = np.zeros((n_tokens, 8), np.uint32)
+    tokens = np.zeros((n_tokens, TOKEN_WORDS), np.uint32)
     tokens[:, 1] = np.arange(n_tokens) + 2
     x = nothing(n_tokens, n_heads, head_stride)
     x[:, :, :width] = numbers(rng, n_tokens, n_heads, width)
@@ -390,6 +405,35 @@ def sum_heads(rng, n_tokens, n_heads, width, bias=False) -> Problem:
     )
 
 
+def _attention_problems(rng) -> Iterator[Problem]:
+    for d_head in (2, 6, 64, 80, 128):
+        yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
+        yield rope(
+            rng,
+            [(0, 3), (5, 1)],
+            4,
+            2,
+            d_head,
+            ("rotate", "store", "interleaved"),
+            d_head // 4 * 2,
+            True,
+        )
+        yield attn_scores(
+            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0
+        )
+        yield attn_output(
+            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0
+        )
+        yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)
+    # query heads that share keys and values: a kernel each, the last in two turns
+    for group in (1, 3, 4, 7):
+        yield attn_decode(
+            rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0
+        )
+    for window in (0, 1, 5):
+        yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
+
+
 def problems(rng) -> Iterator[Problem]:
     """What `vksteer verify` runs of these."""
     for weight_type in range(3):
@@ -397,6 +441,9 @@ def problems(rng) -> Iterator[Problem]:
         yield embed(rng, 7, 77, 33, weight_type, segment_rows=64, positions=True, add=True)
         for rows in (1, 2, 3, 7, 9, 33):
             yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True)
+        for rows in (1, 9):
+            yield linear(rng, rows, 77, 53, weight_type, bias=True, add=True, scale=0.22)
+            yield linear(rng, rows, 77, 53, weight_type, bias=True, clip=6.0)
         yield linear(rng, 3, 129, 257, weight_type, softcap=5.0, segment_rows=64)
         yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
         for rows in (1, 2, 3, 8, 9):
@@ -423,22 +470,7 @@ def problems(rng) -> Iterator[Problem]:
         yield norm(rng, 3, 257, flags)
         yield norm(rng, 3, 257, (*flags, "layer", "bias"), mean=3.0)
     yield norm(rng, 3, 80, ("layer", "bias", "write_scale"), groups=5)
-    for d_head in (2, 6, 64, 80, 128):
-        yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
-        yield attn_scores(
-            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, softcap=20.0 if d_head == 64 else 0.0
-        )
-        yield attn_output(
-            rng, [(0, 17), (4, 1), (30, 9)], 4, 2, d_head, window=5 if d_head == 64 else 0
-        )
-        yield attn_decode(rng, [0, 37, 6, 129], 4, 2, d_head, window=5 if d_head == 64 else 0)
-    # query heads that share keys and values: a kernel each, the last in two turns
-    for group in (1, 3, 4, 7):
-        yield attn_decode(
-            rng, [0, 37, 6, 129], 2 * group, 2, 64, softcap=20.0 if group == 3 else 0.0
-        )
-    for window in (0, 1, 5):
-        yield attn_softmax(rng, [(0, 33), (7, 1), (250, 9)], 3, window)
+    yield from _attention_problems(rng)
     for kind in range(len(ACTIVATIONS)):
         yield act(rng, 3, 257, kind)
         yield act(rng, 3, 257, kind, plain=True)

@@ -29,7 +29,16 @@ BOUNDS = {
 
 
 def head_out(
-    rng, n, n_heads, n_kv_heads, d_head, weight_type=0, gain=False, segment_rows=0, family=None
+    rng,
+    n,
+    n_heads,
+    n_kv_heads,
+    d_head,
+    weight_type=0,
+    gain=False,
+    segment_rows=0,
+    family=None,
+    scale=0.0,
 ) -> Problem:
     words, weights = panels(numbers(rng, n, n_heads * d_head), weight_type)
     x, stride = numbers(rng, n_kv_heads, d_head), row_stride(n)
@@ -42,9 +51,10 @@ def head_out(
     if gain:
         buffers["gain"] = numbers(rng, n)
         unit *= np.abs(buffers["gain"])
+    unit *= abs(scale) or 1.0
     arguments = {
         **{name: name for name in buffers},
-        **matrix_arguments(n, n_heads * d_head, weight_type, segment_rows, family),
+        **matrix_arguments(n, n_heads * d_head, weight_type, segment_rows, family, scale),
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_head": d_head,

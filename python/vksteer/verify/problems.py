@@ -41,7 +41,7 @@ NORM_FLAGS = flags(
     "layer",
     "bias",
 )
-ROPE_FLAGS = flags("ROPE", "qk_norm", "rotate", "store")
+ROPE_FLAGS = flags("ROPE", "qk_norm", "rotate", "store", "interleaved")
 NORM_BWD_FLAGS = flags(
     "NORM_BWD", "add", "normalized", "write_normalized", "write_scale", "no_out", "rows", "layer"
 )
@@ -58,6 +58,7 @@ EDIT_KEYS, INPUTS_BIAS, OUTPUTS_NORM = _C["EDIT_KEYS"], _C["INPUTS_BIAS"], _C["O
 EPS = 1e-5
 TILE = _C["OP_TILE"]
 PANEL = _C["OP_PANEL"]
+TOKEN_WORDS = 9  # of struct token_meta
 NO_SOURCE, NO_DIFFERENCE = _C["NO_SOURCE"], _C["NO_DIFFERENCE"]
 row_stride = _engine.row_stride
 
@@ -110,11 +111,11 @@ def inverse_rms(x: np.ndarray) -> np.ndarray:
     return inverse
 
 
-def rotation_angles(n_positions: int, d_head: int) -> np.ndarray:
-    """[n_positions, d_head / 2, 2]: cos and sin."""
+def rotation_angles(n_positions: int, d_rot: int) -> np.ndarray:
+    """[n_positions, d_rot / 2, 2]: cos and sin."""
     angle = (
         np.arange(n_positions)[:, None]
-        * 10000.0 ** (-np.arange(d_head // 2) / max(d_head / 2, 1))[None]
+        * 10000.0 ** (-np.arange(d_rot // 2) / max(d_rot / 2, 1))[None]
     )
     return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
@@ -148,16 +149,34 @@ def panels(weights: np.ndarray, weight_type: int) -> tuple[np.ndarray, np.ndarra
     return items.reshape(-1).view(np.uint32), whole[:n, :k].astype(np.float64)
 
 
+def logit_biases(rng: np.random.Generator, n: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A bias of an unembedding with 50 rows, and the ids of two of them for each of n tokens;
+    the sizes [n, 2] of these biases.
+    """
+    ids = np.zeros((2 * n, TOKEN_WORDS), np.uint32)
+    ids[:, 0] = rng.integers(0, 50, 2 * n)
+    bias = numbers(rng, 50)
+    return {"bias": bias, "ids": ids}, np.abs(bias[ids[:, 0]]).reshape(n, 2)
+
+
 def matrix_arguments(
-    n: int, k: int, weight_type: int, segment_rows: int = 0, family: int | None = None
+    n: int,
+    k: int,
+    weight_type: int,
+    segment_rows: int = 0,
+    family: int | None = None,
+    scale: float = 0.0,
 ) -> dict[str, Any]:
-    """Of W [n, k] in the buffer "weights". family: of matrix kernels; None: the device's choice."""
+    """Of W [n, k] in the buffer "weights". family: of matrix kernels; None: the device's choice.
+    scale: a factor on products; 0: none.
+    """
     arguments: dict[str, Any] = {
         "weights": "weights",
         "weight_type": weight_type,
         "n": n,
         "k": k,
         "segment_rows": segment_rows,
+        "matrix_scale": scale,
     }
     return arguments if family is None else arguments | {"family_plus_1": family + 1}
 
@@ -171,7 +190,8 @@ def suffix(*extras: tuple[str, Any]) -> str:
 class Packed:
     """Rows of a batch as the kernels see them. rows: (keys already in the cache, tokens now)."""
 
-    tokens: np.ndarray  # [T, 8]: id, pos, slot, q_token, k_slot, v_slot, row, row_end
+    # [T, TOKEN_WORDS]: id, pos, slot, q_token, k_slot, v_slot, row, row_end, angle
+    tokens: np.ndarray
     tiles: np.ndarray  # [n, 2]: first token, count
     n_slots: int
     n_keys: int
@@ -196,12 +216,13 @@ class Packed:
                         k_slot,
                         r,
                         first + n,
+                        cached + i,
                     )
                 )
             tiles += [(first + i, min(TILE, n - i)) for i in range(0, n, TILE)]
             slot += cached + n + 1
             n_keys = max(n_keys, cached + n)
-        self.tokens = np.array(tokens, np.uint32).reshape(-1, 8)
+        self.tokens = np.array(tokens, np.uint32).reshape(-1, TOKEN_WORDS)
         self.tiles = np.array(tiles, np.uint32).reshape(-1, 2)
         self.n_slots, self.n_keys = slot, n_keys
 
