@@ -55,7 +55,9 @@ def test_table_is_printed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "vksteer.loading.config"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("\n") == len(families.FAMILIES) + 2
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == len(families.FAMILIES) + 2 and len({r.count("|") for r in rows}) == 1
+    assert done.stdout.strip() == families.markdown()
     assert "Gemma3ForConditionalGeneration" in done.stdout
 
 

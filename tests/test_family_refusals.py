@@ -147,6 +147,8 @@ def test_the_small_configs_are_read(model_type):
         ("olmo", dict(clip_qkv="8"), "'clip_qkv' = '8'"),
         ("olmo3", dict(rope_parameters={"rope_type": "default"}), "nested by"),
         ("olmo3", dict(rope_parameters={"full_attention": 3}), "'full_attention' = 3"),
+        ("olmo3", dict(rope_scaling=LONG), "'longrope' is not supported for olmo3"),
+        ("gemma3_text", dict(rope_scaling=LONG), "'longrope' is not supported for gemma3_text"),
         ("olmo3", dict(layer_types=["full_attention"]), "'layer_types' must list 4"),
         ("olmo3", dict(sliding_window=None), "no 'sliding_window'"),
         ("olmo3", dict(sliding_window=0), "'sliding_window' = 0"),
@@ -219,6 +221,18 @@ def test_refusals(model_type, changes, message):
         warnings.simplefilter("ignore")
         with pytest.raises(ModelError, match=message):
             Config.from_hf(small(model_type, **changes))
+
+
+def test_longrope_of_a_family_without_its_own_key():
+    """The original length is that of the dictionary, else of the key outside it, else all."""
+    entry = {k: v for k, v in LONG.items() if k != "rope_theta"}
+    config = Config.from_hf(small("llama", rope_scaling=entry))
+    assert (config.rope_switch, config.rope_long, config.n_ctx) == (0, (), 512)
+    config = Config.from_hf(small("llama", rope_scaling=entry, original_max_position_embeddings=32))
+    assert (config.rope_switch, config.n_ctx) == (32, 512)
+    inner = {**entry, "original_max_position_embeddings": 128, "factor": 16.0}
+    config = Config.from_hf(small("llama", rope_scaling=inner))
+    assert (config.rope_switch, config.n_ctx) == (128, 2048)
 
 
 def test_the_older_names_of_longrope():

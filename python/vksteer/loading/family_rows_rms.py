@@ -54,6 +54,8 @@ _OLMO2 = {
     "rms_norm_eps": 1e-5,
     "attention_bias": False,
 }
+#: Scalings of families with two tables, whose tables do not change with the length of the text.
+_NOT_BY_LENGTH = ("default", "linear", "dynamic", "llama3", "yarn")
 _ONE_WAY = {"use_bidirectional_attention": (False, "attention to later tokens")}
 
 LLAMA = Family(
@@ -173,6 +175,7 @@ GEMMA3 = Family(
     o_bias="attention_bias",
     default_theta=1e6,
     local_theta=1e4,
+    rope_types=_NOT_BY_LENGTH,
     local_theta_key="rope_local_base_freq",
     windows="period",
     period=6,
@@ -245,6 +248,7 @@ OLMO3 = Family(
     o_bias="attention_bias",
     default_theta=500000.0,
     local_theta=500000.0,
+    rope_types=_NOT_BY_LENGTH,
     windows="period",
     period=4,
     window_note="three of four layers slide, with their own rotation",

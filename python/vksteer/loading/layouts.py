@@ -115,10 +115,6 @@ def _named(prefix: str, parts: Mapping[str, Part]) -> dict[str, Part]:
     return {prefix + name: part for name, part in parts.items()}
 
 
-def _whole(names: Mapping[str, str]) -> dict[str, Part]:
-    return {name: Part(stored) for name, stored in names.items()}
-
-
 def _linear(names: Mapping[str, str]) -> dict[str, Part]:
     """Matrices with their biases: the engine's names without w and b -> the stored module's."""
     parts = {}
