@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 import folders
-from oracle.families import FAMILIES
-from oracle.more_families import NEW_FAMILIES
+from oracle.families import ALL, WIDE
 from vksteer.errors import ModelError
 from vksteer.loading import dtypes
 from vksteer.loading.config import Config
 from vksteer.loading.model_files import open_model
 
-NAMES = [*FAMILIES, *NEW_FAMILIES]
+NAMES = [name for name in ALL if name not in WIDE]
 
 #: Engine's name in a layer -> names of modules that transformers may give it, without suffix.
 PLAIN = {
