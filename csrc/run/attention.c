@@ -58,24 +58,29 @@ static int rotated_fused(struct run_work *work, const struct rope_params *rope, 
     return op_linear_pairs(&work->model->ops, &layer->qkv, &args, error);
 }
 
-/* q, k = norm(q, k) over all heads together, in place */
-static int wide_norm(struct run_work *work, int l, struct qkv_rows at, struct error *error) {
+/* Does a norm of q or k stand between product and rotation, which op_rope does not do? */
+int norm_before_rotation(const struct model_facts *f) {
+    return f->qk_norm == QK_NORM_WIDE || f->qk_norm == QK_NORM_LAYER;
+}
+
+/* x = norm(x), in place, of the queries or keys of all heads: RMS norm of all together, or
+ * LayerNorm of each */
+static int heads_norm(struct run_work *work, struct rows x, uint32_t n_heads, uint64_t gain,
+                      uint64_t bias, struct error *error) {
     const struct model_facts *f = &work->model->facts;
-    const struct model_layer *layer = &work->model->layers[l];
-    struct norm_params q = {
-        .x = at.q.address,
-        .gain = layer->q_norm,
-        .dst = at.q.address,
-        .width = f->n_heads * f->d_head,
-        .stride = at.q.stride,
+    int layer_norm = f->qk_norm == QK_NORM_LAYER;
+    struct norm_params norm = {
+        .x = x.address,
+        .gain = gain,
+        .bias = bias,
+        .dst = x.address,
+        .width = layer_norm ? f->d_head : n_heads * f->d_head,
+        .n_groups = layer_norm ? n_heads : 0,
+        .stride = x.stride,
         .eps = f->norm_eps,
+        .flags = (layer_norm ? NORM_LAYER : 0) | (bias ? NORM_BIAS : 0),
     };
-    struct norm_params k = q;
-    k.x = k.dst = at.k.address;
-    k.gain = layer->k_norm;
-    k.width = f->n_kv_heads * f->d_head;
-    RUN(op_norm(&work->model->ops, &q, work->chunk.n_tokens, error));
-    return op_norm(&work->model->ops, &k, work->chunk.n_tokens, error);
+    return op_norm(&work->model->ops, &norm, work->chunk.n_tokens, error);
 }
 
 /* q, k = rotate([norm per head](q, k)); k and v into the cache */
@@ -120,8 +125,10 @@ static int queries_keys_values(struct run_work *work, struct run_cache *cache, i
     RUN(step_visit_normed(work, SITE_V, l, at.v, ln1.gain ? run_address(work->scale) : 0, error));
     RUN(tape_keep_qkv(work, l, error));
     RUN(run_hook_call(work, HOOK_QKV, l, at.q.address, at.q.stride, error));
-    if (f->qk_norm == QK_NORM_WIDE)
-        RUN(wide_norm(work, l, at, error));
+    if (norm_before_rotation(f)) {
+        RUN(heads_norm(work, at.q, f->n_heads, layer->q_norm, layer->b_q_norm, error));
+        RUN(heads_norm(work, at.k, f->n_kv_heads, layer->k_norm, layer->b_k_norm, error));
+    }
     return rotate(work, rope, l, error);
 }
 

@@ -258,28 +258,23 @@ static int clip_backward(struct run_work *work, int l, struct rows d, struct err
     return failed ? -1 : op_clip_bwd(&work->model->ops, &clip, work->chunk.n_tokens, error);
 }
 
-/* dq and dk through their norm over all heads together, in place */
-static int wide_norm_backward(struct run_work *work, int l, struct qkv_rows d,
-                              struct error *error) {
+/* d = gradient through heads_norm of attention.c, whose input is x, in place */
+static int heads_norm_backward(struct run_work *work, struct rows x, struct rows d,
+                               uint32_t n_heads, uint64_t gain, struct error *error) {
     const struct model_facts *f = &work->model->facts;
-    const struct model_layer *layer = &work->model->layers[l];
-    struct qkv_rows at = qkv_rows_at(work, run_address(work->tape->layers[l].qkv_in));
-    struct norm_bwd_params q = {
-        .x = at.q.address,
-        .gain = layer->q_norm,
-        .dy = d.q.address,
-        .dx = d.q.address,
-        .width = f->n_heads * f->d_head,
-        .stride = d.q.stride,
+    int layer_norm = f->qk_norm == QK_NORM_LAYER;
+    struct norm_bwd_params norm = {
+        .x = x.address,
+        .gain = gain,
+        .dy = d.address,
+        .dx = d.address,
+        .width = layer_norm ? f->d_head : n_heads * f->d_head,
+        .n_groups = layer_norm ? n_heads : 0,
+        .stride = d.stride,
         .eps = f->norm_eps,
+        .flags = layer_norm ? NORM_BWD_LAYER : 0,
     };
-    struct norm_bwd_params k = q;
-    k.x = at.k.address;
-    k.gain = layer->k_norm;
-    k.dy = k.dx = d.k.address;
-    k.width = f->n_kv_heads * f->d_head;
-    RUN(op_norm_bwd(&work->model->ops, &q, work->chunk.n_tokens, error));
-    return op_norm_bwd(&work->model->ops, &k, work->chunk.n_tokens, error);
+    return op_norm_bwd(&work->model->ops, &norm, work->chunk.n_tokens, error);
 }
 
 static int queries_keys_values_backward(struct run_work *work, int l, struct error *error) {
@@ -287,7 +282,8 @@ static int queries_keys_values_backward(struct run_work *work, int l, struct err
     const struct model_layer *layer = &work->model->layers[l];
     struct run_tape *tape = work->tape;
     struct norm_step ln1 = norm_step_of(work->model, LN1, l);
-    struct qkv_rows d = qkv_rows_at(work, run_address(tape->dqkv));
+    struct qkv_rows d = qkv_rows_at(work, run_address(tape->dqkv)),
+                    kept = qkv_rows_at(work, run_address(tape->layers[l].qkv_in));
     struct rows dnorm = {run_address(tape->dnorm), work->d_stride};
     uint64_t x = run_address(tape->layers[l].x), dx = run_address(tape->dx),
              dx_pre = run_address(tape_dx_pre(tape));
@@ -296,8 +292,10 @@ static int queries_keys_values_backward(struct run_work *work, int l, struct err
         RUN(step_visit_backward(work, SITE_ROT_K, l, d.k, error));
     }
     RUN(rotate_backward(work, l, error));
-    if (f->qk_norm == QK_NORM_WIDE)
-        RUN(wide_norm_backward(work, l, d, error));
+    if (norm_before_rotation(f)) {
+        RUN(heads_norm_backward(work, kept.q, d.q, f->n_heads, layer->q_norm, error));
+        RUN(heads_norm_backward(work, kept.k, d.k, f->n_kv_heads, layer->k_norm, error));
+    }
     RUN(step_visit_backward(work, SITE_V, l, d.v, error));
     RUN(step_visit_backward(work, SITE_K, l, d.k, error));
     RUN(step_visit_backward(work, SITE_Q, l, d.q, error));

@@ -98,6 +98,8 @@ int head_results_reserve(struct run_work *work, uint32_t *most, struct error *er
 
 /* attention.c: does a layer rotate queries and keys? */
 int rotated(const struct model_facts *facts, int layer);
+/* Does a norm of queries and keys come before op_rope, which norms single heads alone? */
+int norm_before_rotation(const struct model_facts *facts);
 /* The flags of op_rope and op_rope_bwd that a layer's norm per head and rotation need. */
 uint32_t rope_flags(const struct model_facts *facts, int layer);
 /* attention.c, mlp.c: work_mid = x + attention(x), x = work_mid + mlp(y), x the residual stream. y
