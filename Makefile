@@ -15,8 +15,8 @@ CMAKE_FLAGS ?=
 DEMO_ARGS := $(if $(HARMFUL),--harmful "$(HARMFUL)") \
     $(if $(HARMLESS),--harmless "$(HARMLESS)") $(ARGS)
 
-.PHONY: help demo demo-real test test-all lint format bench build engine docs wheel models clean \
-    distclean
+.PHONY: help demo demo-real test test-all fuzz lint format bench build engine docs wheel models \
+    clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,11 @@ test-all: setup-test engine  ## also the long tests; their log goes into benchma
 	@mkdir -p benchmarks/logs
 	set -o pipefail; $(PYTEST) -n $(PROCESSES) --dist worksteal --long --timeout=1800 \
 	    --durations=30 $(ARGS) 2>&1 | tee benchmarks/logs/test-all-$$(date +%F).log
+
+SECONDS_A_READER ?= 600
+
+fuzz: setup-test engine  ## fuzz the readers of files (SECONDS_A_READER=, ARGS=config gguf ...)
+	$(PYTHON) tools/fuzz.py --seconds $(SECONDS_A_READER) $(ARGS)
 
 # git ls-files: new files that are not ignored count, deleted ones do not.
 FORMATTED_C = git ls-files -z --cached --others --exclude-standard 'csrc/*.[ch]' 'shaders/*.h' \
