@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,9 @@ class Reader(NamedTuple):
     read: Callable[[Path], None]
 
 
+@cache
 def seeds(name):
+    """The good files of a kind; not to be changed."""
     return json.loads((SEEDS / f"{name}.json").read_text())
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.json_files import read_json
 from ..errors import ModelError
+from .library_errors import adds_first
 
 if TYPE_CHECKING:
     import tokenizers
@@ -95,7 +96,7 @@ def declared_add_bos(
     if not isinstance(add_bos, bool):
         return None
     index = None if bos is None else backend.token_to_id(bos)
-    begins = backend.encode("", add_special_tokens=True).ids[:1]
+    begins = adds_first(backend)
     if index is not None and (begins == [index]) != add_bos and str(folder) not in _said:
         _said.add(str(folder))
         warnings.warn(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.types import PathLike
 from .added_tokens import add_declared_tokens, declared_add_bos, optional_json
 from .chat_template import DEFAULT_DATE, as_parts, check_options, holds, render, warn_unread
+from .library_errors import adds_first, library_errors
 from .prompt_rows import prompt_list, refuse_surrogates
 from .tokenizer_files import folder_templates, load_backend
 
@@ -58,8 +59,7 @@ class Tokenizer:
         self.chat_template = self._chosen_template(chat_template)
         self.bos_id = self._id_of("bos_token")
         if add_bos is None:
-            begins = backend.encode("", add_special_tokens=True).ids[:1]
-            add_bos = self.bos_id is not None and begins == [self.bos_id]
+            add_bos = self.bos_id is not None and adds_first(backend) == [self.bos_id]
         self.add_bos = bool(add_bos) and self.bos_id is not None
         self._eos_ids = tuple(eos_ids)
 
@@ -148,7 +148,8 @@ class Tokenizer:
         """The tokens of a text. add_bos: None = as the model's own tokenizer does. Special tokens
         written in the text are recognised.
 
-        Raises ValueError where BOS would stand twice, TypeError for anything but a str.
+        Raises ValueError where BOS would stand twice, TypeError for anything but a str, ModelError
+        where the tokenizer's file is damaged in a way that only shows now.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes a str, got {type(text).__name__}")
@@ -170,7 +171,8 @@ class Tokenizer:
         """The text of token ids (any sequence or array of ints). skip_special leaves out special
         tokens.
         """
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with library_errors("the tokenizer cannot decode tokens"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, skip_special: bool = True) -> StreamingDecoder:
         """A decoder for text that appears token by token: `push(id)` returns the text that has
@@ -388,7 +390,8 @@ class Tokenizer:
 
     def _ids(self, text: str) -> list[int]:
         refuse_surrogates(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with library_errors("the tokenizer cannot encode a text"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def _id_of(self, name: str) -> int | None:
         return self.backend.token_to_id(self.special[name]) if name in self.special else None

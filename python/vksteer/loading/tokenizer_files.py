@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.lfs import lfs_pointer
 from ..errors import ModelError
 from .added_tokens import TOKENIZER_BYTES, optional_json
+from .library_errors import library_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,10 +30,8 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
         )
     # Its threads do not survive fork(), and this library encodes one text at a time.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with library_errors(f"{path}: cannot be read as a tokenizer"):
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ModelError(f"{path}: cannot be read as a tokenizer: {error}") from error
 
 
 def folder_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
