@@ -44,11 +44,12 @@ def scalar(of, logits, prompt_length):
 
 def want(ref, tokens, prompt_length, of, sites, edits):
     """{site: gradient}, float64, by autograd through one row."""
+    leaf = lambda x: x.detach().requires_grad_()
     row = ref.forward(
         tokens,
         edits=edits,
         prompt_length=prompt_length,
-        hooks={"hook_embed": lambda x: x.detach().requires_grad_()},
+        hooks={"hook_embed": leaf, "hook_pos_embed": leaf},
     )
     found = torch.autograd.grad(
         scalar(of, row.logits, prompt_length), [row.sites[s] for s in sites], allow_unused=True
