@@ -4,6 +4,7 @@ refused with what they would need.
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from small_configs import FAMILY
 from vksteer.errors import ModelError
 from vksteer.loading.config import Config
-from vksteer.loading.families import FAMILIES
+from vksteer.loading.families import FAMILIES, ROPE_KEYS
 from vksteer.loading.unsupported import MISSING
 
 #: A small config of each family where the class's defaults are too large or do not fit.
@@ -265,6 +266,36 @@ def test_a_gpt2_by_either_name_of_a_key():
     assert Config.from_hf({**config, **usual}) == Config.from_hf(small("gpt2"))
     same = Config.from_hf(small("gpt2", hidden_size=48))
     assert same == Config.from_hf(small("gpt2"))
+
+
+def test_random_values_never_escape():
+    """Any JSON value under any key: a Config or a ModelError, nothing else."""
+    rng = random.Random(11)
+    values = [
+        *(None, True, False, 0, -1, 1, 3, 10**30, 0.5, -0.0, 1e-300, 1e300, float("nan")),
+        *("", "x", "LLG", [], [1], [0, 1, 1, 0], ["sliding_attention"] * 4, {}, {"a": 1}),
+        *({"rope_type": "longrope"}, {"type": "su", "short_factor": 3}, LONG, {"factor": 1e300}),
+        {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": [1]},
+        {**LONG, "long_factor": [1e29] * 6, "original_max_position_embeddings": 1e29},
+        {"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": "x"},
+        {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"truncate": 3}},
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.3},
+    ]
+    accepted = refused = 0
+    for _ in range(6000):
+        family = rng.choice(FAMILIES)
+        keys = sorted({*family.defaults, *ROPE_KEYS, *family.aliases, "eos_token_id"})
+        config = small(family.model_type)
+        for _ in range(rng.randint(1, 3)):
+            config[rng.choice(keys)] = rng.choice(values)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                Config.from_hf(config)
+            accepted += 1
+        except ModelError:
+            refused += 1
+    assert accepted > 300 and refused > 3000
 
 
 # ---- architectures that no family serves ----

@@ -18,6 +18,7 @@ from vksteer.errors import ModelError
 from vksteer.loading import dtypes
 from vksteer.loading.config import Config
 from vksteer.loading.model_files import open_model
+from vksteer.loading.tensor_names import hf_name
 
 NAMES = [name for name in ALL if name not in WIDE]
 
@@ -240,3 +241,90 @@ def test_unembedding_of_an_untied_gpt2_must_be_there(zoo, tmp_path):
     folder = folders.copy(zoo.folder("gpt2"), tmp_path / "m", tie_word_embeddings=False)
     with pytest.raises(ModelError, match=r"'lm_head.weight' is missing.*tie_word_embeddings"):
         open_model(folder)
+
+
+#: Families with other names of the embedding -> that name, and the unembedding's.
+EMBEDDINGS = {
+    "gpt2": ("transformer.wte.weight", "lm_head.weight"),
+    "opt": ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+    "gpt_neox_sequential": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    "cohere": ("model.embed_tokens.weight", "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_tied_embeddings_under_the_other_name(zoo, tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    embed, unembed = EMBEDDINGS[name]
+    folder = folders.copy(zoo.folder(name), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    whole = {t.name: values(t) for t in open_model(folder).tensors}
+    tensors[unembed] = tensors.pop(embed)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    files = open_model(folder)
+    assert files.config.tied and {t.name for t in files.tensors} == set(whole)
+    for tensor in files.tensors:
+        np.testing.assert_array_equal(values(tensor), whole[tensor.name])
+    tensors[embed] = tensors[unembed] + 1  # two that differ: both are used
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=f"'{unembed}' differs from '{embed}'"):
+        files = open_model(folder)
+    assert not files.config.tied
+    found = {t.name: values(t) for t in files.tensors}
+    np.testing.assert_array_equal(found["unembed"], whole["embed"])
+    assert (found["embed"] != whole["embed"]).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("text", ["ministral3", "mistral"])
+def test_the_text_model_of_one_that_also_sees_images(zoo, tmp_path, text, tied):
+    """Ministral 3 and Mistral Small 3.1: Mistral3ForConditionalGeneration, in the layout that
+    transformers writes and in the one with the text model inside `model`.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    plain = zoo.folder(text)
+    inner = json.loads((plain / "config.json").read_text())
+    inner = {k: v for k, v in inner.items() if k not in ("architectures", "dtype")}
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        head_dim=8,
+    )
+    config = transformers.Mistral3Config(
+        vision_config=vision,
+        text_config=transformers.AutoConfig.for_model(**json.loads(json.dumps(inner))),
+        tie_word_embeddings=tied,
+    )
+    model = transformers.Mistral3ForConditionalGeneration(config).to(torch.float32)
+    model.save_pretrained(tmp_path)
+    state = model.state_dict()
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    shutil.copy(tmp_path / "config.json", outer)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {
+            n.replace("language_model.model.", "model.language_model.").replace(
+                "language_model.lm_head", "lm_head"
+            ): t
+            for n, t in stored.items()
+        },
+        outer / "model.safetensors",
+    )
+    for folder in (tmp_path, outer):
+        files = open_model(folder)
+        facts = files.config.replace(architecture="", tied=False)
+        assert facts == Config.from_pretrained(plain).replace(architecture="", tied=False)
+        assert files.config.tied == tied and files.config.model_type == text
+        for tensor in files.tensors:
+            name = hf_name(tensor.name, files.config, "model.language_model.", "lm_head.weight")
+            np.testing.assert_array_equal(values(tensor), state[name].numpy(), err_msg=name)
