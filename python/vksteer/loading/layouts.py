@@ -320,28 +320,30 @@ def stored_shape(part: Part, shape: tuple[int, ...], config: Config) -> tuple[in
     return shape
 
 
-def row_range(part: Part, shape: tuple[int, ...], config: Config) -> tuple[int, int] | None:
-    """(first row, rows) of the stored tensor that are the engine's tensor as they are; None where
-    the layout must be turned.
+def row_ranges(part: Part, shape: tuple[int, ...], config: Config) -> list[tuple[int, int]] | None:
+    """(first row, rows) of the stored tensor, one after another the engine's tensor as it is; None
+    where the layout must be turned.
     """
     if part.how in ("whole", "flat"):
-        return 0, shape[0]
+        return [(0, shape[0])]
     if part.how == "rows":
         assert part.where is not None
-        return part.where(config)[0], shape[0]
+        return [(part.where(config)[0], shape[0])]
+    if part.how == "heads":
+        d = config.d_head
+        return [((3 * head + part.block) * d, d) for head in range(config.n_heads)]
     return None
 
 
 def cut(part: Part, stored: Sequence[Array], shape: tuple[int, ...], config: Config) -> Array:
-    """The engine's tensor from the stored ones (several only for "each"), C-contiguous."""
+    """The engine's tensor from the stored ones (several only for "each"), C-contiguous, where
+    `row_ranges` has none.
+    """
     first = stored[0]
     if part.how == "columns":
         assert part.where is not None
         begin = part.where(config)[0]
         return np.ascontiguousarray(first[:, begin : begin + shape[0]].T)
-    if part.how == "heads":
-        heads = first.reshape(config.n_heads, 3, config.d_head, *shape[1:])
-        return np.ascontiguousarray(heads[:, part.block]).reshape(shape)
     if part.how == "repeated":
         return np.tile(first, shape[0] // config.d_head)
     if part.how == "each":

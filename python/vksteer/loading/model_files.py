@@ -173,22 +173,28 @@ def _entry(name: str, match: Match, paths: list[Path], config: Config, dtype: st
         return _ones(name, shape)
     first = match.stored[0]
     stored = STORED_DTYPES[first.dtype]
-    rows = layouts.row_range(part, shape, config)
-    if rows is not None:
-        row = first.nbytes // first.shape[0] if part.how == "rows" else 0
-        offset, nbytes = first.offset + rows[0] * row, rows[1] * row or first.nbytes
-        return _mapped_entry(
-            name, stored, shape, paths[first.file], first.file, offset, nbytes, dtype
-        )
-    read = [_reader(name, stored, t.shape, paths[t.file], t.offset, t.nbytes) for t in match.stored]
+    ranges = layouts.row_ranges(part, shape, config)
+    row = first.nbytes // first.shape[0] if part.how != "flat" else first.nbytes // shape[0]
+    path = paths[first.file]
+    if ranges is not None and len(ranges) == 1:
+        ((begin, rows),) = ranges
+        offset = first.offset + begin * row
+        return _mapped_entry(name, stored, shape, path, first.file, offset, rows * row, dtype)
 
     def turned() -> Array:
-        return layouts.cut(part, [get() for get in read], shape, config)
+        if ranges is not None:
+            spans = [(first.offset + begin * row, rows * row) for begin, rows in ranges]
+            return _read(name, stored, shape, path, spans)
+        whole = [
+            _read(name, stored, t.shape, paths[t.file], [(t.offset, t.nbytes)])
+            for t in match.stored
+        ]
+        return layouts.cut(part, whole, shape, config)
 
     if dtype in ("auto", stored) or len(shape) < 2:
         nbytes = int(np.prod(shape)) * dtypes.STORAGE[stored].itemsize
         return TensorEntry(name, stored, shape, nbytes=nbytes, _load=turned)
-    return _converted(name, stored, shape, paths[first.file], dtype, turned)
+    return _converted(name, stored, shape, path, dtype, turned)
 
 
 def _mapped_entry(
@@ -202,28 +208,31 @@ def _mapped_entry(
     dtype: str,
 ) -> TensorEntry:
     """A tensor as the bytes of a file, or converted where another dtype is asked for."""
-    read = _reader(name, stored, shape, path, offset, nbytes)
+
+    def read() -> Array:
+        return _read(name, stored, shape, path, [(offset, nbytes)])
+
     if dtype in ("auto", stored) or len(shape) < 2:
         return TensorEntry(name, stored, shape, file, offset, nbytes, read)
     return _converted(name, stored, shape, path, dtype, read)
 
 
-def _reader(
-    name: str, stored: str, shape: tuple[int, ...], path: Path, offset: int, nbytes: int
-) -> Callable[[], Array]:
-    """A function that reads a tensor's bytes from a file."""
-
-    def read() -> Array:
-        with open(path, "rb") as stream:
+def _read(
+    name: str, stored: str, shape: tuple[int, ...], path: Path, spans: list[tuple[int, int]]
+) -> Array:
+    """A tensor from the bytes of a file; spans: (offset, bytes), one after another."""
+    data = bytearray(sum(nbytes for _, nbytes in spans))
+    view, at = memoryview(data), 0
+    with open(path, "rb") as stream:
+        for offset, nbytes in spans:
             stream.seek(offset)
-            data = stream.read(nbytes)
-        if len(data) != nbytes:
-            raise ModelError(
-                f"{path}: tensor {name!r} ends outside the file; it was changed while it was read"
-            )
-        return np.frombuffer(bytearray(data), dtype=dtypes.STORAGE[stored]).reshape(shape)
-
-    return read
+            if stream.readinto(view[at : at + nbytes]) != nbytes:
+                raise ModelError(
+                    f"{path}: tensor {name!r} ends outside the file; it was changed while it was"
+                    " read"
+                )
+            at += nbytes
+    return np.frombuffer(data, dtype=dtypes.STORAGE[stored]).reshape(shape)
 
 
 def _converted(
