@@ -46,6 +46,7 @@ static int products(struct circuit_run *run, const struct model_layer *weights,
             .n_rows = n * T,
             .x_stride = run->work->d_stride,
             .dst_stride = run->product_stride,
+            .clip = f->clip_qkv,
             .decode = run->work->chunk.batch->decode,
         };
         RUN(op_matrix_rows(&weights->qkv, first, end - first, &part, error));
