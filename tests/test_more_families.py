@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import vksteer as vs
+from attribution_setting import BOUND, Setting
+from attribution_setting import check as check_scores
 from oracle import circuits as oc
 from oracle import losses
 from oracle.attribution import exact
 from oracle.compare import assert_close, assert_same_bits, real
 from oracle.families import FAMILIES
 from oracle.more_families import MORE_FAMILIES
-from test_attribution import BOUND, Setting
-from test_attribution import check as check_scores
 from test_circuit_runs import Setting as CircuitSetting
 from test_edits import case, check, vector  # noqa: F401  case is a fixture
 from test_training import GRADIENT, LOSS, ragged

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oracle.more_families import MORE_FAMILIES
 from vksteer import patching
 from vksteer.circuits.graph import Graph, graph
 from vksteer.patching.edge_scores import EdgeScores
@@ -162,7 +163,9 @@ def test_memory_is_the_sum_of_its_parts():
     assert plan(c, 1, 9, weight_bytes=4).weights == 2 * p.weights
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias", *sorted(MORE_FAMILIES)]
+)
 def test_memory_is_the_engine_s(zoo, name):
     """Byte for byte."""
     from vksteer import _engine
@@ -178,7 +181,10 @@ def test_memory_is_the_engine_s(zoo, name):
         assert sum(memory_parts(model.config, *arguments)) == want
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama3", "gemma2", "qwen2", "qwen3", "llama_bias", "gpt2", "gpt_neox", "olmo2", "phi"],
+)
 def test_layouts_are_those_of_attribute_s_own_choice(zoo, name):
     from vksteer.patching.attribution_layout import layout
 
