@@ -178,8 +178,11 @@ class _Pass:
         self.rows = [(item, a, row) for item in items for a in coefficients for row in item.rows]
         #: the last token predicts nothing that is read
         self.tokens = [row[:-1] for _, _, row in self.rows]
-        #: the last common token's output predicts the first token of the answer
-        self.shared = [item.common - 1 for item, _, _ in self.rows]
+        #: Leading tokens that are run once for several rows; the last common token's output
+        #: predicts the first token of the answer.
+        self.shared = [
+            0 if self._rotated_otherwise(item) else item.common - 1 for item, _, _ in self.rows
+        ]
         answer = isinstance(positions, str) and positions == "answer"
         #: rows in a row whose shared part is the same: one run, copied to the others
         self.same = 2 * len(coefficients) if answer else 2
@@ -196,6 +199,12 @@ class _Pass:
             distinct = list(dict.fromkeys(self.tokens))
             found = model._layer_inputs.get(distinct, self.layer, every_layer=False)
             self._streams = dict(zip(distinct, found, strict=True))
+
+    def _rotated_otherwise(self, item: _Item) -> bool:
+        """Whether a row is so long that its rotation is another one than that of the common tokens
+        alone (longrope).
+        """
+        return 0 < self.model.config.rope_switch < max(map(len, item.rows)) - 1
 
     def _inputs(self, rows: Sequence[int], start: bool) -> dict[str, Any]:
         """Where the pass begins: the residual streams of the shared parts, or of the rest."""
@@ -245,8 +254,10 @@ class _Pass:
         )
         assert logits is not None  # they were asked for
         sums = [
-            _log_probability(values[: len(row) - item.common], row[item.common :])
-            for values, (item, _, row) in zip(logits, self.rows, strict=True)
+            _log_probability(
+                values[item.common - 1 - shared : len(row) - 1 - shared], row[item.common :]
+            )
+            for values, shared, (item, _, row) in zip(logits, self.shared, self.rows, strict=True)
         ]
         return np.array(sums)
 

@@ -119,6 +119,10 @@ class _Row:
         self.cut = False  # a stop string has been cut off
         self.captured: list[dict[str, Float32Array]] = []
 
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
     def accept(self, token: int) -> str:
         """Takes a new token; returns its piece of text. Sets `reason` when the row has ended."""
         request = self.request
@@ -398,26 +402,43 @@ class _Decoding:
 
     def _step(self, rows: list[int]) -> Float32Array:
         """Runs the newest token of each row, keeps the captures; logits [rows, V] after it."""
+        # The keys of a row that grows beyond the switch of longrope were rotated by the table of
+        # shorter texts: all of its tokens are run again, as transformers does for Phi-3.
+        switch = self.batch.model.config.rope_switch
+        again = [0 < switch == self.states[a].length - 1 for a in rows]
+        if len(set(again)) == 1:
+            return self._pass(rows, again[0])
+        logits = np.empty((len(rows), self.batch.model.config.d_vocab), np.float32)
+        for all_tokens in (False, True):
+            part = [i for i, whole in enumerate(again) if whole == all_tokens]
+            logits[part] = self._pass([rows[i] for i in part], all_tokens)
+        return logits
+
+    def _pass(self, rows: list[int], all_tokens: bool) -> Float32Array:
+        """`_step` of rows whose newest token is run alone, or of rows of one length, all of whose
+        tokens are run.
+        """
         states = [self.states[a] for a in rows]
-        positions = [len(s.prompt) + len(s.tokens) - 1 for s in states]
+        lengths = [s.length for s in states]
+        starts = [0 if all_tokens else n - 1 for n in lengths]
         logits, captured = self.batch.forward(
             self.cache,
-            [[s.tokens[-1]] for s in states],
-            starts=positions,
+            [(s.prompt + s.tokens)[start:] for s, start in zip(states, starts, strict=True)],
+            starts=starts,
             slots=self._slots(rows),
-            columns=[-p for p in positions],
-            n_columns=1,
+            columns=[-start for start in starts],
+            n_columns=lengths[0] if all_tokens else 1,
             key_columns=[0] * len(rows),
-            n_keys=max(positions) + 1,
+            n_keys=max(lengths),
             capture=[s.key for s in self.sites],
             logits="last",
             active=rows,
-            decode=True,
+            decode=not all_tokens,
         )
         if self.sites:
             if not all(finite.all_finite(captured[s.key]) for s in self.sites):
                 bad = finite.suspect_row(None, [captured[s.key] for s in self.sites])
                 self._refuse(states[bad or 0], False)
             for i, state in enumerate(states):
-                state.captured.append({s.name: captured[s.key][i, 0] for s in self.sites})
+                state.captured.append({s.name: captured[s.key][i, -1] for s in self.sites})
         return np.asarray(logits)
