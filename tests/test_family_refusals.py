@@ -88,11 +88,11 @@ def test_the_small_configs_are_read(model_type):
         ("gpt2", dict(num_key_value_heads=2), "'num_key_value_heads' = 2"),
         ("gpt2", dict(head_dim=16), "'head_dim' = 16"),
         # GPT-NeoX
-        ("gpt_neox", dict(rotary_pct=0), "'partial_rotary_factor' = 0 must be.*above 0"),
-        ("gpt_neox", dict(rotary_pct=1.5), "'partial_rotary_factor' = 1.5"),
-        ("gpt_neox", dict(rotary_pct="a"), "'partial_rotary_factor' = 'a'"),
+        ("gpt_neox", dict(rotary_pct=0), "'rotary_pct' = 0 must be.*above 0"),
+        ("gpt_neox", dict(rotary_pct=1.5), "'rotary_pct' = 1.5"),
+        ("gpt_neox", dict(rotary_pct="a"), "'rotary_pct' = 'a'"),
         ("gpt_neox", dict(rotary_pct=0.01), "leaves nothing of a head of 12"),
-        ("gpt_neox", dict(rotary_emb_base=-1), "'rope_theta' = -1"),
+        ("gpt_neox", dict(rotary_emb_base=-1), "'rotary_emb_base' = -1"),
         ("gpt_neox", dict(rope_theta=5e5), "'rope_theta' = 500000.0 contradicts 'rotary_emb_base'"),
         ("gpt_neox", dict(partial_rotary_factor=0.5), "contradicts 'rotary_pct' = 0.25"),
         ("gpt_neox", dict(use_parallel_residual=2), "'use_parallel_residual' = 2"),
@@ -256,6 +256,21 @@ def test_patterns_of_exaone4_as_text():
         assert [t + 1 for t in config.rope_table] == slides
     config = Config.from_hf(small("exaone4", sliding_window=None, sliding_window_pattern=None))
     assert config.window == (0,) * 4 and config.rope_table == (0,) * 4
+
+
+def test_an_outer_config_without_its_model_type():
+    text = small("ministral3")
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
+    config = Config.from_hf(outer)
+    assert (config.model_type, config.query_beta) == ("ministral3", 0.1)
+    assert config == Config.from_hf({**outer, "model_type": "mistral3"})
+    outer["text_config"] = small("mistral", sliding_window=None)
+    assert Config.from_hf(outer).model_type == "mistral"
+    outer["text_config"] = {**small("mistral", sliding_window=None), "model_type": None}
+    assert Config.from_hf(outer).model_type == "mistral"
+    outer["text_config"] = {**text, "model_type": "llama"}
+    with pytest.raises(ModelError, match="not supported"):
+        Config.from_hf(outer)
 
 
 def test_a_gpt2_by_either_name_of_a_key():

@@ -167,6 +167,8 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, str]:
         raise ModelError(f"config key 'architectures' = {named!r} must be a list of names")
     model_type = config.get("model_type")
     outer = model_type if isinstance(model_type, str) and model_type in OUTER else ""
+    if model_type is None and named and isinstance(config.get("text_config"), Mapping):
+        outer = next((f.outer for f in FAMILIES if f.outer and named[0] in f.architectures), "")
     text = _text_model_type(config, outer) if outer else model_type
     for family in FAMILIES:
         if outer and family.outer != outer:

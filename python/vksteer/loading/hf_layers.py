@@ -236,16 +236,14 @@ def _rotated_channels(get: Reader, values: dict[str, Any], d_head: int) -> int:
         return d_head
     if part is None:
         part = get.family.partial
+    own = get.family.partial_key  # GPT-NeoX: rotary_pct
+    key = own if get.config.get(own) == part else "partial_rotary_factor"
     if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
-        raise ModelError(
-            f"rope key 'partial_rotary_factor' = {short(part)} must be a number above 0 and at"
-            " most 1"
-        )
+        raise ModelError(f"rope key {key!r} = {short(part)} must be a number above 0 and at most 1")
     d_rot = int(d_head * part)
     if d_rot < 1:
         raise ModelError(
-            f"rope key 'partial_rotary_factor' = {part} leaves nothing of a head of {d_head}"
-            " channels to rotate"
+            f"rope key {key!r} = {part} leaves nothing of a head of {d_head} channels to rotate"
         )
     return d_rot
 
@@ -266,6 +264,8 @@ def _parameters(get: Reader, max_positions: int) -> dict[str, Any]:
         values = _ministral3_defaults()
     if rotation.rope_type(values) in ("su", "yarn") and "longrope" in family.rope_types:
         values["rope_type"] = "longrope"  # older names of it in Phi 3
+    if family.theta_key in get.defaults:  # GPT-NeoX: rotary_emb_base
+        get.number(family.theta_key, low=1.0)
     for inner, key in (
         ("rope_theta", family.theta_key),
         ("partial_rotary_factor", family.partial_key),
