@@ -246,7 +246,7 @@ REFUSED = {
         "gpt_neox",
         {"use_parallel_residual": None},
         None,
-        "gptneox.use_parallel_residual' must be true or false",
+        "gptneox.use_parallel_residual' is missing",
     ),
     "fewer keys than queries": ("gpt2", {"attention.head_count_kv": 2}, None, "head_count_kv"),
     "no norm of the MLP": (

@@ -17,13 +17,12 @@ from tokenizer_texts import (
 )
 from vksteer.errors import ModelError
 from vksteer.loading import model_files as source
+from vksteer.loading.gguf_file import GGUFFile
 from vksteer.loading.tokenizer import Tokenizer
 
 
 def gguf_with(path, metadata):
     write_gguf(path, {"general.architecture": "llama", **metadata}, [])
-    from vksteer.loading.gguf_file import GGUFFile
-
     return GGUFFile(path)
 
 
@@ -196,3 +195,57 @@ def test_gguf_named_templates(tmp_path):
             chosen = Tokenizer.from_gguf(file, template_options=options)
             theirs = Tokenizer.from_folder(folder, template_options={"enable_thinking": False})
             assert chosen.chat_tokens("Hello") == theirs.chat_tokens("Hello")
+
+
+PHI3 = {  # the marked tokens of Phi 3's tokenizer.json, and whether they take spaces behind them
+    "<unk>": False,
+    "<s>": False,
+    "</s>": True,
+    "<|endoftext|>": False,
+    "<|assistant|>": True,
+    "<|end|>": True,
+    "<|user|>": True,
+}
+
+
+@pytest.mark.parametrize("arch", ["phi3", "llama"])
+def test_marked_tokens_of_phi3_take_the_spaces_behind_them(tmp_path, arch):
+    from tokenizers import AddedToken
+
+    letters = ["\u2581", "H", "i", "o", "<0x0A>", "\u2581H", "\u2581Hi"]
+    tokens = [*PHI3, *letters]
+    kinds = [2, 3, 4, 3, 3, 3, 3, 1, 1, 1, 1, 6, 1, 1]
+    path = gguf_file(tmp_path, arch, tokens, kinds)
+    with GGUFFile(path) as file:
+        ours = Tokenizer.from_gguf(file)
+    with GGUFFile(gguf_file(tmp_path, "llama", tokens, [1] * len(tokens))) as file:
+        theirs = Tokenizer.from_gguf(file).backend
+    for token, takes in PHI3.items():
+        rstrip = takes and arch == "phi3"
+        theirs.add_special_tokens([AddedToken(token, normalized=False, rstrip=rstrip)])
+    for text in (
+        "<|user|>\nHi<|end|>\n<|assistant|>\n",
+        "<s><|user|> \n Hi<|end|>  \n",
+        "Hi</s> \n<unk> Hi<|endoftext|>\nHi",
+        "<|end|>",
+    ):
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, add_bos=False) == expected, text
+    newline = tokens.index("<0x0A>")
+    assert (newline in ours.encode("<|user|>\nHi", add_bos=False)) == (arch != "phi3")
+
+
+def gguf_file(folder, arch, tokens, kinds):
+    return write_gguf(
+        folder / f"{arch}-{len(set(kinds))}.gguf",
+        {
+            "general.architecture": arch,
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.scores": [0.0] * 8 + [-float(i) for i in range(len(tokens) - 8)],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.unknown_token_id": 0,
+        },
+        [],
+    )

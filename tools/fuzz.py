@@ -43,6 +43,7 @@ def fuzz(name: str, seconds: float, first: int) -> bool:
                 max_examples=EXAMPLES,
                 deadline=None,
                 database=None,
+                report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),
             )
             @hypothesis.given(fuzzing.READERS[name].cases())
@@ -61,7 +62,8 @@ def fuzz(name: str, seconds: float, first: int) -> bool:
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                traceback.print_exc()
+                error.__notes__ = []  # the input in full
+                traceback.print_exception(error)
                 if last:
                     print(f"{name}: kept as {fuzzing.keep(name, last)}")
                 return False

@@ -87,7 +87,7 @@ def _facts(file: GGUFFile) -> dict[str, Any]:
     if family.o_bias is not True:
         # transformers' flag may set q, k, v and o together
         changes["o_bias"] = "blk.0.attn_output.bias" in file.tensors
-    if get.raw("attention.scale"):
+    if get.number("attention.scale", 0.0):
         changes["attn_scale"] = get.number("attention.scale", 0.0)
     if facts["rope"] and "rope_freqs.weight" in file.tensors:
         factors = file.array("rope_freqs.weight", "float32")
@@ -105,11 +105,12 @@ def _opened(file: GGUFFile) -> tuple[Metadata, Layout]:
             f"{file.path}: GGUF architecture {arch!r} is not supported; supported:"
             f" {', '.join(sorted(LAYOUTS))}"
         )
-    if md.get("general.type", "model") != "model":
-        raise ModelError(f"{file.path}: is a {md['general.type']!r}, not a model")
+    kind = md.get("general.type", "model")
+    if not isinstance(kind, str) or kind != "model":
+        raise ModelError(f"{file.path}: is a {repr(kind)[:80]}, not a model")
     get = Metadata(file, arch, _ollama_gemma3(file) if arch == "gemma3" else {})
     ollama = {k for k in get.own() if k in _OLLAMA_NAMES or k.startswith(_OLLAMA_VISION)}
-    if get.raw("rope.scaling.extrapolation_factor") == 1:
+    if get.number("rope.scaling.extrapolation_factor", 0.0) == 1.0:
         ollama.add("rope.scaling.extrapolation_factor")
     numbers = {key for key, _ in layout.numbers.values()}
     get.refuse_unknown(_READ | layout.reads | numbers | (ollama if arch == "gemma3" else set()))
@@ -246,12 +247,12 @@ def _choices(get: Metadata, family: Family) -> dict[str, bool]:
     if isinstance(family.parallel, str):
         if family.shared_norm:
             hf[family.parallel] = "blk.0.ffn_norm.weight" not in tensors
-            if hf[family.parallel] and get.raw("use_parallel_residual") is False:
+            if hf[family.parallel] and get.flag("use_parallel_residual") is False:
                 raise ModelError(f"{get.file.path}: tensor 'blk.0.ffn_norm.weight' is missing")
         else:
-            value = get.raw("use_parallel_residual")
-            if not isinstance(value, bool):
-                raise get.error("use_parallel_residual", "must be true or false")
+            value = get.flag("use_parallel_residual")
+            if value is None:
+                raise get.error("use_parallel_residual", "is missing")
             hf[family.parallel] = value
     return hf
 
@@ -278,7 +279,7 @@ def _gemma_keys(get: Metadata, family: Family, d_head: int) -> dict[str, Any]:
     caps = ["final_logit_softcapping"]
     if get.arch == "gemma2":
         caps.append("attn_logit_softcapping")
-    elif get.raw("attn_logit_softcapping"):
+    elif get.number("attn_logit_softcapping", 0.0):
         raise get.error("attn_logit_softcapping", f"is not understood for {get.arch}")
     for key in caps:
         hf[key] = family.defaults[key] if get.raw(key) is None else get.number(key, 0.0)

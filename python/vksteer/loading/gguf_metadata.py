@@ -57,6 +57,20 @@ class Metadata:
             raise self.error(key, "must be a number")
         return float(value)
 
+    def text(self, key: str) -> str | None:
+        """A text; None where there is none."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "must be text")
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        """True or false; None where there is none."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, "must be true or false")
+        return value
+
     def refuse_unknown(self, known: Collection[str]) -> None:
         """ModelError for a key below "{architecture}." that is neither known nor neutral."""
         for key, value in self.own().items():

@@ -63,9 +63,9 @@ def _refuse_scaling(get: Metadata) -> None:
 
 def _scaling(get: Metadata) -> dict[str, Any] | None:
     """The rope_scaling of a config.json; None for unscaled rotation."""
-    kind = get.raw("rope.scaling.type")
+    kind = get.text("rope.scaling.type")
     factor = get.number("rope.scaling.factor", 0.0) or get.number("rope.scale_linear", 0.0)
-    if get.arch == "granite" and get.raw("rope.scaling.finetuned") is False:
+    if get.arch == "granite" and get.flag("rope.scaling.finetuned") is False:
         raise get.error("rope.scaling.finetuned", "turns rotation off, which is not supported")
     if kind == "yarn":
         return _yarn(get, factor)
@@ -140,7 +140,7 @@ def _longrope(get: Metadata, d_rot: int) -> dict[str, Any] | None:
     if len(found) == 1:
         missing = _LONG if found == [_SHORT] else _SHORT
         raise ModelError(f"{file.path}: tensor {missing!r} is missing")
-    if get.raw("rope.scaling.type") not in (None, "longrope"):
+    if get.text("rope.scaling.type") not in (None, "longrope"):
         raise get.error("rope.scaling.type", f"contradicts the tensor {_LONG!r}")
     entry: dict[str, Any] = {"rope_type": "longrope"}
     for name, key in ((_SHORT, "short_factor"), (_LONG, "long_factor")):

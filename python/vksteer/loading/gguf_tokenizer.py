@@ -312,27 +312,38 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
     tokenizer.decoder = decoders.Sequence(
         steps + ([decoders.Strip(content=" ", left=1)] if prefix else [])
     )
-    _add_marked(tokenizer, tokens, types)
+    _add_marked(tokenizer, tokens, types, file.metadata.get("general.architecture"))
     return tokenizer
 
 
-def _add_marked(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+#: Marked tokens of Phi 3 that leave the spaces behind them.
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+
+
+def _add_marked(
+    tokenizer: Tokenizer, tokens: list[str], types: list[int], arch: object = None
+) -> None:
     """Control tokens and the unknown token become special; user-defined ones are matched whole but
     are ordinary text.
+
+    arch: `general.architecture`. The marked tokens of Phi 3's SentencePiece vocabulary take the
+    spaces and newlines behind them along, which a GGUF file does not say: llama.cpp knows it by the
+    model's name, tokenizer.json says "rstrip".
     """
     from tokenizers import AddedToken
 
     marked = [(t, kind) for t, kind in zip(tokens, types) if t]
+    takes = {t for t, _ in marked if t not in _PHI3_PLAIN} if arch == "phi3" else set()
     tokenizer.add_special_tokens(
         [
-            AddedToken(t, normalized=False, special=True)
+            AddedToken(t, normalized=False, special=True, rstrip=t in takes)
             for t, kind in marked
             if kind in (_CONTROL, _UNKNOWN)
         ]
     )
     tokenizer.add_tokens(
         [
-            AddedToken(t, normalized=False, special=False)
+            AddedToken(t, normalized=False, special=False, rstrip=t in takes)
             for t, kind in marked
             if kind == _USER_DEFINED and tokenizer.token_to_id(t) is not None
         ]
