@@ -13,6 +13,7 @@ import warnings
 #: names of other configuration classes, and notes of other programs.
 IGNORED_IN_ALL = frozenset(
     [
+        "activation",
         "activation_dropout",
         "attention_probs_dropout_prob",
         "attn_dropout_prob",
@@ -185,6 +186,8 @@ IGNORED = {
             "use_qk_norm",
         }
     ),
+    "opt": frozenset({"learned_embeddings", "scale_embeddings"}),
+    "stablelm": frozenset({"norm_eps", "rope_pct"}),
     "exaone4": frozenset({"max_window_layers", "reorder_qk_norm"}),
     "nemotron": frozenset({"rope_percent", "rotary_percent"}),
     "gemma": frozenset({"hidden_activation", "mlp_bias"}),
