@@ -124,7 +124,10 @@ def test_scores(zoo, rng, name):
 def test_exact_patches(zoo, rng, name):
     s = Setting(zoo, rng, name, sizes=((6, 8),))
     graph = vs.patching.graph(s.model, 1)
-    edges = [graph.edge_names[i] for i in sorted(rng.choice(graph.n_edges, 24, replace=False))]
+    edges = [
+        graph.edge_names[i]
+        for i in sorted(rng.choice(graph.n_edges, min(24, graph.n_edges), replace=False))
+    ]
     edges += ["steer->logits", "steer->m1", "m1->logits"]
     common = s.ref, s.samples[0], s.vector, s.coefficient
     for what in (dict(edges=edges), dict(nodes=list(graph.node_names))):

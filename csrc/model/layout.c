@@ -4,6 +4,30 @@
 
 #include "model/weight_buffers.h"
 
+static int rotation_check(const struct model_facts *f, struct error *error) {
+    if (f->d_head % 2 || f->d_rot % 2)
+        return error_set(error, ERROR_MODEL,
+                         "d_head = %u or d_rot = %u is odd: rotation needs pairs", f->d_head,
+                         f->d_rot);
+    for (uint32_t l = 0; l < f->n_layers; l++)
+        if (f->rope_table[l] >= f->n_ropes && f->rope_table[l] != MODEL_NO_ROPE)
+            return error_set(error, ERROR_MODEL, "layer %u uses rotation table %u of %u", l,
+                             f->rope_table[l], f->n_ropes);
+    if (f->query_beta != 0 && f->query_length == 0)
+        return error_set(error, ERROR_MODEL, "query_length is 0");
+    if (f->query_beta != 0 && f->d_rot != f->d_head)
+        return error_set(error, ERROR_MODEL,
+                         "queries with a factor of their own must be rotated whole, not %u of %u",
+                         f->d_rot, f->d_head);
+    for (uint32_t l = 0; l < f->n_layers && f->query_beta != 0; l++)
+        if (f->rope_table[l] == MODEL_NO_ROPE)
+            return error_set(error, ERROR_MODEL,
+                             "layer %u rotates nothing, so its queries cannot have a factor of "
+                             "their own",
+                             l);
+    return 0;
+}
+
 int model_facts_check(const struct model_facts *f, struct error *error) {
     const struct {
         const char *name;
@@ -31,23 +55,15 @@ int model_facts_check(const struct model_facts *f, struct error *error) {
         return error_set(error, ERROR_MODEL,
                          "%u query heads do not divide among %u key/value heads", f->n_heads,
                          f->n_kv_heads);
-    if (f->d_head % 2 || f->d_rot % 2)
-        return error_set(error, ERROR_MODEL,
-                         "d_head = %u or d_rot = %u is odd: rotation needs pairs", f->d_head,
-                         f->d_rot);
+    if (rotation_check(f, error))
+        return -1;
     if ((uint64_t)f->n_heads * f->d_head > 1u << 20)
         return error_set(error, ERROR_MODEL, "%u heads of size %u are too wide", f->n_heads,
                          f->d_head);
-    for (uint32_t l = 0; l < f->n_layers; l++)
-        if (f->rope_table[l] >= f->n_ropes && f->rope_table[l] != MODEL_NO_ROPE)
-            return error_set(error, ERROR_MODEL, "layer %u uses rotation table %u of %u", l,
-                             f->rope_table[l], f->n_ropes);
-    if (f->query_beta != 0 && f->query_length == 0)
-        return error_set(error, ERROR_MODEL, "query_length is 0");
-    if (f->query_beta != 0 && f->d_rot != f->d_head)
-        return error_set(error, ERROR_MODEL,
-                         "queries with a factor of their own must be rotated whole, not %u of %u",
-                         f->d_rot, f->d_head);
+    if (f->residual_scale == 0)
+        return error_set(error, ERROR_MODEL, "residual_scale is 0: layers would add nothing");
+    if (f->unembed_bias && f->logit_scale != 1)
+        return error_set(error, ERROR_MODEL, "a bias of logits that have a factor");
     if ((f->post_norms && (f->norm != NORM_KIND_RMS || f->parallel)) ||
         (!f->pre_norms && (f->parallel || !f->post_norms)))
         return error_set(error, ERROR_MODEL, "norms that no model has together");
