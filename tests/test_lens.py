@@ -95,6 +95,31 @@ def test_every_family(zoo, rng, name, by):
         agree(f"{name}, {n} vectors, {by}", lens, want)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi", "gptj", "opt"])
+def test_biases_are_left_out(zoo, rng, name):
+    """A vector is read as a direction: what it promotes, its opposite suppresses, and the mean of
+    its entries, which LayerNorm takes away, changes nothing.
+    """
+    import vksteer as vs
+
+    model = zoo.engine(name)
+    c = model.config
+    assert c.norm_bias and model._engine.vector("b_ln_final", -1).any()
+    vector = rng.standard_normal(c.d_model).astype(np.float32)
+    some = [vs.ov.logit_lens(model, v, c.d_vocab) for v in (vector, -vector, vector + 3)]
+    values = [np.empty(c.d_vocab, np.float32) for _ in some]
+    for lens, by_token in zip(some, values):
+        by_token[lens.tokens] = lens.values
+    largest = np.abs(values[0]).max()
+    np.testing.assert_array_equal(values[1], -values[0])
+    np.testing.assert_allclose(values[2], values[0], atol=1e-5 * largest)
+    for what in (np.ones(c.d_model), -0.25 * np.ones((2, 3, c.d_model))):
+        with pytest.raises(ValueError, match="LayerNorm leaves nothing"):
+            vs.ov.logit_lens(model, what)
+        with pytest.raises(ValueError, match="LayerNorm subtracts their mean"):
+            vs.ov.steering_value_vectors(model, vs.SteeringVector(what.flat[: c.d_model], 1))
+
+
 @pytest.mark.parametrize("by", ["logit", "cosine"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_wide_vocabulary_and_stored_weights(zoo, rng, dtype, by):
