@@ -15,6 +15,18 @@ from oracle.compare import assert_close, assert_same_bits, real, share
 
 PROMPTS, RESPONSES = (5, 17, 9), (4, 0, 7)
 THOROUGH = ["gemma2", "llama_bias", "qwen3"]
+#: One of each kind of layer, position and norm.
+KINDS = [
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "phi_norm",
+    "olmo",
+    "olmo2",
+    "granite",
+    "cohere2",
+    "ministral3",
+]
 
 
 @pytest.fixture
@@ -88,13 +100,15 @@ def test_steer_and_ablate(case, rng, name):
         "blocks.1.hook_attn_out",
         "blocks.1.attn.hook_pattern",
     ]
+    some = "blocks.1.hook_resid_post" if ref.facts.parallel else "blocks.1.hook_resid_mid"
     for edits in (
         [vs.Steer(v, 1.0)],
         [vs.Steer(v, -0.7)],
         [vs.Steer(v, 0.5), vs.Steer(vector(vs, ref, rng, 0), 0.5)],
+        [vs.Steer(vector(vs, ref, rng, ref.facts.n_layers - 1), 2.0)],
         [vs.Ablate(v)],
         [vs.Ablate(u)],
-        [vs.Ablate(u, sites=["blocks.1.hook_resid_mid", "blocks.*.hook_attn_out"])],
+        [vs.Ablate(u, sites=[some, "blocks.*.hook_attn_out"])],
         [vs.Steer(v, 1.0), vs.Ablate(u), vs.Steer(v, 0.25)],
     ):
         check(ref, model, prompts, responses, edits, seen)
@@ -179,12 +193,13 @@ def sites_of_layer(ref, layer):
     ]
 
 
-@pytest.mark.parametrize("name", THOROUGH)
+@pytest.mark.parametrize("name", [*THOROUGH, *KINDS])
 def test_every_site_can_be_edited(case, rng, name):
     ref, model, prompts, responses = case(name)
     import vksteer as vs
 
     failures = []
+    assert list(model.sites) == ref.site_names()
     for site in sites_of_layer(ref, 1):
         for edit in (
             vs.Scale(site, 1.5, positions=slice(1, None, 2)),

@@ -16,6 +16,7 @@ ROWS = [[3, 4, 5, 6, 7], [8, 9, 10]]
 
 def steer(model, coefficient, layer=1, positions=None):
     direction = np.ones(model.config.d_model, np.float32)
+    direction[::2] = -1  # LayerNorm takes a mean away
     return Steer(vs.SteeringVector(direction, layer), coefficient, positions)
 
 
@@ -26,7 +27,7 @@ def calls(model, edits):
         "run": lambda: model.run(ROWS, edits=edits),
         "run, last logits": lambda: model.run(ROWS, edits=edits, logits="last"),
         "run, captures": lambda: model.run(
-            ROWS, edits=edits, logits=None, capture=["blocks.*.ln1.hook_scale"]
+            ROWS, edits=edits, logits=None, capture=["blocks.*.hook_scale"]
         ),
         "generate": lambda: model.generate(ROWS, max_new_tokens=3, ignore_eos=True, **options),
         "gradients": lambda: model.gradients(
@@ -35,16 +36,23 @@ def calls(model, edits):
     }
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma2", "qwen3"])
+#: The first norm that reads the stream, in which 1e30 squared overflows; without norms before
+#: attention that is the one of attention's output.
+FIRST_NORM = {
+    **dict.fromkeys(["llama2", "gemma2", "qwen3", "gpt2", "gpt_neox"], "ln1"),
+    "exaone4": "ln1_post",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_NORM)
 @pytest.mark.parametrize("call", ["run", "run, last logits", "run, captures", "generate"])
 def test_an_edit_that_is_too_strong(zoo, name, call):
     model = zoo.engine(name)
     calls(model, [steer(model, 10.0)])[call]()
     with pytest.raises(ValueError) as error:
         calls(model, [steer(model, 1e30)])[call]()
-    said = str(error.value)
-    # 1e30 squared overflows in the first norm that reads the stream
-    assert "row 0" in said and "blocks.1.ln1.hook_scale (layer 1), position 0: inf" in said
+    said, site = str(error.value), f"blocks.1.{FIRST_NORM[name]}.hook_scale"
+    assert "row 0" in said and f"{site} (layer 1), position 0: inf" in said
     assert "without the edits every value is finite" in said
     assert "Steer at layer 1 with coefficient 1e+30" in said
 

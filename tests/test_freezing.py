@@ -30,6 +30,8 @@ MODES = [
 ]
 LENGTHS = (11, 3, 26)
 TIE = 1e-3
+#: One of each kind of layer: LayerNorm, parallel or not, clamped values, no norm before attention.
+KINDS = ["gpt2", "gpt_neox", "gptj", "phi_norm", "olmo", "olmo2", "granite", "cohere2", "exaone4"]
 
 
 def greedy_check(ref, prompt, new, what, **options):
@@ -152,7 +154,7 @@ def test_generation(zoo, name, coefficient, rng):
     )
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2", "gpt_neox", "olmo2"])
 def test_generation_token_for_token(zoo, name, rng):
     """The definition: base and steered run are computed again from the first token for every new
     one.
@@ -193,7 +195,9 @@ def test_generation_token_for_token(zoo, name, rng):
                 )
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gemma3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", *KINDS]
+)
 def test_positions_other_edits_and_rows(zoo, name, rng):
     """The base run gets every edit except the Steer; ablations act where the Steer acts; each row
     has its own edits.
@@ -242,7 +246,7 @@ def test_positions_other_edits_and_rows(zoo, name, rng):
             assert_close(what, run.logits[b, -len(want) :], want)
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2", "qwen3", *KINDS])
 def test_alone_and_batched_are_bit_identical(zoo, name, rng):
     import vksteer as vs
 
@@ -323,7 +327,7 @@ def test_base_equal_to_steered_changes_nothing(zoo, name, rng):
             assert_same_bits(f"{name} {freeze}", run.logits, added)
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "gemma2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_bias", "gemma2", "qwen3", *KINDS])
 def test_ablations_come_before_edits_of_what_they_change(zoo, name, rng):
     """An ablation takes the vector out of the input of a projection, so that an edit of the output
     of this projection acts on what is left.
@@ -339,6 +343,8 @@ def test_ablations_come_before_edits_of_what_they_change(zoo, name, rng):
         ("svv", "blocks.1.ln1.hook_scale"),
         ("mlp_direct", "blocks.1.ln2.hook_scale"),
     ):
+        if site not in model.sites:
+            continue
         for edits in ([vs.Scale(site, 0.5), steer], [steer, vs.Set(site, 0.7, positions=[-1, 1])]):
             run = model.run(prompts, edits=edits, ablate=ablate, capture=[site])
             for b, p in enumerate(prompts):
@@ -354,23 +360,21 @@ def test_ablations_come_before_edits_of_what_they_change(zoo, name, rng):
                 )
 
 
-def test_steering_at_the_first_and_last_layer(zoo, rng):
+@pytest.mark.parametrize("name", ["gemma2", "qwen2", *KINDS])
+def test_steering_at_the_first_and_last_layer(zoo, name, rng):
     import vksteer as vs
 
-    for name in ("gemma2", "qwen2"):
-        ref, model, prompts, vector = setting(zoo, name, rng)
-        for layer in (0, ref.facts.n_layers - 1):
-            edits = [vs.Steer(vs.SteeringVector(np.asarray(vector.direction), layer), 1.0)]
-            for freeze, ablate in MODES:
-                run = model.run(prompts, edits=edits, freeze=freeze, ablate=ablate)
-                for b, p in enumerate(prompts):
-                    with torch.no_grad():
-                        want = ref.forward(
-                            p, edits=edits, freeze=freeze, ablate=ablate, keep=False
-                        ).logits
-                    assert_close(
-                        f"{name} layer {layer} {freeze} {ablate}", run.logits[b, -len(p) :], want
-                    )
+    ref, model, prompts, vector = setting(zoo, name, rng)
+    for layer in (0, ref.facts.n_layers - 1):
+        edits = [vs.Steer(vs.SteeringVector(np.asarray(vector.direction), layer), 1.0)]
+        for freeze, ablate in MODES:
+            options = dict(edits=edits, freeze=freeze, ablate=ablate)
+            run = model.run(prompts, **options)
+            for b, p in enumerate(prompts):
+                with torch.no_grad():
+                    want = ref.forward(p, keep=False, **options).logits
+                what = f"{name} layer {layer} {freeze} {ablate}"
+                assert_close(what, run.logits[b, -len(p) :], want)
 
 
 def test_sampling_and_micro_batches(zoo, rng):

@@ -41,10 +41,16 @@ def case(zoo, rng):
     return make
 
 
+def passed_on(ref, x):
+    """What the norm before attention divides by its scale: x, for LayerNorm without its mean."""
+    f = ref.facts
+    return x - x.mean(-1, keepdim=True) if f.norm == "layer" and f.pre_norms else x
+
+
 def parts(ref, layer):
-    """(gain [D], W_V [H, D, dh], W_O [H, dh, D], b_V [H, dh] or 0, post gain [D] or None),
-    float64, a row a query head. The factor on what a layer adds is in W_O, the bias of the norm, as
-    the values have it, in b_V.
+    """(gain [D], W_V [H, D, dh], W_O [H, dh, D], bias of the values [H, dh], post gain [D] or
+    None), float64, a row a query head. W_O has the factor on what attention adds to the stream, the
+    bias that of the norm.
     """
     f, hf = ref.facts, f"model.layers.{layer}."
     group = f.n_heads // f.n_kv_heads
@@ -57,24 +63,21 @@ def parts(ref, layer):
     w_o = (
         ref.w[hf + "self_attn.o_proj.weight"].view(f.d_model, f.n_heads, f.d_head).permute(1, 2, 0)
     )
-    bias = ref.w.get(hf + "self_attn.v_proj.bias")
-    bias = 0.0 if bias is None else bias.view(f.n_kv_heads, f.d_head).repeat_interleave(group, 0)
-    if hf + "input_layernorm.bias" in ref.w:
-        bias = bias + torch.einsum("d,hde->he", ref.w[hf + "input_layernorm.bias"], w_v)
+    bias = ref.w.get(hf + "self_attn.v_proj.bias", torch.zeros(f.n_kv_heads * f.d_head).double())
+    bias = bias.view(f.n_kv_heads, f.d_head).repeat_interleave(group, 0)
+    gain = torch.ones(f.d_model).double()
+    if f.pre_norms:
+        gain = ref.w[hf + "input_layernorm.weight"] + f.norm_offset
+        of_norm = ref.w.get(hf + "input_layernorm.bias", torch.zeros_like(gain))
+        bias = bias + torch.einsum("d,hde->he", of_norm, w_v)
     post = ref.w[hf + "post_attention_layernorm.weight"] + f.norm_offset if f.post_norms else None
-    gain = ref.w[hf + "input_layernorm.weight"] + f.norm_offset if f.pre_norms else 1.0
     return gain, w_v, f.residual_scale * w_o, bias, post
-
-
-def passed(ref, x):
-    """What a norm passes on of a vector, before its gain: LayerNorm takes the mean out."""
-    return x - x.mean(-1, keepdim=True) if ref.facts.norm == "layer" else x
 
 
 def svv(ref, vector, layer, post=True):
     """By the definition, float64 [H, D]."""
     gain, w_v, w_o, _, post_gain = parts(ref, layer)
-    direction = passed(ref, torch.tensor(vector.direction, dtype=torch.float64))
+    direction = passed_on(ref, torch.tensor(vector.direction, dtype=torch.float64))
     out = torch.einsum("d,hde,hef->hf", direction * gain, w_v, w_o)
     return out * post_gain if post and post_gain is not None else out
 
@@ -158,21 +161,20 @@ def test_value_vectors_of_stored_weights(zoo, rng, dtype):
 
 def oracle_parts(ref, vector, coefficient, layer, steered):
     """(scales, direct, indirect) of a steered run's sites, in float64: docs/method.md sections 7
-    and 11.
+    and 11. What a clamp takes away from the values is in the indirect part.
     """
-    block = f"blocks.{layer}."
+    block, clip = f"blocks.{layer}.", ref.facts.clip_qkv
     gain, w_v, w_o, bias, _ = parts(ref, layer)
     pattern = steered[block + "attn.hook_pattern"]
-    one = torch.ones(len(pattern[0]), 1, dtype=torch.float64)  # without a norm before attention
-    rms = steered[block + "ln1.hook_scale"] if ref.facts.pre_norms else one
-    scales = coefficient * torch.einsum("hqk,kx->qh", pattern, 1 / rms)
+    scale = steered.get(block + "ln1.hook_scale", torch.ones(pattern.shape[-1], 1).double())
+    scales = coefficient * torch.einsum("hqk,kx->qh", pattern, 1 / scale)
     direct = scales[..., None] * svv(ref, vector, layer, post=False)
     added = coefficient * torch.tensor(vector.direction, dtype=torch.float64)
-    if ref.facts.clip_qkv:  # what the clamp takes away is part of the indirect part
-        return scales, direct, steered[block + "attn.hook_result"] - direct
-    without = passed(ref, steered[block + "hook_resid_pre"] - added) / rms * gain
-    values = torch.einsum("kd,hde->hke", without, w_v)
-    values = values + (bias if isinstance(bias, float) else bias[:, None])
+    without = passed_on(ref, steered[block + "hook_resid_pre"] - added) / scale * gain
+    values = torch.einsum("kd,hde->hke", without, w_v) + bias[:, None]
+    if clip:
+        of_steering = torch.einsum("kd,hde->hke", passed_on(ref, added) / scale * gain, w_v)
+        values = (values + of_steering).clamp(-clip, clip) - of_steering
     return scales, direct, torch.einsum("hqk,hke,hed->qhd", pattern, values, w_o)
 
 

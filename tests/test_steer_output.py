@@ -13,7 +13,10 @@ from oracle.compare import assert_close, assert_same_bits
 from vksteer.patching import Sample
 from vksteer.runtime.resume import last_logits
 
-NAMES = ("llama2", "gemma2", "gemma3", "qwen3")
+NAMES = (
+    *("llama2", "gemma2", "gemma3", "qwen3"),
+    *("gpt2", "gpt_neox", "gptj", "opt", "olmo2", "granite", "cohere2", "stablelm_parallel"),
+)
 
 
 def hooked(folder, vectors):
@@ -35,8 +38,10 @@ def hooked(folder, vectors):
 
         return hook
 
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    assert len(blocks) == model.config.num_hidden_layers
     for layer, direction, start in vectors:
-        model.model.layers[layer - 1].register_forward_hook(add(direction, start))
+        blocks[layer - 1].register_forward_hook(add(direction, start))
     return model
 
 

@@ -18,6 +18,8 @@ from vksteer import Steer, SteeringVector, steering
 from vksteer.steering import losses
 
 FAMILIES = ["llama3", "gemma2", "qwen2", "qwen3"]
+#: LayerNorm, parallel layers, clamped values, no norm before attention, a factor on what is added.
+KINDS = ["gpt2", "gpt_neox", "olmo", "olmo2", "granite", "cohere2"]
 #: The project's bounds.
 LOSS, GRADIENT, TRAINING = 1e-4, 1e-3, 1e-3
 
@@ -40,7 +42,7 @@ def vector(rng, model, layer, norm=4.0):
     return SteeringVector(direction * norm / np.linalg.norm(direction), layer)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + KINDS)
 @pytest.mark.parametrize("where", ["first", "low", "last"])
 @pytest.mark.parametrize("which", ["ntp", "ntp sum", "po"])
 def test_loss_and_gradient_against_autograd(zoo, rng, name, where, which):
