@@ -108,6 +108,12 @@ def test_a_scaled_matrix_is_not_fused(on, families, rng):
 
 
 @pytest.mark.parametrize("width", [*SIZES, 576, 1024])
+def test_clip(on, rng, width):
+    for rows in (0, 1, 3, 33):
+        agree(on, forward.clip(rng, rows, width))
+
+
+@pytest.mark.parametrize("width", [*SIZES, 576, 1024])
 def test_clip_bwd(on, rng, width):
     for rows in (0, 1, 3, 33):
         agree(on, backward.clip_bwd(rng, rows, width))

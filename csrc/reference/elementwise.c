@@ -119,6 +119,15 @@ void reference_sum_heads(struct reference_memory *memory, const struct sum_heads
         }
 }
 
+void reference_clip(struct reference_memory *memory, const struct clip_params *p,
+                    uint32_t n_tokens) {
+    for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)
+        for (uint32_t i = 0; i < p->width && !memory->failed; i++) {
+            double *x = reference_float(memory, p->x, (uint64_t)t * p->stride + i);
+            *x = fmin(fmax(*x, -p->limit), p->limit);
+        }
+}
+
 void reference_clip_bwd(struct reference_memory *memory, const struct clip_bwd_params *p,
                         uint32_t n_tokens) {
     for (uint32_t t = 0; t < n_tokens && !memory->failed; t++)

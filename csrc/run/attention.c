@@ -107,6 +107,21 @@ static int rotation_fusable(const struct run_work *work, struct norm_step ln1, i
                                    work->chunk.n_tokens);
 }
 
+/* Where values are clamped, ablations take steering out of the input of their product, so before
+ * the clamp: the product comes without one. The other edits of hook_v follow. */
+static int ablate_and_clamp(struct run_work *work, int l, struct qkv_rows at, uint64_t scale,
+                            struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    struct clip_params clip = {
+        .x = at.q.address,
+        .width = (f->n_heads + 2 * f->n_kv_heads) * f->d_head,
+        .stride = at.q.stride,
+        .limit = f->clip_qkv,
+    };
+    RUN(step_visit_normed(work, SITE_V, l, at.v, scale, EDITS_SCALED, error));
+    return op_clip(&work->model->ops, &clip, work->chunk.n_tokens, error);
+}
+
 /* q, k, v = rotate([norm](clip(ln1(x) W_qkv^T + b))) */
 static int queries_keys_values(struct run_work *work, struct run_cache *cache, int l,
                                struct error *error) {
@@ -116,13 +131,18 @@ static int queries_keys_values(struct run_work *work, struct run_cache *cache, i
     struct rope_params rope = rope_of(work, cache, l);
     struct qkv_rows at = qkv_rows_at(work, rope.qkv);
     int keep_scale = site_edited(work, SITE_V, l);
+    int clamp_later = f->clip_qkv != 0 && site_scaled(work, SITE_V, l);
+    float clip = clamp_later ? 0 : f->clip_qkv;
+    uint64_t scale = ln1.gain ? run_address(work->scale) : 0;
     if (step_fusable(work, SITE_LN1_SCALE, SITE_ROT_K, l) && rotation_fusable(work, ln1, l))
         return rotated_fused(work, &rope, l, error);
-    RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, f->clip_qkv, at.q, keep_scale,
-                          error));
+    RUN(step_norm_product(work, ln1, &layer->qkv, layer->b_qkv, clip, at.q, keep_scale, error));
+    if (clamp_later)
+        RUN(ablate_and_clamp(work, l, at, scale, error));
     RUN(step_visit(work, SITE_Q, l, at.q, error));
     RUN(step_visit(work, SITE_K, l, at.k, error));
-    RUN(step_visit_normed(work, SITE_V, l, at.v, ln1.gain ? run_address(work->scale) : 0, error));
+    RUN(step_visit_normed(work, SITE_V, l, at.v, scale, clamp_later ? EDITS_NOT_SCALED : EDITS_ALL,
+                          error));
     RUN(tape_keep_qkv(work, l, error));
     RUN(run_hook_call(work, HOOK_QKV, l, at.q.address, at.q.stride, error));
     if (norm_before_rotation(f)) {

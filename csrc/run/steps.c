@@ -68,14 +68,15 @@ struct site_view site_view_rows(const struct run_work *work, int site, int layer
 }
 
 int step_visit_normed(struct run_work *work, int site, int layer, struct rows rows, uint64_t scale,
-                      struct error *error) {
+                      enum site_edits edits, struct error *error) {
     struct site_view view = site_view_rows(work, site, layer, rows.address, rows.stride);
     view.scale = scale;
+    view.edits = edits;
     return site_visit(work, &view, error);
 }
 
 int step_visit(struct run_work *work, int site, int layer, struct rows rows, struct error *error) {
-    return step_visit_normed(work, site, layer, rows, 0, error);
+    return step_visit_normed(work, site, layer, rows, 0, EDITS_ALL, error);
 }
 
 int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t add, uint64_t dst,
@@ -106,7 +107,8 @@ int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t
     params.flags = kind | NORM_READ_SCALE | NORM_WRITE_NORMALIZED | NORM_NO_OUT;
     RUN(op_norm(ops, &params, n, error));
     RUN(step_visit_normed(work, norm.normalized_site, norm.layer,
-                          (struct rows){params.normalized, work->d_stride}, params.scale, error));
+                          (struct rows){params.normalized, work->d_stride}, params.scale, EDITS_ALL,
+                          error));
     params.x = params.normalized;
     params.flags = flags | NORM_READ_NORMALIZED;
     return op_norm(ops, &params, n, error);

@@ -38,9 +38,10 @@ int step_frozen(const struct run_work *work, int layer);
 
 /* Edits and captures of a site whose values are the given rows. */
 int step_visit(struct run_work *work, int site, int layer, struct rows rows, struct error *error);
-/* The same for rows that follow a norm with this scale [T], which EDIT_ADD_SCALED divides by. */
+/* The same for rows that follow a norm with this scale [T], which EDIT_ADD_SCALED divides by; of
+ * the edits those that `edits` names. */
 int step_visit_normed(struct run_work *work, int site, int layer, struct rows rows, uint64_t scale,
-                      struct error *error);
+                      enum site_edits edits, struct error *error);
 /* dst = [add +] norm(x). keep_scale: the norm's scale is left in work->scale. */
 int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t add, uint64_t dst,
               int keep_scale, struct error *error);

@@ -8,6 +8,23 @@ int site_edited(const struct run_work *work, int site, int layer) {
     return edit_first(work->chunk.batch->edits, site, layer) != NULL;
 }
 
+int site_scaled(const struct run_work *work, int site, int layer) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    const struct edit *edit = edit_first(list, site, layer);
+    while (edit && edit->kind != EDIT_ADD_SCALED)
+        edit = edit_next(list, edit);
+    return edit != NULL;
+}
+
+/* `edit`, or the next one after it that acts on the view. */
+static const struct edit *edit_acting(const struct edit_list *list, const struct site_view *view,
+                                      const struct edit *edit) {
+    while (edit && view->edits != EDITS_ALL &&
+           (edit->kind == EDIT_ADD_SCALED) != (view->edits == EDITS_SCALED))
+        edit = edit_next(list, edit);
+    return edit;
+}
+
 static const struct run_capture *capture_find(const struct run_batch *batch, int site, int layer) {
     for (uint32_t i = 0; i < batch->n_captures; i++)
         if (batch->captures[i].site == site && batch->captures[i].layer == layer)
@@ -61,7 +78,7 @@ static int entries_add(struct run_work *work, const struct site_view *view, cons
 
 static int edits_apply(struct run_work *work, const struct site_view *view, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
-    const struct edit *edit = edit_first(list, view->site, view->layer);
+    const struct edit *edit = edit_acting(list, view, edit_first(list, view->site, view->layer));
     if (!edit || view->n_tokens == 0)
         return 0;
     struct edit_entry *entries = malloc(view->n_tokens * sizeof *entries);
@@ -74,7 +91,7 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
         do {
             failed = entries_add(work, view, edit, entries, &n, error);
             last = edit;
-            edit = edit_next(list, edit);
+            edit = edit_acting(list, view, edit_next(list, edit));
         } while (!failed && edit && edits_merge(list, last, edit));
         uint64_t entries_address, heads_address;
         if (failed || n == 0)
@@ -155,6 +172,8 @@ int site_visit(struct run_work *work, const struct site_view *view, struct error
     if (edits_apply(work, view, error))
         return -1;
     const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
+    if (view->edits == EDITS_SCALED) /* the rest of the site's edits is still to come */
+        return 0;
     return capture ? capture_record(work, view, capture,
                                     view->site == SITE_SCORES ? -INFINITY : 0.0f, error)
                    : 0;

@@ -156,6 +156,10 @@ uint32_t query_span_most(const struct chunk *chunk, uint64_t query_bytes);
 int query_span_next(const struct query_tile *tiles, uint32_t n_tiles, uint32_t most,
                     struct query_span *span);
 
+/* Which edits of a site act: all, those of EDIT_ADD_SCALED (nothing is captured yet), the others.
+ */
+enum site_edits { EDITS_ALL, EDITS_SCALED, EDITS_NOT_SCALED };
+
 /* A site's values as they lie in memory. */
 struct site_view {
     int site, layer;
@@ -163,10 +167,13 @@ struct site_view {
     uint32_t first, n_tokens; /* tokens of the chunk that the view holds */
     uint32_t token_stride, n_heads, head_stride, width;
     uint64_t scale; /* [n_tokens] of the norm before it, for EDIT_ADD_SCALED; 0: none */
+    enum site_edits edits;
 };
 /* visit.c: does a site have edits or captures; its edits, then its captures. */
 int site_wanted(const struct run_work *work, int site, int layer);
 int site_edited(const struct run_work *work, int site, int layer);
+/* Has a site an EDIT_ADD_SCALED? */
+int site_scaled(const struct run_work *work, int site, int layer);
 int site_visit(struct run_work *work, const struct site_view *view, struct error *error);
 /* In the backward pass: the view holds the gradient with respect to the site's value after its
  * edits. It is captured (chunk.batch->captures), then becomes the gradient with respect to the

@@ -323,6 +323,14 @@ BLOCK(copy_params) {
     UINT flags;
 };
 
+/* x = clamp(x, -limit, limit), in place. */
+BLOCK(clip_params) {
+    ADDRESS(FloatsInOut) x; /* [T, stride] */
+    UINT width;
+    UINT stride;
+    float limit;
+};
+
 /* dst[t, i] = sum over heads of x[t, head, i] (+ bias[i]). */
 BLOCK(sum_heads_params) {
     ADDRESS(FloatsIn) x;

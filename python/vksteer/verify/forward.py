@@ -40,6 +40,7 @@ BOUNDS = {
     "edit": 1e-6,  # 1.9e-7
     "copy": 4e-7,  # 1.1e-7
     "sum_heads": 6e-7,  # 1.5e-7, of sum |x|
+    "clip": 0.0,  # it only picks
 }
 
 
@@ -405,6 +406,17 @@ def sum_heads(rng, n_tokens, n_heads, width, bias=False) -> Problem:
     )
 
 
+def clip(rng, rows, width, limit=0.7) -> Problem:
+    stride = row_stride(width)
+    x = numbers(rng, rows, width)
+    return Problem(
+        "clip",
+        f"{rows} x {width}",
+        {"x": "x", "width": width, "stride": stride, "limit": limit, "n_tokens": rows},
+        {"x": padded(x, stride)},
+    )
+
+
 def _attention_problems(rng) -> Iterator[Problem]:
     for d_head in (2, 6, 64, 80, 128):
         yield rope(rng, [(0, 3), (5, 1)], 4, 2, d_head)
@@ -480,3 +492,4 @@ def problems(rng) -> Iterator[Problem]:
             yield edit(rng, kind, 7, 3, 0, keys=True, window=4)
     yield copy(rng, 7, 33, pick=True, add=True)
     yield sum_heads(rng, 3, 5, 33, bias=True)
+    yield clip(rng, 3, 257)
