@@ -17,7 +17,8 @@ from attribution_setting import BOUND, check, setting  # noqa: F401
 from oracle import attribution as oracle
 from oracle.compare import assert_close, assert_same_bits
 from oracle.more_families import MORE_FAMILIES
-from vksteer.patching import attribute
+from oracle.separated import node_names
+from vksteer.patching import attribute, exact
 from vksteer.patching.attribution_runs import AttributionRuns
 from vksteer.runtime.gradients import PAIR, RowMetric
 
@@ -41,6 +42,34 @@ def test_first_and_last_layer(setting, name, at):
         assert_close("dims", got.dims, want.dims, BOUND)
         for i in range(len(s.cases)):
             assert_close(f"sample {i}", got.positions[i], want.positions[i][at], BOUND)
+
+
+def test_texts_longer_than_the_switch_of_longrope(setting):
+    """Short and long texts in one batch, each with its own rotation tables."""
+    s = setting("phi3_long", sizes=((30, 20), (7, 9), (33, 7), (34, 7), (12, 30)))
+    switch = s.ref.facts.rope_switch
+    assert {len(c.tokens) > switch for c in s.cases} == {True, False} and len(
+        s.cases[2].tokens
+    ) == 40
+    got, want = s.both(steps=3, per_position=True)
+    check("long and short texts", got, want, "pre_norm")
+    for i in range(len(s.cases)):
+        assert_close(f"sample {i}", got.positions[i], want.positions[i]["pre_norm"], BOUND)
+        alone = s.engine([i], steps=3, per_position=True)
+        assert_same_bits(f"sample {i} alone", alone.positions[0], got.positions[i])
+
+
+def test_a_long_text_whose_metric_is_read_early(setting):
+    """What lies after the last metric position is not run, but its length counts."""
+    s = setting("phi3_long", sizes=((12, 30),))
+    switch, case = s.ref.facts.rope_switch, s.cases[0]
+    threshold = 1.001 * float(case.divergence()[switch - case.candidates()[0] :].max())
+    assert case.positions("directional_kl", threshold)[-1] < switch < len(case.tokens)
+    nodes = node_names(s.ref.facts, 1)
+    options = dict(nodes=nodes, metric="directional_kl", threshold=threshold)
+    want = oracle.exact(s.ref, case.sample, s.vector, s.coefficient, case=case, **options)
+    got = exact(s.model, s.samples[0], s.vector, s.coefficient, **options)
+    assert_close("exact patches", got, want, BOUND)
 
 
 @pytest.mark.parametrize("name", NAMES)

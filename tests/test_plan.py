@@ -73,7 +73,7 @@ TINY = dict(
 
 
 #: Facts that the configurations above have in common.
-USUAL = dict(pre_norms=True, parallel=False, gated=True, norm_bias=False)
+USUAL = dict(pre_norms=True, parallel=False, gated=True, norm_bias=False, pos_embed=False)
 
 
 def config(facts, **changes):
@@ -161,6 +161,8 @@ def test_memory_is_the_sum_of_its_parts():
         and layer_weights(c) == 6 * 5 * (4 + 2 + 2 + 4) + 3 * 6 * 7
     )
     assert plan(c, 1, 9, weight_bytes=4).weights == 2 * p.weights
+    plain = config(TINY, gated=False, pos_embed=True)  # no gate, a table of 64 positions
+    assert plan(plain, 1, 9).weights == p.weights + 2 * (64 * 6 - 3 * 6 * 7)
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,13 @@ class Job:
 def sample_job(
     model: Model, sample: Sample, reader: Reader, layer: int, mask: Array | None = None
 ) -> Job:
-    """The job of one sample, without the tokens after the last position that a metric reads."""
-    at = reader.rows + reader.final.first
+    """The job of one sample, without the tokens after the last position that a metric reads. Where
+    the length of a text decides its rotation tables, a text that is cut keeps those of the whole.
+    """
+    at, switch = reader.rows + reader.final.first, model.config.rope_switch
     n = int(at[-1]) + 1
+    if len(sample.tokens) > switch > 0:
+        n = max(n, switch + 1)
     inputs = model._layer_inputs.get([sample.tokens], layer)[0]
     return Job(sample.tokens[:n], inputs[:n], reader, at, None if mask is None else mask[:n])
 

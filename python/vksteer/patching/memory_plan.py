@@ -225,7 +225,6 @@ def plan(
             break
     mode = "kept" if kept else "recomputed"
     forward, backward = _passes(c, g, S, R, T, mode, -(-S // sample_tokens), metric)
-    embeddings = c.d_vocab * c.d_model * (1 if c.tied else 2)
     return Plan(
         layer=g.layer,
         positions=S,
@@ -235,7 +234,7 @@ def plan(
         n_layers=g.depth,
         n_edges=g.n_edges,
         n_nodes=g.n_upstream,
-        weights=int(weight_bytes * (embeddings + c.n_layers * layer_weights(c))),
+        weights=int(weight_bytes * (_embedding_weights(c) + c.n_layers * layer_weights(c))),
         step_tokens=step_tokens,
         slots=sample_tokens,
         working=working,
@@ -365,6 +364,12 @@ def layer_weights(c: Config) -> int:
     """Number of weights in the matrices of one layer."""
     mlp = (3 if c.gated else 2) * c.d_model * c.d_mlp
     return c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + mlp
+
+
+def _embedding_weights(c: Config) -> int:
+    """Number of weights in the tables of tokens and positions and in the unembedding."""
+    rows = c.d_vocab * (1 if c.tied else 2) + (c.n_ctx if c.pos_embed else 0)
+    return rows * c.d_model
 
 
 # -- operations ------------------------------------------------------------------------------------
