@@ -9,6 +9,7 @@ import pytest
 
 from gguf_models import PLUS_ONE, convert
 from oracle import families
+from oracle.more_families import MORE_FAMILIES
 from vksteer.errors import ModelError
 from vksteer.loading import dtypes
 from vksteer.loading.config import Config
@@ -23,7 +24,7 @@ CHANGES = {
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
 }
 #: OPT has no GGUF architecture, and phi2 has no norms of queries and keys.
-NAMES = [n for n in families.NEW_FAMILIES if n not in ("opt", "phi_norm")]
+NAMES = [n for n in MORE_FAMILIES if n not in ("opt", "phi_norm")]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The method on every family of oracle/more_families.py against the float64 oracle: steering and
-edits, bits that do not depend on the batch, scores, exact patches, circuits, gradients of training.
+edits, bits that do not depend on the batch, scores by divergences, gradients of training.
+test_attribution_families.py and test_circuit_families.py have scores, circuits and exact patches;
+the files that run over all families have sites, gradients, freezing and value vectors.
 
 Bounds are those of the tests of the same things on the first families.
 """
@@ -10,24 +12,19 @@ import numpy as np
 import pytest
 
 import vksteer as vs
-from attribution_setting import BOUND, Setting
-from attribution_setting import check as check_scores
-from oracle import circuits as oc
+from attribution_setting import Setting, check
 from oracle import losses
-from oracle.attribution import exact
 from oracle.compare import assert_close, assert_same_bits, real
-from oracle.families import FAMILIES
 from oracle.more_families import MORE_FAMILIES
-from test_circuit_runs import Setting as CircuitSetting
-from test_edits import case, check, vector  # noqa: F401  case is a fixture
+from test_edits import case, vector  # noqa: F401  case is a fixture
+from test_edits import check as check_run
 from test_training import GRADIENT, LOSS, ragged
 from test_training import vector as short_vector
 from vksteer import steering
-from vksteer.circuits.circuit import Circuit
 
 LNS = ("ln1", "ln2", "ln1_post", "ln2_post")
 
-pytestmark = pytest.mark.parametrize("name", [n for n in MORE_FAMILIES if n in FAMILIES])
+pytestmark = pytest.mark.parametrize("name", MORE_FAMILIES)
 
 
 def test_steering_at_the_first_a_middle_and_the_last_layer(case, rng, name):
@@ -38,7 +35,7 @@ def test_steering_at_the_first_a_middle_and_the_last_layer(case, rng, name):
         v = vector(vs, ref, rng, layer)
         for positions in (None, slice(-2, None)):
             edits = [vs.Steer(v, coefficient, positions)]
-            check(ref, model, prompts, responses, edits, seen)
+            check_run(ref, model, prompts, responses, edits, seen)
 
 
 def test_edits(case, rng, name):
@@ -71,8 +68,8 @@ def test_edits(case, rng, name):
     if f.gated:  # a factor would be undone by a norm on the output
         edits.append([vs.Add("blocks.1.mlp.hook_pre_linear", draw(f.d_mlp), positions=every)])
     for some in edits:
-        check(ref, model, prompts, responses, some)
-    check(ref, model, prompts, responses, [e for some in edits[:6] for e in some])
+        check_run(ref, model, prompts, responses, some)
+    check_run(ref, model, prompts, responses, [e for some in edits[:6] for e in some])
 
 
 def test_alone_padded_and_batched_are_the_same_bits(case, rng, name):
@@ -105,81 +102,16 @@ def test_alone_padded_and_batched_are_the_same_bits(case, rng, name):
 
 
 def test_scores(zoo, rng, name):
+    """With metrics of whole distributions; test_attribution_families.py has all of the rest."""
     s = Setting(zoo, rng, name, sizes=((7, 9), (4, 14)))
     for options in (
-        dict(steps=3, dims="all", per_position=True),
         dict(steps=3, metric="directional_kl", at="normed", clean="base"),
         dict(steps=2, metric="kl", rule="left", capped=False),
     ):
         got, want = s.both(**options)
-        check_scores(f"{name} {options}", got, want, options.get("at", "pre_norm"))
+        check(f"{name} {options}", got, want, options.get("at", "pre_norm"))
         largest = want.edges[options.get("at", "pre_norm")].abs()
         assert float(largest.max()) > 1e-3 and (largest != 0).float().mean() > 0.5
-    got, want = s.both(steps=3, dims="all", per_position=True)
-    assert_close("dims", got.dims, want.dims, BOUND)
-    for i in range(len(s.cases)):
-        assert_close(f"sample {i}", got.positions[i], want.positions[i]["pre_norm"], BOUND)
-
-
-def test_exact_patches(zoo, rng, name):
-    s = Setting(zoo, rng, name, sizes=((6, 8),))
-    graph = vs.patching.graph(s.model, 1)
-    edges = [
-        graph.edge_names[i]
-        for i in sorted(rng.choice(graph.n_edges, min(24, graph.n_edges), replace=False))
-    ]
-    edges += ["steer->logits", "steer->m1", "m1->logits"]
-    common = s.ref, s.samples[0], s.vector, s.coefficient
-    for what in (dict(edges=edges), dict(nodes=list(graph.node_names))):
-        for clean in ("steered", "base"):
-            got = vs.patching.exact(
-                s.model,
-                s.samples[0],
-                s.vector,
-                s.coefficient,
-                clean=clean,
-                progress=False,
-                **what,
-            )
-            want = exact(*common, clean=clean, case=s.cases[0], **what)
-            assert_close(f"{name} {clean} {list(what)}", got, want, BOUND)
-
-
-def test_circuits(zoo, rng, name):
-    s = CircuitSetting(zoo, name, rng, sizes=((7, 9), (4, 1)))
-    s.circuits = [s.circuits[i] for i in (0, 2, 4, 6)]
-    for circuit, got, want in zip(s.circuits, s.evaluate(), s.oracle(), strict=True):
-        for metric in oc.METRICS:
-            scale = max(1.0, abs(want[metric].full), abs(want[metric].empty))
-            for part in ("value", "full", "empty"):
-                a, b = getattr(got[metric], part), getattr(want[metric], part)
-                # near ties under a circuit may fall either way
-                assert metric == "match" or abs(a - b) <= 1e-4 * scale, (
-                    f"{name} {len(circuit)} edges, {metric} {part}: {a} against {b}"
-                )
-    ends = [Circuit(s.graph), Circuit(s.graph, np.arange(s.graph.n_edges))]
-    for result, end in zip(s.evaluate(ends), ("empty", "full")):
-        for values in (result[metric].per_sample for metric in oc.METRICS):
-            assert np.array_equal(values["value"], values[end])
-
-
-def test_decoding_under_a_circuit(zoo, rng, name):
-    s = CircuitSetting(zoo, name, rng, sizes=((7, 9),))
-    prompts = [rng.integers(0, s.ref.facts.d_vocab, n).tolist() for n in (5, 9)]
-    gens = s.model.generate(
-        prompts,
-        circuit=s.circuits[3],
-        edits=[vs.Steer(s.vector, 1.0)],
-        max_new_tokens=6,
-        ignore_eos=True,
-        progress=False,
-    )
-    for prompt, gen in zip(prompts, gens):
-        want, margins = oc.generate(s.ref, prompt, 6, s.exact, 1.0, set(s.circuits[3]))
-        got = gen.tokens.tolist()
-        if got != want:
-            step = next(i for i in range(6) if got[i] != want[i])
-            assert margins[step] < 1e-3, f"step {step}: {got} against {want}"
 
 
 def test_gradients_of_training(zoo, rng, name):

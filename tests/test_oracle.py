@@ -17,14 +17,12 @@ import transformers
 
 from oracle import promoted
 from oracle.compare import assert_close, share
-from oracle.families import FAMILIES, NEW_FAMILIES
+from oracle.families import FAMILIES
 from oracle.hf_modules import Modules, Tap, hf_sites
 from oracle.more_families import MORE_FAMILIES
 from oracle.reference import Ablate, Add, Reference, Scale, Set, Steer, Vector, selected
 
 transformers.utils.logging.disable_progress_bar()
-
-EVERY = FAMILIES | NEW_FAMILIES
 
 
 def passed_on(ref, normalized, norm):
@@ -61,7 +59,7 @@ def both(zoo, name, float64=True):
 
 
 @pytest.mark.parametrize("float64", [True, False], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_sites_are_those_of_transformers(zoo, name, float64):
     ref, model, context = both(zoo, name, float64)
     tokens = tokens_of(ref, 61)
@@ -79,7 +77,7 @@ def test_logits_and_sites_are_those_of_transformers(zoo, name, float64):
     )
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_released_config_style_means_the_same(zoo, name):
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +94,7 @@ def test_released_config_style_means_the_same(zoo, name):
         )
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_part_is_awake(zoo, name):
     """A random model whose windows, soft caps or rotations did nothing would test nothing."""
     ref = zoo.reference(name)
@@ -316,7 +314,7 @@ def freezing_hooks(ref, model, base, s, layer, coefficient):
     return changes
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_freezing_is_that_of_forward_hooks(zoo, name, rng):
     """QK, OV and MLP freezing and both ablations, made a second time with hooks on
     transformers' modules.

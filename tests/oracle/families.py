@@ -268,11 +268,8 @@ WIDE = {
 
 MAX_POSITIONS = 512
 
-#: Of MORE_FAMILIES, those that the engine does not run yet.
-WAITING: set[str] = set()
-NEW_FAMILIES = {name: entry for name, entry in MORE_FAMILIES.items() if name in WAITING}
-FAMILIES |= {name: entry for name, entry in MORE_FAMILIES.items() if name not in WAITING}
-ALL = FAMILIES | NEW_FAMILIES | WIDE
+FAMILIES |= MORE_FAMILIES
+ALL = FAMILIES | WIDE
 
 #: Classes whose stored gains are those of (1 + w).
 OFFSET = ("Gemma", "Gemma2", "Gemma3Text", "Nemotron")
