@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .attention import attn_decode, attn_output, attn_scores, attn_softmax, rope
+from .attention import attn_decode, attn_output, attn_scores, attn_softmax, rope, rotation_tables
 from .problems import (
     ACTIVATIONS,
     COPY_FLAGS,
@@ -25,7 +25,6 @@ from .problems import (
     numbers,
     padded,
     panels,
-    rotation_angles,
     row_stride,
     suffix,
 )
@@ -141,7 +140,7 @@ def linear_pairs(
         buffers["bias"] = numbers(rng, n)
     if kind == "rotate":
         buffers |= {
-            "angles": rotation_angles(packed.n_keys + 1, d_head),
+            "angles": rotation_tables(packed, d_head, long_rows=True)["angles"],
             "tokens": packed.tokens,
             "k_cache": nothing(packed.n_slots, n_kv_heads * d_head),
             "v_cache": nothing(packed.n_slots, n_kv_heads * d_head),
