@@ -22,6 +22,8 @@ from vksteer.runtime.weights import _facts
         ("granite", {"residual_scale": float("nan")}, "not finite"),
         ("olmo", {"clip_qkv": float("inf")}, "not finite"),
         ("olmo2", {"parallel": 1}, "norms that no model has"),
+        ("llama2", {"norm_bias": 1}, "norms that no model has"),
+        ("olmo2", {"qk_norm_bias": 1}, "norms that no model has"),
     ],
 )
 def test_facts_that_no_model_has_are_refused(zoo, name, change, message):

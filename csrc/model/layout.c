@@ -1,4 +1,4 @@
-/* Checks facts and finds weights by name. */
+/* Checks facts; finds weights by name, and the kernels that a model needs. */
 #include <math.h>
 #include <string.h>
 
@@ -65,7 +65,9 @@ int model_facts_check(const struct model_facts *f, struct error *error) {
     if (f->unembed_bias && f->logit_scale != 1)
         return error_set(error, ERROR_MODEL, "a bias of logits that have a factor");
     if ((f->post_norms && (f->norm != NORM_KIND_RMS || f->parallel)) ||
-        (!f->pre_norms && (f->parallel || !f->post_norms)))
+        (!f->pre_norms && (f->parallel || !f->post_norms)) ||
+        (f->norm_bias && f->norm != NORM_KIND_LAYER) ||
+        (f->qk_norm_bias && f->qk_norm != QK_NORM_LAYER))
         return error_set(error, ERROR_MODEL, "norms that no model has together");
     const float numbers[] = {f->norm_eps,     f->norm_offset,   f->embed_scale,    f->attn_scale,
                              f->attn_softcap, f->final_softcap, f->residual_scale, f->logit_scale,
@@ -74,6 +76,16 @@ int model_facts_check(const struct model_facts *f, struct error *error) {
         if (!isfinite(numbers[i]))
             return error_set(error, ERROR_MODEL, "a number of the configuration is not finite");
     return 0;
+}
+
+struct op_kernels_needed model_kernels_needed(const struct model_facts *f) {
+    return (struct op_kernels_needed){
+        .type = f->weight_type,
+        .group = f->n_heads / f->n_kv_heads,
+        .layer_norm = f->norm == NORM_KIND_LAYER,
+        .gated = f->gated,
+        .positions = f->pos_embed,
+    };
 }
 
 struct op_matrix *model_matrix_find(struct model *model, const char *name, int layer, uint32_t *n,

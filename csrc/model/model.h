@@ -84,6 +84,8 @@ int model_create(struct model **out, struct gpu_device *device, const struct mod
 /* Waits for the device and frees the model; NULL is allowed. */
 void model_destroy(struct model *model);
 
+/* Which kernels a model with these facts dispatches. */
+struct op_kernels_needed model_kernels_needed(const struct model_facts *facts);
 /* Device bytes of all weights, computed from the facts alone. */
 uint64_t model_weight_bytes(const struct model_facts *facts);
 

@@ -343,32 +343,47 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
     return 0;
 }
 
-int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error) {
-    static const int always[] = {KERNEL_embed,       KERNEL_norm,         KERNEL_rope,
-                                 KERNEL_attn_scores, KERNEL_attn_softmax, KERNEL_attn_output,
-                                 KERNEL_act,         KERNEL_edit,         KERNEL_copy};
+int op_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                       struct error *error) {
+    const uint32_t layer = needed->layer_norm != 0, type = needed->type;
+    const int always[] = {KERNEL_embed,
+                          kernel_embed(needed->positions != 0),
+                          kernel_norm(layer),
+                          KERNEL_rope,
+                          KERNEL_attn_scores,
+                          KERNEL_attn_softmax,
+                          KERNEL_attn_output,
+                          kernel_act(!needed->gated),
+                          KERNEL_edit,
+                          KERNEL_copy,
+                          op_attn_decode_kernel(needed->group)};
     int kernels[32], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
-        kernels[n++] = always[i];
-    kernels[n++] = op_attn_decode_kernel(group);
+        if (i == 0 || always[i] != always[0])
+            kernels[n++] = always[i];
     for (uint32_t rows = 1; rows <= 16; rows *= 2) {
         kernels[n++] = variant_choose(ops, type, rows, 0).kernel;
         kernels[n++] = variant_choose(ops, type, rows, 1).kernel;
     }
-    for (size_t i = 0; i < COUNT(pairs_rows) && op_linear_norms(ops, 1); i++)
+    for (size_t i = 0; i < COUNT(pairs_rows) && op_linear_norms(ops, 1) && !layer; i++)
         kernels[n++] = pairs_choose(ops, type, pairs_rows[i]).kernel;
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }
 
-int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error) {
-    static const int always[] = {KERNEL_norm_bwd,        KERNEL_rope_bwd, KERNEL_attn_softmax_bwd,
-                                 KERNEL_attn_output_bwd, KERNEL_act_bwd,  KERNEL_pair_grad,
-                                 KERNEL_logit_grad};
+int op_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                        struct error *error) {
+    const int always[] = {kernel_norm_bwd(needed->layer_norm != 0),
+                          KERNEL_rope_bwd,
+                          KERNEL_attn_softmax_bwd,
+                          KERNEL_attn_output_bwd,
+                          kernel_act_bwd(!needed->gated),
+                          KERNEL_pair_grad,
+                          KERNEL_logit_grad};
     int kernels[16], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         kernels[n++] = always[i];
     for (uint32_t rows = 1; rows <= 32; rows *= 2) {
-        int kernel = backward_choose(ops, type, rows).kernel;
+        int kernel = backward_choose(ops, needed->type, rows).kernel;
         if (kernel != kernels[n - 1])
             kernels[n++] = kernel;
     }

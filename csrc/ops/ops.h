@@ -137,11 +137,19 @@ int op_linear_bwd_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n
                           double *flops, struct error *error);
 int op_read_measure(struct ops *ops, uint64_t bytes, double *bytes_per_second, struct error *error);
 
-/* Compiles in parallel the kernels that a model will dispatch, with weights of this type, `group`
- * query heads for each key/value head and the kernel family in use. */
-int op_kernels_prepare(struct ops *ops, uint32_t type, uint32_t group, struct error *error);
+/* What decides which kernels a model dispatches, besides the kernel family in use. */
+struct op_kernels_needed {
+    uint32_t type;  /* WEIGHT_* */
+    uint32_t group; /* query heads for each key/value head */
+    int layer_norm; /* its norms are LayerNorms */
+    int gated, positions;
+};
+/* Compiles these kernels in parallel. */
+int op_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                       struct error *error);
 /* The same for the backward pass, at its first use. */
-int op_backward_prepare(struct ops *ops, uint32_t type, struct error *error);
+int op_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                        struct error *error);
 
 /* --- lens.c ----------------------------------------------------------------------------------- */
 

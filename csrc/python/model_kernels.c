@@ -108,11 +108,11 @@ PyObject *model_prepare(PyObject *object, PyObject *unused) {
     if (!ops)
         return NULL;
     struct model_object *self = (struct model_object *)object;
+    struct op_kernels_needed needed = model_kernels_needed(&self->model->facts);
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = op_kernels_prepare(ops, self->model->facts.weight_type,
-                                self->model->facts.n_heads / self->model->facts.n_kv_heads, &error);
+    failed = op_kernels_prepare(ops, &needed, &error);
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);

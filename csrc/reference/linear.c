@@ -107,7 +107,7 @@ void reference_linear_pairs(struct reference_memory *memory, const struct op_mat
     uint32_t half = args->kind == PAIRS_GATE ? matrix->n / 2 : args->d_head / 2,
              heads = args->n_heads + 2 * args->n_kv_heads;
     if (half == 0 || matrix->n % (2 * half) || args->kind > PAIRS_ROTATE ||
-        (args->kind == PAIRS_GATE && args->act > ACT_GELU) || matrix->scale != 0 ||
+        (args->kind == PAIRS_GATE && args->act > ACT_RELU2) || matrix->scale != 0 ||
         (args->kind == PAIRS_ROTATE &&
          (args->d_head % 2 || (uint64_t)heads * args->d_head != matrix->n)))
         reference_fail(memory, "%u outputs do not pair: kind %u, %u heads of %u", matrix->n,

@@ -63,9 +63,10 @@ static int inside_make(const struct run_work *work, uint32_t capacity, struct ta
 int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity,
                     uint32_t first_layer, int keep_inside, struct error *error) {
     const struct model_facts *f = &work->model->facts;
+    const struct op_kernels_needed needed = model_kernels_needed(f);
     *out = NULL;
     /* the backward kernels are compiled at first use, in parallel */
-    if (op_backward_prepare(&work->model->ops, f->weight_type, error))
+    if (op_backward_prepare(&work->model->ops, &needed, error))
         return -1;
     struct run_tape *tape = calloc(1, sizeof *tape);
     if (tape)

@@ -459,7 +459,7 @@ def problems(rng) -> Iterator[Problem]:
         yield linear(rng, 5, 33, 80, weight_type, first_k=32, n_k=48)
         for rows in (1, 2, 3, 8, 9):
             yield linear_pairs(
-                rng, rows, 53, "gate", weight_type, width=77, act=rows % 3, bias=rows == 3
+                rng, rows, 53, "gate", weight_type, width=77, act=rows % 4, bias=rows == 3
             )
             yield linear_pairs(
                 rng,
