@@ -75,7 +75,7 @@ def same(a, b):
 
 def check_metrics(setting):
     """Every metric of all circuits is the oracle's."""
-    # Largest errors met on lavapipe: 8.4e-7 of a part, 8.5e-5 of a faithfulness, 0 of match. One
+    # Largest errors met on lavapipe: 8.5e-7 of a part, 8.5e-5 of a faithfulness, 0 of match. One
     # near tie changes match by up to 1 / 31.
     for circuit, got, want in zip(
         setting.circuits, setting.evaluate(), setting.oracle(), strict=True

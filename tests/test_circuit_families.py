@@ -76,9 +76,9 @@ def test_all_edges_carry_what_steering_does(setting, name):
     (found,) = passes.run(rows, jobs, softcap, oc.METRICS, lambda n: None)
     largest = max(np.abs(pairs).max() for pairs, _ in ends)
     for (pairs, distributions), (end_pairs, end_distributions) in zip(found, ends, strict=True):
-        # in units of the largest logit
-        assert np.abs(pairs - end_pairs[0]).max() <= 2e-4 * largest
-        assert np.abs(distributions - end_distributions[0])[:, :3].max() <= 2e-4 * largest
+        # in units of the largest logit; met on lavapipe: 3.9e-7
+        assert np.abs(pairs - end_pairs[0]).max() <= 2e-5 * largest
+        assert np.abs(distributions - end_distributions[0])[:, :3].max() <= 2e-5 * largest
     whole, nothing = s.evaluate([everything, Circuit(graph)])
     for result, end in ((whole, "full"), (nothing, "empty")):
         for metric in oc.METRICS:
@@ -140,4 +140,26 @@ def test_exact_patches_are_the_oracles(setting, rng, name):
             got = vs.patching.exact(s.model, sample, s.vector, s.coefficient, **options)
             want = oracle.exact(s.ref, sample, s.exact, s.coefficient, **options)
             error = np.abs(got - want.numpy()).max() / max(np.abs(want.numpy()).max(), 1e-2)
-            assert error <= 1e-3, f"{what}: {error:.1e}"
+            assert error <= 1e-4, f"{what}: {error:.1e}"  # largest met on lavapipe: 1.7e-6
+
+
+def test_decoding_beyond_the_switch_of_longrope(setting):
+    """A text that grows beyond 40 tokens has all of its tokens rotated by the other table from then
+    on, in the base run and in the circuit's.
+    """
+    s = setting("phi3_long", sizes=((37, 4), (12, 3)))
+    circuit, prompts = s.circuits[3], [list(x.prompt_tokens) for x in s.samples]
+    options = dict(max_new_tokens=8, ignore_eos=True, progress=False)
+    options["edits"] = [vs.Steer(s.vector, s.coefficient)]
+    generated = s.model.generate(prompts, circuit=circuit, **options)
+    for prompt, new in zip(prompts, (g.tokens.tolist() for g in generated), strict=True):
+        for step, token in enumerate(new):
+            net = Separated(s.ref, prompt + new[:step], s.exact, s.layer)
+            runs = oc.run(net, net.run([0.0]), s.coefficient, [set(circuit.edge_names)])
+            logits = runs.logits[0, -1]
+            margin = float(logits.max() - logits[token])
+            assert margin < TIE, f"{len(prompt)} tokens, step {step}: {token} by {margin:.3g}"
+    everything = Circuit(s.graph, np.arange(s.graph.n_edges))
+    plain = s.model.generate(prompts, **options)
+    for a, b in zip(s.model.generate(prompts, circuit=everything, **options), plain, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
