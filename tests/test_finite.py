@@ -125,6 +125,21 @@ def test_finite_results_are_left_alone(zoo):
     assert not model.run(ROWS, edits=[zeros]).logits.any()
 
 
+def test_logits_of_biases_alone(zoo):
+    """Norms with biases put these out where their scale overflows; without an overflow nothing is
+    wrong with them. They are equal to those of a run on lavapipe.
+    """
+    for name in ("gpt2", "gptj", "phi_norm"):
+        model = zoo.engine(name)
+        zeros = Set("ln_final.hook_normalized", np.zeros(model.config.d_model, np.float32))
+        logits, empty = model.run(ROWS, edits=[zeros]).logits, model._bias_logits
+        assert np.abs(logits[0] - empty).max() <= 1e-6 * np.abs(empty).max() and empty.any()
+        assert finite.suspect_row(logits, (), [5, 3], empty) == 0
+        plain = model.run(ROWS).logits
+        assert finite.suspect_row(plain, (), [5, 3], empty) is None
+    assert zoo.engine("llama2")._bias_logits is None
+
+
 def test_which_rows_are_suspect():
     logits = np.ones((3, 4, 5), np.float32)
     assert finite.suspect_row(logits, ()) is None

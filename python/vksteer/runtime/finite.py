@@ -1,8 +1,8 @@
 """NaN and infinity in results: noticed cheaply in what a call returns, and on a hit traced to the
 first layer and site where they arise, and to the edits or the model as their cause.
 
-A sum of squares that overflows float32 makes a norm's scale infinite and its output zero, so a row
-of logits that are all zero is traced as well.
+A sum of squares that overflows float32 makes a norm's scale infinite and its output zero, or equal
+to its bias, so a row of logits that are all zero, or those of the biases alone, is traced as well.
 """
 
 from __future__ import annotations
@@ -50,14 +50,39 @@ def checked(site: Site, values: Array) -> Array:
     return np.maximum(values.max(axis=-1), 0) if site.over_keys and values.size else values
 
 
+#: Logits are those of the biases alone if they differ by less than this share of the largest one.
+#: Equal on lavapipe; decoding on a GPU adds in another order.
+_SAME = 1e-5
+
+
+def bias_logits(model: Model) -> Float32Array | None:
+    """Logits of a token whose final norm puts out nothing but its bias, float32 [V]; None where
+    there are no biases, and they are zero.
+    """
+    c, engine = model.config, model._engine
+    if not (c.norm_bias or c.unembed_bias):
+        return None
+    logits = np.zeros(c.d_vocab, np.float32)
+    if c.norm_bias:
+        logits += engine.apply("unembed", -1, engine.vector("b_ln_final", -1)[None])[0]
+    if c.unembed_bias:
+        logits += engine.vector("b_unembed", -1)
+    if c.final_softcap:
+        logits = np.float32(c.final_softcap) * np.tanh(logits / np.float32(c.final_softcap))
+    return logits
+
+
 def suspect_row(
-    logits: Float32Array | None, captured: Iterable[Array], lengths: Sequence[int] | None = None
+    logits: Float32Array | None,
+    captured: Iterable[Array],
+    lengths: Sequence[int] | None = None,
+    empty: Float32Array | None = None,
 ) -> int | None:
-    """The first row with a value that is not finite, or with logits that are all zero at a token;
-    None where there is none.
+    """The first row with a value that is not finite, or with logits that are all zero at a token,
+    or all those of `empty`; None where there is none.
 
     logits: [B, S, V], [B, V] or None; captured: arrays [B, ...]; lengths: tokens of each row, which
-    stand at the end of S.
+    stand at the end of S. empty: float32 [V], see `bias_logits`; None: zeros.
     """
     for array in (*(() if logits is None else (logits,)), *captured):
         if not all_finite(array):
@@ -65,12 +90,16 @@ def suspect_row(
             return int(bad.argmax())
     if logits is None:
         return None
-    zero = logits[..., 0] == 0
+    near = 0.0 if empty is None else _SAME * float(np.abs(empty).max())
+    zero = np.abs(logits[..., 0] - (0 if empty is None else empty[0])) <= near
     if logits.ndim == 3 and lengths is not None:
         for b, n in enumerate(lengths):
             zero[b, : zero.shape[1] - n] = False
     hits = np.argwhere(zero)
-    return next((int(at[0]) for at in hits if not logits[tuple(at)].any()), None)
+    gone = (
+        np.abs(logits[tuple(at)] - (0 if empty is None else empty)).max() <= near for at in hits
+    )
+    return next((int(at[0]) for at, bad in zip(hits, gone) if bad), None)
 
 
 def check(
@@ -86,13 +115,13 @@ def check(
     they arise and what the cause is. rows: token ids; lengths: of the prompts in them.
     """
     arrays = list(captured)
-    b = suspect_row(logits, arrays, [len(row) for row in rows])
+    b = suspect_row(logits, arrays, [len(row) for row in rows], model._bias_logits)
     if b is None:
         return
     message = explain(model, rows[b], lengths[b], rows_edits[b], spec)
     returned = arrays if logits is None else [logits, *arrays]
     if message is None and all(map(all_finite, returned)):
-        return  # logits of zero, without an overflow
+        return  # logits of zero or of biases, without an overflow
     raise ValueError(f"row {b}: {message or 'the result holds values that are not finite'}")
 
 

@@ -375,7 +375,7 @@ class _Decoding:
         """Picks the next token of each row."""
         for a, row in zip(rows, logits, strict=True):
             state = self.states[a]
-            if finite.suspect_row(row[None], ()) is not None:
+            if finite.suspect_row(row[None], (), None, self.batch.model._bias_logits) is not None:
                 self._refuse(state, bool(np.isfinite(row).all()))
             token = state.request.sampling.pick(row, state.random)
             piece = state.accept(token)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..base.types import OneOrMorePrompts, PathLike, ProgressLike, UInt32Array
+from ..base.types import Float32Array, OneOrMorePrompts, PathLike, ProgressLike, UInt32Array
 from . import device as _devices
 
 if TYPE_CHECKING:
@@ -375,6 +375,12 @@ class Model:
             slots += [at + i * n for i in range(double)]
             at += n * double
         return cache[0], np.array(slots, np.uint32)
+
+    @cached_property
+    def _bias_logits(self) -> Float32Array | None:
+        from .finite import bias_logits
+
+        return bias_logits(self)
 
     @cached_property
     def _layer_inputs(self) -> LayerInputs:
