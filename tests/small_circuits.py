@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from vksteer.circuits.graph import Graph
 
-SHAPES = [(1, 1, 1, 0), (2, 2, 1, 0), (2, 2, 2, 1), (3, 2, 1, 1), (3, 4, 2, 1), (2, 3, 3, 0)]
+SHAPES = [
+    (1, 1, 1, 0),
+    (2, 2, 1, 0),
+    (2, 2, 2, 1),
+    (3, 2, 1, 1, True),  # attention and MLP of a layer in parallel
+    (3, 4, 2, 1),
+    (2, 3, 3, 0),
+]
 SHAPES += [(1, 1, 1, 0, True), (3, 4, 2, 1, True), (2, 3, 3, 0, True)]
 SMALL = Graph(3, 4, 2, 1)
 
