@@ -115,14 +115,11 @@ def make_seeds() -> None:
     from tokenizer_texts import TEMPLATES, train
     from vksteer.loading.gguf_file import GGUFFile
 
-    published = json.loads((ROOT / "tests/published_configs.json").read_text())
-    configs = {k: v["config"] for k, v in published.items()}
     stored, gguf = {}, {}
     for name in (*families.FAMILIES, *families.NEW_FAMILIES):
         with tempfile.TemporaryDirectory() as place:
             folder = families.build(name, Path(place))
             config = json.loads((folder / "config.json").read_text())
-            configs[name] = config
             with safe_open(folder / "model.safetensors", "np") as file:
                 parts = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118  not a mapping
                 tensors = {k: [p.get_dtype(), list(p.get_shape())] for k, p in parts.items()}
@@ -143,10 +140,9 @@ def make_seeds() -> None:
             folder = train(Path(place), template)
             tokenizers[style] = {p.name: p.read_text() for p in sorted(folder.iterdir())}
     for name, content in (
-        ("configs", configs),
         ("safetensors", stored),
         ("gguf", gguf),
-        ("tokenizers", tokenizers),
+        ("tokenizer", tokenizers),
     ):
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items()]
         text = "{\n" + ",\n".join(lines) + "\n}\n"

@@ -90,7 +90,7 @@ def arguments(file: GGUFFile, d_vocab: int | None) -> dict[str, Any] | None:
         "special": special,
         "chat_template": templates.get("default"),
         "named_templates": templates,
-        "add_bos": bool(md.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        "add_bos": _flag(file, "tokenizer.ggml.add_bos_token", adds_bos),
         "eos_ids": end_tokens(md),
     }
 
@@ -119,9 +119,10 @@ def _types(file: GGUFFile, tokens: list[str]) -> list[int]:
     types = file.metadata.get("tokenizer.ggml.token_type")
     if types is None:
         types = np.full(len(tokens), _NORMAL)
-    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+    integers = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
+    if not integers or len(types) != len(tokens):
         raise ModelError(
-            f"{file.path}: metadata 'tokenizer.ggml.token_type' must have one entry for each of"
+            f"{file.path}: metadata 'tokenizer.ggml.token_type' must have one integer for each of"
             f" {len(tokens):,} tokens"
         )
     return [int(kind) for kind in types.tolist()]
@@ -300,7 +301,7 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
             byte_fallback=True,
         )
     )
-    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _flag(file, "tokenizer.ggml.add_space_prefix", True)
     # As sentencepiece does it, and these families' own tokenizer.json: always one more space, also
     # before a text that begins with one, and after a special token. (transformers reads such GGUF
     # files with Metaspace, which leaves a text that begins with a space alone.)
@@ -348,6 +349,13 @@ def _add_marked(
             if kind == _USER_DEFINED and tokenizer.token_to_id(t) is not None
         ]
     )
+
+
+def _flag(file: GGUFFile, key: str, default: bool) -> bool:
+    value = file.metadata.get(key, default)
+    if not isinstance(value, (bool, int)):
+        raise ModelError(f"{file.path}: metadata {key!r} = {_short(value)} must be true or false")
+    return bool(value)
 
 
 def _strings(file: GGUFFile, key: str) -> list[str]:
