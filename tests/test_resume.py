@@ -7,8 +7,13 @@ import pytest
 
 from oracle.compare import assert_same_bits
 
+#: Learned positions, parallel layers, norms after attention only.
+KINDS = ["gpt2", "gpt_neox", "olmo2"]
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen2", "qwen3", "mistral"])
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma2", "gemma3", "qwen2", "qwen3", "mistral", *KINDS]
+)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_last_logits_are_those_of_plain_runs(zoo, rng, name, layer):
     import vksteer as vs
@@ -50,7 +55,36 @@ def test_rows_without_a_common_head(zoo, rng):
     assert_same_bits("no head", last_logits(model, rows), want)
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mistral"])
+def test_long_texts_of_longrope(zoo, rng):
+    """Texts beyond the switch are rotated by other tables from their first token on: they take
+    nothing from the pass of a shorter prefix.
+    """
+    import vksteer as vs
+    from vksteer.runtime.resume import last_logits, layer_inputs
+
+    model = zoo.engine("phi3_long")
+    c = model.config
+    head = rng.integers(0, c.d_vocab, 30).tolist()
+    tails = [rng.integers(0, c.d_vocab, n).tolist() for n in (4, 8, 20, 2, 7, 15)]
+    prompts = [head + tail for tail in tails]
+    assert {len(p) > c.rope_switch for p in prompts} == {False, True}
+    v = vs.SteeringVector(rng.standard_normal(c.d_model).astype(np.float32), 1)
+    rows = [(p, [vs.Steer(v, a)]) for a in (1.0, -0.5) for p in prompts]
+    want = model.run([p for p, _ in rows], edits=[e for _, e in rows], logits="last").logits
+    assert_same_bits("last logits", last_logits(model, rows), want)
+    short = [p for p in prompts if len(p) <= c.rope_switch]
+    for some, shared in ((prompts, 0), (short, 30)):
+        whole = model.run(some, capture="blocks.1.hook_resid_pre", logits=None)
+        kept, rest = layer_inputs(model, some, [1], 1)
+        assert len(kept[1]) == shared
+        for i, p in enumerate(some):
+            n = len(p) - shared
+            row = np.concatenate([kept[1], rest[1][i, len(rest[1][i]) - n :]])
+            want = whole["blocks.1.hook_resid_pre"][i, -len(p) :]
+            assert_same_bits(f"stream of {len(p)} tokens", row, want)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mistral", *KINDS])
 @pytest.mark.parametrize("n_head", [0, 9])
 def test_streams_are_those_of_plain_runs(zoo, rng, name, n_head):
     from vksteer.runtime.resume import layer_inputs
