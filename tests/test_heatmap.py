@@ -88,13 +88,41 @@ def test_other_metrics_and_positions_in_the_middle(zoo, reference_logits):
     assert not later.values[:, 3:].any()  # a later token cannot change an earlier logit
 
 
+@pytest.mark.parametrize("site", ["hook_resid_pre", "attn.hook_z"])
+def test_long_prompts_whose_metric_is_read_early(zoo, rng, site):
+    """What lies after the metric's position is not needed, but the length of the prompt decides
+    its rotation tables (longrope).
+    """
+    model, of, l = zoo.engine("phi3_long"), vs.LogitDiff(9, 3, 50), 1
+    n = model.config.rope_switch + 5
+    clean, corrupt = (rng.integers(0, model.config.d_vocab, n).tolist() for _ in range(2))
+    found = vs.patching.heatmap(model, clean, corrupt, of=of, site=site, progress=False)
+    base, good = (
+        metric_of(of, model.run([row], logits="all").logits[0]) for row in (corrupt, clean)
+    )
+    short = metric_of(of, model.run([corrupt[:10]], logits="all").logits[0])
+    assert found.corrupt[0] == base and found.clean[0] == good and abs(base - short) > 1e-3
+    full = f"blocks.{l}.{site}"
+    values = model.run([clean], capture=[full], logits=None)[full][0]
+    if site == "attn.hook_z":
+        edits = [vs.Set(full, values[:, h : h + 1], heads=[h]) for h in range(model.config.n_heads)]
+    else:
+        edits = [vs.Set(full, values[p : p + 1], [p]) for p in range(10)]
+        assert found.values.shape == (model.config.n_layers, n) and not found.values[:, 10:].any()
+    for i, edit in enumerate(edits):
+        patched = metric_of(of, model.run([corrupt], edits=[edit], logits="all").logits[0])
+        assert found.values[l, i] == patched - base, i
+
+
 def test_the_whole_stream_of_the_last_token_restores_all(zoo):
     model, of = zoo.engine("qwen3"), vs.LogitDiff(-1, 3, 50)
     found = vs.patching.heatmap(
         model, CLEAN, CORRUPT, of=of, site="hook_resid_post", progress=False
     )
     assert found.restored[-1, -1] == pytest.approx(1, abs=1e-6)
-    assert found.top(1)[0][:2] is not None and "<table>" in found._repr_html_()
+    ((layer, column, value),) = found.top(1)
+    assert found.values[layer, column] == value and abs(value) == np.abs(found.values).max()
+    assert "<table>" in found._repr_html_()
     assert len(found.plot().axes) == 2
 
 

@@ -13,6 +13,7 @@ from oracle import circuits as oc
 from oracle.compare import assert_close, assert_same_bits, real
 from test_circuit_runs import Setting as CircuitSetting
 from test_gradients import check as check_gradients
+from vksteer.reliability import choices
 from vksteer.runtime.batch import packed_rows
 from vksteer.runtime.resume import last_logits, layer_inputs
 
@@ -154,6 +155,31 @@ def test_a_shared_head_is_not_rotated_by_the_other_table(pair, rng):
             whole = np.concatenate([first[1], rest[1][b][len(first[1]) - len(p) :]])
             kept = run["blocks.1.hook_resid_pre"][b, -len(p) :]
             assert_same_bits(f"streams, {tails}, {b}", whole[-len(p) :], kept)
+
+
+def test_passes_of_long_answers_fit_the_memory(pair, rng, monkeypatch):
+    """Long rows share no head, so that logits of all of their tokens are returned."""
+    ref, model = pair
+    items = [
+        vs.reliability.Choice(*draw(ref, rng, *lengths))
+        for lengths in ((38, 5, 4), (39, 4, 6), (20, 4, 3))
+    ]
+    vector_, strengths = vector(ref, rng), [-0.5, 1.0]
+    want = vs.reliability.steerability(model, items, vector_, strengths, progress=False)
+    passes = []
+    forward = choices.Batch.forward
+
+    def seen(self, *args, **options):
+        logits, captured = forward(self, *args, **options)
+        passes.append(0 if logits is None else logits.nbytes)
+        return logits, captured
+
+    most = 4 * 2 * len(strengths) * 44 * ref.facts.d_vocab  # of the longest item
+    monkeypatch.setattr(choices, "LOGIT_BYTES", most)
+    monkeypatch.setattr(choices.Batch, "forward", seen)
+    got = vs.reliability.steerability(model, items, vector_, strengths, progress=False)
+    assert max(passes) <= most
+    np.testing.assert_array_equal(got.propensity, want.propensity)
 
 
 def test_the_preference_between_long_answers(pair, rng):

@@ -218,7 +218,8 @@ def _sites(model: Model, site: str) -> list[Site]:
 
 class _Patching:
     """All patches of one pair of prompts. Only tokens up to the metric's last position are run:
-    later ones cannot change it, and patches there count as 0.
+    later ones cannot change it, and patches there count as 0. Where the length of a text decides
+    its rotation tables, prompts that are cut keep those of the whole.
     """
 
     def __init__(
@@ -226,8 +227,10 @@ class _Patching:
     ) -> None:
         self.model, self.metric, self.sites, self.length = model, metric, sites, len(corrupt)
         at = [p % len(corrupt) for p in _positions(metric)]
-        self.tokens, self.at = corrupt[: max(at) + 1], at
-        whole = clean[: max(at) + 1]
+        n, switch = max(at) + 1, model.config.rope_switch
+        if len(corrupt) > switch > 0:
+            n = max(n, switch + 1)
+        self.tokens, self.at, whole = corrupt[:n], at, clean[:n]
         run = model.run([whole], capture=[s.name for s in sites], logits="all")
         self.patches = {s.name: run[s.name][0] for s in sites}
         assert run.logits is not None  # they were asked for
@@ -253,7 +256,7 @@ class _Patching:
         """One for each position, or for each head at all positions."""
         patch: Array = self.patches[site.name]
         if not site.has_heads:
-            return [Set(site.name, patch[p][None], [p]) for p in range(len(self.tokens))]
+            return [Set(site.name, patch[p][None], [p]) for p in range(max(self.at) + 1)]
         # patterns and scores are [head, query, key], other sites [query, head, width]
         heads = range(site.n_heads)
         parts = [patch[h : h + 1] if site.over_keys else patch[:, h : h + 1] for h in heads]

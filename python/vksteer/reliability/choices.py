@@ -147,16 +147,26 @@ def _agree(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
+def _shared(model: Model, item: _Item) -> int:
+    """Leading tokens that are run once for several rows. The last common token is none of them: its
+    output predicts the first token of the answer. 0 where a row is so long that its rotation is
+    another one than that of the common tokens alone (longrope).
+    """
+    rotated_otherwise = 0 < model.config.rope_switch < max(map(len, item.rows)) - 1
+    return 0 if rotated_otherwise else item.common - 1
+
+
 def _parts(model: Model, items: Sequence[_Item], k: int) -> Iterator[slice]:
     """Slices of items whose logits and tokens fit a pass."""
     start = tokens = width = 0
     for i, item in enumerate(items):
         more = 2 * k * max(map(len, item.rows))
-        wide = max(width, max(map(len, item.rows)) - item.common)
+        own = max(map(len, item.rows)) - 1 - _shared(model, item)
+        wide = max(width, own)
         logits = 4 * 2 * k * (i - start + 1) * wide * model.config.d_vocab
         if i > start and (tokens + more > PASS_TOKENS or logits > LOGIT_BYTES):
             yield slice(start, i)
-            start, tokens, wide = i, 0, max(map(len, item.rows)) - item.common
+            start, tokens, wide = i, 0, own
         tokens, width = tokens + more, wide
     yield slice(start, len(items))
 
@@ -178,11 +188,7 @@ class _Pass:
         self.rows = [(item, a, row) for item in items for a in coefficients for row in item.rows]
         #: the last token predicts nothing that is read
         self.tokens = [row[:-1] for _, _, row in self.rows]
-        #: Leading tokens that are run once for several rows; the last common token's output
-        #: predicts the first token of the answer.
-        self.shared = [
-            0 if self._rotated_otherwise(item) else item.common - 1 for item, _, _ in self.rows
-        ]
+        self.shared = [_shared(model, item) for item, _, _ in self.rows]
         answer = isinstance(positions, str) and positions == "answer"
         #: rows in a row whose shared part is the same: one run, copied to the others
         self.same = 2 * len(coefficients) if answer else 2
@@ -199,12 +205,6 @@ class _Pass:
             distinct = list(dict.fromkeys(self.tokens))
             found = model._layer_inputs.get(distinct, self.layer, every_layer=False)
             self._streams = dict(zip(distinct, found, strict=True))
-
-    def _rotated_otherwise(self, item: _Item) -> bool:
-        """Whether a row is so long that its rotation is another one than that of the common tokens
-        alone (longrope).
-        """
-        return 0 < self.model.config.rope_switch < max(map(len, item.rows)) - 1
 
     def _inputs(self, rows: Sequence[int], start: bool) -> dict[str, Any]:
         """Where the pass begins: the residual streams of the shared parts, or of the rest."""
