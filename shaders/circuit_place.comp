@@ -1,10 +1,11 @@
 // Writes queries, keys and values of single heads to where the attention kernels read them. Queries
 // and keys are RMS-normalised (PLACE_QK_NORM) and their first d_rot channels rotated on the way;
 // what comes from the base run's rows (PLACE_BASE) is finished already and only copied.
-// INTERLEAVED: neighbouring channels are a pair, else (i, i + d_rot / 2). Buffers   x [arrays, T,
-// x_stride], base [T, base_stride], entries [n, 4], q
-//           [arrays, T, q_stride], k_cache and v_cache [arrays, n_slots, dh]; circuit_place_params
-//           describes an entry
+//
+// Define    INTERLEAVED   (optional) neighbouring channels are a pair, else (i, i + d_rot / 2)
+// Buffers   x [arrays, T, x_stride], base [T, base_stride], entries [n, 4], q [arrays, T,
+//           q_stride], k_cache and v_cache [arrays, n_slots, dh]; circuit_place_params describes an
+//           entry
 // Grid      x = tokens, y = entries; a workgroup takes one of each, its lanes pairs of columns and
 //           then the columns that are in no pair
 // Order     for the RMS, lane l sums columns l, l + WG, ... in one fma chain and workgroup_sum adds

@@ -1,8 +1,9 @@
 // dst[m, n] = sum_k x[m, k] W[n, k] (* scale) (+ bias) (+ add), on real GPUs, for the few rows of
-// decoding, whose time is that of reading the weights once. Define    RM      rows of x that a
-// workgroup takes Buffers   x [M, x_stride], weights: panels (linear.comp gives the layout), dst
-// [M, out_stride] Grid      x = ceil(M / RM), y = panels. A workgroup of 256 takes a panel of 32
-// columns; each of
+// decoding, whose time is that of reading the weights once.
+//
+// Define    RM      rows of x that a workgroup takes
+// Buffers   x [M, x_stride], weights: panels (linear.comp gives the layout), dst [M, out_stride]
+// Grid      x = ceil(M / RM), y = panels. A workgroup of 256 takes a panel of 32 columns; each of
 //           its eight groups of 32 lanes sums every eighth cell of k, so that narrow matrices still
 //           fill a GPU
 // Order     eight fma chains for each output, one for each group, over ascending k; then the eight
