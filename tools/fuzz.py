@@ -116,7 +116,7 @@ def make_seeds() -> None:
     from vksteer.loading.gguf_file import GGUFFile
 
     stored, gguf = {}, {}
-    for name in (*families.FAMILIES, *families.NEW_FAMILIES):
+    for name in families.FAMILIES:
         with tempfile.TemporaryDirectory() as place:
             folder = families.build(name, Path(place))
             config = json.loads((folder / "config.json").read_text())
