@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
@@ -17,11 +17,11 @@ def is_int(value: Any) -> TypeGuard[int]:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a finite real number of Python or NumPy; booleans are not."""
     kinds = (int, float, np.integer, np.floating)
-    return (
-        isinstance(value, kinds)
-        and not isinstance(value, (bool, np.bool_))
-        and math.isfinite(value)
-    )
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kinds):
+        return False
+    # also False for NaN, and for integers that no float can hold
+    size: Any = abs(value)
+    return bool(size <= sys.float_info.max)
 
 
 def require_int(

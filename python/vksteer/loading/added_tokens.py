@@ -173,8 +173,6 @@ def _listed_by_text(values: Mapping[str, Any], path: Path) -> dict[int, tokenize
     """The tokens of added_tokens.json ({text: id}); special ones are those that another file
     names.
     """
-    from tokenizers import AddedToken
-
     special = {
         text_of(_token(values[key], path)) for key in SPECIAL_NAMES if values.get(key) is not None
     }
@@ -184,7 +182,7 @@ def _listed_by_text(values: Mapping[str, Any], path: Path) -> dict[int, tokenize
         if isinstance(index, bool) or not isinstance(index, int) or index < 0 or not text:
             raise ModelError(f"{path}: token {text[:200]!r} has the id {index!r}")
         known = text in special
-        found[index] = AddedToken(text, normalized=not known, special=known)
+        found[index] = _made(text, path, normalized=not known, special=known)
     return found
 
 
@@ -193,18 +191,27 @@ def _token(value: Any, where: Path) -> tokenizers.AddedToken:
     from tokenizers import AddedToken
 
     if isinstance(value, (str, AddedToken)):
-        return AddedToken(value, special=True) if isinstance(value, str) else value
+        return _made(value, where, special=True) if isinstance(value, str) else value
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
         raise ModelError(
             f"{where}: a token must be a text, or an object with 'content', not {str(value)[:200]}"
         )
     flags = {name: value[name] for name in _FLAGS if isinstance(value.get(name), bool)}
-    return AddedToken(value["content"], **flags)
+    return _made(value["content"], where, **flags)
+
+
+def _made(text: str, where: Path | str, **flags: bool) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    try:
+        return AddedToken(text, **flags)
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"{where}: the token {text[:200]!a} has a lone surrogate, which is half a character"
+        ) from error
 
 
 def _add(backend: tokenizers.Tokenizer, declared: Declared) -> None:
-    from tokenizers import AddedToken
-
     present = backend.get_added_tokens_decoder().values()
     same = {repr(token) for token in present}
     tokens: list[Any] = [t for _, t in sorted(declared.by_id.items()) if repr(t) not in same]
@@ -213,7 +220,8 @@ def _add(backend: tokenizers.Tokenizer, declared: Declared) -> None:
         if text_of(token) not in texts and token not in tokens:
             tokens.append(token)
     named = set(declared.texts.values())
-    added = [AddedToken(t, special=True) if isinstance(t, str) else t for t in tokens]
+    where = "the tokenizer's settings"
+    added = [_made(t, where, special=True) if isinstance(t, str) else t for t in tokens]
     for token in added:
         if token.content in named:
             token.special = True

@@ -271,8 +271,7 @@ def _number(
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or abs(value) > 1e30
+        or not abs(value) <= 1e30  # also NaN, and integers that no float can hold
     ):
         raise ModelError(f"rope key {key!r} = {value!r} is not a finite number")
     if value < low or (strict and value <= low):
