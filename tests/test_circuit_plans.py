@@ -85,6 +85,15 @@ def wrong(tables, name, index, value):
     return tables | {name: array}
 
 
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_a_bias_before_a_norm_after_attention_is_refused(zoo, name):
+    """It belongs to no node, so that all edges together would not be the steered run."""
+    config = dataclasses.replace(zoo.engine(name).config, o_bias=True)
+    with pytest.raises(ValueError, match="an output bias and a norm after it"):
+        compiled(config, [HEAD])
+    compiled(dataclasses.replace(config, o_bias=False), [HEAD])
+
+
 @pytest.mark.parametrize(
     "name, index, value, message",
     [

@@ -256,7 +256,17 @@ def _without_unused(
 def compile_circuits(
     graph: Graph, rows: Sequence[Rows], config: Config, masked: bool = False
 ) -> CompiledCircuits:
-    """The tables of these runs of a model. masked: whether patches act at some tokens only."""
+    """The tables of these runs of a model. masked: whether patches act at some tokens only.
+
+    Raises ValueError for a model with a norm after attention and a bias of its output: what the
+    norm leaves of the bias changes with the heads and belongs to none of them.
+    """
+    if config.post_norms and config.o_bias:
+        raise ValueError(
+            "circuits and exact patches of a model whose attention has both an output bias and a"
+            " norm after it are not supported: the bias belongs to no node, and the norm's scale"
+            " changes what it adds"
+        )
     norms = Norms(config.post_norms, config.qk_norm == "wide")
     needed_out, needed_in = _needed(graph, rows, norms)
     compiler = _Compiler(graph, rows, norms, masked)
