@@ -214,6 +214,9 @@ SUITE = [
     "test_ops_attention.py",
     "test_ops_calls.py",
     "test_ops_linear.py",
+    "test_ops_rotation.py",
+    "test_ops_epilogues.py",
+    "test_layer_kinds.py",
     "test_resume.py",
 ]
 
@@ -265,3 +268,17 @@ def test_the_suite(driver, tmp_path):
     )
     last = run_tests(driver, SUITE, f"--basetemp={tmp_path / 'base'}", *narrow, timeout=3500)
     print(f"{driver}: {last}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_every_family_on_swiftshader(tmp_path):
+    """Logits, every site, gradients and greedy text of every family on the second driver; the
+    first one runs them in the tests themselves.
+    """
+    files = ["test_forward_parity.py", "test_gradients.py", "test_generate.py"]
+    some = "logits_and_every_site or every_site_of_every_family or greedy_is_the_oracles"
+    last = run_tests(
+        "swiftshader", files, f"--basetemp={tmp_path / 'base'}", "-k", some, timeout=1100
+    )
+    assert " passed" in last and "skipped" not in last
