@@ -20,6 +20,8 @@ CONFIG_PATTERNS = ["config.json", "generation_config.json"]
 MODEL_PATTERNS: list[str] = [
     *CONFIG_PATTERNS,
     "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

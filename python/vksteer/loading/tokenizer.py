@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.types import PathLike
 from .added_tokens import add_declared_tokens, declared_add_bos, optional_json
+from .byte_level_files import load_byte_level
 from .chat_template import DEFAULT_DATE, as_parts, check_options, holds, render, warn_unread
 from .library_errors import adds_first, library_errors
 from .prompt_rows import prompt_list, refuse_surrogates
@@ -74,8 +75,9 @@ class Tokenizer:
         bos_id: int | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> Tokenizer | None:
-        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json
-        and chat_template.jinja of a folder; None without the first.
+        """From tokenizer.json (or the vocab.json and merges.txt of GPT-2's and Qwen 2's
+        tokenizers), tokenizer_config.json, special_tokens_map.json, added_tokens.json and
+        chat_template.jinja of a folder; None without the first.
 
         eos_ids, bos_id: what config.json and generation_config.json say; bos_id is used where no
         file names the BOS token. template_options: as in `Model.from_pretrained`. Raises ModelError
@@ -83,10 +85,14 @@ class Tokenizer:
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.exists():
-            return None
-        backend = load_backend(path)
         settings = optional_json(folder / "tokenizer_config.json")
+        if path.exists():
+            backend = load_backend(path)
+        else:
+            found = load_byte_level(folder, settings)
+            if found is None:
+                return None
+            backend, settings = found
         special = add_declared_tokens(backend, folder, settings).texts
         listed = optional_json(folder / "special_tokens_map.json")
         if "bos_token" not in settings and "bos_token" not in listed and bos_id is not None:
