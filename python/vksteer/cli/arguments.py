@@ -157,22 +157,38 @@ def open_model(arguments: argparse.Namespace, source: str | None = None) -> Mode
     )
 
 
+def _prompt_files(arguments: argparse.Namespace) -> tuple[list[str], list[str]] | None:
+    """All prompts of --harmful and --harmless; None without them, where the model brings its own.
+
+    Raises ValueError for one without the other, and where there are none.
+    """
+    if (arguments.harmful is None) != (arguments.harmless is None):
+        raise ValueError("--harmful and --harmless belong together: give both")
+    if arguments.harmful is not None:
+        return prompts_of(arguments.harmful), prompts_of(arguments.harmless)
+    if not arguments.model.startswith("tiny-"):
+        raise ValueError(
+            "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
+            " bring their own)"
+        )
+    return None
+
+
+def whole_prompts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """All prompts of the two files, or the training prompts of a bundled model."""
+    return _prompt_files(arguments) or tiny_pair("train")
+
+
 def freeze_prompts(arguments: argparse.Namespace) -> tuple[Any, Any, tuple[list[str], ...]]:
     """The pairs (harmful, harmless) of prompts for training, validation and test. With --vector
     the first two are None.
     """
-    if (arguments.harmful is None) != (arguments.harmless is None):
-        raise ValueError("--harmful and --harmless belong together: give both")
-    if arguments.harmful is None:
-        if not arguments.model.startswith("tiny-"):
-            raise ValueError(
-                "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
-                " bring their own)"
-            )
+    files = _prompt_files(arguments)
+    if files is None:
         need = ("test",) if arguments.vector else ("train", "validation", "test")
         pairs = [tiny_pair(split) for split in need]
     else:
-        harmful, harmless = prompts_of(arguments.harmful), prompts_of(arguments.harmless)
+        harmful, harmless = files
         pairs = (
             [(harmful, harmless)]
             if arguments.vector

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import circuit_options, freeze, generate
+from . import circuit_options, freeze, generate, strength
 from .arguments import Help, device_argument
 
 EXAMPLES = """\
@@ -26,6 +26,8 @@ examples:
   vksteer freeze   --model ./Llama-3.2-3B-Instruct --harmful harmful.csv:goal \\
                    --harmless alpaca.jsonl:instruction --out table1
   vksteer circuit  --model tiny-llama-chat --out circuit
+  vksteer screen   --model tiny-llama-chat
+  vksteer sweep    --model tiny-llama-chat --coefficients 0.5 1 2
 """
 
 
@@ -71,6 +73,7 @@ def _build() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     freeze.add_parser(commands)
     circuit_options.add_parser(commands)
+    strength.add_parser(commands)
     return parser
 
 

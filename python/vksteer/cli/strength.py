@@ -1,0 +1,193 @@
+"""`vksteer screen` and `vksteer sweep`: will a vector work, and how strong must it be?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .arguments import (
+    CRITERIA,
+    Help,
+    Subparsers,
+    freeze_prompts,
+    judge_argument,
+    model_arguments,
+    open_model,
+    positive,
+    prompt_file_arguments,
+    whole_prompts,
+)
+from .vector_choice import find_vector
+
+SCREEN = """\
+Predict from activations alone whether a difference in means will steer: mean cosine, d', AUC and
+stability at every layer and position, with a verdict (docs/reliability.md). Nothing is steered.
+
+The two prompt files are pairs: line i of both is the same question with the matching and the
+non-matching answer. Where one file is longer, its last prompts are left out. The bundled tiny
+models bring their own prompts."""
+
+SWEEP = """\
+Steer harmless prompts by +A and harmful prompts by -A at several strengths, and print for each how
+often the model refuses or complies, the dose (the length of what is added over the length of the
+residual stream), side effects on the next token, and whether the answers stay readable.
+
+Without --vector one is found first, as `vksteer freeze` does."""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds both commands to the parser of `vksteer`."""
+    parser = commands.add_parser(
+        "screen",
+        formatter_class=Help,
+        help="will a vector work? predictors from activations, before steering",
+        description=SCREEN,
+    )
+    model_arguments(parser)
+    prompt_file_arguments(parser.add_argument_group("prompts"))
+    group = parser.add_argument_group("screen")
+    group.add_argument(
+        "--positions",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="P",
+        help="counted back from the prompt's end (default: -1)",
+    )
+    group.add_argument(
+        "--leave-one-out",
+        action="store_true",
+        help="cosine of each sample with the mean of the others",
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    _out(parser)
+    parser.set_defaults(run=run_screen)
+
+    parser = commands.add_parser(
+        "sweep",
+        formatter_class=Help,
+        help="how strong must steering be? several coefficients with a verdict each",
+        description=SWEEP,
+    )
+    model_arguments(parser)
+    group = parser.add_argument_group("prompts")
+    prompt_file_arguments(group)
+    group.add_argument(
+        "--limit",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="test on at most N prompts of each kind (default: 32)",
+    )
+    group = parser.add_argument_group("vector and strength")
+    group.add_argument(
+        "--vector",
+        metavar="FILE",
+        help="a steering vector: .safetensors, .npz or .gguf (default: find one)",
+    )
+    group.add_argument("--layer", type=int, help="which layer's vector, where a file holds several")
+    group.add_argument("--criterion", **CRITERIA)
+    group.add_argument(
+        "--coefficients",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.5, 1.0, 1.5, 2.0],
+        metavar="A",
+        help="strengths (default: 0.25 0.5 1 1.5 2)",
+    )
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="length of an answer (default: 64)",
+    )
+    judge_argument(group)
+    _out(parser)
+    parser.set_defaults(run=run_sweep)
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", metavar="DIR", help="write the table as Markdown and JSON, and a picture, here"
+    )
+
+
+def run_screen(arguments: argparse.Namespace) -> int:
+    """Runs `vksteer screen`; the exit status."""
+    from ..reliability import screen
+
+    positive_, negative = whole_prompts(arguments)
+    n = min(len(positive_), len(negative))
+    if len(positive_) != len(negative):
+        print(f"{len(positive_)} and {len(negative)} prompts: the first {n} of each are paired")
+    with open_model(arguments) as model:
+        table = screen(
+            model,
+            positive_[:n],
+            negative[:n],
+            positions=arguments.positions,
+            leave_one_out=arguments.leave_one_out,
+            seed=arguments.seed,
+            progress=sys.stderr.isatty(),
+        )
+    print(table.to_markdown())
+    _write(arguments.out, "screen", table)
+    return 0
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    """Runs `vksteer sweep`; the exit status."""
+    from ..inputs.vectors import SteeringVector
+    from ..judge import LlamaGuard
+    from ..steering import sweep
+
+    show = sys.stderr.isatty()
+    train, validation, (harmful, harmless) = freeze_prompts(arguments)
+    vector = SteeringVector.load(arguments.vector, arguments.layer) if arguments.vector else None
+    with contextlib.ExitStack() as opened:
+        model = opened.enter_context(open_model(arguments))
+        if vector is None:
+            vector = find_vector(model, train, validation, arguments.criterion, None, show)
+        judge = None
+        if arguments.judge:
+            judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
+        table = sweep(
+            model,
+            vector,
+            arguments.coefficients,
+            harmful,
+            harmless,
+            max_new_tokens=arguments.max_new_tokens,
+            judge=judge,
+            progress=show,
+        )
+    print(table.to_markdown())
+    best = table.best_pair
+    if best is None:
+        print("\nNo coefficient works in both directions without breaking the text.")
+    else:
+        print(f"\nBest: +{best[0]:g} on harmless prompts, -{best[1]:g} on harmful ones.")
+    _write(arguments.out, "sweep", table)
+    return 0
+
+
+def _write(out: str | None, name: str, table: Any) -> None:
+    """Writes a table, and its picture where it has one, to the folder."""
+    if out is None:
+        return
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(table.to_dict(), indent=2), encoding="utf-8")
+    if hasattr(table, "plot"):
+        try:
+            table.plot().savefig(folder / f"{name}.png", dpi=150)
+        except ImportError as error:
+            print(f"No picture: {error}", file=sys.stderr)
+    print(f"\nWritten to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
