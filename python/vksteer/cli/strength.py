@@ -66,7 +66,10 @@ def add_parser(commands: Subparsers) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     _out(parser)
     parser.set_defaults(run=run_screen)
+    _add_sweep(commands)
 
+
+def _add_sweep(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "sweep",
         formatter_class=Help,

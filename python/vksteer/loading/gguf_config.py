@@ -17,6 +17,7 @@ from .gguf_layouts import LAYOUTS, Layout
 from .gguf_metadata import Metadata
 from .gguf_rope import rope_keys
 from .hf_config import facts_from_hf
+from .limits import LIMITS
 
 #: Keys below "{architecture}." of all architectures that are read here.
 _READ = frozenset(
@@ -160,6 +161,8 @@ def _as_hf(get: Metadata, layout: Layout, family: Family) -> dict[str, Any]:
     if layout.needs_unembed and "output.weight" not in file.tensors:
         raise ModelError(f"{file.path}: tensor 'output.weight' is missing")
     n_layers = get.integer("block_count")
+    if not 1 <= n_layers <= LIMITS["n_layers"]:  # before anything is listed layer by layer
+        raise get.error("block_count", f"must lie between 1 and {LIMITS['n_layers']}")
     d_head = _head_size(get, embed.shape[0])
     usual: dict[str, Any] = {
         "hidden_size": get.integer("embedding_length"),
