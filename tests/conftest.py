@@ -7,6 +7,7 @@ tests that need the oracle.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -63,10 +64,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+MODELS = 10  # that a process of the run keeps open
+
+
 class Zoo:
-    """Random models by family name. Folders, oracles and engine models are made on first use and
-    kept until the end of the run. The processes of a run share folders, which are made under a
-    lock.
+    """Random models by family name. Folders and oracles are made on first use and kept until the
+    end of the run, as are the last engine models. The processes of a run share folders, which are
+    made under a lock.
     """
 
     def __init__(self, root):
@@ -116,9 +120,15 @@ class Zoo:
 
         key = name, style, dtype
         if key not in self._engines:
+            # Each takes some 100 MB. The one used longest ago is forgotten, not closed: a test may
+            # still hold it.
+            while len(self._engines) >= MODELS:
+                del self._engines[next(iter(self._engines))]
+                gc.collect()
             self._engines[key] = vksteer.Model.from_pretrained(
                 str(self.folder(name, style)), dtype=dtype, progress=False
             )
+        self._engines[key] = self._engines.pop(key)  # the newest comes last
         return self._engines[key]
 
     def close(self):

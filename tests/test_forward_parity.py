@@ -303,7 +303,7 @@ def test_config_is_read_without_weights(zoo):
             "rope type 'novel'",
         ),
         ("partial_rotary_factor", 0.5, "config key 'partial_rotary_factor' = 0.5"),
-        ("hidden_act", "relu", "config key 'hidden_act' = 'relu'"),
+        ("hidden_act", "laplace", "config key 'hidden_act' = 'laplace'"),
         ("logit_scale", 0.0625, "config key 'logit_scale' = 0.0625"),
         ("residual_multiplier", 0.22, "config key 'residual_multiplier' = 0.22"),
         ("model_type", "mamba", "architecture 'MambaForCausalLM' (model_type 'mamba')"),
