@@ -26,7 +26,15 @@ LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 #: Sections of the navigation: caption -> pages of docs/ and of the top level.
 SECTIONS = {
-    "Using vksteer": ["setup", "api", "method", "glossary", "devices", "environment"],
+    "Using vksteer": [
+        "setup",
+        "api",
+        "method",
+        "reliability",
+        "glossary",
+        "devices",
+        "environment",
+    ],
     "Developing vksteer": ["CONTRIBUTING", "architecture", "decisions", "roadmap", "CHANGELOG"],
     "Measurements": ["benchmarks"],
 }

@@ -343,8 +343,8 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
     return 0;
 }
 
-int op_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
-                       struct error *error) {
+int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                        struct error *error) {
     const uint32_t layer = needed->layer_norm != 0, type = needed->type;
     const int always[] = {KERNEL_embed,
                           kernel_embed(needed->positions != 0),
@@ -370,8 +370,8 @@ int op_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }
 
-int op_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed,
-                        struct error *error) {
+int ops_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                         struct error *error) {
     const int always[] = {kernel_norm_bwd(needed->layer_norm != 0),
                           KERNEL_rope_bwd,
                           KERNEL_attn_softmax_bwd,

@@ -145,11 +145,11 @@ struct op_kernels_needed {
     int gated, positions;
 };
 /* Compiles these kernels in parallel. */
-int op_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
-                       struct error *error);
-/* The same for the backward pass, at its first use. */
-int op_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
                         struct error *error);
+/* The same for the backward pass, at its first use. */
+int ops_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed,
+                         struct error *error);
 
 /* --- lens.c ----------------------------------------------------------------------------------- */
 

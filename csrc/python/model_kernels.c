@@ -112,7 +112,7 @@ PyObject *model_prepare(PyObject *object, PyObject *unused) {
     if (engine_begin(self, 0))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    failed = op_kernels_prepare(ops, &needed, &error);
+    failed = ops_kernels_prepare(ops, &needed, &error);
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);

@@ -66,7 +66,7 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
     const struct op_kernels_needed needed = model_kernels_needed(f);
     *out = NULL;
     /* the backward kernels are compiled at first use, in parallel */
-    if (op_backward_prepare(&work->model->ops, &needed, error))
+    if (ops_backward_prepare(&work->model->ops, &needed, error))
         return -1;
     struct run_tape *tape = calloc(1, sizeof *tape);
     if (tape)
