@@ -14,7 +14,8 @@ import numpy as np
 from .base.checks import is_number
 from .base.figures import new_figure
 from .base.types import Array, Float64Array, Prompts
-from .inputs.prompts import as_tokens, batches, token_text
+from .inputs.dosing import captured_rows
+from .inputs.prompts import as_tokens, token_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 FOLDS = 5
 #: Newton steps of the logistic fit, and the change of the weights at which it ends.
 STEPS, TOLERANCE = 100, 1e-10
-#: Tokens of a pass, and bytes of activations that it may return.
-PASS_TOKENS, PASS_BYTES = 8192, 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +131,10 @@ class Probe:
                 f"site {site!r} must be one site of width {self.direction.size} without heads"
             )
         rows = as_tokens(model, prompts, "prompts")
-        longest = max(map(len, rows))
-        most = max(1, PASS_BYTES // (4 * longest * self.direction.size))
-        scores: list[Float64Array] = []
-        for part in batches(rows, tokens=PASS_TOKENS, most=most):
-            captured = model.run(rows[part], capture=[site], logits=None)[site]
-            # rows are padded on the left
-            scores += [self.score(v[len(v) - len(r) :]) for r, v in zip(rows[part], captured)]
+        captured = captured_rows(model, rows, site, self.direction.size)
+        scores = tuple(self.score(row) for row in captured)
         tokens = tuple(tuple(token_text(model, t) for t in row) for row in rows)
-        return Reading(tuple(scores), tokens, site)
+        return Reading(scores, tokens, site)
 
 
 def fit(X: Array, y: Array, method: str = "logistic", l2: float = 1.0, *, seed: int = 0) -> Probe:

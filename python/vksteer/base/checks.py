@@ -38,6 +38,22 @@ def require_int(
     raise error(f"{what} must be a whole number{bound}, not {value!r}")
 
 
+def layer_list(layers: Any, n_layers: int) -> list[int]:
+    """Layers of a call, ascending and without repetition: one, several, or None for all.
+
+    Raises ValueError for none at all and for one that a model of n_layers does not have.
+    """
+    if layers is None:
+        return list(range(n_layers))
+    given = [layers] if is_int(layers) else list(layers)
+    for l in given:
+        if not is_int(l) or not 0 <= l < n_layers:
+            raise ValueError(f"layers: {l!r} is no layer of this model (0 to {n_layers - 1})")
+    if not given:
+        raise ValueError("layers is empty: name at least one, or None for all")
+    return sorted({int(l) for l in given})
+
+
 def first_repeated(names: Iterable[str]) -> str | None:
     """The first name that has occurred before; None where all are different."""
     seen: set[str] = set()

@@ -126,6 +126,17 @@ def prompt_file_arguments(group: Group) -> None:
     group.add_argument("--harmless", metavar="FILE[:COLUMN]", help="prompts that it should answer")
 
 
+def vector_arguments(group: Group) -> None:
+    """--vector, --layer, and the rule for finding a vector where none is given."""
+    group.add_argument(
+        "--vector",
+        metavar="FILE",
+        help="a steering vector: .safetensors, .npz or .gguf (default: find one)",
+    )
+    group.add_argument("--layer", type=int, help="which layer's vector, where a file holds several")
+    group.add_argument("--criterion", **CRITERIA)
+
+
 def judge_argument(group: Group) -> None:
     group.add_argument(
         "--judge",

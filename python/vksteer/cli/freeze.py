@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import (
-    CRITERIA,
     Group,
     Help,
     Subparsers,
@@ -20,6 +19,7 @@ from .arguments import (
     open_model,
     positive,
     prompt_file_arguments,
+    vector_arguments,
 )
 from .vector_choice import find_vector
 
@@ -70,15 +70,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _vector(group: Group) -> None:
-    group.add_argument(
-        "--vector",
-        metavar="FILE",
-        help="a steering vector: .safetensors, .npz or .gguf (default: find one)",
-    )
-    group.add_argument(
-        "--layer", type=int, help="which layer's vector, where a .gguf file holds several"
-    )
-    group.add_argument("--criterion", **CRITERIA)
+    vector_arguments(group)
     group.add_argument(
         "--coefficient",
         type=float,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import (
-    CRITERIA,
     Help,
     Subparsers,
     freeze_prompts,
@@ -19,6 +18,7 @@ from .arguments import (
     open_model,
     positive,
     prompt_file_arguments,
+    vector_arguments,
     whole_prompts,
 )
 from .vector_choice import find_vector
@@ -87,13 +87,7 @@ def _add_sweep(commands: Subparsers) -> None:
         help="test on at most N prompts of each kind (default: 32)",
     )
     group = parser.add_argument_group("vector and strength")
-    group.add_argument(
-        "--vector",
-        metavar="FILE",
-        help="a steering vector: .safetensors, .npz or .gguf (default: find one)",
-    )
-    group.add_argument("--layer", type=int, help="which layer's vector, where a file holds several")
-    group.add_argument("--criterion", **CRITERIA)
+    vector_arguments(group)
     group.add_argument(
         "--coefficients",
         type=float,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.checks import is_int, is_number
-from ..base.types import Array, Float64Array, Prompts
+from ..base.types import Array, Float32Array, Float64Array, Prompts
 from ..runtime.edit_compiler import OPEN, RowShape, resolve
 from .prompts import as_list, as_tokens, batches
 
@@ -88,18 +88,23 @@ def stream_norms(
         if layer < config.n_layers
         else f"blocks.{layer - 1}.hook_resid_post"
     )
+    captured = captured_rows(model, rows, site, config.d_model)
+    return tuple(np.linalg.norm(row.astype(np.float64), axis=1) for row in captured)
+
+
+def captured_rows(
+    model: Model, rows: Sequence[Sequence[int]], site: str, width: int
+) -> Iterator[Float32Array]:
+    """A site of this width of unedited rows, float32 [tokens, width] for each row, in passes of
+    bounded size.
+    """
     longest = max(map(len, rows))
-    most = max(1, PASS_BYTES // (4 * longest * config.d_model))
-    found: list[Float64Array] = []
+    most = max(1, PASS_BYTES // (4 * longest * width))
     for part in batches(rows, tokens=PASS_TOKENS, most=most):
         some = [list(row) for row in rows[part]]
-        captured: Array = model.run(some, capture=[site], logits=None)[site]
+        captured = model.run(some, capture=[site], logits=None)[site]
         for row, values in zip(some, captured, strict=True):
-            # rows are padded on the left
-            found.append(
-                np.linalg.norm(values[len(values) - len(row) :].astype(np.float64), axis=1)
-            )
-    return tuple(found)
+            yield values[len(values) - len(row) :]  # rows are padded on the left
 
 
 def _rows(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.checks import is_int, require_int
+from ..base.checks import is_int, layer_list, require_int
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
@@ -283,14 +283,8 @@ def _checked(
                     f"{what}[{i}] has {len(row)} tokens, position {min(at)} reaches before its"
                     " start"
                 )
-    n_layers = model.config.n_layers
-    chosen = list(range(n_layers)) if layers is None else sorted(set(layers))
-    for l in chosen:
-        if not is_int(l) or not 0 <= l < n_layers:
-            raise ValueError(f"layers: {l!r} is no layer of this model (0 to {n_layers - 1})")
-    if not chosen:
-        raise ValueError("layers is empty: name at least one, or None for all")
-    return rows, [int(p) for p in at], [int(l) for l in chosen]
+    chosen = layer_list(layers, model.config.n_layers)
+    return rows, [int(p) for p in at], chosen
 
 
 def _activations(

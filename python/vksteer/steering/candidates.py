@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.checks import is_int
+from ..base.checks import is_int, layer_list
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, Float64Array, IntArray, ProgressLike, Prompts
@@ -127,7 +127,7 @@ class Candidates:
         that the model does not have.
         """
         P, L, _ = self.vectors.shape
-        chosen = _layers(layers, L)
+        chosen = layer_list(layers, L)
         harmful = as_tokens(self.model, val_harmful, "val_harmful")
         harmless = as_tokens(self.model, val_harmless, "val_harmless")
         refuse_equal_classes(harmful, harmless)
@@ -239,19 +239,6 @@ def _setting(scorer: Scorer) -> dict[str, Any]:
         "validation_prompts_hash": digest(scorer.harmful, scorer.harmless),
         "n_validation": [len(scorer.harmful), len(scorer.harmless)],
     }
-
-
-def _layers(layers: Sequence[int] | int | None, n_layers: int) -> list[int]:
-    """Ascending layers without repetition."""
-    if layers is None:
-        return list(range(n_layers))
-    given = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
-    for l in given:
-        if not is_int(l) or not 0 <= l < n_layers:
-            raise ValueError(f"layers: {l!r} is no layer of this model (0 to {n_layers - 1})")
-    if not given:
-        raise ValueError("layers is empty: name at least one, or None for all")
-    return sorted({int(l) for l in given})
 
 
 def _positions(model: Model, positions: Sequence[int] | int | None) -> IntArray:
