@@ -12,13 +12,14 @@ import pytest
 import vksteer as vs
 from tokenizer_texts import SPECIAL, reference, train
 from vksteer.loading.tokenizer import Tokenizer
-from vksteer.runtime.generation import Request, Sampling, _Row
+from vksteer.runtime.decoding import Request, Row
+from vksteer.runtime.sampling import Sampling
 
 
 def row(tokenizer, tokens, *stops):
     """The row after these new tokens, or after the first at which it has ended."""
     request = Request(len(tokens) + 1, Sampling(0.0, 0, 1.0, 0), stops, frozenset(), True)
-    state = _Row(SimpleNamespace(tokenizer=tokenizer), 0, [1], request)
+    state = Row(SimpleNamespace(tokenizer=tokenizer), 0, [1], request)
     for token in tokens:
         state.accept(token)
         if state.reason:

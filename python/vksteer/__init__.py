@@ -20,7 +20,7 @@ _LAZY = {
     "devices": "runtime.device",
     "Device": "runtime.device",
     "Run": "runtime.run",
-    "Generation": "runtime.generation",
+    "Generation": "runtime.decoding",
     "Steer": "runtime.edits",
     "Ablate": "runtime.edits",
     "Set": "runtime.edits",
@@ -64,9 +64,9 @@ if TYPE_CHECKING:
     from .inputs.vectors import SteeringVector
     from .loading.config import Config
     from .loading.tokenizer import Tokenizer
+    from .runtime.decoding import Generation
     from .runtime.device import Device, devices
     from .runtime.edits import Ablate, Add, MeanAblate, Scale, Set, Steer
-    from .runtime.generation import Generation
     from .runtime.gradients import KL, Gradients, LogitDiff, LogProb
     from .runtime.model import Model
     from .runtime.run import Run

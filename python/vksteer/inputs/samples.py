@@ -23,7 +23,7 @@ from .prompts import as_list, as_tokens
 
 if TYPE_CHECKING:
     from ..loading.config import Config
-    from ..runtime.generation import Generation
+    from ..runtime.decoding import Generation
     from ..runtime.model import Model
     from .vectors import SteeringVector
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from .. import _engine as extension
     from ..loading.config import Config
     from ..loading.tokenizer import Tokenizer
+    from .decoding import Generation
     from .device import Device
     from .edits import Edits
-    from .generation import Generation
     from .gradients import Gradients
     from .resume import LayerInputs
     from .run import Run

@@ -1,0 +1,268 @@
+"""One micro-batch of `model.generate`: its rows, prefill and steps. The passes run in C; this
+module reports tokens and ends rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ..base.progress import Progress
+from ..base.types import Float32Array, Int32Array, UInt32Array
+from . import finite
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .model import Model
+    from .sites import Site
+
+#: on_token(row, token, text)
+OnToken: TypeAlias = Callable[[int, int, str], object]
+
+
+@dataclass
+class Generation:
+    """One row's answer.
+
+    text: decoded new tokens without special ones, cut off before a stop string ("" without a
+    tokenizer). tokens: int32 [n], new tokens only, an end token included. finish_reason: "stop"
+    (end token or stop string) or "length". prompt_tokens: int32. captured: {site: float32 [n,
+    ...]}, the site at each new token.
+    """
+
+    text: str
+    tokens: Int32Array
+    finish_reason: str
+    prompt_tokens: Int32Array
+    captured: dict[str, Float32Array] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Arguments of one generate call that every row shares."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    eos_ids: frozenset[int]
+    ignore_eos: bool
+
+
+class Row:
+    """One prompt and its new tokens."""
+
+    def __init__(
+        self,
+        model: Model,
+        index: int,
+        prompt: list[int],
+        request: Request,
+        edits: Sequence[Any] = (),
+    ) -> None:
+        self.index, self.prompt, self.request, self.edits = index, prompt, request, edits
+        self.tokens: list[int] = []
+        self.random = request.sampling.generator(index)
+        self.tokenizer = model.tokenizer
+        self.stream = None if self.tokenizer is None else self.tokenizer.stream()
+        # stop strings may hold special tokens, which `text` leaves out
+        self.searched = self.tokenizer.stream(False) if self.tokenizer and request.stops else None
+        self.text = self.whole_text = ""
+        self.reason: str | None = None  # set when the row has ended
+        self.cut = False  # a stop string has been cut off
+        self.captured: list[dict[str, Float32Array]] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    def accept(self, token: int) -> str:
+        """Takes a new token; returns its piece of text. Sets `reason` when the row has ended."""
+        request = self.request
+        self.tokens.append(token)
+        piece = self.stream.push(token) if self.stream else ""
+        self.text += piece
+        if self.searched:
+            self.whole_text += self.searched.push(token)
+        if (not request.ignore_eos and token in request.eos_ids) or (
+            request.stops and self._stopped()
+        ):
+            self.reason = "stop"
+        elif len(self.tokens) >= request.max_new_tokens:
+            self.reason = "length"
+        return piece
+
+    def _stopped(self) -> bool:
+        # `whole_text` lacks incomplete characters, which cannot be part of a stop string.
+        found = [i for i in (self.whole_text.find(s) for s in self.request.stops) if i >= 0]
+        if found:
+            self.text, self.cut = self._text_before(min(found)), True
+        return bool(found)
+
+    def _text_before(self, end: int) -> str:
+        """The new text without special tokens, up to this index of the text with them."""
+        assert self.tokenizer is not None  # stop strings need one
+        decode = self.tokenizer.decode
+        n = len(self.tokens)
+        while n and not (
+            len(before := decode(self.tokens[:n])) <= end and self.whole_text.startswith(before)
+        ):
+            n -= 1
+        rest = self.whole_text[len(decode(self.tokens[:n])) if n else 0 : end]
+        # a stop string may begin inside a special token, whose text is left out
+        partial = "" if self.tokens[n] in self.tokenizer.special_ids else rest
+        return decode(self.tokens[:n], True) + partial
+
+    def result(self) -> Generation:
+        if self.stream and not self.cut:
+            self.text += self.stream.flush()
+        captured = {}
+        if self.captured:
+            captured = {
+                name: np.stack([step[name] for step in self.captured]) for name in self.captured[0]
+            }
+        return Generation(
+            self.text,
+            np.array(self.tokens, np.int32),
+            self.reason or "length",
+            np.array(self.prompt, np.int32),
+            captured,
+        )
+
+
+class Decoding:
+    """One micro-batch: prefill, then one token a step for every row that has not ended. Ended rows
+    leave the batch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,  # or one of circuits, with the same `forward`
+        states: list[Row],
+        sites: list[Site],
+        on_token: OnToken | None,
+        bar: Progress,
+    ) -> None:
+        from .device import _engine
+
+        self.batch, self.states, self.sites = batch, states, sites
+        self.on_token, self.bar = on_token, bar
+        self.double = 2 if batch.paired else 1
+        capacity = [len(s.prompt) + s.request.max_new_tokens for s in states]
+        starts = np.concatenate([[0], np.cumsum(np.repeat(capacity, self.double))])
+        self.starts = starts.astype(np.uint32)
+        self.cache = _engine().Cache(model._engine, int(self.starts[-1]))
+        batch.reserve(sum(len(s.prompt) for s in states), int(self.starts[-1]))
+
+    def run(self) -> None:
+        active = list(range(len(self.states)))
+        logits = self._prefill(active)
+        while True:
+            self._accept(active, logits)
+            # The last token of an ended row runs once more only for the captures at it.
+            feeding = active if self.sites else [a for a in active if not self.states[a].reason]
+            if not feeding:
+                return
+            logits = self._step(feeding)
+            still = [i for i, a in enumerate(feeding) if not self.states[a].reason]
+            active = [feeding[i] for i in still]
+            logits = logits[still]
+            if not active:
+                return
+            self.bar.step(len(active))
+
+    def _slots(self, rows: list[int]) -> UInt32Array:
+        """First cache slots of the engine rows of these rows."""
+        double = self.double
+        return np.concatenate([self.starts[double * a : double * a + double] for a in rows])
+
+    def _prefill(self, rows: list[int]) -> Float32Array:
+        """Logits [rows, V] after each prompt."""
+        prompts = [s.prompt for s in self.states]
+        width = max(map(len, prompts))
+        logits, _ = self.batch.forward(
+            self.cache,
+            prompts,
+            slots=self._slots(rows),
+            columns=[width - len(p) for p in prompts],
+            n_columns=width,
+            logits="last",
+            active=rows,
+        )
+        return np.asarray(logits)
+
+    def _accept(self, rows: list[int], logits: Float32Array) -> None:
+        """Picks the next token of each row."""
+        for a, row in zip(rows, logits, strict=True):
+            state = self.states[a]
+            if finite.suspect_row(row[None], (), None, self.batch.model._bias_logits) is not None:
+                self._refuse(state, bool(np.isfinite(row).all()))
+            token = state.request.sampling.pick(row, state.random)
+            piece = state.accept(token)
+            if self.on_token is not None:
+                self.on_token(state.index, token, piece)
+        for state in (self.states[a] for a in rows):
+            if state.reason:
+                self.bar.step(state.request.max_new_tokens - len(state.tokens) + 1)
+
+    def _refuse(self, state: Row, all_zero: bool) -> None:
+        """Raises ValueError for logits or captures that are not finite, with the layer and site
+        where that begins, and the cause. all_zero: finite logits that are all zero; nothing is
+        raised where every site is finite, too.
+        """
+        model, spec = self.batch.model, getattr(self.batch, "freeze_spec", None)
+        row = state.prompt + state.tokens
+        why = finite.explain(model, row, len(state.prompt), state.edits, spec)
+        if why is None and all_zero:
+            return
+        raise ValueError(
+            f"row {state.index}: values are not finite after {len(state.tokens)} new tokens;"
+            f" {why or 'an edit is too strong for this model, or its weights are damaged'}"
+        )
+
+    def _step(self, rows: list[int]) -> Float32Array:
+        """Runs the newest token of each row, keeps the captures; logits [rows, V] after it."""
+        # The keys of a row that grows beyond the switch of longrope were rotated by the table of
+        # shorter texts: all of its tokens are run again, as transformers does for Phi-3.
+        switch = self.batch.model.config.rope_switch
+        again = [0 < switch == self.states[a].length - 1 for a in rows]
+        if len(set(again)) == 1:
+            return self._pass(rows, again[0])
+        logits = np.empty((len(rows), self.batch.model.config.d_vocab), np.float32)
+        for all_tokens in (False, True):
+            part = [i for i, whole in enumerate(again) if whole == all_tokens]
+            logits[part] = self._pass([rows[i] for i in part], all_tokens)
+        return logits
+
+    def _pass(self, rows: list[int], all_tokens: bool) -> Float32Array:
+        """`_step` of rows whose newest token is run alone, or of rows of one length, all of whose
+        tokens are run.
+        """
+        states = [self.states[a] for a in rows]
+        lengths = [s.length for s in states]
+        starts = [0 if all_tokens else n - 1 for n in lengths]
+        logits, captured = self.batch.forward(
+            self.cache,
+            [(s.prompt + s.tokens)[start:] for s, start in zip(states, starts, strict=True)],
+            starts=starts,
+            slots=self._slots(rows),
+            columns=[-start for start in starts],
+            n_columns=lengths[0] if all_tokens else 1,
+            key_columns=[0] * len(rows),
+            n_keys=max(lengths),
+            capture=[s.key for s in self.sites],
+            logits="last",
+            active=rows,
+            decode=not all_tokens,
+        )
+        if self.sites:
+            if not all(finite.all_finite(captured[s.key]) for s in self.sites):
+                bad = finite.suspect_row(None, [captured[s.key] for s in self.sites])
+                self._refuse(states[bad or 0], False)
+            for i, state in enumerate(states):
+                state.captured.append({s.name: captured[s.key][i, -1] for s in self.sites})
+        return np.asarray(logits)
