@@ -6,8 +6,8 @@
 #                          what vksteer needs (make demo)
 #   tools/setup.sh docs    the same, and the documentation's Python packages (make docs)
 #   tools/setup.sh build   as run, and the tests' Python packages (make build)
-#   tools/setup.sh test    the same, and the validation layers, SwiftShader and AMD's shader
-#                          compiler (make test)
+#   tools/setup.sh test    the same, and the validation layers, SwiftShader, AMD's shader compiler
+#                          and a newer Mesa (make test)
 #
 # Only the compiler, Python's headers and the Vulkan loader are installed system-wide, as root or
 # with sudo; without either the script names what is missing and stops. Everything else is unpacked
@@ -19,6 +19,7 @@ cd "$(dirname "$0")/.."
 ROOT=$PWD TOOLS=$PWD/.tools VENV=$PWD/.venv
 GOAL=${1:-build}
 MESA_REQUIRED=25   # older lavapipe is 2-3 times slower
+MESA_NEXT=26.1     # the first whose lavapipe has cooperative matrices and subgroups of 8 work
 
 say()  { printf "setup [%3d s]: %s\n" $SECONDS "$*"; }
 die()  { echo "setup: $*" >&2; exit 1; }
@@ -366,6 +367,51 @@ test_drivers() {
     return 0   # a warning named what is missing, and the tests that need it fail
 }
 
+# newer_mesa: Mesa with cooperative matrices in its software driver, for tests. It needs a newer C
+# library than the machine's, so all it depends on is unpacked with it, and the processes that use
+# it are started through its own dynamic loader: tools/with_newer_mesa.sh.
+newer_mesa() {
+    local dir=$TOOLS/mesa-next
+    rm -rf "$dir"
+    say "unpacking a newer Mesa for the tests, with its C library (61 MB)"
+    if unpack_newer_mesa "$dir"; then return; fi
+    rm -rf "$dir" "$TOOLS/apt"
+    say "WARNING: Mesa $MESA_NEXT or newer is not available; its tests will say so"
+}
+
+unpack_newer_mesa() {   # FOLDER
+    local dir=$1 suite candidate lib packages=() driver
+    for suite in trixie-backports forky; do
+        apt_open mesa-next $([[ $suite != *-backports ]] || echo "${suite%-backports}") "$suite" ||
+            continue
+        candidate=$(apt_closure "$suite" mesa-vulkan-drivers |
+            sed -n 's/^mesa-vulkan-drivers=//p')
+        dpkg --compare-versions "${candidate:-0}" ge "$MESA_NEXT" || continue
+        mapfile -t packages < <(apt_closure "$suite" mesa-vulkan-drivers)
+        break
+    done
+    apt_unpack "$dir" "${packages[@]}" || return 1
+    rm -rf "$TOOLS/apt"
+    lib=$(dirname "$(find "$dir" -name libvulkan_lvp.so -print -quit)")
+    find "$lib" -name 'libvulkan_*' ! -name '*lvp*' ! -name '*radeon*' -delete
+    rm -rf "$lib"/{dri,gconv,perl-base,libVkLayer*} "$dir"/{etc,var,usr/bin,usr/sbin,usr/share}
+    for driver in lvp radeon; do
+        manifest "$dir/vksteer_$driver.json" "$lib/libvulkan_$driver.so"
+    done
+    # A Python whose processes, and the ones that they start by sys.executable, all go through the
+    # unpacked loader. It has the packages of .venv.
+    mkdir -p "$dir/python/bin"
+    ln -s "$VENV/lib" "$dir/python/lib"
+    cp "$VENV/pyvenv.cfg" "$dir/python/"
+    printf '#!/bin/sh\nexec "%s" --argv0 "%s" --library-path "%s" "%s" "$@"\n' \
+        "$(find "$lib" "$dir" -name 'ld-linux*.so.*' -print -quit)" "$dir/python/bin/python" \
+        "$lib" "$VENV/bin/python" >"$dir/python/bin/python"
+    chmod +x "$dir/python/bin/python"
+    ln -s python "$dir/python/bin/python3"
+    tools/with_newer_mesa.sh "$dir/python/bin/python" -S tools/vulkan_devices.py |
+        grep -q '^software'
+}
+
 system_mesa_is_recent() {
     local icd=/usr/share/vulkan/icd.d/lvp_icd.json
     [[ -e $icd || -e ${icd%.json}.x86_64.json ]] || return 1
@@ -400,4 +446,6 @@ step software_driver "$MESA_REQUIRED"
 [[ $GOAL != docs ]] || step docs_packages "$(cat pyproject.toml)"
 [[ $GOAL == run || $GOAL == docs ]] || step test_packages "$(cat pyproject.toml)"
 [[ $GOAL != test ]] || step test_drivers "$CODENAME"
+[[ $GOAL != test ]] ||
+    step newer_mesa "$CODENAME $(declare -f unpack_newer_mesa) $("$VENV/bin/python" -V)"
 "$HOST_PYTHON" tools/write_env.py
