@@ -27,7 +27,7 @@ program=$(command -v -- "$1" || true)
 if [[ $(basename -- "$1") =~ ^python[0-9.]*$ ]]; then
     shift
     exec python "$@"
-elif [[ $program == *.venv/bin/* ]] && head -c 200 "$program" | head -1 | grep -qa '^#!.*python'; then
+elif [[ $program == *.venv/bin/* && $(head -c 200 "$program" | tr -d "\0") == "#!"*python* ]]; then
     shift
     exec python "$program" "$@"
 fi
