@@ -9,6 +9,7 @@ import pytest
 
 from standin import NumpyModel, ScriptedModel
 from vksteer import steering
+from vksteer.base.distributions import log_softmax
 from vksteer.inputs.vectors import SteeringVector
 from vksteer.runtime.edits import Ablate, Steer
 from vksteer.steering import choose, difference_in_means, scores
@@ -143,7 +144,7 @@ def test_refusal_metric_and_kl_at_their_ends():
     np.testing.assert_allclose(scores.refusal_metric(logits, [0]), [400, np.log(1 / 2)])
     np.testing.assert_allclose(scores.refusal_metric(logits, [2]), [-800, np.log(1 / 2)])
     np.testing.assert_allclose(scores.refusal_metric(logits, [0, 1]), [800, np.log(2)])
-    logp = scores.log_softmax(logits)
+    logp = log_softmax(logits)
     np.testing.assert_allclose(scores.kl_divergence(logp, logits), [0, 0], atol=1e-15)
     assert scores.kl_divergence(logp[:1], logits[:1, ::-1])[0] == pytest.approx(800)
 
@@ -315,7 +316,7 @@ def test_sweep_and_its_verdicts():
     assert sw[1].kl > 0 and sw[1].kl_side > 0 and sw[2].kl > sw[0].kl
     rows = model.chat_tokens(HARMLESS)
     logits = [model.run(rows, edits=e, logits="last").logits for e in ([], [Steer(v, 1.0)])]
-    assert sw[1].kl == scores.kl_divergence(scores.log_softmax(logits[0]), logits[1]).mean()
+    assert sw[1].kl == scores.kl_divergence(log_softmax(logits[0]), logits[1]).mean()
     assert (
         sw.to_markdown().count("\n") == 5
         and sw.to_dict()["best"] == 1.0

@@ -74,7 +74,7 @@ void circuit_destroy(struct circuit_run *run) {
 
 /* --- the pass --------------------------------------------------------------------------------- */
 
-/* Difference 0: what steering adds to every token. */
+/* Difference 0: what steering adds to every token, or to each. */
 static int steer(struct circuit_run *run, struct error *error) {
     struct run_work *work = run->work;
     struct copy_params copy = {
@@ -85,6 +85,11 @@ static int steer(struct circuit_run *run, struct error *error) {
         .x_stride = 0,
         .out_stride = work->d_stride,
     };
+    if (run->token_steer) {
+        const float *rows = run->token_steer + (uint64_t)work->chunk.places[0].packed * copy.width;
+        copy.x_stride = copy.width;
+        RUN(work_upload(work, rows, 4 * (uint64_t)copy.n_rows * copy.width, &copy.x, error));
+    }
     RUN(op_copy(&run->model->ops, &copy, error));
     return circuit_masks(run, 0, error);
 }
@@ -157,7 +162,8 @@ static int hook_call(void *context, struct run_work *work, enum run_hook_point w
 }
 
 int circuit_forward(struct circuit_run *run, struct run_cache *cache, const struct run_batch *batch,
-                    const struct read_request *read, const uint8_t *mask, struct error *error) {
+                    const struct read_request *read, const uint8_t *mask, const float *token_steer,
+                    struct error *error) {
     struct run_hook hook = {.context = run, .call = hook_call};
     if (!run->work)
         return error_set(error, ERROR_VALUE, "these circuits have no memory yet");
@@ -169,10 +175,12 @@ int circuit_forward(struct circuit_run *run, struct run_cache *cache, const stru
             run->first_layer, run->n_slots, batch->first_layer, cache->n_slots);
     run->read = read;
     run->mask = mask;
+    run->token_steer = token_steer;
     run->work->hook = &hook;
     int failed = run_forward(run->work, cache, batch, error);
     run->work->hook = NULL;
     run->read = NULL;
     run->mask = NULL;
+    run->token_steer = NULL;
     return failed;
 }

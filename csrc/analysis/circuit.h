@@ -113,6 +113,7 @@ struct circuit_run {
     struct read_memory read_memory;
     const struct read_request *read; /* of the pass that is running */
     const uint8_t *mask;             /* [all tokens of the batch] of the pass that is running */
+    const float *token_steer;        /* [all tokens, D] likewise, or NULL */
 };
 
 /* Checks the plan and makes its tables in host memory; the plan's arrays are copied. The model must
@@ -131,10 +132,12 @@ int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots
                     const float *steer, struct error *error);
 /* One forward pass of the base run with the circuits beside it; the caches of both continue where
  * the pass before ended. read: the outputs to compute for every entry of the logits' input. mask
- * [all tokens]: where masked differences are not zero; NULL if there are none. ERROR_VALUE without
- * memory, and for a batch that does not fit. Waits. */
+ * [all tokens]: where masked differences are not zero; NULL if there are none. token_steer [all
+ * tokens, D]: what steering adds to each token, in place of the same vector for all; NULL if it is
+ * that. ERROR_VALUE without memory, and for a batch that does not fit. Waits. */
 int circuit_forward(struct circuit_run *run, struct run_cache *cache, const struct run_batch *batch,
-                    const struct read_request *read, const uint8_t *mask, struct error *error);
+                    const struct read_request *read, const uint8_t *mask, const float *token_steer,
+                    struct error *error);
 
 /* circuit_inputs.c */
 /* Queries, keys and values of all entries, where the attention kernels read them. run->work->x is

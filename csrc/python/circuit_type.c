@@ -194,28 +194,31 @@ static int read_tokens(struct batch_arguments *a, PyObject *tokens, struct read_
     return 0;
 }
 
-/* forward(cache, rows, tokens, request, mask) -> (pairs [E, n, 2], distributions [E, n, 4], logits
- * [E, n, V]) of the E entries of the logits' input */
+/* forward(cache, rows, tokens, request, mask, token_steer) -> (pairs [E, n, 2], distributions [E,
+ * n, 4], logits [E, n, V]) of the E entries of the logits' input */
 static PyObject *circuits_forward(PyObject *object, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"cache", "rows", "tokens", "request", "mask", NULL};
+    static char *names[] = {"cache", "rows", "tokens", "request", "mask", "token_steer", NULL};
     struct circuits_object *self = (struct circuits_object *)object;
     struct model_object *owner = self->owner;
-    PyObject *cache, *rows, *tokens, *tuple, *mask = Py_None, *values = NULL, *result = NULL;
+    PyObject *cache, *rows, *tokens, *tuple, *values = NULL, *result = NULL;
+    PyObject *mask = Py_None, *steer = Py_None;
     struct batch_arguments a = {0};
     struct read_request read = {0};
     struct error error = {0};
-    const void *masked;
+    const void *masked, *steered;
     int failed = 1, begun = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOO!|O", names, &cache, &rows, &tokens,
-                                     &PyTuple_Type, &tuple, &mask) ||
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOO!|OO", names, &cache, &rows, &tokens,
+                                     &PyTuple_Type, &tuple, &mask, &steer) ||
         engine_begin(owner, 1))
         return NULL;
     if (batch_read(&a, owner, cache, rows) || read_tokens(&a, tokens, &read) ||
         batch_borrow(&a, mask, 'B', "mask", (Py_ssize_t)a.n_tokens, &masked) ||
+        batch_borrow(&a, steer, 'f', "token_steer",
+                     (Py_ssize_t)a.n_tokens * (Py_ssize_t)owner->model->facts.d_model, &steered) ||
         request_read(&a, &owner->model->facts, tuple, self->run->n_logits, &read, &values))
         goto done;
     ENGINE_WORK(owner, failed,
-                circuit_forward(self->run, a.cache, &a.batch, &read, masked, &error));
+                circuit_forward(self->run, a.cache, &a.batch, &read, masked, steered, &error));
     begun = 0;
 done:
     if (engine_finish(owner, begun, failed, &error))

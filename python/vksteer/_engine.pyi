@@ -234,4 +234,5 @@ class Circuits:
         tokens: Words,
         request: tuple[Any, ...],
         mask: NDArray[np.uint8] | None = ...,
+        token_steer: Floats | None = ...,  # [T, D] in place of steer
     ) -> tuple[Floats | None, Floats | None, Floats | None]: ...

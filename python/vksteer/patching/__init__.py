@@ -17,6 +17,7 @@ _LAZY = {
     "exact": ".exact_patching",
     "heatmap": ".activation_patching",
     "Heatmap": ".activation_patching",
+    "path": ".path_patching",
     "plan": ".memory_plan",
     "Plan": ".memory_plan",
     "agreement": ".rank_agreement",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .edge_scores import EdgeScores
     from .exact_patching import exact
     from .memory_plan import Plan, plan
+    from .path_patching import path
     from .rank_agreement import Agreement, agreement
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "graph",
     "heatmap",
     "make_samples",
+    "path",
     "plan",
 ]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..base.checks import is_int
+from ..base.distributions import log_softmax
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
@@ -121,12 +122,12 @@ def heatmap(
     length, lists of unequal length, a site without layers or that the model does not have, and
     metrics whose positions lie outside the prompt.
     """
-    pairs = _pairs(model, clean, corrupt)
-    metrics = _metrics(of, len(pairs), len(pairs[0][0]), model.config.d_vocab)
+    pairs = prompt_pairs(model, clean, corrupt)
+    listed = row_metrics(of, len(pairs), len(pairs[0][0]), model.config.d_vocab)
     sites = _sites(model, site)
     found, ends = [], []
     with Progress(progress, len(pairs) * len(sites), "heat map") as bar:
-        for (good, bad), metric in zip(pairs, metrics, strict=True):
+        for (good, bad), metric in zip(pairs, listed, strict=True):
             patching = _Patching(model, good, bad, metric, sites)
             found.append(patching.run(bar))
             ends.append((patching.clean, patching.corrupt))
@@ -141,7 +142,7 @@ def heatmap(
     return Heatmap(np.mean(found, axis=0), both[:, 0], both[:, 1], site, columns, meta)
 
 
-def _pairs(model: Model, clean: Any, corrupt: Any) -> list[tuple[list[int], list[int]]]:
+def prompt_pairs(model: Model, clean: Any, corrupt: Any) -> list[tuple[list[int], list[int]]]:
     sides = as_tokens(model, clean, "clean"), as_tokens(model, corrupt, "corrupt")
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
@@ -161,14 +162,14 @@ def _pairs(model: Model, clean: Any, corrupt: Any) -> list[tuple[list[int], list
     return list(zip(*sides, strict=True))
 
 
-def _metrics(of: Any, n: int, length: int, vocabulary: int) -> list[Metric]:
+def row_metrics(of: Any, n: int, length: int, vocabulary: int) -> list[Metric]:
     listed = list(of) if isinstance(of, (list, tuple)) else [of] * n
     if len(listed) != n:
         raise ValueError(f"of must be one metric, or one for each of {n} pairs, not {len(listed)}")
     for metric in listed:
         if not isinstance(metric, (LogitDiff, LogProb, KL)):
             raise ValueError(f"of must be vs.LogitDiff, vs.LogProb or vs.KL, not {metric!r}")
-        for p in _positions(metric):
+        for p in metric_positions(metric):
             if not is_int(p) or not -length <= p < length:
                 raise ValueError(f"of: position {p!r} lies outside the prompts' {length} tokens")
         for token in _tokens(metric):
@@ -177,7 +178,7 @@ def _metrics(of: Any, n: int, length: int, vocabulary: int) -> list[Metric]:
     return listed
 
 
-def _positions(metric: Metric) -> list[Any]:
+def metric_positions(metric: Metric) -> list[Any]:
     at = metric.position if isinstance(metric, LogitDiff) else metric.positions
     return [at] if is_int(at) else list(at)  # type: ignore[arg-type]
 
@@ -188,21 +189,15 @@ def _tokens(metric: Metric) -> list[Any]:
     return list(metric.tokens) if isinstance(metric, LogProb) else []
 
 
-def _value(metric: Metric, logits: Float64Array) -> float:
+def metric_value(metric: Metric, logits: Float64Array) -> float:
     """The metric of logits [n positions, V] at its positions, in their order."""
     if isinstance(metric, LogitDiff):
         return float(logits[0, metric.a] - logits[0, metric.b])
-    logp = _log_softmax(logits)
+    logp = log_softmax(logits)
     if isinstance(metric, LogProb):
         return float(logp[np.arange(len(logp)), list(metric.tokens)].sum())
-    reference = _log_softmax(np.asarray(metric.reference_logits, np.float64))
+    reference = log_softmax(np.asarray(metric.reference_logits, np.float64))
     return float((np.exp(reference) * (reference - logp)).sum())
-
-
-def _log_softmax(x: Float64Array) -> Float64Array:
-    top = x.max(axis=-1, keepdims=True)
-    result: Float64Array = x - top - np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
-    return result
 
 
 def _sites(model: Model, site: str) -> list[Site]:
@@ -226,7 +221,7 @@ class _Patching:
         self, model: Model, clean: list[int], corrupt: list[int], metric: Metric, sites: list[Site]
     ) -> None:
         self.model, self.metric, self.sites, self.length = model, metric, sites, len(corrupt)
-        at = [p % len(corrupt) for p in _positions(metric)]
+        at = [p % len(corrupt) for p in metric_positions(metric)]
         n, switch = max(at) + 1, model.config.rope_switch
         if len(corrupt) > switch > 0:
             n = max(n, switch + 1)
@@ -234,13 +229,13 @@ class _Patching:
         run = model.run([whole], capture=[s.name for s in sites], logits="all")
         self.patches = {s.name: run[s.name][0] for s in sites}
         assert run.logits is not None  # they were asked for
-        self.clean = _value(metric, run.logits[0][at].astype(np.float64))
+        self.clean = metric_value(metric, run.logits[0][at].astype(np.float64))
         layers = sorted({s.layer for s in sites})
         _, streams = layer_inputs(model, [self.tokens], layers, len(self.tokens))
         self.streams = {l: streams[l][0] for l in layers}
         base = model.run([self.tokens], logits="all").logits
         assert base is not None
-        self.corrupt = _value(metric, base[0][at].astype(np.float64))
+        self.corrupt = metric_value(metric, base[0][at].astype(np.float64))
 
     def run(self, bar: Progress) -> Float64Array:
         """float64 [L, S] or [L, H]."""
@@ -273,7 +268,7 @@ class _Patching:
             some = edits[start : start + most]
             for logits in self._pass(site.layer, some, last):
                 rows = logits[None] if last else logits[self.at]
-                found.append(_value(self.metric, rows.astype(np.float64)))
+                found.append(metric_value(self.metric, rows.astype(np.float64)))
         return np.array(found)
 
     def _pass(self, layer: int, edits: list[Set], last: bool) -> Float32Array:

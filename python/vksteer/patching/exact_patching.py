@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Patched: TypeAlias = Iterable[str | int] | str
 
 
-def _patches(
+def find_patches(
     graph: Graph, edges: Patched | None, nodes: Patched | None
 ) -> list[list[tuple[int, int]]]:
     """The inputs that each patch changes, as (upstream, downstream) pairs."""
@@ -102,11 +102,11 @@ def exact(
     sample = check_samples(model, sample)[0]
     _check_reading(clean, metric)
     graph = graph_of(model, vector.layer)
-    patches = _patches(graph, edges, nodes)
+    patches = find_patches(graph, edges, nodes)
     mask = _mask(positions, sample)
     if not patches:
         return np.zeros(0)
-    source, rows = _rows(graph, patches)
+    source, rows = patch_rows(graph, patches)
     sign, edits = (1, []) if clean == "steered" else (-1, [Steer(vector, coefficient)])
     steer = np.float32(sign * coefficient) * vector.direction
     passes = Passes(model, graph, steer, max_memory, edits, masked=mask is not None)
@@ -148,7 +148,9 @@ def _mask(positions: object, sample: Sample) -> npt.NDArray[np.uint8] | None:
     return mask
 
 
-def _rows(graph: Graph, patches: Sequence[Sequence[tuple[int, int]]]) -> tuple[Rows, list[Rows]]:
+def patch_rows(
+    graph: Graph, patches: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Rows, list[Rows]]:
     """The clean run, and one run for each patch."""
     everything = np.ones((graph.n_upstream, graph.n_downstream), bool)
     everything[np.arange(graph.n_downstream)[None] < graph.start[:, None]] = False

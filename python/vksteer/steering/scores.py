@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.checks import is_int
+from ..base.distributions import log_softmax, logsumexp, rowwise
 from ..base.progress import Progress
 from ..base.types import Float32Array, Float64Array, Prompts
 from ..inputs.prompts import batches, token_text
@@ -32,35 +33,6 @@ BATCH_LOGITS = 1 << 24
 Rows: TypeAlias = Sequence[tuple[list[int], list[Any]]]
 
 
-def _logsumexp(x: Float64Array) -> float:
-    """log(sum(exp(x))) of one row, accurate in both tails."""
-    top = x.max()
-    return float(top + np.log(np.exp(x - top).sum()))
-
-
-def _rowwise(
-    function: Callable[..., Any], width_out: tuple[int, ...], *tables: npt.ArrayLike
-) -> Float64Array:
-    """`function` of each row by itself. NumPy's order of summation depends on how many rows an
-    array holds; this way every row is summed in one order.
-    """
-    arrays = [np.asarray(table) for table in tables]
-    lead = arrays[-1].shape[:-1]
-    flat = [
-        np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float64)
-        for array in arrays
-    ]
-    out = np.empty((len(flat[-1]), *width_out), dtype=np.float64)
-    for i, rows in enumerate(zip(*flat)):
-        out[i] = function(*rows)
-    return out.reshape(*lead, *width_out)
-
-
-def log_softmax(logits: npt.ArrayLike) -> Float64Array:
-    """Log-probabilities over the last axis, float64 [..., V]."""
-    return _rowwise(lambda x: x - _logsumexp(x), (np.shape(logits)[-1],), logits)
-
-
 def refusal_metric(logits: npt.ArrayLike, refusal_tokens: Sequence[int]) -> Float64Array:
     """log(P_ref / (1 - P_ref)), float64 [...], where P_ref is the summed next-token probability of
     `refusal_tokens`; no epsilon (docs/method.md section 2).
@@ -70,14 +42,14 @@ def refusal_metric(logits: npt.ArrayLike, refusal_tokens: Sequence[int]) -> Floa
     """
     inside = np.zeros(np.shape(logits)[-1], dtype=bool)
     inside[list(refusal_tokens)] = True
-    return _rowwise(lambda x: _logsumexp(x[inside]) - _logsumexp(x[~inside]), (), logits)
+    return rowwise(lambda x: logsumexp(x[inside]) - logsumexp(x[~inside]), (), logits)
 
 
 def kl_divergence(logp: npt.ArrayLike, logits: npt.ArrayLike) -> Float64Array:
     """KL(P || Q) over the last axis in nats, float64 [...]. logp: log-probabilities of P, [..., V].
     logits: of Q. Rounding can make it slightly negative.
     """
-    return _rowwise(lambda p, x: (np.exp(p) * (p - (x - _logsumexp(x)))).sum(), (), logp, logits)
+    return rowwise(lambda p, x: (np.exp(p) * (p - (x - logsumexp(x)))).sum(), (), logp, logits)
 
 
 def _last_logits(model: Model, rows: Rows) -> Float32Array:

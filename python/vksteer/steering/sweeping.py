@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.checks import is_number
+from ..base.distributions import log_softmax
 from ..base.progress import Progress
 from ..base.types import Float32Array, ProgressLike, Prompts
 from ..inputs.prompt_pair import PromptPair
 from ..judge import Rate
 from ..runtime.edits import Steer
-from .scores import Rows, kl_divergence, last_logits, log_softmax
+from .scores import Rows, kl_divergence, last_logits
 
 if TYPE_CHECKING:
     from ..inputs.vectors import SteeringVector
