@@ -53,10 +53,19 @@ def rss():
 """
 
 
-def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environment):
+def child(
+    code,
+    *arguments,
+    timeout=120,
+    preamble=PREAMBLE,
+    python=(),
+    executable=sys.executable,
+    **environment,
+):
     """Runs `code` with the arguments in sys.argv[1:]; returns subprocess.CompletedProcess with
     text.
 
+    executable: another Python with the same packages, such as the newer Mesa's.
     environment: variables to set; None removes one. A software driver starts its own number of
     threads, also where conftest.py gave the processes of the test run fewer: workgroups of a kernel
     run at the same time in children, and nowhere else on a machine of two processors.
@@ -71,7 +80,7 @@ def child(code, *arguments, timeout=120, preamble=PREAMBLE, python=(), **environ
         else:
             env[name] = str(value)
     return subprocess.run(
-        [sys.executable, *python, "-c", preamble + code, *map(str, arguments)],
+        [executable, *python, "-c", preamble + code, *map(str, arguments)],
         env=env,
         capture_output=True,
         text=True,

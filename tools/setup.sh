@@ -380,7 +380,7 @@ newer_mesa() {
 }
 
 unpack_newer_mesa() {   # FOLDER
-    local dir=$1 suite candidate lib packages=() driver
+    local dir=$1 suite candidate lib packages=()
     for suite in trixie-backports forky; do
         apt_open mesa-next $([[ $suite != *-backports ]] || echo "${suite%-backports}") "$suite" ||
             continue
@@ -393,11 +393,9 @@ unpack_newer_mesa() {   # FOLDER
     apt_unpack "$dir" "${packages[@]}" || return 1
     rm -rf "$TOOLS/apt"
     lib=$(dirname "$(find "$dir" -name libvulkan_lvp.so -print -quit)")
-    find "$lib" -name 'libvulkan_*' ! -name '*lvp*' ! -name '*radeon*' -delete
+    find "$lib" -name 'libvulkan_*' ! -name '*lvp*' -delete
     rm -rf "$lib"/{dri,gconv,perl-base,libVkLayer*} "$dir"/{etc,var,usr/bin,usr/sbin,usr/share}
-    for driver in lvp radeon; do
-        manifest "$dir/vksteer_$driver.json" "$lib/libvulkan_$driver.so"
-    done
+    manifest "$dir/vksteer_lvp.json" "$lib/libvulkan_lvp.so"
     # A Python whose processes, and the ones that they start by sys.executable, all go through the
     # unpacked loader. It has the packages of .venv.
     mkdir -p "$dir/python/bin"

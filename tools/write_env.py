@@ -34,7 +34,6 @@ env = {
     ),
     # Mesa 26.1 or newer, and the Python that runs on its C library (tools/with_newer_mesa.sh)
     "newer_lavapipe_icd": first(TOOLS / "mesa-next/vksteer_lvp.json"),
-    "newer_radeon_icd": first(TOOLS / "mesa-next/vksteer_radeon.json"),
     "newer_mesa_python": first(TOOLS / "mesa-next/python/bin/python"),
     "swiftshader_icd": first(TOOLS / "swiftshader/vk_swiftshader_icd.json"),
     # for VK_LAYER_PATH, with VK_INSTANCE_LAYERS=VK_LAYER_KHRONOS_validation
