@@ -15,7 +15,12 @@ from .base.figures import new_figure
 from .base.progress import Progress
 from .base.provenance import digest, fingerprint, provenance
 from .base.types import Array, PathLike
-from .inputs.prompt_pair import Answer, AnswerStore, PromptPair, magnitudes
+from .inputs.prompt_pair import (
+    Answer,
+    AnswerStore,
+    PromptPair,
+    magnitudes,
+)
 from .inputs.vectors import SteeringVector
 from .judge import Judge, Rate
 
@@ -190,6 +195,7 @@ class _Condition:
     vector: SteeringVector | None  # None: unsteered
     options: dict[str, Any]  # arguments of model.generate
     layer: int | None = None
+    prompts: PromptPair | None = None  # None: those of the table
 
 
 def random_vector(vector: SteeringVector, seed: int, index: int = 0) -> SteeringVector:
@@ -235,7 +241,11 @@ def _layers(
 
 
 def _conditions(
-    vector: SteeringVector, layers: list[int] | None, n_random: int, seed: int
+    vector: SteeringVector,
+    layers: list[int] | None,
+    n_random: int,
+    seed: int,
+    prompted: PromptPair | None,
 ) -> list[_Condition]:
     conditions = [_Condition("none", vector, {})]
     for name, options in list(ABLATIONS.items())[1:]:
@@ -249,6 +259,8 @@ def _conditions(
     conditions += [
         _Condition(f"random {i}", random_vector(vector, seed, i), {}) for i in range(n_random)
     ]
+    if prompted is not None:
+        conditions.append(_Condition("prompt", None, {}, prompts=prompted))
     return conditions + [_Condition("unsteered", None, {})]
 
 
@@ -264,6 +276,7 @@ def ablation_table(
     min_words: int | str | None = "auto",
     layers: int | str | Sequence[int] | None = None,
     random_control: int = 3,
+    prompt_baseline: str | Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     out: PathLike | None = None,
@@ -273,44 +286,52 @@ def ablation_table(
     computation frozen or ablated, and measure the attack success rate (ASR).
 
     Rows: none, QK, OV, SVV, MLP direct, MLP; then, as controls, `random_control` rows that steer
-    by a random direction of the same norm, and the unsteered model. Each has the ASR on both sets
-    with its 95 % Wilson interval, the change from "none", the average change (mean of the two
-    absolute changes), "ended", repetition and compression. Decoding is greedy; everything is
-    deterministic given `seed`.
+    by a random direction of the same norm, with `prompt_baseline` the row "prompt", and the
+    unsteered model. Each has the ASR on both sets with its 95 % Wilson interval, the change from
+    "none", the average change (mean of the two absolute changes), "ended", repetition and
+    compression. Decoding is greedy; everything is deterministic given `seed`.
 
     vector: added to resid_pre of its layer. harmful, harmless: prompts (texts or token lists).
     coefficient: a, or (plus, minus), both magnitudes: harmless prompts are steered by +plus,
     harmful ones by -minus.
-    judge: callable(prompts, responses) -> bool [n], True for unsafe, for harmful prompts, for
-    example `LlamaGuard(model)`; None: the substring judge. min_words: "auto" applies the 15-word
-    rule with a judge; None or a number sets it.
+    judge: callable(prompts, responses) -> bool [n], True for unsafe, for harmful prompts (such as
+    `LlamaGuard(model)`); None: the substring judge. min_words: "auto" applies the 15-word rule with
+    a judge; None or a number sets it.
     layers: None freezes all layers from the vector's on; a list of layers or "each" freezes one at
     a time (rows "QK 12", ...).
+    prompt_baseline: a text put before each prompt instead of steering, or (before harmless prompts,
+    before harmful ones).
     out: a .json file of answers; a second call with the same arguments takes finished rows from it.
     Raises ValueError before any work for a vector of another width or layer or zero, empty lists,
-    prompts that leave no room for the answer, and numbers out of range.
+    prompts that leave no room for the answer, numbers out of range, and a blank `prompt_baseline`
+    or one before token lists.
     """
-    vector.check(model, output=False)
-    if vector.norm == 0:
-        raise ValueError("the vector is zero: it steers nothing, and there is nothing to ablate")
+    _check(model, vector, min_words)
     plus, minus = magnitudes(coefficient)
     n_random, seed = require_int(random_control, "random_control", 0), require_int(seed, "seed", 0)
     chosen = _layers(layers, vector, model.config.n_layers)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
-    if min_words != "auto" and min_words is not None:
-        require_int(min_words, "min_words", 0)
-    conditions = _conditions(vector, chosen, n_random, seed)
-    store = _store(out, pair, vector, plus, minus, seed)
+    prompted = pair.prompted(prompt_baseline)
+    conditions = _conditions(vector, chosen, n_random, seed, prompted)
+    store = _store(out, pair, vector, plus, minus, seed, prompted)
     answers = _answers(pair, conditions, store, plus, minus, progress)
     rates = {name: pair.rates(sides, judge, min_words) for name, sides in answers.items()}
-    options = {
+    setting = _setting(pair, vector, [plus, minus]) | {
         "seed": seed,
         "layers": chosen,
         "min_words": min_words,
         "judge": "substring" if judge is None else type(judge).__name__,
+        "prompt_baseline": prompt_baseline,
     }
-    setting = _setting(pair, vector, [plus, minus], options)
     return AblationTable([_row(c, rates) for c in conditions], answers, setting)
+
+
+def _check(model: Model, vector: SteeringVector, min_words: int | str | None) -> None:
+    vector.check(model, output=False)
+    if vector.norm == 0:
+        raise ValueError("the vector is zero: it steers nothing, and there is nothing to ablate")
+    if min_words != "auto" and min_words is not None:
+        require_int(min_words, "min_words", 0)
 
 
 def _store(
@@ -320,8 +341,10 @@ def _store(
     plus: float,
     minus: float,
     seed: int,
+    prompted: PromptPair | None,
 ) -> AnswerStore:
     """The file of answers; its key is everything that the answers depend on."""
+    more = () if prompted is None else (prompted.harmless_rows, prompted.harmful_rows)
     key = digest(
         "ablation table 1",
         fingerprint(pair.model),
@@ -333,6 +356,7 @@ def _store(
         pair.harmless_rows,
         pair.max_new_tokens,
         seed,
+        *more,
     )
     return AnswerStore(
         out,
@@ -356,7 +380,8 @@ def _answers(
     with Progress(progress, len(conditions) * len(pair), "Table 1") as bar:
         for c in conditions:
             if c.name not in store.answers:
-                store.put(c.name, pair.run(c.vector, plus, minus, **c.options))
+                prompts = pair if c.prompts is None else c.prompts
+                store.put(c.name, prompts.run(c.vector, plus, minus, **c.options))
             bar.step(len(pair))
     return {c.name: store.answers[c.name] for c in conditions}
 
@@ -376,9 +401,7 @@ def _row(condition: _Condition, rates: dict[str, dict[str, Rate]]) -> TableRow:
     )
 
 
-def _setting(
-    pair: PromptPair, vector: SteeringVector, coefficient: list[float], options: dict[str, Any]
-) -> dict[str, Any]:
+def _setting(pair: PromptPair, vector: SteeringVector, coefficient: list[float]) -> dict[str, Any]:
     """A table's setting, for records: the vector, the prompts, the options and the model."""
     doses = pair.doses(vector)
     return {
@@ -390,7 +413,6 @@ def _setting(
         "n_harmless": len(pair.harmless),
         "n_harmful": len(pair.harmful),
         "max_new_tokens": pair.max_new_tokens,
-        **options,
         "vector_hash": digest(vector.direction),
         "vector_norm": vector.norm,
         "prompts_hash": digest(pair.harmful_rows, pair.harmless_rows),

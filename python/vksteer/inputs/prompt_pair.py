@@ -5,7 +5,7 @@ one batch of generation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -50,6 +50,24 @@ def magnitudes(coefficient: Any) -> tuple[float, float]:
             f"coefficient must be one magnitude or (plus, minus), not {len(pair)} numbers"
         )
     return float(pair[0]), float(pair[1])
+
+
+def baseline_instructions(given: Any) -> tuple[str, str]:
+    """(text before harmless prompts, text before harmful ones) from one text or two.
+
+    Raises ValueError for anything else, and for a blank text.
+    """
+    pair = (given, given) if isinstance(given, str) else given
+    if (
+        not isinstance(pair, (list, tuple))
+        or len(pair) != 2
+        or not all(isinstance(text, str) and text.strip() for text in pair)
+    ):
+        raise ValueError(
+            "prompt_baseline must be a text that is not blank, or two: (before harmless prompts,"
+            f" before harmful ones), not {given!r}"
+        )
+    return pair[0], pair[1]
 
 
 @dataclass
@@ -150,6 +168,32 @@ class PromptPair:
 
     def __len__(self) -> int:
         return len(self.harmful) + len(self.harmless)
+
+    def prompted(self, baseline: Any) -> PromptPair | None:
+        """The same prompts with an instruction before each, as a baseline of steering; judges are
+        asked about the prompts without it. baseline: one text, or (before harmless prompts, before
+        harmful ones), or None, which gives None.
+
+        Raises ValueError for anything else, for prompts that are token lists, and for a prompt that
+        leaves no room for the answer.
+        """
+        if baseline is None:
+            return None
+        instructions = baseline_instructions(baseline)
+        rows = []
+        for side, text in zip(("harmless", "harmful"), instructions, strict=True):
+            prompts: list[str | list[int]] = getattr(self, side)
+            tokens = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+            if tokens:
+                raise ValueError(
+                    f"prompt_baseline puts a text before each prompt, and {side}[{tokens[0]}] is a"
+                    " list of tokens: give texts"
+                )
+            before = text if text[-1].isspace() else f"{text} "
+            what = f"prompt_baseline with {side}"
+            joined = [f"{before}{prompt}" for prompt in prompts]
+            rows.append(as_tokens(self.model, joined, what, room=self.max_new_tokens))
+        return replace(self, harmless_rows=rows[0], harmful_rows=rows[1])
 
     def run(
         self,

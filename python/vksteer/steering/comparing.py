@@ -59,6 +59,17 @@ class _Options:
     max_new_tokens: int
     judge: Judge | None
 
+    @classmethod
+    def of(
+        cls, side: str, n_samples: int, size: int | None, threshold: float, steps: int, *rest: Any
+    ) -> _Options:
+        """The options, checked."""
+        if side not in SIDES:
+            raise ValueError(f"side={side!r}: 'harmful' or 'harmless'")
+        n_samples, steps = require_int(n_samples, "n_samples", 1), require_int(steps, "steps", 1)
+        size = None if size is None else require_int(size, "size", 1)
+        return cls(side, n_samples, size, threshold, steps, *rest)
+
 
 class _Circuits:
     """Samples, scores and circuits of every vector. prompts: those that are steered."""
@@ -167,6 +178,7 @@ def compare(
     size: int | None = None,
     threshold: float = 0.85,
     steps: int = 10,
+    prompt_baseline: str | Sequence[str] | None = None,
     batch_size: int | None = None,
     progress: ProgressLike = True,
 ) -> Comparison:
@@ -180,25 +192,23 @@ def compare(
     circuits: False, or True or "auto" for circuits of all vectors, compared where they share a
     layer. side: the kind of prompts, of which the first `n_samples` are steered for them and the
     flipped ones kept. size: edges of every circuit (None: the minimum faithful one at `threshold`).
-    steps: of EAP-IG. Raises ValueError before any work for an empty dict, vectors that are zero or
-    of another width or layer, empty lists and bad numbers.
+    steps: of EAP-IG. prompt_baseline: one more row, as in `sweep`. Raises ValueError before work
+    for an empty dict, vectors that are zero or of another width or layer, empty lists and bad
+    numbers.
     """
     vectors, strengths = _checked(model, vectors, coefficient, normalize)
-    if side not in SIDES:
-        raise ValueError(f"side={side!r}: 'harmful' or 'harmless'")
-    if circuits not in (True, False, "auto"):
-        raise ValueError(f"circuits={circuits!r}: True, False or 'auto'")
-    n_samples, steps = require_int(n_samples, "n_samples", 1), require_int(steps, "steps", 1)
-    size = None if size is None else require_int(size, "size", 1)
-    options = _Options(side, n_samples, size, threshold, steps, max_new_tokens, judge)
+    with_circuits = _with_circuits(circuits)
+    options = _Options.of(side, n_samples, size, threshold, steps, max_new_tokens, judge)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
+    prompted = pair.prompted(prompt_baseline)
     prompts = pair.harmful_rows if side == "harmful" else pair.harmless_rows
     finder = _Circuits(model, vectors, strengths, prompts, options)
-    with_circuits = circuits is not False
     notes = _notes(vectors) if with_circuits else []
-    total = len(pair) * (len(vectors) + 1) + 2 * len(vectors) * with_circuits
+    runs = len(vectors) + 1 + (prompted is not None)
+    total = len(pair) * runs + 2 * len(vectors) * with_circuits
     with Progress(progress, total, "compare") as bar:
         unsteered, rates = _rates(pair, vectors, strengths, judge, min_words, bar)
+        baseline = _baseline(pair, prompted, judge, min_words, bar)
         if with_circuits:
             finder.run(bar, notes)
     return Comparison(
@@ -207,8 +217,9 @@ def compare(
         _cosines(list(vectors.values())),
         finder.overlaps,
         finder.cross,
-        _setting(model, vectors, pair, normalize, options),
+        _setting(model, vectors, pair, normalize, options, prompt_baseline),
         notes,
+        baseline,
     )
 
 
@@ -260,7 +271,32 @@ def _rates(
     for name, vector in vectors.items():
         rates[name] = pair.rates(pair.run(vector, *strengths[name]), judge, min_words)
         bar.step(len(pair))
-    return (base["harmless"], base["harmful"]), rates
+    return _both(base), rates
+
+
+def _with_circuits(circuits: bool | str) -> bool:
+    if circuits not in (True, False, "auto"):
+        raise ValueError(f"circuits={circuits!r}: True, False or 'auto'")
+    return circuits is not False
+
+
+def _baseline(
+    pair: PromptPair,
+    prompted: PromptPair | None,
+    judge: Judge | None,
+    min_words: int | str | None,
+    bar: Progress,
+) -> tuple[Rate, Rate] | None:
+    """(harmless, harmful) rates under an instruction."""
+    if prompted is None:
+        return None
+    rates = _both(pair.rates(prompted.run(), judge, min_words))
+    bar.step(len(pair))
+    return rates
+
+
+def _both(rates: Mapping[str, Rate]) -> tuple[Rate, Rate]:
+    return rates["harmless"], rates["harmful"]
 
 
 def _rows(
@@ -305,6 +341,7 @@ def _setting(
     pair: PromptPair,
     normalize: bool,
     options: _Options,
+    prompt_baseline: str | Sequence[str] | None,
 ) -> dict[str, Any]:
     """How the vectors were compared."""
     return {
@@ -321,5 +358,6 @@ def _setting(
         "size": options.size,
         "vector_hashes": [digest(v.direction) for v in vectors.values()],
         "prompts_hash": digest(pair.harmful_rows, pair.harmless_rows),
+        "prompt_baseline": prompt_baseline,
         **provenance(model),
     }

@@ -45,7 +45,8 @@ class Comparison:
     unsteered: rates of the unsteered model on harmless and on harmful prompts. cosines, overlaps,
     cross: float64 [n, n] in the order of `names`, NaN where not measured. overlaps: of circuits
     (docs/method.md section 5). cross[i, j]: faithfulness of the circuit of vector i under vector j,
-    on j's samples. setting: how it was measured. notes: what was left out, and why.
+    on j's samples. setting: how it was measured. notes: what was left out, and why. prompted: rates
+    under an instruction instead of a vector (harmless, harmful), or None.
     """
 
     rows: list[ComparedVector]
@@ -55,6 +56,7 @@ class Comparison:
     cross: Float64Array
     setting: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    prompted: tuple[Rate, Rate] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -100,6 +102,12 @@ class Comparison:
             "setting": self.setting,
             "vectors": rows,
             "unsteered": unsteered,
+            "prompted": None
+            if self.prompted is None
+            else {
+                "harmless": asdict(self.prompted[0]),
+                "harmful": asdict(self.prompted[1]),
+            },
             "cosines": plain(self.cosines),
             "overlaps": plain(self.overlaps),
             "cross_faithfulness": plain(self.cross),
@@ -144,6 +152,8 @@ class Comparison:
                 f"| {r.name} | {layer} | {r.norm:.3g} | {strengths} |"
                 f" {r.dose[0]:.3f} / {r.dose[1]:.3f} | {both(r.harmless, r.harmful)} |"
             )
+        if self.prompted is not None:
+            lines.append(f"| prompt | | | | | {both(*self.prompted)} |")
         return [*lines, f"| none | | | | | {both(*self.unsteered)} |"]
 
     def _circuits(self) -> list[str]:
@@ -204,14 +214,18 @@ class Comparison:
         return figure
 
     def _plot_rates(self, axes: Axes) -> None:
-        at = np.arange(len(self.rows))
-        for shift, side, colour in ((-0.2, "harmless", "#4878a8"), (0.2, "harmful", "#c8643c")):
-            rates = [getattr(r, side) for r in self.rows]
+        prompted = [] if self.prompted is None else [self.prompted]
+        names = self.names + ["prompt"] * len(prompted)
+        at = np.arange(len(names))
+        for i, (shift, side, colour) in enumerate(
+            ((-0.2, "harmless", "#4878a8"), (0.2, "harmful", "#c8643c"))
+        ):
+            rates = [getattr(r, side) for r in self.rows] + [pair[i] for pair in prompted]
             asr = np.array([r.asr for r in rates])
             spread = np.abs(np.array([[r.low for r in rates], [r.high for r in rates]]) - asr)
             label = f"{side}, {'+' if side == 'harmless' else '-'}a"
             axes.bar(at + shift, asr, 0.38, yerr=spread, capsize=2, color=colour, label=label)
-        axes.set_xticks(at, self.names)
+        axes.set_xticks(at, names)
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("attack success rate")
         axes.legend(frameon=False, fontsize=8)

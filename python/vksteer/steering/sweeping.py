@@ -12,14 +12,17 @@ import numpy as np
 
 from ..base.checks import is_number
 from ..base.distributions import log_softmax
+from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.types import Float32Array, ProgressLike, Prompts
-from ..inputs.prompt_pair import PromptPair
+from ..inputs.prompt_pair import PromptPair, baseline_instructions
 from ..judge import Rate
 from ..runtime.edits import Steer
 from .scores import Rows, kl_divergence, last_logits
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..inputs.vectors import SteeringVector
     from ..judge import Judge
     from ..runtime.model import Model
@@ -54,11 +57,14 @@ class SweepRow:
 
 class Sweep:
     """The rows of a sweep in the order of the coefficients, and `unsteered`, the row of coefficient
-    0.
+    0. prompted: the row of an instruction instead of a vector, or None; its KL divergences are
+    those of harmless prompts after the instruction for harmless and for harmful prompts.
     """
 
-    def __init__(self, rows: list[SweepRow], unsteered: SweepRow) -> None:
-        self.rows, self.unsteered = rows, unsteered
+    def __init__(
+        self, rows: list[SweepRow], unsteered: SweepRow, prompted: SweepRow | None = None
+    ) -> None:
+        self.rows, self.unsteered, self.prompted = rows, unsteered, prompted
 
     def __iter__(self) -> Iterator[SweepRow]:
         return iter(self.rows)
@@ -115,18 +121,21 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: {"unsteered": row, "rows": [one row for each coefficient], "best": float or
-        None, "best_pair": (plus, minus) or None}. A row has the fields of SweepRow; its rates
-        are objects and its KL divergences are in nats.
+        None, "best_pair": (plus, minus) or None, "prompted": row or None}. A row has the fields of
+        SweepRow; its rates are objects and its KL divergences are in nats.
         """
         return {
             "unsteered": asdict(self.unsteered),
+            "prompted": None if self.prompted is None else asdict(self.prompted),
             "rows": [asdict(row) for row in self.rows],
             "best": self.best,
             "best_pair": self.best_pair,
         }
 
     def to_markdown(self) -> str:
-        """A table with one row for each coefficient, the unsteered model first."""
+        """A table with one row for each coefficient, the unsteered model first, then the prompting
+        baseline if there is one.
+        """
         lines = [
             (
                 "| a | dose | harmless ASR (+a) | harmful ASR (-a) | KL (+a, harmless)"
@@ -135,15 +144,38 @@ class Sweep:
             ),
             "|---:|---:|---:|---:|---:|---:|---:|---:|:---|",
         ]
-        for row in [self.unsteered, *self.rows]:
+        prompted = [] if self.prompted is None else [self.prompted]
+        for row in [self.unsteered, *prompted, *self.rows]:
             a, b = row.harmless, row.harmful
+            name = "prompt" if row is self.prompted else f"{row.coefficient:g}"
             lines.append(
-                f"| {row.coefficient:g} | {row.dose:.3f} | {a.asr:.2f} [{a.low:.2f}, {a.high:.2f}]"
+                f"| {name} | {row.dose:.3f} | {a.asr:.2f} [{a.low:.2f}, {a.high:.2f}]"
                 f" | {b.asr:.2f} [{b.low:.2f}, {b.high:.2f}] | {row.kl:.3f} | {row.kl_side:.3f}"
                 f" | {a.ended:.2f} / {b.ended:.2f} | {a.repetition:.2f} / {b.repetition:.2f}"
                 f" | {row.verdict} |"
             )
         return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """Both rates over the coefficient, with their intervals; the prompting baseline as dotted
+        lines. Raises ImportError, naming what to install, without matplotlib.
+        """
+        figure = new_figure(5.5, 3.4)
+        axes = figure.subplots()
+        rows = sorted([self.unsteered, *self.rows], key=lambda row: row.coefficient)
+        at = [row.coefficient for row in rows]
+        for side, colour in (("harmless", "#4878a8"), ("harmful", "#c8643c")):
+            rates: list[Rate] = [getattr(row, side) for row in rows]
+            sign = "+" if side == "harmless" else "-"
+            label = f"{side} prompts, {sign}a"
+            axes.plot(at, [r.asr for r in rates], marker="o", ms=3, color=colour, label=label)
+            low, high = [r.low for r in rates], [r.high for r in rates]
+            axes.fill_between(at, low, high, color=colour, alpha=0.15)
+            if self.prompted is not None:
+                axes.axhline(getattr(self.prompted, side).asr, color=colour, ls=":")
+        axes.set(xlabel="coefficient a", ylabel="attack success rate", ylim=(-0.02, 1.02))
+        axes.legend(frameon=False, fontsize=8)
+        return figure
 
 
 def _ended(base: dict[str, Rate]) -> float:
@@ -191,6 +223,7 @@ def sweep(
     max_new_tokens: int = 64,
     judge: Judge | None = None,
     min_words: int | str | None = "auto",
+    prompt_baseline: str | Sequence[str] | None = None,
     batch_size: int | None = None,
     progress: ProgressLike = True,
 ) -> Sweep:
@@ -202,34 +235,56 @@ def sweep(
     Steering works on one kind of prompts if it moves the rate by at least half of what could move.
     Texts are broken if "ended" falls by more than 0.2 below the lower one of the two unsteered
     kinds, or if repetition rises by more than 0.2.
+    prompt_baseline: a text that is put before each prompt instead of steering, or two, (before
+    harmless prompts, before harmful ones): one more row.
     Raises ValueError before any work for bad coefficients, empty lists, too long prompts and a
     vector of another width or layer.
     """
     vector.check(model)
     strengths = _coefficients(coefficients)
     pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
-
-    def next_token(edits: list[Steer]) -> Float32Array:
-        rows: Rows = [(tokens, edits) for tokens in pair.harmless_rows]
-        return np.concatenate([logits for _, logits in last_logits(model, rows)])
-
-    with Progress(progress, (len(strengths) + 1) * len(pair), "sweep") as bar:
+    prompted = [] if prompt_baseline is None else _prompted(pair, prompt_baseline)
+    runs = len(strengths) + 1 + bool(prompted)
+    with Progress(progress, runs * len(pair), "sweep") as bar:
         base = pair.rates(pair.run(), judge, min_words)
         bar.step(len(pair))
         doses = pair.doses(vector)
         unit = doses["harmless"] * len(pair.harmless) + doses["harmful"] * len(pair.harmful)
         unit /= len(pair)
-        logp = log_softmax(next_token([]))
-        rows = []
+        logp = log_softmax(_next_token(pair, []))
+        baseline, rows = None, []
+        if prompted:
+            rates = pair.rates(prompted[0].run(), judge, min_words)
+            kl, side = (
+                float(kl_divergence(logp, _next_token(prompts, [])).mean()) for prompts in prompted
+            )
+            baseline = _row(0.0, rates, base, kl, side, 0.0)
+            bar.step(len(pair))
         for a in strengths:
             rates = pair.rates(pair.run(vector, a, a), judge, min_words)
             kl, side = (
-                float(kl_divergence(logp, next_token([Steer(vector, sign * a)])).mean())
+                float(kl_divergence(logp, _next_token(pair, [Steer(vector, sign * a)])).mean())
                 for sign in (1, -1)
             )
             rows.append(_row(a, rates, base, kl, side, abs(a) * unit))
             bar.step(len(pair))
-    return Sweep(rows, SweepRow(0.0, base["harmless"], base["harmful"], 0.0, 0.0, "unsteered"))
+    unsteered = SweepRow(0.0, base["harmless"], base["harmful"], 0.0, 0.0, "unsteered")
+    return Sweep(rows, unsteered, baseline)
+
+
+def _prompted(pair: PromptPair, baseline: str | Sequence[str]) -> list[PromptPair]:
+    """The prompts after their instructions, and after each other's: harmless prompts after the
+    instruction that harmful ones get show its side effect.
+    """
+    both = baseline_instructions(baseline)
+    found = [pair.prompted(both), pair.prompted(both[::-1])]
+    return [prompts for prompts in found if prompts is not None]
+
+
+def _next_token(prompts: PromptPair, edits: list[Steer]) -> Float32Array:
+    """Logits after harmless prompts, float32 [prompts, V]."""
+    rows: Rows = [(tokens, edits) for tokens in prompts.harmless_rows]
+    return np.concatenate([logits for _, logits in last_logits(prompts.model, rows)])
 
 
 def _coefficients(given: Sequence[float] | float) -> list[float]:
