@@ -69,7 +69,7 @@ class Peer:
         on = torch_model.device
         self.ids, self.v = (
             torch.tensor([some.tokens], device=on),
-            torch.tensor(np.asarray(vector.direction, np.float32), device=on),
+            torch.tensor(np.asarray(vector.direction, np.float32), device=on).to(torch_model.dtype),
         )
         self.stream = None
         torch_model.model.layers[LAYER].register_forward_pre_hook(self._steer)

@@ -1,267 +1,282 @@
-"""The engine beside PyTorch on one real GPU, both on that card: random weights in the shapes of
-real models, so that nothing is downloaded.
+"""One session on a real GPU: checks and comparisons with PyTorch on the same card, in under eight
+minutes.
 
-    gpu.py [--shapes smollm2 qwen-0.5b llama-3b] [--device D] [--rounds N] [--out FILE.json]
+    gpu.py [--out FILE.json] [--shapes smollm2 llama-3b llama-8b] [--only PART ...] [--device D]
+    gpu.py --tiny                the same with tiny sizes on any device, PyTorch on the CPU
 
-Needs PyTorch with CUDA or ROCm, transformers and vksteer in one Python. Both sides hold the same
-bfloat16 weights, and the engine computes in float32. It is compared with PyTorch in float32 on the
-same weights (TF32 off: the same arithmetic) and in bfloat16 (less exact, on the matrix units). A
-ratio is the peer's time divided by ours. The results of both sides are compared first, in float32.
+Parts, in this order: `vksteer verify`; for each shape the time of loading, forward passes,
+decoding, frozen decoding, attribution, the logit lens and bare products; then the tests of the
+engine. Each part has a time budget and is cut when it is over, and all of them share --total
+seconds. The file is written after every figure, so that a cut loses nothing.
+
+Models have random weights in the shapes of real ones, so nothing is downloaded. Both sides hold the
+same bfloat16 weights. The engine is compared with PyTorch in float32 on the same weights (TF32 off)
+and in bfloat16. Results are compared before they are timed. A ratio is the peer's time divided by
+ours. Needs a built vksteer, PyTorch with CUDA or ROCm, transformers, and for the tests pytest.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
+import dataclasses
+import gc
+import importlib.util
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
-import tempfile
 import time
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import frozen
-import numpy as np
-from peers import waiting
+import gpu_rows
 from run import commit, machine
 from shapes import SHAPES
-from smollm2 import tokens
-from timing import row, summary, take_turns
 
-from vksteer.demo.smollm2 import decode_step
-from vksteer.runtime import ceilings
-
-PROMPT, NEW, CONTEXT = 128, 32, 256
-
-on_card = partial(waiting, device="cuda")
-
-
-def made(shape: str, folder: Path):
-    """Writes a random Llama of this shape, bfloat16, and returns it on the card."""
-    import torch
-    import transformers
-
-    config = transformers.LlamaConfig(
-        **SHAPES[shape],
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.save_pretrained(folder)
-    return model
+ROOT = Path(__file__).resolve().parent.parent
+#: Seconds of the parts that are programs of their own, and of making a model on both sides.
+VERIFY, TESTS, MAKING = 45, 150, 45
+#: On a CPU that may be loaded, --tiny multiplies every budget by this.
+PATIENCE = 4
+#: The tests of the engine that need no other driver, model or tool.
+SUITE = (
+    "test_ops.py",
+    "test_ops_linear.py",
+    "test_ops_attention.py",
+    "test_backward_ops.py",
+    "test_bits.py",
+    "test_forward_parity.py",
+    "test_gradients.py",
+    "test_generate.py",
+    "test_freezing.py",
+    "test_edits.py",
+)
+TINY_SUITE = ("test_lens_ops.py",)
 
 
-def passes(ours, peers: dict, rounds: int) -> list[dict]:
-    """Forward passes: last logits of 1 x 128, 1 x 512 and 32 x 128 tokens."""
-    import torch
+class OutOfTime(BaseException):
+    """A part's budget is over. No handler for errors catches it."""
 
-    rows = []
-    for n_rows, n in ((1, PROMPT), (1, 512), (32, PROMPT)):
-        batch = [tokens(n, seed) for seed in range(n_rows)]
-        ids = torch.tensor(batch, device="cuda")
-        logits = ours.run(batch, logits="last").logits
-        with torch.inference_mode():
-            want = (
-                peers["float32"](input_ids=ids, use_cache=False, logits_to_keep=1)
-                .logits[:, -1]
-                .cpu()
-                .numpy()
-            )
-        error = float(np.abs(logits - want).max() / np.abs(want).max())
-        if not error < 2e-3:
-            raise RuntimeError(
-                f"the two sides do not compute the same: logits differ by {error:.2g} of the"
-                " largest"
-            )
-        calls = {"ours": lambda: ours.run(batch, logits="last")}
-        calls |= {
-            name: on_card(lambda peer=peer: peer(input_ids=ids, use_cache=False, logits_to_keep=1))
-            for name, peer in peers.items()
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime in the body when the seconds are over."""
+
+    def end(signum, frame):
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Session:
+    """What was found so far, in a file that is written anew after every figure."""
+
+    def __init__(self, out: Path, total: float, head: dict, patience: float = 1):
+        """patience: a factor of every budget."""
+        self.out, self.total, self.start = out, total, time.perf_counter()
+        self.patience = patience
+        self.content = head | {"total_s": total, "parts": [], "rows": []}
+
+    def left(self) -> float:
+        return self.total - (time.perf_counter() - self.start)
+
+    def write(self) -> None:
+        self.content["seconds"] = round(time.perf_counter() - self.start, 1)
+        new = self.out.with_suffix(".new")
+        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        new.replace(self.out)
+
+    def part(self, name: str, budget: float, rows: Callable[[dict], Iterable[dict]]) -> bool:
+        """Runs one part within its budget and what is left of the total; whether it was done.
+        `rows` is given the part's entry, to which it may add.
+        """
+        budget = min(budget * self.patience, self.left())
+        entry = {"part": name, "budget_s": round(budget, 1), "state": "begun"}
+        self.content["parts"].append(entry)
+        start = time.perf_counter()
+        try:
+            if budget <= 0:
+                raise OutOfTime
+            with limited(budget):
+                for r in rows(entry):
+                    self.content["rows"].append(r)
+                    show(r)
+                    self.write()
+            entry["state"] = "done"
+        except OutOfTime:
+            entry["state"] = "cut"
+        except Exception as error:  # the other parts still run
+            entry |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+        entry["seconds"] = round(time.perf_counter() - start, 1)
+        said = entry.get("error") or entry.get("said") or ""
+        print(f"{name}: {entry['state']}, {entry['seconds']} s  {said}", flush=True)
+        self.write()
+        return entry["state"] == "done"
+
+
+def show(r: dict) -> None:
+    extra = ", ".join(f"{k} {v:.3g}" for k, v in r.items() if isinstance(v, float) and k != "value")
+    print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  ({extra})", flush=True)
+
+
+# -- parts that are programs of their own ----------------------------------------------------------
+
+
+def program(*words) -> Iterator[str]:
+    """The lines of a Python program's output, as they come; it is ended with the generator."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield from process.stdout
+            process.wait()
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def verify(device: str | None) -> Callable[[dict], Iterator[dict]]:
+    def run(entry: dict) -> Iterator[dict]:
+        text = "".join(
+            program("-m", "vksteer", "verify", "--json", *(["--device", device] if device else []))
+        )
+        found = json.loads(text[text.index("{") :])
+        wrong = [op for op in found["ops"] if not op["ok"]]
+        entry |= {
+            "device": found["device"],
+            "wrong": wrong,
+            "said": f"{len(found['ops'])} ops, {len(wrong)} wrong",
         }
-        s = {name: summary(t) for name, t in take_turns(calls, rounds, warm_up=2).items()}
-        operations = n_rows * ceilings.prefill_operations(ours, n)
-        rows.append(
-            row(
-                f"pass over {n_rows} x {n} tokens against PyTorch float32",
-                s["float32"]["median_s"] / s["ours"]["median_s"],
-                "x",
-                steps=s,
-                largest_difference=error,
-                against_bfloat16=s["bfloat16"]["median_s"] / s["ours"]["median_s"],
-                tflops=operations / s["ours"]["median_s"] / 1e12,
-            )
-        )
-    return rows
+        if wrong:
+            raise RuntimeError(f"wrong: {wrong}")
+        yield from ()
+
+    return run
 
 
-def decoding(ours, peers: dict, rounds: int) -> list[dict]:
-    """32 tokens after 16, prefill included, with 1, 8 and 32 rows, against transformers.generate in
-    bfloat16, the faster of its two types.
-    """
-    import torch
+def tests(files: Iterable[str]) -> Callable[[dict], Iterator[dict]]:
+    """The tests of these files; what has run is counted also when it is cut."""
 
-    rows, read = [], ceilings.measure(ours, 3).read
-    for n_rows in (1, 8, 32):
-        batch = [tokens(16, seed) for seed in range(n_rows)]
-        ids = torch.tensor(batch, device="cuda")
-        calls = {
-            "ours": lambda: ours.generate(
-                batch, max_new_tokens=NEW, ignore_eos=True, progress=False
-            )
-        }
-        calls["bfloat16"] = on_card(
-            lambda: peers["bfloat16"].generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        )
-        s = {name: summary(t) for name, t in take_turns(calls, rounds).items()}
-        step = decode_step(ours, batch, NEW)
-        share = ceilings.decode_bytes(ours, 16 + NEW / 2, n_rows) / step / read
-        rows.append(
-            row(
-                f"decoding, {n_rows} rows, against transformers.generate in bfloat16",
-                s["bfloat16"]["median_s"] / s["ours"]["median_s"],
-                "x",
-                steps=s,
-                step_s=step,
-                ours_tokens_per_s=n_rows * NEW / s["ours"]["median_s"],
-                share_of_read_percent=100 * share,
-                read_gbytes_per_s=read / 1e9,
-            )
-        )
-    return rows
+    def run(entry: dict) -> Iterator[dict]:
+        several = importlib.util.find_spec("xdist") and (os.cpu_count() or 1) > 2
+        words = ["-m", "pytest", "-p", "no:cacheprovider", "-v", "-rfE", "-W", "ignore"]
+        words += ["-n", "8"] if several else []
+        entry["outcomes"], entry["wrong"] = counts, wrong = {}, []
+        last = ""
+        for line in program(*words, *(f"tests/{name}" for name in files)):
+            last = line.strip() or last
+            found = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+            # The summary at the end begins with the outcome.
+            if found and "tests/" in line and not line.startswith(("FAILED", "ERROR")):
+                counts[found[1]] = counts.get(found[1], 0) + 1
+                if found[1] in ("FAILED", "ERROR"):
+                    wrong.append(line.strip())
+            entry["said"] = ", ".join(f"{n} {name.lower()}" for name, n in counts.items())
+        if not counts.get("PASSED") or wrong:
+            raise RuntimeError(f"{len(wrong)} failed; the last line: {last}")
+        yield from ()
+
+    return run
 
 
-def frozen_decoding(ours, peers: dict, rounds: int) -> list[dict]:
-    """A frozen pair after 256 tokens: against our plain decoding of two rows, and two whole runs
-    for each token in PyTorch.
-    """
-    s = frozen.steps(ours, tokens(CONTEXT), peers, rounds, "cuda")
-    slowest = frozen.slowest(s)
-    return [
-        row(
-            f"frozen decoding at {CONTEXT} tokens against two PyTorch float32 re-runs a token"
-            " (slowest of qk, ov, mlp)",
-            s["float32"]["median_s"] / slowest,
-            "x",
-            steps=s,
-            against_bfloat16=s["bfloat16"]["median_s"] / slowest,
-            over_own_plain=slowest / s["plain 2"]["median_s"],
-        )
-    ]
+# -- order -----------------------------------------------------------------------------------------
 
 
-def attribution(ours, fp32, rounds: int) -> list[dict]:
-    """All edges of one sample of 32 + 96 tokens, 10 steps, from the middle layer: against PyTorch's
-    passes alone (attribution.py says what they are).
-    """
-    import attribution as bench
+def shape_parts(session: Session, shape: str, sizes, on: str, arguments) -> None:
+    """All comparisons on one shape. The model is made within a budget of its own."""
 
-    import vksteer as vs
+    def named(compare, p):
+        return lambda entry: (r | {"what": f"{shape}: {r['what']}"} for r in compare(p))
 
-    bench.LAYER = ours.config.n_layers // 2
-    vector = vs.SteeringVector(
-        np.random.default_rng(1).standard_normal(ours.config.d_model) / 2, bench.LAYER
-    )
-    return bench.against_pytorch(ours, fp32, vector, rounds)[:1]
+    with contextlib.ExitStack() as stack:
+        held = []
 
+        def making(entry: dict) -> Iterator[dict]:
+            made = gpu_rows.pair(shape, sizes, on, arguments.device)
+            held.append(stack.enter_context(made))
+            yield from ()
 
-def products(ours) -> list[dict]:
-    """The matrix kernels alone, and PyTorch's product of the same sizes in float32."""
-    import torch
+        if session.part(f"{shape}: making", MAKING, making):
+            for name, (compare, budget) in gpu_rows.COMPARISONS.items():
+                if not arguments.only or name in arguments.only:
+                    session.part(f"{shape}: {name}", budget, named(compare, held[0]))
+        held.clear()
+    gc.collect()
+    if on == "cuda":
+        import torch
 
-    c, rows = ours.config, []
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for m in (1, 8, 128, 512, 2048):
-        n, k = 2 * c.d_mlp, c.d_model
-        # The best of 9, each with submission and wait, as PyTorch's.
-        rate, read = ours._engine.measure_linear(m, n, k)
-        x, w = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
-        call = on_card(lambda: x @ w.T)
-        theirs = 2.0 * m * n * k / min(take_turns({"torch": call}, 9)["torch"])
-        rows.append(
-            row(
-                f"product of {m} x {k} by {n} x {k}, against PyTorch float32",
-                rate / theirs,
-                "x",
-                tflops=rate / 1e12,
-                peer_tflops=theirs / 1e12,
-                gbytes_per_s=read / 1e9,
-            )
-        )
-    return rows
+        torch.cuda.empty_cache()
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
+    parts = ("verify", *gpu_rows.COMPARISONS, "tests")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2", "llama-3b"])
-    parser.add_argument("--device")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES)
+    parser.add_argument("--only", nargs="+", choices=parts, help="parts to run (default: all)")
+    parser.add_argument("--device", help="the engine's device")
+    parser.add_argument("--rounds", type=int, help="turns of each comparison (default: 3)")
+    parser.add_argument("--total", type=float, default=465, help="seconds for all parts")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/gpu.json")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, PyTorch on the CPU")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
     import torch
 
-    import vksteer as vs
-
-    where, content = machine(arguments.device), []
-    where["peer_device"] = torch.cuda.get_device_name()
+    tiny, sizes = arguments.tiny, gpu_rows.TINY if arguments.tiny else gpu_rows.Sizes()
+    if arguments.rounds:
+        sizes = dataclasses.replace(sizes, rounds=arguments.rounds)
+    on = "cpu" if tiny else "cuda"
+    if not tiny and not torch.cuda.is_available():
+        print("PyTorch finds no GPU; --tiny tries the script without one", file=sys.stderr)
+        return 2
+    where = machine(arguments.device)
+    where["peer_device"] = "cpu" if tiny else torch.cuda.get_device_name()
     print(
         f"{where['device']['name']} ({where['device']['driver']}); PyTorch {torch.__version__} on"
         f" {where['peer_device']}",
         flush=True,
     )
-    for shape in arguments.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            bf16 = made(shape, Path(folder))
-            start = time.perf_counter()
-            ours = vs.Model.from_pretrained(folder, device=arguments.device, progress=False)
-            first = time.perf_counter() - start
-        with ours:
-            peers = {"float32": copy.deepcopy(bf16).float(), "bfloat16": bf16}
-            groups = [
-                lambda: [row("load", first, "s", kernels=ours._engine.kernels)],
-                lambda: products(ours),
-                lambda: passes(ours, peers, arguments.rounds),
-                lambda: decoding(ours, peers, min(2, arguments.rounds)),
-                lambda: frozen_decoding(ours, peers, arguments.rounds),
-                lambda: attribution(ours, peers["float32"], min(2, arguments.rounds)),
-            ]
-            for group in groups:
-                for r in group():
-                    r["what"] = f"{shape}: {r['what']}"
-                    content.append(r)
-                    extra = ", ".join(
-                        f"{k} {v:.3g}"
-                        for k, v in r.items()
-                        if isinstance(v, float) and k != "value"
-                    )
-                    print(f"  {r['what']}: {r['value']:.3g} {r['unit']}  ({extra})", flush=True)
-                    if arguments.out:
-                        arguments.out.write_text(
-                            json.dumps(
-                                {
-                                    "machine": where,
-                                    "commit": commit(),
-                                    "rounds": arguments.rounds,
-                                    "rows": content,
-                                },
-                                indent=1,
-                            )
-                            + "\n"
-                        )
-    return 0
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    head = {"machine": where, "commit": commit(), "rounds": sizes.rounds, "tiny": tiny}
+    session = Session(arguments.out, arguments.total, head, PATIENCE if tiny else 1)
+    asked = lambda part: not arguments.only or part in arguments.only
+    if asked("verify"):
+        session.part("verify", VERIFY, verify(arguments.device))
+    shapes = arguments.shapes
+    if shapes is None:
+        shapes = ["tiny"] if tiny else ["smollm2", "llama-3b", "llama-8b"]
+    if any(map(asked, gpu_rows.COMPARISONS)):
+        for shape in shapes:
+            shape_parts(session, shape, sizes, on, arguments)
+    if asked("tests"):
+        session.part("tests", TESTS, tests(TINY_SUITE if tiny else SUITE))
+    states = [part["state"] for part in session.content["parts"]]
+    counted = ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states)))
+    seconds, figures = session.content["seconds"], len(session.content["rows"])
+    print(f"{seconds} s, {figures} figures in {arguments.out}; parts: {counted}")
+    return 1 if "failed" in states else 0
 
 
 if __name__ == "__main__":
