@@ -72,3 +72,18 @@ def test_errors_are_one_line(capsys, command, message):
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_sweep_with_a_prompting_baseline_and_calibration(prompts, tmp_path, capsys):
+    width = vs.Config.from_pretrained("tiny-llama-chat").d_model
+    vector, out = tmp_path / "v.npz", tmp_path / "out"
+    vs.SteeringVector(np.ones(width), 3).save(vector)
+    given = ["--model", "tiny-llama-chat", *prompts, "--vector", str(vector), "--out", str(out)]
+    given += ["--max-new-tokens", "4", "--limit", "3"]
+    baseline = ["--coefficients", "1", "--prompt-baseline", "Refuse.", "Answer."]
+    assert cli.main(["sweep", *given, *baseline]) == 0
+    assert "| prompt |" in capsys.readouterr().out and (out / "sweep.png").exists()
+    assert cli.main(["sweep", *given, "--calibrate"]) == 0
+    assert "Harmless prompts under +a:" in capsys.readouterr().out
+    assert json.loads((out / "calibration.json").read_text())["setting"]["n_harmful"] == 3
+    assert (out / "calibration.png").exists()

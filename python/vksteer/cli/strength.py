@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import (
     Help,
@@ -23,6 +23,10 @@ from .arguments import (
 )
 from .vector_choice import find_vector
 
+if TYPE_CHECKING:
+    from ..inputs.vectors import SteeringVector
+    from ..runtime.model import Model
+
 SCREEN = """\
 Predict from activations alone whether a difference in means will steer: mean cosine, d', AUC and
 stability at every layer and position, with a verdict (docs/reliability.md). Nothing is steered.
@@ -34,7 +38,8 @@ models bring their own prompts."""
 SWEEP = """\
 Steer harmless prompts by +A and harmful prompts by -A at several strengths, and print for each how
 often the model refuses or complies, the dose (the length of what is added over the length of the
-residual stream), side effects on the next token, and whether the answers stay readable.
+residual stream), side effects on the next token, and whether the answers stay readable. With
+--calibrate the strengths are searched: the lowest and the highest that work, both ways.
 
 Without --vector one is found first, as `vksteer freeze` does."""
 
@@ -96,6 +101,18 @@ def _add_sweep(commands: Subparsers) -> None:
         metavar="A",
         help="strengths (default: 0.25 0.5 1 1.5 2)",
     )
+    group.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="find the coefficients that work by doubling and bisection instead of a list",
+    )
+    group.add_argument(
+        "--prompt-baseline",
+        nargs="+",
+        metavar="TEXT",
+        help="also put this text before each prompt instead of steering; two texts: before harmless"
+        " and before harmful prompts",
+    )
     group = parser.add_argument_group("answers")
     group.add_argument(
         "--max-new-tokens",
@@ -142,7 +159,6 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     """Runs `vksteer sweep`; the exit status."""
     from ..inputs.vectors import SteeringVector
     from ..judge import LlamaGuard
-    from ..steering import sweep
 
     show = sys.stderr.isatty()
     train, validation, (harmful, harmless) = freeze_prompts(arguments)
@@ -154,16 +170,53 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         judge = None
         if arguments.judge:
             judge = LlamaGuard(opened.enter_context(open_model(arguments, arguments.judge)))
-        table = sweep(
-            model,
-            vector,
-            arguments.coefficients,
-            harmful,
-            harmless,
-            max_new_tokens=arguments.max_new_tokens,
-            judge=judge,
-            progress=show,
-        )
+        options = {
+            "max_new_tokens": arguments.max_new_tokens,
+            "judge": judge,
+            "progress": show,
+        }
+        if arguments.calibrate:
+            return _calibrate(arguments, model, vector, harmful, harmless, options)
+        return _sweep(arguments, model, vector, harmful, harmless, options)
+
+
+def _calibrate(
+    arguments: argparse.Namespace,
+    model: Model,
+    vector: SteeringVector,
+    harmful: list[str],
+    harmless: list[str],
+    options: dict[str, Any],
+) -> int:
+    from ..steering import calibrate
+
+    found = calibrate(model, vector, harmful, harmless, **options)
+    print(found.to_markdown())
+    _write(arguments.out, "calibration", found)
+    return 0
+
+
+def _sweep(
+    arguments: argparse.Namespace,
+    model: Model,
+    vector: SteeringVector,
+    harmful: list[str],
+    harmless: list[str],
+    options: dict[str, Any],
+) -> int:
+    from ..steering import sweep
+
+    texts = arguments.prompt_baseline
+    baseline = texts[0] if texts and len(texts) == 1 else texts
+    table = sweep(
+        model,
+        vector,
+        arguments.coefficients,
+        harmful,
+        harmless,
+        prompt_baseline=baseline,
+        **options,
+    )
     print(table.to_markdown())
     best = table.best_pair
     if best is None:

@@ -200,19 +200,19 @@ class PromptPair:
         vector: SteeringVector | None = None,
         plus: float = 0.0,
         minus: float = 0.0,
+        sides: Sequence[str] = ("harmless", "harmful"),
         **options: Any,
     ) -> Answers:
         """{"harmless": answers under +plus, "harmful": answers under -minus}, greedy; without a
-        vector, unsteered. options: freeze and the like.
+        vector, unsteered. sides: those that are run. options: freeze and the like.
         """
-        n = len(self.harmless_rows)
-        edits: Sequence[Any] = (
-            ()
-            if vector is None
-            else [[Steer(vector, plus)]] * n + [[Steer(vector, -minus)]] * len(self.harmful_rows)
-        )
+        prompts = {"harmless": self.harmless_rows, "harmful": self.harmful_rows}
+        signed = {"harmless": plus, "harmful": -minus}
+        edits: Sequence[Any] = ()
+        if vector is not None:
+            edits = [[Steer(vector, signed[side])] for side in sides for _ in prompts[side]]
         made = self.model.generate(
-            self.harmless_rows + self.harmful_rows,
+            [row for side in sides for row in prompts[side]],
             max_new_tokens=self.max_new_tokens,
             edits=edits,
             temperature=0.0,
@@ -221,7 +221,11 @@ class PromptPair:
             **options,
         )
         answers = [Answer(g.text, g.finish_reason, len(g.tokens)) for g in made]
-        return {"harmless": answers[:n], "harmful": answers[n:]}
+        out, start = {}, 0
+        for side in sides:
+            out[side] = answers[start : start + len(prompts[side])]
+            start += len(prompts[side])
+        return out
 
     def doses(self, vector: SteeringVector) -> dict[str, float]:
         """The dose of coefficient 1 (`vs.dose`) on the tokens of the prompts, the mean for each
@@ -237,13 +241,14 @@ class PromptPair:
     def rates(
         self, answers: Answers, judge: Any = None, min_words: int | str | None = "auto"
     ) -> dict[str, Rate]:
-        """A Rate for each side. The judge is asked about harmful prompts only; on harmless ones the
-        substring judge decides (method.md section 3).
+        """A Rate for each side that was run. The judge is asked about harmful prompts only; on
+        harmless ones the substring judge decides (method.md section 3).
         """
         out = {}
         # a judge takes texts; the substring judge does not read prompts, which may be tokens
         sides: dict[str, Any] = {"harmless": self.harmless, "harmful": self.harmful}
-        for side, prompts in sides.items():
+        for side in answers:
+            prompts = sides[side]
             texts = [a.text for a in answers[side]]
             success = (
                 succeeded(prompts, texts, judge, min_words)

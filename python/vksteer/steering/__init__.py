@@ -1,5 +1,7 @@
 """Finding and choosing steering vectors (docs/method.md section 2)."""
 
+from .calibrating import calibrate
+from .calibration import Range, RangeRow
 from .candidates import Candidates, difference_in_means
 from .comparing import compare
 from .comparison import Comparison
@@ -15,12 +17,15 @@ __all__ = [
     "Candidates",
     "Comparison",
     "Example",
+    "Range",
+    "RangeRow",
     "RefusalTokens",
     "Rejection",
     "Scores",
     "Sweep",
     "Training",
     "TrainingData",
+    "calibrate",
     "choose",
     "compare",
     "derive_refusal_tokens",
