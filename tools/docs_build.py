@@ -36,7 +36,7 @@ SECTIONS = {
         "environment",
     ],
     "Developing vksteer": ["CONTRIBUTING", "architecture", "decisions", "roadmap", "CHANGELOG"],
-    "Measurements": ["benchmarks"],
+    "Measurements": ["performance", "benchmarks"],
 }
 TOP_LEVEL = ("CONTRIBUTING.md", "CHANGELOG.md")
 
