@@ -2,6 +2,7 @@
 tokens that promotes, and the weights behind it.
 """
 
+from .attention_change import Rerouted, Rerouting, rerouting
 from .decomposition import Decomposition, DirectShares, decompose, direct_shares
 from .direct import Attribution, direct_logit_attribution
 from .lens import Hit, Lens, logit_lens
@@ -16,12 +17,15 @@ __all__ = [
     "HeadWeights",
     "Hit",
     "Lens",
+    "Rerouted",
+    "Rerouting",
     "SteeringValueVectors",
     "decompose",
     "direct_logit_attribution",
     "direct_shares",
     "head_weights",
     "logit_lens",
+    "rerouting",
     "singular_lens",
     "steering_value_vectors",
 ]
