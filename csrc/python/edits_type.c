@@ -52,7 +52,7 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
     list->n_operands = (uint64_t)n_operands;
     for (Py_ssize_t i = 0; i < n; i++) {
         const struct edit *edit = &list->edits[i];
-        if (edit->kind > EDIT_ADD_SCALED)
+        if (edit->kind > EDIT_DYNAMIC)
             return error_set(error, ERROR_VALUE, "edit %zd: no kind %u", i, edit->kind);
         uint32_t site_heads, width;
         if (edit->site < 0 || edit->site >= SITE_COUNT)
@@ -61,6 +61,9 @@ static int edits_fill(struct edits_object *self, const int64_t *records, Py_ssiz
             !site_exists(edit->site, edit->layer, &model->facts))
             return error_set(error, ERROR_VALUE, "edit %zd: this model has no %s in layer %d", i,
                              site_name(edit->site), edit->layer);
+        if (edit->kind == EDIT_DYNAMIC && site_kind(edit->site) != SITE_KIND_WIDTH)
+            return error_set(error, ERROR_VALUE, "edit %zd: %s has not the model's width", i,
+                             site_name(edit->site));
         site_shape(edit->site, &model->facts, &site_heads, &width);
         for (uint32_t h = 0;
              h < edit->n_heads && (uint64_t)edit->first_head + h < (uint64_t)n_heads; h++)

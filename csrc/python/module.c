@@ -64,6 +64,7 @@ static int constants_add(PyObject *module) {
         CONSTANT(METRIC_LOG_PROB)
         CONSTANT(METRIC_KL)
         CONSTANT(METRIC_DIRECTIONAL_KL)
+        CONSTANT(METRIC_CHOICE)
         CONSTANT(LENS_ROWS)
         CONSTANT(GPU_BUFFER_MAX)
         CONSTANT(WORK_SCRATCH)

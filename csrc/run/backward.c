@@ -81,11 +81,12 @@ int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_c
                          tape->first_layer, tape->capacity, (unsigned long long)total,
                          backward->stop_layer);
     work->tape = tape;
+    tape->backward = backward;
     int failed = run_one_chunk(work, cache, batch, error);
     gradients.n_captures = 0;
     work->chunk.batch = &gradients;
     int values_only = backward->stop_layer >= tape->n_layers && !backward->n_captures &&
-                      !work->hook;
+                      !backward->n_scalings && !work->hook;
     failed = failed || metric_gradient(work, tape, backward->metric, values_only, error);
     gradients.captures = backward->captures; /* into arrays of their own */
     gradients.n_captures = backward->n_captures;
@@ -95,5 +96,6 @@ int run_differentiate(struct run_work *work, struct run_tape *tape, struct run_c
                               : gpu_queue_wait(work->model->ops.queue, error));
     run_one_chunk_end(work, failed);
     work->tape = NULL;
+    tape->backward = NULL;
     return failed ? -1 : 0;
 }

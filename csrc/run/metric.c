@@ -104,6 +104,45 @@ static uint32_t tokens_at_once(uint32_t n, uint32_t v_stride) {
     return (n + shares - 1) / shares;
 }
 
+/* The logits of n metric tokens become gradients, and their values go to the caller. others: b of
+ * metric token 0, for METRIC_CHOICE. */
+static int scalars(struct run_work *work, const struct run_metric *metric, uint32_t first,
+                   uint32_t n, struct logit_grad_params *params, uint64_t others,
+                   struct error *error) {
+    struct ops *ops = &work->model->ops;
+    if (metric->kind != METRIC_CHOICE) {
+        RUN(work_readback_floats(work, n, metric->values + first, &params->values, error));
+        return op_logit_grad(ops, params, n, error);
+    }
+    struct choice_grad_params choice = {
+        .logits = params->logits,
+        .reference = params->reference,
+        .a = params->targets,
+        .b = others + 4 * (uint64_t)first,
+        .signs = params->weights,
+        .width = params->width,
+        .stride = params->stride,
+        .margin = metric->margin,
+        .faith = metric->faith,
+        .softcap = params->softcap,
+        .reference_softcap = params->reference_softcap,
+    };
+    RUN(work_readback_floats(work, 2 * n, metric->values + 2 * (size_t)first, &choice.values,
+                             error));
+    return op_choice_grad(ops, &choice, n, error);
+}
+
+/* The logits of other runs that the metric compares with, where it does. */
+static int references(struct run_work *work, const struct run_metric *metric, uint32_t first,
+                      uint32_t n, const struct logit_grad_params *params, struct error *error) {
+    if (metric->kind != METRIC_LOG_PROB)
+        RUN(reference(work, metric->reference, metric->reference_logits, first, n, params->stride,
+                      params->reference, error));
+    if (metric->kind == METRIC_DIRECTIONAL_KL)
+        RUN(reference(work, metric->other, NULL, first, n, params->stride, params->other, error));
+    return 0;
+}
+
 static int distributions(struct run_work *work, struct run_tape *tape,
                          const struct run_metric *metric, int values_only,
                          const struct metric_rows *rows, struct error *error) {
@@ -111,17 +150,20 @@ static int distributions(struct run_work *work, struct run_tape *tape,
         [METRIC_LOG_PROB] = LOGIT_GRAD_LOG_PROB,
         [METRIC_KL] = LOGIT_GRAD_KL,
         [METRIC_DIRECTIONAL_KL] = LOGIT_GRAD_DIRECTIONAL_KL,
+        [METRIC_CHOICE] = 0, /* op_choice_grad */
     };
     const struct model *model = work->model;
     uint32_t v_stride = op_row_stride(model->facts.d_vocab),
              at_once = tokens_at_once(metric->n, v_stride);
     float cap = metric->capped ? model->facts.final_softcap : 0;
-    uint64_t bytes = 4 * (uint64_t)at_once * v_stride, targets = 0;
+    uint64_t bytes = 4 * (uint64_t)at_once * v_stride, targets = 0, others = 0;
     RUN(work_grow(work, &tape->logits, bytes, "logits", error));
     if (metric->kind != METRIC_LOG_PROB)
         RUN(work_grow(work, &tape->reference, 2 * bytes, "reference logits", error));
     if (metric->a)
         RUN(work_upload(work, metric->a, 4 * (uint64_t)metric->n, &targets, error));
+    if (metric->kind == METRIC_CHOICE)
+        RUN(work_upload(work, metric->b, 4 * (uint64_t)metric->n, &others, error));
     for (uint32_t first = 0, n; first < metric->n; first += n) {
         n = metric->n - first < at_once ? metric->n - first : at_once;
         struct op_linear_args forward = {
@@ -152,13 +194,8 @@ static int distributions(struct run_work *work, struct run_tape *tape,
             .x_stride = work->d_stride,
         };
         RUN(op_linear(&work->model->ops, &model->unembed, &forward, error));
-        if (metric->kind != METRIC_LOG_PROB)
-            RUN(reference(work, metric->reference, metric->reference_logits, first, n, v_stride,
-                          params.reference, error));
-        if (metric->kind == METRIC_DIRECTIONAL_KL)
-            RUN(reference(work, metric->other, NULL, first, n, v_stride, params.other, error));
-        RUN(work_readback_floats(work, n, metric->values + first, &params.values, error));
-        RUN(op_logit_grad(&work->model->ops, &params, n, error));
+        RUN(references(work, metric, first, n, &params, error));
+        RUN(scalars(work, metric, first, n, &params, others, error));
         if (!values_only)
             RUN(op_linear_bwd(&work->model->ops, &model->unembed, &backward, error));
     }

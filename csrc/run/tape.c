@@ -121,12 +121,25 @@ void run_tape_destroy(struct run_tape *tape) {
         for (int i = 0; i < INSIDE; i++)
             gpu_buffer_destroy(*inside[i]);
     }
-    struct gpu_buffer *own[] = {
-        tape->dx,       tape->dnorm,     tape->draw,           tape->dqkv,   tape->dz,
-        tape->dgate_up, tape->dpost,     tape->dscores,        tape->capped, tape->metric,
-        tape->logits,   tape->reference, tape->parallel_dx_pre};
+    struct gpu_buffer *own[] = {tape->dx,
+                                tape->dnorm,
+                                tape->draw,
+                                tape->dqkv,
+                                tape->dz,
+                                tape->dgate_up,
+                                tape->dpost,
+                                tape->dscores,
+                                tape->capped,
+                                tape->metric,
+                                tape->logits,
+                                tape->reference,
+                                tape->parallel_dx_pre,
+                                tape->dots};
     for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
         gpu_buffer_destroy(own[i]);
+    for (uint32_t i = 0; i < tape->n_kept; i++)
+        gpu_buffer_destroy(tape->kept[i].value);
+    free(tape->kept);
     free(tape->layers);
     free(tape);
 }
@@ -175,4 +188,45 @@ int tape_keep_qkv(struct run_work *work, int l, struct error *error) {
     return layer ? keep(work, work->at_qkv, layer->qkv_in,
                         (f->n_heads + 2 * f->n_kv_heads) * f->d_head, work->qkv_stride, error)
                  : 0;
+}
+
+const struct run_scaling *tape_scaling(const struct run_work *work, int site, int layer) {
+    const struct run_backward *backward = work->tape ? work->tape->backward : NULL;
+    for (uint32_t i = 0; backward && i < backward->n_scalings; i++)
+        if (backward->scalings[i].site == site && backward->scalings[i].layer == layer)
+            return &backward->scalings[i];
+    return NULL;
+}
+
+static struct tape_kept *kept_find(const struct run_tape *tape, int site, int layer,
+                                   uint32_t group) {
+    for (uint32_t i = 0; i < tape->n_kept; i++) {
+        struct tape_kept *kept = &tape->kept[i];
+        if (kept->site == site && kept->layer == layer && kept->group == group)
+            return kept;
+    }
+    return NULL;
+}
+
+uint64_t tape_kept_value(const struct run_tape *tape, int site, int layer, uint32_t group) {
+    const struct tape_kept *kept = kept_find(tape, site, layer, group);
+    return kept ? run_address(kept->value) : 0;
+}
+
+int tape_keep_value(struct run_work *work, const struct site_view *view, uint32_t group,
+                    struct error *error) {
+    struct run_tape *tape = work->tape;
+    struct tape_kept *kept = kept_find(tape, view->site, view->layer, group);
+    if (!kept) {
+        struct tape_kept *more = realloc(tape->kept, (tape->n_kept + 1) * sizeof *more);
+        if (!more)
+            return error_set(error, ERROR_MEMORY, "out of memory for a tape");
+        tape->kept = more;
+        kept = &more[tape->n_kept];
+        *kept = (struct tape_kept){view->site, view->layer, group, NULL};
+        if (zeroed(work, tape->capacity, &kept->value, work->d_stride, "kept values", error))
+            return -1;
+        tape->n_kept++;
+    }
+    return keep(work, view->address, kept->value, view->width, view->token_stride, error);
 }

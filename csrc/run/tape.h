@@ -18,6 +18,13 @@ struct tape_layer {
     struct gpu_buffer *attn_raw, *mlp_raw;
 };
 
+/* What a site's value was before one of its groups of edits (visit.c), for the backward pass. */
+struct tape_kept {
+    int site, layer;
+    uint32_t group;
+    struct gpu_buffer *value; /* [N, d_stride] */
+};
+
 struct run_tape {
     uint32_t capacity, first_layer, n_layers;
     int keep_inside;
@@ -29,6 +36,10 @@ struct run_tape {
     struct gpu_buffer *parallel_dx_pre;             /* tape_dx_pre of models with parallel layers */
     struct gpu_buffer *dscores, *capped;            /* grown when needed */
     struct gpu_buffer *metric, *logits, *reference; /* rows of the scalar, grown when needed */
+    struct tape_kept *kept;                         /* made when needed, and used again */
+    uint32_t n_kept;
+    struct gpu_buffer *dots;             /* [N], made when needed */
+    const struct run_backward *backward; /* of the call; NULL outside it */
 };
 /* dx with the gradient through the layer's MLP: dx itself, or in parallel layers beside it. */
 static inline struct gpu_buffer *tape_dx_pre(const struct run_tape *tape) {
@@ -52,20 +63,50 @@ int tape_layer_begin(struct run_work *work, int layer, struct error *error);
 int tape_layer_middle(struct run_work *work, int layer, struct error *error);
 int tape_keep_qkv(struct run_work *work, int layer, struct error *error);
 
+/* Keeps the view's values before the group of edits (0: before all edits), for sites of width D. */
+int tape_keep_value(struct run_work *work, const struct site_view *view, uint32_t group,
+                    struct error *error);
+/* Where they lie: [N, d_stride]; 0: they were not kept. */
+uint64_t tape_kept_value(const struct run_tape *tape, int site, int layer, uint32_t group);
+/* Does the call ask for the scaling gradient of this site? */
+const struct run_scaling *tape_scaling(const struct run_work *work, int site, int layer);
+
 /* The scalar of every row whose gradient is taken: sum over its metric tokens of weight x value. */
-enum run_metric_kind { METRIC_PAIR, METRIC_LOG_PROB, METRIC_KL, METRIC_DIRECTIONAL_KL };
+enum run_metric_kind {
+    METRIC_PAIR,
+    METRIC_LOG_PROB,
+    METRIC_KL,
+    METRIC_DIRECTIONAL_KL,
+    METRIC_CHOICE /* max(0, margin - weight (logit(a) - logit(b))) + faith KL (choice_grad_params)
+                   */
+};
 struct run_metric {
     enum run_metric_kind kind;
     int capped;             /* logits after the final soft cap; otherwise before it */
     uint32_t n;             /* metric tokens, ascending, none twice */
     const uint32_t *tokens; /* [n] packed index */
-    const uint32_t *a, *b;  /* PAIR: [n] logit(a) - logit(b); LOG_PROB: [n] a is the target */
-    const float *weights;   /* [n] */
+    /* PAIR: [n] logit(a) - logit(b); LOG_PROB: [n] a is the target; CHOICE: [n] the two tokens */
+    const uint32_t *a, *b;
+    const float *weights; /* [n]; CHOICE: the signs */
+    float margin, faith;  /* CHOICE */
     /* KL, DIRECTIONAL_KL: normed final rows [n, D] of other runs, on the host, whose
      * logits are the references, */
     const float *reference, *other;
-    const float *reference_logits; /* or KL: their logits themselves, after the soft cap [n, V] */
-    float *values;                 /* out: PAIR: [n, 2] the logits; else [n] the values */
+    /* or KL, CHOICE: their logits themselves, after the soft cap [n, V] */
+    const float *reference_logits;
+    /* out: PAIR: [n, 2] the logits; CHOICE: [n, 2] difference and KL; else [n] the values */
+    float *values;
+};
+
+/* Of a site of width D: the dot product of every token's value before all edits with the gradient
+ * with respect to the value after them, which is the gradient with respect to a factor of the
+ * value. Given as it is, [n_out_rows, n_columns], or for every row of the batch as the sum of the
+ * values times their dot products [n_rows, D], without the row's first `skip` tokens. */
+struct run_scaling {
+    int site, layer;
+    int sums;
+    uint32_t skip;
+    float *to;
 };
 
 struct run_backward {
@@ -76,6 +117,8 @@ struct run_backward {
     /* gradients to capture: as run_batch's captures, in the same output places */
     const struct run_capture *captures;
     uint32_t n_captures;
+    const struct run_scaling *scalings;
+    uint32_t n_scalings;
 };
 /* The forward pass of a batch of whole rows, at most work->capacity tokens, with its own captures
  * and logits; then the backward pass. */

@@ -2,7 +2,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "run/work.h"
+#include "run/tape.h"
 
 int site_edited(const struct run_work *work, int site, int layer) {
     return edit_first(work->chunk.batch->edits, site, layer) != NULL;
@@ -33,7 +33,8 @@ static const struct run_capture *capture_find(const struct run_batch *batch, int
 }
 
 int site_wanted(const struct run_work *work, int site, int layer) {
-    return site_edited(work, site, layer) || capture_find(work->chunk.batch, site, layer) != NULL;
+    return site_edited(work, site, layer) || capture_find(work->chunk.batch, site, layer) != NULL ||
+           tape_scaling(work, site, layer) != NULL;
 }
 
 /* Edits that differ only in row, operand and coefficient share one dispatch. Rows ascend, so no
@@ -76,6 +77,48 @@ static int entries_add(struct run_work *work, const struct site_view *view, cons
     return 0;
 }
 
+/* One group of edits that merge: the one dispatch of `first` with the entries of all. */
+static int edits_dispatch(struct run_work *work, const struct site_view *view,
+                          const struct edit *first, const struct edit_entry *entries, uint32_t n,
+                          struct error *error) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    uint64_t entries_address, heads_address;
+    if (work_upload(work, entries, n * sizeof *entries, &entries_address, error))
+        return -1;
+    if (first->kind == EDIT_DYNAMIC) {
+        struct scale_dynamic_params params = {
+            .x = view->address,
+            .entries = entries_address,
+            .operand = list->operand_address,
+            .width = view->width,
+            .stride = view->token_stride,
+        };
+        return op_scale_dynamic(&work->model->ops, &params, n, error);
+    }
+    if (work_upload(work, list->heads + first->first_head, first->n_heads * sizeof *list->heads,
+                    &heads_address, error))
+        return -1;
+    int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
+    struct edit_params params = {
+        .x = view->address,
+        .entries = entries_address,
+        .operand = list->operand_address,
+        .heads = heads_address,
+        .scale = view->scale,
+        .tokens = work->chunk.tokens + view->first * sizeof(struct token_meta),
+        .token_stride = view->token_stride,
+        .head_stride = view->head_stride,
+        .width = view->width,
+        .head_step = first->head_step,
+        .step = first->step,
+        /* without a norm before the value there is nothing to divide by */
+        .kind = first->kind == EDIT_ADD_SCALED && !view->scale ? EDIT_ADD : first->kind,
+        .flags = over_keys ? EDIT_KEYS : 0,
+        .window = work->model->facts.window[view->layer],
+    };
+    return op_edit(&work->model->ops, &params, n, first->n_heads, error);
+}
+
 static int edits_apply(struct run_work *work, const struct site_view *view, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
     const struct edit *edit = edit_acting(list, view, edit_first(list, view->site, view->layer));
@@ -85,7 +128,7 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
     if (!entries)
         return error_set(error, ERROR_MEMORY, "out of memory for edits");
     int failed = 0;
-    while (edit && !failed) {
+    for (uint32_t group = 0; edit && !failed; group++) {
         const struct edit *first = edit, *last;
         uint32_t n = 0;
         do {
@@ -93,34 +136,10 @@ static int edits_apply(struct run_work *work, const struct site_view *view, stru
             last = edit;
             edit = edit_acting(list, view, edit_next(list, edit));
         } while (!failed && edit && edits_merge(list, last, edit));
-        uint64_t entries_address, heads_address;
-        if (failed || n == 0)
-            continue;
-        if (work_upload(work, entries, n * sizeof *entries, &entries_address, error) ||
-            work_upload(work, list->heads + first->first_head, first->n_heads * sizeof *list->heads,
-                        &heads_address, error)) {
-            failed = 1;
-            break;
-        }
-        int over_keys = site_kind(view->site) == SITE_KIND_KEYS;
-        struct edit_params params = {
-            .x = view->address,
-            .entries = entries_address,
-            .operand = list->operand_address,
-            .heads = heads_address,
-            .scale = view->scale,
-            .tokens = work->chunk.tokens + view->first * sizeof(struct token_meta),
-            .token_stride = view->token_stride,
-            .head_stride = view->head_stride,
-            .width = view->width,
-            .head_step = first->head_step,
-            .step = first->step,
-            /* without a norm before the value there is nothing to divide by */
-            .kind = first->kind == EDIT_ADD_SCALED && !view->scale ? EDIT_ADD : first->kind,
-            .flags = over_keys ? EDIT_KEYS : 0,
-            .window = work->model->facts.window[view->layer],
-        };
-        failed = op_edit(&work->model->ops, &params, n, first->n_heads, error);
+        if (!failed && first->kind == EDIT_DYNAMIC && work->tape) /* its gradient needs its input */
+            failed = tape_keep_value(work, view, group, error);
+        if (!failed && n > 0)
+            failed = edits_dispatch(work, view, first, entries, n, error);
     }
     free(entries);
     return failed ? -1 : 0;
@@ -169,6 +188,8 @@ static int capture_record(struct run_work *work, const struct site_view *view,
 }
 
 int site_visit(struct run_work *work, const struct site_view *view, struct error *error) {
+    if (tape_scaling(work, view->site, view->layer) && tape_keep_value(work, view, 0, error))
+        return -1;
     if (edits_apply(work, view, error))
         return -1;
     const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
@@ -179,23 +200,13 @@ int site_visit(struct run_work *work, const struct site_view *view, struct error
                    : 0;
 }
 
-/* The adjoint of one edit: an overwritten value gets no gradient, a scaled value gets it scaled, a
- * projection is its own adjoint, and an addition passes the gradient on. */
-static int edit_adjoint(struct run_work *work, const struct site_view *view,
-                        const struct edit *edit, struct edit_entry *entries, struct error *error) {
+/* The adjoint of one group of edits: an overwritten value gets no gradient, a scaled value gets it
+ * scaled, a projection is its own adjoint, and an addition passes the gradient on. */
+static int edits_adjoint(struct run_work *work, const struct site_view *view,
+                         const struct edit *first, uint32_t group, struct edit_entry *entries,
+                         uint32_t n, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
-    uint32_t n = 0;
     uint64_t entries_address, heads_address, zero_address = 0;
-    if (edit->kind == EDIT_ADD)
-        return 0;
-    if (edit->kind == EDIT_ADD_SCALED || site_kind(view->site) == SITE_KIND_KEYS ||
-        site_kind(view->site) == SITE_KIND_ONE)
-        return error_set(error, ERROR_VALUE, "there is no gradient through an edit of %s",
-                         site_name(view->site));
-    if (entries_add(work, view, edit, entries, &n, error))
-        return -1;
-    if (n == 0)
-        return 0;
     struct edit_params params = {
         .x = view->address,
         .operand = list->operand_address,
@@ -203,11 +214,11 @@ static int edit_adjoint(struct run_work *work, const struct site_view *view,
         .token_stride = view->token_stride,
         .head_stride = view->head_stride,
         .width = view->width,
-        .head_step = edit->head_step,
-        .step = edit->step,
-        .kind = edit->kind,
+        .head_step = first->head_step,
+        .step = first->step,
+        .kind = first->kind,
     };
-    if (edit->kind == EDIT_SET) { /* times zero */
+    if (first->kind == EDIT_SET) { /* times zero */
         const float zero = 0;
         if (work_upload(work, &zero, sizeof zero, &zero_address, error))
             return -1;
@@ -217,37 +228,126 @@ static int edit_adjoint(struct run_work *work, const struct site_view *view,
         for (uint32_t i = 0; i < n; i++)
             entries[i].operand = 0;
     }
-    if (work_upload(work, entries, n * sizeof *entries, &entries_address, error) ||
-        work_upload(work, list->heads + edit->first_head, edit->n_heads * sizeof *list->heads,
+    if (work_upload(work, entries, n * sizeof *entries, &entries_address, error))
+        return -1;
+    if (first->kind == EDIT_DYNAMIC) {
+        struct scale_dynamic_bwd_params dynamic = {
+            .d = view->address,
+            .x = tape_kept_value(work->tape, view->site, view->layer, group),
+            .entries = entries_address,
+            .operand = list->operand_address,
+            .width = view->width,
+            .stride = view->token_stride,
+            .x_stride = work->d_stride,
+        };
+        return op_scale_dynamic_bwd(&work->model->ops, &dynamic, n, error);
+    }
+    if (work_upload(work, list->heads + first->first_head, first->n_heads * sizeof *list->heads,
                     &heads_address, error))
         return -1;
     params.entries = entries_address;
     params.heads = heads_address;
-    return op_edit(&work->model->ops, &params, n, edit->n_heads, error);
+    return op_edit(&work->model->ops, &params, n, first->n_heads, error);
+}
+
+/* The adjoint of all edits of a site: its groups as edits_apply makes them, the last one first. */
+static int edits_backward(struct run_work *work, const struct site_view *view,
+                          const struct edit **firsts, struct edit_entry *entries,
+                          struct error *error) {
+    const struct edit_list *list = work->chunk.batch->edits;
+    uint32_t n_groups = 0;
+    const struct edit *last = NULL;
+    for (const struct edit *edit = edit_first(list, view->site, view->layer); edit;
+         last = edit, edit = edit_next(list, edit))
+        if (!last || !edits_merge(list, last, edit))
+            firsts[n_groups++] = edit;
+    firsts[n_groups] = NULL;
+    for (uint32_t group = n_groups; group-- > 0;) {
+        const struct edit *first = firsts[group];
+        uint32_t n = 0;
+        if (first->kind == EDIT_ADD)
+            continue;
+        if (first->kind == EDIT_ADD_SCALED || site_kind(view->site) == SITE_KIND_KEYS ||
+            site_kind(view->site) == SITE_KIND_ONE)
+            return error_set(error, ERROR_VALUE, "there is no gradient through an edit of %s",
+                             site_name(view->site));
+        for (const struct edit *edit = first; edit != firsts[group + 1];
+             edit = edit_next(list, edit))
+            if (entries_add(work, view, edit, entries, &n, error))
+                return -1;
+        if (n > 0 && edits_adjoint(work, view, first, group, entries, n, error))
+            return -1;
+    }
+    return 0;
+}
+
+/* The scaling gradient of a site from its values before the edits and the view's gradient. */
+static int scaling_record(struct run_work *work, const struct site_view *view,
+                          const struct run_scaling *scaling, struct error *error) {
+    struct run_tape *tape = work->tape;
+    const struct run_batch *batch = work->chunk.batch;
+    uint64_t value = tape_kept_value(tape, view->site, view->layer, 0), ranges;
+    RUN(work_grow(work, &tape->dots, 4 * (uint64_t)tape->capacity, "dot products", error));
+    struct row_dots_params dots = {
+        .x = value,
+        .y = view->address,
+        .dst = run_address(tape->dots),
+        .width = view->width,
+        .x_stride = work->d_stride,
+        .y_stride = view->token_stride,
+    };
+    RUN(op_row_dots(&work->model->ops, &dots, view->n_tokens, error));
+    if (!scaling->sums) {
+        struct site_view rows = *view;
+        struct run_capture capture = {view->site, view->layer, scaling->to};
+        rows.address = dots.dst;
+        rows.token_stride = rows.n_heads = rows.head_stride = rows.width = 1;
+        return capture_record(work, &rows, &capture, 0, error);
+    }
+    uint32_t *listed = malloc(2 * (size_t)batch->n_rows * sizeof *listed), at = 0;
+    if (!listed)
+        return error_set(error, ERROR_MEMORY, "out of memory for rows");
+    for (uint32_t r = 0; r < batch->n_rows; r++) {
+        uint32_t n = batch->n_tokens[r];
+        listed[2 * r] = at + (scaling->skip < n ? scaling->skip : n);
+        listed[2 * r + 1] = at += n;
+    }
+    int failed = work_upload(work, listed, 2 * (uint64_t)batch->n_rows * sizeof *listed, &ranges,
+                             error);
+    free(listed);
+    struct row_sums_params sums = {
+        .x = value,
+        .weights = dots.dst,
+        .ranges = ranges,
+        .width = view->width,
+        .stride = work->d_stride,
+    };
+    return failed ||
+                   work_readback_floats(work, batch->n_rows * view->width, scaling->to, &sums.dst,
+                                        error) ||
+                   op_row_sums(&work->model->ops, &sums, batch->n_rows, error)
+               ? -1
+               : 0;
 }
 
 int site_visit_backward(struct run_work *work, const struct site_view *view, struct error *error) {
     const struct edit_list *list = work->chunk.batch->edits;
     const struct run_capture *capture = capture_find(work->chunk.batch, view->site, view->layer);
-    if (capture && capture_record(work, view, capture, 0, error))
+    const struct run_scaling *scaling = tape_scaling(work, view->site, view->layer);
+    if ((capture && capture_record(work, view, capture, 0, error)) ||
+        (scaling && scaling_record(work, view, scaling, error)))
         return -1;
-    uint32_t n = 0, capacity = 0;
+    uint32_t capacity = 0;
     for (const struct edit *edit = edit_first(list, view->site, view->layer); edit;
          edit = edit_next(list, edit))
         capacity++;
     if (capacity == 0)
         return 0;
-    const struct edit **edits = malloc(capacity * sizeof *edits);
+    const struct edit **firsts = malloc((capacity + 1) * sizeof *firsts);
     struct edit_entry *entries = malloc((view->n_tokens + 1) * sizeof *entries);
-    int failed = 0;
-    if (!edits || !entries)
-        failed = error_set(error, ERROR_MEMORY, "out of memory for edits");
-    for (const struct edit *edit = edit_first(list, view->site, view->layer); !failed && edit;
-         edit = edit_next(list, edit))
-        edits[n++] = edit;
-    while (!failed && n > 0) /* the last edit comes first */
-        failed = edit_adjoint(work, view, edits[--n], entries, error);
-    free(edits);
+    int failed = !firsts || !entries ? error_set(error, ERROR_MEMORY, "out of memory for edits")
+                                     : edits_backward(work, view, firsts, entries, error);
+    free(firsts);
     free(entries);
     return failed ? -1 : 0;
 }

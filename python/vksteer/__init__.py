@@ -26,6 +26,7 @@ _LAZY = {
     "Set": "runtime.edits",
     "Add": "runtime.edits",
     "Scale": "runtime.edits",
+    "DynamicScale": "runtime.edits",
     "MeanAblate": "runtime.edits",
     "SteeringVector": "inputs.vectors",
     "dose": "inputs.dosing",
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from .loading.tokenizer import Tokenizer
     from .runtime.decoding import Generation
     from .runtime.device import Device, devices
-    from .runtime.edits import Ablate, Add, MeanAblate, Scale, Set, Steer
+    from .runtime.edits import Ablate, Add, DynamicScale, MeanAblate, Scale, Set, Steer
     from .runtime.gradients import KL, Gradients, LogitDiff, LogProb
     from .runtime.model import Model
     from .runtime.run import Run
@@ -78,6 +79,7 @@ __all__ = [
     "Config",
     "Device",
     "DeviceError",
+    "DynamicScale",
     "Generation",
     "Gradients",
     "LogProb",

@@ -14,18 +14,9 @@ Words = NDArray[np.uint32]
 Ints = NDArray[np.int32]
 #: (site, layer)
 Key = tuple[int, int]
-#: kind, capped, tokens, a, b, weights, reference [n, D], other [n, D], reference_logits [n, V]
-Metric = tuple[
-    int,
-    bool,
-    Words,
-    Words | None,
-    Words | None,
-    Floats,
-    Floats | None,
-    Floats | None,
-    Floats | None,
-]
+#: kind, capped, tokens, a, b, weights, reference [n, D], other [n, D], reference_logits [n, V]; for
+#: a choice also margin and faith
+Metric = tuple[Any, ...]
 
 ATTRIBUTE_TILE: int
 #: name -> number, of the constants in shaders/include/params*.h and csrc/ops/ops.h, and of those
@@ -173,9 +164,13 @@ class Tape:
         gradients: list[Key],
         metric: Metric,
         stop_layer: int,
-    ) -> tuple[Floats, dict[Key, Floats]]:
+        scalings: list[Key] = ...,
+        sums: bool = ...,
+        skip: int = ...,
+    ) -> tuple[Floats, dict[Key, Floats], dict[Key, Floats]]:
         """Values of the metric, [n, 2] logits or [n]; gradients down to stop_layer, shaped as
-        captures.
+        captures; the scaling gradients of sites of width D: for each token [n_out_rows,
+        n_columns], or summed over a row's tokens, times values, without the first `skip` [B, D].
         """
 
 class Attribution:

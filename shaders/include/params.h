@@ -279,6 +279,7 @@ BLOCK(act_params) {
 #define EDIT_SCALE 2
 #define EDIT_ABLATE 3     /* x -= u (u . x), where the operand u has unit length */
 #define EDIT_ADD_SCALED 4 /* x += operand / scale[token]: ablation of a normalised value */
+#define EDIT_DYNAMIC 5    /* x *= 1 + coefficient (operand . x): op_scale_dynamic, not op_edit */
 #define EDIT_KEYS 1       /* flag: a site over keys; keys that the query does not see stay masked */
 
 BLOCK(edit_entry) {
@@ -399,5 +400,6 @@ BLOCK(read_params) {
 #include "params_backward.h"
 #include "params_attribution.h"
 #include "params_circuit.h"
+#include "params_scaling.h"
 
 #endif

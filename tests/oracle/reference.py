@@ -292,6 +292,10 @@ class _Pass:
                 "Set": lambda part: self.tensor(e.values).expand_as(part),
                 "Add": lambda part: part + self.tensor(e.values),
                 "Scale": lambda part: part * self.tensor(e.factor),
+                "DynamicScale": lambda part: (
+                    part
+                    * (1 + e.factor * (part @ self.tensor(e.w))[:, None] / part.shape[-1] ** 0.5)
+                ),
                 "MeanAblate": lambda part: self.tensor(e.mean).expand_as(part),
             }[kind]
         # The selected slice in the layout of the site: [position, head, ...], or

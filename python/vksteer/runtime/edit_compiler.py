@@ -15,7 +15,7 @@ from .. import _engine as extension
 from ..base.arrays import as_float32
 from ..base.checks import is_int, require_int
 from ..base.types import Array, Float32Array, IntArray
-from .edits import ABLATION_SITES, Ablate, Add, MeanAblate, Scale, Set, Steer
+from .edits import ABLATION_SITES, Ablate, Add, DynamicScale, MeanAblate, Scale, Set, Steer
 
 if TYPE_CHECKING:
     from .edits import Edit
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 #: The engine's numbers of the kinds of edits.
 KINDS = {
     kind: extension.constants[f"EDIT_{kind.upper()}"]
-    for kind in ("set", "add", "scale", "ablate", "add_scaled")
+    for kind in ("set", "add", "scale", "ablate", "add_scaled", "dynamic")
 }
 OPEN = 2**31 - 1  # the end of a slice that includes decoded tokens
 SLICE = 0xFFFFFFFF
-EDIT_TYPES = (Steer, Ablate, Set, Add, Scale, MeanAblate)
+EDIT_TYPES = (Steer, Ablate, Set, Add, Scale, DynamicScale, MeanAblate)
+#: Their names, for messages.
+_TYPE_NAMES = "Steer, Ablate, Set, Add, Scale, DynamicScale"
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,12 @@ def per_row(edits: Any, n_rows: int) -> tuple[list[list[Edit]], bool]:
     if isinstance(edits, EDIT_TYPES):
         edits = [edits]
     if isinstance(edits, (str, bytes, dict)):
-        raise TypeError(
-            "edits must be a list of edits (Steer, Ablate, Set, Add, Scale, MeanAblate), not"
-            f" {edits!r}"
-        )
+        raise TypeError(f"edits must be a list of edits ({_TYPE_NAMES}, MeanAblate), not {edits!r}")
     try:
         edits = list(edits)
     except TypeError:
         raise TypeError(
-            "edits must be a list of edits (Steer, Ablate, Set, Add, Scale, MeanAblate), not"
-            f" {edits!r}"
+            f"edits must be a list of edits ({_TYPE_NAMES}, MeanAblate), not {edits!r}"
         ) from None
     nested = [isinstance(e, (list, tuple)) for e in edits]
     if edits and all(nested):
@@ -156,9 +154,7 @@ def per_row(edits: Any, n_rows: int) -> tuple[list[list[Edit]], bool]:
         rows, shared = [edits] * n_rows, True
     for edit in (e for row in rows for e in row):
         if not isinstance(edit, EDIT_TYPES):
-            raise TypeError(
-                f"{edit!r} is no edit: use Steer, Ablate, Set, Add, Scale or MeanAblate"
-            )
+            raise TypeError(f"{edit!r} is no edit: use {_TYPE_NAMES} or MeanAblate")
     return rows, shared
 
 
@@ -207,6 +203,8 @@ class EditCompiler:
             )
         elif isinstance(edit, Ablate):
             self._ablate(edit, row)
+        elif isinstance(edit, DynamicScale):
+            self._dynamic(edit, row)
         elif isinstance(edit, Scale):
             self._valued(edit, row, "scale", edit.factor)
         elif isinstance(edit, Add):
@@ -230,6 +228,18 @@ class EditCompiler:
             self._record(
                 site, row, "ablate", edit.positions, None, (vector / norm).astype(np.float32), 1.0
             )
+
+    def _dynamic(self, edit: DynamicScale, row: int | None) -> None:
+        w = self._vector(edit.w, f"DynamicScale at {edit.site}")
+        factor = self._number(edit.factor, f"DynamicScale at {edit.site}: factor")
+        for site in self.model._sites.find_all(edit.site):
+            if site.kind != "width":
+                raise ValueError(
+                    f"DynamicScale: {site.name} is not of the model's width"
+                    f" {self.model.config.d_model}: name sites of the residual stream, of"
+                    " hook_attn_out or hook_mlp_out"
+                )
+            self._record(site, row, "dynamic", edit.positions, None, w, factor / math.sqrt(len(w)))
 
     def _valued(
         self, edit: Set | Add | Scale | MeanAblate, row: int | None, kind: str, values: Any
@@ -431,7 +441,7 @@ def _same_for_all_rows(model: Model, edit: Edit) -> bool:
     """Whether one record serves every row: neither positions nor values depend on its length."""
     if edit.positions is not None:
         return False
-    if isinstance(edit, (Steer, Ablate)):
+    if isinstance(edit, (Steer, Ablate, DynamicScale)):
         return True
     values = (
         edit.values

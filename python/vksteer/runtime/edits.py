@@ -88,6 +88,22 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
+class DynamicScale:
+    """Multiply the site's value by a factor that is learned from it:
+    ``h *= 1 + factor * (w . h) / sqrt(D)`` (docs/activation-scaling.md, after Stoehr et al. 2024,
+    section 5).
+
+    site: a name or pattern of sites of width D. w: float32 [D]. factor: a number, 0 changes
+    nothing. The gradient passes through the factor too.
+    """
+
+    site: str
+    w: Any
+    factor: float = 1.0
+    positions: Positions = None
+
+
+@dataclass(frozen=True, eq=False)
 class MeanAblate:
     """Replace the site's value by a mean taken elsewhere (an array that
     broadcasts as in ``Set``).
@@ -100,6 +116,6 @@ class MeanAblate:
 
 
 #: Any edit.
-Edit: TypeAlias = Steer | Ablate | Set | Add | Scale | MeanAblate
+Edit: TypeAlias = Steer | Ablate | Set | Add | Scale | DynamicScale | MeanAblate
 #: Edits of a call: one list for all rows, or one list for each row.
 Edits: TypeAlias = Edit | Iterable[Edit] | Sequence[Sequence[Edit]]

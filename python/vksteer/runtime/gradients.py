@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from .sites import Site
 
 #: The engine's numbers of the metrics (csrc/run/tape.h).
-PAIR, LOG_PROB, KL_DIVERGENCE, DIRECTIONAL_KL = (
-    extension.constants[f"METRIC_{name}"] for name in ("PAIR", "LOG_PROB", "KL", "DIRECTIONAL_KL")
+PAIR, LOG_PROB, KL_DIVERGENCE, DIRECTIONAL_KL, CHOICE = (
+    extension.constants[f"METRIC_{name}"]
+    for name in ("PAIR", "LOG_PROB", "KL", "DIRECTIONAL_KL", "CHOICE")
 )
 #: Tokens that go forward and back together, unless a row is longer.
 BATCH_TOKENS = 512
@@ -355,7 +356,9 @@ def differentiate(
         first_layer=first_layer,
         inputs=inputs,
     )
-    return tape.differentiate(cache, packed, list(keys), metric_tuple(metrics, lengths), stop_layer)
+    metric = metric_tuple(metrics, lengths)
+    values, found, _ = tape.differentiate(cache, packed, list(keys), metric, stop_layer)
+    return values, found
 
 
 def gradients(
