@@ -4,6 +4,11 @@
 
 #include "run/work.h"
 
+/* Are the keys of a row of n tokens rotated by the table of long texts? */
+static int long_rotated(const struct model_facts *f, uint64_t n) {
+    return f->rope_switch && n > f->rope_switch;
+}
+
 static int batch_check(const struct run_work *work, const struct run_cache *cache,
                        const struct run_batch *batch, struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -27,16 +32,17 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
                              "row %u has %llu tokens, the model's context holds %u: shorten the "
                              "prompt or generate fewer tokens",
                              r, (unsigned long long)end, f->n_ctx);
-        if (f->rope_switch && batch->start[r] && batch->start[r] <= f->rope_switch &&
-            end > f->rope_switch)
+        if (batch->slot[r] + end > cache->n_slots)
+            return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r,
+                             (unsigned long long)end, cache->n_slots - batch->slot[r]);
+        if (batch->start[r] &&
+            long_rotated(f, end) !=
+                !!(cache->state[batch->slot[r] + batch->start[r] - 1] & RUN_CACHE_LONG))
             return error_set(
                 error, ERROR_VALUE,
                 "row %u grows from %u to %llu tokens: texts longer than %u are rotated "
                 "by another table, so all of its tokens must be run again",
                 r, batch->start[r], (unsigned long long)end, f->rope_switch);
-        if (batch->slot[r] + end > cache->n_slots)
-            return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r,
-                             (unsigned long long)end, cache->n_slots - batch->slot[r]);
         for (uint32_t i = 0; i < batch->n_tokens[r]; i++, at++)
             if (batch->tokens[at] >= f->d_vocab)
                 return error_set(error, ERROR_VALUE,
@@ -214,9 +220,13 @@ static int batch_begin(struct run_work *work, struct run_cache *cache,
     if (batch_check(work, cache, batch, error) ||
         groups_check(batch, work->capacity, mlp_frozen, error))
         return -1;
-    for (uint32_t r = 0; r < batch->n_rows; r++)
-        if (batch->start[r] + batch->n_tokens[r] > last)
-            last = batch->start[r] + batch->n_tokens[r];
+    for (uint32_t r = 0; r < batch->n_rows; r++) {
+        uint32_t end = batch->start[r] + batch->n_tokens[r];
+        last = end > last ? end : last;
+        run_cache_written(cache, batch->slot[r] + batch->start[r], batch->n_tokens[r],
+                          long_rotated(&work->model->facts, end),
+                          batch->first_layer <= cache->first_layer && !batch->stop_layer);
+    }
     work->chunk.batch = batch;
     work->n_pending = 0;
     work->readback_used = 0;

@@ -15,7 +15,10 @@ struct run_cache {
     struct gpu_device *device;
     uint32_t n_layers, n_slots, first_layer;
     struct gpu_buffer **k, **v; /* [n_layers] */
+    uint8_t *state;             /* [n_slots] RUN_CACHE_* */
 };
+#define RUN_CACHE_EDITED 1 /* something was added to what the model computed */
+#define RUN_CACHE_LONG 2   /* its key was rotated by the table of texts beyond rope_switch */
 /* first_layer: layers below it get no memory, so that only batches that resume at this layer or
  * above may use the cache. */
 int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots,
@@ -26,6 +29,24 @@ void run_cache_destroy(struct run_cache *cache);
 int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from,
                    const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
                    struct error *error);
+/* Notes that the model writes n slots from `first` on: what was added to them is gone where all
+ * layers are written. */
+void run_cache_written(struct run_cache *cache, uint32_t first, uint32_t n, int long_rotated,
+                       int all_layers);
+/* What is added to n slots: to slot slots[i] the addition values[which[i], :], where values are
+ * float32 [n_values, keys or values, layers, G * dh] on the host. */
+struct run_cache_additions {
+    const uint32_t *slots, *which; /* [n] */
+    uint32_t n, n_values;
+    const float *values;
+};
+/* Adds once: a slot that has been edited is refused, also in a copy, until the model writes it
+ * again. Zeros leave a slot bit-identical. The sum is rounded once, in float32. */
+int run_cache_add(struct run_work *work, struct run_cache *cache,
+                  const struct run_cache_additions *add, struct error *error);
+/* Keys and values of n slots to the host, [keys or values, layers, n, G * dh]. */
+int run_cache_read(struct run_work *work, const struct run_cache *cache, const uint32_t *slots,
+                   uint32_t n, float *to, struct error *error);
 uint64_t run_cache_bytes(const struct model_facts *facts, uint32_t n_slots, uint32_t first_layer);
 
 /* Captured values go to the caller's zeroed array `to`: [n_out_rows, n_columns, W] for a site of

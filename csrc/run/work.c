@@ -1,4 +1,4 @@
-/* Buffers of a run, uploads, readback into the caller's arrays, and key/value caches. */
+/* Buffers of a run, uploads, and readback into the caller's arrays. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -274,80 +274,4 @@ int work_readback_drain(struct run_work *work, struct error *error) {
     work->n_pending = 0;
     work->readback_used = 0;
     return failed;
-}
-
-uint64_t run_cache_bytes(const struct model_facts *f, uint32_t n_slots, uint32_t first_layer) {
-    return 2 * (uint64_t)(f->n_layers - first_layer) * n_slots * f->n_kv_heads * f->d_head * 4;
-}
-
-int run_cache_create(struct run_cache **out, struct model *model, uint32_t n_slots,
-                     uint32_t first_layer, struct error *error) {
-    const struct model_facts *f = &model->facts;
-    *out = NULL;
-    if (first_layer >= f->n_layers)
-        return error_set(error, ERROR_VALUE, "a cache from layer %u of %u", first_layer,
-                         f->n_layers);
-    uint64_t needed = run_cache_bytes(f, n_slots, first_layer),
-             available = gpu_device_available(model->ops.device);
-    if (needed > available)
-        return error_set(error, ERROR_DEVICE,
-                         "keys and values of %u tokens take %.2f GB and %.2f GB are free on the "
-                         "device: at most %llu tokens fit "
-                         "(rows x length); use a smaller batch or shorter prompts",
-                         n_slots, needed / 1e9, available / 1e9,
-                         (unsigned long long)(available / run_cache_bytes(f, 1, first_layer)));
-    struct run_cache *cache = calloc(1, sizeof *cache);
-    if (!cache)
-        return error_set(error, ERROR_MEMORY, "out of memory for a cache");
-    cache->device = model->ops.device;
-    cache->n_layers = f->n_layers;
-    cache->n_slots = n_slots;
-    cache->first_layer = first_layer;
-    cache->k = calloc(f->n_layers, sizeof *cache->k);
-    cache->v = calloc(f->n_layers, sizeof *cache->v);
-    if (!cache->k || !cache->v) {
-        error_set(error, ERROR_MEMORY, "out of memory for a cache");
-        goto fail;
-    }
-    uint64_t each = needed / (f->n_layers - first_layer) / 2;
-    for (uint32_t l = first_layer; l < f->n_layers; l++)
-        if (gpu_buffer_create(&cache->k[l], cache->device, each, GPU_DEVICE_LOCAL, "keys", error) ||
-            gpu_buffer_create(&cache->v[l], cache->device, each, GPU_DEVICE_LOCAL, "values", error))
-            goto fail;
-    *out = cache;
-    return 0;
-fail:
-    run_cache_destroy(cache);
-    return -1;
-}
-
-int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from,
-                   const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
-                   struct error *error) {
-    uint64_t slot = 4 * (uint64_t)work->model->facts.n_kv_heads * work->model->facts.d_head;
-    for (uint32_t i = 0; i < n_to; i++)
-        for (uint32_t l = first_layer > cache->first_layer ? first_layer : cache->first_layer;
-             l < cache->n_layers; l++)
-            if (gpu_queue_copy(work->model->ops.queue, cache->k[l], from * slot, cache->k[l],
-                               to[i] * slot, n * slot, error) ||
-                gpu_queue_copy(work->model->ops.queue, cache->v[l], from * slot, cache->v[l],
-                               to[i] * slot, n * slot, error)) {
-                gpu_queue_abandon(work->model->ops.queue);
-                return -1;
-            }
-    return 0;
-}
-
-void run_cache_destroy(struct run_cache *cache) {
-    if (!cache)
-        return;
-    for (uint32_t l = 0; l < cache->n_layers; l++) {
-        if (cache->k)
-            gpu_buffer_destroy(cache->k[l]);
-        if (cache->v)
-            gpu_buffer_destroy(cache->v[l]);
-    }
-    free(cache->k);
-    free(cache->v);
-    free(cache);
 }

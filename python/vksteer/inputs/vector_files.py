@@ -60,7 +60,7 @@ def load(path: PathLike, layer: int | None = None) -> Fields:
     ending = _ending(path)
     if layer is not None:
         layer = require_int(layer, "layer")
-    _check_size(path)
+    check_size(path)
     readers = {".safetensors": _from_safetensors, ".npz": _from_npz, ".gguf": _from_gguf}
     return readers[ending](path, layer)
 
@@ -69,16 +69,16 @@ def layers(path: PathLike) -> list[int]:
     """See `SteeringVector.list`."""
     path = Path(path)
     ending = _ending(path)
-    _check_size(path)
+    check_size(path)
     if ending == ".gguf":
         with GGUFFile(path) as file:
             return sorted(_gguf_layers(path, file))
-    found: Iterable[str] = read_header(path) if ending == ".safetensors" else _npz_members(path)
+    found: Iterable[str] = read_header(path) if ending == ".safetensors" else npz_members(path)
     several = _numbered(found)
     return sorted(several) if several else [load(path)[1]]
 
 
-def _check_size(path: Path) -> None:
+def check_size(path: Path) -> None:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ModelError(
@@ -238,7 +238,8 @@ def _to_npz(vector: SteeringVector) -> bytes:
     return buffer.getvalue()
 
 
-def _npy(path: Path, name: str, data: bytes) -> Array:
+def npy_array(path: Path, name: str, data: bytes, axes: int = 1) -> Array:
+    """Numbers or a text of one member; at most so many axes."""
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -249,21 +250,22 @@ def _npy(path: Path, name: str, data: bytes) -> Array:
             if version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        shape, _, dtype = read(stream)
+        shape, by_columns, dtype = read(stream)
     # tokenize.TokenError is raised from Python 3.12 on
     except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ModelError(f"{path}: member {name!r} is damaged: {error}") from None
     rest = data[stream.tell() :]
-    if dtype.kind not in "fU" or len(shape) > 1:
+    if dtype.kind not in "fU" or len(shape) > axes or (by_columns and len(shape) > 1):
         raise ModelError(
-            f"{path}: member {name!r} holds {dtype} {shape}, neither a row of numbers nor a text"
+            f"{path}: member {name!r} holds {dtype} {shape}, neither"
+            f" {'a row of numbers' if axes == 1 else 'numbers by rows'} nor a text"
         )
     if math.prod(shape) * dtype.itemsize != len(rest):
         raise ModelError(f"{path}: member {name!r} says {dtype} {shape} but has {len(rest)} bytes")
     return np.frombuffer(rest, dtype=dtype).reshape(shape)
 
 
-def _npz_members(path: Path) -> dict[str, bytes]:
+def npz_members(path: Path) -> dict[str, bytes]:
     """{name: .npy file} of an npz file."""
     data = path.read_bytes()
     members: dict[str, bytes] = {}
@@ -295,11 +297,11 @@ def _npz_members(path: Path) -> dict[str, bytes]:
 
 
 def _from_npz(path: Path, asked: int | None) -> Fields:
-    members = _npz_members(path)
+    members = npz_members(path)
     several = _numbered(members)
     if several:
         layer = _choose(path, several, asked)
-        row = _npy(path, several[layer], members[several[layer]])
+        row = npy_array(path, several[layer], members[several[layer]])
         if row.dtype.kind != "f" or row.ndim != 1:
             raise ModelError(
                 f"{path}: {several[layer]!r} must be one row [D] of numbers, not {row.dtype}"
@@ -307,7 +309,7 @@ def _from_npz(path: Path, asked: int | None) -> Fields:
             )
         with np.errstate(over="ignore"):  # SteeringVector refuses what is not finite
             return row.astype(np.float32), layer, None, "", _foreign("npz")
-    arrays = {name: _npy(path, name, member) for name, member in members.items()}
+    arrays = {name: npy_array(path, name, member) for name, member in members.items()}
     if "direction" not in arrays:
         raise ModelError(f"{path}: expected a member 'direction', found {sorted(arrays)}")
     direction = arrays.pop("direction")

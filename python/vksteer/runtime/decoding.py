@@ -13,6 +13,7 @@ import numpy as np
 from ..base.progress import Progress
 from ..base.types import Float32Array, Int32Array, UInt32Array
 from . import finite
+from .cache_edits import RowCacheEdits, add_to_cache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Generation:
     text: decoded new tokens without special ones, cut off before a stop string ("" without a
     tokenizer). tokens: int32 [n], new tokens only, an end token included. finish_reason: "stop"
     (end token or stop string) or "length". prompt_tokens: int32. captured: {site: float32 [n,
-    ...]}, the site at each new token.
+    ...]}, the site at each new token. cache_edits: what each cache edit of the row was (its
+    position, what it appended, coefficients and the vector's hash).
     """
 
     text: str
@@ -39,6 +41,7 @@ class Generation:
     finish_reason: str
     prompt_tokens: Int32Array
     captured: dict[str, Float32Array] = field(default_factory=dict, repr=False)
+    cache_edits: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,10 @@ class Row:
         prompt: list[int],
         request: Request,
         edits: Sequence[Any] = (),
+        cache_edits: RowCacheEdits | None = None,
     ) -> None:
         self.index, self.prompt, self.request, self.edits = index, prompt, request, edits
+        self.cache_edits = cache_edits
         self.tokens: list[int] = []
         self.random = request.sampling.generator(index)
         self.tokenizer = model.tokenizer
@@ -74,6 +79,7 @@ class Row:
         self.reason: str | None = None  # set when the row has ended
         self.cut = False  # a stop string has been cut off
         self.captured: list[dict[str, Float32Array]] = []
+        self.latest: dict[str, Float32Array] = {}  # of the newest token
 
     @property
     def length(self) -> int:
@@ -130,6 +136,7 @@ class Row:
             self.reason or "length",
             np.array(self.prompt, np.int32),
             captured,
+            self.cache_edits.to_dicts() if self.cache_edits else [],
         )
 
 
@@ -160,7 +167,7 @@ class Decoding:
 
     def run(self) -> None:
         active = list(range(len(self.states)))
-        logits = self._prefill(active)
+        logits = self._from_start(active)
         while True:
             self._accept(active, logits)
             # The last token of an ended row runs once more only for the captures at it.
@@ -180,20 +187,36 @@ class Decoding:
         double = self.double
         return np.concatenate([self.starts[double * a : double * a + double] for a in rows])
 
-    def _prefill(self, rows: list[int]) -> Float32Array:
-        """Logits [rows, V] after each prompt."""
-        prompts = [s.prompt for s in self.states]
-        width = max(map(len, prompts))
-        logits, _ = self.batch.forward(
-            self.cache,
-            prompts,
-            slots=self._slots(rows),
-            columns=[width - len(p) for p in prompts],
-            n_columns=width,
-            logits="last",
-            active=rows,
-        )
-        return np.asarray(logits)
+    def _from_start(self, rows: list[int], capture: bool = False) -> Float32Array:
+        """Logits [rows, V] after all tokens of these rows, which are run from their first on. Cache
+        edits are applied between the prompt and what follows it.
+        """
+        states = [self.states[a] for a in rows]
+        ends, rest = [s.length for s in states], []
+        for i, state in enumerate(states):
+            if state.cache_edits:
+                rest += [i] if state.cache_edits.n_prompt < state.length else []
+                # all keys of a row are rotated by one table, that of its whole length
+                if self._long(state.cache_edits.n_prompt) == self._long(state.length):
+                    ends[i] = state.cache_edits.n_prompt
+        logits = self._pass(rows, [0] * len(rows), ends, capture)
+        edited = [i for i, s in enumerate(states) if s.cache_edits]
+        if edited:
+            add_to_cache(
+                self.batch.model,
+                self.cache,
+                [e for s in states if (e := s.cache_edits)],
+                [self._slots([rows[i]]) for i in edited],
+                [self._long(ends[i]) for i in edited],
+            )
+        if rest:
+            starts = [e.n_prompt for i in rest if (e := states[i].cache_edits)]
+            lengths = [states[i].length for i in rest]
+            logits[rest] = self._pass([rows[i] for i in rest], starts, lengths, capture)
+        return logits
+
+    def _long(self, length: int) -> bool:
+        return 0 < self.batch.model.config.rope_switch < length
 
     def _accept(self, rows: list[int], logits: Float32Array) -> None:
         """Picks the next token of each row."""
@@ -229,40 +252,55 @@ class Decoding:
         # The keys of a row that grows beyond the switch of longrope were rotated by the table of
         # shorter texts: all of its tokens are run again, as transformers does for Phi-3.
         switch = self.batch.model.config.rope_switch
-        again = [0 < switch == self.states[a].length - 1 for a in rows]
-        if len(set(again)) == 1:
-            return self._pass(rows, again[0])
-        logits = np.empty((len(rows), self.batch.model.config.d_vocab), np.float32)
-        for all_tokens in (False, True):
-            part = [i for i, whole in enumerate(again) if whole == all_tokens]
-            logits[part] = self._pass([rows[i] for i in part], all_tokens)
+        lengths = [self.states[a].length for a in rows]
+        again = [i for i, n in enumerate(lengths) if 0 < switch == n - 1]
+        if 0 < len(again) < len(rows):
+            logits = np.empty((len(rows), self.batch.model.config.d_vocab), np.float32)
+            for part in ([i for i in range(len(rows)) if i not in again], again):
+                logits[part] = self._step([rows[i] for i in part])
+            return logits
+        if again:
+            logits = self._from_start(rows, capture=True)
+        else:
+            starts = [n - 1 for n in lengths]
+            logits = self._pass(rows, starts, lengths, capture=True, decode=True)
+        if self.sites:
+            for state in (self.states[a] for a in rows):
+                state.captured.append(state.latest)
         return logits
 
-    def _pass(self, rows: list[int], all_tokens: bool) -> Float32Array:
-        """`_step` of rows whose newest token is run alone, or of rows of one length, all of whose
-        tokens are run.
+    def _pass(
+        self,
+        rows: list[int],
+        starts: list[int],
+        ends: list[int],
+        capture: bool,
+        decode: bool = False,
+    ) -> Float32Array:
+        """Runs tokens [starts[i], ends[i]) of each row; logits [rows, V] after them. capture: the
+        sites at each row's last token become its `latest`.
         """
         states = [self.states[a] for a in rows]
-        lengths = [s.length for s in states]
-        starts = [0 if all_tokens else n - 1 for n in lengths]
+        sites = self.sites if capture else []
+        width = max(end - start for start, end in zip(starts, ends, strict=True))
         logits, captured = self.batch.forward(
             self.cache,
-            [(s.prompt + s.tokens)[start:] for s, start in zip(states, starts, strict=True)],
+            [(s.prompt + s.tokens)[a:b] for s, a, b in zip(states, starts, ends, strict=True)],
             starts=starts,
             slots=self._slots(rows),
-            columns=[-start for start in starts],
-            n_columns=lengths[0] if all_tokens else 1,
+            columns=[width - end for end in ends],
+            n_columns=width,
             key_columns=[0] * len(rows),
-            n_keys=max(lengths),
-            capture=[s.key for s in self.sites],
+            n_keys=max(ends),
+            capture=[s.key for s in sites],
             logits="last",
             active=rows,
-            decode=not all_tokens,
+            decode=decode,
         )
-        if self.sites:
-            if not all(finite.all_finite(captured[s.key]) for s in self.sites):
-                bad = finite.suspect_row(None, [captured[s.key] for s in self.sites])
+        if sites:
+            if not all(finite.all_finite(captured[s.key]) for s in sites):
+                bad = finite.suspect_row(None, [captured[s.key] for s in sites])
                 self._refuse(states[bad or 0], False)
             for i, state in enumerate(states):
-                state.captured.append({s.name: captured[s.key][i, -1] for s in self.sites})
+                state.latest = {s.name: captured[s.key][i, -1] for s in sites}
         return np.asarray(logits)

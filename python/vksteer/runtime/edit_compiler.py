@@ -30,8 +30,6 @@ KINDS = {
 OPEN = 2**31 - 1  # the end of a slice that includes decoded tokens
 SLICE = 0xFFFFFFFF
 EDIT_TYPES = (Steer, Ablate, Set, Add, Scale, DynamicScale, MeanAblate)
-#: Their names, for messages.
-_TYPE_NAMES = "Steer, Ablate, Set, Add, Scale, DynamicScale"
 
 
 @dataclass(frozen=True)
@@ -126,35 +124,38 @@ def _from_end(position: int, row: RowShape) -> int:
     return position if position >= 0 else max(0, position + row.prompt)
 
 
-def per_row(edits: Any, n_rows: int) -> tuple[list[list[Edit]], bool]:
-    """Edits as one list a row, and whether the user gave one list for all."""
-    if isinstance(edits, EDIT_TYPES):
+def per_row(
+    edits: Any, n_rows: int, *, kinds: tuple[type, ...] = EDIT_TYPES, what: str = "edits"
+) -> tuple[list[list[Any]], bool]:
+    """Edits as one list a row, and whether the user gave one list for all. kinds: what an edit may
+    be. what: the argument's name.
+    """
+    names = ", ".join(kind.__name__ for kind in kinds)
+    if isinstance(edits, kinds):
         edits = [edits]
     if isinstance(edits, (str, bytes, dict)):
-        raise TypeError(f"edits must be a list of edits ({_TYPE_NAMES}, MeanAblate), not {edits!r}")
+        raise TypeError(f"{what} must be a list of edits ({names}), not {edits!r}")
     try:
         edits = list(edits)
     except TypeError:
-        raise TypeError(
-            f"edits must be a list of edits ({_TYPE_NAMES}, MeanAblate), not {edits!r}"
-        ) from None
+        raise TypeError(f"{what} must be a list of edits ({names}), not {edits!r}") from None
     nested = [isinstance(e, (list, tuple)) for e in edits]
     if edits and all(nested):
         if len(edits) != n_rows:
             raise ValueError(
-                f"{len(edits)} lists of edits for {n_rows} rows: give one list for all rows, or one"
-                " list per row"
+                f"{len(edits)} lists of {what} for {n_rows} rows: give one list for all rows, or"
+                " one list per row"
             )
         rows, shared = [list(e) for e in edits], False
     elif any(nested):
         raise TypeError(
-            "edits mixes edits and lists: give one list for all rows, or one list per row"
+            f"{what} mixes edits and lists: give one list for all rows, or one list per row"
         )
     else:
         rows, shared = [edits] * n_rows, True
     for edit in (e for row in rows for e in row):
-        if not isinstance(edit, EDIT_TYPES):
-            raise TypeError(f"{edit!r} is no edit: use {_TYPE_NAMES} or MeanAblate")
+        if not isinstance(edit, kinds):
+            raise TypeError(f"{what}: {edit!r} is no edit: use one of {names}")
     return rows, shared
 
 

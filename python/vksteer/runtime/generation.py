@@ -10,6 +10,7 @@ from ..base.checks import require_int
 from ..base.progress import Progress
 from ..base.types import ProgressLike
 from .batch import Batch, check_freeze_spec, steering_of
+from .cache_edits import row_cache_edits
 from .decoding import Decoding, Generation, OnToken, Request, Row
 from .edit_compiler import per_row
 from .run import check_tokens
@@ -64,20 +65,21 @@ def generate(
     on_token: OnToken | None,
     progress: ProgressLike,
     circuit: Any = None,
+    cache_edits: Any = (),
 ) -> list[Generation]:
     """See Model.generate."""
+    model._check_open()
     request = _request(model, max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos)
     sites = _sites(model, capture)
     rows = model.chat_tokens(prompts)
+    in_cache = row_cache_edits(model, cache_edits, rows, request.max_new_tokens)
     for i, row in enumerate(rows):
         check_tokens(model, row, i, request.max_new_tokens)
     rows_edits, shared = per_row(edits, len(rows))
     spec = check_freeze_spec(freeze, ablate, freeze_layers, rows_edits, model.config.n_layers)
     most = None if batch_size is None else require_int(batch_size, "batch_size", 1)
     if circuit is not None:
-        if not hasattr(circuit, "_decoding_batch"):
-            raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
-        circuit._check_rows(model, rows_edits, freeze, ablate, sites)
+        _check_circuit(circuit, any(in_cache))._check_rows(model, rows_edits, freeze, ablate, sites)
     double = 2 if spec or circuit is not None else 1
 
     def batch_of(part: Sequence[int], under: Any = None) -> Any:
@@ -97,12 +99,23 @@ def generate(
     done = []
     with Progress(progress, len(rows) * request.max_new_tokens, "generate") as bar:
         for part in parts:
-            states = [Row(model, i, rows[i], request, rows_edits[i]) for i in part]
+            states = [Row(model, i, rows[i], request, rows_edits[i], in_cache[i]) for i in part]
             single = circuit is None and len(parts) == 1
             batch = everything if single else batch_of(part, circuit)
             Decoding(model, batch, states, sites, on_token, bar).run()
             done += [s.result() for s in states]
     return done
+
+
+def _check_circuit(circuit: Any, cache_edited: bool) -> Any:
+    if not hasattr(circuit, "_decoding_batch"):
+        raise ValueError(f"circuit must be a Circuit, not {circuit!r}")
+    if cache_edited:
+        raise ValueError(
+            "under a circuit the base run and the circuit's run have keys and values of their own:"
+            " cache_edits do not combine with it"
+        )
+    return circuit
 
 
 def _sites(model: Model, capture: str | Iterable[str]) -> list[Site]:

@@ -261,6 +261,7 @@ class Model:
         *,
         max_new_tokens: int = 128,
         edits: Edits = (),
+        cache_edits: Any = (),
         freeze: str | None = None,
         ablate: str | None = None,
         freeze_layers: Iterable[int] | None = None,
@@ -278,23 +279,21 @@ class Model:
     ) -> list[Generation]:
         """Continues every prompt; returns one Generation each, in the order of the prompts.
 
-        prompts: as in `run`. max_new_tokens: of an answer; prompt and answer must fit the context.
-        edits, freeze, ablate, freeze_layers: as in `run`, valid for decoded tokens too. circuit: a
-        Circuit; the effect of the row's one Steer edit passes along its edges only, and everything
-        else is as in the base run of the same tokens (docs/method.md section 5); other edits must
-        lie below that layer. temperature: 0 is greedy; else logits are divided by it. top_k: the
-        most likely tokens to draw from (0: all). top_p: of those, the fewest that reach this
-        probability together (1: all). seed: of the draws, with the row's number. stop: a str or
-        list of str, cut from .text and kept in .tokens, matched against the text with special
-        tokens. ignore_eos: do not stop at end tokens. capture: sites at the new tokens. batch_size:
-        rows at once (default: up to 64). on_token(row, token, text) is called for every new token.
-        progress: True, False or callable(done, total).
-        Raises ValueError (also for a row that does not fit into memory), TypeError and KeyError
-        before any work; DeviceError. Ctrl-C raises KeyboardInterrupt; the model stays usable.
+        prompts: as in `run`. max_new_tokens: of an answer. edits, freeze, ablate, freeze_layers: as
+        in `run`, valid for decoded tokens too. cache_edits: `vs.kv.CacheSteer`s, one list for all
+        rows or one per row, applied once, after the prompt. circuit: a Circuit; the row's one Steer
+        edit acts along its edges only, all else is as in the base run of the same tokens
+        (docs/method.md section 5); other edits must lie below that layer. temperature: divides the
+        logits; 0 is greedy. top_k: tokens to draw from (0: all). top_p: of those, the fewest that
+        reach this probability (1: all). seed: of the draws, with the row's number. stop: texts, cut
+        from .text and kept in .tokens, matched against the text with special tokens. ignore_eos: do
+        not stop at end tokens. capture: sites at new tokens. batch_size: rows at once (at most 64).
+        on_token(row, token, text): called for every new token. progress: True, False or
+        callable(done, total). Raises ValueError, TypeError and KeyError before any work;
+        DeviceError. Ctrl-C raises KeyboardInterrupt; the model stays usable.
         """
         from .generation import generate
 
-        self._check_open()
         return generate(
             self,
             prompts,
@@ -314,6 +313,7 @@ class Model:
             on_token=on_token,
             progress=progress,
             circuit=circuit,
+            cache_edits=cache_edits,
         )
 
     def gradients(
