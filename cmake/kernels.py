@@ -5,6 +5,8 @@
                                                      this machine can build them
     OP(name, params_struct, ...), OP_GRID(...)       the C side's business; here: one kernel without
                                                      variants, unless a KERNELS row has that name
+    BYTES(params_struct, reads, writes)              the C side's business; here: every struct that
+                                                     a kernel takes must have such a row
 
 Words of a KERNELS row:
 
@@ -17,6 +19,12 @@ Words of a KERNELS row:
 
 Several rows of one name add up. A variant is called name_value_..., with the values in the order of
 the axes; the present half of AXIS? is called axis.
+
+Which of a kernel's arguments it reads and which it writes is said once, by their types: the struct
+of params.h names a buffer reference for every address, and types.glsl declares each reference with
+or without `readonly`. An address of a readonly type is read, any other is read and written. The
+queue places its barriers by this (csrc/gpu/hazards.c), and a test compares it with the loads and
+stores of the compiled kernels.
 
     kernels.py rules TABLE OUT.cmake OUT.h     one CMake rule for each variant; the header for C
     kernels.py try NAME SPIRV NEXT COMMAND...  compile an optional variant, with the compiler NEXT
@@ -32,12 +40,18 @@ from array import array
 from pathlib import Path
 from typing import NamedTuple
 
+import fields
+
 HEADERS = Path(__file__).resolve().parent.parent / "shaders/include"
 ROW = re.compile(
     r'\b(KERNELS|KERNELS_OPTIONAL)\s*\(\s*(\w+)\s*,\s*(\w+)\s*,\s*"([^"]*)"\s*,\s*(\w+)\s*\)'
 )
 PARENTHESES = r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"  # four deep
 OP = re.compile(rf"\bOP(?:_GRID)?\s*(?=\(\s*(\w+)\s*,\s*(\w+)\s*,){PARENTHESES}")
+BYTES = re.compile(rf"\bBYTES\s*(?=\(\s*(\w+)\s*,){PARENTHESES}")
+REFERENCE = re.compile(
+    r"^layout\(buffer_reference, scalar[^)]*\) (?:(readonly|writeonly) )?buffer (\w+) \{", re.M
+)
 
 
 class Row(NamedTuple):
@@ -56,6 +70,7 @@ class Row(NamedTuple):
 class Table(NamedTuple):
     rows: list[Row]
     axes: dict[str, list[str]]  # name of a row -> its axes in order
+    moved: list[str]  # the structs of the BYTES rows
 
 
 def uncommented(path: Path) -> str:
@@ -141,7 +156,7 @@ def read_table(table: Path) -> Table:
         for name, params in OP.findall(text)
         if name not in named
     ]
-    rest = OP.sub("", ROW.sub("", text)).strip()
+    rest = BYTES.sub("", OP.sub("", ROW.sub("", text))).strip()
     if rest:
         sys.exit(f"{table}: not a row: {rest.splitlines()[0]!r}")
     axes: dict[str, list[str]] = {}
@@ -157,7 +172,7 @@ def read_table(table: Path) -> Table:
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         sys.exit(f"{table}: twice in the table: {', '.join(sorted(twice))}")
-    return Table(rows, axes)
+    return Table(rows, axes, BYTES.findall(text))
 
 
 def read(table: Path) -> list[Row]:
@@ -206,6 +221,60 @@ def variant_lookups(kernel: str, axes: list[str], rows: list[Row]) -> str:
     return out
 
 
+def written_types() -> dict[str, bool]:
+    """Name of a buffer reference of types.glsl -> may a kernel write through it?"""
+    found = REFERENCE.findall((HEADERS / "types.glsl").read_text())
+    written: dict[str, bool] = {}
+    for qualifier, name in found:
+        written[name] = written.get(name, False) or qualifier != "readonly"
+    return written
+
+
+def addresses(table: Table) -> dict[str, list[tuple[str, bool]]]:
+    """Struct of arguments -> its addresses in order: (name, may the kernel write through it?)."""
+    written = written_types()
+    bodies = {}
+    for path in sorted(HEADERS.glob("params*.h")):
+        bodies |= {a or b: body for a, b, body in fields.STRUCT.findall(uncommented(path))}
+    found: dict[str, list[tuple[str, bool]]] = {}
+    for row in table.rows:
+        if row.params in found:
+            continue
+        if row.params not in bodies:
+            sys.exit(f"kernel {row.name}: no struct {row.params} in shaders/include/params*.h")
+        if row.params not in table.moved:
+            sys.exit(
+                f"kernel {row.name}: kernels.def has no row BYTES({row.params}, reads, writes):"
+                " add one that says how many bytes such a kernel reads and writes"
+            )
+        members = [m.strip() for m in bodies[row.params].split(";") if m.strip()]
+        found[row.params] = []
+        for i, member in enumerate(members):
+            match = re.fullmatch(r"ADDRESS\((\w+)\)\s+(\w+)", member)
+            if not match:
+                continue
+            if i != len(found[row.params]):
+                sys.exit(f"{row.params}.{match[2]}: an address after numbers; addresses come first")
+            if match[1] not in written:
+                sys.exit(
+                    f"{row.params}.{match[2]}: types.glsl declares no buffer reference {match[1]},"
+                    " so nothing says whether kernels read or write it"
+                )
+            found[row.params].append((match[2], written[match[1]]))
+    return found
+
+
+def address_macros(table: Table) -> list[str]:
+    """For every struct, ADDRESSES_<struct>(A): A(struct, field, position), and WRITTEN_<struct>."""
+    lines = []
+    for struct, members in addresses(table).items():
+        entries = [f"    A({struct}, {name}, {i}) \\" for i, (name, _) in enumerate(members)]
+        mask = sum(1 << i for i, (_, written) in enumerate(members) if written)
+        lines += [f"#define ADDRESSES_{struct}(A) \\", *entries, ""]
+        lines.append(f"#define WRITTEN_{struct} {mask:#x}u")
+    return [*lines, ""]
+
+
 def header(table: Table) -> str:
     rows = table.rows
     lines = [
@@ -223,6 +292,9 @@ def header(table: Table) -> str:
         "#define KERNEL_ROWS(ROW) \\",
         *(f"    ROW({row.name}, {row.params}) \\" for row in rows),
         "",
+        "/* The addresses of each struct of arguments in order; bit i of WRITTEN: may kernels",
+        " * write through address i? */",
+        *address_macros(table),
     ]
     for kernel, axes in table.axes.items():
         if axes:

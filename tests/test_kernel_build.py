@@ -11,12 +11,15 @@ import pytest
 
 from child import tool
 from source_tree import ROOT, tracked
+from spirv_accesses import accesses
 
 sys.path.insert(0, str(ROOT / "cmake"))
 import kernels  # the build's own reader of kernels.def
 
 SPIRV = ROOT / "build/generated/spirv"
-ROWS = kernels.read(ROOT / "csrc/ops/kernels.def")
+TABLE = kernels.read_table(ROOT / "csrc/ops/kernels.def")
+ROWS = TABLE.rows
+ADDRESSES = kernels.addresses(TABLE)
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -117,6 +120,36 @@ def test_arguments_have_one_size_in_c_and_glsl(row, params_sizes):
     assert in_c == (in_glsl + 7) // 8 * 8 or in_c == in_glsl
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+def test_loads_and_stores_are_declared(row):
+    """The queue places barriers by what params.h and types.glsl declare. The compiled code stores
+    through no address that they call readonly, and touches memory only through addresses.
+    """
+    data = (SPIRV / f"{row.name}.spv").read_bytes()
+    if not data and row.optional:
+        pytest.skip("optional: left out of this build")
+    members = ADDRESSES[row.params]
+    found = accesses(data)
+    known = {8 * i for i in range(len(members))}
+    assert found.stored, "a kernel without results"
+    assert found.loaded | found.stored <= known, "through something that is no address"
+    stored = {name for i, (name, _) in enumerate(members) if 8 * i in found.stored}
+    assert stored <= {name for name, written in members if written}
+    # an address that no variant stores through should be readonly: it costs barriers
+    variants = [r for r in ROWS if r.params == row.params]
+    if row == variants[0]:
+        by_any = set().union(
+            *(
+                accesses((SPIRV / f"{r.name}.spv").read_bytes()).stored
+                for r in variants
+                if (SPIRV / f"{r.name}.spv").stat().st_size
+            )
+        )
+        assert {name for name, written in members if written} == {
+            members[at // 8][0] for at in by_any
+        }
+
+
 def test_spirv_is_valid():
     env = json.loads((ROOT / ".tools/env.json").read_text())
     if not env["spirv_val"] and not (ROOT / ".tools/bin/glslc").exists():
@@ -209,9 +242,10 @@ def test_a_row_expands_to_its_variants_and_their_lookup(tmp_path):
     values what the table names.
     """
     (tmp_path / "t.def").write_text(
-        'KERNELS(k, file, "WEIGHT=f32,f16 RM=1,16:RN=4 TEXELS? PAIRS -O0", some_params)\n'
-        'KERNELS(k, file, "WEIGHT=f16 RM=32", some_params)\n'
-        "OP_GRID(plain, plain_params, ONE(n), (n + 1) / 2, 1, 1,\n        2.0 * (n + 1))\n"
+        'KERNELS(k, file, "WEIGHT=f32,f16 RM=1,16:RN=4 TEXELS? PAIRS -O0", linear_params)\n'
+        'KERNELS(k, file, "WEIGHT=f16 RM=32", linear_params)\n'
+        "OP_GRID(plain, clip_params, ONE(n), (n + 1) / 2, 1, 1,\n        2.0 * (n + 1))\n"
+        "BYTES(linear_params, 4.0 * (p->n_rows + (1)), 1)\nBYTES(clip_params, 1, 1)\n"
     )
     kernels.rules(tmp_path / "t.def", tmp_path / "t.cmake", tmp_path / "kernel_table.h")
     rules = (tmp_path / "t.cmake").read_text().splitlines()
@@ -234,6 +268,80 @@ def test_a_row_expands_to_its_variants_and_their_lookup(tmp_path):
     )
     subprocess.run(["cc", tmp_path / "main.c", "-o", tmp_path / "main"], check=True)
     subprocess.run([tmp_path / "main"], check=True)
+
+
+def test_addresses_have_declared_directions(tmp_path):
+    """Read or written, by the type of params.h. A missing struct or row stops the build."""
+    assert ADDRESSES["linear_params"] == [
+        (name, name == "dst") for name in ("x", "weights", "dst", "bias", "add", "gain")
+    ]
+    for text, said in (
+        ('KERNELS(a, b, "", clip_params)', "no row BYTES\\(clip_params"),
+        ('KERNELS(a, b, "", no_params)\nBYTES(no_params, 1, 1)', "no struct no_params"),
+    ):
+        (tmp_path / "t.def").write_text(text)
+        with pytest.raises(SystemExit, match=said):
+            kernels.rules(tmp_path / "t.def", tmp_path / "t.cmake", tmp_path / "t.h")
+
+
+@pytest.mark.parametrize(
+    "type, said", [("Nobody", "no buffer reference Nobody"), ("FloatsIn", "after numbers")]
+)
+def test_an_undeclared_address_stops_the_build(tmp_path, monkeypatch, type, said):
+    for header in (ROOT / "shaders/include").glob("*"):
+        shutil.copy(header, tmp_path)
+    params = (tmp_path / "params.h").read_text()
+    at = params.index("UINT width;", params.index("BLOCK(clip_params)"))
+    (tmp_path / "params.h").write_text(params[:at] + f"UINT n; ADDRESS({type}) y;" + params[at:])
+    if type == "Nobody":
+        (tmp_path / "params.h").write_text(params[:at] + f"ADDRESS({type}) y;" + params[at:])
+    (tmp_path / "t.def").write_text("OP(clip, clip_params, NONE)\nBYTES(clip_params, 1, 1)")
+    monkeypatch.setattr(kernels, "HEADERS", tmp_path)
+    with pytest.raises(SystemExit, match=said):
+        kernels.addresses(kernels.read_table(tmp_path / "t.def"))
+
+
+MISTAKES = """
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#extension GL_EXT_buffer_reference_uvec2 : require
+#include "types.glsl"
+layout(push_constant, scalar) uniform Params { copy_params p; };
+FloatsIn chosen(FloatsIn a, FloatsIn b) { return p.n_rows > 3 ? a : b; }
+void put(FloatsOut to, uint i) { to.at[i] = chosen(p.x, p.add).at[i]; }
+void main() { %s }
+"""
+
+
+CHANGING = """
+    FloatsOut to = p.dst;
+    for (uint i = 0; i < p.width; i++) { to.at[i] = 1.0; to = FloatsOut(p.add); }
+"""
+
+
+@pytest.mark.parametrize("optimize", ["-O", "-O0"])
+@pytest.mark.parametrize(
+    "body, loaded, stored",
+    [
+        ("put(p.dst, 3);", "x add", "dst"),
+        ("put(FloatsOut(p.rows), 3);", "x add", "rows"),
+        ("put(FloatsOut(uvec2(p.rows) + uvec2(64, 0)), 3);", "x add", "rows"),
+        (CHANGING, "", "dst add"),
+        ("p.dst.at[p.rows.at[1]] = 0.0;", "rows", "dst"),
+    ],
+)
+def test_the_walk_finds_what_a_kernel_touches(tmp_path, optimize, body, loaded, stored):
+    """Through casts, sums of addresses, functions, and variables, with and without the
+    compiler's inlining.
+    """
+    (tmp_path / "k.comp").write_text((MISTAKES % body).lstrip())
+    glslc = json.loads((ROOT / ".tools/env.json").read_text())["glslc"]
+    command = [glslc, "--target-env=vulkan1.2", optimize, "-I", ROOT / "shaders/include", "-o"]
+    subprocess.run([*command, tmp_path / "k.spv", tmp_path / "k.comp"], check=True)
+    found = accesses((tmp_path / "k.spv").read_bytes())
+    names = [name for name, _ in ADDRESSES["copy_params"]]
+    assert {names[at // 8] for at in found.loaded} == set(loaded.split())
+    assert {names[at // 8] for at in found.stored} == set(stored.split())
 
 
 @pytest.mark.parametrize(

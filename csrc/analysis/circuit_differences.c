@@ -25,8 +25,8 @@ int circuit_norm_rows(struct circuit_run *run, const struct norm_params *params,
         some = n - done < CIRCUIT_ROWS_A_GRID ? n - done : CIRCUIT_ROWS_A_GRID;
         struct norm_params part = *params;
         part.x += done * row;
-        part.dst += done * row;
-        part.scale += 4 * done;
+        part.dst += part.dst ? done * row : 0;
+        part.scale += part.scale ? 4 * done : 0;
         RUN(op_norm(&run->model->ops, &part, (uint32_t)some, error));
     }
     return 0;

@@ -86,11 +86,6 @@ int gpu_buffer_create(struct gpu_buffer **out, struct gpu_device *device, uint64
     if (!buffer)
         return error_set(error, ERROR_MEMORY, "out of memory for a buffer");
     buffer->device = device;
-    buffer->next = device->buffers;
-    buffer->link = &device->buffers;
-    if (buffer->next)
-        buffer->next->link = &buffer->next;
-    device->buffers = buffer;
     buffer->bytes = (bytes + 15) & ~UINT64_C(15);
     VkBufferCreateInfo create = {
         .sType = VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO,
@@ -111,6 +106,8 @@ int gpu_buffer_create(struct gpu_buffer **out, struct gpu_device *device, uint64
         .buffer = buffer->handle,
     };
     buffer->address = device->vk.vkGetBufferDeviceAddress(device->handle, &info);
+    if (gpu_buffer_register(buffer, error))
+        goto fail;
     *out = buffer;
     return 0;
 fail:
@@ -122,9 +119,7 @@ void gpu_buffer_destroy(struct gpu_buffer *buffer) {
     if (!buffer)
         return;
     struct gpu_device *device = buffer->device;
-    *buffer->link = buffer->next;
-    if (buffer->next)
-        buffer->next->link = buffer->link;
+    gpu_buffer_unregister(buffer);
     if (device->owner == getpid()) {
         gpu_texels_destroy(buffer);
         if (buffer->handle)

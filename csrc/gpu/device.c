@@ -132,6 +132,7 @@ void gpu_device_close(struct gpu_device *device) {
         if (device->handle)
             device->vk.vkDestroyDevice(device->handle, NULL);
     }
+    free(device->placed);
     free(device);
 }
 

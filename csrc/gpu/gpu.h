@@ -36,12 +36,20 @@ struct gpu_device_info {
     char missing[160];
 };
 
+#define GPU_ADDRESSES 16 /* the most addresses of a kernel's parameters */
+
 /* One compiled kernel, from csrc/ops. The arrays are borrowed and must outlive the device. */
 struct gpu_kernel {
     const char *name;
     const uint32_t *spirv;
     size_t spirv_bytes; /* 0: this build left the kernel out */
     size_t params_bytes;
+    /* names of the addresses with which its parameters begin; NULL after the last */
+    const char *addresses[GPU_ADDRESSES + 1];
+    uint32_t written; /* bit i: it may write through address i; else it only reads there */
+    /* bytes that a dispatch reads and writes, for profiles */
+    void (*bytes)(const void *params, const uint32_t grid[3], double flops, double *read,
+                  double *written);
 };
 
 struct gpu_device;
@@ -90,7 +98,9 @@ uint64_t gpu_buffer_size(const struct gpu_buffer *buffer);
 /* The buffer's memory for the host, valid until it is destroyed; NULL for GPU_DEVICE_LOCAL. */
 void *gpu_buffer_map(struct gpu_buffer *buffer);
 
-/* A queue records commands in order, and every command sees the results of those before it.
+/* A queue records commands in order, and every command sees the results of those before it; those
+ * that touch nothing of each other may run side by side. A buffer is used by one queue from one of
+ * its waits to the next.
  * Recorded commands are submitted when their estimated time passes a bound (because of watchdogs),
  * and by a wait. */
 int gpu_queue_create(struct gpu_queue **out, struct gpu_device *device, struct error *error);
@@ -101,6 +111,9 @@ void gpu_queue_destroy(struct gpu_queue *queue);
  * length. ERROR_VALUE if a dimension exceeds 65535 or the size is another. */
 int gpu_queue_dispatch(struct gpu_queue *queue, int kernel, const void *params, size_t params_bytes,
                        uint32_t x, uint32_t y, uint32_t z, double flops, struct error *error);
+/* For the next dispatch: from address i of its parameters on it touches at most `bytes`, instead of
+ * the whole buffer, so that it need not wait for work on other parts. */
+void gpu_queue_extent(struct gpu_queue *queue, size_t i, uint64_t bytes);
 /* Binds `bytes` from device address `address`, which lie in one buffer, as the texel buffer
  * (16-byte texels, set 0, binding 0) of the next dispatch. The view is kept with the buffer, so
  * that binding it again is cheap. ERROR_DEVICE if the range cannot be a texel buffer. */
@@ -119,13 +132,36 @@ int gpu_queue_wait(struct gpu_queue *queue, struct error *error);
 /* For use after a failure: discards what was recorded and not submitted, and waits for the rest, so
  * that buffers may be freed and the queue used again. Calling it again does nothing. */
 void gpu_queue_abandon(struct gpu_queue *queue);
-/* `poll(context)` is called while the queue waits; non-zero asks for an interrupt. NULL: none. */
+/* `poll(context)` is called while the queue waits; non-zero asks for an interrupt. NULL: none. A
+ * profile's host_seconds run from a call that sets it to the next that sets none. */
 void gpu_queue_poll(struct gpu_queue *queue, int (*poll)(void *), void *context);
 /* Floating-point operations that one submission should hold. A larger dispatch is better split:
  * watchdogs and Ctrl-C have to wait for all of it. */
 double gpu_queue_flops_bound(const struct gpu_queue *queue);
 /* Dispatches recorded since the queue was created, for benchmarks. */
 uint64_t gpu_queue_dispatches(const struct gpu_queue *queue);
+
+/* --- profile: what the commands of a queue cost, by kernel. Nothing is measured and no time is
+ * taken while none runs. Results are bit-identical with one and without --- */
+
+struct gpu_profile_row {
+    const char *kernel; /* "(copy)", "(fill)": copies and fills */
+    uint64_t calls;
+    /* on the device, from the end of the command before to this one's; NAN without timestamps */
+    double seconds;
+    double bytes_read, bytes_written, flops;
+};
+struct gpu_profile_totals {
+    uint64_t dispatches, barriers, submissions; /* since the queue was created */
+    double host_seconds; /* recording and submitting: calls without their waits for the device */
+};
+/* Waits and begins to profile; a profile that runs goes on, and ends with as many stops. */
+int gpu_queue_profile_start(struct gpu_queue *queue, struct error *error);
+void gpu_queue_profile_stop(struct gpu_queue *queue);
+/* Waits, then the rows of what ran since the first start, at most one a kernel and two more
+ * (*n: how many). ERROR_VALUE where nothing is profiled. */
+int gpu_queue_profile_read(struct gpu_queue *queue, struct gpu_profile_row *rows, int *n,
+                           struct gpu_profile_totals *totals, struct error *error);
 
 /* 1 if this build contains the kernel and the device offers what it needs (64-bit integers). */
 int gpu_pipeline_possible(const struct gpu_device *device, int kernel);

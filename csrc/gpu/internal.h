@@ -8,7 +8,9 @@
 
 #include "gpu/gpu.h"
 
-#define GPU_PUSH_BYTES 128 /* push constants that every Vulkan device offers */
+#define GPU_RING 4                   /* command buffers of a queue */
+#define GPU_SUBMISSION_COMMANDS 4096 /* the most of one submission */
+#define GPU_PUSH_BYTES 128           /* push constants that every Vulkan device offers */
 
 struct gpu_texels { /* one view of a part of a buffer */
     uint64_t address, bytes;
@@ -48,11 +50,27 @@ struct gpu_device {
         uint32_t used;
     } *texel_pools;
     uint32_t n_texel_pools;
-    struct gpu_buffer *buffers; /* all that exist, newest first */
+    struct gpu_buffer **placed; /* all buffers, by ascending address */
+    uint32_t n_placed, placed_capacity;
+    int strict;      /* 1: an address outside all buffers is an error, even if no kernel uses it */
+    uint64_t epochs; /* barriers of all queues: no two have one number */
     uint32_t texel_alignment;
     VkPipelineCache cache;
     char cache_path[1024];                     /* "" when there is no cache on disk */
     PFN_vkSetDebugUtilsObjectNameEXT set_name; /* NULL without VK_EXT_debug_utils */
+};
+
+#define GPU_RANGES 8
+
+struct gpu_range {
+    uint64_t begin, end; /* bytes from the buffer's begin */
+};
+
+/* What was touched since the barrier `epoch`; nothing, for a queue that is at another one. */
+struct gpu_ranges {
+    uint64_t epoch;
+    uint32_t n;
+    struct gpu_range at[GPU_RANGES];
 };
 
 struct gpu_buffer {
@@ -61,8 +79,15 @@ struct gpu_buffer {
     VkDeviceMemory memory;
     uint64_t bytes, allocated, address;
     void *map;
-    struct gpu_buffer *next, **link; /* in the device's list */
     struct gpu_texels *texels;
+    struct gpu_ranges read, written;
+};
+
+/* A part of a buffer that a command touches. */
+struct gpu_access {
+    struct gpu_buffer *buffer;
+    uint64_t begin, end;
+    int written; /* 1: written, and perhaps read; 0: read only */
 };
 
 /* instance.c */
@@ -102,6 +127,46 @@ void gpu_texels_destroy(struct gpu_buffer *buffer);
 int gpu_texels_layout_create(struct gpu_device *device, struct error *error);
 /* Destroys the layout and the descriptor pools, as far as they exist. */
 void gpu_texels_layout_destroy(struct gpu_device *device);
+
+/* hazards.c */
+/* Enters a buffer into the device's list by address, and takes it out. */
+int gpu_buffer_register(struct gpu_buffer *buffer, struct error *error);
+void gpu_buffer_unregister(struct gpu_buffer *buffer);
+/* The buffer that holds the address; NULL if none does. */
+struct gpu_buffer *gpu_buffer_at(const struct gpu_device *device, uint64_t address);
+/* What a dispatch of `kernel` touches; returns the number of accesses. extents: bytes that it
+ * touches from each address of its parameters on, 0: the whole buffer; NULL: all whole. An address
+ * outside all buffers is one that the kernel does not use. On a strict device it is an ERROR_VALUE
+ * (-1), unless it is 0, and so is a range that leaves its buffer. */
+int gpu_access_find(const struct gpu_device *device, int kernel, const void *params,
+                    const uint64_t *extents, struct gpu_access accesses[GPU_ADDRESSES],
+                    struct error *error);
+/* Must a command with these accesses wait for one since the barrier `epoch`? */
+int gpu_access_waits(const struct gpu_access *accesses, int n, uint64_t epoch);
+/* Notes them as done since that barrier. */
+void gpu_access_note(const struct gpu_access *accesses, int n, uint64_t epoch);
+
+/* profile.c: a NULL profile measures nothing */
+struct gpu_profile;
+enum gpu_host_event { GPU_HOST_BEGINS, GPU_HOST_WAITS, GPU_HOST_WAITED, GPU_HOST_ENDS };
+int gpu_profile_start(struct gpu_profile **profile, struct gpu_device *device, struct error *error);
+/* *profile is NULL after the last stop. The device is idle. */
+void gpu_profile_stop(struct gpu_profile **profile);
+void gpu_profile_destroy(struct gpu_profile *profile);
+/* Command buffer `ring` is begun; its earlier submission has ended. */
+int gpu_profile_begin(struct gpu_profile *profile, int ring, VkCommandBuffer commands,
+                      struct error *error);
+/* A command was recorded. row: a kernel, or behind them the copies and fills. */
+void gpu_profile_command(struct gpu_profile *profile, int ring, VkCommandBuffer commands, int row,
+                         double flops, double read, double written);
+/* Its commands were never submitted. */
+void gpu_profile_discard(struct gpu_profile *profile, int ring);
+/* Adds up the command buffers whose submissions have all ended. */
+void gpu_profile_collect(struct gpu_profile *profile);
+void gpu_profile_host(struct gpu_profile *profile, enum gpu_host_event event);
+/* The rows that were used; returns their number. */
+int gpu_profile_rows(const struct gpu_profile *profile, struct gpu_profile_row *rows,
+                     double *host_seconds);
 
 /* pipeline.c */
 /* Makes the pipeline layout and the pipeline cache, which is read from `cache_folder` (NULL or "":

@@ -126,11 +126,9 @@ fail:
 
 int gpu_texels_get(struct gpu_device *device, uint64_t address, uint64_t bytes,
                    VkDescriptorSet *set, struct error *error) {
-    struct gpu_buffer *buffer = device->buffers;
+    struct gpu_buffer *buffer = gpu_buffer_at(device, address);
     if (gpu_device_check(device, error))
         return -1;
-    while (buffer && (address < buffer->address || address - buffer->address >= buffer->bytes))
-        buffer = buffer->next;
     if (!buffer || bytes > buffer->bytes - (address - buffer->address) || bytes % 16 ||
         bytes / 16 > device->info.max_texels ||
         (address - buffer->address) % device->texel_alignment)

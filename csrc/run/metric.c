@@ -177,8 +177,9 @@ static int distributions(struct run_work *work, struct run_tape *tape,
         struct logit_grad_params params = {
             .logits = forward.dst,
             .reference = run_address(tape->reference),
-            .other = run_address(tape->reference) + bytes,
-            .targets = targets + 4 * (uint64_t)first,
+            .other = metric->kind == METRIC_DIRECTIONAL_KL ? run_address(tape->reference) + bytes
+                                                           : 0,
+            .targets = targets ? targets + 4 * (uint64_t)first : 0,
             .weights = rows->weights + 4 * (uint64_t)first,
             .width = model->facts.d_vocab,
             .stride = v_stride,
