@@ -3,8 +3,8 @@ default suite, GPU-assisted with --long.
 
 Synchronisation validation follows copies, fills and texel buffers, not what a shader reads through
 a buffer address (no layer can); there the order of the record rests on what kernels declare, which
-`test_kernel_build.py` compares with their code and `test_barriers.py` with their results. A small C program with two known
-mistakes shows that both layers are there and awake.
+`test_kernel_build.py` compares with their code and `test_barriers.py` with their results. A small C
+program with two known mistakes shows that both layers are there and awake.
 """
 
 from __future__ import annotations

@@ -70,6 +70,13 @@ int op_act_bwd(struct ops *ops, const struct act_bwd_params *params, uint32_t n_
 
 int op_copy(struct ops *ops, const struct copy_params *params, struct error *error) {
     uint32_t x = params->n_rows < 32768 ? params->n_rows : 32768;
+    /* copies to parts of one buffer, such as captures, need not wait for each other */
+    if (params->n_rows > 0) {
+        const uint64_t last = params->n_rows - 1;
+        OP_EXTENT(ops, copy_params, dst, 4 * (last * params->out_stride + params->width));
+        if (!(params->flags & COPY_ROWS))
+            OP_EXTENT(ops, copy_params, x, 4 * (last * params->x_stride + params->width));
+    }
     return gpu_queue_dispatch(ops->queue, KERNEL_copy, params, sizeof *params, x,
                               x ? (params->n_rows + x - 1) / x : 0, 1,
                               4.0 * params->n_rows * params->width, error);

@@ -22,6 +22,11 @@ struct ops {
     int kernel_family;            /* enum op_kernel_family, measured once per device or pinned */
 };
 
+/* The next dispatch touches at most `bytes` from this address of its arguments on, and not the
+ * whole buffer that it lies in. */
+#define OP_EXTENT(ops, params, address, bytes) \
+    gpu_queue_extent((ops)->queue, offsetof(struct params, address) / 8, bytes)
+
 int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);
 void ops_destroy(struct ops *ops);
 

@@ -207,6 +207,10 @@ PyObject *model_get_families(PyObject *self, void *unused);
 PyObject *model_measure_linear(PyObject *self, PyObject *args);
 PyObject *model_prepare(PyObject *self, PyObject *unused);
 PyObject *model_measure_read(PyObject *self, PyObject *args);
+/* model_profile.c */
+PyObject *model_profile_start(PyObject *self, PyObject *unused);
+PyObject *model_profile_stop(PyObject *self, PyObject *unused);
+PyObject *model_profile_read(PyObject *self, PyObject *unused);
 
 /* arrays.c: NumPy's C API stays in this one file. */
 int arrays_import(void);

@@ -344,6 +344,13 @@ static PyMethodDef model_methods[] = {
      "measure_read(bytes) -> bytes/s that a kernel that only reads reaches."},
     {"prepare", model_prepare, METH_NOARGS,
      "prepare(): compiles the kernels that this model will use, in parallel."},
+    {"profile_start", model_profile_start, METH_NOARGS,
+     "profile_start(): begins to profile, or goes on; see csrc/gpu/gpu.h."},
+    {"profile_stop", model_profile_stop, METH_NOARGS,
+     "profile_stop(): ends the profile that was started last."},
+    {"profile_read", model_profile_read, METH_NOARGS,
+     "profile_read() -> (rows, dispatches, barriers, submissions, host seconds); rows: (kernel, "
+     "calls, seconds, bytes read, bytes written, flops)."},
     {"close", model_close, METH_NOARGS, "close(): frees the device memory; idempotent."},
     {NULL, NULL, 0, NULL},
 };
