@@ -32,6 +32,7 @@ ORDER = (
     "ov",
     "freezing",
     "sparsify",
+    "study",
     "verify",
     "cli",
     "demo",

@@ -47,6 +47,7 @@ _MODULES = (
     "reliability",
     "sparsify",
     "steering",
+    "study",
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         reliability,
         sparsify,
         steering,
+        study,
     )
     from .inputs.dosing import dose
     from .inputs.vectors import SteeringVector
@@ -108,6 +110,7 @@ __all__ = [
     "reliability",
     "sparsify",
     "steering",
+    "study",
 ]
 
 

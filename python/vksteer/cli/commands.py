@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import circuit_options, freeze, generate, strength
+from . import circuit_options, freeze, generate, strength, study
 from .arguments import Help, device_argument
 
 EXAMPLES = """\
@@ -28,6 +28,7 @@ examples:
   vksteer circuit  --model tiny-llama-chat --out circuit
   vksteer screen   --model tiny-llama-chat
   vksteer sweep    --model tiny-llama-chat --coefficients 0.5 1 2
+  vksteer study    --model tiny-llama-chat --out study --size tiny
 """
 
 
@@ -74,6 +75,7 @@ def _build() -> argparse.ArgumentParser:
     freeze.add_parser(commands)
     circuit_options.add_parser(commands)
     strength.add_parser(commands)
+    study.add_parsers(commands)
     return parser
 
 

@@ -1,0 +1,140 @@
+"""`vksteer study`, `vksteer report` and `vksteer compare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .arguments import (
+    Help,
+    Subparsers,
+    model_arguments,
+    open_model,
+    prompt_file_arguments,
+)
+
+STUDY = """\
+Run every experiment of the method on one model, in one folder: reliability, candidates and choice,
+strength, learned vectors, Table 1, edge scores, circuits, value vectors and sparsity, and draw
+them as DIR/report.html. DIR/results.json holds every number, DIR/run.json times and devices.
+
+The command may be killed at any moment: given again, it goes on where it was. The bundled tiny
+models bring their own prompts; other models need two prompt files, which are shuffled by the seed
+and cut into training, validation and test."""
+
+REPORT = """\
+Draw DIR/report.html again from the results that a study has left in DIR. Nothing is computed."""
+
+COMPARE = """\
+Put the results of several studies side by side: the five claims, the chosen vectors, the attack
+success rates and the circuits, as a table in Markdown."""
+
+
+def add_parsers(commands: Subparsers) -> None:
+    """Adds the three commands to the parser of `vksteer`."""
+    parser = commands.add_parser(
+        "study",
+        formatter_class=Help,
+        help="every experiment of the method on one model, resumable, with a report",
+        description=STUDY,
+    )
+    model_arguments(parser)
+    prompt_file_arguments(parser.add_argument_group("prompts"))
+    group = parser.add_argument_group("study")
+    group.add_argument("--out", metavar="DIR", required=True, help="the folder of the study")
+    group.add_argument(
+        "--size",
+        choices=("tiny", "small", "full"),
+        default="small",
+        help="how many samples: tiny takes a minute on the bundled models (default: small)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="of splits, training and controls (default: 0)"
+    )
+    group.add_argument(
+        "--plan", action="store_true", help="print which steps would run, and why, and stop"
+    )
+    for option, text in (
+        ("--only", "run these steps and what they need"),
+        ("--skip", "leave out these steps and those that need them"),
+        ("--force", "run these steps again"),
+    ):
+        group.add_argument(option, nargs="+", metavar="STEP", help=text)
+    parser.set_defaults(run=run_study)
+    parser = commands.add_parser(
+        "report",
+        formatter_class=Help,
+        help="draw the report of a study again",
+        description=REPORT,
+    )
+    parser.add_argument("folder", metavar="DIR", help="the folder of a study")
+    parser.set_defaults(run=run_report)
+    parser = commands.add_parser(
+        "compare",
+        formatter_class=Help,
+        help="put studies side by side",
+        description=COMPARE,
+    )
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of studies")
+    parser.add_argument("--out", metavar="FILE", help="write the table here (default: print it)")
+    parser.set_defaults(run=run_compare)
+
+
+def run_study(arguments: argparse.Namespace) -> int:
+    """Runs `vksteer study`; the exit status."""
+    from ..data.prompt_files import prompts_of
+    from ..study.run import plan_table, run
+
+    if (arguments.harmful is None) != (arguments.harmless is None):
+        raise ValueError("--harmful and --harmless belong together: give both")
+    if arguments.harmful is None and not arguments.model.startswith("tiny-"):
+        raise ValueError(
+            "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
+            " bring their own)"
+        )
+    prompts = [
+        None if f is None else prompts_of(f) for f in (arguments.harmful, arguments.harmless)
+    ]
+    with open_model(arguments) as model:
+        study = run(
+            model,
+            *prompts,
+            out=arguments.out,
+            size=arguments.size,
+            seed=arguments.seed,
+            only=arguments.only,
+            skip=arguments.skip,
+            force=arguments.force,
+            plan_only=arguments.plan,
+            progress=sys.stderr.isatty(),
+        )
+    if arguments.plan:
+        print(plan_table(study.planned))
+        return 0
+    for claim in study.results["claims"]:
+        value = "–" if claim["value"] is None else f"{claim['value']:.2f}"
+        print(f"{value:>6}  {claim['verdict']}: {claim['claim']}")
+    print(f"\n{study.report}")
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Runs `vksteer report`; the exit status."""
+    from ..study.report import write_report
+
+    print(write_report(arguments.folder))
+    return 0
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Runs `vksteer compare`; the exit status."""
+    from ..study.comparing import compare
+
+    text = compare(arguments.folders)
+    if arguments.out is None:
+        print(text)
+    else:
+        Path(arguments.out).write_text(text + "\n", encoding="utf-8")
+        print(arguments.out)
+    return 0

@@ -1,0 +1,102 @@
+"""Studies side by side, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..base.json_files import read_json
+from ..base.types import PathLike
+from ..base.whole_files import write_whole
+from ..errors import ModelError
+from .report import LIMIT
+
+Results = Mapping[str, Any]
+
+
+def read_results(folder: PathLike) -> dict[str, Any]:
+    """The results of a study's folder. Raises ModelError where there are none."""
+    path = Path(folder) / "results.json"
+    results = read_json(path, limit=LIMIT)
+    if results.get("schema") != "vksteer.study.results":
+        raise ModelError(f"{path} is no study's results")
+    return results
+
+
+def compare(folders: Sequence[PathLike], out: PathLike | None = None) -> str:
+    """A table in Markdown with one column for each study: the vector, its strength, the attack
+    success rates, Table 1, circuits, sparsity and the five claims.
+
+    folders: of studies. out: a file to write the table to as well. Raises ValueError for fewer than
+    two folders, ModelError for a folder without results.
+    """
+    if len(folders) < 2:
+        raise ValueError("compare takes at least two folders of studies")
+    studies = [read_results(folder) for folder in folders]
+    lines = ["| | " + " | ".join(str(folder) for folder in folders) + " |"]
+    lines.append("|:---|" + ":---|" * len(folders))
+    for title, cell in ROWS:
+        lines.append(f"| {title} | " + " | ".join(_cell(cell, s) for s in studies) + " |")
+    for i, claim in enumerate(studies[0]["claims"]):
+        cells = [_claim(s["claims"][i]) for s in studies]
+        lines.append(f"| {claim['claim']} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines)
+    if out is not None:
+        write_whole(out, (text + "\n").encode())
+    return text
+
+
+def _cell(cell: Callable[[Results], str], results: Results) -> str:
+    try:
+        return cell(results)
+    except (KeyError, TypeError):  # the step has not run, or has no value
+        return "–"
+
+
+def _claim(claim: Mapping[str, Any]) -> str:
+    value = "–" if claim["value"] is None else f"{claim['value']:.2f}"
+    return f"{value} ({claim['verdict']})"
+
+
+def _steps(results: Results, *path: str) -> Any:
+    value: Any = results["steps"]
+    for name in path:
+        value = value[name]
+    return value
+
+
+def _asr(side: str) -> Callable[[Results], str]:
+    def cell(results: Results) -> str:
+        rate = _steps(results, "behaviour", "vectors", "dim", side)
+        return f"{rate['asr']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+
+    return cell
+
+
+def _change(row: str) -> Callable[[Results], str]:
+    return lambda r: f"{100 * _steps(r, 'table1', 'rows', row)['average_change']:.1f} %"
+
+
+def _strength(results: Results) -> str:
+    plus, minus = _steps(results, "strength", "coefficient")
+    return f"+{plus:g} / -{minus:g}"
+
+
+def _smallest(results: Results) -> str:
+    found = _steps(results, "circuits", "smallest", "harmful.steered")
+    return f"{found['size']} of {found['edges']} ({100 * found['share']:.1f} %)"
+
+
+ROWS: tuple[tuple[str, Callable[[Results], str]], ...] = (
+    ("model", lambda r: str(r["model"]["architecture"])),
+    ("layer", lambda r: str(_steps(r, "candidates", "layer"))),
+    ("strength", _strength),
+    ("ASR harmless, +a", _asr("harmless")),
+    ("ASR harmful, -a", _asr("harmful")),
+    ("QK frozen: average change", _change("QK")),
+    ("OV frozen: average change", _change("OV")),
+    ("SVV ablated: average change", _change("SVV")),
+    ("smallest faithful circuit", _smallest),
+    ("estimates and exact patches: Spearman", lambda r: f"{_steps(r, 'exact', 'spearman'):.2f}"),
+)

@@ -1,0 +1,362 @@
+"""Steps of a study that look inside: through which edges, heads and dimensions the vector acts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .. import circuits, ov, patching, sparsify
+from ..circuits.circuit import Circuit
+from ..inputs.samples import Samples
+from ..inputs.vectors import SteeringVector
+from ..patching.edge_scores import EdgeScores
+from .steps import Context, Outcome, step
+from .vectors import load_vector, stable, strengths, vectors
+
+#: The four data sets of docs/method.md section 5.
+DATA_SETS = ("harmful.steered", "harmful.base", "harmless.steered", "harmless.base")
+MAIN = DATA_SETS[0]
+THRESHOLD = 0.85
+TOP_TOKENS, LARGEST_HEADS = 8, 8
+SAMPLED = ("samples", "new_tokens", "steps", "seed")
+
+
+def coefficient(c: Context, data_set: str) -> float:
+    """Harmful prompts are steered against the vector, harmless ones along it."""
+    plus, minus = strengths(c)
+    return -minus if data_set.startswith("harmful") else plus
+
+
+def _samples(c: Context, vector: SteeringVector, data_set: str, name: str) -> Samples:
+    """The samples of a data set; those that an interrupted call of this step left are taken."""
+    path = c.folder / f"{name}.samples.json"
+    if path.exists():
+        return Samples.load(path)
+    kind, responses = data_set.split(".")
+    harmful, harmless = c.data.pair("test")
+    prompts = (harmful if kind == "harmful" else harmless)[: c.settings.samples]
+    samples = patching.make_samples(
+        c.model,
+        prompts,
+        vector,
+        coefficient(c, data_set),
+        responses=responses,
+        max_new_tokens=c.settings.new_tokens,
+        progress=False,
+    )
+    samples.save(path)
+    return samples
+
+
+def _scores(
+    c: Context, samples: Samples, vector: SteeringVector, data_set: str, name: str
+) -> EdgeScores:
+    path = c.folder / f"{name}.scores.safetensors"
+    if path.exists():
+        return EdgeScores.load(path, c.model)
+    scores = patching.attribute(
+        c.model,
+        samples,
+        vector,
+        coefficient(c, data_set),
+        steps=c.settings.steps,
+        dims="steer",
+        per_sample=True,
+        checkpoint=c.folder / f"{name}.checkpoint.jsonl",
+        progress=c.progress,
+    )
+    scores.save(path)
+    return scores
+
+
+def _said(samples: Samples, scores: EdgeScores | None) -> dict[str, Any]:
+    """What results.json says of one attribution."""
+    content: dict[str, Any] = {
+        "samples": len(samples),
+        "asked": samples.asked,
+        "line": samples.line,
+    }
+    if scores is None:
+        return content
+    shares = {
+        str(n): scores.distribution(n)
+        for n in (scores.graph.n_edges // 100 or 1, scores.graph.n_edges // 10 or 1)
+    }
+    return content | {
+        "positions": scores.n_positions,
+        "edges": scores.graph.n_edges,
+        "top": [[e.name, e.score, e.share] for e in scores.top(20)],
+        "by_type": scores.by_type(),
+        "top_by_type": shares,
+    }
+
+
+@step(
+    "attribution",
+    "edge scores on the four data sets",
+    needs=("candidates", "strength"),
+    uses=SAMPLED,
+)
+def attribution(c: Context) -> Outcome:
+    vector, content, files = load_vector(c, "dim"), {}, []
+    for name in DATA_SETS:
+        samples = _samples(c, vector, name, name)
+        files.append(f"{name}.samples.json")
+        scores = None
+        if len(samples):
+            scores = _scores(c, samples, vector, name, name)
+            files.append(f"{name}.scores.safetensors")
+        content[name] = _said(samples, scores)
+    return Outcome({"data_sets": content}, files)
+
+
+def _load(c: Context, from_step: str, name: str) -> tuple[Samples, EdgeScores] | None:
+    """The samples and scores of a data set or vector; None where steering flips no prompt."""
+    made = c.inputs[from_step]
+    samples = Samples.load(made.file(f"{name}.samples.json"))
+    if not len(samples):
+        return None
+    return samples, EdgeScores.load(made.file(f"{name}.scores.safetensors"), c.model)
+
+
+@step(
+    "attribution_learned",
+    "edge scores of the learned vectors",
+    needs=("candidates", "strength", "ntp", "po"),
+    uses=SAMPLED,
+)
+def attribution_learned(c: Context) -> Outcome:
+    content, files = {}, []
+    for name, vector in vectors(c).items():
+        if name == "dim":
+            continue
+        samples = _samples(c, vector, MAIN, name)
+        files.append(f"{name}.samples.json")
+        scores = None
+        if len(samples):
+            scores = _scores(c, samples, vector, MAIN, name)
+            files.append(f"{name}.scores.safetensors")
+        content[name] = _said(samples, scores)
+    return Outcome({"vectors": content}, files)
+
+
+@step(
+    "exact",
+    "exact patches beside the estimates",
+    needs=("candidates", "strength", "attribution"),
+    uses=("patches", "seed"),
+)
+def exact(c: Context) -> Outcome:
+    """The strongest edges and as many at random, each patched by itself on the first sample."""
+    found = _load(c, "attribution", MAIN)
+    if found is None:
+        return Outcome({"why": "steering flips no prompt of this data set"})
+    samples, scores = found
+    assert scores.sample_edges is not None and scores.weights is not None
+    first = int(np.flatnonzero(scores.weights)[0])
+    estimate = scores.sample_edges[first]
+    half = max(1, min(c.settings.patches // 2, scores.graph.n_edges // 2))
+    order = np.argsort(-np.abs(estimate), kind="stable")
+    rest = np.random.default_rng([c.settings.seed, 7]).permutation(order[half:])[:half]
+    chosen = np.concatenate([order[:half], np.sort(rest)])
+    measured = patching.exact(
+        c.model,
+        samples[first],
+        load_vector(c, "dim"),
+        coefficient(c, MAIN),
+        edges=[int(i) for i in chosen],
+        progress=c.progress,
+    )
+    agreement = patching.agreement(estimate[chosen], measured)
+    content = agreement.to_dict() | {
+        "sample": first,
+        "half_strongest": half,
+        "edge_names": [scores.edge_names[i] for i in chosen],
+        "estimates": estimate[chosen],
+        "measured": measured,
+    }
+    return Outcome(content)
+
+
+def _sizes(c: Context, n_edges: int) -> list[int]:
+    return sorted({max(1, round(share * n_edges)) for share in c.settings.shares} | {n_edges})
+
+
+@step(
+    "circuits",
+    "circuits, faithfulness and overlaps",
+    needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
+    uses=("shares", "seed"),
+)
+def circuit_curves(c: Context) -> Outcome:
+    """Curves found on one half of the samples and judged on the other; of every data set and vector
+    the smallest faithful circuit and the one of a tenth of the edges, and their overlaps.
+    """
+    content: dict[str, Any] = {}
+    smallest: dict[str, Circuit] = {}
+    tenths: dict[str, Circuit] = {}
+    curve: dict[str, Any] = {}
+    jobs = [("attribution", name, load_vector(c, "dim")) for name in DATA_SETS]
+    jobs += [("attribution_learned", n, v) for n, v in vectors(c).items() if n != "dim"]
+    for from_step, name, steered_by in jobs:
+        found = _load(c, from_step, name)
+        if found is None:
+            content[name] = {"why": "steering flips none of the prompts"}
+            continue
+        samples, scores = found
+        a = coefficient(c, name if from_step == "attribution" else MAIN)
+        if name == MAIN:
+            curve = c.once("curve", partial(_halves, c, samples, scores, steered_by, a))
+        content[name] = c.once(name, partial(_smallest, c, name, samples, scores, steered_by, a))
+        if "size" in content[name]:
+            smallest[name] = Circuit.load(c.folder / f"{name}.circuit.json", scores.graph)
+        tenths[name] = scores.circuit(max(1, scores.graph.n_edges // 10))
+    return Outcome(
+        {
+            "smallest": content,
+            "curve": curve,
+            "overlap": _overlaps(smallest),
+            "overlap_of_tenths": _overlaps(tenths),
+        },
+        [f"{name}.circuit.json" for name in smallest],
+    )
+
+
+def _overlaps(found: dict[str, Circuit]) -> dict[str, Any]:
+    """{"names", "values" [n, n]}: shared edges over those of the smaller circuit."""
+    values = [[a.overlap(b) for b in found.values()] for a in found.values()]
+    return {"names": list(found), "values": values}
+
+
+def _halves(
+    c: Context, samples: Samples, scores: EdgeScores, vector: SteeringVector, a: float
+) -> dict[str, Any]:
+    """The curve judged on samples that did not choose the circuits."""
+    assert scores.weights is not None
+    if int((scores.weights > 0).sum()) < 4:
+        return {"why": "fewer than 4 samples: halves would be too small"}
+    curve = circuits.faithfulness_curve(
+        scores,
+        c.model,
+        samples,
+        vector,
+        a,
+        _sizes(c, scores.graph.n_edges),
+        random=2,
+        halves=True,
+        seed=c.settings.seed,
+        progress=c.progress,
+    )
+    content: dict[str, Any] = stable(curve.to_dict())
+    return content
+
+
+def _smallest(
+    c: Context,
+    name: str,
+    samples: Samples,
+    scores: EdgeScores,
+    vector: SteeringVector,
+    a: float,
+) -> dict[str, Any]:
+    """What results.json says of the smallest faithful circuit, which is saved, or why there is
+    none.
+    """
+    try:
+        circuit = circuits.minimum_faithful(
+            scores, c.model, samples, vector, a, THRESHOLD, progress=c.progress
+        )
+    except ValueError as error:  # no size reaches the threshold, or steering changes nothing
+        return {"why": str(error)}
+    circuit.save(c.folder / f"{name}.circuit.json")
+    return {
+        "size": len(circuit),
+        "edges": circuit.graph.n_edges,
+        "share": len(circuit) / circuit.graph.n_edges,
+        "faithfulness": circuit.meta["faithfulness"],
+        "distribution": circuit.distribution(),
+    }
+
+
+@step("values", "steering value vectors and what they promote", needs=("candidates",))
+def values(c: Context) -> Outcome:
+    vector = load_vector(c, "dim")
+    svv = ov.steering_value_vectors(c.model, vector)
+    places = svv.largest(LARGEST_HEADS)
+    lens = ov.logit_lens(
+        c.model, [svv[place] for place in places], top=TOP_TOKENS, progress=c.progress
+    )
+    whole = ov.logit_lens(c.model, [vector, -vector], top=TOP_TOKENS, progress=False)
+    content = {
+        "largest": [list(place) for place in places],
+        "norms": svv.norms,
+        "heads": lens.text(),
+        "vector": whole.text()[0],
+        "negated": whole.text()[1],
+    }
+    return Outcome(content, arrays={"values": svv.values})
+
+
+def _kept(vector: SteeringVector, scores: EdgeScores, tau: float) -> SteeringVector | None:
+    """The sparse vector, or None where the threshold keeps nothing."""
+    try:
+        return sparsify.by_gradient(vector, scores, tau)
+    except ValueError:
+        return None
+
+
+def _iou(sparse: dict[str, SteeringVector]) -> list[list[Any]]:
+    """[[first, second, intersection over union, p-value of the overlap]] of all pairs."""
+    names = list(sparse)
+    return [
+        [
+            a,
+            b,
+            sparsify.iou(sparse[a], sparse[b]),
+            sparsify.overlap_test(sparse[a], sparse[b]),
+        ]
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    ]
+
+
+@step(
+    "sparsity",
+    "how few dimensions it needs",
+    needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
+    uses=("taus", "new_tokens", "seed"),
+)
+def sparsity(c: Context) -> Outcome:
+    found = _load(c, "attribution", MAIN)
+    if found is None:
+        return Outcome({"why": "steering flips no prompt, so no gradient chooses dimensions"})
+    table = sparsify.sweep(
+        c.model,
+        load_vector(c, "dim"),
+        found[1],
+        *c.data.pair("test"),
+        strengths(c),
+        taus=c.settings.taus,
+        methods=("gradient", "random"),
+        max_new_tokens=c.settings.new_tokens,
+        seed=c.settings.seed,
+        out=c.folder / "answers.jsonl",
+        progress=c.progress,
+    )
+    scores = {"dim": found[1]} | _learned_scores(c)
+    pairs = {}
+    for tau in c.settings.taus:
+        sparse = {n: _kept(v, scores[n], tau) for n, v in vectors(c).items() if n in scores}
+        kept = {n: v for n, v in sparse.items() if v is not None}
+        if tau > 0 and len(kept) > 1:
+            pairs[f"{tau:g}"] = _iou(kept)
+    return Outcome(stable(table.to_dict()) | {"overlaps": pairs})
+
+
+def _learned_scores(c: Context) -> dict[str, EdgeScores]:
+    names: Sequence[str] = [n for n in ("ntp", "po") if c.result(n)["trained"]]
+    found = {n: _load(c, "attribution_learned", n) for n in names}
+    return {n: f[1] for n, f in found.items() if f is not None}

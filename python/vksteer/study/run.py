@@ -1,0 +1,216 @@
+"""`vs.study.run`: every experiment of docs/method.md on one model, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..base.json_files import read_json
+from ..base.provenance import loaded_with, provenance
+from ..base.types import PathLike, ProgressLike
+from ..base.whole_files import write_whole
+from . import inside, vectors  # noqa: F401  registers the steps
+from .claims import claims
+from .prompts import Prompts, of_lists, of_world
+from .report import write_report
+from .settings import Settings
+from .steps import STEPS, PlannedStep, chosen, plan, run_step
+from .store import Finished, StudyStore, plain
+
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+
+SCHEMA = "vksteer.study.results"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study. results: what results.json holds, as far as steps have finished. folder: its files.
+    planned: the steps as they were planned when the call began, with reasons.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    planned: tuple[PlannedStep, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step has finished."""
+        return set(self.results["steps"]) == set(STEPS)
+
+    @property
+    def report(self) -> Path:
+        """The path of report.html."""
+        return self.folder / "report.html"
+
+    def plan(self) -> str:
+        """The plan as a table in Markdown."""
+        return plan_table(self.planned)
+
+    def __repr__(self) -> str:
+        done = len(self.results["steps"])
+        return f"Study({str(self.folder)!r}: {done} of {len(STEPS)} steps finished)"
+
+
+def plan_table(planned: Iterable[PlannedStep]) -> str:
+    """A Markdown table: step, what it finds, and whether it runs with the reason."""
+    lines = ["| step | finds | runs |", "|:---|:---|:---|"]
+    rows = [f"| {p.name} | {p.title} | {p.reason if p.runs else 'no: done'} |" for p in planned]
+    return "\n".join(lines + rows)
+
+
+def run(
+    model: Model | str,
+    harmful: Sequence[str] | None = None,
+    harmless: Sequence[str] | None = None,
+    out: PathLike = "study",
+    *,
+    size: str = "small",
+    seed: int = 0,
+    only: Iterable[str] | None = None,
+    skip: Iterable[str] | None = None,
+    force: Iterable[str] | None = None,
+    plan_only: bool = False,
+    progress: ProgressLike = True,
+) -> Study:
+    """Runs the study of docs/method.md on a model and writes its results into a folder.
+
+    model: an open Model, or what `Model.from_pretrained` takes. harmful, harmless: prompts as
+    texts; both None takes the toy world's, for the bundled models. out: the folder, which is made;
+    what a study before left there with the same model, prompts and settings is taken from it, so a
+    call that was killed is simply made again. size: "tiny", "small" or "full" sample counts. seed:
+    of splits, training and random controls. only: these steps and what they need. skip: not these
+    steps, nor those that need them. force: run these again. plan_only: report what would run and
+    why, without running it. progress: True, False or callable(done, total), within a step.
+
+    Returns a Study. Writes DIR/results.json (byte-identical for equal settings on one device) and
+    DIR/run.json (times, device, versions). Ctrl-C and a killed process lose at most the work since
+    the last item of the step under way.
+    Raises ValueError before any work for unknown names, prompts that are too few, and a folder that
+    cannot be written to or that another process holds; DeviceError; ModelError.
+    """
+    settings = Settings.of(size, seed)
+    names, forced = chosen(only, skip), list(force or ())
+    chosen(forced, None)
+    data = _prompts(model, harmful, harmless, settings)
+    settings = replace(settings, data_hash=data.hash)
+    store = StudyStore(Path(out))
+    with store.lock(), _opened(model) as opened:
+        planned = plan(store, opened.fingerprint, settings, names, forced)
+        if plan_only:
+            return Study(store.folder, _results(opened, settings, {}), tuple(planned))
+        finished = _run_all(store, opened, data, settings, names, forced, progress)
+        results = _results(opened, settings, finished)
+        _write(store, results, finished)
+    return Study(store.folder, results, tuple(planned))
+
+
+def _opened(model: Model | str) -> AbstractContextManager[Model]:
+    """The model itself, left open, or the one loaded from a source, closed at the end."""
+    from ..runtime.model import Model
+
+    if isinstance(model, Model):
+        return nullcontext(model)
+    return Model.from_pretrained(model, progress=False)
+
+
+def _prompts(
+    model: Model | str,
+    harmful: Sequence[str] | None,
+    harmless: Sequence[str] | None,
+    settings: Settings,
+) -> Prompts:
+    if (harmful is None) != (harmless is None):
+        raise ValueError("harmful and harmless belong together: give both lists of prompts")
+    if harmful is not None and harmless is not None:
+        return of_lists(harmful, harmless, settings)
+    name = model if isinstance(model, str) else getattr(model, "name", "")
+    if not str(name).startswith("tiny-"):
+        raise ValueError(
+            "give harmful= and harmless=, two lists of prompts: only the bundled tiny models bring"
+            " their own"
+        )
+    return of_world(settings)
+
+
+def _run_all(
+    store: StudyStore,
+    model: Model,
+    data: Prompts,
+    settings: Settings,
+    names: Sequence[str],
+    forced: Sequence[str],
+    progress: ProgressLike,
+) -> dict[str, Finished]:
+    """Runs the steps that are not finished; {name: finished step}."""
+    finished: dict[str, Finished] = {}
+    for number, name in enumerate(names, 1):
+        one = STEPS[name]
+        if progress is True:
+            print(f"[{number}/{len(names)}] {name}: {one.title}", file=sys.stderr)
+        start = time.perf_counter()
+        finished[name], ran = run_step(
+            name, store, model, data, settings, finished, force=name in forced, progress=progress
+        )
+        if ran:
+            _record(model, finished[name], time.perf_counter() - start)
+    return finished
+
+
+def _record(model: Model, finished: Finished, seconds: float) -> None:
+    """Writes what varies between runs beside the step's results: time, device, versions."""
+    content = {
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": str(model.device),
+        "kernels": list(model.kernels),
+        "folder": finished.folder.name,
+        **provenance(model),
+    }
+    write_whole(finished.folder / "run.json", json.dumps(content, indent=1).encode())
+
+
+def _write(store: StudyStore, results: dict[str, Any], finished: dict[str, Finished]) -> None:
+    """results.json, run.json and report.html."""
+    text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False)
+    write_whole(store.folder / "results.json", (text + "\n").encode())
+    runs = {}
+    for name, one in finished.items():
+        if (one.folder / "run.json").exists():
+            runs[name] = read_json(one.folder / "run.json", limit=1 << 20)
+    text = json.dumps({"steps": runs}, indent=1, sort_keys=True)
+    write_whole(store.folder / "run.json", (text + "\n").encode())
+    write_report(store.folder)
+
+
+def _results(model: Model, settings: Settings, finished: dict[str, Finished]) -> dict[str, Any]:
+    """What results.json holds."""
+    steps = {name: one.result for name, one in finished.items()}
+    config = model.config
+    content = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "vksteer": __version__,
+        "model": {
+            "hash": model.fingerprint,
+            "architecture": config.architecture,
+            "n_layers": config.n_layers,
+            "d_model": config.d_model,
+            "n_heads": config.n_heads,
+            "n_kv_heads": config.n_kv_heads,
+            **loaded_with(model),
+        },
+        "settings": settings.to_dict(),
+        "steps": steps,
+        "claims": claims(steps),
+    }
+    found: dict[str, Any] = plain(content)
+    return found

@@ -1,0 +1,93 @@
+"""The settings of a study: sample counts by size, and everything else that results depend on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..base.checks import require_int
+
+#: Counts by size. train, validation, test: prompts of each kind. samples: prompts of each kind for
+#: circuits. new_tokens: of an answer. steps: of EAP-IG. epochs: of NTP and PO. controls: random
+#: directions in Table 1. patches: edges patched exactly. curve: sizes of the faithfulness curve.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "train": 24,
+        "validation": 12,
+        "test": 12,
+        "samples": 6,
+        "new_tokens": 40,
+        "steps": 4,
+        "epochs": 1,
+        "controls": 1,
+        "patches": 12,
+        "coefficients": (0.5, 0.8, 1.2),
+        "shares": (0.02, 0.1, 0.3),
+        "taus": (0.0, 0.5, 1.5),
+    },
+    "small": {
+        "train": 64,
+        "validation": 32,
+        "test": 48,
+        "samples": 16,
+        "new_tokens": 72,
+        "steps": 10,
+        "epochs": 4,
+        "controls": 2,
+        "patches": 60,
+        "coefficients": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5),
+        "shares": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+        "taus": (0.0, 0.3, 1.0, 2.0),
+    },
+    "full": {
+        "train": 128,
+        "validation": 32,
+        "test": 100,
+        "samples": 64,
+        "new_tokens": 128,
+        "steps": 10,
+        "epochs": 10,
+        "controls": 3,
+        "patches": 300,
+        "coefficients": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
+        "shares": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7),
+        "taus": (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the results of a study depend on beside the model and the prompts.
+
+    size: "tiny", "small" or "full", the counts of SIZES. seed: of splits, training, random controls
+    and bootstrap draws. The other fields are counts; see SIZES.
+    """
+
+    size: str
+    seed: int
+    train: int
+    validation: int
+    test: int
+    samples: int
+    new_tokens: int
+    steps: int
+    epochs: int
+    controls: int
+    patches: int
+    coefficients: tuple[float, ...]
+    shares: tuple[float, ...]
+    taus: tuple[float, ...]
+    data_hash: str = ""  # of the prompts
+
+    @classmethod
+    def of(cls, size: str, seed: int = 0) -> Settings:
+        """The settings of a size. Raises ValueError for an unknown size and a seed that is not a
+        whole number.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size={size!r}: use {', '.join(map(repr, SIZES))}")
+        return cls(size=size, seed=require_int(seed, "seed", 0), **SIZES[size])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,209 @@
+"""Steps of a study: what each depends on, its key in the store, and the plan.
+
+A step is a function of a Context that returns an Outcome. Its key is the SHA-256 of its name, its
+version (raised by hand when the code's results change), the settings that it uses, the model's
+hash, and the hashes of the steps that it needs. A changed setting therefore runs only those steps
+again that depend on it, and a step whose results come out the same as before stops the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ..base.provenance import digest
+from ..base.store import Store
+from ..base.types import Array, ProgressLike
+from .prompts import Prompts
+from .settings import Settings
+from .store import Finished, StudyStore, plain
+
+if TYPE_CHECKING:
+    from ..runtime.model import Model
+
+
+@dataclass
+class Outcome:
+    """What a step made. result: its part of results.json. files: names of files in the step's
+    folder that count. arrays: stored as NAME.npy.
+    """
+
+    result: dict[str, Any]
+    files: list[str] = field(default_factory=list)
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step works with. folder: its own, where unfinished work may lie. inputs: the finished
+    steps that it needs, by name. items: what the step has kept of its unfinished work.
+    """
+
+    model: Model
+    data: Prompts
+    settings: Settings
+    folder: Path
+    inputs: Mapping[str, Finished]
+    progress: ProgressLike
+    items: Store
+
+    def once(self, name: str, function: Callable[[], Any]) -> Any:
+        """The item of this name, computed unless an earlier call of this step has kept it. Items
+        are what JSON can hold, and arrays; tuples come back as lists.
+        """
+        if name not in self.items:
+            self.items.put(name, plain(function()))
+        return self.items[name]
+
+    def result(self, step: str) -> dict[str, Any]:
+        """What a needed step says in results.json."""
+        return self.inputs[step].result
+
+
+Function: TypeAlias = Callable[[Context], Outcome]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. needs: names of steps. uses: names of the settings that its results depend on.
+    title: what it finds, in a few words.
+    """
+
+    name: str
+    title: str
+    function: Function
+    version: int
+    needs: tuple[str, ...]
+    uses: tuple[str, ...]
+
+    def key(self, model_hash: str, settings: Settings, inputs: Mapping[str, Finished]) -> str:
+        return digest(
+            "vksteer.study",
+            self.name,
+            self.version,
+            {name: getattr(settings, name) for name in self.uses},
+            model_hash,
+            {name: inputs[name].hash for name in self.needs},
+        )
+
+
+STEPS: dict[str, Step] = {}
+
+
+def step(
+    name: str, title: str, *, needs: Iterable[str] = (), uses: Iterable[str] = (), version: int = 1
+) -> Callable[[Function], Function]:
+    """Registers a function as a step, after those that it needs."""
+
+    def register(function: Function) -> Function:
+        missing = [n for n in needs if n not in STEPS]
+        assert name not in STEPS and not missing, f"step {name}: {missing or 'twice'}"
+        STEPS[name] = Step(name, title, function, version, tuple(needs), tuple(uses))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step in the plan. reason: "done", "new", "partial", "input changed", "forced", "waits for
+    NAME" where the key follows from a step that has not run, or what is wrong with its files.
+    """
+
+    name: str
+    title: str
+    reason: str
+
+    @property
+    def runs(self) -> bool:
+        return self.reason not in ("done", "skipped")
+
+
+def chosen(only: Iterable[str] | None, skip: Iterable[str] | None) -> list[str]:
+    """The steps to run in order: those of `only` with all that they need, without those of `skip`
+    and all that need them. Raises ValueError for an unknown name.
+    """
+    for name in [*(only or ()), *(skip or ())]:
+        if name not in STEPS:
+            raise ValueError(f"there is no step {name!r}; there are: {', '.join(STEPS)}")
+    wanted = set(STEPS)
+    if only is not None:
+        wanted = set(only)
+        for name in reversed(STEPS):
+            if name in wanted:
+                wanted |= set(STEPS[name].needs)
+    left_out = set(skip or ())
+    for name, one in STEPS.items():
+        if left_out & set(one.needs):
+            left_out.add(name)
+    return [name for name in STEPS if name in wanted and name not in left_out]
+
+
+def plan(
+    store: StudyStore,
+    model_hash: str,
+    settings: Settings,
+    names: Iterable[str],
+    force: Iterable[str] = (),
+) -> list[PlannedStep]:
+    """What would run, and why; nothing is run."""
+    found: dict[str, Finished] = {}
+    planned = []
+    forced = set(force)
+    for name in names:
+        one = STEPS[name]
+        missing = [n for n in one.needs if n not in found]
+        if missing:
+            reason = f"waits for {missing[0]}"
+        else:
+            state = store.find(name, one.key(model_hash, settings, found))
+            if name in forced:
+                reason = "forced"
+            elif isinstance(state, Finished):
+                found[name], reason = state, "done"
+            else:
+                reason = state
+        planned.append(PlannedStep(name, one.title, reason))
+    return planned
+
+
+def run_step(
+    name: str,
+    store: StudyStore,
+    model: Model,
+    data: Prompts,
+    settings: Settings,
+    inputs: Mapping[str, Finished],
+    *,
+    force: bool,
+    progress: ProgressLike,
+) -> tuple[Finished, bool]:
+    """(The finished step, whether it had to run)."""
+    one = STEPS[name]
+    needed = {n: inputs[n] for n in one.needs}
+    key = one.key(model.fingerprint, settings, needed)
+    state = store.find(name, key)
+    if isinstance(state, Finished) and not force:
+        return state, False
+    folder = store.begin(name, key, anew=force)
+    items = Store(
+        folder / "items.jsonl",
+        format="vksteer.study_items",
+        key=key,
+        argument="out",
+        what="file of a step's items",
+        other="another step",
+        field=None,
+        remedy="remove the step's folder to begin it anew",
+    )
+    context = Context(model, data, settings, folder, needed, progress, items)
+    outcome = one.function(context)
+    files = list(outcome.files)
+    for array, values in outcome.arrays.items():
+        np.save(folder / f"{array}.npy", np.ascontiguousarray(values), allow_pickle=False)
+        files.append(f"{array}.npy")
+    return store.finish(name, folder, outcome.result, files), True

@@ -1,0 +1,196 @@
+"""The folder of a study: one folder for each finished or begun step, and a lock.
+
+    DIR/.lock                       flock, held while a study runs; freed by the system at its death
+    DIR/steps/NAME/KEY/             one step, made from what KEY is the SHA-256 of
+        ...                         files of unfinished work, which the step's calls go on from
+        result.json                 what the step says in results.json
+        *.safetensors, *.npy, ...   vectors, scores, circuits, arrays
+        done.json                   written last: the SHA-256 of every file above that counts
+
+A step is finished where done.json is there and every file it names has the hash that it gives.
+Hashes are of contents; times of modification never count, so the folder can be copied.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from ..base.json_files import read_json
+from ..base.provenance import digest
+from ..base.whole_files import write_whole
+from ..errors import ModelError
+
+DONE = "done.json"
+RESULT = "result.json"
+LIMIT = 1 << 30  # bytes of a JSON file of the store
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished step. result: what it says in results.json. hash: of everything it made; steps
+    that build on it have this hash in their key. folder: its files.
+    """
+
+    name: str
+    folder: Path
+    result: dict[str, Any]
+    hash: str
+
+    def file(self, name: str) -> Path:
+        """The path of one of its files. Raises KeyError for a name that the step did not make."""
+        path = self.folder / name
+        if not path.exists():
+            raise KeyError(f"step {self.name} made no file {name!r}")
+        return path
+
+    def array(self, name: str) -> np.ndarray:
+        """The array that the step stored as NAME.npy."""
+        return np.asarray(np.load(self.file(f"{name}.npy"), allow_pickle=False))
+
+
+class Lock:
+    """The flock of a study's folder. Raises ValueError, with the process id of the holder, where
+    another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(file, 32).decode(errors="replace").strip()
+            os.close(file)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise ValueError(
+                f"{self._path.parent}: process {holder or 'of unknown number'} runs a study in this"
+                " folder: wait for it, or name another folder"
+            ) from None
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
+        self._file = file
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class StudyStore:
+    """The steps of a study in a folder, which is made where it does not exist.
+
+    Raises ValueError where the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            (folder / "steps").mkdir(parents=True, exist_ok=True)
+            lock = folder / ".lock"
+            with open(lock, "ab"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the study's folder {folder}: {error.strerror}; name another one"
+            ) from error
+
+    def lock(self) -> Lock:
+        """A context manager that holds the folder for this process."""
+        return Lock(self.folder)
+
+    def place(self, name: str, key: str) -> Path:
+        """The folder of a step, which may not exist."""
+        return self.folder / "steps" / name / key[:20]
+
+    def find(self, name: str, key: str) -> Finished | str:
+        """The finished step, or why it is not finished: "new", "partial", "input changed", or what
+        is wrong with its files.
+        """
+        folder = self.place(name, key)
+        if not folder.is_dir():
+            others = self.folder / "steps" / name
+            return "input changed" if others.is_dir() and any(others.iterdir()) else "new"
+        if not (folder / DONE).exists():
+            return "partial" if any(folder.iterdir()) else "new"
+        try:
+            done = read_json(folder / DONE, limit=LIMIT)
+            files: dict[str, str] = done["files"]
+            for file, expected in files.items():
+                if not (folder / file).exists():
+                    return f"{file} is missing"
+                if file_hash(folder / file) != expected:
+                    return f"{file} was changed"
+            result = read_json(folder / RESULT, limit=LIMIT)
+        except (ModelError, KeyError, AttributeError, TypeError, OSError):
+            return f"{DONE} is damaged"
+        return Finished(name, folder, result, digest(sorted(files.items())))
+
+    def begin(self, name: str, key: str, anew: bool) -> Path:
+        """The step's folder, made or emptied; what unfinished work left there stays unless `anew`.
+        A folder whose done.json did not hold is emptied.
+        """
+        folder = self.place(name, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        if anew or (folder / DONE).exists():
+            (folder / DONE).unlink(missing_ok=True)
+            for path in folder.iterdir():
+                path.unlink()
+        return folder
+
+    def finish(
+        self, name: str, folder: Path, result: Mapping[str, Any], files: Iterable[str]
+    ) -> Finished:
+        """Writes result.json, then done.json; the step is finished when the call returns."""
+        text = json.dumps(plain(result), indent=1, sort_keys=True, ensure_ascii=False)
+        write_whole(folder / RESULT, (text + "\n").encode())
+        hashes = {file: file_hash(folder / file) for file in sorted({RESULT, *files})}
+        write_whole(folder / DONE, (json.dumps({"files": hashes}, indent=1) + "\n").encode())
+        found = read_json(folder / RESULT, limit=LIMIT)
+        return Finished(name, folder, found, digest(sorted(hashes.items())))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NumPy numbers and arrays become numbers and lists, NaN and
+    infinities null.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): plain(x) for name, x in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, (list, tuple)):
+        return [plain(x) for x in value]
+    if isinstance(value, (set, frozenset)):
+        return [plain(x) for x in sorted(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

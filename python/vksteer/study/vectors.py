@@ -1,0 +1,206 @@
+"""Steps of a study that find vectors and measure what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import freezing, reliability, steering
+from ..inputs.vectors import SteeringVector
+from ..steering.examples import TrainingData
+from .steps import Context, Outcome, step
+
+#: Learning rate and batch of the trained vectors (docs/method.md section 2).
+LR, BATCH = 0.04, 6
+#: Fewer pairs than this train no vector.
+LEAST_PAIRS = 4
+#: Fields of provenance that differ between machines, folders or runs; run.json has them.
+VARYING = {"model", "versions", "kernels", "device", "driver", "seconds", "out"}
+
+
+def stable(value: Any) -> Any:
+    """The value without the fields of provenance that vary between runs."""
+    if isinstance(value, dict):
+        return {name: stable(x) for name, x in value.items() if name not in VARYING}
+    if isinstance(value, (list, tuple)):
+        return [stable(x) for x in value]
+    return value
+
+
+def load_vector(context: Context, name: str) -> SteeringVector:
+    """One of "dim", "ntp", "po"."""
+    source = "candidates" if name == "dim" else name
+    return SteeringVector.load(context.inputs[source].file(f"{name}.safetensors"))
+
+
+def strengths(context: Context) -> tuple[float, float]:
+    """(plus, minus): what harmless prompts are steered by, and what harmful ones against."""
+    plus, minus = context.result("strength")["coefficient"]
+    return float(plus), float(minus)
+
+
+@step("prompts", "prompts by split", uses=("data_hash",))
+def prompts(c: Context) -> Outcome:
+    data = c.data
+    counts = {split: [len(side) for side in data.pair(split)] for split in data.harmful}
+    return Outcome({"counts": counts, "hash": data.hash, "notes": list(data.notes)})
+
+
+@step("screen", "reliability before steering", needs=("prompts",), uses=("seed",))
+def screen(c: Context) -> Outcome:
+    harmful, harmless = c.data.pair("train")
+    n = min(len(harmful), len(harmless))
+    table = reliability.screen(
+        c.model, harmful[:n], harmless[:n], seed=c.settings.seed, progress=c.progress
+    )
+    best = table.best
+    content = stable(table.to_dict())
+    content["best"] = None if best is None else [best.layer, best.position]
+    return Outcome(content)
+
+
+@step("candidates", "difference in means: candidates and choice", needs=("prompts",))
+def candidates(c: Context) -> Outcome:
+    found = steering.difference_in_means(c.model, *c.data.pair("train"), progress=c.progress)
+    vector = found.select(*c.data.pair("validation"), progress=c.progress)
+    table = found.table
+    assert table is not None  # select fills it
+    vector.save(c.folder / "dim.safetensors")
+    content = {
+        "layer": vector.layer,
+        "position": vector.position,
+        "norm": vector.norm,
+        "n_layers": c.model.config.n_layers,
+        "rejected": len(found.rejected),
+        "table": stable(table.to_dict()),
+    }
+    return Outcome(content, ["dim.safetensors"], {"candidates": found.vectors})
+
+
+@step(
+    "strength",
+    "how strong: dose and coefficient",
+    needs=("candidates",),
+    uses=("coefficients", "new_tokens"),
+)
+def strength(c: Context) -> Outcome:
+    vector = load_vector(c, "dim")
+    table = steering.sweep(
+        c.model,
+        vector,
+        c.settings.coefficients,
+        *c.data.pair("validation"),
+        max_new_tokens=c.settings.new_tokens,
+        progress=c.progress,
+    )
+    content = stable(table.to_dict())
+    content["works"] = table.best_pair is not None
+    content["coefficient"] = list(table.best_pair or (1.0, 1.0))
+    return Outcome(content)
+
+
+@step("pairs", "responses to learn from", needs=("candidates", "strength"), uses=("new_tokens",))
+def pairs(c: Context) -> Outcome:
+    made = steering.training_data(
+        c.model,
+        *c.data.pair("train"),
+        load_vector(c, "dim"),
+        strengths(c),
+        max_new_tokens=c.settings.new_tokens,
+        progress=c.progress,
+    )
+    made.save(c.folder / "pairs.jsonl")
+    return Outcome({"counts": made.counts, "line": made.line}, ["pairs.jsonl"])
+
+
+def _trained(c: Context, name: str) -> Outcome:
+    examples = TrainingData.load(c.inputs["pairs"].file("pairs.jsonl"))
+    dim = load_vector(c, "dim")
+    if len(examples) < LEAST_PAIRS:
+        return Outcome({"trained": False, "why": f"{examples.line}: too few to learn from"})
+    train = steering.train_ntp if name == "ntp" else steering.train_po
+    result = train(
+        c.model,
+        examples,
+        layer=dim.layer,
+        coefficient=1.0,
+        epochs=c.settings.epochs,
+        batch_size=BATCH,
+        lr=LR,
+        limit=c.settings.new_tokens,
+        seed=42 + c.settings.seed,
+        checkpoint=c.folder / "checkpoint.json",
+        progress=c.progress,
+    )
+    vector = result.normalized_to(dim)
+    vector.save(c.folder / f"{name}.safetensors")
+    content = {"trained": True, "cosine_with_dim": vector.cosine(dim)}
+    return Outcome(content | stable(result.to_dict()), [f"{name}.safetensors"])
+
+
+TRAINING = ("epochs", "new_tokens", "seed")
+
+
+@step(
+    "ntp", "a vector learned by next-token prediction", needs=("candidates", "pairs"), uses=TRAINING
+)
+def ntp(c: Context) -> Outcome:
+    return _trained(c, "ntp")
+
+
+@step(
+    "po",
+    "a vector learned by preference optimisation",
+    needs=("candidates", "pairs"),
+    uses=TRAINING,
+)
+def po(c: Context) -> Outcome:
+    return _trained(c, "po")
+
+
+def vectors(c: Context) -> dict[str, SteeringVector]:
+    """The vectors that there are, by name; all have the norm of the first."""
+    found = {"dim": load_vector(c, "dim")}
+    for name in ("ntp", "po"):
+        if name in c.inputs and c.result(name)["trained"]:
+            found[name] = load_vector(c, name)
+    return found
+
+
+@step(
+    "behaviour",
+    "attack success rate both ways, all vectors",
+    needs=("candidates", "strength", "ntp", "po"),
+    uses=("new_tokens",),
+)
+def behaviour(c: Context) -> Outcome:
+    table = steering.compare(
+        c.model,
+        vectors(c),
+        *c.data.pair("test"),
+        strengths(c),
+        max_new_tokens=c.settings.new_tokens,
+        circuits=False,
+        progress=c.progress,
+    )
+    return Outcome(stable(table.to_dict()))
+
+
+@step(
+    "table1",
+    "what is left when parts are frozen (Table 1)",
+    needs=("candidates", "strength"),
+    uses=("new_tokens", "controls", "seed"),
+)
+def table1(c: Context) -> Outcome:
+    table = freezing.ablation_table(
+        c.model,
+        load_vector(c, "dim"),
+        *c.data.pair("test"),
+        strengths(c),
+        max_new_tokens=c.settings.new_tokens,
+        random_control=c.settings.controls,
+        seed=c.settings.seed,
+        out=c.folder / "answers.json",
+        progress=c.progress,
+    )
+    return Outcome(stable(table.to_dict()))
