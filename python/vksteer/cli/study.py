@@ -55,6 +55,11 @@ def add_parsers(commands: Subparsers) -> None:
     group.add_argument(
         "--plan", action="store_true", help="print which steps would run, and why, and stop"
     )
+    group.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run the steps on a dask.distributed cluster, for example tcp://host:8786",
+    )
     for option, text in (
         ("--only", "run these steps and what they need"),
         ("--skip", "leave out these steps and those that need them"),
@@ -93,20 +98,21 @@ def run_study(arguments: argparse.Namespace) -> int:
             "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
             " bring their own)"
         )
-    prompts = [
-        None if f is None else prompts_of(f) for f in (arguments.harmful, arguments.harmless)
-    ]
+    files = arguments.harmful, arguments.harmless
+    harmful, harmless = (None if file is None else prompts_of(file) for file in files)
     with open_model(arguments) as model:
         study = run(
             model,
-            *prompts,
-            out=arguments.out,
+            harmful,
+            harmless,
+            arguments.out,
             size=arguments.size,
             seed=arguments.seed,
             only=arguments.only,
             skip=arguments.skip,
             force=arguments.force,
             plan_only=arguments.plan,
+            scheduler=arguments.scheduler,
             progress=sys.stderr.isatty(),
         )
     if arguments.plan:

@@ -189,7 +189,7 @@ def _sizes(c: Context, n_edges: int) -> list[int]:
     "circuits",
     "circuits, faithfulness and overlaps",
     needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
-    uses=("shares", "seed"),
+    uses=("shares", "grid", "seed"),
 )
 def circuit_curves(c: Context) -> Outcome:
     """Curves found on one half of the samples and judged on the other; of every data set and vector
@@ -267,7 +267,14 @@ def _smallest(
     """
     try:
         circuit = circuits.minimum_faithful(
-            scores, c.model, samples, vector, a, THRESHOLD, progress=c.progress
+            scores,
+            c.model,
+            samples,
+            vector,
+            a,
+            THRESHOLD,
+            step=c.settings.grid,
+            progress=c.progress,
         )
     except ValueError as error:  # no size reaches the threshold, or steering changes nothing
         return {"why": str(error)}

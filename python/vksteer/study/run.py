@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..base.json_files import read_json
-from ..base.provenance import loaded_with, provenance
+from ..base.provenance import loaded_with
 from ..base.types import PathLike, ProgressLike
 from ..base.whole_files import write_whole
 from . import inside, vectors  # noqa: F401  registers the steps
@@ -79,6 +78,7 @@ def run(
     skip: Iterable[str] | None = None,
     force: Iterable[str] | None = None,
     plan_only: bool = False,
+    scheduler: str | None = None,
     progress: ProgressLike = True,
 ) -> Study:
     """Runs the study of docs/method.md on a model and writes its results into a folder.
@@ -89,13 +89,16 @@ def run(
     call that was killed is simply made again. size: "tiny", "small" or "full" sample counts. seed:
     of splits, training and random controls. only: these steps and what they need. skip: not these
     steps, nor those that need them. force: run these again. plan_only: report what would run and
-    why, without running it. progress: True, False or callable(done, total), within a step.
+    why, without running it. scheduler: address of a dask.distributed cluster whose workers run the
+    steps, each on its own device, in the same folder. progress: True, False or callable(done,
+    total), within a step.
 
     Returns a Study. Writes DIR/results.json (byte-identical for equal settings on one device) and
     DIR/run.json (times, device, versions). Ctrl-C and a killed process lose at most the work since
     the last item of the step under way.
     Raises ValueError before any work for unknown names, prompts that are too few, and a folder that
-    cannot be written to or that another process holds; DeviceError; ModelError.
+    cannot be written to or that another process holds; ImportError for a cluster without
+    dask.distributed; DeviceError; ModelError.
     """
     settings = Settings.of(size, seed)
     names, forced = chosen(only, skip), list(force or ())
@@ -107,7 +110,14 @@ def run(
         planned = plan(store, opened.fingerprint, settings, names, forced)
         if plan_only:
             return Study(store.folder, _results(opened, settings, {}), tuple(planned))
-        finished = _run_all(store, opened, data, settings, names, forced, progress)
+        if scheduler is not None:
+            from .cluster import Source, run_on
+
+            show = progress is True
+            source = Source.of(opened)
+            finished = run_on(scheduler, store, source, data, settings, names, forced, show)
+        else:
+            finished = _run_all(store, opened, data, settings, names, forced, progress)
         results = _results(opened, settings, finished)
         _write(store, results, finished)
     return Study(store.folder, results, tuple(planned))
@@ -156,26 +166,10 @@ def _run_all(
         one = STEPS[name]
         if progress is True:
             print(f"[{number}/{len(names)}] {name}: {one.title}", file=sys.stderr)
-        start = time.perf_counter()
-        finished[name], ran = run_step(
+        finished[name], _ = run_step(
             name, store, model, data, settings, finished, force=name in forced, progress=progress
         )
-        if ran:
-            _record(model, finished[name], time.perf_counter() - start)
     return finished
-
-
-def _record(model: Model, finished: Finished, seconds: float) -> None:
-    """Writes what varies between runs beside the step's results: time, device, versions."""
-    content = {
-        "seconds": round(seconds, 3),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "device": str(model.device),
-        "kernels": list(model.kernels),
-        "folder": finished.folder.name,
-        **provenance(model),
-    }
-    write_whole(finished.folder / "run.json", json.dumps(content, indent=1).encode())
 
 
 def _write(store: StudyStore, results: dict[str, Any], finished: dict[str, Finished]) -> None:

@@ -9,7 +9,9 @@ from ..base.checks import require_int
 
 #: Counts by size. train, validation, test: prompts of each kind. samples: prompts of each kind for
 #: circuits. new_tokens: of an answer. steps: of EAP-IG. epochs: of NTP and PO. controls: random
-#: directions in Table 1. patches: edges patched exactly. curve: sizes of the faithfulness curve.
+#: directions in Table 1. patches: edges patched exactly. coefficients: of the sweep.
+#: shares: sizes of the faithfulness curve, of all edges. grid: distance of the sizes in which the
+#: smallest faithful circuit is searched for. taus: thresholds of the sparse vectors.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "train": 24,
@@ -23,6 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "patches": 12,
         "coefficients": (0.5, 0.8, 1.2),
         "shares": (0.02, 0.1, 0.3),
+        "grid": 0.1,
         "taus": (0.0, 0.5, 1.5),
     },
     "small": {
@@ -36,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "controls": 2,
         "patches": 60,
         "coefficients": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5),
+        "grid": 0.02,
         "shares": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
         "taus": (0.0, 0.3, 1.0, 2.0),
     },
@@ -50,6 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "controls": 3,
         "patches": 300,
         "coefficients": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
+        "grid": 0.01,
         "shares": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7),
         "taus": (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5),
     },
@@ -77,6 +82,7 @@ class Settings:
     patches: int
     coefficients: tuple[float, ...]
     shares: tuple[float, ...]
+    grid: float
     taus: tuple[float, ...]
     data_hash: str = ""  # of the prompts
 

@@ -8,6 +8,8 @@ again that depend on it, and a step whose results come out the same as before st
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..base.provenance import digest
+from ..base.provenance import digest, provenance
 from ..base.store import Store
 from ..base.types import Array, ProgressLike
+from ..base.whole_files import write_whole
 from .prompts import Prompts
 from .settings import Settings
 from .store import Finished, StudyStore, plain
@@ -189,7 +192,26 @@ def run_step(
     state = store.find(name, key)
     if isinstance(state, Finished) and not force:
         return state, False
-    folder = store.begin(name, key, anew=force)
+    with store.lock_step(name, key):
+        state = store.find(name, key)  # another worker may have finished it meanwhile
+        if isinstance(state, Finished) and not force:
+            return state, False
+        return _run(one, key, store, model, data, settings, needed, force, progress), True
+
+
+def _run(
+    one: Step,
+    key: str,
+    store: StudyStore,
+    model: Model,
+    data: Prompts,
+    settings: Settings,
+    needed: Mapping[str, Finished],
+    force: bool,
+    progress: ProgressLike,
+) -> Finished:
+    start = time.perf_counter()
+    folder = store.begin(one.name, key, anew=force)
     items = Store(
         folder / "items.jsonl",
         format="vksteer.study_items",
@@ -206,4 +228,19 @@ def run_step(
     for array, values in outcome.arrays.items():
         np.save(folder / f"{array}.npy", np.ascontiguousarray(values), allow_pickle=False)
         files.append(f"{array}.npy")
-    return store.finish(name, folder, outcome.result, files), True
+    finished = store.finish(one.name, folder, outcome.result, files)
+    _record(model, finished, time.perf_counter() - start)
+    return finished
+
+
+def _record(model: Model, finished: Finished, seconds: float) -> None:
+    """Writes what varies between runs beside the step's results: time, device, versions."""
+    content = {
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": str(model.device),
+        "kernels": list(model.kernels),
+        "folder": finished.folder.name,
+        **provenance(model),
+    }
+    write_whole(finished.folder / "run.json", json.dumps(content, indent=1).encode())

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..base.json_files import read_json
+from ..base.json_files import parse_json, read_json
 from ..base.provenance import digest
 from ..base.whole_files import write_whole
 from ..errors import ModelError
@@ -61,18 +61,18 @@ class Finished:
 
 
 class Lock:
-    """The flock of a study's folder. Raises ValueError, with the process id of the holder, where
-    another process has it.
+    """A flock, which the system frees when its holder dies. Raises ValueError, with the process id
+    of the holder, where another process has it; wait: waits for it instead.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+    def __init__(self, path: Path, wait: bool = False) -> None:
+        self._path, self._wait = path, wait
         self._file: int | None = None
 
     def __enter__(self) -> Self:
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except OSError as error:
             holder = os.read(file, 32).decode(errors="replace").strip()
             os.close(file)
@@ -118,7 +118,13 @@ class StudyStore:
 
     def lock(self) -> Lock:
         """A context manager that holds the folder for this process."""
-        return Lock(self.folder)
+        return Lock(self.folder / ".lock")
+
+    def lock_step(self, name: str, key: str) -> Lock:
+        """A context manager that holds one step, which waits for another worker's."""
+        folder = self.folder / "steps" / name
+        folder.mkdir(exist_ok=True)
+        return Lock(folder / f".{key[:20]}.lock", wait=True)
 
     def place(self, name: str, key: str) -> Path:
         """The folder of a step, which may not exist."""
@@ -131,7 +137,8 @@ class StudyStore:
         folder = self.place(name, key)
         if not folder.is_dir():
             others = self.folder / "steps" / name
-            return "input changed" if others.is_dir() and any(others.iterdir()) else "new"
+            made = others.is_dir() and any(path.is_dir() for path in others.iterdir())
+            return "input changed" if made else "new"
         if not (folder / DONE).exists():
             return "partial" if any(folder.iterdir()) else "new"
         try:
@@ -140,7 +147,7 @@ class StudyStore:
             for file, expected in files.items():
                 if not (folder / file).exists():
                     return f"{file} is missing"
-                if file_hash(folder / file) != expected:
+                if _hash_or_none(folder / file) != expected:
                     return f"{file} was changed"
             result = read_json(folder / RESULT, limit=LIMIT)
         except (ModelError, KeyError, AttributeError, TypeError, OSError):
@@ -172,9 +179,25 @@ class StudyStore:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
+    """SHA-256 (hex) of a file's content; of a .safetensors file, whose writer orders the header at
+    random, of the header's sorted JSON and the data.
+    """
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.suffix != ".safetensors":
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(size).rstrip(), str(path))
+        sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _hash_or_none(path: Path) -> str | None:
+    try:
+        return file_hash(path)
+    except ModelError:  # a header that is no JSON any more
+        return None
 
 
 def plain(value: Any) -> Any:
