@@ -319,7 +319,7 @@ def test_two_at_once(tmp_path):
 
 def test_a_full_disk_loses_nothing(model, study, tmp_path, monkeypatch):
     folder = copy(study, tmp_path)
-    (step,) = folder.glob("steps/values/*")
+    (step,) = (path.parent for path in folder.glob(f"steps/values/*/{DONE}"))
     shutil.rmtree(step)
 
     def full(*_, **__):

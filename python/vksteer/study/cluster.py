@@ -88,7 +88,7 @@ def run_on(
             client.cancel(list(futures.values()))
 
 
-_models: dict[Source, Model] = {}
+_models: dict[tuple[str, str], Model] = {}
 _opening = threading.Lock()
 
 
@@ -113,7 +113,7 @@ def opened(source: Source) -> Model:
     """The worker's model, opened once. Raises ModelError where it is not the study's."""
     from ..runtime.model import Model
 
-    key = Source(source.name, source.hash)
+    key = source.name, source.hash
     with _opening:
         model = _models.get(key)
         if model is None:

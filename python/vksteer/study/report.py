@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..base.json_files import read_json
-from ..base.types import PathLike
+from ..base.types import IntArray, PathLike
 from ..base.whole_files import write_whole
 from ..circuits import search
 from ..circuits.graph import INPUT_KINDS
@@ -88,24 +89,25 @@ def viewer_data(
     if path is None:
         return None
     scores = EdgeScores.load(path)
-    graph = scores.graph
-    entry = search.entry_ranks(graph, search.ranking(scores.edges))
+    entry = search.entry_ranks(scores.graph, search.ranking(scores.edges))
     order = np.argsort(entry, kind="stable")[:MOST_EDGES]
     curve = results["steps"].get("circuits", {}).get("curve", {})
-    points = []
-    if "faithfulness" in curve:
-        points = [
-            [n, f]
-            for n, f in zip(curve["edges"], curve["faithfulness"], strict=True)
-            if f is not None
-        ]
     values = results["steps"].get("values", {})
-    tokens = {
-        f"a{layer}.h{head}": text
-        for (layer, head), text in zip(
-            values.get("largest", []), values.get("heads", []), strict=True
-        )
-    }
+    places = zip(values.get("largest", []), values.get("heads", []), strict=True)
+    tokens = {f"a{layer}.h{head}": text for (layer, head), text in places}
+    return drawn(scores, order, entry, curve, tokens)
+
+
+def drawn(
+    scores: EdgeScores,
+    order: IntArray,
+    entry: IntArray,
+    curve: Mapping[str, Any],
+    tokens: dict[str, list[str]],
+) -> dict[str, Any]:
+    """The viewer's data: the edges of `order`, the curve's measured sizes, tokens of heads."""
+    graph = scores.graph
+    measured = zip(curve.get("edges", []), curve.get("faithfulness", []), strict=True)
     return {
         "layer": graph.layer,
         "layers": graph.n_layers,
@@ -125,9 +127,8 @@ def viewer_data(
         ],
         "total": graph.n_edges,
         "left_out": graph.n_edges - len(order),
-        "curve": points,
+        "curve": [[n, f] for n, f in measured if f is not None],
         "tokens": tokens,
-        "data": MAIN,
     }
 
 

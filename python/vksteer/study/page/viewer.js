@@ -137,45 +137,60 @@
   const style = getComputedStyle(document.documentElement);
   let hovered = "";
   const dashes = {q: [7, 3], k: [2, 3], v: [], mlp: [], logits: [10, 3, 2, 3]};
-  const paint = (edges, focus) => {
+  // All edges on the canvas, a few calls for each kind and thickness.
+  const paint = edges => {
     const ratio = window.devicePixelRatio || 1, context = canvas.getContext("2d");
     canvas.width = width * ratio;
     canvas.height = height * ratio;
     context.scale(ratio, ratio);
     const groups = new Map();
     for (const edge of edges) {
-      const dim = focus && !touches(edge, focus);
-      const key = `${data.kinds[edge[DOWN]]} ${Math.ceil(widthOf(edge))} ${dim}`;
-      if (!groups.has(key)) groups.set(key, new Path2D());
-      groups.get(key).addPath(new Path2D(pathOf(edge)));
+      const key = `${data.kinds[edge[DOWN]]} ${Math.ceil(widthOf(edge))}`;
+      if (!groups.has(key)) groups.set(key, []);
+      groups.get(key).push(pathOf(edge));
     }
-    for (const [key, path] of groups) {
-      const [kind, thick, dim] = key.split(" ");
+    for (const [key, paths] of groups) {
+      const [kind, thick] = key.split(" ");
       context.strokeStyle = style.getPropertyValue(`--${kind}`);
-      context.globalAlpha = dim === "true" ? 0.08 : 0.55;
+      context.globalAlpha = 0.55;
       context.lineWidth = Number(thick) - 0.4;
       context.setLineDash(dashes[kind]);
-      context.stroke(path);
+      context.stroke(new Path2D(paths.join("")));
     }
   };
+  const line = edge => {
+    const path = draw("path", {d: pathOf(edge), "stroke-width": widthOf(edge).toFixed(1),
+      class: `edge ${data.kinds[edge[DOWN]]}`});
+    path.append(draw("title", {}, `${nameOf(edge)}: ${edge[SCORE]}`));
+    return path;
+  };
+  let lines = [], raised = draw("g");  // [edge, path] of all edges, or those of the focus alone
+  // Dims all edges but those of the node that is pointed at or chosen. Nothing else is drawn again.
+  const emphasize = () => {
+    const focus = hovered || state.chosen;
+    if (canvas.hidden) {
+      for (const [edge, path] of lines)
+        path.classList.toggle("dim", Boolean(focus) && !touches(edge, focus));
+      return;
+    }
+    canvas.style.opacity = focus ? 0.2 : 1;
+    raised.replaceChildren(...(focus ? visible.filter(edge => touches(edge, focus)).map(line) : []));
+  };
+  let visible = [];
   const render = () => {
-    const edges = shown(), focus = hovered || state.chosen;
+    visible = shown();
     width = stage.clientWidth;
     height = Math.max(300, Math.min(900, tall * 30));
     stage.style.height = `${height}px`;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    svg.replaceChildren();
-    canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
-    const many = edges.length > MOST_SVG;
-    canvas.hidden = !many;
-    if (many) paint(edges, focus);
-    else for (const edge of edges) {
-      const line = draw("path", {d: pathOf(edge), "stroke-width": widthOf(edge).toFixed(1),
-        class: `edge ${data.kinds[edge[DOWN]]}${focus && !touches(edge, focus) ? " dim" : ""}`});
-      line.append(draw("title", {}, `${nameOf(edge)}: ${edge[SCORE]}`));
-      svg.append(line);
-    }
-    drawNodes(edges);
+    svg.replaceChildren(raised);
+    raised.replaceChildren();
+    canvas.hidden = visible.length <= MOST_SVG;
+    lines = canvas.hidden ? visible.map(edge => [edge, line(edge)]) : [];
+    if (canvas.hidden) raised.after(...lines.map(([, path]) => path));
+    else paint(visible);
+    emphasize();
+    drawNodes(visible);
   };
   const matches = () => {
     const text = state.find.trim().toLowerCase();
@@ -301,9 +316,9 @@
     const name = named(event);
     if (name === hovered) return;
     hovered = name;
-    render();
+    emphasize();
   });
-  stage.addEventListener("pointerleave", () => { if (hovered) { hovered = ""; render(); } });
+  stage.addEventListener("pointerleave", () => { hovered = ""; emphasize(); });
   const step = (dx, dy) => {
     const from = placeOf.get(state.chosen || "steer");
     let best = "", cost = Infinity;
