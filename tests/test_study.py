@@ -210,7 +210,7 @@ def test_force_and_skip(model, study, tmp_path):
         "prompts": "done", "screen": "forced", "candidates": "done", "values": "done",
     }  # fmt: skip
     assert done.results["steps"]["screen"] == study.results["steps"]["screen"]
-    assert not done.complete and "4 of 15 steps" in repr(done)
+    assert not done.complete and "4 of 17 steps" in repr(done)
     claims = {c["claim"]: c for c in done.results["claims"]}
     assert sum(c["why"] == "has not run" for c in claims.values()) == 4
 

@@ -288,6 +288,34 @@ def _smallest(
     }
 
 
+@step(
+    "rerouting",
+    "how far attention moves",
+    needs=("candidates", "strength"),
+    uses=("samples",),
+)
+def rerouting(c: Context) -> Outcome:
+    harmful, _ = c.data.pair("test")
+    found = ov.rerouting(
+        c.model,
+        harmful[: c.settings.samples],
+        load_vector(c, "dim"),
+        coefficient(c, MAIN),
+        progress=c.progress,
+    )
+    layer, head = np.unravel_index(int(found.distance.argmax()), found.distance.shape)
+    return Outcome(
+        {
+            "prompts": len(found),
+            "coefficient": found.coefficient,
+            "distance": found.distance,
+            "mean": float(found.distance[load_vector(c, "dim").layer :].mean()),
+            "largest": [int(layer), int(head), float(found.distance[layer, head])],
+            "top": [list(change) for change in found.top(10)],
+        }
+    )
+
+
 @step("values", "steering value vectors and what they promote", needs=("candidates",))
 def values(c: Context) -> Outcome:
     vector = load_vector(c, "dim")

@@ -37,10 +37,11 @@ def sections(steps: Steps) -> list[tuple[str, list[Figure]]]:
                 ("screen", _screen),
                 ("candidates", _candidates),
                 ("strength", _strength),
+                ("range", _range),
                 ("behaviour", _behaviour),
             ],
         ),
-        ("Through what it acts", [("table1", _table1)]),
+        ("Through what it acts", [("table1", _table1), ("rerouting", _rerouting)]),
         (
             "The circuit",
             [
@@ -169,9 +170,62 @@ def _strength(steps: Steps) -> Figure:
     )
 
 
+def _range(steps: Steps) -> Figure:
+    found = steps["range"]
+    said = []
+    for side, way in (("plus", "+a on harmless prompts"), ("minus", "-a on harmful prompts")):
+        interval = found[side]
+        if interval is None:
+            said.append(f"{way}: none ({found['reason'][side]})")
+        else:
+            said.append(f"{way}: {interval[0]:.2f} to {interval[1]:.2f}")
+    rows = [
+        [
+            r["side"],
+            f"{r['coefficient']:.3g}",
+            f"{r['dose']:.3f}",
+            number(r["kl"]),
+            "–" if r["rate"] is None else _rate(r["rate"]),
+            ", ".join(r["broken"]) or ("counts" if r["counts"] else "too weak"),
+        ]
+        for r in found["rows"]
+    ]
+    bounds = found["bounds"]
+    return Figure(
+        "The range that works",
+        f"Coefficients that change behaviour inside all bounds, {said[0]}; {said[1]}.",
+        "",
+        ("side", "a", "dose", "KL", "ASR", "verdict"),
+        rows,
+        f"Bounds: KL {bounds['kl']:g} nats on the prompts that should stay as they are, repetition"
+        f" +{bounds['repetition']:g}, ended texts -{bounds['unended']:g}; at least"
+        f" {100 * bounds['effect']:.0f} % of what the rate could move. {WILSON}",
+    )
+
+
+def _rerouting(steps: Steps) -> Figure:
+    found = steps["rerouting"]
+    layer, head, most = found["largest"]
+    first = steps["candidates"]["layer"]
+    shown = found["distance"][first:]
+    names = [f"layer {first + i}" for i in range(len(shown))]
+    heads = [f"h{h}" for h in range(len(shown[0]))]
+    return Figure(
+        "How far attention moves",
+        f"Steering moves {100 * found['mean']:.0f} % of the attention on average, most in"
+        f" a{layer}.h{head} ({100 * most:.0f} %).",
+        charts.matrix("Total variation of patterns", names, heads, shown),
+        ("head", "from token", "to token", "before", "after"),
+        [[f"a{l}.h{h}", str(q), str(k), number(a), number(b)] for l, h, q, k, a, b in found["top"]],
+        f"{found['prompts']} harmful prompts under {found['coefficient']:+g}; total variation"
+        " between both runs' patterns, the mean over all tokens. The table holds the entries that"
+        " change most.",
+    )
+
+
 def _behaviour(steps: Steps) -> Figure:
     found = steps["behaviour"]
-    rows = {"unsteered": found["unsteered"], **found["vectors"]}
+    rows = {"unsteered": found["unsteered"], "prompt": found["prompted"], **found["vectors"]}
     names = list(rows)
     series = [
         _rates("harmless prompts, +a", [rows[n]["harmless"] for n in names]),
@@ -182,7 +236,8 @@ def _behaviour(steps: Steps) -> Figure:
     )
     return Figure(
         "Methods of finding a vector",
-        f"On test prompts {best} moves the two rates apart the most.",
+        f"On test prompts {best} moves the two rates apart the most. The row prompt has an"
+        " instruction before each prompt instead of a vector.",
         charts.bars("Attack success rate by vector", names, series, "ASR"),
         ("vector", "ASR harmless", "ASR harmful", "ended", "repetition"),
         [
