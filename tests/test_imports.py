@@ -205,6 +205,7 @@ def test_no_module_bears_the_name_of_a_public_function():
                 "reliability",
                 "sparsify",
                 "steering",
+                "study",
             }
         shadowed += [f"{path.parent.name}/{name}.py" for name in sorted(listed & inside)]
     assert not shadowed

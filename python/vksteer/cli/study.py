@@ -89,7 +89,7 @@ def add_parsers(commands: Subparsers) -> None:
 def run_study(arguments: argparse.Namespace) -> int:
     """Runs `vksteer study`; the exit status."""
     from ..data.prompt_files import prompts_of
-    from ..study.run import plan_table, run
+    from ..study.running import plan_table, run
 
     if (arguments.harmful is None) != (arguments.harmless is None):
         raise ValueError("--harmful and --harmless belong together: give both")

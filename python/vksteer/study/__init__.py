@@ -2,7 +2,7 @@
 
 from .comparing import compare
 from .report import write_report
-from .run import Study, run
+from .running import Study, run
 from .steps import STEPS
 
 __all__ = ["STEPS", "Study", "compare", "run", "write_report"]

@@ -52,12 +52,12 @@ def of_lists(harmful: Sequence[str], harmless: Sequence[str], settings: Settings
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{name}[{i}] is {text!r}: a study takes prompts as texts")
         random.Random(f"{settings.seed} {name}").shuffle(texts)
-        wanted = [getattr(settings, split) for split in SPLITS]
-        counts = wanted
-        if len(texts) < sum(wanted):
-            counts = [n * len(texts) // sum(wanted) for n in wanted]
+        asked = [getattr(settings, split) for split in SPLITS]
+        counts = asked
+        if len(texts) < sum(asked):
+            counts = [n * len(texts) // sum(asked) for n in asked]
             notes.append(
-                f"{len(texts)} {name} prompts are fewer than the {sum(wanted)} of size"
+                f"{len(texts)} {name} prompts are fewer than the {sum(asked)} of size"
                 f" {settings.size!r}: {', '.join(map(str, counts))} of them train, validate and"
                 " test"
             )

@@ -195,9 +195,9 @@
   const matches = () => {
     const text = state.find.trim().toLowerCase();
     if (!text) return [];
-    const wanted = /^\d/.test(text) ? `a${text}` : text;
-    return names.filter(name => name === wanted).concat(names.filter(name =>
-      name !== wanted && name.startsWith(wanted)));
+    const listed = /^\d/.test(text) ? `a${text}` : text;
+    return names.filter(name => name === listed).concat(names.filter(name =>
+      name !== listed && name.startsWith(listed)));
   };
   const drawNodes = edges => {
     const used = new Set();
@@ -267,8 +267,8 @@
     sizeText.textContent = text;
     note.textContent = `${seen.length} edges shown` + (data.left_out
       ? `; the ${data.left_out} weakest edges of the graph are left out of this file.` : ".");
-    const wanted = [...new Set([...state.pins, state.chosen].filter(Boolean))];
-    panels.replaceChildren(...wanted.map(panel));
+    const listed = [...new Set([...state.pins, state.chosen].filter(Boolean))];
+    panels.replaceChildren(...listed.map(panel));
     table.replaceChildren(table.firstChild);
     if (table.open) table.append(edgeTable(sorted(seen), `edges (${seen.length}; the first 200)`, nameOf));
   };
