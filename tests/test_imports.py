@@ -29,6 +29,7 @@ ORDER = (
     "reliability",
     "kv",
     "probes",
+    "sae",
     "ov",
     "freezing",
     "sparsify",

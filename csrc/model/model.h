@@ -95,6 +95,8 @@ struct weight_source {
     const void *data;
     uint32_t type, rows, columns;
 };
+/* Packs all rows of a matrix into panels of elements `type` at `out`, op_matrix_bytes of them. */
+void weight_panels_pack(const struct weight_source *source, uint32_t type, void *out);
 /* Loads a matrix, which may be done once: "embed", "pos_embed" or "unembed" (`layer` is ignored),
  * "qkv", "o", "gate_up" or "down". The sources are stacked along their rows, and their shape
  * together must be the matrix's. ERROR_MODEL for an unknown name, another shape or a second call.

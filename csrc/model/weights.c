@@ -150,6 +150,18 @@ static void panels_pack_parallel(const struct pack *whole) {
         panels_pack(&parts[1]);
 }
 
+void weight_panels_pack(const struct weight_source *source, uint32_t type, void *out) {
+    struct pack pack = {
+        .sources = source,
+        .n_sources = 1,
+        .type = type,
+        .k = source->columns,
+        .count = source->rows,
+        .out = out,
+    };
+    panels_pack_parallel(&pack);
+}
+
 static int shape_check(const char *name, int layer, const struct weight_source *sources,
                        int n_sources, uint32_t n, uint32_t k, struct error *error) {
     uint64_t rows = 0;

@@ -70,7 +70,7 @@ struct packed_rows_object {
 
 struct engine_state {
     PyObject *device_type, *file_type, *model_type, *cache_type, *edits_type, *packed_rows_type,
-        *bench_type, *tape_type, *attribution_type, *circuits_type;
+        *bench_type, *tape_type, *attribution_type, *circuits_type, *encoder_type;
     PyObject *device_error, *model_error;
 };
 
@@ -89,7 +89,7 @@ struct attribution_object {
 };
 
 extern PyType_Spec device_spec, file_spec, model_spec, cache_spec, edits_spec, packed_rows_spec,
-    bench_spec, tape_spec, attribution_spec, circuits_spec;
+    bench_spec, tape_spec, attribution_spec, circuits_spec, encoder_spec;
 /* engine.c */
 struct engine_state *engine_state_of(PyObject *object); /* of a heap type's instance */
 
@@ -107,7 +107,7 @@ void engine_unlock(struct device_object *device);
  * signal handler). */
 int engine_begin(struct model_object *model, int finished);
 void engine_end(struct model_object *model); /* with or without the GIL */
-/* Cache, Edits, Tape, Attribution and Circuits begin like this. */
+/* Cache, Edits, Tape, Attribution, Circuits and Encoder begin like this. */
 struct owned_object {
     PyObject_HEAD
     struct model_object *owner;

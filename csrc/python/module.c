@@ -2,6 +2,7 @@
  * API, state per module. */
 #include "engine.h"
 
+#include "analysis/encode.h"
 #include "analysis/ov.h"
 #include "op_fields.h"
 
@@ -66,6 +67,9 @@ static int constants_add(PyObject *module) {
         CONSTANT(METRIC_DIRECTIONAL_KL)
         CONSTANT(METRIC_CHOICE)
         CONSTANT(LENS_ROWS)
+        CONSTANT(ENCODER_JUMP)
+        CONSTANT(ENCODER_GATE)
+        CONSTANT(ENCODER_LINEAR)
         CONSTANT(GPU_BUFFER_MAX)
         CONSTANT(WORK_SCRATCH)
         CONSTANT(ATTRIBUTION_PICKS_BYTES)
@@ -123,7 +127,8 @@ static int engine_exec(PyObject *module) {
         type_add(module, &bench_spec, &state->bench_type) ||
         type_add(module, &tape_spec, &state->tape_type) ||
         type_add(module, &attribution_spec, &state->attribution_type) ||
-        type_add(module, &circuits_spec, &state->circuits_type))
+        type_add(module, &circuits_spec, &state->circuits_type) ||
+        type_add(module, &encoder_spec, &state->encoder_type))
         return -1;
     if (PyModule_AddIntConstant(module, "ATTRIBUTE_TILE", ATTRIBUTE_TILE) || constants_add(module))
         return -1;
@@ -142,6 +147,7 @@ static int engine_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->tape_type);
     Py_VISIT(state->attribution_type);
     Py_VISIT(state->circuits_type);
+    Py_VISIT(state->encoder_type);
     Py_VISIT(state->device_error);
     Py_VISIT(state->model_error);
     return 0;
@@ -159,6 +165,7 @@ static int engine_clear(PyObject *module) {
     Py_CLEAR(state->tape_type);
     Py_CLEAR(state->attribution_type);
     Py_CLEAR(state->circuits_type);
+    Py_CLEAR(state->encoder_type);
     Py_CLEAR(state->device_error);
     Py_CLEAR(state->model_error);
     return 0;

@@ -224,6 +224,19 @@ class Attribution:
         self, tiles: Words, steer: Floats, dims_rows: int
     ) -> tuple[Doubles, Doubles, Doubles]: ...
 
+class Encoder:
+    """The encoder of a sparse autoencoder (csrc/analysis/encode.h). kind: ENCODER_* of
+    `constants`; rows, columns: the largest tile.
+    """
+
+    def __init__(
+        self, model: Model, n_features: int, width: int, kind: int, rows: int, columns: int
+    ) -> None: ...
+    def load(self, first: int, rows: Floats) -> None: ...
+    def vectors(self, a: Floats | None, b: Floats | None, c: Floats | None) -> None: ...
+    def sums(self, x: Floats, counts: Words) -> Floats: ...
+    def top(self, x: Floats, k: int) -> tuple[Floats, Floats]: ...
+
 class Circuits:
     """The model under circuits, beside the base run (csrc/analysis/circuit.h). request: (softcap,
     a, b, reference, other, targets, logits).

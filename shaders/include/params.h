@@ -389,6 +389,32 @@ BLOCK(topk_params) {
     UINT flags;
 };
 
+/* Activations of a sparse autoencoder's features, in place on u = x W_enc. */
+#define FEATURE_JUMP 0 /* u where u > threshold, else 0 */
+#define FEATURE_GATE 1 /* max(u * scale + bias, 0) where u + gate > 0, else 0 */
+BLOCK(feature_act_params) {
+    ADDRESS(FloatsInOut) x;      /* [T, stride] */
+    ADDRESS(FloatsIn) threshold; /* JUMP: [width] */
+    ADDRESS(FloatsIn) gate;      /* GATE: this and the next two, [width] */
+    ADDRESS(FloatsIn) scale;
+    ADDRESS(FloatsIn) bias;
+    UINT width;
+    UINT stride;
+    UINT kind; /* FEATURE_* */
+};
+
+#define FEATURE_COLUMNS 256 /* columns that a workgroup of these two ops takes */
+
+/* sums[row, i] += sum over the tokens of a segment of x[t, i]: one chain over ascending t. */
+BLOCK(feature_sums_params) {
+    ADDRESS(FloatsIn) x;       /* [T, x_stride] */
+    ADDRESS(Words) segments;   /* [n_segments, 3]: first token, tokens, row of sums */
+    ADDRESS(FloatsInOut) sums; /* [rows, out_stride], already offset to the first column */
+    UINT width;
+    UINT x_stride;
+    UINT out_stride;
+};
+
 /* Reads n_cells cells of 16 bytes; every subgroup reads cells_each of them. */
 BLOCK(read_params) {
     ADDRESS(Panels) x;

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.device import _engine, open_device
-from . import attention, attribution, backward, circuit, forward, lens, scalars, scaling
+from . import attention, attribution, backward, circuit, encoding, forward, lens, scalars, scaling
 from .problems import Outcome, Problem
 
 # The largest error an op may make, in its problem's units (see Problem). Beside each the worst that
@@ -26,7 +26,17 @@ from .problems import Outcome, Problem
 # more where Vulkan leaves the precision of exp or tanh to the driver.
 BOUNDS = {
     op: bound
-    for module in (forward, attention, backward, scalars, attribution, circuit, lens, scaling)
+    for module in (
+        forward,
+        attention,
+        backward,
+        scalars,
+        attribution,
+        circuit,
+        lens,
+        scaling,
+        encoding,
+    )
     for op, bound in module.BOUNDS.items()
 }
 
@@ -76,7 +86,7 @@ def check(on, problem: Problem) -> Outcome:
 def problems(seed=0) -> Iterator[Problem]:
     """What `vksteer verify` runs: each op over a few awkward shapes."""
     rng = np.random.default_rng(seed)
-    for module in (forward, backward, attribution, circuit, lens, scaling):
+    for module in (forward, backward, attribution, circuit, lens, scaling, encoding):
         yield from module.problems(rng)
 
 
