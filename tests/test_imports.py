@@ -204,6 +204,7 @@ def test_no_module_bears_the_name_of_a_public_function():
                 "patching",
                 "probes",
                 "reliability",
+                "sae",
                 "sparsify",
                 "steering",
                 "study",
