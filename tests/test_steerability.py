@@ -161,3 +161,50 @@ def test_refusals(zoo, rng, items, options, message):
     vector = vs.SteeringVector(rng.standard_normal(model.config.d_model), 1)
     with pytest.raises(ValueError, match=message):
         vs.reliability.steerability(model, items, vector, progress=False, **options)
+
+
+@pytest.mark.parametrize("positions", [None, "answer"])
+def test_prompts_with_a_common_head(model, rng, positions):
+    """The head runs once for each coefficient, with the bits of each item alone."""
+    head = [7, 3, 9, 30, 11, 2]
+    items = [Choice(head + i.prompt, i.positive, i.negative) for i in ITEMS]
+    vector = vs.SteeringVector(rng.standard_normal(model.config.d_model), 1)
+    run = lambda some: (
+        vs.reliability.steerability(
+            model, some, vector, (-1, 0, 2), positions=positions, progress=False
+        ).propensity
+    )
+    together = run(items)
+    assert together.tolist() == np.concatenate([run([i]) for i in items]).tolist()
+    expected = [[by_hand(model, i, vector, a, positions) for a in (-1, 0, 2)] for i in items]
+    np.testing.assert_allclose(together, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3_long"])
+def test_long_answers_take_bounded_memory(zoo, rng, monkeypatch, name):
+    """Logits of a long answer are read in parts, where the row's length does not decide its
+    rotation.
+    """
+    from vksteer.reliability import choices
+
+    model = zoo.engine(name)
+    n = 60 if name == "gemma2" else model.config.rope_switch
+    draw = lambda k: rng.integers(0, model.config.d_vocab, k).tolist()
+    items = [Choice(draw(9), draw(n), draw(n - 7)), Choice(draw(4), [3], [5, 6])]
+    vector = vs.SteeringVector(rng.standard_normal(model.config.d_model), 1)
+    run = lambda: vs.reliability.steerability(model, items, vector, (-1, 1), progress=False)
+    whole, calls = run().propensity, []
+    forward = choices._Pass._forward
+
+    def counted(self, cache, rows, parts, logits=None):
+        found = forward(self, cache, rows, parts, logits)
+        calls.append(0 if found is None else found.nbytes)
+        return found
+
+    monkeypatch.setattr(choices._Pass, "_forward", counted)
+    monkeypatch.setattr(choices, "LOGIT_BYTES", 4 * 4 * 10 * model.config.d_vocab)
+    np.testing.assert_allclose(run().propensity, whole, rtol=0, atol=1e-9)
+    if name == "gemma2":
+        assert max(calls) <= choices.LOGIT_BYTES and len(calls) > n // 10
+    expected = [[by_hand(model, i, vector, a, None) for a in (-1, 1)] for i in items]
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from ..base.checks import is_int, is_number
 from ..base.types import Array, Float32Array, Float64Array, Prompts
 from ..runtime.edit_compiler import OPEN, RowShape, resolve
+from ..runtime.resume import keeps_layer_inputs
 from .prompts import as_list, as_tokens, batches
 
 if TYPE_CHECKING:
@@ -83,12 +84,14 @@ def stream_norms(
     SteeringVector, so that L means the output of the last block.
     """
     config = model.config
-    site = (
-        f"blocks.{layer}.hook_resid_pre"
-        if layer < config.n_layers
-        else f"blocks.{layer - 1}.hook_resid_post"
-    )
-    captured = captured_rows(model, rows, site, config.d_model)
+    captured: Iterable[Float32Array]
+    if layer < config.n_layers and keeps_layer_inputs(model):
+        # layers above are not run, and a shared prefix once
+        captured = model._layer_inputs.get([tuple(r) for r in rows], layer, every_layer=False)
+    else:
+        last = layer == config.n_layers
+        site = f"blocks.{layer - last}.hook_resid_{'post' if last else 'pre'}"
+        captured = captured_rows(model, rows, site, config.d_model)
     return tuple(np.linalg.norm(row.astype(np.float64), axis=1) for row in captured)
 
 

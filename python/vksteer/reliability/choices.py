@@ -17,6 +17,7 @@ from ..base.types import Float64Array, ProgressLike, Prompt
 from ..inputs.dosing import stream_norms
 from ..runtime.batch import Batch, first_tokens
 from ..runtime.edits import Steer
+from ..runtime.resume import PREFIX
 from .curves import Curves
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ def steerability(
 
     The propensity is log p(positive) - log p(negative), summed over the answers' tokens; those of
     the prompt cancel exactly, because they are not summed. All coefficients and both answers are
-    rows of one batch, layers below the vector's run once for each item, and the prompt runs once
-    for each coefficient. Returns Curves: `.propensity` float64 [n, k], `.slope`, `.residual`,
-    `.spearman` [n], `.anti_steerable`, `.mean_slope`.
+    rows of one batch, layers below the vector's run once for each item, the prompt runs once for
+    each coefficient, and what all prompts begin with once for each coefficient and batch.
+    Returns Curves: `.propensity` float64 [n, k], `.slope`, `.residual`, `.spearman` [n],
+    `.anti_steerable`, `.mean_slope`.
     Raises ValueError before any work for empty lists, fewer than two different coefficients,
     answers that are equal or empty, rows too long for the context, and a vector of another width
     or layer.
@@ -156,6 +158,15 @@ def _shared(model: Model, item: _Item) -> int:
     return 0 if rotated_otherwise else item.common - 1
 
 
+def _head(items: Sequence[_Item], shared: Sequence[int]) -> int:
+    """Leading tokens of all prompts that are run once for all of them; 0 where that is not worth a
+    pass.
+    """
+    agreed = [_agree(items[0].prompt, item.prompt) for item in items]
+    head = min([min(shared) - 1, *agreed])
+    return head if head >= PREFIX and len(items) > 1 else 0
+
+
 def _parts(model: Model, items: Sequence[_Item], k: int) -> Iterator[slice]:
     """Slices of items whose logits and tokens fit a pass."""
     start = tokens = width = 0
@@ -174,6 +185,10 @@ def _parts(model: Model, items: Sequence[_Item], k: int) -> Iterator[slice]:
 class _Pass:
     """Rows of some items in one batch: item by item, coefficient by coefficient, the positive
     answer and the negative one. Each row is (item, coefficient, tokens).
+
+    What rows share runs once: the tokens that all prompts begin with for each coefficient (the head
+    of a chat template), a prompt for each of its coefficients, and both not even for that where
+    only the answer is steered.
     """
 
     def __init__(
@@ -192,6 +207,9 @@ class _Pass:
         answer = isinstance(positions, str) and positions == "answer"
         #: rows in a row whose shared part is the same: one run, copied to the others
         self.same = 2 * len(coefficients) if answer else 2
+        #: leaders (the first of such rows) of one item
+        self.of_item = 1 if answer else len(coefficients)
+        self.head = _head(items, self.shared) if answer or positions is None else 0
         edits = [
             [Steer(vector, a, slice(item.common, None) if answer else positions)]
             for item, a, _ in self.rows
@@ -206,60 +224,80 @@ class _Pass:
             found = model._layer_inputs.get(distinct, self.layer, every_layer=False)
             self._streams = dict(zip(distinct, found, strict=True))
 
-    def _inputs(self, rows: Sequence[int], start: bool) -> dict[str, Any]:
-        """Where the pass begins: the residual streams of the shared parts, or of the rest."""
-        if not self.layer:
-            return {}
-        parts = [
-            self._streams[self.tokens[r]][slice(None, s) if start else slice(s, None)]
-            for r, s in ((r, self.shared[r]) for r in rows)
-        ]
-        return {"first_layer": self.layer, "inputs": parts}
+    def _forward(
+        self, cache: Any, rows: Sequence[int], parts: Sequence[slice], logits: str | None = None
+    ) -> Any:
+        """Runs a part of the tokens of some rows, from the vector's layer on; returns their logits,
+        [rows, longest part, V], or None.
+        """
+        starts = [part.start for part in parts]
+        tokens = [self.tokens[r][part] for r, part in zip(rows, parts, strict=True)]
+        resumed: dict[str, Any] = {}
+        if self.layer:
+            inputs = [
+                self._streams[self.tokens[r]][part] for r, part in zip(rows, parts, strict=True)
+            ]
+            resumed = {"first_layer": self.layer, "inputs": inputs}
+        found, _ = self.batch.forward(
+            cache,
+            tokens,
+            starts=starts,
+            slots=self.slots[list(rows)],
+            columns=[-start for start in starts],
+            n_columns=max(map(len, tokens)),
+            key_columns=[0] * len(rows),
+            n_keys=max(map(len, self.tokens)),
+            active=rows,
+            logits=logits,
+            **resumed,
+        )
+        return found
 
     def _run_shared(self, cache: Any) -> None:
+        """Fills the cache with what rows share."""
         leaders = [r for r in range(0, len(self.rows), self.same) if self.shared[r] > 0]
         if not leaders:
             return
-        self.batch.forward(
-            cache,
-            [self.tokens[r][: self.shared[r]] for r in leaders],
-            slots=self.slots[leaders],
-            columns=[0] * len(leaders),
-            n_columns=max(self.shared[r] for r in leaders),
-            active=leaders,
-            **self._inputs(leaders, True),
-        )
+        if self.head:
+            first = leaders[: self.of_item]
+            self._forward(cache, first, [slice(0, self.head)] * len(first))
+            for i, r in enumerate(first):
+                others = self.slots[leaders[i + self.of_item :: self.of_item]]
+                cache.copy(int(self.slots[r]), others, self.head, self.layer)
+        self._forward(cache, leaders, [slice(self.head, self.shared[r]) for r in leaders])
         for r in leaders:
             others = self.slots[r + 1 : r + self.same]
             cache.copy(int(self.slots[r]), others, self.shared[r], self.layer)
 
     def log_probabilities(self) -> Float64Array:
-        """Of each row's answer, summed over its tokens, float64 [rows]."""
+        """Of each row's answer, summed over its tokens, float64 [rows]. Logits of long answers are
+        read in parts; those of rows whose length decides their rotation are not.
+        """
         from ..runtime.device import _engine
 
         cache = _engine().Cache(self.model._engine, sum(map(len, self.tokens)))
         self._run_shared(cache)
-        rest = [t[s:] for t, s in zip(self.tokens, self.shared, strict=True)]
-        logits, _ = self.batch.forward(
-            cache,
-            rest,
-            starts=self.shared,
-            slots=self.slots,
-            columns=[-s for s in self.shared],
-            n_columns=max(map(len, rest)),
-            key_columns=[0] * len(rest),
-            n_keys=max(map(len, self.tokens)),
-            logits="all",
-            **self._inputs(range(len(rest)), False),
-        )
-        assert logits is not None  # they were asked for
-        sums = [
-            _log_probability(
-                values[item.common - 1 - shared : len(row) - 1 - shared], row[item.common :]
-            )
-            for values, shared, (item, _, row) in zip(logits, self.shared, self.rows, strict=True)
-        ]
-        return np.array(sums)
+        longest = max(len(t) - s for t, s in zip(self.tokens, self.shared, strict=True))
+        tile = longest
+        if all(self.shared):
+            each = 4 * len(self.rows) * self.model.config.d_vocab
+            tile = max(1, min(longest, LOGIT_BYTES // each))
+        sums = np.zeros(len(self.rows))
+        for start in range(0, longest, tile):
+            rows, parts = [], []
+            for r, (tokens, shared) in enumerate(zip(self.tokens, self.shared, strict=True)):
+                if shared + start < len(tokens):
+                    rows.append(r)
+                    parts.append(slice(shared + start, min(len(tokens), shared + start + tile)))
+            logits = self._forward(cache, rows, parts, "all")
+            for r, part, values in zip(rows, parts, logits, strict=True):
+                item, _, row = self.rows[r]
+                first = max(part.start, item.common - 1)  # predicts the answer's first token
+                sums[r] += _log_probability(
+                    values[first - part.start : part.stop - part.start],
+                    row[first + 1 : part.stop + 1],
+                )
+        return sums
 
 
 def _propensity(
