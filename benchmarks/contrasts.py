@@ -164,7 +164,12 @@ PREDICTORS = (
     "overlap",
     "norm_ratio",
     "stability_mean",
+    "dose",  # no predictor of the paper: how long the vector is
 )
+#: What is predicted: the slope of the propensity over -a, 0, +a and the share of items where it is
+#: negative (arXiv 2407.12404); the change from 0 to +a and the share where it is negative
+#: (arXiv 2602.17881).
+TARGETS = ("slope", "anti_steerable_slope", "effect", "anti_steerable")
 
 
 def items(name: str) -> tuple[list[Choice], list[Choice]]:
@@ -247,7 +252,7 @@ def correlations(rows: list[dict]) -> list[dict]:
     for predictor in PREDICTORS:
         values = [r[predictor] for r in rows]
         found = {"predictor": predictor}
-        for target in ("effect", "anti_steerable"):
+        for target in TARGETS:
             rho, p = spearman(values, [r[target] for r in rows])
             found |= {target: rho, f"{target}_p": p}
         out.append(found)
@@ -258,27 +263,27 @@ def markdown(result: dict) -> str:
     rows = sorted(result["rows"], key=lambda r: -r["mean_cosine"])
     lines = [
         (
-            "| contrast | mean cosine | d' | AUC | stability | dose | mean effect |"
-            " anti-steerable | verdict |"
+            "| contrast | mean cosine | d' | AUC | stability | dose | slope | share below 0 |"
+            " effect of +a | share below 0 | verdict |"
         ),
-        "|:---|---:|---:|---:|---:|---:|---:|---:|:---|",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|:---|",
     ]
     lines += [
         f"| {r['name']} | {r['mean_cosine']:.2f} | {r['d_prime']:.2f} | {r['auc']:.2f} |"
-        f" {r['stability_mean']:.2f} | {r['dose']:.2f} | {r['effect']:+.2f} |"
+        f" {r['stability_mean']:.2f} | {r['dose']:.2f} | {r['slope']:+.2f} |"
+        f" {100 * r['anti_steerable_slope']:.0f} % | {r['effect']:+.2f} |"
         f" {100 * r['anti_steerable']:.0f} % | {r['verdict']} |"
         for r in rows
     ]
+    names = ("slope", "share of slopes below 0", "effect of +a", "share of effects below 0")
     lines += [
         "",
-        "| predictor | rho, mean effect | p | rho, share anti-steerable | p |",
-        "|:---|---:|---:|---:|---:|",
+        "| rho (p) with | " + " | ".join(names) + " |",
+        "|:---|" + "---:|" * len(TARGETS),
     ]
     for c in result["correlations"]:
-        lines.append(
-            f"| {c['predictor'].replace('_', ' ')} | {c['effect']:+.2f} | {c['effect_p']:.3f} |"
-            f" {c['anti_steerable']:+.2f} | {c['anti_steerable_p']:.3f} |"
-        )
+        cells = [f"{c[t]:+.2f} ({c[t + '_p']:.3f})" for t in TARGETS]
+        lines.append(f"| {c['predictor'].replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

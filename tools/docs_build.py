@@ -31,6 +31,7 @@ SECTIONS = {
         "api",
         "method",
         "reliability",
+        "views",
         "glossary",
         "devices",
         "environment",

@@ -71,7 +71,7 @@ def steerability(
     The propensity is log p(positive) - log p(negative), summed over the answers' tokens; those of
     the prompt cancel exactly, because they are not summed. All coefficients and both answers are
     rows of one batch, layers below the vector's run once for each item, the prompt runs once for
-    each coefficient, and what all prompts begin with once for each coefficient and batch.
+    each coefficient, and the shared prefix of all prompts once for each coefficient and batch.
     Returns Curves: `.propensity` float64 [n, k], `.slope`, `.residual`, `.spearman` [n],
     `.anti_steerable`, `.mean_slope`.
     Raises ValueError before any work for empty lists, fewer than two different coefficients,
@@ -186,9 +186,8 @@ class _Pass:
     """Rows of some items in one batch: item by item, coefficient by coefficient, the positive
     answer and the negative one. Each row is (item, coefficient, tokens).
 
-    What rows share runs once: the tokens that all prompts begin with for each coefficient (the head
-    of a chat template), a prompt for each of its coefficients, and both not even for that where
-    only the answer is steered.
+    What rows share runs once: the shared prefix of all prompts (the head of a chat template) for
+    each coefficient, and so each prompt; where only the answer is steered, once for all of them.
     """
 
     def __init__(
