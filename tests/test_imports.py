@@ -28,6 +28,7 @@ ORDER = (
     "steering",
     "reliability",
     "kv",
+    "scaling",
     "probes",
     "sae",
     "ov",
