@@ -14,7 +14,7 @@ from ..base.json_files import parse_json
 from ..base.types import Array, Float64Array, PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
-from ..inputs.vector_files import _npy, _npz_members, _stored_row
+from ..inputs.vector_files import _stored_row, check_size, npy_array, npz_members
 from ..loading.safetensors_files import read_header
 
 FORMAT = "vksteer.scaling"
@@ -55,6 +55,7 @@ def load(path: PathLike) -> tuple[Float64Array, dict[str, Any]]:
     path = Path(path)
     if path.suffix not in ENDINGS:
         raise ModelError(f"{path}: a scaling ends in {' or '.join(ENDINGS)}")
+    check_size(path)
     rows, texts = (_from_safetensors if path.suffix == ".safetensors" else _from_npz)(path)
     if texts.get("format") != FORMAT:
         raise ModelError(f"{path}: no scaling: its format is {texts.get('format')!r}")
@@ -86,6 +87,6 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Array], Mapping[str, Any]]:
 
 
 def _from_npz(path: Path) -> tuple[dict[str, Array], Mapping[str, Any]]:
-    arrays = {name: _npy(path, name, member) for name, member in _npz_members(path).items()}
+    arrays = {name: npy_array(path, name, member) for name, member in npz_members(path).items()}
     texts = {name: str(x) for name, x in arrays.items() if x.dtype.kind == "U" and not x.ndim}
     return {name: x for name, x in arrays.items() if name not in texts}, texts
