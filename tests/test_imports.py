@@ -206,6 +206,7 @@ def test_no_module_bears_the_name_of_a_public_function():
                 "probes",
                 "reliability",
                 "sae",
+                "scaling",
                 "sparsify",
                 "steering",
                 "study",

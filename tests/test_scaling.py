@@ -58,7 +58,9 @@ def edits_of(parameters, sites, beta, dynamic, first):
     return found
 
 
-def twin(c, parameters, sites=SITES, dynamic=False, margin=1.0, faith=1.0, sparse=0.01, first=1):
+def in_float64(
+    c, parameters, sites=SITES, dynamic=False, margin=1.0, faith=1.0, sparse=0.01, first=1
+):
     """The loss in float64, and what it consists of."""
     hinge, divergence = [], []
     for prompt, a, b in zip(c.prompts, c.a, c.b):
@@ -83,7 +85,7 @@ def twin(c, parameters, sites=SITES, dynamic=False, margin=1.0, faith=1.0, spars
 
 def compare(c, parameters, **options):
     given = torch.tensor(parameters, requires_grad=True)
-    want = twin(c, given, **options)
+    want = in_float64(c, given, **options)
     slope = torch.autograd.grad(want, given)[0].numpy()
     value, gradient = vs.scaling.loss(c.model, c.prompts, c.a, c.b, parameters, **options)
     assert gradient.shape == parameters.shape and gradient.dtype == np.float64
@@ -121,7 +123,7 @@ def test_differences_and_the_identity(case, rng):
         move = np.zeros_like(alpha)
         move[at] = 1e-5
         with torch.no_grad():
-            up, down = (float(twin(c, torch.tensor(alpha + s * move))) for s in (1, -1))
+            up, down = (float(in_float64(c, torch.tensor(alpha + s * move))) for s in (1, -1))
         assert abs((up - down) / 2e-5 - gradient[at]) <= BOUND * np.abs(gradient).max()
     # at alpha = 0, the hinge of both signs within its margin
     first = vs.scaling.first_order(c.model, c.prompts, c.a, c.b)

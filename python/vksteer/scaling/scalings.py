@@ -154,11 +154,11 @@ class Scaling:
 
     def measured(self, objective: Objective, found: Measured) -> Scaling:
         """The same with the metrics of a measurement."""
-        wanted = found.differences * np.array([1.0, -1.0]) > 0
+        agree = found.differences * np.array([1.0, -1.0]) > 0
         plus, minus = found.differences.mean(axis=0)
         return replace(
             self,
-            effectiveness=float(wanted.mean()),
+            effectiveness=float(agree.mean()),
             differences=(float(minus), float(objective.before().mean()), float(plus)),
             faithfulness=float(found.divergences.mean()),
         )
