@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--layer", type=int, help="default: 0.4 of the model's layers")
     parser.add_argument("--coefficient", type=float, default=1.0)
-    parser.add_argument("--out", help="write OUT.json and OUT.md")
+    parser.add_argument("--out", help="write OUT.json, and the tables to OUT.tables.md")
     arguments = parser.parse_args()
     with vs.Model.from_pretrained(arguments.model, progress=False) as model:
         n = model.config.n_layers
@@ -316,7 +316,7 @@ def main() -> None:
     print(markdown(result))
     if arguments.out:
         Path(arguments.out + ".json").write_text(json.dumps(result, indent=1) + "\n")
-        Path(arguments.out + ".md").write_text(markdown(result) + "\n")
+        Path(arguments.out + ".tables.md").write_text(markdown(result) + "\n")
 
 
 if __name__ == "__main__":
