@@ -17,7 +17,7 @@ import pytest
 
 from vksteer.circuits.graph import Graph
 from vksteer.patching.edge_scores import EdgeScores
-from vksteer.study import report
+from vksteer.study import report, viewer
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -80,12 +80,8 @@ def seconds(clock):
 def viewer_of(graph, seed=0):
     """A page with the circuit of random scores, heavy-tailed as real ones are."""
     scores = np.random.default_rng(seed).standard_normal(graph.n_edges) ** 5
-    from vksteer.circuits import search
-
-    entry = search.entry_ranks(graph, search.ranking(scores))
-    order = np.argsort(entry, kind="stable")[: report.MOST_EDGES]
     made = EdgeScores(graph, scores, n_positions=1, settings={}, provenance={})
-    data = report.drawn(made, order, entry, {"edges": [10, 100], "faithfulness": [0.5, 0.875]}, {})
+    data = viewer.drawn(made, {"edges": [10, 100], "faithfulness": [0.5, 0.875]}, {})
     results = {
         "model": {"architecture": "x", "n_layers": graph.n_layers, "d_model": 1, "hash": "0",
                   "n_heads": graph.n_heads, "n_kv_heads": graph.n_kv_heads},

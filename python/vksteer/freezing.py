@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .base.checks import is_int, require_int
+from .base.display import Table
 from .base.figures import new_figure
 from .base.progress import Progress
 from .base.provenance import digest, fingerprint, provenance
@@ -62,7 +63,7 @@ class TableRow:
     layer: int | None = None  # in per-layer mode, the layer that is frozen or ablated
 
 
-class AblationTable:
+class AblationTable(Table):
     """The result of `ablation_table`.
 
     rows: list of TableRow; table[name] returns one by its name. texts: {row name: {"harmless":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..base.display import html_of_markdown, html_table
 from ..base.json_files import load_json, save_json
 from ..base.types import Array, BoolArray, IntArray, PathLike, ProgressLike
 from ..errors import ModelError
@@ -83,6 +84,11 @@ class Circuit:
             f"Circuit({len(self)} of {self.graph.n_edges} edges, {share:.3g} %{how}, layers"
             f" {self.graph.layer} to {self.graph.n_layers - 1})"
         )
+
+    def _repr_html_(self) -> str:
+        shares = [f"{100 * share:.1f} %" for share in self.distribution().values()]
+        inputs = html_table(("edges that end in", *self.distribution()), [("share", *shares)])
+        return html_of_markdown(repr(self)) + inputs
 
     # -- a set -------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.json_files import load_json, save_json
 from ..base.types import Float64Array, IntArray, PathLike
@@ -77,7 +78,7 @@ def bootstrap(
 
 
 @dataclass
-class FaithfulnessCurve:
+class FaithfulnessCurve(Table):
     """Faithfulness by circuit size; rows are in the order of `sizes`, which ascends.
 
     sizes: requested numbers of edges, int64 [n]. edges: how many edges the circuits have (pruning

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..base.arrays import as_float32, as_numpy
 from ..base.checks import require_int
+from ..base.display import html_table
 from ..base.provenance import fingerprint
 from ..base.types import Array, Float32Array, PathLike
 from ..errors import ModelError
@@ -99,6 +100,18 @@ class SteeringVector:
         return (
             f"SteeringVector(width={self.width}, layer={self.layer}{at}{how}, norm={self.norm:.4g})"
         )
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("steers", f"the residual stream before layer {self.layer}"),
+            ("method", self.method or "not said"),
+            ("position", "not said" if self.position is None else self.position),
+            ("norm", f"{self.norm:.4g}"),
+            ("width", self.width),
+        ]
+        made = {"model": "from the model", "model_hash": "model's hash"}
+        rows += [(text, self.meta[name]) for name, text in made.items() if self.meta.get(name)]
+        return html_table(("SteeringVector", ""), rows)
 
     @property
     def width(self) -> int:

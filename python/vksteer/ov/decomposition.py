@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.checks import require_int
+from ..base.display import Table
 from ..base.progress import Progress
 from ..base.types import Array, BoolArray, Float32Array, Float64Array, IntArray
 from ..inputs.prompts import as_tokens, batches
@@ -164,7 +165,7 @@ def decompose(
 
 
 @dataclass(frozen=True, eq=False)
-class DirectShares:
+class DirectShares(Table):
     """`Decomposition.heads_share` and `.share` over many prompts.
 
     layers: int64 [n]. heads: float64 [n, H]; total: float64 [n], of the sum over heads.

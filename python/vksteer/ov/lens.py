@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .. import _engine
 from ..base.arrays import as_numpy
 from ..base.checks import require_int
+from ..base.display import Table
 from ..base.progress import Progress
 from ..base.types import Array, Float32Array, PathLike
 from ..inputs.prompts import token_text
@@ -41,7 +42,7 @@ class Hit:
     value: float
 
 
-class Lens:
+class Lens(Table):
     """The result of `logit_lens`. The leading axes are those of the vectors.
 
     tokens: int32 [..., top]; values: float32 [..., top], falling, ties by the lower token id.

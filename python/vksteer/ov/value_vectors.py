@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..base.display import Table
 from ..base.types import Float32Array, Float64Array, IntArray
 from ..inputs.vectors import SteeringVector
 
@@ -33,7 +34,7 @@ def check_vector(model: Model, vector: SteeringVector) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class SteeringValueVectors:
+class SteeringValueVectors(Table):
     """svv^h(s) = (n(s) * gain) W_V^{g(h)} W_O^h (* post-norm gain), one for every head h of every
     layer from the vector's on. n(s) is s, or s without its mean where the norm is LayerNorm; a
     layer without a norm before attention has no gain.

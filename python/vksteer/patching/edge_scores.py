@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.checks import require_int
+from ..base.display import html_of_markdown
 from ..base.provenance import digest, fingerprint, kernel_names, provenance
 from ..base.types import Array, Float64Array, PathLike
 from ..circuits import search as circuit_search
@@ -123,6 +124,9 @@ class EdgeScores:
             f"EdgeScores({self.graph.n_edges} edges, {self.graph.n_upstream} nodes,"
             f" {samples}{self.n_positions} metric positions{', ' + how if how else ''}{strongest})"
         )
+
+    def _repr_html_(self) -> str:
+        return html_of_markdown(f"{self!r}\n{self.top(10)!r}")
 
     # -- names -------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .. import _engine
@@ -141,6 +142,9 @@ class Plan:
             "fits": self.fits,
             "parts": self.parts,
         }
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<p>{escape(line)}</p>" for line in str(self).split("\n"))
 
     def __str__(self) -> str:
         kept = (

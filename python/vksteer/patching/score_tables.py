@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.arrays import as_numpy
+from ..base.display import html_of_markdown
 from ..base.types import Array, Float64Array, IntArray
 
 
@@ -32,6 +33,9 @@ class TopEdges(list[TopEdge]):
             lines
             + [f"| {e.rank} | {e.name} | {e.score:+.4g} | {100 * e.share:.2f} % |" for e in self]
         )
+
+    def _repr_html_(self) -> str:
+        return html_of_markdown(repr(self))
 
 
 def combine(tables: Sequence[Array] | Array, weights: npt.ArrayLike) -> Float64Array:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.types import Array, BoolArray, Float64Array
 
@@ -46,7 +47,7 @@ class BiasShares:
 
 
 @dataclass(frozen=True, eq=False)
-class Curves:
+class Curves(Table):
     """Propensity of n items at k coefficients.
 
     coefficients: float64 [k]. propensity: float64 [n, k], log p(positive) - log p(negative) summed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.checks import is_int, layer_list, require_int
+from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
@@ -74,7 +75,7 @@ class ScreenRow:
         return "likely unreliable" if self.mean_cosine <= UNSTEERABLE else "uncertain"
 
 
-class Screen:
+class Screen(Table):
     """The rows of a screen, position by position, layers ascending; `meta`: provenance."""
 
     def __init__(self, rows: Sequence[ScreenRow], meta: dict[str, Any]) -> None:

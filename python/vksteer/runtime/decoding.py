@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..base.display import html_table
 from ..base.progress import Progress
 from ..base.types import Float32Array, Int32Array, UInt32Array
 from . import finite
@@ -42,6 +43,11 @@ class Generation:
     prompt_tokens: Int32Array
     captured: dict[str, Float32Array] = field(default_factory=dict, repr=False)
     cache_edits: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def _repr_html_(self) -> str:
+        why = {"stop": "ended by itself", "length": "cut off"}[self.finish_reason]
+        head = (f"{len(self.prompt_tokens)} prompt tokens, {len(self.tokens)} new ones, {why}",)
+        return html_table(head, [(self.text,)])
 
 
 @dataclass(frozen=True)

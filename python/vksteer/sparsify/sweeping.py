@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..base.checks import is_number, require_int
+from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, fingerprint, kernel_names, provenance
@@ -47,7 +48,7 @@ class SparsityRow:
     harmful: Rate  # under -a: a strong vector has a high ASR
 
 
-class SparsitySweep:
+class SparsitySweep(Table):
     """The result of `sparsify.sweep`.
 
     rows: list of SparsityRow, in the order of the run. setting: the arguments and versions of the

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.types import Float64Array, PathLike
 from ..judge import Rate
@@ -39,7 +40,7 @@ class ComparedVector:
 
 
 @dataclass
-class Comparison:
+class Comparison(Table):
     """What `compare` found. comparison[name] is the row of one vector.
 
     unsteered: rates of the unsteered model on harmless and on harmful prompts. cosines, overlaps,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.checks import is_int
+from ..base.display import Table
 from ..base.distributions import log_softmax, logsumexp, rowwise
 from ..base.progress import Progress
 from ..base.types import Float32Array, Float64Array, Prompts
@@ -190,7 +191,7 @@ def derive_refusal_tokens(model: Model, harmful: Prompts, harmless: Prompts) -> 
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Table):
     """Scores of all candidates (docs/method.md section 2): means over prompts, float64 [P, L] each,
     NaN where not measured.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.checks import is_number
+from ..base.display import Table
 from ..base.distributions import log_softmax
 from ..base.figures import new_figure
 from ..base.progress import Progress
@@ -55,7 +56,7 @@ class SweepRow:
     dose: float = 0.0
 
 
-class Sweep:
+class Sweep(Table):
     """The rows of a sweep in the order of the coefficients, and `unsteered`, the row of coefficient
     0. prompted: the row of an instruction instead of a vector, or None; its KL divergences are
     those of harmless prompts after the instruction for harmless and for harmful prompts.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.provenance import digest
 from ..base.types import Float64Array, PathLike
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Training:
+class Training(Table):
     """The result of a training.
 
     vector: of the chosen epoch, with provenance; its norm is the trained one (see `normalized_to`).

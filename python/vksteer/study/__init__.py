@@ -4,5 +4,6 @@ from .comparing import compare
 from .report import write_report
 from .running import Study, run
 from .steps import STEPS
+from .viewer import CircuitView, view
 
-__all__ = ["STEPS", "Study", "compare", "run", "write_report"]
+__all__ = ["STEPS", "CircuitView", "Study", "compare", "run", "view", "write_report"]

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..base.json_files import read_json
-from ..base.types import IntArray, PathLike
+from ..base.types import PathLike
 from ..base.whole_files import write_whole
-from ..circuits import search
-from ..circuits.graph import INPUT_KINDS
 from ..errors import ModelError
 from ..patching.edge_scores import EdgeScores
 from .inside import MAIN
 from .sections import sections
 from .steps import STEPS
+from .viewer import drawn, embedded, page_file
 
-#: Edges in the circuit's viewer; the number left out is stated.
-MOST_EDGES = 10_000
 LIMIT = 1 << 30
 
 
@@ -48,18 +40,16 @@ def page(results: dict[str, Any], run: dict[str, Any], viewer: dict[str, Any] | 
     """The report as HTML text."""
     from jinja2 import Environment, StrictUndefined
 
-    files = resources.files(__package__) / "page"
-    text = {name: (files / name).read_text(encoding="utf-8") for name in FILES}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     steps = results["steps"]
     devices = sorted({s["device"] for s in run["steps"].values()})
-    return environment.from_string(text["report.html"]).render(
-        css=text["report.css"],
-        script=text["viewer.js"],
+    return environment.from_string(page_file("report.html")).render(
+        css=page_file("report.css"),
+        script=page_file("viewer.js"),
         results=results,
         sections=sections(steps),
         viewer=viewer,
-        viewer_json="" if viewer is None else _embedded(viewer),
+        viewer_json="" if viewer is None else embedded(viewer),
         missing=[name for name in STEPS if name not in steps],
         devices=devices,
         seconds=sum(s["seconds"] for s in run["steps"].values()),
@@ -67,74 +57,19 @@ def page(results: dict[str, Any], run: dict[str, Any], viewer: dict[str, Any] | 
     )
 
 
-FILES = ("report.html", "report.css", "viewer.js")
-
-
-def _embedded(content: dict[str, Any]) -> str:
-    """JSON that may stand inside a script element."""
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
 def viewer_data(
     folder: Path, results: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """What the circuit's viewer draws: nodes, inputs, and edges in the order in which they enter
-    the circuit; None where there are no edge scores.
-
-    edges: [upstream, downstream, score, entry] each, sorted by entry: the circuit of size n is the
-    edges whose entry is at most that of the n-th.
-    """
+    """What the circuit's viewer draws; None where there are no edge scores."""
     path = scores_path(folder, run)
     if path is None:
         return None
     scores = EdgeScores.load(path)
-    entry = search.entry_ranks(scores.graph, search.ranking(scores.edges))
-    order = np.argsort(entry, kind="stable")[:MOST_EDGES]
     curve = results["steps"].get("circuits", {}).get("curve", {})
     values = results["steps"].get("values", {})
     places = zip(values.get("largest", []), values.get("heads", []), strict=True)
     tokens = {f"a{layer}.h{head}": text for (layer, head), text in places}
-    return drawn(scores, order, entry, curve, tokens)
-
-
-def drawn(
-    scores: EdgeScores,
-    order: IntArray,
-    entry: IntArray,
-    curve: Mapping[str, Any],
-    tokens: dict[str, list[str]],
-) -> dict[str, Any]:
-    """The viewer's data: the edges of `order`, the curve's measured sizes, tokens of heads."""
-    graph = scores.graph
-    measured = zip(curve.get("edges", []), curve.get("faithfulness", []), strict=True)
-    return {
-        "layer": graph.layer,
-        "layers": graph.n_layers,
-        "heads": graph.n_heads,
-        "groups": graph.n_kv_heads,
-        "nodes": list(graph.node_names),
-        "inputs": list(graph.input_names),
-        "kinds": [INPUT_KINDS[k] for k in graph.input_kind],
-        "edges": [
-            [
-                int(graph.upstream[e]),
-                int(graph.downstream[e]),
-                _short(scores.edges[e]),
-                int(entry[e]),
-            ]
-            for e in order
-        ],
-        "total": graph.n_edges,
-        "left_out": graph.n_edges - len(order),
-        "curve": [[n, f] for n, f in measured if f is not None],
-        "tokens": tokens,
-    }
-
-
-def _short(value: float) -> float:
-    """Four digits are enough to draw and to read."""
-    return float(f"{value:.4g}")
+    return drawn(scores, curve, tokens, MAIN)
 
 
 def scores_path(folder: Path, run: dict[str, Any]) -> Path | None:
