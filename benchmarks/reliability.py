@@ -1,6 +1,6 @@
 """Steerability curves and the reliability screen on SmolLM2, by wall and by processor time.
 
-    reliability.py [--rounds N] [--device D] [--name NAME]
+    reliability.py [--rounds N] [--items N] [--device D] [--name NAME]
 
 - `steerability` over 7 coefficients, 2 answers and 40 items, against a loop in transformers whose
   forward hook adds each row's multiple of the vector, 32 rows at a time, and against one plain pass
@@ -33,10 +33,10 @@ SAME = 5e-3
 RESULTS = Path(__file__).resolve().parent / "results" / "neighbours"
 
 
-def choices() -> list[contrasts.Choice]:
-    """40 items: a question with two answers."""
+def choices(n: int) -> list[contrasts.Choice]:
+    """At most 40 items: a question with two answers."""
     train, test = contrasts.items("letter A / letter B")
-    return train + test
+    return (train + test)[:n]
 
 
 def token_rows(model, items) -> tuple[list[list[int]], list[int]]:
@@ -92,8 +92,6 @@ def transformers_loop(torch_model, rows, first, direction, coefficients):
 
 
 def in_turns(calls: dict, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    for call in calls.values():
-        call()  # kernels are compiled at first use
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -118,8 +116,8 @@ def seconds(times: dict) -> dict:
     }
 
 
-def steerability(model, torch_model, rounds: int) -> list[dict]:
-    items = choices()
+def steerability(model, torch_model, rounds: int, n: int) -> list[dict]:
+    items = choices(n)
     rows, first = token_rows(model, items)
     direction = np.random.default_rng(0).standard_normal(model.config.d_model)
     vector = vs.SteeringVector(direction.astype(np.float32), LAYER)
@@ -132,6 +130,7 @@ def steerability(model, torch_model, rounds: int) -> list[dict]:
     def theirs():
         return transformers_loop(torch_model, rows, first, vector.direction, COEFFICIENTS)
 
+    model.run(rows[:2], logits="last")  # kernels are compiled at first use
     many = [row for i in range(0, len(rows), 2) for _ in COEFFICIENTS for row in rows[i : i + 2]]
     difference = float(np.abs(ours() - theirs()).max())
     if difference > SAME:
@@ -172,6 +171,8 @@ def screen(model, rounds: int) -> list[dict]:
         "screen": lambda: vs.reliability.screen(model, *sides, progress=False),
         "captured pass": lambda: model.run(sides[0] + sides[1], capture=sites, logits=None),
     }
+    vs.reliability.screen(model, *(side[:4] for side in sides), progress=False)
+    model.run(sides[0][:2], capture=sites, logits=None)  # kernels are compiled at first use
     times = in_turns(calls, rounds)
     wall, used = (ratio(times, "screen", "captured pass", kind) for kind in (0, 1))
     what = f"screen of {len(sites)} layers, {PAIRS} + {PAIRS} prompts, over one captured pass"
@@ -182,6 +183,7 @@ def screen(model, rounds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--device")
     parser.add_argument("--only", nargs="+", default=["steerability", "screen"])
     parser.add_argument("--name", help="write benchmarks/results/neighbours/NAME.json")
@@ -192,7 +194,8 @@ def main() -> None:
         if "screen" in arguments.only:
             rows += screen(model, arguments.rounds)
         if "steerability" in arguments.only:
-            rows += steerability(model, peers.torch_model(folder, "float32"), arguments.rounds)
+            peer = peers.torch_model(folder, "float32")
+            rows += steerability(model, peer, arguments.rounds, arguments.items)
         result = {"device": model.device.name, "version": vs.__version__, "rows": rows}
     print(json.dumps(result, indent=1))
     if arguments.name:
