@@ -19,6 +19,7 @@ def test_there_are_notebooks():
         "03_circuits.ipynb",
         "04_inside_ov_and_sparsity.ipynb",
         "05_strength_and_reliability.ipynb",
+        "06_neighbours.ipynb",
     ]
 
 
@@ -50,7 +51,7 @@ def test_runs(path, tmp_path, monkeypatch):
     pictures = [
         o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
     ]
-    assert len(pictures) >= {"01": 1, "02": 2, "03": 3, "04": 2, "05": 7}[path.stem[:2]]
+    assert len(pictures) >= {"01": 1, "02": 2, "03": 3, "04": 2, "05": 7, "06": 2}[path.stem[:2]]
     errors = [
         o for c in notebook.cells for o in c.get("outputs", []) if o["output_type"] == "error"
     ]
