@@ -13,6 +13,8 @@ static uint32_t extensions_list(const struct gpu_device_info *info, const char *
         extensions[n++] = VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME;
     if (info->has_executable_info)
         extensions[n++] = VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME;
+    if (info->matrix_m)
+        extensions[n++] = VK_KHR_COOPERATIVE_MATRIX_EXTENSION_NAME;
     return n;
 }
 
@@ -56,14 +58,24 @@ static int logical_device_create(struct gpu_device *device, struct error *error)
         .bufferDeviceAddress = VK_TRUE,
         .scalarBlockLayout = VK_TRUE,
         .timelineSemaphore = VK_TRUE,
+        .shaderFloat16 = device->info.matrix_m != 0,
+        .vulkanMemoryModel = device->info.matrix_m != 0,
+    };
+    VkPhysicalDeviceCooperativeMatrixFeaturesKHR matrix = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR,
+        .cooperativeMatrix = VK_TRUE,
     };
     void **next = &v12.pNext;
     if (device->info.has_subgroup_control) {
         *next = &control;
         next = &control.pNext;
     }
-    if (device->info.has_executable_info)
+    if (device->info.has_executable_info) {
         *next = &executable;
+        next = &executable.pNext;
+    }
+    if (device->info.matrix_m)
+        *next = &matrix;
     VkPhysicalDeviceFeatures2 features = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2,
         .pNext = &v12,

@@ -155,6 +155,61 @@ static void optional_features(VkPhysicalDevice physical, struct gpu_device_info 
     info->has_int64 = features.features.shaderInt64 != 0;
 }
 
+/* Does the driver offer what kernels for matrix units declare, beside the units themselves? */
+static int matrix_features(VkPhysicalDevice physical) {
+    if (!device_extension_offered(physical, VK_KHR_COOPERATIVE_MATRIX_EXTENSION_NAME))
+        return 0;
+    VkPhysicalDeviceCooperativeMatrixFeaturesKHR matrix = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR,
+    };
+    VkPhysicalDeviceVulkan12Features v12 = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
+        .pNext = &matrix,
+    };
+    VkPhysicalDeviceFeatures2 features = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2,
+        .pNext = &v12,
+    };
+    vkGetPhysicalDeviceFeatures2(physical, &features);
+    return matrix.cooperativeMatrix && v12.shaderFloat16 && v12.vulkanMemoryModel;
+}
+
+/* Can kernels use units of this shape? Their tiles of shared memory hold cells of 8 float16, and a
+ * step along k is 32. */
+static int matrix_suits(const VkCooperativeMatrixPropertiesKHR *shape) {
+    return shape->scope == VK_SCOPE_SUBGROUP_KHR && shape->AType == VK_COMPONENT_TYPE_FLOAT16_KHR &&
+           shape->BType == VK_COMPONENT_TYPE_FLOAT16_KHR &&
+           shape->CType == VK_COMPONENT_TYPE_FLOAT32_KHR &&
+           shape->ResultType == VK_COMPONENT_TYPE_FLOAT32_KHR && shape->MSize % 8 == 0 &&
+           (shape->NSize == 8 || shape->NSize == 16) && shape->MSize <= 16 &&
+           (shape->KSize == 8 || shape->KSize == 16 || shape->KSize == 32);
+}
+
+/* Chooses the largest shape of the matrix units, if there are any. A software driver is trusted
+ * with subgroups of 8 only: with 16 Mesa 26.1 offers the feature and crashes when it compiles. */
+static void matrix_describe(VkPhysicalDevice physical, struct gpu_device_info *info) {
+    VkCooperativeMatrixPropertiesKHR shapes[64];
+    uint32_t n = 64, most = 0;
+    if ((info->type == GPU_SOFTWARE && info->subgroup_size != 8) ||
+        (info->type != GPU_SOFTWARE && !info->has_subgroup_control) ||
+        info->max_invocations < 8 * info->subgroup_size || !matrix_features(physical))
+        return;
+    memset(shapes, 0, sizeof shapes);
+    for (int i = 0; i < 64; i++)
+        shapes[i].sType = VK_STRUCTURE_TYPE_COOPERATIVE_MATRIX_PROPERTIES_KHR;
+    if (vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR(physical, &n, shapes) < 0)
+        return;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t volume = shapes[i].MSize * shapes[i].NSize * shapes[i].KSize;
+        if (!matrix_suits(&shapes[i]) || volume <= most)
+            continue;
+        most = volume;
+        info->matrix_m = shapes[i].MSize;
+        info->matrix_n = shapes[i].NSize;
+        info->matrix_k = shapes[i].KSize;
+    }
+}
+
 void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device_info *info) {
     VkPhysicalDeviceSubgroupProperties subgroup = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES,
@@ -188,6 +243,7 @@ void gpu_device_describe(VkPhysicalDevice physical, int index, struct gpu_device
     info->max_invocations = base->limits.maxComputeWorkGroupInvocations;
     info->has_budget = device_extension_offered(physical, VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
     optional_features(physical, info);
+    matrix_describe(physical, info);
     VkFormatProperties texel;
     vkGetPhysicalDeviceFormatProperties(physical, VK_FORMAT_R32G32B32A32_UINT, &texel);
     if (texel.bufferFeatures & VK_FORMAT_FEATURE_UNIFORM_TEXEL_BUFFER_BIT)

@@ -31,6 +31,9 @@ struct gpu_device_info {
     uint32_t subgroup_size;
     uint32_t max_push_bytes, max_shared_bytes, max_invocations;
     int has_budget, has_subgroup_control, has_executable_info, has_int64;
+    /* Matrix units (VK_KHR_cooperative_matrix): a subgroup multiplies [matrix_m, matrix_k] by
+     * [matrix_k, matrix_n] float16 and adds in float32; 0: there are none that kernels can use. */
+    uint32_t matrix_m, matrix_n, matrix_k;
     uint32_t max_texels; /* 16-byte texels that a texel buffer may have; 0: unsupported */
     int suitable;        /* offers the baseline; if not, `missing` says what is absent */
     char missing[160];
@@ -163,7 +166,10 @@ void gpu_queue_profile_stop(struct gpu_queue *queue);
 int gpu_queue_profile_read(struct gpu_queue *queue, struct gpu_profile_row *rows, int *n,
                            struct gpu_profile_totals *totals, struct error *error);
 
-/* 1 if this build contains the kernel and the device offers what it needs (64-bit integers). */
+/* 1 if the kernel runs on matrix units. */
+int gpu_kernel_on_matrix_units(const struct gpu_kernel *kernel);
+/* 1 if this build contains the kernel and the device offers what it needs (64-bit integers, matrix
+ * units). */
 int gpu_pipeline_possible(const struct gpu_device *device, int kernel);
 /* Compiles `count` kernels in parallel threads; those compiled already are skipped. If several
  * fail, one of their errors is reported. */

@@ -1,9 +1,10 @@
 /* Compute pipelines: one per kernel, made at its first dispatch or ahead of time in parallel, with
  * a cache on disk for each driver.
  *
- * Every kernel gets two specialisation constants: 0 is the subgroup size, 1 the workgroup size (a
- * multiple of it). All kernels share one layout: 128 bytes of push constants, and one texel buffer,
- * which few of them read. */
+ * Every kernel gets specialisation constants: 0 is the subgroup size, 1 the workgroup size (a
+ * multiple of it); 2, 3 and 4 are the rows, columns and depth of the device's matrix units, 5 and 6
+ * the sizes of workgroups of four and eight subgroups. All kernels share one layout: 128 bytes of
+ * push constants, and one texel buffer, which few of them read. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,7 @@
 #include "gpu/internal.h"
 
 #define CACHE_MAX (64u << 20)
+#define CONSTANTS 7
 
 /* The contents of a file of at most CACHE_MAX bytes, for the caller to free; NULL if it is empty,
  * too large or cannot be read. */
@@ -121,17 +123,33 @@ void gpu_pipelines_destroy(struct gpu_device *device) {
         pthread_mutex_destroy(&device->pipeline_lock);
 }
 
-/* Names a capability that the SPIR-V module declares and this device lacks; NULL if there is none.
- * The declarations (opcode 17) are the first instructions of a module, after its five-word header;
- * capability 11 is Int64. */
-static const char *capability_missing(const struct gpu_device *device,
-                                      const struct gpu_kernel *source) {
+/* The capabilities of SPIR-V that a device may lack. */
+#define CAPABILITY_INT64 11
+#define CAPABILITY_MATRIX 6022
+
+/* Does the SPIR-V module declare a capability? The declarations (opcode 17) are the first
+ * instructions of a module, after its five-word header. */
+static int declares(const struct gpu_kernel *source, uint32_t capability) {
     const size_t n_words = source->spirv_bytes / 4;
     for (size_t i = 5; i + 1 < n_words && (source->spirv[i] & 0xffff) == 17;
          i += source->spirv[i] >> 16)
-        if (source->spirv[i + 1] == 11 && !device->info.has_int64)
-            return "64-bit integers";
+        if (source->spirv[i + 1] == capability)
+            return 1;
+    return 0;
+}
+
+/* Names a capability that the kernel needs and this device lacks; NULL if there is none. */
+static const char *capability_missing(const struct gpu_device *device,
+                                      const struct gpu_kernel *source) {
+    if (!device->info.has_int64 && declares(source, CAPABILITY_INT64))
+        return "64-bit integers";
+    if (!device->info.matrix_m && declares(source, CAPABILITY_MATRIX))
+        return "matrix units";
     return NULL;
+}
+
+int gpu_kernel_on_matrix_units(const struct gpu_kernel *kernel) {
+    return declares(kernel, CAPABILITY_MATRIX);
 }
 
 int gpu_pipeline_possible(const struct gpu_device *device, int kernel) {
@@ -167,11 +185,15 @@ static int pipeline_make(struct gpu_device *device, int kernel, VkPipelineCreate
     VkShaderModule module;
     if (gpu_device_check(device, error) || module_create(device, source, &module, error))
         return -1;
-    const uint32_t constants[2] = {device->info.subgroup_size, device->workgroup};
-    const VkSpecializationMapEntry entries[2] = {{.constantID = 0, .offset = 0, .size = 4},
-                                                 {.constantID = 1, .offset = 4, .size = 4}};
+    const struct gpu_device_info *info = &device->info;
+    const uint32_t constants[CONSTANTS] = {
+        info->subgroup_size, device->workgroup,       info->matrix_m,         info->matrix_n,
+        info->matrix_k,      4 * info->subgroup_size, 8 * info->subgroup_size};
+    VkSpecializationMapEntry entries[CONSTANTS];
+    for (uint32_t i = 0; i < CONSTANTS; i++)
+        entries[i] = (VkSpecializationMapEntry){.constantID = i, .offset = 4 * i, .size = 4};
     VkSpecializationInfo specialization = {
-        .mapEntryCount = 2,
+        .mapEntryCount = CONSTANTS,
         .pMapEntries = entries,
         .dataSize = sizeof constants,
         .pData = constants,

@@ -48,6 +48,7 @@ void model_destroy(struct model *model) {
         return;
     ops_destroy(&model->ops); /* waits for the device, so that nothing below is in use */
     weight_buffers_destroy(model);
+    gpu_buffer_destroy(model->ranges);
     for (int i = 0; i < MODEL_ROPES_MAX / 2; i++) {
         gpu_buffer_destroy(model->angles[i]);
         gpu_buffer_destroy(model->q_angles[i]);
@@ -87,6 +88,27 @@ int model_load_finish(struct model *model, struct error *error) {
             return error_set(error, ERROR_MODEL, "layer %u: a norm or a bias was not loaded", l);
     }
     return weight_buffers_finish(model, error);
+}
+
+#define RANGE_BYTES 16 /* from one range to the next */
+
+int model_ranges_measure(struct model *model, struct error *error) {
+    uint32_t n = 4 * model->facts.n_layers, n_k;
+    static const char *const matrices[] = {"qkv", "o", "gate_up", "down"};
+    if (model->ranges || model->facts.weight_type == WEIGHT_F16)
+        return 0;
+    if (gpu_buffer_create(&model->ranges, model->ops.device, RANGE_BYTES * (n + UINT64_C(1)),
+                          GPU_DEVICE_LOCAL, "ranges of weights", error))
+        return -1;
+    for (uint32_t i = 0; i <= n; i++) {
+        struct op_matrix *matrix = i < n ? model_matrix_find(model, matrices[i % 4], (int)(i / 4),
+                                                             &n_k, &n_k)
+                                         : &model->unembed;
+        if (op_matrix_range(&model->ops, matrix, model->ranges, RANGE_BYTES * (uint64_t)i, error))
+            return -1;
+        matrix->range = gpu_buffer_address(model->ranges) + RANGE_BYTES * (uint64_t)i;
+    }
+    return gpu_queue_wait(model->ops.queue, error);
 }
 
 /* Fills [n_angles, d_rot / 2, (cos, sin)] of table i. of_queries: with the factor of queries. */

@@ -69,6 +69,7 @@ struct model {
     struct gpu_buffer *q_angles[MODEL_ROPES_MAX / 2]; /* of queries; NULL without a query_beta */
     uint32_t n_angles;                                /* positions */
     struct weight_buffer *weight_buffers;             /* list, the current one first */
+    struct gpu_buffer *ranges;                        /* of the matrices; NULL: not measured */
     struct gpu_buffer *staging[2];                    /* NULL once loading is finished */
     int next_staging;
     uint64_t weight_bytes; /* cut from the weight buffers so far */
@@ -112,6 +113,9 @@ int model_vector_load(struct model *model, const char *name, int layer,
 /* Completes loading: ERROR_MODEL if a weight of the architecture is missing, else waits for the
  * copies and frees the staging memory. */
 int model_load_finish(struct model *model, struct error *error);
+/* Measures the ranges of all matrices, which products on matrix units need; again does nothing. The
+ * model is loaded. */
+int model_ranges_measure(struct model *model, struct error *error);
 /* A matrix by name and layer, loaded or not, with its shape [*n, *k]; borrowed. NULL if there is no
  * such matrix. */
 struct op_matrix *model_matrix_find(struct model *model, const char *name, int layer, uint32_t *n,

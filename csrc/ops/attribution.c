@@ -1,5 +1,5 @@
 /* The sums over tokens and steps of attribution. */
-#include "ops/ops.h"
+#include "ops/linear_matrix.h"
 
 int op_head_inputs(struct ops *ops, const struct head_inputs_params *params,
                    uint32_t n_sample_tokens, struct error *error) {
@@ -22,6 +22,8 @@ int op_head_gradients(struct ops *ops, const struct head_gradients_params *param
 #define DOTS 8 /* rows of a and of b that a subgroup takes (R of the shader) */
 
 int op_dots(struct ops *ops, const struct dots_params *params, struct error *error) {
+    if (ops->kernel_family == LINEAR_MATRIX)
+        return dots_matrix(ops, params, error);
     uint32_t columns = DOTS * (ops->workgroup / ops->subgroup);
     return gpu_queue_dispatch(ops->queue, KERNEL_dots, params, sizeof *params,
                               (params->n_a + DOTS - 1) / DOTS,

@@ -73,11 +73,14 @@ int ops_create(struct ops *ops, struct gpu_device *device, struct error *error) 
     ops->device = device;
     ops->subgroup = gpu_device_get_info(device)->subgroup_size;
     ops->workgroup = gpu_device_workgroup(device);
+    ops->large_from = OP_LARGE_COLUMNS;
     ops->kernel_family = LINEAR_BROADCAST; /* until the device's own is chosen */
     return gpu_queue_create(&ops->queue, device, error);
 }
 
 void ops_destroy(struct ops *ops) {
     gpu_queue_destroy(ops->queue);
+    while (ops->scratch.n)
+        gpu_buffer_destroy(ops->scratch.buffers[--ops->scratch.n]);
     ops->queue = NULL;
 }

@@ -3,7 +3,7 @@
  * phase, shape and kernel family, never on the number of rows. */
 #include <string.h>
 
-#include "ops/ops.h"
+#include "ops/linear_matrix.h"
 
 #define TILED_SIDE 64 /* rows and columns of a workgroup: BM, BN and BK of the tiled shaders */
 
@@ -15,10 +15,15 @@ struct variant {
     uint32_t columns;
 };
 
-static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "texels", "tiled"};
+static const char *const family_names[LINEAR_FAMILIES] = {"broadcast", "texels", "tiled", "matrix"};
 
 const char *op_kernel_family_name(int family) {
     return family >= 0 && family < LINEAR_FAMILIES ? family_names[family] : "unknown";
+}
+
+/* Is the kernel family in use one of those for GPUs, which share their kernels of decoding? */
+static int for_gpus(const struct ops *ops) {
+    return ops->kernel_family == LINEAR_TILED || ops->kernel_family == LINEAR_MATRIX;
 }
 
 int op_kernel_family_find(const char *name) {
@@ -36,6 +41,9 @@ int op_kernel_family_offered(const struct ops *ops, int family) {
         /* Texels avoid the gathers of software drivers, which GPUs do not have. */
         return info->type == GPU_SOFTWARE && info->has_int64 && info->max_texels > 0;
     case LINEAR_TILED: return info->max_invocations >= 256;
+    case LINEAR_MATRIX:
+        return info->max_invocations >= 256 &&
+               gpu_pipeline_possible(ops->device, kernel_linear_matrix(WEIGHT_F32, 0, 0));
     default: return 0;
     }
 }
@@ -66,7 +74,7 @@ static int decode_find(uint32_t type, uint32_t rm, uint32_t texels) {
 
 static struct variant variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows,
                                      int decode) {
-    if (ops->kernel_family == LINEAR_TILED && decode) {
+    if (for_gpus(ops) && decode) {
         struct variant variant = variant_find(decode_find, decode_rows, COUNT(decode_rows), type, 0,
                                               n_rows);
         variant.columns = OP_PANEL;
@@ -94,20 +102,9 @@ static struct variant pairs_choose(const struct ops *ops, uint32_t type, uint32_
 }
 
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
-    if (ops->kernel_family == LINEAR_TILED)
+    if (for_gpus(ops))
         return variant->columns;
     return variant->columns ? variant->columns * ops->workgroup : op_panel_columns(ops);
-}
-
-/* Rows of x that one dispatch may take, so that a large product becomes several dispatches of
- * bounded time. Rows are independent, so the results are bit-identical. */
-static uint32_t rows_at_once(const struct ops *ops, const struct variant *variant, uint32_t n_out,
-                             uint32_t n_inputs) {
-    double rows = gpu_queue_flops_bound(ops->queue) / (2.0 * n_out * n_inputs);
-    if (rows >= 65536.0 * variant->rows)
-        return 65535 * variant->rows;
-    uint32_t groups = (uint32_t)(rows / variant->rows);
-    return (groups ? groups : 1) * variant->rows;
 }
 
 static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,
@@ -116,7 +113,7 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
     struct variant variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
     uint64_t first = matrix->segments[segment].first;
     uint32_t n_out = matrix->segments[segment].count, columns = variant_columns(ops, &variant),
-             step = rows_at_once(ops, &variant, n_out, n_inputs);
+             step = linear_rows_at_once(ops, variant.rows, n_out, n_inputs);
     uint32_t inputs = op_cell_inputs(matrix->type);
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
@@ -158,7 +155,7 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
 }
 
 int op_linear_norms(const struct ops *ops, uint32_t n_rows) {
-    return ops->kernel_family != LINEAR_TILED && ops->workgroup == ops->subgroup && n_rows <= 8;
+    return !for_gpus(ops) && ops->workgroup == ops->subgroup && n_rows <= 8;
 }
 
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args,
@@ -171,6 +168,8 @@ int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_l
     if (args->gain && (!op_linear_norms(ops, args->n_rows) || args->n_k))
         return error_set(error, ERROR_VALUE, "a product of %u rows cannot normalise its input here",
                          args->n_rows);
+    if (ops->kernel_family == LINEAR_MATRIX && !args->decode)
+        return linear_matrix(ops, matrix, args, n_inputs, error);
     for (uint32_t c = 0; c < matrix->n_segments; c++)
         if (segment_multiply(ops, matrix, c, args, n_inputs, error))
             return -1;
@@ -270,7 +269,7 @@ static int segment_multiply_back(struct ops *ops, const struct op_matrix *matrix
     struct variant variant = backward_choose(ops, matrix->type, args->n_rows);
     uint32_t inputs = op_cell_inputs(matrix->type),
              n_k = args->n_k ? args->n_k : matrix->k_cells * inputs, n_cells = n_k / inputs;
-    uint32_t step = rows_at_once(ops, &variant, n_sum, n_k),
+    uint32_t step = linear_rows_at_once(ops, variant.rows, n_sum, n_k),
              columns = variant.columns ? variant.columns : inputs * ops->workgroup;
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
@@ -321,6 +320,8 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
     if (args->add && matrix->scale != 0)
         return error_set(error, ERROR_VALUE,
                          "a backward product with a scaled matrix cannot be added to a sum");
+    if (ops->kernel_family == LINEAR_MATRIX)
+        return linear_bwd_matrix(ops, matrix, args, n_sum, n_k, error);
     uint32_t at_once = ops->kernel_family == LINEAR_TILED || args->n_rows <= 16 ? UINT32_MAX
                                                                                 : BACKWARD_STRIP;
     uint32_t add = args->add ? LINEAR_ADD : 0;
@@ -362,9 +363,12 @@ int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
         if (i == 0 || always[i] != always[0])
             kernels[n++] = always[i];
     for (uint32_t rows = 1; rows <= 16; rows *= 2) {
-        kernels[n++] = variant_choose(ops, type, rows, 0).kernel;
+        if (ops->kernel_family != LINEAR_MATRIX)
+            kernels[n++] = variant_choose(ops, type, rows, 0).kernel;
         kernels[n++] = variant_choose(ops, type, rows, 1).kernel;
     }
+    if (ops->kernel_family == LINEAR_MATRIX)
+        n += linear_matrix_kernels(ops, type, 0, kernels + n);
     for (size_t i = 0; i < COUNT(pairs_rows) && op_linear_norms(ops, 1) && !layer; i++)
         kernels[n++] = pairs_choose(ops, type, pairs_rows[i]).kernel;
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
@@ -382,7 +386,9 @@ int ops_backward_prepare(struct ops *ops, const struct op_kernels_needed *needed
     int kernels[16], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         kernels[n++] = always[i];
-    for (uint32_t rows = 1; rows <= 32; rows *= 2) {
+    if (ops->kernel_family == LINEAR_MATRIX)
+        n += linear_matrix_kernels(ops, needed->type, 1, kernels + n);
+    for (uint32_t rows = 1; rows <= 32 && ops->kernel_family != LINEAR_MATRIX; rows *= 2) {
         int kernel = backward_choose(ops, needed->type, rows).kernel;
         if (kernel != kernels[n - 1])
             kernels[n++] = kernel;

@@ -15,11 +15,24 @@
 const struct gpu_kernel *op_kernels_get(void);
 int op_kernel_find(const char *name); /* -1 if there is none */
 
+/* Columns from which on a product on matrix units takes the larger tiles (LARGE of
+ * linear_matrix.comp): 128 x 128 on most GPUs, where a weight is converted once for 128 rows. */
+#define OP_LARGE_COLUMNS 2048
+
+/* Device memory in which products on matrix units split their rows; the last buffer is in use. */
+struct op_scratch {
+    struct gpu_buffer *buffers[12]; /* 1 MiB, and each at least twice the one before */
+    uint32_t n;
+};
+
 struct ops {
     struct gpu_device *device;
     struct gpu_queue *queue;
     uint32_t subgroup, workgroup; /* invocations */
     int kernel_family;            /* enum op_kernel_family, measured once per device or pinned */
+    int fast;            /* products on matrix units: 1 in float16, without the low parts */
+    uint32_t large_from; /* columns from which products on matrix units take large tiles */
+    struct op_scratch scratch;
 };
 
 /* The next dispatch touches at most `bytes` from this address of its arguments on, and not the
@@ -52,6 +65,8 @@ struct op_matrix {
     uint32_t n, k;
     uint32_t k_cells; /* 16-byte cells of k in a row */
     float scale;      /* factor on every product with W, forward and backward; 0: none */
+    uint64_t range;   /* what op_matrix_range wrote, which products on matrix units need; 0: they
+                       * call it themselves */
     uint32_t n_segments;
     struct {
         uint64_t address;
@@ -75,10 +90,17 @@ static inline uint32_t op_panel_columns(const struct ops *ops) {
 
 /* Kernel families: sets of kernels for the same product. The first two are for drivers whose
  * subgroups are vector registers (software), and the second of them reads weights through texel
- * buffers; both sum in one chain over k in every phase. The last is for real GPUs: in prefill it
+ * buffers; both sum in one chain over k in every phase. The third is for real GPUs: in prefill it
  * uses tiles in shared memory with the same chain; in decoding it splits k over a workgroup, in an
- * order of its own. */
-enum op_kernel_family { LINEAR_BROADCAST, LINEAR_TEXELS, LINEAR_TILED, LINEAR_FAMILIES };
+ * order of its own. `matrix` decodes like it, and in prefill multiplies on matrix units, in the
+ * order of the device (csrc/ops/linear_matrix.c). */
+enum op_kernel_family {
+    LINEAR_BROADCAST,
+    LINEAR_TEXELS,
+    LINEAR_TILED,
+    LINEAR_MATRIX,
+    LINEAR_FAMILIES
+};
 const char *op_kernel_family_name(int family);
 int op_kernel_family_find(const char *name); /* -1 if there is none */
 /* Does the device have what the kernel family needs? */
@@ -132,6 +154,13 @@ struct op_linear_bwd_args {
 };
 int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
                   const struct op_linear_bwd_args *args, struct error *error);
+
+/* --- linear_matrix.c -------------------------------------------------------------------------- */
+
+/* Writes the largest magnitude of a matrix, which products on matrix units scale it by, to 4 bytes
+ * of a buffer; float16 weights need no scale, and get a zero. */
+int op_matrix_range(struct ops *ops, const struct op_matrix *matrix, struct gpu_buffer *buffer,
+                    uint64_t offset, struct error *error);
 
 /* --- measure.c: the best of a few dispatches -------------------------------------------------- */
 /* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a
@@ -207,7 +236,7 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, const struct op
 /* May the kernels of `family` (enum op_kernel_family) replace those of the baseline
  * (LINEAR_BROADCAST)? Runs both on a small awkward problem with weights of one type (WEIGHT_*; -1:
  * of every type), in both phases and backward. The results must be bit-identical to the baseline's,
- * or, in decoding for a kernel family with an order of its own, close to them; and a row's result
+ * or, where a kernel family has an order of its own, close to them; and a row's result
  * must not depend on how many rows there are. Returns 0 if all this holds, and -1 if it does not
  * (ERROR_VALUE) or the device failed; the error says where.
  * It runs once per device, driver and engine version, before an optional kernel family is chosen.

@@ -6,7 +6,10 @@
 static const char *const type_names[] = {"discrete", "integrated", "virtual", "software"};
 
 static PyObject *info_dict(const struct gpu_device_info *info) {
-    return Py_BuildValue("{s:i,s:s,s:s,s:s,s:s,s:s,s:K,s:K,s:I,s:I,s:O,s:O,s:O,s:O,s:O,s:s}",
+    PyObject *matrix = info->matrix_m
+                           ? Py_BuildValue("(III)", info->matrix_m, info->matrix_n, info->matrix_k)
+                           : Py_NewRef(Py_None);
+    return Py_BuildValue("{s:i,s:s,s:s,s:s,s:s,s:s,s:K,s:K,s:I,s:I,s:O,s:O,s:O,s:O,s:O,s:s,s:N}",
                          "index", info->index, "name", info->name, "vendor", info->vendor, "type",
                          type_names[info->type], "driver", info->driver, "uuid", info->uuid,
                          "memory_bytes", (unsigned long long)info->memory_bytes, "available_bytes",
@@ -16,7 +19,8 @@ static PyObject *info_dict(const struct gpu_device_info *info) {
                          "subgroup_size_control", info->has_subgroup_control ? Py_True : Py_False,
                          "int64", info->has_int64 ? Py_True : Py_False, "executable_info",
                          info->has_executable_info ? Py_True : Py_False, "suitable",
-                         info->suitable ? Py_True : Py_False, "missing", info->missing);
+                         info->suitable ? Py_True : Py_False, "missing", info->missing,
+                         "matrix_units", matrix);
 }
 
 PyObject *engine_devices(PyObject *module, PyObject *unused) {
@@ -103,8 +107,12 @@ static PyObject *device_prepare(PyObject *object, PyObject *unused) {
     struct device_object *self = (struct device_object *)object;
     int kernels[KERNEL_COUNT], n = 0, failed;
     struct error error = {0};
+    /* A software driver takes seconds for each kernel of matrix units, which run there only where
+     * they are asked for by name. */
+    int software = gpu_device_get_info(self->device)->type == GPU_SOFTWARE;
     for (int i = 0; i < KERNEL_COUNT; i++)
-        if (op_kernels_get()[i].spirv_bytes && gpu_pipeline_possible(self->device, i))
+        if (gpu_pipeline_possible(self->device, i) &&
+            !(software && gpu_kernel_on_matrix_units(&op_kernels_get()[i])))
             kernels[n++] = i;
     Py_BEGIN_ALLOW_THREADS
     failed = gpu_pipelines_prepare(self->device, kernels, n, &error);
@@ -147,7 +155,8 @@ static PyGetSetDef device_getset[] = {
 
 static PyMethodDef device_methods[] = {
     {"prepare", device_prepare, METH_NOARGS,
-     "prepare(): compiles every kernel that this device can run, in parallel."},
+     "prepare(): compiles every kernel that this device can run, in parallel; on a software device "
+     "without those of matrix units."},
     {"describe", device_describe, METH_VARARGS,
      "describe(kernel) -> str: registers, spills and the like, as far as the driver tells."},
     {"hold", device_hold, METH_NOARGS,

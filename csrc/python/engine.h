@@ -203,6 +203,8 @@ PyObject *model_rows(PyObject *self, PyObject *args);
 /* model_kernels.c */
 PyObject *model_get_family(PyObject *self, void *unused);
 int model_set_family(PyObject *self, PyObject *value, void *unused);
+PyObject *model_get_fast(PyObject *self, void *unused);
+int model_set_fast(PyObject *self, PyObject *value, void *unused);
 PyObject *model_get_families(PyObject *self, void *unused);
 PyObject *model_measure_linear(PyObject *self, PyObject *args);
 PyObject *model_prepare(PyObject *self, PyObject *unused);

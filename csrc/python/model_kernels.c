@@ -30,7 +30,30 @@ int model_set_family(PyObject *object, PyObject *value, void *unused) {
     }
     if (engine_begin((struct model_object *)object, 0))
         return -1;
-    ops->kernel_family = family;
+    struct error error = {0};
+    int failed = family == LINEAR_MATRIX &&
+                 model_ranges_measure(((struct model_object *)object)->model, &error);
+    if (!failed)
+        ops->kernel_family = family;
+    engine_end((struct model_object *)object);
+    if (failed)
+        engine_fail((struct model_object *)object, &error);
+    return failed ? -1 : 0;
+}
+
+PyObject *model_get_fast(PyObject *object, void *unused) {
+    (void)unused;
+    struct ops *ops = ops_of(object);
+    return ops ? PyBool_FromLong(ops->fast) : NULL;
+}
+
+int model_set_fast(PyObject *object, PyObject *value, void *unused) {
+    (void)unused;
+    struct ops *ops = ops_of(object);
+    int fast = ops && value ? PyObject_IsTrue(value) : -1;
+    if (fast < 0 || engine_begin((struct model_object *)object, 0))
+        return -1;
+    ops->fast = fast;
     engine_end((struct model_object *)object);
     return 0;
 }

@@ -358,6 +358,8 @@ static PyMethodDef model_methods[] = {
 static PyGetSetDef model_getset[] = {
     {"kernels", model_get_family, model_set_family, "The kernel family in use: one of `families`.",
      NULL},
+    {"fast", model_get_fast, model_set_fast,
+     "Whether products on matrix units are one product in float16.", NULL},
     {"families", model_get_families, NULL, "Kernel families that this device can run.", NULL},
     {"dispatches", model_get_dispatches, NULL, "Dispatches recorded since the model was made.",
      NULL},

@@ -279,6 +279,23 @@ static PyObject *bench_self_test(PyObject *object, PyObject *args) {
     return failed ? engine_raise(object, &error) : Py_NewRef(Py_None);
 }
 
+static PyObject *bench_use(PyObject *object, PyObject *args) {
+    struct bench_object *self = (struct bench_object *)object;
+    int family, fast = 0;
+    unsigned int large_from = OP_LARGE_COLUMNS;
+    if (!PyArg_ParseTuple(args, "i|pI", &family, &fast, &large_from))
+        return NULL;
+    if (family < 0 || !op_kernel_family_offered(&self->ops, family))
+        return PyErr_Format(PyExc_ValueError, "this device does not offer kernel family %d",
+                            family);
+    engine_lock(self->owner);
+    self->ops.kernel_family = family;
+    self->ops.fast = fast;
+    self->ops.large_from = large_from;
+    engine_unlock(self->owner);
+    Py_RETURN_NONE;
+}
+
 static PyObject *bench_families(PyObject *object, PyObject *unused) {
     (void)unused;
     struct bench_object *self = (struct bench_object *)object;
@@ -371,6 +388,9 @@ static PyMethodDef bench_methods[] = {
      "ValueError before the device sees it."},
     {"families", bench_families, METH_NOARGS,
      "families() -> list of (number, name): the matrix kernels that this device offers."},
+    {"use", bench_use, METH_VARARGS,
+     "use(family, fast=False, large_from=2048): the family of ops whose arguments name none, "
+     "precision and tile sizes on matrix units."},
     {"self_test", bench_self_test, METH_VARARGS,
      "self_test(family, weight_type=-1): ValueError unless this family of matrix kernels may "
      "replace the baseline."},

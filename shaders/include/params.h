@@ -65,6 +65,7 @@ BLOCK(embed_params) {
 #define WEIGHT_F32 0
 #define WEIGHT_BF16 1
 #define WEIGHT_F16 2
+#define WEIGHT_PARTS 3 /* of kernels alone: float16 parts of float32 rows, see params_matrix.h */
 
 #define NORM_KIND_RMS 0
 #define NORM_KIND_LAYER 1 /* LayerNorm: the mean is subtracted */
@@ -427,5 +428,6 @@ BLOCK(read_params) {
 #include "params_attribution.h"
 #include "params_circuit.h"
 #include "params_scaling.h"
+#include "params_matrix.h"
 
 #endif

@@ -1,5 +1,5 @@
-// The buffer references that the kernel arguments of params.h name, and the two sizes that every
-// kernel is specialised with.
+// The buffer references that the kernel arguments of params.h name, and the sizes that kernels
+// are specialised with.
 #ifndef TYPES_GLSL
 #define TYPES_GLSL
 
@@ -32,7 +32,11 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Flo
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer FloatsInOut { float at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Words { uint at[]; };
+layout(buffer_reference, scalar, buffer_reference_align = 4) buffer WordsInOut { uint at[]; };
 layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Panels {
+    uvec4 at[];
+};
+layout(buffer_reference, scalar, buffer_reference_align = 16) writeonly buffer CellsOut {
     uvec4 at[];
 };
 #include "params.h"
@@ -48,6 +52,12 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Edi
 
 layout(constant_id = 0) const uint SG = 8; // subgroup size
 layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
+#ifdef MATRIX_UNITS
+// the shape of a tile of the device's matrix units: [TM, TK] times [TK, TN]
+layout(constant_id = 2) const uint TM = 16;
+layout(constant_id = 3) const uint TN = 16;
+layout(constant_id = 4) const uint TK = 16;
+#endif
 
 // STEP for s = 0 .. n - 1, n <= SG, unrolled. There are no bounds checks when n == SG, so the loads
 // of all steps pipeline on GPUs.
@@ -63,6 +73,8 @@ layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
 
 #ifdef FIXED_WORKGROUP
 layout(local_size_x = FIXED_WORKGROUP) in;
+#elif defined(MATRIX_UNITS)
+layout(local_size_x_id = MATRIX_WORKGROUP) in;
 #else
 layout(local_size_x_id = 1) in;
 #endif

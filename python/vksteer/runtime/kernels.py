@@ -45,14 +45,14 @@ def _kernels_mark() -> str:
     return f"{mark:08x}"
 
 
-def _key(device: Device, weight_type: str) -> str:
+def _key(device: Device, weight_type: str, fast: bool) -> str:
     return " | ".join(
         [
             device.uuid,
             device.driver,
             device.name,
             f"vksteer {__version__} {_kernels_mark()}",
-            weight_type,
+            weight_type + (" fast" if fast else ""),
         ]
     )
 
@@ -65,16 +65,17 @@ def _stored(path: Path) -> dict[str, Any]:
         return {}
 
 
-def is_chosen(device: Device, weight_type: str) -> bool:
+def is_chosen(device: Device, weight_type: str, fast: bool = False) -> bool:
     """Whether `choose` needs no measurement."""
     return bool(os.environ.get("VKSTEER_KERNELS")) or "choice" in _stored(
         cache_folder() / "kernels.json"
-    ).get(_key(device, weight_type), {})
+    ).get(_key(device, weight_type, fast), {})
 
 
 def _trusted(engine_device: extension.Device, device: Device, weight_type: str) -> list[str]:
-    """The baseline kernel family, and every other one that is bit-identical to it on this device: a
-    self-test at first use, because drivers have had bugs.
+    """The baseline kernel family, and every other one that passes its self-test on this device at
+    first use, because drivers have had bugs: bit-identical to the baseline, or close to it where a
+    kernel family sums in an order of its own.
     """
     from .device import _engine
 
@@ -82,8 +83,8 @@ def _trusted(engine_device: extension.Device, device: Device, weight_type: str) 
     (_, baseline), *others = bench.families()
     trusted = [baseline]
     for number, family in others:
-        # on software devices shared memory makes it ten times slower, so it is not even compiled
-        if device.type == "software" and family == "tiled":
+        # on software devices shared memory makes them ten times slower, so they are not compiled
+        if device.type == "software" and family in ("tiled", "matrix"):
             continue
         reason = _crash(device, number, weight_type) if device.type == "software" else None
         try:
@@ -133,11 +134,16 @@ def _crash(device: Device, number: int, weight_type: str) -> str | None:
 
 
 def choose(
-    engine: extension.Model, engine_device: extension.Device, device: Device, weight_type: str
+    engine: extension.Model,
+    engine_device: extension.Device,
+    device: Device,
+    weight_type: str,
+    fast: bool = False,
 ) -> str:
-    """Sets the engine model's matrix kernels and returns their name. Raises ValueError for an
-    unknown VKSTEER_KERNELS.
+    """Sets the engine model's matrix kernels and returns their name. fast: products on matrix units
+    are one product in float16. Raises ValueError for an unknown VKSTEER_KERNELS.
     """
+    engine.fast = fast
     pinned = os.environ.get("VKSTEER_KERNELS")
     if pinned:
         if pinned not in engine.families:
@@ -146,15 +152,17 @@ def choose(
             )
         engine.kernels = pinned
         return pinned
-    path, key = cache_folder() / "kernels.json", _key(device, weight_type)
+    path, key = cache_folder() / "kernels.json", _key(device, weight_type, fast)
     found: Any = _stored(path).get(key, {}).get("choice")
     if isinstance(found, str) and found in engine.families:
         engine.kernels = found
         return found
+    # a GPU needs more work than a software device before its rate shows
+    shape = (64, 512, 512) if device.type == "software" else (512, 2048, 2048)
     rates = {}
     for family in _trusted(engine_device, device, weight_type):
         engine.kernels = family
-        rates[family] = engine.measure_linear(64, 512, 512)[0]
+        rates[family] = engine.measure_linear(*shape)[0]
     choice = max(rates, key=rates.__getitem__)
     engine.kernels = choice
     _store(

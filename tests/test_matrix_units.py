@@ -1,0 +1,88 @@
+"""Products on matrix units (the kernel family `matrix`), on the newer Mesa, in child processes. Its
+parity with the oracle is in test_drivers.py, which runs every kernel family of every driver.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from child import child, quiet, tool
+
+#: The largest error of a product whose rows are split, as a share of sum |x| |W|. Met: 1.9e-7
+#: (float32 itself: 1.5e-7 with the other kernels).
+SPLIT = 1e-6
+#: In fast products x (and float32 weights) are rounded to float16, by 2^-11 each. Met: 4.6e-4.
+FAST = 1e-3
+
+
+def on_newer_mesa(code, *arguments, width=256, **environment):
+    icd = tool("newer_lavapipe_icd")
+    return child(
+        code,
+        *arguments,
+        timeout=280,
+        executable=tool("newer_mesa_python"),
+        VK_DRIVER_FILES=icd,
+        VK_ICD_FILENAMES=icd,
+        LP_NATIVE_VECTOR_WIDTH=width,
+        **{"VKSTEER_KERNELS": None} | environment,
+    )
+
+
+def case(name) -> dict:
+    code = "import sys; sys.path.insert(0, 'tests'); import matrix_cases;"
+    done = on_newer_mesa(code + " matrix_cases.main(sys.argv[1])", name, preamble="")
+    found = json.loads(quiet(done))
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def assert_below(found, bound):
+    for weights, ops in found.items():
+        for op, (error, where) in ops.items():
+            assert error <= bound, f"{op}, {weights}: {error:.2e} at {where}"
+    assert len(found) > 1
+
+
+def test_split_products_have_the_accuracy_of_float32():
+    """Forward, backward and the products of attribution; every weight type, ragged edges, slices,
+    segments; rows alone and in any batch have the same bits; rows and weights of very different
+    magnitudes.
+    """
+    found = case("split")
+    assert found.pop("bits") == 36
+    assert max(found.pop("magnitudes").values()) <= SPLIT
+    assert_below(found, SPLIT)
+
+
+def test_fast_products_are_rounded_to_float16():
+    found = case("fast")
+    assert_below(found, FAST)
+    assert found["bfloat16"]["linear"][0] > 10 * SPLIT  # so they are not split
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_large_tiles_and_the_self_test():
+    assert_below(case("large"), SPLIT)
+
+
+def test_only_subgroups_of_eight_are_trusted_on_software_devices():
+    """With 16 the driver offers matrix units too, and crashes when it compiles for them."""
+    code = """
+import vksteer as vs
+(device,) = vs.devices()
+print(device.features["subgroup_size"], device.features["matrix_units"])
+"""
+    for width, size, units in ((256, 8, (8, 8, 8)), (512, 16, None)):
+        assert quiet(on_newer_mesa(code, width=width, preamble="")).strip() == f"{size} {units}"
+
+
+def test_a_device_without_matrix_units_refuses_their_name(llama, monkeypatch):
+    import vksteer as vs
+
+    monkeypatch.setenv("VKSTEER_KERNELS", "matrix")
+    with pytest.raises(ValueError, match="'matrix': this device offers broadcast, texels, tiled"):
+        vs.Model.from_pretrained(str(llama), progress=False)
