@@ -12,6 +12,7 @@ from .scores import RefusalTokens, Scores, derive_refusal_tokens
 from .sweeping import Sweep, sweep
 from .trained import Training
 from .training import train_ntp, train_po
+from .weighting import token_weights
 
 __all__ = [
     "Candidates",
@@ -33,6 +34,7 @@ __all__ = [
     "ntp_loss",
     "po_loss",
     "sweep",
+    "token_weights",
     "train_ntp",
     "train_po",
     "training_data",

@@ -23,6 +23,7 @@ class State:
     curve: list[dict[str, float]]  # one entry a step
     vectors: list[Float64Array]  # [D] of each finished epoch
     validation: list[dict[str, Any]]  # of each finished epoch, where there is validation
+    weighed: Float64Array | None = None  # [D], under which tokens were weighted; None: reference
 
 
 class Checkpoint:
@@ -55,6 +56,7 @@ class Checkpoint:
         try:
             state = State(**self._store["state"])
             arrays = [state.vector, state.first, state.second, *state.vectors]
+            arrays += [] if state.weighed is None else [state.weighed]
             if any(a.shape != (width,) for a in arrays) or len(state.curve) != state.steps:
                 raise ValueError(f"arrays of {[a.shape for a in arrays]}, {state.steps} steps")
         except (KeyError, TypeError, AttributeError, ValueError) as error:

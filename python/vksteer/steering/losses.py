@@ -11,7 +11,7 @@ combined in float64, so that results are bit-identical for all batches and order
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -232,12 +232,13 @@ class LogProbs:
         direction: Float32Array | None,
         coefficients: Sequence[float] | Float64Array,
         gradient: bool = True,
+        weights: Sequence[Float64Array] | None = None,
     ) -> tuple[Float64Array, Float64Array | None]:
         """(log p of each sequence, float64 [n]; the gradient of log p / |y| with respect to the
         steered residual stream, summed over positions, float64 [n, D], or None).
 
         direction: float32 [D], or None for the unsteered model. coefficients: one for each
-        sequence.
+        sequence. weights: for each sequence those of its tokens' log p.
         """
         model, n_layers = self.model, self.model.config.n_layers
         values = np.zeros(len(sequences))
@@ -250,10 +251,12 @@ class LogProbs:
                 RowMetric(
                     LOG_PROB,
                     s.predicting,
-                    np.full(len(s.response), 1 / len(s.response), np.float32),
+                    np.full(len(s.response), 1 / len(s.response), np.float32)
+                    if weights is None
+                    else (weights[i] / len(s.response)).astype(np.float32),
                     np.array(s.response, np.uint32),
                 )
-                for s in some
+                for i, s in zip(group, some, strict=True)
             ]
             found, got = differentiate(
                 model,
@@ -269,7 +272,8 @@ class LogProbs:
             )
             at = 0
             for row, (i, s) in enumerate(zip(group, some)):
-                values[i] = found[at : at + len(s.response)].astype(np.float64).sum()
+                said = found[at : at + len(s.response)].astype(np.float64)
+                values[i] = said.sum() if weights is None else (weights[i] * said).sum()
                 at += len(s.response)
                 if gradients is not None:
                     gradients[i] = got[site][row, -len(s.tokens) :].sum(axis=0, dtype=np.float64)
@@ -343,6 +347,8 @@ class Objective:
         self, log_probs: LogProbs, phi: float | None = None, reduction: str = "mean"
     ) -> None:
         self.log_probs, self.phi, self.reduction = log_probs, phi, reduction
+        #: Weights of the tokens of winning responses, for NTP; empty: all alike.
+        self.weights: Mapping[Prepared, Float64Array] = {}
 
     def __call__(
         self,
@@ -364,8 +370,9 @@ class Objective:
         factors: Float64Array,
         gradient: bool,
     ) -> tuple[Float64Array, Float64Array | None]:
+        weights = [self.weights[e] for e in examples] if self.weights else None
         values, gradients = self.log_probs(
-            [e.winning for e in examples], direction, factors, gradient
+            [e.winning for e in examples], direction, factors, gradient, weights
         )
         n = np.array([len(e.winning.response) for e in examples], np.float64)
         if self.reduction == "sum":

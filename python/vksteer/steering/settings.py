@@ -11,6 +11,7 @@ import numpy as np
 from ..base.checks import require_int
 from ..base.types import Float64Array
 from .losses import LIMIT, check_number, check_phi, check_reduction
+from .weighting import check_kind
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -43,6 +44,8 @@ class Settings:
     init: float = 0.01  # standard deviation of the initial vector
     limit: int = LIMIT
     reduction: str = "mean"
+    token_weights: str = "uniform"
+    refresh: int | None = None  # steps after which the weights are computed again
 
     def check(self, model: Model) -> Settings:
         """The same with plain types. Raises ValueError for what is out of range."""
@@ -76,6 +79,8 @@ class Settings:
             _positive(self.init, "init"),
             require_int(self.limit, "limit", 1),
             check_reduction(self.reduction),
+            check_kind(self.token_weights),
+            None if self.refresh is None else require_int(self.refresh, "refresh", 1),
         )
 
 

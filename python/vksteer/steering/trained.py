@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class Training(Table):
     match is None for NTP and where the loss ruled the epoch out; empty without validation examples.
     curve: for each step {"step", "epoch", "lr", "loss", "gradient", "norm"}: the norm of the
     gradient before clipping, and that of the vector after the step. vectors: after each epoch,
-    float64 [epochs, D]. epoch: the chosen one, counted from 0.
+    float64 [epochs, D]. epoch: the chosen one, counted from 0. token_weights: of NTP,
+    for each example float64 [tokens summed], those of the last steps.
     """
 
     vector: SteeringVector
@@ -38,6 +39,7 @@ class Training(Table):
     vectors: Float64Array
     epoch: int
     settings: Settings
+    token_weights: list[Float64Array] = field(default_factory=list)
 
     def normalized_to(self, norm: SteeringVector | float) -> SteeringVector:
         """The vector with a given norm, or with that of another SteeringVector: the method uses

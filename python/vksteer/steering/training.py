@@ -21,9 +21,10 @@ from ..base.provenance import digest, fingerprint, kernel_names, provenance
 from ..base.types import Float64Array, IntArray, PathLike, ProgressLike
 from ..inputs.vectors import SteeringVector
 from .checkpoints import Checkpoint, State
-from .losses import LIMIT, Examples, LogProbs, Objective, mean_gradient, prepare
+from .losses import LIMIT, Examples, LogProbs, Objective, check_vector, mean_gradient, prepare
 from .settings import Adam, Factors, Settings
 from .trained import Training
+from .weighting import default_reference, weigh
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -39,6 +40,7 @@ class _Trainer:
         batch_tokens: int | None,
         checkpoint: PathLike | None,
         checkpoint_every: int,
+        reference: SteeringVector | None = None,
     ) -> None:
         model._check_open()
         self.model, self.s = model, settings
@@ -64,6 +66,8 @@ class _Trainer:
             "validation_hash": digest([asdict(e) for e in self.held_out]),
             **asdict(settings),
         }
+        self.reference = self._reference(reference)
+        self.weighed: Float64Array | None = None
         rng = np.random.default_rng([settings.seed, 0])
         width = model.config.d_model
         self.adam = Adam(
@@ -76,6 +80,40 @@ class _Trainer:
         if self.file is not None and (state := self.file.read(width)) is not None:
             self.adam = Adam(state.vector, state.first, state.second, state.steps)
             self.curve, self.vectors, self.validation = state.curve, state.vectors, state.validation
+            self.weighed = state.weighed
+        self._weigh()
+
+    def _reference(self, given: SteeringVector | None) -> SteeringVector | None:
+        """The vector under which tokens are weighted first; None where they are weighted alike."""
+        s = self.s
+        if s.token_weights == "uniform":
+            if given is not None or s.refresh is not None:
+                raise ValueError("reference and refresh belong to a weighting: give token_weights")
+            del self.key["token_weights"], self.key["refresh"]
+            return None
+        if given is None:
+            given = default_reference(self.model, self.examples, s.layer)
+        check_vector(self.model, given)
+        if given.layer != s.layer:
+            raise ValueError(
+                f"reference has layer {given.layer}, and layer {s.layer} is trained: give a vector"
+                " of that layer"
+            )
+        self.key["reference_hash"] = digest(given.direction)
+        return given
+
+    def _weigh(self) -> None:
+        """Weights under the last vector that they were computed under, or the reference."""
+        s = self.s
+        if self.reference is None:
+            return
+        direction = (
+            self.reference.direction if self.weighed is None else self.weighed.astype(np.float32)
+        )
+        strength = s.coefficient if s.factors is None else float(np.mean(np.asarray(s.factors)))
+        self.objective.weights = weigh(
+            self.model, self.examples, s.token_weights, s.layer, direction, strength
+        )
 
     def _save(self) -> None:
         if self.file is not None:
@@ -90,6 +128,7 @@ class _Trainer:
                     curve,
                     self.vectors,
                     validation,
+                    self.weighed,
                 )
             )
 
@@ -103,7 +142,10 @@ class _Trainer:
         return np.asarray(rng.choice(np.asarray(self.s.factors), n))
 
     def _step(self, epoch: int, batch: IntArray, coefficients: Float64Array, lr: float) -> None:
-        some = [self.examples[i] for i in batch]
+        some, refresh = [self.examples[i] for i in batch], self.s.refresh
+        if refresh is not None and self.adam.steps and self.adam.steps % refresh == 0:
+            self.weighed = self.adam.vector.copy()
+            self._weigh()
         losses, gradients = self.objective(
             some, self.adam.vector.astype(np.float32), coefficients[batch]
         )
@@ -128,7 +170,8 @@ class _Trainer:
         self.adam = adam  # the step is complete; a checkpoint takes the curve up to it
 
     def _held_out_loss(self, vector: Float64Array) -> float:
-        losses, _ = self.objective(
+        alike = Objective(self.log_probs, self.s.phi, self.s.reduction)
+        losses, _ = alike(
             self.held_out,
             vector.astype(np.float32),
             self._coefficients(0, len(self.held_out), 2),
@@ -222,7 +265,17 @@ class _Trainer:
             np.array(self.vectors),
             epoch,
             s,
+            self._token_weights(),
         )
+
+    def _token_weights(self) -> list[Float64Array]:
+        if self.s.phi is not None:
+            return []
+        weights = self.objective.weights
+        return [
+            weights[e].copy() if weights else np.ones(len(e.winning.response))
+            for e in self.examples
+        ]
 
 
 def _train(
@@ -234,10 +287,11 @@ def _train(
     checkpoint: PathLike | None,
     checkpoint_every: int,
     progress: ProgressLike,
+    reference: SteeringVector | None = None,
 ) -> Training:
     settings = settings.check(model)
     return _Trainer(
-        model, examples, validation, settings, batch_tokens, checkpoint, checkpoint_every
+        model, examples, validation, settings, batch_tokens, checkpoint, checkpoint_every, reference
     ).run(progress)
 
 
@@ -259,6 +313,9 @@ def train_ntp(
     init: float = 0.01,
     limit: int = LIMIT,
     reduction: str = "mean",
+    token_weights: str = "uniform",
+    reference: SteeringVector | None = None,
+    refresh: int | None = None,
     batch_tokens: int | None = None,
     checkpoint: PathLike | None = None,
     checkpoint_every: int = 20,
@@ -274,30 +331,28 @@ def train_ntp(
     batch_size: examples of one step. lr: the first epoch's rate; an epoch's is lr (1 - epoch /
     epochs). optimizer: "adamw" or "adam" (weight_decay differs). clip: largest norm of a gradient,
     or None. init: standard deviation of the initial vector. seed: of init, order and factors.
-    limit, reduction: as in `ntp_loss`. batch_tokens: tokens of a device batch (default: as memory
-    allows); results are bit-identical whatever it is. checkpoint: a file, written every
-    `checkpoint_every` steps, after each epoch and on interruption; a call with the same settings
-    goes on from it with bit-identical results.
+    limit, reduction: as in `ntp_loss`. token_weights: "uniform", "effect", "exchange" or
+    "attention", how much each token of a response counts (`token_weights`, docs/token-weights.md).
+    reference: the SteeringVector under which they are computed (default: the difference in means of
+    the examples' prompts). refresh: compute them again under the trained vector every `refresh`
+    steps. batch_tokens: tokens of a device batch (default: as memory allows); results are
+    bit-identical whatever it is. checkpoint: a file, written every `checkpoint_every` steps, after
+    each epoch and on interruption; a call with the same settings goes on from it with bit-identical
+    results.
     Raises ValueError before any work for bad examples or settings, and a checkpoint of others.
     """
-    settings = Settings(
-        loss="ntp",
-        layer=layer,
-        coefficient=coefficient,
-        factors=factors,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        clip=clip,
-        optimizer=optimizer,
-        seed=seed,
-        init=init,
-        limit=limit,
-        reduction=reduction,
-    )
+    shared = (layer, None, coefficient, factors, epochs, batch_size, lr, weight_decay, clip)
+    ours = (optimizer, seed, init, limit, reduction, token_weights, refresh)
     return _train(
-        model, examples, validation, settings, batch_tokens, checkpoint, checkpoint_every, progress
+        model,
+        examples,
+        validation,
+        Settings("ntp", *shared, *ours),
+        batch_tokens,
+        checkpoint,
+        checkpoint_every,
+        progress,
+        reference,
     )
 
 
