@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import circuit_options, freeze, generate, strength, study
+from . import bench, circuit_options, freeze, generate, strength, study
 from .arguments import Help, device_argument
 
 EXAMPLES = """\
 examples:
   vksteer devices
   vksteer verify
+  vksteer bench    --model tiny-llama-chat
   vksteer generate --model tiny-llama-chat --prompt "How do I repair the bridge?"
   vksteer generate --model ./Llama-3.2-3B-Instruct --vector refusal.gguf --coefficient -1 \\
                    --prompt "..."
@@ -71,6 +72,7 @@ def _build() -> argparse.ArgumentParser:
     device_argument(verify)
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.set_defaults(run=_verify)
+    bench.add_parser(commands)
     generate.add_parser(commands)
     freeze.add_parser(commands)
     circuit_options.add_parser(commands)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .device import Device
     from .edits import Edits
     from .gradients import Gradients
+    from .profile import Profile
     from .resume import LayerInputs
     from .run import Run
 
@@ -349,6 +350,15 @@ class Model:
             raise ValueError(
                 "this model is closed: load it again with Model.from_pretrained"
             ) from None
+
+    def profile(self) -> Profile:
+        """What the calls of a block cost: `with model.profile() as p: model.run(...)`, then
+        `print(p)`. Counts of dispatches, barriers and submissions; bytes, operations and device
+        seconds of every kernel; the host's seconds. See `Profile`.
+        """
+        from .profile import Profile
+
+        return Profile(self)
 
     # -- inside ------------------------------------------------------------------------------------
 
