@@ -26,7 +26,7 @@ ROUNDS = 3
 
 class Phase(NamedTuple):
     """Prefill, or decoding. seconds: of the calls without a profile, the best of ROUNDS; the
-    others are a profile's figures. tokens: new positions, of all rows.
+    others are the fastest profile's figures. tokens: new positions, of all rows.
     """
 
     name: str
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 " --prompt-tokens or --new-tokens"
             )
         ceilings = measure(model)
-        with Progress(not args.json, 2 * (ROUNDS + 2), "bench") as progress:
+        with Progress(not args.json, 2 * (2 * ROUNDS + 1), "bench") as progress:
             phases = _phases(model, args.rows, args.prompt_tokens, args.new_tokens, progress)
         result = {
             "model": model.name,
@@ -108,9 +108,12 @@ def _phases(
     def timed(n: int) -> tuple[float, Profile]:
         call(n)  # compiles kernels
         best = min(_seconds(call, n) for _ in range(ROUNDS))
-        with model.profile() as profile:
-            call(n)
-        return best, profile
+        profiles = []
+        for _ in range(ROUNDS):
+            with model.profile() as profile:
+                call(n)
+            profiles.append(profile)
+        return best, min(profiles, key=lambda p: p.seconds)
 
     short, first = timed(1)
     long, whole = timed(1 + new_tokens)
@@ -127,16 +130,19 @@ def _seconds(call: Any, n: int) -> float:
 
 
 def _phase(name: str, tokens: int, seconds: float, p: Profile, less: Profile | None) -> Phase:
-    """The figures of `p`, without those of `less`, which it includes."""
+    """The figures of `p`, without those of `less`, which it includes. Both vary from run to run; no
+    time is below 0.
+    """
     earlier = {} if less is None else {cost.kernel: cost for cost in less.kernels}
     kernels = [c.minus(earlier[c.kernel]) if c.kernel in earlier else c for c in p.kernels]
-    kernels = sorted((c for c in kernels if c.calls > 0), key=lambda c: -c.seconds)
+    kernels = [c._replace(seconds=max(c.seconds, 0.0)) for c in kernels if c.calls > 0]
+    kernels.sort(key=lambda c: -c.seconds)
     return Phase(
         name,
         tokens,
         seconds,
         sum(c.seconds for c in kernels),
-        p.host_seconds - (less.host_seconds if less else 0),
+        max(p.host_seconds - (less.host_seconds if less else 0), 0.0),
         p.dispatches - (less.dispatches if less else 0),
         p.barriers - (less.barriers if less else 0),
         kernels,
