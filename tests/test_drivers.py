@@ -86,6 +86,7 @@ def test_parity_edits_freezing_and_generation(driver, folders, record_property):
     assert {r["folder"] for r in results} == {f.name for f in folders} and len(results) >= len(
         folders
     )
+    assert ("matrix" in {r["kernels"] for r in results}) == (driver == "newer lavapipe")
     for r in results:
         assert (
             r["subgroup"] == (DRIVERS | THREADED)[driver][2]
@@ -206,11 +207,24 @@ MORE = {
 }
 
 
-def run_tests(driver, files, *options, timeout):
-    """Runs test files on a driver, in a process of pytest of their own; returns its last line."""
+#: Parity, gradients and equal bits, and products of every size, for matrix units.
+MATRIX_SUITE = [
+    "test_forward_parity.py",
+    "test_gradients.py",
+    "test_bits.py",
+    "test_ops_linear.py",
+    "test_attribution_ops.py",
+]
+
+
+def run_tests(driver, files, *options, timeout, kernels=None):
+    """Runs test files on a driver, in a process of pytest of their own, with this kernel family
+    only where one is named; returns its last line.
+    """
     files = [str(ROOT / "tests" / f) for f in files]  # pytest refuses one that is not there
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VK_", "VKSTEER_"))}
-    env |= {k: str(v) for k, v in environment(driver).items() if v is not None}
+    settings = environment(driver) | {"VKSTEER_KERNELS": kernels}
+    env |= {k: str(v) for k, v in settings.items() if v is not None}
     done = subprocess.run(
         [
             python_of(driver),
@@ -254,6 +268,16 @@ def test_the_suite(driver, tmp_path):
     files = SUITE + MORE.get(driver, [])
     last = run_tests(driver, files, f"--basetemp={tmp_path / 'base'}", *narrow, timeout=3500)
     print(f"{driver}: {last}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_matrix_units(tmp_path):
+    """Every product on matrix units, which the newer lavapipe has."""
+    base = f"--basetemp={tmp_path / 'base'}"
+    last = run_tests("newer lavapipe", MATRIX_SUITE, base, timeout=3500, kernels="matrix")
+    assert " passed" in last and "skipped" not in last
+    print(last)
 
 
 @pytest.mark.long
