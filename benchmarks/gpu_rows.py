@@ -299,28 +299,6 @@ def lens(p: Pair) -> Iterator[dict]:
     )
 
 
-def profiles(p: Pair) -> Iterator[dict]:
-    """What every kernel costs in a pass, a larger pass and decoding, by the device's own clock."""
-    sizes = p.sizes
-    before, one, many = (
-        [tokens(n, seed) for seed in range(n_rows)]
-        for n_rows, n in ((1, sizes.before), (1, sizes.prompt), (sizes.batch, sizes.prompt))
-    )
-    decode = partial(p.ours.generate, max_new_tokens=sizes.new, ignore_eos=True, progress=False)
-    calls = {
-        f"a pass over 1 x {sizes.prompt} tokens": lambda: p.ours.run(one, logits="last"),
-        f"a pass over {sizes.batch} x {sizes.prompt} tokens": lambda: p.ours.run(
-            many, logits="last"
-        ),
-        f"decoding {sizes.new} tokens, 1 row": lambda: decode(before),
-    }
-    for what, call in calls.items():
-        call()
-        with p.ours.profile() as spent:
-            call()
-        yield row(f"profile of {what}", spent.to_dict()["seconds"], "s", profile=spent.to_dict())
-
-
 #: name -> (function, seconds it may take on an H200 with a model of 3B)
 COMPARISONS = {
     "load": (loading, 10),
@@ -330,5 +308,4 @@ COMPARISONS = {
     "attribution": (attribution, 30),
     "lens": (lens, 10),
     "products": (products, 10),
-    "profiles": (profiles, 10),
 }

@@ -167,8 +167,9 @@ def test_linear_pairs_have_the_bits_of_the_steps_that_they_replace(
 @pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
 def test_linear_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rng, weight_type):
     """In each phase: for every number of rows, every place among them, and in prefill for
-    every family of kernels.
+    every family of kernels. Only matrix units have bits of their own there.
     """
+    one_chain = {number for number, name in on.families() if name != "matrix"}
     whole = forward.linear(rng, 33, 77, 100, weight_type, bias=True, add=True, softcap=4.0)
     prefill = on.run(whole.op, whole.arguments, whole.buffers)[0]["dst"]
     for family in families:
@@ -178,7 +179,7 @@ def test_linear_gives_a_row_the_same_bits_whatever_is_beside_it(on, families, rn
                 whole.arguments | {"family_plus_1": family + 1, "decode": decode},
                 whole.buffers,
             )[0]["dst"]
-            assert decode or same_bits(want, prefill), f"family {family}"
+            assert decode or family not in one_chain or same_bits(want, prefill), f"family {family}"
             for rows in ROWS:
                 for first in {0, 33 - rows, (33 - rows) // 2}:
                     part = {
