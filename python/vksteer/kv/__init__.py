@@ -3,7 +3,8 @@ cache, once (docs/cache-steering.md).
 """
 
 from .cache_steer import CacheSteer
-from .cache_vectors import CacheVector
+from .cache_vectors import CacheVector, load
+from .contrast import contrastive_prompts
 from .extraction import extract
 
-__all__ = ["CacheSteer", "CacheVector", "extract"]
+__all__ = ["CacheSteer", "CacheVector", "contrastive_prompts", "extract", "load"]

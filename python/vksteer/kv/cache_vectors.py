@@ -157,6 +157,11 @@ class CacheVector:
             )
 
 
+def load(path: PathLike, model: Model | Config | None = None) -> CacheVector:
+    """`CacheVector.load`."""
+    return CacheVector.load(path, model)
+
+
 def _rebuild(
     keys: Float32Array,
     values: Float32Array,
