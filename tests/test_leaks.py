@@ -99,6 +99,14 @@ LEAKS = {
     "describe": ("device.info, device.describe('norm')", 300),
     "Tape": ("engine.Tape(model._engine, 64, 1)", 150),
     "Attribution": ("engine.Attribution(model._engine, 64, 32, 1, 16, 2)", 100),
+    "Encoder": (
+        (
+            "engine.Encoder(model._engine, 64, 40, 0, 16, 32).top(np.ones(80, np.float32), 2),"
+            " refused(lambda: engine.Encoder(model._engine, 64, 40, 0, 16, 7)), refused(lambda:"
+            " engine.Encoder(model._engine, 64, 40, 0, 16, 32).sums(np.ones(3, np.float32), 2))"
+        ),
+        150,
+    ),
     "a refused Tape": (
         (
             "refused(lambda: engine.Tape(model._engine, 64, 99)), refused(lambda:"

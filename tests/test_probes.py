@@ -68,6 +68,8 @@ def test_reading_gives_a_score_for_every_token(zoo, rng):
     page = reading._repr_html_()
     assert page.count("<span") == 6 and page.count("<div") == 2
     assert len(reading.plot(1).axes[0].patches) == 2
+    other = vs.probes.Reading((np.array([1.0, -2.0]),), (("$x", "$\n"),), site)
+    other.plot().canvas.draw()  # dollar signs would begin mathematics
     with pytest.raises(ValueError, match="one site of width"):
         probe.read(model, prompts, "blocks.1.attn.hook_q")
 

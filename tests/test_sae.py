@@ -383,6 +383,25 @@ def test_memory_is_bounded(zoo, rng):
         Encoder(model, made(rng, 36, 600, "topk", k=600))
 
 
+def test_the_bundled_autoencoder(rng):
+    """What its report says of the test split, on a part of it."""
+    from vksteer.data import world
+
+    sae = vs.sae.load("tiny-llama-chat")
+    assert (sae.width, sae.n_features, sae.layer, sae.kind) == (128, 512, 7, "jumprelu")
+    with vs.Model.from_pretrained("tiny-llama-chat", progress=False) as model:
+        prompts = [r.prompt for r in world.tiny("test", 6, 6)]
+        run = model.run(prompts, capture=[sae.site], logits=None)
+        found = vs.sae.features(model, prompts, sae, top=40, progress=False)
+    keep = run.mask.copy()
+    keep[np.arange(len(keep)), keep.argmax(axis=1)] = False  # training left the first token out
+    h = run[sae.site][keep]
+    z = sae.encode(h)
+    left = ((h - sae.decode(z)).var(axis=0).sum()) / h.var(axis=0).sum()
+    assert left < 0.1 and 6 < (z != 0).sum(axis=1).mean() < 20  # 0.060, 12.9
+    assert (found.features[keep] >= 0).sum() == (z != 0).sum()
+
+
 # -- features of a text ----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .base.checks import is_number
-from .base.figures import new_figure
+from .base.figures import new_figure, tick_text
 from .base.types import Array, Float64Array, Prompts
 from .inputs.dosing import captured_rows
 from .inputs.prompts import as_tokens, token_text
@@ -76,7 +76,7 @@ class Reading:
             range(len(scores)), scores, color=["#c8643c" if s > 0 else "#4878a8" for s in scores]
         )
         ax.axhline(0, color="0.4", linewidth=0.8)
-        ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+        ax.set_xticks(range(len(tokens)), map(tick_text, tokens), rotation=90, fontsize=7)
         ax.set(ylabel="score", title=self.site)
         figure: Any = ax.figure
         result: Figure = figure

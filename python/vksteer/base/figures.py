@@ -18,3 +18,11 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'vksteer[plot]'") from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def tick_text(text: str) -> str:
+    """A token's text for matplotlib: printable, at most 10 characters, white space shown, and
+    dollar signs escaped, which would begin mathematics.
+    """
+    text = text.replace("\n", "\\n").replace(" ", "\u2423").replace("$", r"\$")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)[:10]

@@ -6,21 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..base.figures import new_figure
+from ..base.figures import new_figure, tick_text
 from ..base.types import PathLike
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .lens import Lens
-
-
-def _plain(text: str) -> str:
-    """A token's text for matplotlib: printable, at most 10 characters, white space shown, and
-    dollar signs escaped, which would begin mathematics.
-    """
-    text = text.replace("\n", "\\n").replace(" ", "\u2423").replace("$", r"\$")
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)[:10]
 
 
 def lens_figure(lens: Lens, path: PathLike | None = None, mark: str | None = None) -> Figure:
@@ -49,7 +41,7 @@ def _map(lens: Lens, mark: str | None) -> Figure:
         axes.text(
             j,
             i,
-            _plain(lens._texts[int(lens.tokens[i, j, 0])]),
+            tick_text(lens._texts[int(lens.tokens[i, j, 0])]),
             ha="center",
             va="center",
             fontsize=6,
@@ -79,7 +71,7 @@ def _bars(lens: Lens, most: int = 12) -> Figure:
         axes = figure.add_subplot(rows, columns, i + 1)
         at = np.arange(len(some))[::-1]
         axes.barh(at, heights, color="#4878a8")
-        axes.set_yticks(at, [_plain(lens._texts[int(t)]) for t in some], fontsize=7)
+        axes.set_yticks(at, [tick_text(lens._texts[int(t)]) for t in some], fontsize=7)
         axes.set_title(names[i], fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel(lens.by, fontsize=7)

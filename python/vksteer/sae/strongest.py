@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.checks import require_int
-from ..base.figures import new_figure
+from ..base.figures import new_figure, tick_text
 from ..base.progress import Progress
 from ..base.types import BoolArray, Float32Array, Int32Array, ProgressLike, Prompts
 from ..inputs.dosing import captured_rows
@@ -124,7 +124,7 @@ class Features:
         figure = new_figure(max(4.0, 0.3 * len(lines) + 1.5), 0.25 * len(image) + 1.5)
         axes = figure.add_subplot()
         drawn = axes.imshow(image, aspect="auto", cmap="viridis")
-        texts = [text.replace("$", r"\$").replace("\n", "\\n") for text, _ in lines]
+        texts = [tick_text(text) for text, _ in lines]
         axes.set_xticks(range(len(lines)), texts, rotation=90, fontsize=7)
         axes.set_yticks(range(len(shown)), [str(f) for f in shown], fontsize=7)
         axes.set(ylabel="feature", title=self.site)
