@@ -7,6 +7,9 @@
 // that the next kernel may run over the whole tile.
 #version 450
 #extension GL_GOOGLE_include_directive : require
+#ifdef DECODE
+#define FIXED_WORKGROUP 256
+#endif
 #include "types.glsl"
 #include "softmax.glsl"
 

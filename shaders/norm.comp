@@ -10,6 +10,9 @@
 //           mean comes first, and the squares are those of x - mean
 #version 450
 #extension GL_GOOGLE_include_directive : require
+#ifdef DECODE
+#define FIXED_WORKGROUP 256
+#endif
 #include "types.glsl"
 #include "reduce.glsl"
 

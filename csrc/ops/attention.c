@@ -70,6 +70,13 @@ int op_attn_output(struct ops *ops, const struct attn_output_params *params, uin
                               error);
 }
 
+int op_attn_softmax(struct ops *ops, const struct softmax_params *params, uint32_t n_tokens,
+                    uint32_t n_keys, struct error *error) {
+    return gpu_queue_dispatch(ops->queue, kernel_attn_softmax(params->decode != 0), params,
+                              sizeof *params, n_tokens, params->n_heads, 1,
+                              20.0 * n_tokens * n_keys * params->n_heads, error);
+}
+
 /* The kernel that takes the whole head group in one pass, or else the largest, in several passes.
  */
 int op_attn_decode_kernel(uint32_t group) {

@@ -36,8 +36,9 @@ int op_norm(struct ops *ops, const struct norm_params *params, uint32_t n_rows,
     uint32_t groups = params->n_groups > 1 ? params->n_groups : 1;
     if (!layer && (groups > 1 || params->flags & NORM_BIAS))
         return error_set(error, ERROR_VALUE, "an RMS norm has neither groups nor a bias");
-    return gpu_queue_dispatch(ops->queue, kernel_norm(layer), params, sizeof *params, n_rows,
-                              groups, 1, 8.0 * n_rows * groups * params->width, error);
+    uint32_t decode = (params->flags & NORM_DECODE) != 0;
+    return gpu_queue_dispatch(ops->queue, kernel_norm(layer, decode), params, sizeof *params,
+                              n_rows, groups, 1, 8.0 * n_rows * groups * params->width, error);
 }
 
 int op_norm_bwd(struct ops *ops, const struct norm_bwd_params *params, uint32_t n_rows,

@@ -26,6 +26,8 @@ KERNEL_ROWS(ROW)
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 /* inputs of a product, the keys of a tile: sizes that are no argument, from the operations */
 #define INPUTS(rows, outputs) (flops / (2.0 * (rows) * (outputs)))
+/* rows of W that a product of decoding takes */
+#define DECODE_ROWS ((p->flags & LINEAR_GATE ? 2 : 1) * p->n_out)
 #define TILE_KEYS (flops / (2.0 * OP_TILE * y * p->n_heads * p->d_head))
 #define BYTES(params, reads, writes) \
     static void bytes_##params(const void *arguments, const uint32_t grid[3], double flops, \

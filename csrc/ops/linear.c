@@ -21,11 +21,6 @@ const char *op_kernel_family_name(int family) {
     return family >= 0 && family < LINEAR_FAMILIES ? family_names[family] : "unknown";
 }
 
-/* Is the kernel family in use one of those for GPUs, which share their kernels of decoding? */
-static int for_gpus(const struct ops *ops) {
-    return ops->kernel_family == LINEAR_TILED || ops->kernel_family == LINEAR_MATRIX;
-}
-
 int op_kernel_family_find(const char *name) {
     for (int i = 0; i < LINEAR_FAMILIES; i++)
         if (strcmp(name, family_names[i]) == 0)
@@ -63,23 +58,10 @@ static struct variant variant_find(int (*find)(uint32_t weight, uint32_t rm, uin
 }
 
 static const uint32_t linear_rows[] = KERNEL_linear_RM, pairs_rows[] = KERNEL_linear_pairs_RM,
-                      decode_rows[] = KERNEL_linear_decode_RM, bwd_rows[] = KERNEL_linear_bwd_RM;
+                      bwd_rows[] = KERNEL_linear_bwd_RM;
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-/* The decoding kernel has no variant that reads texels. */
-static int decode_find(uint32_t type, uint32_t rm, uint32_t texels) {
-    (void)texels;
-    return kernel_linear_decode(type, rm);
-}
-
-static struct variant variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows,
-                                     int decode) {
-    if (for_gpus(ops) && decode) {
-        struct variant variant = variant_find(decode_find, decode_rows, COUNT(decode_rows), type, 0,
-                                              n_rows);
-        variant.columns = OP_PANEL;
-        return variant;
-    }
+static struct variant variant_choose(const struct ops *ops, uint32_t type, uint32_t n_rows) {
     if (ops->kernel_family == LINEAR_TILED)
         return (struct variant){kernel_linear_tiled(type), TILED_SIDE, TILED_SIDE};
     /* A lane that takes several columns (RN: 16 rows of 4 columns) has too many accumulators for
@@ -102,7 +84,7 @@ static struct variant pairs_choose(const struct ops *ops, uint32_t type, uint32_
 }
 
 static uint32_t variant_columns(const struct ops *ops, const struct variant *variant) {
-    if (for_gpus(ops))
+    if (op_decode_lean(ops))
         return variant->columns;
     return variant->columns ? variant->columns * ops->workgroup : op_panel_columns(ops);
 }
@@ -110,7 +92,7 @@ static uint32_t variant_columns(const struct ops *ops, const struct variant *var
 static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,
                             const struct op_linear_args *args, uint32_t n_inputs,
                             struct error *error) {
-    struct variant variant = variant_choose(ops, matrix->type, args->n_rows, args->decode);
+    struct variant variant = variant_choose(ops, matrix->type, args->n_rows);
     uint64_t first = matrix->segments[segment].first;
     uint32_t n_out = matrix->segments[segment].count, columns = variant_columns(ops, &variant),
              step = linear_rows_at_once(ops, variant.rows, n_out, n_inputs);
@@ -155,11 +137,36 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
 }
 
 int op_linear_norms(const struct ops *ops, uint32_t n_rows) {
-    return !for_gpus(ops) && ops->workgroup == ops->subgroup && n_rows <= 8;
+    return !op_decode_lean(ops) && ops->workgroup == ops->subgroup && n_rows <= 8;
+}
+
+/* The product of decoding on GPUs, whose kernel sums in its own order. */
+static int decode_multiply(struct ops *ops, const struct op_matrix *matrix,
+                           const struct op_linear_args *args, struct error *error) {
+    struct op_linear_decode_args decode = {
+        .x = args->x,
+        .dst = args->dst,
+        .bias = args->bias,
+        .add = args->add,
+        .gain = args->gain,
+        .n_rows = args->n_rows,
+        .x_stride = args->x_stride,
+        .dst_stride = args->dst_stride,
+        .first_k = args->first_k,
+        .n_k = args->n_k,
+        .norm = args->gain ? NORM_KIND_RMS : NORM_KIND_NONE,
+        .finish = FINISH_PLAIN,
+        .softcap = args->softcap,
+        .clip = args->clip,
+        .eps = args->eps,
+    };
+    return op_linear_decode(ops, matrix, &decode, error);
 }
 
 int op_linear(struct ops *ops, const struct op_matrix *matrix, const struct op_linear_args *args,
               struct error *error) {
+    if (args->decode && op_decode_lean(ops))
+        return decode_multiply(ops, matrix, args, error);
     uint32_t padded = (matrix->k + 15) / 16 * 16, n_inputs = args->n_k ? args->n_k : padded;
     if (args->first_k % 16 || args->n_k % 16 || args->first_k > padded ||
         n_inputs > padded - args->first_k || args->x_stride < n_inputs)
@@ -349,7 +356,7 @@ int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
     const uint32_t layer = needed->layer_norm != 0, type = needed->type;
     const int always[] = {KERNEL_embed,
                           kernel_embed(needed->positions != 0),
-                          kernel_norm(layer),
+                          kernel_norm(layer, 0),
                           KERNEL_rope,
                           KERNEL_attn_scores,
                           KERNEL_attn_softmax,
@@ -358,19 +365,18 @@ int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
                           KERNEL_edit,
                           KERNEL_copy,
                           op_attn_decode_kernel(needed->group)};
-    int kernels[32], n = 0;
+    int kernels[48], n = 0;
     for (size_t i = 0; i < sizeof always / sizeof always[0]; i++)
         if (i == 0 || always[i] != always[0])
             kernels[n++] = always[i];
-    for (uint32_t rows = 1; rows <= 16; rows *= 2) {
-        if (ops->kernel_family != LINEAR_MATRIX)
-            kernels[n++] = variant_choose(ops, type, rows, 0).kernel;
-        kernels[n++] = variant_choose(ops, type, rows, 1).kernel;
-    }
+    for (uint32_t rows = 1; rows <= 16 && ops->kernel_family != LINEAR_MATRIX; rows *= 2)
+        kernels[n++] = variant_choose(ops, type, rows).kernel;
     if (ops->kernel_family == LINEAR_MATRIX)
         n += linear_matrix_kernels(ops, type, 0, kernels + n);
     for (size_t i = 0; i < COUNT(pairs_rows) && op_linear_norms(ops, 1) && !layer; i++)
         kernels[n++] = pairs_choose(ops, type, pairs_rows[i]).kernel;
+    if (op_decode_lean(ops))
+        n += op_decode_kernels(needed, kernels + n);
     return gpu_pipelines_prepare(ops->device, kernels, n, error);
 }
 

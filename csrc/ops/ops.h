@@ -162,6 +162,30 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
 int op_matrix_range(struct ops *ops, const struct op_matrix *matrix, struct gpu_buffer *buffer,
                     uint64_t offset, struct error *error);
 
+/* --- decode.c: decoding on GPUs --------------------------------------------------------------- */
+
+/* y = finish(norm(x) W^T (* scale) [+ bias], clamped, capped) [+ add] of the few rows of decoding.
+ * All pad columns of x, gain and norm_bias are read. */
+struct op_linear_decode_args {
+    /* [M, x_stride] at a multiple of 16 bytes, [M, dst_stride], [n], [M, dst_stride] */
+    uint64_t x, dst, bias, add;
+    uint64_t gain, norm_bias; /* [k], padded as x: of the norm; norm_bias: 0 for none */
+    uint32_t n_rows, x_stride, dst_stride;
+    uint32_t first_k, n_k; /* a slice of the inputs (multiples of 16); n_k = 0: all */
+    uint32_t norm;         /* NORM_KIND_* */
+    uint32_t finish, act;  /* FINISH_*, ACT_*; GATE: n / 2 columns of dst */
+    float softcap, clip, eps;
+};
+/* Does decoding use the kernels of GPUs, whose order of sums is their own? */
+int op_decode_lean(const struct ops *ops);
+/* Does op_linear_decode take this matrix, finished like this? */
+int op_linear_decode_offered(const struct ops *ops, const struct op_matrix *matrix,
+                             uint32_t finish);
+int op_linear_decode(struct ops *ops, const struct op_matrix *matrix,
+                     const struct op_linear_decode_args *args, struct error *error);
+/* Does decoding use op_attn_step, for heads of this size? */
+int op_attn_step_offered(const struct ops *ops, uint32_t d_head);
+
 /* --- measure.c: the best of a few dispatches -------------------------------------------------- */
 /* A product of m x k by n x k: floating point operations a second (m large) and weight bytes a
  * second (m = 1, decoding). */
@@ -178,6 +202,8 @@ struct op_kernels_needed {
     int layer_norm; /* its norms are LayerNorms */
     int gated, positions;
 };
+/* decode.c: the kernels of decoding on GPUs, at most 16; returns how many. */
+int op_decode_kernels(const struct op_kernels_needed *needed, int *kernels);
 /* Compiles these kernels in parallel. */
 int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
                         struct error *error);

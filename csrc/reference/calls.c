@@ -17,6 +17,11 @@ struct linear_pairs_call {
     struct matrix_arguments matrix;
     uint32_t family_plus_1;
 };
+struct linear_decode_call {
+    struct op_linear_decode_args args;
+    struct matrix_arguments matrix;
+    uint32_t family_plus_1;
+};
 struct linear_bwd_call {
     struct op_linear_bwd_args args;
     struct matrix_arguments matrix;
@@ -96,6 +101,7 @@ static int family_begin(struct ops *ops, uint32_t family_plus_1, struct error *e
     }
 RUN_OF_FAMILY(linear)
 RUN_OF_FAMILY(linear_pairs)
+RUN_OF_FAMILY(linear_decode)
 RUN_OF_FAMILY(linear_bwd)
 RUN_OF_FAMILY(head_out)
 
@@ -113,6 +119,7 @@ RUN_OF_FAMILY(head_out)
     }
 REFERENCE_OF_PRODUCT(linear, x, x_stride)
 REFERENCE_OF_PRODUCT(linear_pairs, x, x_stride)
+REFERENCE_OF_PRODUCT(linear_decode, x, x_stride)
 REFERENCE_OF_PRODUCT(linear_bwd, dy, y_stride)
 
 static void head_out_reference(struct reference_memory *memory, const void *arguments) {
@@ -160,6 +167,9 @@ static const struct op_field linear_fields[] = {FIELDS_op_linear_args(0), FIELDS
                              linear_pairs_fields[] = {FIELDS_op_linear_pairs_args(0),
                                                       FIELDS_matrix(linear_pairs),
                                                       FIELDS_family(linear_pairs)},
+                             linear_decode_fields[] = {FIELDS_op_linear_decode_args(0),
+                                                       FIELDS_matrix(linear_decode),
+                                                       FIELDS_family(linear_decode)},
                              linear_bwd_fields[] = {FIELDS_op_linear_bwd_args(0),
                                                     FIELDS_matrix(linear_bwd),
                                                     FIELDS_family(linear_bwd)},
@@ -212,6 +222,7 @@ const struct op_call op_calls[] = {
     ROW(embed, sizeof(struct embed_call), 0),
     ROW(linear, sizeof(struct linear_call), 0),
     ROW(linear_pairs, sizeof(struct linear_pairs_call), 0),
+    ROW(linear_decode, sizeof(struct linear_decode_call), 0),
     ROW(linear_bwd, sizeof(struct linear_bwd_call), 0),
     ROW(head_out, sizeof(struct head_out_call), 0),
     ROW(row_norms, sizeof(struct row_norms_call), 0),

@@ -61,6 +61,8 @@ double reference_weight(struct reference_memory *memory, const struct op_matrix 
 /* linear.c; matrices lie in panels of words, as on the device. */
 void reference_linear(struct reference_memory *memory, const struct op_matrix *matrix,
                       const struct op_linear_args *args);
+void reference_linear_decode(struct reference_memory *memory, const struct op_matrix *matrix,
+                             const struct op_linear_decode_args *args);
 void reference_linear_pairs(struct reference_memory *memory, const struct op_matrix *matrix,
                             const struct op_linear_pairs_args *args);
 void reference_linear_bwd(struct reference_memory *memory, const struct op_matrix *matrix,

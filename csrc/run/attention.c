@@ -78,7 +78,8 @@ static int heads_norm(struct run_work *work, struct rows x, uint32_t n_heads, ui
         .n_groups = layer_norm ? n_heads : 0,
         .stride = x.stride,
         .eps = f->norm_eps,
-        .flags = (layer_norm ? NORM_LAYER : 0) | (bias ? NORM_BIAS : 0),
+        .flags = (layer_norm ? NORM_LAYER : 0) | (bias ? NORM_BIAS : 0) |
+                 (step_decode_lean(work) ? NORM_DECODE : 0),
     };
     return op_norm(&work->model->ops, &norm, work->chunk.n_tokens, error);
 }
@@ -122,6 +123,19 @@ static int ablate_and_clamp(struct run_work *work, int l, struct qkv_rows at, ui
     return op_clip(&work->model->ops, &clip, work->chunk.n_tokens, error);
 }
 
+/* Does decoding on GPUs use its own kernel for the attention of single tokens? */
+static int lean_attention(const struct run_work *work) {
+    return step_decode_lean(work) &&
+           op_attn_step_offered(&work->model->ops, work->model->facts.d_head);
+}
+
+/* Does that kernel norm and rotate queries and keys, too? In a frozen layer it cannot: it reads
+ * the present keys of other rows, which other workgroups would still be writing. */
+static int lean_rotation(const struct run_work *work, int l) {
+    return lean_attention(work) && !step_frozen(work, l) && !work->model->facts.qk_norm_bias &&
+           step_fusable(work, SITE_ROT_Q, SITE_PATTERN, l);
+}
+
 /* q, k, v = rotate([norm](clip(ln1(x) W_qkv^T + b))) */
 static int queries_keys_values(struct run_work *work, struct run_cache *cache, int l,
                                struct error *error) {
@@ -145,6 +159,8 @@ static int queries_keys_values(struct run_work *work, struct run_cache *cache, i
                           error));
     RUN(tape_keep_qkv(work, l, error));
     RUN(run_hook_call(work, HOOK_QKV, l, at.q.address, at.q.stride, error));
+    if (lean_rotation(work, l))
+        return 0;
     if (norm_before_rotation(f)) {
         RUN(heads_norm(work, at.q, f->n_heads, layer->q_norm, layer->b_q_norm, error));
         RUN(heads_norm(work, at.k, f->n_kv_heads, layer->k_norm, layer->b_k_norm, error));
@@ -209,6 +225,45 @@ static int decode_fused(struct run_work *work, const struct decode_params *args,
     return op_attn_decode(&work->model->ops, args, span->n, work->chunk.max_keys, error);
 }
 
+/* The same in decoding on GPUs. flags: STEP_* that are done besides */
+static int lean_attend(struct run_work *work, const struct run_cache *cache, int l,
+                       const struct decode_params *from, uint32_t n, uint32_t flags,
+                       struct error *error) {
+    const struct model_facts *f = &work->model->facts;
+    struct rope_params rope = rope_of(work, cache, l);
+    static const uint32_t norms[] = {[QK_NORM_HEAD] = STEP_NORM_HEAD,
+                                     [QK_NORM_WIDE] = STEP_NORM_WIDE,
+                                     [QK_NORM_LAYER] = STEP_NORM_LAYER};
+    if (lean_rotation(work, l))
+        flags |= STEP_STORE | norms[f->qk_norm] | (rotated(f, l) ? STEP_ROTATE : 0) |
+                 (f->rope_interleaved ? STEP_INTERLEAVED : 0);
+    struct attn_step_params args = {
+        .qkv = from->qkv,
+        .k_cache = from->k_cache,
+        .v_cache = from->v_cache,
+        .tokens = from->tokens + from->first_token * sizeof(struct token_meta),
+        .scores = from->scores,
+        .z = from->z + 4 * (uint64_t)from->first_token * from->z_stride,
+        .angles = rope.angles,
+        .q_angles = rope.q_angles,
+        .q_gain = rope.q_gain,
+        .k_gain = rope.k_gain,
+        .n_heads = f->n_heads,
+        .n_kv_heads = f->n_kv_heads,
+        .d_head = f->d_head,
+        .d_rot = f->d_rot,
+        .stride = from->stride,
+        .z_stride = from->z_stride,
+        .key_stride = from->key_stride,
+        .window = from->window,
+        .flags = flags,
+        .scale = from->scale,
+        .softcap = from->softcap,
+        .eps = f->norm_eps,
+    };
+    return op_attn_step(&work->model->ops, &args, n, work->chunk.max_keys, error);
+}
+
 /* z of a span's queries */
 static int attend(struct run_work *work, const struct run_cache *cache, int l,
                   const struct query_span *span, struct error *error) {
@@ -218,10 +273,14 @@ static int attend(struct run_work *work, const struct run_cache *cache, int l,
     uint64_t tiles = query_span_tiles(work, span), pattern = run_address(work->scores);
     struct decode_params args = query_span_attention(work, cache, l, span);
     int hooked = site_wanted(work, SITE_SCORES, l) || site_wanted(work, SITE_PATTERN, l);
+    int lean = lean_attention(work);
+    if (lean && !hooked)
+        return lean_attend(work, cache, l, &args, span->n, 0, error);
     if (chunk->n_tiles == chunk->n_tokens && !hooked)
         return decode_fused(work, &args, span, error);
     struct scores_params scores = op_attn_scores_params(&args, tiles);
     struct softmax_params softmax = op_attn_softmax_params(&args);
+    softmax.decode = (uint32_t)lean;
     struct attn_output_params output = op_attn_output_params(&args, tiles);
     struct site_view scores_view = query_span_view(work, span, SITE_SCORES, l, pattern),
                      pattern_view = query_span_view(work, span, SITE_PATTERN, l, pattern);
@@ -229,6 +288,8 @@ static int attend(struct run_work *work, const struct run_cache *cache, int l,
     RUN(site_visit(work, &scores_view, error));
     RUN(op_attn_softmax(ops, &softmax, span->n, chunk->max_keys, error));
     RUN(site_visit(work, &pattern_view, error));
+    if (lean)
+        return lean_attend(work, cache, l, &args, span->n, STEP_PATTERN, error);
     return op_attn_output(ops, &output, n_tiles, chunk->max_keys, error);
 }
 

@@ -6,9 +6,31 @@ int run_final_norm(struct run_work *work, struct error *error) {
                      run_address(work->norm), 0, error);
 }
 
-/* Logits of n_rows normed rows at x, straight into readback memory, in row ranges that fit it. */
-static int unembed(struct run_work *work, uint64_t x, uint32_t n_rows, int by_row,
-                   struct error *error) {
+/* dst = norm(x) W_U^T of n rows, in decoding on GPUs */
+static int lean_unembed(struct run_work *work, struct norm_step norm, uint64_t x, uint32_t n,
+                        uint64_t dst, struct error *error) {
+    const struct model *model = work->model;
+    struct op_linear_decode_args args = {
+        .x = x,
+        .dst = dst,
+        .bias = model->b_unembed,
+        .gain = norm.gain,
+        .norm_bias = norm.bias,
+        .n_rows = n,
+        .x_stride = work->d_stride,
+        .dst_stride = op_row_stride(model->facts.d_vocab),
+        .norm = step_norm_kind(norm),
+        .finish = FINISH_PLAIN,
+        .softcap = model->facts.final_softcap,
+        .eps = model->facts.norm_eps,
+    };
+    return op_linear_decode(&work->model->ops, &model->unembed, &args, error);
+}
+
+/* Logits of n_rows rows at x, straight into readback memory, in row ranges that fit it. norm: one
+ * that the rows still need (in decoding on GPUs only), or without a gain. */
+static int unembed(struct run_work *work, struct norm_step norm, uint64_t x, uint32_t n_rows,
+                   int by_row, struct error *error) {
     const struct model *model = work->model;
     uint32_t stride = op_row_stride(model->facts.d_vocab);
     for (uint32_t done = 0, n; done < n_rows; done += n) {
@@ -35,7 +57,10 @@ static int unembed(struct run_work *work, uint64_t x, uint32_t n_rows, int by_ro
             .width = model->facts.d_vocab,
             .by_row = by_row,
         };
-        RUN(op_linear(&work->model->ops, &model->unembed, &args, error));
+        if (norm.gain)
+            RUN(lean_unembed(work, norm, args.x, n, args.dst, error));
+        else
+            RUN(op_linear(&work->model->ops, &model->unembed, &args, error));
         RUN(work_readback_push(work, &logits, error));
     }
     return 0;
@@ -68,23 +93,28 @@ static int last_normed(struct run_work *work, int normed, struct error *error) {
         .width = model->facts.d_model,
         .stride = work->d_stride,
         .eps = model->facts.norm_eps,
-        .flags = NORM_ROWS | (ln_final.layer_norm ? NORM_LAYER : 0) |
-                 (ln_final.bias ? NORM_BIAS : 0),
+        .flags = NORM_ROWS | (step_decode_lean(work) ? NORM_DECODE : 0) |
+                 (ln_final.layer_norm ? NORM_LAYER : 0) | (ln_final.bias ? NORM_BIAS : 0),
     };
     return op_norm(&work->model->ops, &norm, chunk->n_last, error);
 }
 
 int run_logits(struct run_work *work, struct error *error) {
     const struct chunk *chunk = &work->chunk;
+    const struct norm_step none = {0};
     enum run_logits mode = chunk->batch->logits_mode;
     int normed = mode == RUN_LOGITS_ALL || site_wanted(work, SITE_FINAL_SCALE, 0) ||
                  site_wanted(work, SITE_FINAL_NORMALIZED, 0);
     if (normed)
         RUN(run_final_norm(work, error));
     if (mode == RUN_LOGITS_ALL)
-        return unembed(work, run_address(work->norm), chunk->n_tokens, 0, error);
+        return unembed(work, none, run_address(work->norm), chunk->n_tokens, 0, error);
     if (mode != RUN_LOGITS_LAST || chunk->n_last == 0)
         return 0;
+    /* every row brings one token, which is its last */
+    if (step_decode_lean(work) && !normed && chunk->n_last == chunk->n_tokens)
+        return unembed(work, norm_step_of(work->model, LN_FINAL, 0), run_address(work->x),
+                       chunk->n_last, 1, error);
     RUN(last_normed(work, normed, error));
-    return unembed(work, run_address(work->out), chunk->n_last, 1, error);
+    return unembed(work, none, run_address(work->out), chunk->n_last, 1, error);
 }

@@ -20,6 +20,27 @@ static int gated_fused(struct run_work *work, int l, struct error *error) {
     return op_linear_pairs(&work->model->ops, &layer->gate_up, &args, error);
 }
 
+/* post = act(ln2(y) W_gate^T) * (ln2(y) W_up^T), or act(ln2(y) W_up^T), in decoding on GPUs */
+static int lean_activation(struct run_work *work, int l, struct error *error) {
+    const struct model_layer *layer = &work->model->layers[l];
+    struct norm_step ln2 = norm_step_of(work->model, LN2, l);
+    struct op_linear_decode_args args = {
+        .x = run_address(work->x),
+        .dst = run_address(work->post),
+        .bias = layer->b_gate_up,
+        .gain = ln2.gain,
+        .norm_bias = ln2.bias,
+        .n_rows = work->chunk.n_tokens,
+        .x_stride = work->d_stride,
+        .dst_stride = work->mlp_stride,
+        .norm = step_norm_kind(ln2),
+        .finish = work->model->facts.gated ? FINISH_GATE : FINISH_ACT,
+        .act = work->model->facts.act,
+        .eps = work->model->facts.norm_eps,
+    };
+    return op_linear_decode(&work->model->ops, &layer->gate_up, &args, error);
+}
+
 static int activate(struct run_work *work, uint64_t gate_up, struct error *error) {
     struct act_params act = {
         .gate_up = gate_up,
@@ -41,8 +62,12 @@ static int activation(struct run_work *work, int l, struct error *error) {
     struct rows gate = {work->at_gate_up, work->gate_up_stride}, up = gate;
     up.address += 4 * (uint64_t)work->model->facts.d_mlp;
     int gate_there = work->model->facts.gated;
-    if (gate_there && step_norm_fusable(work, ln2) &&
-        step_fusable(work, SITE_LN2_SCALE, SITE_MLP_PRE_LINEAR, l) &&
+    int unseen = step_fusable(work, SITE_LN2_SCALE, SITE_MLP_PRE_LINEAR, l);
+    if (unseen && step_decode_lean(work) &&
+        op_linear_decode_offered(&work->model->ops, &layer->gate_up,
+                                 gate_there ? FINISH_GATE : FINISH_ACT))
+        return lean_activation(work, l, error);
+    if (gate_there && unseen && step_norm_fusable(work, ln2) &&
         op_linear_pairs_offered(&work->model->ops, &layer->gate_up, work->chunk.n_tokens))
         return gated_fused(work, l, error);
     RUN(step_norm_product(work, ln2, &layer->gate_up, layer->b_gate_up, 0, gate, 0, error));

@@ -49,6 +49,10 @@ int step_fusable(const struct run_work *work, enum site first, enum site last, i
     return !work->tape && !work->hook;
 }
 
+int step_decode_lean(const struct run_work *work) {
+    return work->chunk.batch->decode && op_decode_lean(&work->model->ops);
+}
+
 int step_frozen(const struct run_work *work, int layer) {
     return work->chunk.batch->frozen && work->chunk.batch->frozen[layer];
 }
@@ -83,6 +87,7 @@ int step_norm(struct run_work *work, struct norm_step norm, uint64_t x, uint64_t
               int keep_scale, struct error *error) {
     struct ops *ops = &work->model->ops;
     uint32_t n = work->chunk.n_tokens, kind = norm.layer_norm ? NORM_LAYER : 0;
+    kind |= step_decode_lean(work) ? NORM_DECODE : 0;
     uint32_t flags = kind | (norm.bias ? NORM_BIAS : 0) | (add ? NORM_ADD : 0);
     int hooked = site_wanted(work, norm.scale_site, norm.layer) ||
                  site_wanted(work, norm.normalized_site, norm.layer);
@@ -136,8 +141,34 @@ int step_product(struct run_work *work, const struct op_matrix *matrix, struct r
 }
 
 int step_norm_fusable(const struct run_work *work, struct norm_step norm) {
-    return norm.gain && !norm.layer_norm &&
-           op_linear_norms(&work->model->ops, work->chunk.n_tokens);
+    return norm.gain &&
+           (step_decode_lean(work) ||
+            (!norm.layer_norm && op_linear_norms(&work->model->ops, work->chunk.n_tokens)));
+}
+
+uint32_t step_norm_kind(struct norm_step norm) {
+    return !norm.gain ? NORM_KIND_NONE : norm.layer_norm ? NORM_KIND_LAYER : NORM_KIND_RMS;
+}
+
+/* dst = norm(x) W^T [+ bias], clamped, by one kernel of decoding on GPUs */
+static int lean_norm_product(struct run_work *work, struct norm_step norm,
+                             const struct op_matrix *matrix, uint64_t bias, float clip,
+                             struct rows x, struct rows dst, struct error *error) {
+    struct op_linear_decode_args args = {
+        .x = x.address,
+        .dst = dst.address,
+        .bias = bias,
+        .gain = norm.gain,
+        .norm_bias = norm.bias,
+        .n_rows = work->chunk.n_tokens,
+        .x_stride = x.stride,
+        .dst_stride = dst.stride,
+        .norm = step_norm_kind(norm),
+        .finish = FINISH_PLAIN,
+        .clip = clip,
+        .eps = work->model->facts.norm_eps,
+    };
+    return op_linear_decode(&work->model->ops, matrix, &args, error);
 }
 
 int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
@@ -153,6 +184,8 @@ int step_norm_product(struct run_work *work, struct norm_step norm, const struct
         RUN(step_norm(work, norm, x.address, 0, normed.address, keep_scale, error));
         return product(work, matrix, normed, bias, clip, 0, dst, error);
     }
+    if (step_decode_lean(work))
+        return lean_norm_product(work, norm, matrix, bias, clip, x, dst, error);
     struct op_linear_args args = {
         .x = x.address,
         .dst = dst.address,

@@ -33,6 +33,8 @@ struct norm_step norm_step_of(const struct model *model, enum norm_name name, in
 /* No hook or tape runs, and no edit or capture wants a site from first to last, so one fused kernel
  * may compute them all. sites.def has the order of the pass: a new site among them counts too. */
 int step_fusable(const struct run_work *work, enum site first, enum site last, int layer);
+/* Does this chunk decode with the kernels of GPUs (csrc/ops/decode.c)? */
+int step_decode_lean(const struct run_work *work);
 /* Are attention patterns, values or MLP outputs of this layer taken from other rows? */
 int step_frozen(const struct run_work *work, int layer);
 
@@ -50,6 +52,8 @@ int step_product(struct run_work *work, const struct op_matrix *matrix, struct r
                  uint64_t bias, uint64_t add, struct rows dst, struct error *error);
 /* Can one kernel do the norm and a product of the residual stream? */
 int step_norm_fusable(const struct run_work *work, struct norm_step norm);
+/* NORM_KIND_* of a norm before a product; NONE where the model has no such norm */
+uint32_t step_norm_kind(struct norm_step norm);
 /* dst = [norm](the residual stream in work->x) W^T [+ bias], clamped to +-clip unless it is 0. */
 int step_norm_product(struct run_work *work, struct norm_step norm, const struct op_matrix *matrix,
                       uint64_t bias, float clip, struct rows dst, int keep_scale,

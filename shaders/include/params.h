@@ -84,8 +84,9 @@ BLOCK(embed_params) {
 #define NORM_READ_NORMALIZED 16 /* the normalised value was edited: read it */
 #define NORM_ROWS 32            /* row r reads token rows[r] */
 #define NORM_NO_OUT 64
-#define NORM_LAYER 128 /* LayerNorm: the mean is subtracted first */
-#define NORM_BIAS 256  /* LayerNorm only: out = normalized * gain + bias */
+#define NORM_LAYER 128  /* LayerNorm: the mean is subtracted first */
+#define NORM_BIAS 256   /* LayerNorm only: out = normalized * gain + bias */
+#define NORM_DECODE 512 /* sums in the order of the fused kernels of decoding on GPUs */
 
 /* RMS norm: scale = sqrt(mean x^2 + eps), normalized = x / scale, out = normalized * gain.
  * LayerNorm: the same of x - mean x, and of n_groups parts of a row, each `width` wide, by
@@ -112,6 +113,9 @@ BLOCK(norm_params) {
 #define LINEAR_NORM 8   /* x is RMS-normalised first: few rows, software drivers */
 #define LINEAR_SCALE 16 /* the sum is multiplied by `scale`, before the bias */
 #define LINEAR_CLIP 32  /* the sum with its bias is clamped to +-clip */
+#define LINEAR_ACT 64   /* in linear_decode, the result is act(...) */
+#define LINEAR_NORM_BIAS 128
+#define LINEAR_GATE 256 /* in linear_decode, an output has two rows of W */
 
 /* dst[m, n] = sum_k x[m, k] W[n, k] (* scale) (+ bias) (+ add): one chain over ascending k for
  * every output. */
@@ -220,6 +224,7 @@ BLOCK(softmax_params) {
     UINT n_heads;
     UINT key_stride;
     UINT window; /* 0: full */
+    UINT decode; /* 1: sums in the order of attn_step */
 };
 
 /* z[t, h, :] = sum_j pattern[t, h, j] v_j. */
@@ -424,6 +429,7 @@ BLOCK(read_params) {
     UINT cells_each;
 };
 
+#include "params_decode.h"
 #include "params_backward.h"
 #include "params_attribution.h"
 #include "params_circuit.h"

@@ -39,6 +39,10 @@ layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Pa
 layout(buffer_reference, scalar, buffer_reference_align = 16) writeonly buffer CellsOut {
     uvec4 at[];
 };
+layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Vec4sIn {
+    vec4 at[];
+};
+layout(buffer_reference, scalar, buffer_reference_align = 16) buffer Vec4s { vec4 at[]; };
 #include "params.h"
 layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Tokens {
     token_meta at[];
@@ -51,7 +55,11 @@ layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Edi
 };
 
 layout(constant_id = 0) const uint SG = 8; // subgroup size
+#ifdef FIXED_WORKGROUP
+const uint WG = FIXED_WORKGROUP;
+#else
 layout(constant_id = 1) const uint WG = 8; // workgroup size, a multiple of SG
+#endif
 #ifdef MATRIX_UNITS
 // the shape of a tile of the device's matrix units: [TM, TK] times [TK, TN]
 layout(constant_id = 2) const uint TM = 16;

@@ -1,0 +1,136 @@
+"""Decoding with the kernels of GPUs (`VKSTEER_KERNELS=tiled`), on whatever device runs the tests:
+its dispatches a token, its bits, and its answers against the float64 oracle.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from oracle.compare import assert_close, assert_same_bits
+
+#: family -> dispatches of a layer. Post-norms are dispatches of their own; heads whose size is no
+#: multiple of 4 (llama3 here) or whose norms have biases are rotated by one.
+LAYER = {
+    "gpt_neox": 5,
+    "qwen3": 5,
+    "mistral": 5,
+    "cohere_norm": 5,
+    "ministral3": 5,
+    "olmo3": 7,
+    "gemma3": 7,
+    "llama3": 6,
+    "gpt2": 6,
+}
+OUTSIDE = 2  # embedding, then norm and unembedding in one; learned positions are one more
+
+
+@pytest.fixture(scope="module")
+def lean(zoo):
+    import vksteer
+
+    opened = {}
+
+    def model(name):
+        if name not in opened:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VKSTEER_KERNELS", "tiled")
+                opened[name] = vksteer.Model.from_pretrained(
+                    str(zoo.folder(name)), dtype="float32", progress=False
+                )
+        return opened[name]
+
+    yield model
+    for each in opened.values():
+        each.close()
+
+
+def prompts(model, rng, lengths=(17, 1, 40, 5)):
+    return [rng.integers(0, model.config.d_vocab, n).tolist() for n in lengths]
+
+
+def dispatches(model, prompt, n, **options):
+    before = model._engine.dispatches
+    model.generate([prompt], max_new_tokens=n, ignore_eos=True, progress=False, **options)
+    return model._engine.dispatches - before
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_dispatches_a_token(lean, rng, name):
+    model = lean(name)
+    (prompt,) = prompts(model, rng, (9,))
+    two = [dispatches(model, prompt, 2) for _ in range(2)][1]  # the first prepares once
+    a_token = dispatches(model, prompt, 3) - two
+    outside = OUTSIDE + ("hook_pos_embed" in model.sites)
+    assert a_token == LAYER[name] * model.config.n_layers + outside
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_bits(lean, rng, name):
+    """A row alone, in a batch, beside a row with edits inside every fusion, and with all its sites
+    captured.
+    """
+    import vksteer as vs
+
+    model = lean(name)
+    rows, last = prompts(model, rng), model.config.n_layers - 1
+    sites = [f"blocks.{last}.hook_resid_post", "ln_final.hook_normalized"]
+    options = dict(max_new_tokens=4, ignore_eos=True, progress=False)
+    plain = model.generate(rows, capture=sites, **options)
+    inside = ["attn.hook_pattern", "attn.hook_q", "mlp.hook_pre", "mlp.hook_post", "attn.hook_z"]
+    inside += ["ln1.hook_normalized", "ln2.hook_scale"] * ("blocks.0.ln1.hook_scale" in model.sites)
+    edits = [vs.Scale(f"blocks.1.{site}", 1.25) for site in inside]
+    everything = [s for s in model.sites if "scores" not in s and "pattern" not in s]
+    others = {
+        "beside an edited row": model.generate(
+            rows, capture=sites, edits=[[], edits, [], []], **options
+        ),
+        "all captured": model.generate(rows, capture=everything, **options),
+        "alone": [model.generate([row], capture=sites, **options)[0] for row in rows],
+    }
+    for what, gens in others.items():
+        for i in (0, 2, 3) if "edited" in what else range(4):
+            for s in sites:
+                assert_same_bits(
+                    f"{name}, row {i} {what}: {s}", gens[i].captured[s], plain[i].captured[s]
+                )
+    edited = others["beside an edited row"][1]
+    assert not np.array_equal(edited.captured[sites[0]], plain[1].captured[sites[0]])
+
+
+@pytest.mark.parametrize("freeze", ["qk", "ov", "mlp"])
+def test_frozen_rows(lean, rng, freeze):
+    """A steered row's base run decodes in the same batch; with coefficient 0 it is the row."""
+    import vksteer as vs
+
+    model = lean("mistral")
+    rows = prompts(model, rng, (9, 4))
+    vector = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
+    site = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    options = dict(max_new_tokens=4, ignore_eos=True, progress=False, capture=[site])
+    steer = [vs.Steer(vector, 4.0)]
+    both = model.generate(rows, edits=steer, freeze=freeze, **options)
+    zero = model.generate(rows, edits=[vs.Steer(vector, 0.0)], freeze=freeze, **options)
+    plain = model.generate(rows, **options)
+    for i, row in enumerate(rows):
+        alone = model.generate([row], edits=steer, freeze=freeze, **options)[0]
+        assert_same_bits(f"row {i}", alone.captured[site], both[i].captured[site])
+        assert_same_bits(f"row {i} unsteered", zero[i].captured[site], plain[i].captured[site])
+        assert not np.array_equal(both[i].captured[site], plain[i].captured[site])
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt_neox", "llama3", "gemma2", "qwen3", "phi", "cohere_norm", "olmo2"]
+)
+def test_decoded_residual_streams_against_the_oracle(zoo, lean, rng, name):
+    """Largest error 1.4e-6, of the bound of oracle/compare.py."""
+    ref, model = zoo.reference(name), lean(name)
+    rows = prompts(model, rng, (17, 3))
+    sites = [f"blocks.{l}.hook_resid_post" for l in range(model.config.n_layers)]
+    gens = model.generate(rows, max_new_tokens=5, ignore_eos=True, capture=sites, progress=False)
+    for row, gen in zip(rows, gens, strict=True):
+        with torch.no_grad():
+            want = ref.forward(row + gen.tokens.tolist()).sites
+        for s in sites:
+            assert_close(f"{name}: {s}", gen.captured[s], want[s].numpy()[len(row) :])

@@ -1,0 +1,205 @@
+"""The ops of decoding on GPUs: against their float64 references, and bit-identical to the separate
+steps that they fuse, for any number of rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from op_bench import agree, same_bits
+from vksteer.verify import decoding, forward, problems
+
+ROWS = (1, 2, 3, 8, 9)
+
+
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
+@pytest.mark.parametrize("norm", problems.NORM_KINDS)
+@pytest.mark.parametrize("n, k", [(2, 1), (34, 33), (66, 257)])
+def test_linear_decode(on, rng, n, k, norm, weight_type):
+    for i, rows in enumerate(ROWS):
+        finish = ("plain", "act", "gate")[i % 3]
+        agree(
+            on,
+            decoding.linear_decode(
+                rng,
+                rows,
+                n,
+                k,
+                weight_type,
+                norm,
+                finish,
+                act=i,
+                bias=i % 2 == 0,
+                add=finish == "plain",
+                norm_bias=norm == "layer",
+            ),
+        )
+
+
+def run(on, op, buffers, sources, **arguments):
+    """Runs an op on buffers, whose names it knows as `sources` says; returns all buffers."""
+    return buffers | on.run(op, {**sources, **arguments}, buffers)[0]
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("finish", ["plain", "act", "gate"])
+def test_the_fused_product_equals_its_steps_and_does_not_depend_on_the_rows(on, rng, norm, finish):
+    n, k, act = 70, 333, 1
+    layer = norm == "layer"
+    problem = decoding.linear_decode(rng, 9, n, k, 1, norm, finish, act, True, norm_bias=layer)
+    a, fused = problem.arguments, on.run("linear_decode", problem.arguments, problem.buffers)[0]
+    wide, stride = problems.row_stride(n), a["x_stride"]
+    steps = dict(problem.buffers) | {
+        "normed": np.zeros((9, stride), np.float32),
+        "product": np.zeros((9, wide), np.float32),
+    }
+    norm_flags = problems.NORM_FLAGS | problems.flags("NORM", "decode")
+    steps = run(
+        on,
+        "norm",
+        steps,
+        {"x": "x", "gain": "gain", "dst": "normed"} | ({"bias": "norm_bias"} if layer else {}),
+        width=k,
+        stride=stride,
+        n_rows=9,
+        eps=a["eps"],
+        flags=norm_flags["decode"] + (norm_flags["layer"] + norm_flags["bias"]) * layer,
+    )
+    matrix = {name: a[name] for name in ("weight_type", "n", "k", "family_plus_1")}
+    steps = run(
+        on,
+        "linear",
+        steps,
+        {"x": "normed", "weights": "weights", "bias": "bias", "dst": "product"},
+        **matrix,
+        n_rows=9,
+        x_stride=stride,
+        dst_stride=wide,
+        decode=1,
+    )
+    if finish == "plain":
+        want = steps["product"]
+    else:
+        steps = run(
+            on,
+            "act",
+            steps,
+            {"gate_up": "product", "dst": "dst"},
+            width=n // 2 if finish == "gate" else n,
+            in_stride=wide,
+            out_stride=a["dst_stride"],
+            act=act,
+            plain=int(finish == "act"),
+            n_tokens=9,
+        )
+        want = steps["dst"]
+    columns = n // 2 if finish == "gate" else n
+    assert same_bits(fused["dst"][:, :columns], want[:, :columns])
+    for rows in (1, 2, 3, 8):
+        some = on.run("linear_decode", a | {"n_rows": rows}, problem.buffers)[0]
+        assert same_bits(some["dst"][:rows, :columns], fused["dst"][:rows, :columns])
+
+
+STEPS = [
+    (64, 64, ("rotate", "store")),
+    (20, 8, ("rotate", "interleaved", "store")),
+    (256, 256, ("rotate", "store", "norm_head")),
+    (16, 16, ("rotate", "store", "norm_wide")),
+    (64, 32, ("rotate", "store", "norm_layer")),
+    (4, 0, ("store",)),
+]
+
+
+@pytest.mark.parametrize("d_head, d_rot, flags", STEPS, ids=str)
+def test_attn_step(on, rng, d_head, d_rot, flags):
+    for group, window, softcap in ((1, 0, 0.0), (3, 5, 20.0), (7, 0, 0.0)):
+        cached = [0, 33, 258] if d_head < 256 else [0, 33]
+        agree(
+            on,
+            decoding.attn_step(rng, cached, 2 * group, 2, d_head, d_rot, flags, window, softcap),
+        )
+
+
+def test_attn_step_of_frozen_rows_and_of_a_given_pattern(on, rng):
+    agree(on, decoding.attn_step(rng, [9, 9, 300, 300], 6, 2, 20, flags=(), frozen=True))
+    agree(on, decoding.attn_step(rng, [0, 37, 700], 8, 2, 16, flags=("pattern",)))
+
+
+@pytest.mark.parametrize("d_head, d_rot, flags", STEPS, ids=str)
+def test_attn_step_equals_its_steps(on, rng, d_head, d_rot, flags):
+    """Norms, rotation, scores, softmax and z by a kernel each give the same bits."""
+    one = decoding.attn_step(rng, [0, 9, 290], 6, 2, d_head, d_rot, flags, window=280, softcap=9.0)
+    a, fused = one.arguments, on.run(one.op, one.arguments, one.buffers)[0]
+    names = lambda *fields: {f: a[f] for f in fields}
+    rope_flags, norm_flags = problems.ROPE_FLAGS, problems.flags("NORM", "decode", "layer")
+    buffers, of = dict(one.buffers), set(flags)
+    sums = {"norm_wide": norm_flags["decode"], "norm_layer": sum(norm_flags.values())}
+    for name in sums.keys() & of:
+        for heads, at, gain in ((6, 0, "q_gain"), (2, 6 * d_head, "k_gain")):
+            part = np.ascontiguousarray(buffers["qkv"][:, at:])
+            layer = name == "norm_layer"
+            part = on.run(
+                "norm",
+                {"x": "x", "gain": "gain", "dst": "x", "n_rows": 3, "eps": a["eps"]}
+                | {"width": d_head if layer else heads * d_head, "stride": part.shape[1]}
+                | {"n_groups": heads if layer else 0, "flags": sums[name]},
+                {"x": part, "gain": buffers[gain]},
+            )[0]["x"]
+            buffers["qkv"] = np.concatenate([buffers["qkv"][:, :at], part], 1)
+    buffers |= on.run(
+        "rope",
+        {f: f for f in ("qkv", "angles", "q_angles", "tokens", "q_gain", "k_gain")}
+        | {"k_cache": "k_cache", "v_cache": "v_cache", "n_tokens": 3}
+        | names("n_heads", "n_kv_heads", "d_head", "d_rot", "stride", "eps")
+        | {
+            "flags": rope_flags["store"]
+            + rope_flags["rotate"] * ("rotate" in of)
+            + rope_flags["interleaved"] * ("interleaved" in of)
+            + rope_flags["qk_norm"] * ("norm_head" in of)
+        },
+        buffers,
+    )[0]
+    for cache in ("k_cache", "v_cache"):
+        assert same_bits(buffers[cache], fused[cache])
+    buffers |= {"tiles": np.array([(t, 1) for t in range(3)], np.uint32)}
+    shared = {"tokens": "tokens", "scores": "scores"} | names("n_heads", "key_stride", "n_keys")
+    kv = names("n_kv_heads", "d_head")
+    buffers |= on.run(
+        "attn_scores",
+        shared
+        | kv
+        | {"qkv": "qkv", "k_cache": "k_cache", "tiles": "tiles", "n_tiles": 3}
+        | names("stride", "scale", "softcap"),
+        buffers,
+    )[0]
+    buffers |= on.run(
+        "attn_softmax", shared | names("window") | {"n_tokens": 3, "decode": 1}, buffers
+    )[0]
+    for t, pos in enumerate((0, 9, 290)):
+        assert same_bits(buffers["scores"][t, :, : pos + 1], fused["scores"][t, :, : pos + 1])
+    given = on.run(one.op, a | {"flags": decoding.STEP_FLAGS["pattern"]}, buffers)[0]
+    assert same_bits(given["z"], fused["z"])
+    stored = on.run(one.op, a | {"flags": 0}, buffers)[0]  # q and k are made already
+    assert same_bits(stored["z"], fused["z"])
+
+
+def test_refusals(on, rng):
+    good = decoding.linear_decode(rng, 2, 8, 16, norm="rms", finish="gate")
+    for change in ({"finish": 3}, {"norm": 7}, {"n_k": 16}, {"n": 7}):
+        with pytest.raises(ValueError):
+            on.run("linear_decode", good.arguments | change, good.buffers)
+    good = decoding.attn_step(rng, [3], 2, 1, 8)
+    for change in ({"d_head": 6}, {"d_rot": 10}):
+        with pytest.raises(ValueError):
+            on.run("attn_step", good.arguments | change, good.buffers)
+
+
+def test_prefill_keeps_its_own_order(on, rng):
+    """Another order of sums shows in the bits, so these comparisons can fail."""
+    one = forward.norm(rng, 3, 1027)
+    flags = one.arguments["flags"] + problems.flags("NORM", "decode")["decode"]
+    other = on.run("norm", one.arguments | {"flags": flags}, one.buffers)[0]["dst"]
+    plain = on.run("norm", one.arguments, one.buffers)[0]["dst"]
+    assert np.allclose(plain, other, rtol=1e-5, equal_nan=True)
+    assert not same_bits(plain, other)
