@@ -53,10 +53,11 @@ class Sizes:
     steps: int = 10
     top: int = 20
     products: tuple[int, ...] = (1, 8, 128, 512, 2048)
+    square: int = 4096  # rows, inputs and outputs of one more product
     rounds: int = 3
 
 
-TINY = Sizes(16, 32, 4, (1, 3), 4, 5, 16, 4, (8, 16), 2, 5, (1, 8), 1)
+TINY = Sizes(16, 32, 4, (1, 3), 4, 5, 16, 4, (8, 16), 2, 5, (1, 8), 32, 1)
 
 
 @dataclass
@@ -127,9 +128,9 @@ def products(p: Pair) -> Iterator[dict]:
     """The matrix kernels alone, and PyTorch's product of the same sizes in float32 and bfloat16."""
     import torch
 
-    c = p.ours.config
-    for m in p.sizes.products:
-        n, k = 2 * c.d_mlp, c.d_model
+    c, square = p.ours.config, p.sizes.square
+    shapes = [(m, 2 * c.d_mlp, c.d_model) for m in p.sizes.products]
+    for m, n, k in (*shapes, (square, square, square)):
         # The best of 9, each with submission and wait, as PyTorch's.
         rate, read = p.ours._engine.measure_linear(m, n, k)
         calls = {}
@@ -151,8 +152,10 @@ def products(p: Pair) -> Iterator[dict]:
         )
 
 
-def passes(p: Pair) -> Iterator[dict]:
-    """Forward passes with the logits of the last position."""
+def passes(p: Pair, most: float = 2e-3) -> Iterator[dict]:
+    """Forward passes with the logits of the last position. most: by how much of the largest logit
+    the two sides may differ.
+    """
     import torch
 
     sizes = p.sizes
@@ -164,7 +167,7 @@ def passes(p: Pair) -> Iterator[dict]:
         with torch.inference_mode():
             want = last(p.peers["float32"]).logits[:, -1].cpu().numpy()
         error = float(np.abs(logits - want).max() / np.abs(want).max())
-        if not error < 2e-3:
+        if not error < most:
             raise RuntimeError(
                 f"the two sides do not compute the same: logits differ by {error:.2g} of the"
                 " largest"
@@ -181,6 +184,19 @@ def passes(p: Pair) -> Iterator[dict]:
             against_bfloat16=s["bfloat16"]["median_s"] / s["ours"]["median_s"],
             tflops=n_rows * ceilings.prefill_operations(p.ours, n) / s["ours"]["median_s"] / 1e12,
         )
+
+
+def fast(p: Pair) -> Iterator[dict]:
+    """On matrix units: passes and products again, as one product in float16 each."""
+    engine = p.ours._engine
+    if engine.kernels != "matrix":
+        return
+    engine.fast = True
+    try:
+        for r in (*passes(p, 0.05), *products(p)):
+            yield r | {"what": f"fast {r['what']}"}
+    finally:
+        engine.fast = False
 
 
 def decoding(p: Pair) -> Iterator[dict]:
@@ -256,9 +272,13 @@ def attribution(p: Pair) -> Iterator[dict]:
         np.random.default_rng(1).standard_normal(p.ours.config.d_model) / 2, bench.LAYER
     )
     rounds = min(2, p.sizes.rounds)
-    found = bench.against_pytorch(p.ours, p.peers["float32"], vector, rounds)[0]
-    half = bench.Peer(p.peers["bfloat16"], bench.sample(sum(p.sizes.attributed)), vector)
-    times = summary(take_turns({"bfloat16": half.core}, rounds)["bfloat16"])
+    try:
+        found = bench.against_pytorch(p.ours, p.peers["float32"], vector, rounds)[0]
+        half = bench.Peer(p.peers["bfloat16"], bench.sample(sum(p.sizes.attributed)), vector)
+        times = summary(take_turns({"bfloat16": half.core}, rounds)["bfloat16"])
+    finally:
+        for peer in p.peers.values():  # hooks that steer
+            peer.model.layers[bench.LAYER]._forward_pre_hooks.clear()
     yield found | {
         "bfloat16": times,
         "against_bfloat16": times["median_s"] / found["ours"]["median_s"],
@@ -299,6 +319,28 @@ def lens(p: Pair) -> Iterator[dict]:
     )
 
 
+def profiles(p: Pair) -> Iterator[dict]:
+    """What every kernel costs in a pass, a larger pass and decoding, by the device's own clock."""
+    sizes = p.sizes
+    before, one, many = (
+        [tokens(n, seed) for seed in range(n_rows)]
+        for n_rows, n in ((1, sizes.before), (1, sizes.prompt), (sizes.batch, sizes.prompt))
+    )
+    decode = partial(p.ours.generate, max_new_tokens=sizes.new, ignore_eos=True, progress=False)
+    calls = {
+        f"a pass over 1 x {sizes.prompt} tokens": lambda: p.ours.run(one, logits="last"),
+        f"a pass over {sizes.batch} x {sizes.prompt} tokens": lambda: p.ours.run(
+            many, logits="last"
+        ),
+        f"decoding {sizes.new} tokens, 1 row": lambda: decode(before),
+    }
+    for what, call in calls.items():
+        call()
+        with p.ours.profile() as spent:
+            call()
+        yield row(f"profile of {what}", spent.to_dict()["seconds"], "s", profile=spent.to_dict())
+
+
 #: name -> (function, seconds it may take on an H200 with a model of 3B)
 COMPARISONS = {
     "load": (loading, 10),
@@ -308,4 +350,6 @@ COMPARISONS = {
     "attribution": (attribution, 30),
     "lens": (lens, 10),
     "products": (products, 10),
+    "fast": (fast, 20),
+    "profiles": (profiles, 10),
 }
