@@ -113,7 +113,54 @@ def magnitudes(on, rng) -> dict:
     return found
 
 
-def main(case: str) -> None:
+def model(folder) -> dict:
+    """A model on matrix units, against the broadcast kernels: logits, gradients, scores of edges,
+    and rows alone and in a batch; and with fast products.
+    """
+    import warnings
+
+    import vksteer as vs
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fast = vs.Model.from_pretrained(folder, precision="fast", progress=False)
+        again = vs.Model.from_pretrained(folder, precision="fast", progress=False)
+    split = vs.Model.from_pretrained(folder, progress=False)
+    rng = np.random.default_rng(4)
+    rows = [rng.integers(0, split.config.d_vocab, n).tolist() for n in (9, 1, 40)]
+    vector = vs.SteeringVector(rng.standard_normal(split.config.d_model).astype(np.float32), 1)
+    samples = [vs.patching.Sample(rows[0], rows[2][:5])]
+    at = ["blocks.0.hook_resid_pre"]
+
+    def computed(of):
+        logits = of.run(rows).logits
+        gradients = of.gradients(rows, of=vs.LogitDiff(-1, 1, 2), at=at, progress=False)[at[0]]
+        scores = vs.patching.attribute(of, samples, vector, 1.0, steps=2, progress=False)
+        return {"logits": logits, "gradients": gradients, "scores": scores.edges}
+
+    on_units, rounded = computed(split), computed(fast)
+    for row, batched in zip(rows, on_units["logits"]):
+        alone = split.run([row]).logits[0]
+        assert np.array_equal(alone, batched[-len(row) :]), "alone and batched"
+    split._engine.kernels = "broadcast"
+    want = computed(split)
+    error = lambda got, of: float(np.abs(got[of] - want[of]).max() / np.abs(want[of]).max())
+    return {
+        "kernels": fast.kernels,
+        "precision": [fast.precision, again.precision, split.precision],
+        "said": [str(w.message) for w in said if "precision" in str(w.message)],
+        "provenance": vs.patching.attribute(
+            fast, samples, vector, 1.0, steps=1, progress=False
+        ).provenance.get("precision"),
+        "split": {of: error(on_units, of) for of in want},
+        "fast": {of: error(rounded, of) for of in want},
+    }
+
+
+def main(case: str, *folders: str) -> None:
+    if case == "model":
+        print(json.dumps(model(*folders)))
+        return
     on, _ = checking.bench("llvmpipe")
     rng = np.random.default_rng(3)
     on.use(matrix_units(on), case == "fast", 0 if case == "large" else 2048)
@@ -130,4 +177,4 @@ def main(case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

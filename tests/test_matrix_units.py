@@ -16,6 +16,10 @@ SPLIT = 1e-6
 #: In fast products x (and float32 weights) are rounded to float16, by 2^-11 each. Met: 4.6e-4.
 FAST = 1e-3
 
+#: Of a model's values on matrix units against the broadcast kernels, as a share of the largest;
+#: split and fast. Met: 1.6e-6 and 1.7e-3.
+MODEL, MODEL_FAST = 2e-5, 2e-2
+
 
 def on_newer_mesa(code, *arguments, width=256, **environment):
     icd = tool("newer_lavapipe_icd")
@@ -31,9 +35,11 @@ def on_newer_mesa(code, *arguments, width=256, **environment):
     )
 
 
-def case(name) -> dict:
+def case(name, *folders, **environment) -> dict:
     code = "import sys; sys.path.insert(0, 'tests'); import matrix_cases;"
-    done = on_newer_mesa(code + " matrix_cases.main(sys.argv[1])", name, preamble="")
+    done = on_newer_mesa(
+        code + " matrix_cases.main(*sys.argv[1:])", name, *folders, preamble="", **environment
+    )
     found = json.loads(quiet(done))
     print(json.dumps(found, indent=1))
     return found
@@ -61,6 +67,31 @@ def test_fast_products_are_rounded_to_float16():
     found = case("fast")
     assert_below(found, FAST)
     assert found["bfloat16"]["linear"][0] > 10 * SPLIT  # so they are not split
+
+
+def test_a_model_and_its_precision(llama):
+    """Logits, gradients and scores of edges on matrix units; precision="fast" is said once, and
+    written into results.
+    """
+    found = case("model", llama, VKSTEER_KERNELS="matrix", VKSTEER_DEVICE="llvmpipe")
+    assert found["kernels"] == ["matrix"]
+    assert found["precision"] == ["fast", "fast", "float32"]
+    assert len(found["said"]) == 1 and "rounded to float16" in found["said"][0]
+    assert found["provenance"] == "fast"
+    assert max(found["split"].values()) <= MODEL
+    assert 10 * MODEL < max(found["fast"].values()) <= MODEL_FAST
+
+
+def test_fast_without_matrix_units_changes_nothing_and_says_so(llama):
+    import vksteer as vs
+
+    with (
+        pytest.warns(UserWarning, match="'fast': it changes nothing"),
+        vs.Model.from_pretrained(str(llama), precision="fast", progress=False) as model,
+    ):
+        assert model.precision == "float32"
+    with pytest.raises(ValueError, match="precision='half': use one of float32, fast"):
+        vs.Model.from_pretrained(str(llama), precision="half")
 
 
 @pytest.mark.long

@@ -33,11 +33,15 @@ def kernel_names(model: object) -> str | None:
 
 
 def loaded_with(model: object) -> dict[str, Any]:
-    """{"config_overrides": {...}, "template_options": {...}}, each where the model was loaded with
-    it (`Model.from_pretrained`).
+    """{"config_overrides": {...}, "template_options": {...}, "precision": "fast"}, each where the
+    model was loaded with it (`Model.from_pretrained`).
     """
     names = ("config_overrides", "template_options")
-    return {name: dict(value) for name in names if (value := getattr(model, name, None))}
+    loaded: dict[str, Any] = {
+        name: dict(value) for name in names if (value := getattr(model, name, None))
+    }
+    fast = getattr(model, "precision", None) == "fast"
+    return loaded | {"precision": "fast"} if fast else loaded
 
 
 def provenance(model: Any, **more: Any) -> dict[str, Any]:

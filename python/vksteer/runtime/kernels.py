@@ -34,6 +34,27 @@ WEIGHT_TYPES = {
 }
 
 
+PRECISIONS = ("float32", "fast")
+_said: set[str] = set()  # what was said of a precision, each once in a process
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}")
+
+
+def say_fast(family: str, device: Device) -> None:
+    """Says once what precision="fast" means with this kernel family."""
+    text = (
+        "products are rounded to float16 (by 2^-11); precision='float32' keeps float32's accuracy"
+        if family == "matrix"
+        else f"it changes nothing: the kernels {family!r} on {device.name} use no matrix units"
+    )
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(f"precision='fast': {text}", stacklevel=4)
+
+
 @cache
 def _kernels_mark() -> str:
     """A checksum of all kernels: measurements of other kernels are not reused."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .. import _engine as extension
     from ..loading.config import Config
+    from ..loading.model_files import ModelFiles
     from ..loading.tokenizer import Tokenizer
     from .decoding import Generation
     from .device import Device
@@ -35,6 +36,16 @@ def _close_all() -> None:
     _devices.hold_all()
     for model in list(_alive):
         model.close()
+
+
+def _tokenizer(files: ModelFiles, options: dict[str, Any]) -> Tokenizer | None:
+    tokenizer = files.tokenizer(options)
+    if options and tokenizer is None:
+        raise ValueError(
+            "template_options needs a tokenizer with a chat template, and this model has no"
+            " tokenizer"
+        )
+    return tokenizer
 
 
 class Model:
@@ -82,6 +93,7 @@ class Model:
         revision: str | None = None,
         config_overrides: Mapping[str, Any] | None = None,
         template_options: Mapping[str, Any] | None = None,
+        precision: str = "float32",
         progress: ProgressLike = True,
     ) -> Model:
         """Loads a model: a folder (safetensors, with or without a tokenizer), a GGUF file (the
@@ -93,33 +105,34 @@ class Model:
         key is JSON's null and drops what the file says. template_options: variables for the chat
         template, e.g. {"enable_thinking": False}, used wherever a prompt is rendered;
         "chat_template" chooses among several templates by name. Both are written into the
-        provenance of results. progress: the memory plan and a bar on stderr.
+        provenance of results. precision: of products on matrix units: "float32" splits numbers
+        into two float16 parts, which keeps float32's accuracy; "fast" rounds them to float16, which
+        is said once and written into results (elsewhere it changes nothing). progress: the memory
+        plan and a bar on stderr.
         Raises DeviceError (no device, not enough memory), ModelError (files), ValueError (dtype,
-        overrides of a GGUF file, options without a template to read them).
+        precision, overrides of a GGUF file, options without a template to read them).
         """
         from ..loading.chat_template import check_options
         from ..loading.config import check_overrides
         from ..loading.model_files import DTYPES, open_model
+        from . import kernels
         from .weights import load_weights
 
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
+        kernels.check_precision(precision)
         overrides, options = check_overrides(config_overrides), check_options(template_options)
         engine_device, chosen = _devices.open_device(device)
         files = open_model(source, dtype=dtype, revision=revision, config_overrides=overrides)
         try:
-            tokenizer = files.tokenizer(options)
-            if options and tokenizer is None:
-                raise ValueError(
-                    "template_options needs a tokenizer with a chat template, and this model has no"
-                    " tokenizer"
-                )
-            engine, fingerprint = load_weights(engine_device, chosen, files, str(source), progress)
+            tokenizer = _tokenizer(files, options)
+            engine, fingerprint = load_weights(
+                engine_device, chosen, files, str(source), precision == "fast", progress
+            )
         finally:
             files.close()
-        eos = tuple(
-            dict.fromkeys(files.eos_ids + (tokenizer.eos_ids if tokenizer is not None else ()))
-        )
+        ends = tokenizer.eos_ids if tokenizer is not None else ()
+        eos = tuple(dict.fromkeys(files.eos_ids + ends))
         return cls(
             engine,
             engine_device,
@@ -163,6 +176,13 @@ class Model:
         device, or by VKSTEER_KERNELS. Results are bit-identical for one choice only.
         """
         return (self._engine.kernels,)
+
+    @property
+    def precision(self) -> str:
+        """Of products: "float32", or "fast" where the model was loaded so and its kernels are those
+        of matrix units.
+        """
+        return "fast" if self._engine.fast and self._engine.kernels == "matrix" else "float32"
 
     # -- tokens ------------------------------------------------------------------------------------
 

@@ -128,9 +128,12 @@ def load_weights(
     device: Device,
     files: ModelFiles,
     name: str,
+    fast: bool,
     progress: ProgressLike,
 ) -> tuple[extension.Model, str]:
-    """The engine's model with all weights, and a hash over config and a sample of the weights."""
+    """The engine's model with all weights, and a hash over config and a sample of the weights.
+    fast: the precision of products on matrix units.
+    """
     kinds = {t.dtype for t in files.tensors if len(t.shape) == 2}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
     memory.check_fits(engine_device, device, files.config, kind, name)
@@ -146,13 +149,15 @@ def load_weights(
                 load(target, layer, [weights.source(n) for n in names])
                 bar.step()
         model.finish()
-        if progress is True and not kernels.is_chosen(device, kind):
+        if progress is True and not kernels.is_chosen(device, kind, fast):
             print(
                 f"vksteer: testing and measuring the matrix kernels for {kind} on {device.name}"
                 f" (once; stored in {cache_folder()})",
                 file=sys.stderr,
             )
-        kernels.choose(model, engine_device, device, kind)
+        kernels.choose(model, engine_device, device, kind, fast)
+        if fast:
+            kernels.say_fast(model.kernels, device)
         model.prepare()
         return model, _fingerprint(model, files.config)
     except BaseException:
