@@ -160,7 +160,7 @@ class SAE:
         """The site that it encodes in this model.
 
         Raises ValueError where the autoencoder names none, where the model has no such site, and
-        for another width.
+        for another width or a site with heads.
         """
         if self.site is None:
             raise ValueError(
@@ -177,6 +177,12 @@ class SAE:
             raise ValueError(
                 f"the autoencoder belongs to {self.site}, which this model of {c.n_layers} layers"
                 " does not have: is it of another model?"
+            )
+        site = model._sites.by_name[self.site]
+        if site.has_heads or site.width != self.width:
+            raise ValueError(
+                f"the autoencoder belongs to {self.site}, {model.sites[self.site]}: sites of the"
+                " model's width without heads can be encoded"
             )
         return self.site
 

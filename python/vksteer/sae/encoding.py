@@ -23,7 +23,7 @@ LOAD_BYTES = 32 << 20
 
 
 class Encoder:
-    """An SAE's encoder on a model's device; `close` or leaving a `with` frees it.
+    """An SAE's encoder on a model's device; its memory is freed with the object.
 
     max_memory: bytes for tiles and results beside the weights. Raises ValueError where that is too
     little for one token, and for a topk autoencoder of more than 512, which the device does not
