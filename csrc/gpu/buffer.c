@@ -58,6 +58,8 @@ static int memory_allocate(struct gpu_buffer *buffer, enum gpu_memory kind, cons
         return -1;
     buffer->allocated = needs.size;
     device->allocated += needs.size;
+    if (device->allocated > device->peak)
+        device->peak = device->allocated;
     if (gpu_result_check(
             device,
             device->vk.vkBindBufferMemory(device->handle, buffer->handle, buffer->memory, 0),

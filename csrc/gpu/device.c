@@ -164,3 +164,10 @@ uint64_t gpu_device_available(const struct gpu_device *device) {
 }
 
 uint64_t gpu_device_allocated(const struct gpu_device *device) { return device->allocated; }
+
+uint64_t gpu_device_peak(struct gpu_device *device, int reset) {
+    uint64_t peak = device->peak;
+    if (reset)
+        device->peak = device->allocated;
+    return peak;
+}

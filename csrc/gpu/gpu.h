@@ -80,6 +80,8 @@ uint32_t gpu_device_workgroup(const struct gpu_device *device);
 uint64_t gpu_device_available(const struct gpu_device *device);
 /* Bytes that the buffers of this device hold. */
 uint64_t gpu_device_allocated(const struct gpu_device *device);
+/* The most bytes that they have held together since the last reset. reset: 1 to begin again. */
+uint64_t gpu_device_peak(struct gpu_device *device, int reset);
 /* ERROR_DEVICE if the device was lost or this process is a child of the one that opened it. */
 int gpu_device_check(const struct gpu_device *device, struct error *error);
 

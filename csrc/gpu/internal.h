@@ -35,8 +35,8 @@ struct gpu_device {
     /* the process that opened it; a child of fork() must not call the driver */
     pid_t owner;
     int lost;
-    int used; /* work was submitted to its queue */
-    uint64_t allocated;
+    int used;                 /* work was submitted to its queue */
+    uint64_t allocated, peak; /* bytes of all buffers, and the most since the peak was reset */
     uint32_t workgroup;
     const struct gpu_kernel *kernels;
     int n_kernels;

@@ -102,6 +102,15 @@ static PyObject *device_get_allocated(PyObject *object, void *unused) {
         gpu_device_allocated(((struct device_object *)object)->device));
 }
 
+/* peak_bytes(reset=False) */
+static PyObject *device_peak_bytes(PyObject *object, PyObject *args) {
+    int reset = 0;
+    if (!PyArg_ParseTuple(args, "|p", &reset))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(
+        gpu_device_peak(((struct device_object *)object)->device, reset));
+}
+
 static PyObject *device_prepare(PyObject *object, PyObject *unused) {
     (void)unused;
     struct device_object *self = (struct device_object *)object;
@@ -157,6 +166,9 @@ static PyMethodDef device_methods[] = {
     {"prepare", device_prepare, METH_NOARGS,
      "prepare(): compiles every kernel that this device can run, in parallel; on a software device "
      "without those of matrix units."},
+    {"peak_bytes", device_peak_bytes, METH_VARARGS,
+     "peak_bytes(reset=False) -> the most bytes that this object has held at once since the last "
+     "reset."},
     {"describe", device_describe, METH_VARARGS,
      "describe(kernel) -> str: registers, spills and the like, as far as the driver tells."},
     {"hold", device_hold, METH_NOARGS,
