@@ -53,8 +53,8 @@ void main() {
     for (uint i = lane; i < p.width; i += WG) {
         float capped = cap(p.logits.at[row + i], p.softcap), d;
         precise float log_p = capped - top - log_sum;
-        precise float log_reference =
-            cap(p.reference.at[row + i], p.reference_softcap) - reference_top - reference_sum;
+        precise float log_reference = cap(p.reference.at[row + i], p.reference_softcap) -
+                                      reference_top - reference_sum;
         if (i == a || i == b) {
             d = i == a ? pull : -pull;
         } else {

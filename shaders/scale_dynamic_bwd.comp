@@ -23,6 +23,5 @@ void main() {
     const float factor = fma(entry.coefficient, workgroup_sum(along), 1.0),
                 slope = entry.coefficient * workgroup_sum(across);
     for (uint i = lane; i < p.width; i += WG)
-        p.d.at[base + i] =
-            fma(slope, p.operand.at[entry.operand + i], factor * p.d.at[base + i]);
+        p.d.at[base + i] = fma(slope, p.operand.at[entry.operand + i], factor * p.d.at[base + i]);
 }
