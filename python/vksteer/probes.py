@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from .runtime.model import Model
 
+__all__ = ["Probe", "Reading", "fit"]
+
 FOLDS = 5
 #: Newton steps of the logistic fit, and the change of the weights at which it ends.
 STEPS, TOLERANCE = 100, 1e-10
