@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..base.checks import is_number, require_int
+from ..base.provenance import digest, fingerprint, loaded_with
 from ..base.store import Store
 from ..base.types import PathLike
 from ..judge import Rate, ended, succeeded
@@ -126,6 +127,17 @@ class AnswerStore:
         self._store.put(name, {side: [asdict(a) for a in some] for side, some in answers.items()})
 
 
+def _store(model: Model, out: PathLike) -> AnswerStore:
+    return AnswerStore(
+        out,
+        format="vksteer.answers",
+        key=digest("answers 1", fingerprint(model), loaded_with(model)),
+        what="file of answers",
+        other="another model",
+        field=None,
+    )
+
+
 @dataclass
 class PromptPair:
     """Harmful and harmless prompts, checked and as tokens; `run` answers all of them in
@@ -139,6 +151,7 @@ class PromptPair:
     harmless_rows: list[list[int]]
     max_new_tokens: int
     batch_size: int | None
+    store: AnswerStore | None = None  # what `run` keeps answers in and takes finished ones from
 
     @classmethod
     def of(
@@ -148,10 +161,14 @@ class PromptPair:
         harmless: Any,
         max_new_tokens: int,
         batch_size: int | None = None,
+        out: PathLike | None = None,
     ) -> PromptPair:
-        """The pair of two lists of prompts, as `prompts.as_list` takes them.
+        """The pair of two lists of prompts, as `prompts.as_list` takes them. out: a .jsonl file of
+        answers, one line for each `run`; a later pair of the same model takes runs with the same
+        prompts and steering from it.
 
-        Raises ValueError as it does, and for a prompt that leaves no room for the answer.
+        Raises ValueError as `as_list` does, for a prompt that leaves no room for the answer, and
+        for a file of another model.
         """
         new = require_int(max_new_tokens, "max_new_tokens", 1)
         harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
@@ -164,6 +181,7 @@ class PromptPair:
             as_tokens(model, harmless, "harmless", room=new),
             new,
             batch_size,
+            None if out is None else _store(model, out),
         )
 
     def __len__(self) -> int:
@@ -206,6 +224,29 @@ class PromptPair:
         """{"harmless": answers under +plus, "harmful": answers under -minus}, greedy; without a
         vector, unsteered. sides: those that are run. options: freeze and the like.
         """
+        if self.store is None:
+            return self._answered(vector, plus, minus, sides, options)
+        steered = None if vector is None else [vector.direction, vector.layer, plus, minus]
+        name = digest(
+            self.harmful_rows,
+            self.harmless_rows,
+            self.max_new_tokens,
+            steered,
+            list(sides),
+            options,
+        )
+        if name not in self.store.answers:
+            self.store.put(name, self._answered(vector, plus, minus, sides, options))
+        return self.store.answers[name]
+
+    def _answered(
+        self,
+        vector: SteeringVector | None,
+        plus: float,
+        minus: float,
+        sides: Sequence[str],
+        options: dict[str, Any],
+    ) -> Answers:
         prompts = {"harmless": self.harmless_rows, "harmful": self.harmful_rows}
         signed = {"harmless": plus, "harmful": -minus}
         edits: Sequence[Any] = ()

@@ -13,7 +13,7 @@ import numpy as np
 from ..base.checks import require_int
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
-from ..base.types import Float64Array, ProgressLike, Prompts
+from ..base.types import Float64Array, PathLike, ProgressLike, Prompts
 from ..inputs.prompt_pair import PromptPair, magnitudes
 from .comparison import ComparedVector, Comparison
 from .losses import check_vector
@@ -180,6 +180,7 @@ def compare(
     steps: int = 10,
     prompt_baseline: str | Sequence[str] | None = None,
     batch_size: int | None = None,
+    out: PathLike | None = None,
     progress: ProgressLike = True,
 ) -> Comparison:
     """Compares vectors of one model, for example {"dim": v, "ntp": u, "po": w}: ASR both ways with
@@ -192,14 +193,13 @@ def compare(
     circuits: False, or True or "auto" for circuits of all vectors, compared where they share a
     layer. side: the kind of prompts, of which the first `n_samples` are steered for them and the
     flipped ones kept. size: edges of every circuit (None: the minimum faithful one at `threshold`).
-    steps: of EAP-IG. prompt_baseline: one more row, as in `sweep`. Raises ValueError before work
-    for an empty dict, vectors that are zero or of another width or layer, empty lists and bad
-    numbers.
+    steps: of EAP-IG. prompt_baseline: one more row; out: a file of answers; both as in `sweep`.
+    Raises ValueError before work for an empty dict, bad vectors, empty lists and bad numbers.
     """
     vectors, strengths = _checked(model, vectors, coefficient, normalize)
     with_circuits = _with_circuits(circuits)
     options = _Options.of(side, n_samples, size, threshold, steps, max_new_tokens, judge)
-    pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
+    pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size, out)
     prompted = pair.prompted(prompt_baseline)
     prompts = pair.harmful_rows if side == "harmful" else pair.harmless_rows
     finder = _Circuits(model, vectors, strengths, prompts, options)

@@ -15,7 +15,7 @@ from ..base.display import Table
 from ..base.distributions import log_softmax
 from ..base.figures import new_figure
 from ..base.progress import Progress
-from ..base.types import Float32Array, ProgressLike, Prompts
+from ..base.types import Float32Array, PathLike, ProgressLike, Prompts
 from ..inputs.prompt_pair import PromptPair, baseline_instructions
 from ..judge import Rate
 from ..runtime.edits import Steer
@@ -226,6 +226,7 @@ def sweep(
     min_words: int | str | None = "auto",
     prompt_baseline: str | Sequence[str] | None = None,
     batch_size: int | None = None,
+    out: PathLike | None = None,
     progress: ProgressLike = True,
 ) -> Sweep:
     """Steers both ways at every coefficient: ASR on both sets with intervals, KL of the next token,
@@ -237,13 +238,14 @@ def sweep(
     Texts are broken if "ended" falls by more than 0.2 below the lower one of the two unsteered
     kinds, or if repetition rises by more than 0.2.
     prompt_baseline: a text that is put before each prompt instead of steering, or two, (before
-    harmless prompts, before harmful ones): one more row.
+    harmless prompts, before harmful ones): one more row. out: a .jsonl file of answers; a second
+    call takes finished ones from it.
     Raises ValueError before any work for bad coefficients, empty lists, too long prompts and a
     vector of another width or layer.
     """
     vector.check(model)
     strengths = _coefficients(coefficients)
-    pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size)
+    pair = PromptPair.of(model, harmful, harmless, max_new_tokens, batch_size, out)
     prompted = [] if prompt_baseline is None else _prompted(pair, prompt_baseline)
     runs = len(strengths) + 1 + bool(prompted)
     with Progress(progress, runs * len(pair), "sweep") as bar:

@@ -95,6 +95,7 @@ def strength(c: Context) -> Outcome:
         c.settings.coefficients,
         *c.data.pair("validation"),
         max_new_tokens=c.settings.new_tokens,
+        out=c.folder / "answers.jsonl",
         progress=c.progress,
     )
     content = stable(table.to_dict())
@@ -204,6 +205,7 @@ def behaviour(c: Context) -> Outcome:
         max_new_tokens=c.settings.new_tokens,
         circuits=False,
         prompt_baseline=BASELINE,
+        out=c.folder / "answers.jsonl",
         progress=c.progress,
     )
     return Outcome(stable(table.to_dict()))
