@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Pictures that each notebook shows at least.
+PICTURES = {"01": 1, "02": 2, "03": 3, "04": 2, "05": 7, "06": 2, "07": 0}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -20,6 +22,7 @@ def test_there_are_notebooks():
         "04_inside_ov_and_sparsity.ipynb",
         "05_strength_and_reliability.ipynb",
         "06_neighbours.ipynb",
+        "07_study.ipynb",
     ]
 
 
@@ -51,7 +54,7 @@ def test_runs(path, tmp_path, monkeypatch):
     pictures = [
         o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
     ]
-    assert len(pictures) >= {"01": 1, "02": 2, "03": 3, "04": 2, "05": 7, "06": 2}[path.stem[:2]]
+    assert len(pictures) >= PICTURES[path.stem[:2]]
     errors = [
         o for c in notebook.cells for o in c.get("outputs", []) if o["output_type"] == "error"
     ]
