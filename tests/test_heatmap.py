@@ -152,6 +152,9 @@ def test_means_over_pairs(zoo):
         (dict(of=vs.LogitDiff(0, 1, 99999)), "99999 is no token id"),
         (dict(of=[vs.LogitDiff(0, 1, 2)] * 3), "one for each of 1 pairs"),
         (dict(of="logits"), "must be vs.LogitDiff"),
+        (dict(of=vs.LogProb([1, 2], [3])), "2 token ids"),
+        (dict(of=vs.LogProb([], [])), r"position \(none\)"),
+        (dict(of=vs.KL(np.zeros((1, 7)), [2])), r"must be \[1 positions, "),
     ],
 )
 def test_refusals(zoo, changes, message):

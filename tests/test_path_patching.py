@@ -98,6 +98,25 @@ def test_names_pairs_and_memory(zoo, rng):
     assert vs.patching.path(model, CLEAN, CORRUPT, of=of, edges=[], progress=False).shape == (0,)
 
 
+def test_lists_of_texts_are_pairs():
+    """As lists of tokens are; one text is one prompt."""
+    given = dict(of=vs.LogitDiff(-1, 3, 50), edges=["m0->logits", "a1.h0->m2"], progress=False)
+    with vs.Model.from_pretrained("tiny-llama-chat", progress=False) as model:
+        by_length: dict[int, list[str]] = {}
+        for request in vs.data.tiny("train"):
+            by_length.setdefault(len(model.chat_tokens(request.prompt)[0]), []).append(request)
+        clean, other, corrupt, last = next(r for r in by_length.values() if len(r) > 3)[:4]
+        sides = [clean.prompt, other.prompt], [corrupt.prompt, last.prompt]
+        found = vs.patching.path(model, *sides, **given)
+        tokens = vs.patching.path(model, *(model.chat_tokens(side) for side in sides), **given)
+        np.testing.assert_array_equal(found, tokens)
+        assert found.shape == (2, 2) and found[0].tolist() != found[1].tolist()
+        one = vs.patching.path(model, sides[0][0], sides[1][0], **given)
+        np.testing.assert_array_equal(one, found[0])
+        listed = vs.patching.path(model, sides[0][:1], sides[1][:1], **given)
+        np.testing.assert_array_equal(listed, found[:1])
+
+
 def test_equal_prompts_and_late_differences_change_nothing(zoo):
     model = zoo.engine("qwen3")
     edges = list(vs.patching.graph(model, 0).edge_names)[::5]
@@ -116,6 +135,7 @@ def test_equal_prompts_and_late_differences_change_nothing(zoo):
         (dict(clean=[CLEAN, CLEAN]), ValueError, "are pairs: 2 and 1"),
         (dict(of=vs.LogitDiff(99, 1, 2)), ValueError, "position 99 lies outside"),
         (dict(of="logits"), ValueError, "must be vs.LogitDiff"),
+        (dict(of=vs.KL(np.zeros((1, 256)), [1, 2])), ValueError, r"must be \[2 positions, "),
         (dict(edges=["a9.h0->m9"]), KeyError, "a9.h0->m9"),
         (dict(edges=[-1]), ValueError, "edge -1 is not one of"),
         (dict(max_memory=1000), ValueError, "max_memory=1000 is too small"),

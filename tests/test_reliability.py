@@ -108,6 +108,13 @@ def test_undefined_cases_are_said(rng):
     constant = predictors(np.ones((4, 3)), np.zeros((4, 3)))
     assert constant["d_prime"] == math.inf and "infinite" in constant["flags"][0]
     assert constant["mean_cosine"] == pytest.approx(1) and constant["auc"] == 1
+    # seven times 0.1 is not 0.7 in float64: the means round, and the variance is about 1e-33
+    rounded = predictors(np.full((7, 3), 0.1), np.full((7, 3), [0.3, 0.7, 0.5]))
+    assert rounded["d_prime"] == math.inf and "infinite" in rounded["flags"][0]
+
+
+#: The means of any order of these rows differ by rounding alone.
+SHUFFLED = np.random.default_rng(3).standard_normal((5, 4))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +122,7 @@ def test_undefined_cases_are_said(rng):
     [
         (np.ones((1, 3)), np.zeros((1, 3)), "at least 2 pairs"),
         (np.ones((3, 3)), np.ones((3, 3)), "have equal means"),
+        (SHUFFLED, SHUFFLED[[2, 0, 4, 1, 3]], "have equal means"),
         (np.ones((3, 3)), np.zeros((4, 3)), "must be pairs"),
         (np.ones(3), np.zeros(3), r"\[samples, width\]"),
         (np.full((3, 3), np.nan), np.zeros((3, 3)), r"a_pos\[0\] holds values"),

@@ -68,6 +68,10 @@ def test_largest_changes(zoo, rng):
     assert len(found.plot().axes) == 2
     with pytest.raises(ValueError, match="100 largest"):
         found.top(101)
+    with pytest.raises(ValueError, match="from 1 on"):
+        found.top(0)
+    with pytest.raises(ValueError, match="there are 3 prompts"):
+        found.top(1, prompt=3)
 
 
 def test_a_prompt_alone_and_no_steering(zoo, rng):

@@ -117,6 +117,35 @@ def test_propensity_equals_runs_of_single_rows(model, rng, layer, positions):
         assert np.ptp(curves.propensity, axis=1).min() > 0
 
 
+@pytest.mark.parametrize("positions", [None, "answer"])
+def test_tokens_that_merge_across_the_border(model, rng, monkeypatch, positions):
+    """The answers' tokens begin where prompt and rows stop to agree, not behind the prompt."""
+    prompt, rows = [5, 9, 7, 30, 2], {"A": [5, 9, 7, 41], "B": [5, 9, 7, 30, 8, 11]}
+
+    original = type(model).chat_tokens
+
+    def tokens(self, prompts, response=None, **more):
+        if prompts[0] != "x":
+            return original(self, prompts, response=response, **more)
+        return [prompt] if response is None else [rows[response[0]]]
+
+    vector = vs.SteeringVector(2 * rng.standard_normal(model.config.d_model), 1)
+    with monkeypatch.context() as m:
+        m.setattr(type(model), "chat_tokens", tokens)
+        found = vs.reliability.steerability(
+            model, [Choice("x", "A", "B")], vector, (0, 2), positions=positions, progress=False
+        )
+    at = slice(3, None) if positions else None
+    for k, a in enumerate((0, 2)):
+        sums = []
+        for row in rows.values():
+            edits = [vs.Steer(vector, a, at)]
+            logits = model.run([row], edits=edits, logits="all").logits[0].astype(np.float64)
+            logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            sums.append(sum(logp[t - 1, row[t]] for t in range(3, len(row))))
+        assert found.propensity[0, k] == pytest.approx(sums[0] - sums[1], abs=1e-9)
+
+
 def test_all_in_one_batch_have_the_bits_of_each_alone(model, rng):
     vector = vs.SteeringVector(rng.standard_normal(model.config.d_model), 1)
     run = lambda items, at: (

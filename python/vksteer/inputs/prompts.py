@@ -18,6 +18,11 @@ def _is_tokens(prompt: Any) -> TypeGuard[Sequence[int]]:
     return isinstance(prompt, kinds) and len(prompt) > 0 and all(map(is_int, prompt))
 
 
+def is_single(prompts: Any) -> bool:
+    """Whether this is one prompt (a text, a request, token ids) and not a list of prompts."""
+    return isinstance(prompts, str) or hasattr(prompts, "prompt") or _is_tokens(prompts)
+
+
 def as_list(prompts: Any, what: str) -> list[str | list[int]]:
     """A list of prompts, each a str or a list of ints. One prompt alone counts as a list of one;
     requests of `vksteer.data.world` become their texts.
@@ -25,7 +30,7 @@ def as_list(prompts: Any, what: str) -> list[str | list[int]]:
     Raises ValueError naming `what` (the argument) for an empty list, an empty prompt, and
     anything that is no prompt.
     """
-    if isinstance(prompts, str) or hasattr(prompts, "prompt") or _is_tokens(prompts):
+    if is_single(prompts):
         prompts = [prompts]
     try:
         prompts = list(prompts)

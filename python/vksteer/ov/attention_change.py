@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..base.checks import is_number
+from ..base.checks import is_number, require_int
 from ..base.figures import new_figure
 from ..base.progress import Progress
 from ..base.provenance import digest, provenance
@@ -79,9 +79,11 @@ class Rerouting:
     def top(self, n: int = 10, prompt: int | None = None) -> list[Rerouted]:
         """The n entries of patterns that change most, the largest first: (layer, head, query, key,
         before, after). prompt: of this prompt only (None: of all prompts). Raises ValueError for
-        more than 100, which are kept for each prompt.
+        an n below 1 or above 100, which are kept for each prompt, and a prompt that there is not.
         """
-        if n > KEPT:
+        if prompt is not None and not 0 <= require_int(prompt, "prompt") < len(self):
+            raise ValueError(f"prompt={prompt}: there are {len(self)} prompts")
+        if require_int(n, "n", 1) > KEPT:
             raise ValueError(f"n={n}: the {KEPT} largest changes of each prompt are kept")
         chosen = self.changes if prompt is None else (self.changes[prompt],)
         return sorted((c for some in chosen for c in some), key=_rank)[:n]

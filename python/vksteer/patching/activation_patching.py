@@ -18,8 +18,9 @@ from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, Float64Array, ProgressLike, Prompt
 from ..inputs.prompts import as_tokens, token_text
 from ..runtime.batch import Batch, first_tokens
+from ..runtime.edit_compiler import RowShape
 from ..runtime.edits import Set
-from ..runtime.gradients import KL, LogitDiff, LogProb
+from ..runtime.gradients import KL, LogitDiff, LogProb, row_metric
 from ..runtime.resume import layer_inputs
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def row_metrics(of: Any, n: int, length: int, vocabulary: int) -> list[Metric]:
     listed = list(of) if isinstance(of, (list, tuple)) else [of] * n
     if len(listed) != n:
         raise ValueError(f"of must be one metric, or one for each of {n} pairs, not {len(listed)}")
-    for metric in listed:
+    for i, metric in enumerate(listed):
         if not isinstance(metric, (LogitDiff, LogProb, KL)):
             raise ValueError(f"of must be vs.LogitDiff, vs.LogProb or vs.KL, not {metric!r}")
         for p in metric_positions(metric):
@@ -175,6 +176,7 @@ def row_metrics(of: Any, n: int, length: int, vocabulary: int) -> list[Metric]:
         for token in _tokens(metric):
             if not is_int(token) or not 0 <= token < vocabulary:
                 raise ValueError(f"of: {token!r} is no token id (0 to {vocabulary - 1})")
+        row_metric(metric, RowShape(length, length), vocabulary, i)  # counts and shapes
     return listed
 
 
@@ -186,7 +188,9 @@ def metric_positions(metric: Metric) -> list[Any]:
 def _tokens(metric: Metric) -> list[Any]:
     if isinstance(metric, LogitDiff):
         return [metric.a, metric.b]
-    return list(metric.tokens) if isinstance(metric, LogProb) else []
+    if not isinstance(metric, LogProb):
+        return []
+    return [metric.tokens] if is_int(metric.tokens) else list(metric.tokens)
 
 
 def metric_value(metric: Metric, logits: Float64Array) -> float:
@@ -195,7 +199,7 @@ def metric_value(metric: Metric, logits: Float64Array) -> float:
         return float(logits[0, metric.a] - logits[0, metric.b])
     logp = log_softmax(logits)
     if isinstance(metric, LogProb):
-        return float(logp[np.arange(len(logp)), list(metric.tokens)].sum())
+        return float(logp[np.arange(len(logp)), _tokens(metric)].sum())
     reference = log_softmax(np.asarray(metric.reference_logits, np.float64))
     return float((np.exp(reference) * (reference - logp)).sum())
 

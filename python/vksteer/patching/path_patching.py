@@ -21,6 +21,7 @@ from ..circuits.graph import Graph
 from ..circuits.graph import graph as graph_of
 from ..circuits.plan import Rows
 from ..circuits.runs import Passes
+from ..inputs.prompts import is_single
 from ..runtime.batch import first_tokens, packed_rows
 from ..runtime.gradients import LogitDiff, pack
 from .activation_patching import (
@@ -91,7 +92,7 @@ def path(
     listed = row_metrics(of, len(given), len(given[0][0]), model.config.d_vocab)
     graph = graph_of(model, 0)
     patches = find_patches(graph, _aliases(edges), None)
-    single = _is_single(clean)
+    single = is_single(clean)
     found = np.zeros((len(given), len(patches)))
     if not patches:
         return found[0] if single else found
@@ -105,11 +106,6 @@ def path(
                 found[group, part] = values
                 bar.step(values.size)
     return found[0] if single else found
-
-
-def _is_single(prompts: Any) -> bool:
-    """Whether one prompt was given, and not a list of them."""
-    return isinstance(prompts, str) or hasattr(prompts, "prompt") or np.ndim(prompts[0]) == 0
 
 
 def _aliases(edges: Patched) -> Patched:

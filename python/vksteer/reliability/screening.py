@@ -16,7 +16,7 @@ from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, ProgressLike, Prompts
 from ..inputs.prompts import as_list, as_tokens, batches
 from ..runtime.resume import layer_inputs
-from .separation import predictors
+from .separation import equal_means, predictors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,7 +246,7 @@ def _row(
     bins: int,
     seed: int,
 ) -> ScreenRow:
-    if np.array_equal(pos, neg) or not (pos.mean(0, np.float64) != neg.mean(0, np.float64)).any():
+    if equal_means(pos, neg):
         undefined = dict.fromkeys(_NUMBERS, float("nan"))
         n = len(pos)
         return ScreenRow(layer, position, n=n, n_undefined=n, note="equal means", **undefined)

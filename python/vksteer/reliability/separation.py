@@ -57,13 +57,13 @@ def predictors(
     d = pos - neg
     v = d.mean(axis=0)
     length = float(np.linalg.norm(v))
-    if length == 0:
+    if equal_means(pos, neg):
         raise ValueError("a_pos and a_neg have equal means: there is no steering vector")
     norms = np.linalg.norm(d, axis=1)
     defined = norms > 0
     mean_cosine, pairwise = _cosines(d[defined], norms[defined], v, n, leave_one_out)
     kappa_pos, kappa_neg = _kappa(pos, neg, v)
-    variance = (kappa_pos.var() + kappa_neg.var()) / 2
+    variance = _variance(kappa_pos, kappa_neg, 2 * _rounding(pos, neg) / length)
     apart = float(kappa_pos.mean() - kappa_neg.mean())
     stability = _stability(d, v, seed)
     return {
@@ -100,6 +100,18 @@ def _checked(a_pos: Array, a_neg: Array) -> tuple[Float64Array, Float64Array]:
     return np.ascontiguousarray(pos[order]), np.ascontiguousarray(neg[order])
 
 
+def equal_means(a_pos: Array, a_neg: Array) -> bool:
+    """Whether the means of two classes are the same but for rounding; pairs [n, D]."""
+    pos, neg = (np.asarray(a, dtype=np.float64) for a in (a_pos, a_neg))
+    return float(np.linalg.norm((pos - neg).mean(axis=0))) <= _rounding(pos, neg)
+
+
+def _rounding(pos: Float64Array, neg: Float64Array) -> float:
+    """A length within which two means are equal but for the rounding of float64."""
+    largest = max(np.abs(pos).max(), np.abs(neg).max())
+    return float(4 * np.finfo(np.float64).eps * largest * np.sqrt(pos.shape[1]))
+
+
 def _kappa(
     pos: Float64Array, neg: Float64Array, v: Float64Array
 ) -> tuple[Float64Array, Float64Array]:
@@ -107,6 +119,12 @@ def _kappa(
     middle = (pos.mean(axis=0) + neg.mean(axis=0)) / 2
     along = 2 * v / (v @ v)
     return (pos - middle) @ along, (neg - middle) @ along
+
+
+def _variance(pos: Float64Array, neg: Float64Array, rounding: float) -> float:
+    """The mean variance of both classes; 0 where it is that of rounding."""
+    variance = float((pos.var() + neg.var()) / 2)
+    return variance if variance > rounding**2 else 0.0
 
 
 def _cosines(
