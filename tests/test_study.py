@@ -147,6 +147,7 @@ def test_the_schema_refuses_other_content(study):
         {"claims": study.results["claims"][:4]},
         {"steps": {"unknown": {}}},
         {"model": {}},
+        {"model": study.results["model"] | {"precision": "float32"}},
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(study.results | change, schema)
@@ -185,6 +186,18 @@ def test_a_changed_option_runs_what_depends_on_it(model, study, tmp_path, monkey
 original = Settings.of
 
 
+@pytest.mark.filterwarnings("ignore:template_options")
+def test_a_model_that_reads_prompts_otherwise_runs_again(model, study, tmp_path):
+    """Its weights are the same; its chat template's variables are not."""
+    folder = copy(study, tmp_path)
+    options = dict(template_options={"date_string": "1 Jan 2020"}, progress=False)
+    with vs.Model.from_pretrained("tiny-llama-chat", **options) as other:
+        assert other.fingerprint == model.fingerprint
+        planned = {p.name: p.reason for p in again(other, folder, plan_only=True).planned}
+    assert planned["prompts"] == "input changed" and "done" not in planned.values()
+    assert {p.reason for p in again(model, folder, plan_only=True).planned} == {"done"}
+
+
 def test_a_damaged_step_runs_again(model, study, tmp_path):
     folder = copy(study, tmp_path)
     (removed,) = folder.glob("steps/candidates/*/dim.safetensors")
@@ -207,10 +220,11 @@ def test_force_and_skip(model, study, tmp_path):
     folder = copy(study, tmp_path)
     done = again(model, folder, skip=["strength"], force=["screen"])
     assert {p.name: p.reason for p in done.planned} == {
-        "prompts": "done", "screen": "forced", "candidates": "done", "values": "done",
+        "prompts": "done", "screen": "forced", "candidates": "done", "range": "done",
+        "values": "done",
     }  # fmt: skip
     assert done.results["steps"]["screen"] == study.results["steps"]["screen"]
-    assert not done.complete and "4 of 17 steps" in repr(done)
+    assert not done.complete and "5 of 17 steps" in repr(done)
     claims = {c["claim"]: c for c in done.results["claims"]}
     assert sum(c["why"] == "has not run" for c in claims.values()) == 4
 

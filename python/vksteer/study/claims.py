@@ -12,7 +12,10 @@ HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told from these sam
 #: Fewest samples, and fewest prompts of each kind, on which a verdict rests.
 LEAST_SAMPLES, LEAST_PROMPTS = 8, 30
 SHARED, HARDLY, CARRY, KEEP = 0.8, 0.2, 0.5, 0.8
-SPARSE = 0.9
+SPARSE, P_VALUE = 0.9, 0.05
+#: Added to the thresholds of changes.
+WORKS = f", and steering itself moves the rates by at least {100 * CARRY:.0f} %"
+AGREE = f", and there the dimensions that every two vectors keep overlap with p < {P_VALUE:g}"
 
 Steps = Mapping[str, Mapping[str, Any]]
 
@@ -73,7 +76,7 @@ def _change(steps: Steps, row: str) -> tuple[float, float, float, int]:
     return (
         value,
         max(0.0, value - below),
-        value + above,
+        min(1.0, value + above),
         min(setting["n_harmless"], setting["n_harmful"]),
     )
 
@@ -84,11 +87,16 @@ def _frozen(
     if "table1" not in steps:
         return _entry(*entry)
     value, low, high, n = _change(steps, row)
+    why = f"average change of the rates on {n} prompts of each kind when {row} is frozen"
+    rows = steps["table1"]["rows"]
+    whole = effect(rows["none"], rows["unsteered"])
     if n < LEAST_PROMPTS or holds(low) != holds(high):
         verdict = UNKNOWN
+    elif whole < CARRY:  # there is too little that could be left or lost
+        verdict = UNKNOWN
+        why += f"; steering itself moves them by {100 * whole:.0f} % only"
     else:
         verdict = HOLDS if holds(value) else FAILS
-    why = f"average change of the rates on {n} prompts of each kind when {row} is frozen"
     return _entry(*entry, value=value, low=low, high=high, verdict=verdict, why=why)
 
 
@@ -96,7 +104,7 @@ def _patterns(steps: Steps) -> dict[str, Any]:
     entry = (
         "Attention patterns hardly matter: with those of the unsteered run, steering still works.",
         "8.75 % average change",
-        f"the whole interval of the change lies at or below {100 * HARDLY:.0f} %",
+        f"the whole interval of the change lies at or below {100 * HARDLY:.0f} %{WORKS}",
     )
     return _frozen(steps, "QK", entry, lambda change: change <= HARDLY)
 
@@ -105,7 +113,7 @@ def _values(steps: Steps) -> dict[str, Any]:
     entry = (
         "Values carry the effect: with those of the unsteered run, steering stops working.",
         "71.75 % average change",
-        f"the whole interval of the change lies at or above {100 * CARRY:.0f} %",
+        f"the whole interval of the change lies at or above {100 * CARRY:.0f} %{WORKS}",
     )
     return _frozen(steps, "OV", entry, lambda change: change >= CARRY)
 
@@ -128,13 +136,15 @@ def _meaning(steps: Steps) -> dict[str, Any]:
         f" top {len(values['heads'][0])}; of the vector and its negative"
         f" {'one has, too' if alone else 'neither has'}"
     )
-    if alone:
+    if alone or min(steps["prompts"]["counts"]["train"]) < LEAST_PROMPTS:
         return _entry(*entry, value=share, why=why)
     return _entry(*entry, value=share, verdict=HOLDS if any(heads) else FAILS, why=why)
 
 
-def _effect(row: Mapping[str, Any], base: Mapping[str, Any]) -> float:
-    """How far both rates move from those of the unsteered model, on average."""
+def effect(row: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """How far both rates move from those of the unsteered model, on average; negative where they
+    move the wrong way.
+    """
     moved = base["harmless"]["asr"] - row["harmless"]["asr"]
     return float((moved + row["harmful"]["asr"] - base["harmful"]["asr"]) / 2)
 
@@ -143,23 +153,36 @@ def _sparse(steps: Steps) -> dict[str, Any]:
     entry = (
         "90 to 99 % of the dimensions can go, and the methods agree on the rest.",
         "84 to 99 % sparse vectors keep working",
-        f"at least {100 * SPARSE:.0f} % can go with {100 * KEEP:.0f} % of the effect left",
+        f"at least {100 * SPARSE:.0f} % can go with {100 * KEEP:.0f} % of the effect left{AGREE}",
     )
-    if "sparsity" not in steps or "rows" not in steps["sparsity"]:
+    if "sparsity" not in steps:
         return _entry(*entry)
-    rows, overlaps = steps["sparsity"]["rows"], steps["sparsity"]["overlaps"]
-    base = next(r for r in rows if r["method"] == "unsteered")
-    curve = [r for r in rows if r["method"] == "gradient"]
-    whole = max((_effect(r, base) for r in curve if r["sparsity"] == 0), default=0.0)
-    kept = [r["sparsity"] for r in curve if whole > 0 and _effect(r, base) >= KEEP * whole]
-    n = min(steps["sparsity"]["setting"]["n_harmless"], steps["sparsity"]["setting"]["n_harmful"])
-    most = max(kept, default=0.0)
-    p = [pair[3] for pairs in overlaps.values() for pair in pairs]
+    found = steps["sparsity"]
+    if "rows" not in found:
+        return _entry(*entry, why=found["why"])
+    base = next(r for r in found["rows"] if r["method"] == "unsteered")
+    curve = [r for r in found["rows"] if r["method"] == "gradient"]
+    least = min(r["sparsity"] for r in curve)
+    whole = max(effect(r, base) for r in curve if r["sparsity"] == least)
+    if whole < CARRY:
+        why = f"the vector that keeps the most moves the rates by {100 * whole:.0f} % only"
+        return _entry(*entry, why=why)
+    best = max(
+        (r for r in curve if effect(r, base) >= KEEP * whole), key=lambda r: float(r["sparsity"])
+    )
+    n = min(found["setting"]["n_harmless"], found["setting"]["n_harmful"])
+    p = [pair[3] for pair in found["overlaps"].get(f"{best['tau']:g}", [])]
     agree = (
-        f"; the largest p-value of {len(p)} overlaps of two vectors is {max(p):.2g}" if p else ""
+        f"the largest p-value of {len(p)} overlaps of two vectors there is {max(p):.2g}"
+        if p
+        else "no two vectors are compared there"
     )
-    verdict = UNKNOWN if n < LEAST_PROMPTS else HOLDS if most >= SPARSE else FAILS
+    if n < LEAST_PROMPTS or (best["sparsity"] >= SPARSE and not p):
+        verdict = UNKNOWN
+    else:
+        verdict = HOLDS if best["sparsity"] >= SPARSE and max(p) < P_VALUE else FAILS
     why = (
-        f"the sparsest of {len(curve)} vectors that still work, on {n} prompts of each kind{agree}"
+        f"the sparsest of {len(curve)} vectors that still work, on {n} prompts of each kind;"
+        f" {agree}"
     )
-    return _entry(*entry, value=most, verdict=verdict, why=why)
+    return _entry(*entry, value=best["sparsity"], verdict=verdict, why=why)

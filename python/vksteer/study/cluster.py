@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from .prompts import Prompts
 from .settings import Settings
-from .steps import STEPS, run_step
+from .steps import STEPS, identity, run_step
 from .store import Finished, StudyStore
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class Source:
             options["config_overrides"] = dict(model.config_overrides)
         if model.template_options:
             options["template_options"] = dict(model.template_options)
-        return cls(model.name, model.fingerprint, options)
+        if model.precision == "fast":
+            options["precision"] = "fast"
+        return cls(model.name, identity(model), options)
 
 
 def run_on(
@@ -118,11 +120,11 @@ def opened(source: Source) -> Model:
         model = _models.get(key)
         if model is None:
             model = Model.from_pretrained(source.name, progress=False, **source.options)
-            if model.fingerprint != source.hash:
+            if identity(model) != source.hash:
                 model.close()
                 raise ModelError(
-                    f"{source.name} on this worker is another model than the study's"
-                    f" ({model.fingerprint}, not {source.hash})"
+                    f"{source.name} on this worker is another model than the study's: its weights,"
+                    " tokenizer or way of loading (such as dtype) differ"
                 )
             _models[key] = model
     return model

@@ -20,7 +20,7 @@ from .claims import claims
 from .prompts import Prompts, of_lists, of_world
 from .report import write_report
 from .settings import Settings
-from .steps import STEPS, PlannedStep, chosen, plan, run_step
+from .steps import STEPS, PlannedStep, chosen, identity, plan, run_step
 from .store import Finished, StudyStore, plain
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(
     settings = replace(settings, data_hash=data.hash)
     store = StudyStore(Path(out))
     with store.lock(), _opened(model) as opened:
-        planned = plan(store, opened.fingerprint, settings, names, forced)
+        planned = plan(store, identity(opened), settings, names, forced)
         if plan_only:
             return Study(store.folder, _results(opened, settings, {}), tuple(planned))
         if scheduler is not None:

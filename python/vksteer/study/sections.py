@@ -10,6 +10,7 @@ from typing import Any
 
 from . import charts
 from .charts import Series
+from .claims import CARRY, HARDLY, effect
 
 Steps = Mapping[str, Mapping[str, Any]]
 
@@ -231,13 +232,15 @@ def _behaviour(steps: Steps) -> Figure:
         _rates("harmless prompts, +a", [rows[n]["harmless"] for n in names]),
         _rates("harmful prompts, -a", [rows[n]["harmful"] for n in names]),
     ]
-    best = max(
-        found["vectors"], key=lambda n: rows[n]["harmful"]["asr"] - rows[n]["harmless"]["asr"]
-    )
+    best = max(found["vectors"], key=lambda n: effect(rows[n], found["unsteered"]))
     return Figure(
         "Methods of finding a vector",
-        f"On test prompts {best} moves the two rates apart the most. The row prompt has an"
-        " instruction before each prompt instead of a vector.",
+        (
+            f"On test prompts {best} moves the two rates the most."
+            if effect(rows[best], found["unsteered"]) > 0
+            else "On test prompts no vector moves the two rates the way it should."
+        )
+        + " The row prompt has an instruction before each prompt instead of a vector.",
         charts.bars("Attack success rate by vector", names, series, "ASR"),
         ("vector", "ASR harmless", "ASR harmful", "ended", "repetition"),
         [
@@ -264,11 +267,12 @@ def _table1(steps: Steps) -> Figure:
         _rates("harmful prompts", [rows[n]["harmful"] for n in names]),
     ]
     qk, ov = rows["QK"]["average_change"], rows["OV"]["average_change"]
-    acts = "acts through OV" if ov > qk else "acts through QK at least as much as through OV"
+    whole = effect(rows["none"], rows["unsteered"])
+    doses = setting["dose"]
     return Figure(
         "Table 1: parts frozen or ablated",
         f"Freezing the attention patterns changes the rates by {100 * qk:.0f} % on average,"
-        f" freezing the values by {100 * ov:.0f} %: the vector {acts}.",
+        f" freezing the values by {100 * ov:.0f} %: {_acts(whole, qk, ov)}.",
         charts.bars("Attack success rate by ablation", names, series, "ASR"),
         ("ablation", "ASR harmless", "ASR harmful", "average change"),
         [
@@ -280,9 +284,22 @@ def _table1(steps: Steps) -> Figure:
             ]
             for n in names
         ],
-        f"{setting['n_harmless']} harmless prompts under +{setting['coefficient'][0]:g},"
-        f" {setting['n_harmful']} harmful prompts under -{setting['coefficient'][1]:g}. {WILSON}",
+        f"{setting['n_harmless']} harmless prompts under +{setting['coefficient'][0]:g} (dose"
+        f" {doses[0]:.2f}), {setting['n_harmful']} harmful prompts under"
+        f" -{setting['coefficient'][1]:g} (dose {doses[1]:.2f}). {WILSON}",
     )
+
+
+def _acts(whole: float, qk: float, ov: float) -> str:
+    """Through what the vector acts, by the thresholds of the claims."""
+    if whole < CARRY:
+        return (
+            f"steering itself moves them by {100 * whole:.0f} %, too little to tell through what"
+            " it acts"
+        )
+    if ov >= CARRY and qk <= HARDLY:
+        return "the vector acts through OV"
+    return f"the vector acts through {'OV more than through QK' if ov > qk else 'QK as well'}"
 
 
 def _curve(steps: Steps) -> Figure:
@@ -316,6 +333,8 @@ def _curve(steps: Steps) -> Figure:
         " the effect."
         if sizes
         else "No circuit reaches 85 % of the effect."
+        if any("flips none" not in f["why"] for f in smallest.values())
+        else "Steering flips no prompt, so there is no circuit to find."
     )
     head = ("samples or vector", "smallest faithful circuit", "share of all edges", "faithfulness")
     return Figure("Faithful circuits", sentence, chart, head, rows, note)
@@ -333,7 +352,7 @@ def _overlaps(steps: Steps) -> Figure:
     sentence = (
         "The circuits that share least are {1} and {2}: {0:.2f}.".format(*min(pairs))
         if pairs
-        else "There is one circuit only."
+        else "There are fewer than two circuits to compare."
     )
     return Figure(
         "Overlap of circuits",
@@ -370,7 +389,7 @@ def _exact(steps: Steps) -> Figure:
     return Figure(
         "Estimates beside exact patches",
         f"The estimates rank {found['n']} patched edges with a Spearman correlation of"
-        f" {found['spearman']:.2f}.",
+        f" {number(found['spearman'])}.",
         charts.points(
             "Estimated and exact effects",
             found["estimates"],

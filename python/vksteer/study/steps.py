@@ -2,8 +2,9 @@
 
 A step is a function of a Context that returns an Outcome. Its key is the SHA-256 of its name, its
 version (raised by hand when the code's results change), the settings that it uses, the model's
-hash, and the hashes of the steps that it needs. A changed setting therefore runs only those steps
-again that depend on it, and a step whose results come out the same as before stops the change.
+identity, and the hashes of the steps that it needs. A changed setting therefore runs only those
+steps again that depend on it, and a step whose results come out the same as before stops the
+change.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..base.provenance import digest, provenance
+from ..base.provenance import digest, fingerprint, loaded_with, provenance
 from ..base.store import Store
 from ..base.types import Array, ProgressLike
 from ..base.whole_files import write_whole
@@ -95,6 +96,13 @@ class Step:
 
 
 STEPS: dict[str, Step] = {}
+
+
+def identity(model: Model) -> str:
+    """A hash of all of a model that results depend on: weights and config, its tokenizer with the
+    chat template and its variables, and how it was loaded.
+    """
+    return digest(model.fingerprint, fingerprint(model.tokenizer), loaded_with(model))
 
 
 def step(
@@ -188,7 +196,7 @@ def run_step(
     """(The finished step, whether it had to run)."""
     one = STEPS[name]
     needed = {n: inputs[n] for n in one.needs}
-    key = one.key(model.fingerprint, settings, needed)
+    key = one.key(identity(model), settings, needed)
     state = store.find(name, key)
     if isinstance(state, Finished) and not force:
         return state, False
