@@ -130,7 +130,10 @@ void write_results(uint id, uint m0, uint n0) {
                    n = n0 + o % (LANE_COLUMNS * p.lanes), at = (i * COLUMNS + c) * WG + o % p.lanes;
         if (m0 + i >= p.n_rows || n >= p.n_out)
             continue;
-        float first = parts[at], second = parts[at + (COLUMNS - 1) * WG];
+        float first = parts[at], second = 0;
+#ifdef PAIRS
+        second = parts[at + WG];
+#endif
         for (uint s = 1; s < splits; s++) {
             first += parts[at + s * p.lanes];
 #ifdef PAIRS

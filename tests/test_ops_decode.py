@@ -101,6 +101,23 @@ def test_the_fused_product_equals_its_steps_and_does_not_depend_on_the_rows(on, 
         assert same_bits(some["dst"][:rows, :columns], fused["dst"][:rows, :columns])
 
 
+def test_a_gate_of_a_large_matrix_equals_its_halves(on, rng):
+    """Whether 8 or 32 columns share a workgroup depends on W, not on how it is finished."""
+    n, k, act = 16400, 80, 1
+    fused = decoding.linear_decode(rng, 1, n, k, 1, "rms", "gate", act)
+    product = decoding.linear_decode(rng, 1, n, k, 1, "rms", "plain")
+    shared = {name: fused.buffers[name] for name in ("weights", "x", "gain")}
+    got = on.run("linear_decode", fused.arguments, fused.buffers)[0]["dst"]
+    both = on.run("linear_decode", product.arguments, product.buffers | shared)[0]["dst"]
+    want = on.run(
+        "act",
+        {"gate_up": "product", "dst": "dst", "width": n // 2, "in_stride": both.shape[1]}
+        | {"out_stride": got.shape[1], "act": act, "plain": 0, "n_tokens": 1},
+        {"product": both, "dst": np.zeros_like(got)},
+    )[0]["dst"]
+    assert same_bits(got[:, : n // 2], want[:, : n // 2])
+
+
 STEPS = [
     (64, 64, ("rotate", "store")),
     (20, 8, ("rotate", "interleaved", "store")),
@@ -189,6 +206,10 @@ def test_refusals(on, rng):
     for change in ({"finish": 3}, {"norm": 7}, {"n_k": 16}, {"n": 7}):
         with pytest.raises(ValueError):
             on.run("linear_decode", good.arguments | change, good.buffers)
+    for finish in ("act", "gate"):  # the residual would come before the activation
+        added = decoding.linear_decode(rng, 2, 8, 16, finish=finish, add=True)
+        with pytest.raises(ValueError, match="cannot be finished so"):
+            on.run("linear_decode", added.arguments, added.buffers)
     good = decoding.attn_step(rng, [3], 2, 1, 8)
     for change in ({"d_head": 6}, {"d_rot": 10}):
         with pytest.raises(ValueError):

@@ -3,9 +3,10 @@
  * where a step between must be seen sum in the same one (NORM_DECODE, softmax_params.decode). */
 #include "ops/ops.h"
 
-/* Outputs from which on a workgroup takes 32 columns at once: narrower matrices would not fill a
- * GPU. Part of the order of sums, so it depends on the number of outputs alone. */
-#define WIDE_OUTPUTS 16384
+/* Rows of W from which on a workgroup takes 32 columns at once: smaller matrices would not fill a
+ * GPU. Part of the order of sums, so it depends on the matrix alone: a gate sums as its two halves
+ * do where they are computed as outputs of their own. */
+#define WIDE_ROWS 16384
 
 /* The kernel families for GPUs share their kernels of decoding. */
 int op_decode_lean(const struct ops *ops) {
@@ -44,7 +45,8 @@ static int arguments_check(const struct ops *ops, const struct op_matrix *matrix
     int normed = args->norm != NORM_KIND_NONE;
     if (!op_linear_decode_offered(ops, matrix, args->finish) || args->finish > FINISH_GATE ||
         args->norm > NORM_KIND_NONE || (normed && (args->n_k || !args->gain)) ||
-        (args->finish == FINISH_GATE && (matrix->n % 2 || args->add)))
+        (args->finish == FINISH_GATE && matrix->n % 2) ||
+        (args->finish != FINISH_PLAIN && args->add))
         return error_set(error, ERROR_VALUE, "a product with %u outputs cannot be finished so here",
                          matrix->n);
     return 0;
@@ -64,7 +66,7 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
                             struct error *error) {
     const uint32_t gate = args->finish == FINISH_GATE, inputs = op_cell_inputs(matrix->type),
                    rm = rows_choose(args->n_rows), count = matrix->segments[segment].count,
-                   n_out = gate ? count / 2 : count, lanes = n_out < WIDE_OUTPUTS ? 8 : 32,
+                   n_out = gate ? count / 2 : count, lanes = count < WIDE_ROWS ? 8 : 32,
                    columns = lanes * (gate || rm < 8 ? 1 : 2);
     const int kernel = kernel_linear_decode(matrix->type, rm, args->norm, gate);
     double fit = gpu_queue_flops_bound(ops->queue) / (2.0 * count * n_inputs * rm);
