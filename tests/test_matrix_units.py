@@ -5,6 +5,7 @@ parity with the oracle is in test_drivers.py, which runs every kernel family of 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,7 @@ def test_a_model_and_its_precision(llama):
     assert found["precision"] == ["fast", "fast", "float32"]
     assert len(found["said"]) == 1 and "rounded to float16" in found["said"][0]
     assert found["provenance"] == "fast"
+    assert found["measured"]["matrix_split"] > found["measured"]["matrix_range"] == 1
     assert max(found["split"].values()) <= MODEL
     assert 10 * MODEL < max(found["fast"].values()) <= MODEL_FAST
 
@@ -92,6 +94,33 @@ def test_fast_without_matrix_units_changes_nothing_and_says_so(llama):
         assert model.precision == "float32"
     with pytest.raises(ValueError, match="precision='half': use one of float32, fast"):
         vs.Model.from_pretrained(str(llama), precision="half")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_precision_in_use_is_the_one_that_is_tested(monkeypatch, fast):
+    from vksteer.runtime import device, kernels
+
+    class Bench:
+        fast = None
+
+        def __init__(self, _):
+            pass
+
+        def families(self):
+            return [(0, "broadcast"), (3, "matrix")]
+
+        def use(self, number, fast):
+            assert number == 0
+            self.fast = fast
+
+        def self_test(self, number, weight_type):
+            assert self.fast is fast
+            raise ValueError(f"family {number}, type {weight_type}")
+
+    monkeypatch.setattr(device, "_engine", lambda: SimpleNamespace(Bench=Bench))
+    gpu = SimpleNamespace(type="discrete", name="a GPU", driver="1")
+    with pytest.warns(UserWarning, match="failed their self-test .*family 3, type 1"):
+        assert kernels._trusted(None, gpu, "bfloat16", fast) == ["broadcast"]
 
 
 @pytest.mark.long

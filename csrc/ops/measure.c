@@ -75,9 +75,9 @@ static int read_once(struct ops *ops, void *context, struct error *error) {
 /* Seconds of a product of m rows by n x k: forward, or backward from n to k. */
 static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t n, uint32_t k,
                            int decode, int backward, double *least, struct error *error) {
-    struct gpu_buffer *w = NULL, *x = NULL, *y = NULL;
+    struct gpu_buffer *w = NULL, *x = NULL, *y = NULL, *range = NULL;
     int failed = -1;
-    if (buffer(ops, &w, op_matrix_bytes(type, n, k), error) ||
+    if (buffer(ops, &w, op_matrix_bytes(type, n, k), error) || buffer(ops, &range, 4, error) ||
         buffer(ops, &x, 4 * (uint64_t)m * op_row_stride(k), error) ||
         buffer(ops, &y, 4 * (uint64_t)m * op_row_stride(n), error))
         goto done;
@@ -110,6 +110,11 @@ static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t 
             },
         .backward = backward,
     };
+    if (ops->kernel_family == LINEAR_MATRIX) { /* as a model's matrices have it: not measured */
+        if (op_matrix_range(ops, &product.matrix, range, 0, error))
+            goto done;
+        product.matrix.range = gpu_buffer_address(range);
+    }
     failed = timed(ops, product_once, &product, least, error);
 done:
     if (failed)
@@ -117,6 +122,7 @@ done:
     gpu_buffer_destroy(w);
     gpu_buffer_destroy(x);
     gpu_buffer_destroy(y);
+    gpu_buffer_destroy(range);
     return failed;
 }
 

@@ -93,15 +93,19 @@ def is_chosen(device: Device, weight_type: str, fast: bool = False) -> bool:
     ).get(_key(device, weight_type, fast), {})
 
 
-def _trusted(engine_device: extension.Device, device: Device, weight_type: str) -> list[str]:
+def _trusted(
+    engine_device: extension.Device, device: Device, weight_type: str, fast: bool
+) -> list[str]:
     """The baseline kernel family, and every other one that passes its self-test on this device at
     first use, because drivers have had bugs: bit-identical to the baseline, or close to it where a
-    kernel family sums in an order of its own.
+    kernel family sums in an order of its own. fast: the kernels that this precision uses are the
+    ones tested.
     """
     from .device import _engine
 
     bench = _engine().Bench(engine_device)
-    (_, baseline), *others = bench.families()
+    (number, baseline), *others = bench.families()
+    bench.use(number, fast)
     trusted = [baseline]
     for number, family in others:
         # on software devices shared memory makes them ten times slower, so they are not compiled
@@ -181,7 +185,7 @@ def choose(
     # a GPU needs more work than a software device before its rate shows
     shape = (64, 512, 512) if device.type == "software" else (512, 2048, 2048)
     rates = {}
-    for family in _trusted(engine_device, device, weight_type):
+    for family in _trusted(engine_device, device, weight_type, fast):
         engine.kernels = family
         rates[family] = engine.measure_linear(*shape)[0]
     choice = max(rates, key=rates.__getitem__)
