@@ -269,6 +269,11 @@ def test_only_the_entry_changes_and_only_once(setting):
     cache.copy(n - 2, np.array([0], np.uint32), 1)
     assert cache.edited(0) and not cache.edited(1)
     assert_same_bits("copy", cache.read(slots[:1]), after[:, :, n - 2 : n - 1])
+    size = n + len(s.answer)
+    for first, to, count in ((0, size - 1, 2), (size - 1, 0, 2), (2**32 - 1, 0, 2)):
+        with pytest.raises(ValueError, match="of a cache of"):
+            # no layer is copied, so that no copy of memory could refuse
+            cache.copy(first, np.array([to], np.uint32), count, s.config.n_layers)
     with pytest.raises(ValueError, match="copies carry it"):
         cache.add(np.array([1, 0], np.uint32), np.zeros(2, np.uint32), added[None])
     assert not cache.edited(1), "a refused call marks nothing"

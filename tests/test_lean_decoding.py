@@ -99,6 +99,18 @@ def test_bits(lean, rng, name):
     assert not np.array_equal(edited.captured[sites[0]], plain[1].captured[sites[0]])
 
 
+def test_decoding_takes_one_token_a_row(lean):
+    """A row's second token would read a key that another workgroup is still writing."""
+    from vksteer.runtime.batch import packed_rows
+    from vksteer.runtime.device import _engine
+
+    model = lean("mistral")
+    cache = _engine().Cache(model._engine, 8)
+    rows = packed_rows([[1], [1, 2]], start=[0, 0], slot=[0, 4], decode=True)
+    with pytest.raises(ValueError, match="one token a row, row 1 has 2"):
+        model._engine.forward(cache, rows, [], 0)
+
+
 @pytest.mark.parametrize("freeze", ["qk", "ov", "mlp"])
 def test_frozen_rows(lean, rng, freeze):
     """A steered row's base run decodes in the same batch; with coefficient 0 it is the row."""

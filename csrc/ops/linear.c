@@ -28,6 +28,12 @@ int op_kernel_family_find(const char *name) {
     return -1;
 }
 
+/* Can the device start the workgroups of the families for GPUs? Of their kernels attn_step takes
+ * the most shared memory, 22,016 bytes; Vulkan itself promises 16 KiB. */
+static int decode_kernels_fit(const struct gpu_device_info *info) {
+    return info->max_invocations >= 256 && info->max_shared_bytes >= 22016;
+}
+
 int op_kernel_family_offered(const struct ops *ops, int family) {
     const struct gpu_device_info *info = gpu_device_get_info(ops->device);
     switch (family) {
@@ -35,9 +41,9 @@ int op_kernel_family_offered(const struct ops *ops, int family) {
     case LINEAR_TEXELS:
         /* Texels avoid the gathers of software drivers, which GPUs do not have. */
         return info->type == GPU_SOFTWARE && info->has_int64 && info->max_texels > 0;
-    case LINEAR_TILED: return info->max_invocations >= 256;
+    case LINEAR_TILED: return decode_kernels_fit(info);
     case LINEAR_MATRIX:
-        return info->max_invocations >= 256 &&
+        return decode_kernels_fit(info) &&
                gpu_pipeline_possible(ops->device, kernel_linear_matrix(WEIGHT_F32, 0, 0));
     default: return 0;
     }

@@ -55,6 +55,12 @@ int run_cache_copy(struct run_work *work, struct run_cache *cache, uint32_t from
                    const uint32_t *to, uint32_t n_to, uint32_t n, uint32_t first_layer,
                    struct error *error) {
     uint64_t slot = 4 * (uint64_t)work->model->facts.n_kv_heads * work->model->facts.d_head;
+    for (uint32_t i = 0; i <= n_to; i++) {
+        uint32_t first = i < n_to ? to[i] : from;
+        if (first > cache->n_slots || n > cache->n_slots - first)
+            return error_set(error, ERROR_VALUE, "slots %u to %llu of a cache of %u", first,
+                             first + (unsigned long long)n, cache->n_slots);
+    }
     for (uint32_t i = 0; i < n_to; i++)
         for (uint32_t l = first_layer > cache->first_layer ? first_layer : cache->first_layer;
              l < cache->n_layers; l++)

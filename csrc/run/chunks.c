@@ -27,6 +27,9 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
                          batch->stop_layer, f->n_layers);
     for (uint32_t r = 0; r < batch->n_rows; r++) {
         uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
+        if (batch->decode && batch->n_tokens[r] != 1) /* attention may store and read at once */
+            return error_set(error, ERROR_VALUE, "decoding takes one token a row, row %u has %u", r,
+                             batch->n_tokens[r]);
         if (end > f->n_ctx)
             return error_set(error, ERROR_VALUE,
                              "row %u has %llu tokens, the model's context holds %u: shorten the "
