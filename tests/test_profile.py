@@ -146,6 +146,19 @@ def test_an_exception_ends_the_profile(model):
     assert p.dispatches == held > 0
 
 
+def test_a_begin_that_is_interrupted_leaves_no_profile(model, monkeypatch):
+    p = model.profile()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(p, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt), p:
+        pass
+    with pytest.raises(ValueError, match="nothing is profiled"):
+        model._engine.profile_read()
+
+
 def test_a_profile_is_used_once(model):
     p = model.profile()
     with pytest.raises(ValueError, match="has not begun"):

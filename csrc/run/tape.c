@@ -224,9 +224,11 @@ int tape_keep_value(struct run_work *work, const struct site_view *view, uint32_
         tape->kept = more;
         kept = &more[tape->n_kept];
         *kept = (struct tape_kept){view->site, view->layer, group, NULL};
-        if (zeroed(work, tape->capacity, &kept->value, work->d_stride, "kept values", error))
+        int failed = zeroed(work, tape->capacity, &kept->value, work->d_stride, "kept values",
+                            error);
+        tape->n_kept += kept->value != NULL; /* a failure may come after it is made */
+        if (failed)
             return -1;
-        tape->n_kept++;
     }
     return keep(work, view->address, kept->value, view->width, view->token_stride, error);
 }

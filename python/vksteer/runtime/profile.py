@@ -90,7 +90,11 @@ class Profile:
         if self._begin is not None:
             raise ValueError("a profile is used once: call model.profile() again")
         self._model._engine.profile_start()
-        self._begin = self._read()
+        try:
+            self._begin = self._read()
+        except BaseException:  # no __exit__ follows
+            self._model._engine.profile_stop()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
