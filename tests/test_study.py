@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import vksteer as vs
+from vksteer.cli import commands as cli
 from vksteer.study import steps as study_steps
 from vksteer.study.prompts import of_lists
 from vksteer.study.report import page, write_report
@@ -110,7 +111,7 @@ def test_plain_values_are_json():
     json.dumps(plain(value), allow_nan=False)
 
 
-def test_bad_arguments_before_any_work(tmp_path):
+def test_bad_arguments_before_any_work(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="size='huge': use 'tiny', 'small', 'full'"):
         vs.study.run("tiny-llama-chat", out=tmp_path, size="huge")
     with pytest.raises(ValueError, match="belong together"):
@@ -119,7 +120,13 @@ def test_bad_arguments_before_any_work(tmp_path):
         vs.study.run("some/model", out=tmp_path)
     with pytest.raises(ValueError, match="no step 'x'"):
         vs.study.run("tiny-llama-chat", out=tmp_path, force=["x"])
+    with pytest.raises(ValueError, match="force names 'screen', which this call leaves out"):
+        vs.study.run("tiny-llama-chat", out=tmp_path, only=["values"], force=["screen"])
+    monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: pytest.fail("loads"))
+    command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path), "--only", "x"]
+    assert cli.main(command) == 2 and "no step 'x'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to the study's folder .*file/x"):
         vs.study.run("tiny-llama-chat", out=tmp_path / "file/x")

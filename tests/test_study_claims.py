@@ -85,6 +85,11 @@ def test_a_vector_without_effect_has_no_verdict():
     assert "too little to tell through what it acts" in figure.sentence
 
 
+def test_few_prompts_are_said():
+    ((_, (figure,)),) = sections(table(n=29))
+    assert "through OV, as far as 29 prompts of each kind can tell." in figure.sentence
+
+
 @pytest.mark.parametrize(
     "rows, words",
     [

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
         return status
-    except (VksteerError, ValueError, KeyError, OSError) as error:
+    except (VksteerError, ValueError, KeyError, OSError, ImportError) as error:
         # The text of a KeyError is the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"vksteer {arguments.command}: {message}", file=sys.stderr)

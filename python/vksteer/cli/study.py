@@ -90,7 +90,10 @@ def run_study(arguments: argparse.Namespace) -> int:
     """Runs `vksteer study`; the exit status."""
     from ..data.prompt_files import prompts_of
     from ..study.running import plan_table, run
+    from ..study.steps import chosen
 
+    chosen(arguments.only, arguments.skip)  # refuse unknown names before the model is loaded
+    chosen(arguments.force, None)
     if (arguments.harmful is None) != (arguments.harmless is None):
         raise ValueError("--harmful and --harmless belong together: give both")
     if arguments.harmful is None and not arguments.model.startswith("tiny-"):

@@ -103,6 +103,8 @@ def run(
     settings = Settings.of(size, seed)
     names, forced = chosen(only, skip), list(force or ())
     chosen(forced, None)
+    if idle := [name for name in forced if name not in names]:
+        raise ValueError(f"force names {idle[0]!r}, which this call leaves out: see only and skip")
     data = _prompts(model, harmful, harmless, settings)
     settings = replace(settings, data_hash=data.hash)
     store = StudyStore(Path(out))

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import charts
 from .charts import Series
-from .claims import CARRY, HARDLY, effect
+from .claims import CARRY, HARDLY, LEAST_PROMPTS, effect
 
 Steps = Mapping[str, Mapping[str, Any]]
 
@@ -91,6 +91,7 @@ def _screen(steps: Steps) -> Figure:
     best = steps["screen"]["best"]
     at = "nowhere" if best is None else f"layer {best[0]}"
     n = rows[0]["n"] if rows else 0
+    good, bad = (steps["screen"]["thresholds"][k] for k in ("steerable", "unsteerable"))
     series = [
         Series(label, [r[name] for r in rows], [r["layer"] for r in rows])
         for label, name in (("mean cosine", "mean_cosine"), ("AUC", "auc"))
@@ -101,7 +102,10 @@ def _screen(steps: Steps) -> Figure:
         charts.lines("Predictors by layer", series, "layer", "predictor"),
         ("layer", "mean cosine", "d'", "AUC", "norm ratio", "stability", "verdict"),
         [[str(r["layer"]), *(number(r[k]) for k in names), r["verdict"]] for r in rows],
-        f"{n} pairs of prompts; activations before the layer at the last position.",
+        f"{n} pairs of prompts in the lists' order; activations before the layer at the last"
+        f" position. Verdicts by the mean cosine: from {good:g} on likely steerable, up to {bad:g}"
+        " likely unreliable, the means of two kinds of data sets in arXiv 2602.17881 (Llama 2 7B,"
+        " pairs of one question each). They are no guarantee.",
     )
 
 
@@ -242,10 +246,11 @@ def _behaviour(steps: Steps) -> Figure:
         )
         + " The row prompt has an instruction before each prompt instead of a vector.",
         charts.bars("Attack success rate by vector", names, series, "ASR"),
-        ("vector", "ASR harmless", "ASR harmful", "ended", "repetition"),
+        ("vector", "a", "dose", "ASR harmless", "ASR harmful", "ended", "repetition"),
         [
             [
                 n,
+                *_strengths(found["vectors"].get(n)),
                 _rate(rows[n]["harmless"]),
                 _rate(rows[n]["harmful"]),
                 f"{rows[n]['harmless']['ended']:.2f} / {rows[n]['harmful']['ended']:.2f}",
@@ -258,6 +263,14 @@ def _behaviour(steps: Steps) -> Figure:
     )
 
 
+def _strengths(vector: Mapping[str, Any] | None) -> tuple[str, str]:
+    """(coefficients, doses) of a vector on harmless and on harmful prompts; dashes without one."""
+    if vector is None:
+        return "–", "–"
+    (plus, minus), (one, two) = vector["coefficient"], vector["dose"]
+    return f"+{plus:g} / -{minus:g}", f"{one:.2f} / {two:.2f}"
+
+
 def _table1(steps: Steps) -> Figure:
     rows, setting = steps["table1"]["rows"], steps["table1"]["setting"]
     order = ["none", "QK", "OV", "SVV", "MLP direct", "MLP"]
@@ -268,11 +281,12 @@ def _table1(steps: Steps) -> Figure:
     ]
     qk, ov = rows["QK"]["average_change"], rows["OV"]["average_change"]
     whole = effect(rows["none"], rows["unsteered"])
-    doses = setting["dose"]
+    doses, n = setting["dose"], min(setting["n_harmless"], setting["n_harmful"])
+    few = f", as far as {n} prompts of each kind can tell" if n < LEAST_PROMPTS else ""
     return Figure(
         "Table 1: parts frozen or ablated",
         f"Freezing the attention patterns changes the rates by {100 * qk:.0f} % on average,"
-        f" freezing the values by {100 * ov:.0f} %: {_acts(whole, qk, ov)}.",
+        f" freezing the values by {100 * ov:.0f} %: {_acts(whole, qk, ov)}{few}.",
         charts.bars("Attack success rate by ablation", names, series, "ASR"),
         ("ablation", "ASR harmless", "ASR harmful", "average change"),
         [
@@ -313,7 +327,7 @@ def _curve(steps: Steps) -> Figure:
         ]
         for name, found in smallest.items()
     ]
-    chart, note = "", curve.get("why", "")
+    chart, note = "", f"No curve: {curve['why']}." if "why" in curve else ""
     if "faithfulness" in curve:
         x = [100 * e / curve["n_edges"] for e in curve["edges"]]
         mean = [_mean(row) for row in curve["random"]]
@@ -328,6 +342,8 @@ def _curve(steps: Steps) -> Figure:
             f" {setting['n_judged_on']} others; 95 % bootstrap intervals over samples."
         )
     sizes = [f["share"] for f in smallest.values() if "share" in f]
+    if sizes:
+        note += " Those of the table were found and judged on the same samples."
     sentence = (
         f"Between {100 * min(sizes):.1f} and {100 * max(sizes):.1f} % of the edges carry 85 % of"
         " the effect."
@@ -374,7 +390,7 @@ def _types(steps: Steps) -> Figure:
     strongest = max(kinds, key=lambda k: sum(top[k] for top in tops.values()))
     return Figure(
         "Where the strongest edges end",
-        f"Of the strongest tenth of the edges most end in {strongest} inputs.",
+        f"Of the strongest tenth of the edges the largest share ends in {strongest} inputs.",
         charts.bars("Share of edges by the input they end in", kinds, series, "share of edges"),
         ("samples", *kinds),
         [[n, *(f"{100 * top[k]:.1f} %" for k in kinds)] for n, top in tops.items()],
