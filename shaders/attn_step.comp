@@ -120,8 +120,9 @@ void rows_rotate(uint lane, uint angle) {
         }
         const uint first = head_row(r) + i * step, second = first + apart;
         float a = rows[first], b = rows[second];
-        rows[first] = a * c - b * s;
-        rows[second] = b * c + a * s;
+        precise float rotated = a * c - b * s, other = b * c + a * s; // as in rope.comp
+        rows[first] = rotated;
+        rows[second] = other;
     }
     barrier();
 }

@@ -32,8 +32,10 @@ void head_rotate(uint base, FloatsIn angles, uint row) {
         float c = angles.at[(row * n_pairs + i) * 2], s = angles.at[(row * n_pairs + i) * 2 + 1];
         uint first = base + i * step, second = first + apart;
         float a = p.qkv.at[first], b = p.qkv.at[second];
-        p.qkv.at[first] = a * c - b * s;
-        p.qkv.at[second] = b * c + a * s;
+        // `precise` forbids contraction: attn_step.comp rotates to the same bits
+        precise float rotated = a * c - b * s, other = b * c + a * s;
+        p.qkv.at[first] = rotated;
+        p.qkv.at[second] = other;
     }
 }
 
