@@ -231,9 +231,25 @@ def test_force_and_skip(model, study, tmp_path):
         "values": "done",
     }  # fmt: skip
     assert done.results["steps"]["screen"] == study.results["steps"]["screen"]
-    assert not done.complete and "5 of 17 steps" in repr(done)
-    claims = {c["claim"]: c for c in done.results["claims"]}
-    assert sum(c["why"] == "has not run" for c in claims.values()) == 4
+    assert done.complete and done.results == study.results  # what was left out had finished
+
+
+def test_a_part_of_a_study(model, tmp_path):
+    done = again(model, tmp_path, only=["screen"])
+    assert not done.complete and "2 of 17 steps" in repr(done)
+    assert all(c["why"] == "has not run" for c in done.results["claims"])
+
+
+def test_a_step_that_fails_leaves_the_others(model, tmp_path, monkeypatch):
+    def fails(_):
+        raise ValueError("no candidate is left")
+
+    failing = replace(study_steps.STEPS["candidates"], function=fails)
+    monkeypatch.setitem(study_steps.STEPS, "candidates", failing)
+    with pytest.raises(ValueError, match="no candidate is left"):
+        again(model, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["steps"]) == {"prompts", "screen"} and (tmp_path / "report.html").exists()
 
 
 # -- interruptions ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,8 @@ def run(
 
     Returns a Study. Writes DIR/results.json (byte-identical for equal settings on one device) and
     DIR/run.json (times, device, versions). Ctrl-C and a killed process lose at most the work since
-    the last item of the step under way.
+    the last item of the step under way. These files and the report hold every step that finished
+    with these settings, also where this call left it out or a later step failed.
     Raises ValueError before any work for unknown names, prompts that are too few, and a folder that
     cannot be written to or that another process holds; ImportError for a cluster without
     dask.distributed; DeviceError; ModelError.
@@ -112,16 +113,13 @@ def run(
         planned = plan(store, identity(opened), settings, names, forced)
         if plan_only:
             return Study(store.folder, _results(opened, settings, {}), tuple(planned))
-        if scheduler is not None:
-            from .cluster import Source, run_on
-
-            show = progress is True
-            source = Source.of(opened)
-            finished = run_on(scheduler, store, source, data, settings, names, forced, show)
-        else:
-            finished = _run_all(store, opened, data, settings, names, forced, progress)
-        results = _results(opened, settings, finished)
-        _write(store, results, finished)
+        try:
+            _run(store, opened, data, settings, names, forced, scheduler, progress)
+        except Exception:
+            with suppress(OSError):  # what has finished is drawn; the error is what counts
+                _write(store, opened, settings)
+            raise
+        results = _write(store, opened, settings)
     return Study(store.folder, results, tuple(planned))
 
 
@@ -153,6 +151,26 @@ def _prompts(
     return of_world(settings)
 
 
+def _run(
+    store: StudyStore,
+    model: Model,
+    data: Prompts,
+    settings: Settings,
+    names: Sequence[str],
+    forced: Sequence[str],
+    scheduler: str | None,
+    progress: ProgressLike,
+) -> None:
+    """Runs the steps that are not finished, here or on a cluster."""
+    if scheduler is None:
+        _run_all(store, model, data, settings, names, forced, progress)
+        return
+    from .cluster import Source, run_on
+
+    source = Source.of(model)
+    run_on(scheduler, store, source, data, settings, names, forced, progress is True)
+
+
 def _run_all(
     store: StudyStore,
     model: Model,
@@ -161,8 +179,8 @@ def _run_all(
     names: Sequence[str],
     forced: Sequence[str],
     progress: ProgressLike,
-) -> dict[str, Finished]:
-    """Runs the steps that are not finished; {name: finished step}."""
+) -> None:
+    """Runs the steps that are not finished."""
     finished: dict[str, Finished] = {}
     for number, name in enumerate(names, 1):
         one = STEPS[name]
@@ -171,20 +189,29 @@ def _run_all(
         finished[name], _ = run_step(
             name, store, model, data, settings, finished, force=name in forced, progress=progress
         )
-    return finished
 
 
-def _write(store: StudyStore, results: dict[str, Any], finished: dict[str, Finished]) -> None:
-    """results.json, run.json and report.html."""
+def _write(store: StudyStore, model: Model, settings: Settings) -> dict[str, Any]:
+    """Writes results.json, run.json and report.html of all steps that have finished with these
+    settings, those of earlier calls included; returns the results.
+    """
+    finished: dict[str, Finished] = {}
+    for name, one in STEPS.items():
+        if all(n in finished for n in one.needs):
+            state = store.find(name, one.key(identity(model), settings, finished))
+            if isinstance(state, Finished):
+                finished[name] = state
+    results = _results(model, settings, finished)
     text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False)
     write_whole(store.folder / "results.json", (text + "\n").encode())
     runs = {}
-    for name, one in finished.items():
-        if (one.folder / "run.json").exists():
-            runs[name] = read_json(one.folder / "run.json", limit=1 << 20)
+    for name, done in finished.items():
+        if (done.folder / "run.json").exists():
+            runs[name] = read_json(done.folder / "run.json", limit=1 << 20)
     text = json.dumps({"steps": runs}, indent=1, sort_keys=True)
     write_whole(store.folder / "run.json", (text + "\n").encode())
     write_report(store.folder)
+    return results
 
 
 def _results(model: Model, settings: Settings, finished: dict[str, Finished]) -> dict[str, Any]:
