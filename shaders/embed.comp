@@ -2,6 +2,7 @@
 //
 // Define    POSITIONS   (optional) the row of a token's position instead, added to another row
 //                       where EMBED_ADD says so
+//           PICKED      (optional) ids from a list that a kernel wrote
 // Buffers   tokens [T], weights: panels of E [V, D] (often tied to the unembedding; linear.comp
 //           gives the layout), dst and add [T, stride]
 // Grid      x = tokens; a workgroup takes one, its lanes the columns
@@ -27,6 +28,8 @@ void main() {
     uint t = gl_WorkGroupID.x;
 #ifdef POSITIONS
     uint id = p.tokens.at[t].pos;
+#elif defined(PICKED)
+    uint id = uint(max(p.picked.at[t - t % p.share], 0.0));
 #else
     uint id = p.tokens.at[t].id;
 #endif

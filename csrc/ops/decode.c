@@ -151,5 +151,7 @@ int op_decode_kernels(const struct op_kernels_needed *needed, int *kernels) {
     }
     kernels[n++] = step_kernel(needed->group, &heads);
     kernels[n++] = kernel_norm(norm == NORM_KIND_LAYER, 1);
+    kernels[n++] = KERNEL_pick;
+    kernels[n++] = KERNEL_embed_picked;
     return n;
 }

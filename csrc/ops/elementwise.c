@@ -6,12 +6,15 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, const struct op
              struct error *error) {
     if (args->add && !args->positions)
         return error_set(error, ERROR_VALUE, "only rows of positions are added to others");
+    if (args->picked && (args->positions || args->share == 0))
+        return error_set(error, ERROR_VALUE, "picked ids are of tokens, each of at least one");
     for (uint32_t c = 0; c < embedding->n_segments; c++) {
         struct embed_params params = {
             .tokens = args->tokens,
             .weights = embedding->segments[c].address,
             .dst = args->dst,
             .add = args->add,
+            .picked = args->picked,
             .n_tokens = args->n_tokens,
             .width = embedding->k,
             .stride = args->stride,
@@ -20,10 +23,11 @@ int op_embed(struct ops *ops, const struct op_matrix *embedding, const struct op
             .n_ids = embedding->segments[c].count,
             .weight_type = embedding->type,
             .flags = args->add ? EMBED_ADD : 0,
+            .share = args->share,
             .scale = args->scale,
         };
-        if (gpu_queue_dispatch(ops->queue, kernel_embed(args->positions != 0), &params,
-                               sizeof params, args->n_tokens, 1, 1,
+        int kernel = args->picked ? KERNEL_embed_picked : kernel_embed(args->positions != 0);
+        if (gpu_queue_dispatch(ops->queue, kernel, &params, sizeof params, args->n_tokens, 1, 1,
                                4.0 * args->n_tokens * embedding->k, error))
             return -1;
     }

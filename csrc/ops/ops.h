@@ -240,7 +240,10 @@ int op_attn_decode_kernel(uint32_t group);
  * that the matrix does not have are left as they are. */
 struct op_embed_args {
     uint64_t tokens, dst, add; /* [T] token_meta, [T, stride], [T, stride] or 0 */
-    uint32_t n_tokens, stride;
+    /* [T] as op_pick writes it: id(t) is picked[t - t % share], or 0 where that is negative; 0: the
+     * ids of `tokens` */
+    uint64_t picked;
+    uint32_t n_tokens, stride, share;
     uint32_t positions; /* 1: the rows are those of positions */
     float scale;
 };

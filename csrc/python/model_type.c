@@ -304,6 +304,32 @@ done:
     return result;
 }
 
+/* decode_block(cache, rows, n_steps, share, empty, near) -> float32 [n_steps, rows] */
+static PyObject *model_decode_block(PyObject *object, PyObject *args) {
+    struct model_object *self = (struct model_object *)object;
+    PyObject *cache, *rows, *picked = NULL;
+    struct batch_arguments a = {0};
+    struct run_block block = {0};
+    struct error error = {0};
+    float *to;
+    int failed = 1, begun = 1;
+    if (!PyArg_ParseTuple(args, "OOIIff", &cache, &rows, &block.n_steps, &block.share, &block.empty,
+                          &block.near) ||
+        engine_begin(self, 1))
+        return NULL;
+    if (batch_read(&a, self, cache, rows) == 0 &&
+        (picked = array_zeros(2, (Py_ssize_t[]){block.n_steps, a.batch.n_rows}, &to))) {
+        a.batch.logits_mode = RUN_LOGITS_LAST;
+        ENGINE_WORK(self, failed,
+                    run_decode_block(self->work, a.cache, &a.batch, &block, to, &error));
+        begun = 0;
+    }
+    if (!engine_finish(self, begun, failed, &error))
+        Py_CLEAR(picked);
+    batch_release(&a);
+    return picked;
+}
+
 static PyObject *model_get_dispatches(PyObject *object, void *unused) {
     (void)unused;
     struct model_object *self = (struct model_object *)object;
@@ -338,6 +364,9 @@ static PyMethodDef model_methods[] = {
     {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS,
      "forward(cache, rows, captures, logits) -> (logits, captured): one batch; see "
      "csrc/run/run.h."},
+    {"decode_block", model_decode_block, METH_VARARGS,
+     "decode_block(cache, rows, n_steps, share, empty, near) -> float32 [n_steps, rows]: tokens of "
+     "several steps of greedy decoding; see csrc/run/run.h."},
     {"measure_linear", model_measure_linear, METH_VARARGS,
      "measure_linear(m, n, k, decode=False, backward=False) -> (flop/s, weight bytes/s)."},
     {"measure_read", model_measure_read, METH_VARARGS,

@@ -1,5 +1,5 @@
 /* Reference implementations of the lens's ops: the outputs of heads, the norms of rows, the largest
- * values of a row. */
+ * values of a row; the token that a row of logits picks. */
 #include <float.h>
 #include <math.h>
 
@@ -74,5 +74,27 @@ void reference_topk(struct reference_memory *memory, const struct topk_params *p
                 *reference_float(memory, p->indices, list + place) = p->first + c;
             }
         }
+    }
+}
+
+void reference_pick(struct reference_memory *memory, const struct pick_params *p, uint32_t n_rows) {
+    if (p->width == 0 || p->width > 1u << 24 || p->x_stride < p->width)
+        reference_fail(memory, "no column of the largest of %u in rows of %u", p->width,
+                       p->x_stride);
+    for (uint32_t r = 0; r < n_rows && !memory->failed; r++) {
+        uint64_t row = (uint64_t)r * p->x_stride;
+        double best = -INFINITY, first = *reference_float(memory, p->x, row);
+        double *dst = reference_float(memory, p->dst, r);
+        int bad = fabs(first - p->empty) <= p->near;
+        for (uint32_t c = 0; c < p->width && !memory->failed; c++) {
+            double value = *reference_float(memory, p->x, row + c);
+            bad |= !isfinite(value);
+            if (value > best) {
+                best = value;
+                *dst = c;
+            }
+        }
+        if (bad)
+            *dst = -1;
     }
 }

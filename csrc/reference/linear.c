@@ -156,14 +156,25 @@ void reference_linear_bwd(struct reference_memory *memory, const struct op_matri
         }
 }
 
+/* The row of the embedding that token t takes. */
+static uint32_t embed_row(struct reference_memory *memory, const struct op_embed_args *args,
+                          uint32_t t) {
+    struct token_meta token = reference_token(memory, args->tokens, t);
+    if (!args->picked)
+        return args->positions ? token.pos : token.id;
+    double id = *reference_float(memory, args->picked, t - t % args->share);
+    return id > 0 ? (uint32_t)id : 0;
+}
+
 /* dst[t, :] = scale * E[id(t), :], or [add[t, :] +] scale * E[pos(t), :] */
 void reference_embed(struct reference_memory *memory, const struct op_matrix *embedding,
                      const struct op_embed_args *args) {
     if (args->add && !args->positions)
         reference_fail(memory, "only rows of positions are added to others");
+    if (args->picked && (args->positions || args->share == 0))
+        reference_fail(memory, "picked ids are of tokens, each of at least one");
     for (uint32_t t = 0; t < args->n_tokens && !memory->failed; t++) {
-        struct token_meta token = reference_token(memory, args->tokens, t);
-        uint32_t row = args->positions ? token.pos : token.id;
+        uint32_t row = embed_row(memory, args, t);
         uint64_t to = (uint64_t)t * args->stride;
         if (row >= embedding->n)
             continue; /* no such row: dst stays as it was */

@@ -213,7 +213,7 @@ static int batch_run(struct run_work *work, struct run_cache *cache, const struc
             chunk_run(work, cache, lists->meta, lists->frozen, lists->mlp_rows, mlp_frozen, error))
             return -1;
     }
-    return gpu_queue_wait(work->model->ops.queue, error);
+    return 0;
 }
 
 /* Checks the batch and prepares the rotation tables for its longest row. */
@@ -236,17 +236,24 @@ static int batch_begin(struct run_work *work, struct run_cache *cache,
     return model_angles_prepare(work->model, last, error);
 }
 
-int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
-                struct error *error) {
+int run_forward_record(struct run_work *work, struct run_cache *cache,
+                       const struct run_batch *batch, struct error *error) {
     int mlp_frozen;
     struct token_lists lists;
     int failed = token_lists_make(&lists, work->capacity, error) ||
                  batch_begin(work, cache, batch, &mlp_frozen, error) ||
                  batch_run(work, cache, batch, &lists, mlp_frozen, error);
-    if (failed)
-        gpu_queue_abandon(work->model->ops.queue);
     work->chunk.batch = NULL;
     token_lists_free(&lists);
+    return failed ? -1 : 0;
+}
+
+int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                struct error *error) {
+    int failed = run_forward_record(work, cache, batch, error) ||
+                 gpu_queue_wait(work->model->ops.queue, error);
+    if (failed)
+        gpu_queue_abandon(work->model->ops.queue);
     return failed ? -1 : 0;
 }
 

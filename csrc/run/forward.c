@@ -65,6 +65,10 @@ static int embed(struct run_work *work, struct error *error) {
         .stride = x.stride,
         .scale = model->facts.embed_scale,
     };
+    if (work->chunk.picks) {
+        args.picked = work->chunk.picks->from;
+        args.share = work->chunk.picks->share;
+    }
     RUN(op_embed(&work->model->ops, &model->embed, &args, error));
     RUN(step_visit(work, SITE_EMBED, 0, x, error));
     return model->facts.pos_embed ? embed_positions(work, error) : 0;

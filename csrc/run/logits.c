@@ -27,26 +27,64 @@ static int lean_unembed(struct run_work *work, struct norm_step norm, uint64_t x
     return op_linear_decode(&work->model->ops, &model->unembed, &args, error);
 }
 
+/* dst = logits of n rows at x. norm: one that the rows still need (in decoding on GPUs only), or
+ * without a gain. */
+static int logits_product(struct run_work *work, struct norm_step norm, uint64_t x, uint32_t n,
+                          uint64_t dst, struct error *error) {
+    const struct model *model = work->model;
+    if (norm.gain)
+        return lean_unembed(work, norm, x, n, dst, error);
+    struct op_linear_args args = {
+        .x = x,
+        .dst = dst,
+        .bias = model->b_unembed,
+        .n_rows = n,
+        .x_stride = work->d_stride,
+        .dst_stride = op_row_stride(model->facts.d_vocab),
+        .softcap = model->facts.final_softcap,
+        .decode = work->chunk.batch->decode,
+    };
+    return op_linear(&work->model->ops, &model->unembed, &args, error);
+}
+
+/* The token after each of n_rows rows at x, in row ranges whose logits take as much memory as
+ * readback memory has. */
+static int unembed_pick(struct run_work *work, struct norm_step norm, uint64_t x, uint32_t n_rows,
+                        struct error *error) {
+    const struct picks *picks = work->chunk.picks;
+    uint32_t stride = op_row_stride(work->model->facts.d_vocab);
+    uint64_t room = work->readback_bytes / 4 / stride;
+    uint32_t most = room == 0 ? 1 : room < n_rows ? (uint32_t)room : n_rows;
+    RUN(work_grow(work, &work->picked_from, 4 * (uint64_t)most * stride, "logits to pick from",
+                  error));
+    for (uint32_t done = 0, n; done < n_rows; done += n) {
+        n = n_rows - done < most ? n_rows - done : most;
+        struct pick_params pick = {
+            .x = run_address(work->picked_from),
+            .dst = picks->to + 4 * (uint64_t)done,
+            .width = work->model->facts.d_vocab,
+            .x_stride = stride,
+            .empty = picks->empty,
+            .near = picks->near,
+        };
+        RUN(logits_product(work, norm, x + 4 * (uint64_t)done * work->d_stride, n, pick.x, error));
+        RUN(op_pick(&work->model->ops, &pick, n, error));
+    }
+    return 0;
+}
+
 /* Logits of n_rows rows at x, straight into readback memory, in row ranges that fit it. norm: one
  * that the rows still need (in decoding on GPUs only), or without a gain. */
 static int unembed(struct run_work *work, struct norm_step norm, uint64_t x, uint32_t n_rows,
                    int by_row, struct error *error) {
     const struct model *model = work->model;
     uint32_t stride = op_row_stride(model->facts.d_vocab);
+    if (work->chunk.picks)
+        return unembed_pick(work, norm, x, n_rows, error);
     for (uint32_t done = 0, n; done < n_rows; done += n) {
         uint64_t offset;
         n = n_rows - done;
         RUN(work_readback_take(work, &n, stride, &offset, error));
-        struct op_linear_args args = {
-            .x = x + 4 * (uint64_t)done * work->d_stride,
-            .dst = run_address(work->readback) + 4 * offset,
-            .bias = model->b_unembed,
-            .n_rows = n,
-            .x_stride = work->d_stride,
-            .dst_stride = stride,
-            .softcap = model->facts.final_softcap,
-            .decode = work->chunk.batch->decode,
-        };
         struct readback logits = {
             .to = work->chunk.batch->logits,
             .offset = offset,
@@ -57,10 +95,8 @@ static int unembed(struct run_work *work, struct norm_step norm, uint64_t x, uin
             .width = model->facts.d_vocab,
             .by_row = by_row,
         };
-        if (norm.gain)
-            RUN(lean_unembed(work, norm, args.x, n, args.dst, error));
-        else
-            RUN(op_linear(&work->model->ops, &model->unembed, &args, error));
+        RUN(logits_product(work, norm, x + 4 * (uint64_t)done * work->d_stride, n,
+                           run_address(work->readback) + 4 * offset, error));
         RUN(work_readback_push(work, &logits, error));
     }
     return 0;

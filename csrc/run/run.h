@@ -102,6 +102,24 @@ uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity, uint
 int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
                 struct error *error);
 
+/* Greedy decoding of several steps without the host: the token that each row picks, the one with
+ * the largest logit (the first of equal ones), is its next step's. */
+struct run_block {
+    uint32_t n_steps; /* at least 1 */
+    /* so many consecutive rows take the tokens that the first one picks: 2 where every row is
+     * followed by its base run */
+    uint32_t share;
+    /* A row whose logits are not all finite, or whose first logit is `empty` within +-near, picks
+     * -1 and goes on with token 0: the caller looks at its logits. */
+    float empty, near;
+};
+/* picked: [n_steps, n_rows]. batch: the first step, in which every row brings one token after its
+ * prompt (`decode`), without captures; at most run_chunk rows. Positions and slots of the others
+ * follow. A row must not pass rope_switch in a block. The same tokens as by steps of run_forward.
+ */
+int run_decode_block(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                     const struct run_block *block, float *picked, struct error *error);
+
 /* y[n, :] = x[n, :] W^T for one of the model's matrices ("qkv", "o", ..., layer); arrays on the
  * host, [n, columns] and [n, rows]. */
 int run_apply(struct run_work *work, const char *matrix, int layer, const float *x, uint32_t n,

@@ -35,6 +35,15 @@ struct token_place {
     uint32_t row, pos, packed;
 }; /* packed: index into the batch's tokens */
 
+/* Decoding whose tokens stay on the device (decode_block.c): lists of ids as op_pick writes them.
+ */
+struct picks {
+    uint64_t from;  /* [tokens of the chunk] ids of the chunk's tokens; 0: those of its list */
+    uint32_t share; /* so many consecutive tokens take the first one's id */
+    uint64_t to;    /* [tokens of the chunk] where the ids after them go, instead of their logits */
+    float empty, near;
+};
+
 /* The tokens that go through the layers together. */
 struct chunk {
     const struct run_batch *batch;
@@ -44,6 +53,7 @@ struct chunk {
     struct query_tile *tile_list;                               /* [capacity] */
     /* [capacity] chunk tokens that end a row: their logits are computed in LAST mode */
     uint32_t *last_tokens;
+    const struct picks *picks; /* NULL: tokens come from the host and logits go there */
 };
 
 struct run_work {
@@ -55,6 +65,8 @@ struct run_work {
     struct gpu_buffer *scores, *result, *expanded; /* grown when needed */
     /* [V], made at first use (analysis/lens.c) */
     struct gpu_buffer *unembed_norms;
+    /* of decode_block.c: ids, and logits [rows, V] that they are picked from */
+    struct gpu_buffer *picked, *picked_from;
     struct gpu_buffer *readback;
     uint64_t readback_bytes, readback_used; /* bytes; floats */
     struct readback *pending;
@@ -137,6 +149,9 @@ int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct 
 int run_final_norm(struct run_work *work, struct error *error);
 uint64_t run_address(const struct gpu_buffer *buffer); /* 0 for none */
 
+/* chunks.c: records what run_forward runs. After a failure call gpu_queue_abandon. */
+int run_forward_record(struct run_work *work, struct run_cache *cache,
+                       const struct run_batch *batch, struct error *error);
 /* chunks.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays
  * valid (and the uploads, until the next work_upload_reset) so that a backward pass can follow.
  * Call run_one_chunk_end afterwards, also after a failure. */

@@ -86,6 +86,15 @@ class Model:
         [n_out_rows, H, n_columns, n_keys].
         """
 
+    def decode_block(
+        self, cache: Cache, rows: PackedRows, n_steps: int, share: int, empty: float, near: float
+    ) -> Floats:
+        """Tokens [n_steps, rows] that greedy decoding picks in n_steps steps from these rows of one
+        token each on, as whole numbers. -1: a logit is not finite, or the first one is `empty`
+        within +-near; what follows in that row means nothing. share: so many consecutive rows take
+        the tokens that the first one picks.
+        """
+
     def measure_linear(
         self, m: int, n: int, k: int, decode: bool = ..., backward: bool = ...
     ) -> tuple[float, float]: ...

@@ -45,12 +45,14 @@ BLOCK(query_tile) {
 #define EMBED_ADD 1 /* dst = add + row, for rows of positions */
 
 /* dst[t, :] = scale * E[id(t), :] for the tokens whose id lies in this segment of the vocabulary.
- * Learned positions: the row is that of the token's position. */
+ * Learned positions: the row is that of the token's position. Picked ids: id(t) is
+ * picked[t - t % share], or 0 where that is negative. */
 BLOCK(embed_params) {
     ADDRESS(Tokens) tokens;
-    ADDRESS(Words) weights; /* panels, V x D */
-    ADDRESS(FloatsOut) dst; /* [T, stride] */
-    ADDRESS(FloatsIn) add;  /* [T, stride] */
+    ADDRESS(Words) weights;   /* panels, V x D */
+    ADDRESS(FloatsOut) dst;   /* [T, stride] */
+    ADDRESS(FloatsIn) add;    /* [T, stride] */
+    ADDRESS(FloatsIn) picked; /* [T], as pick_params has them */
     UINT n_tokens;
     UINT width;
     UINT stride;
@@ -59,7 +61,19 @@ BLOCK(embed_params) {
     UINT n_ids;
     UINT weight_type; /* WEIGHT_* */
     UINT flags;
+    UINT share; /* of picked ids: consecutive tokens that take the first one's id */
     float scale;
+};
+
+/* dst[r] = the column of the largest of x[r, :], the first of equal ones; -1 where a value is not
+ * finite, or x[r, 0] is `empty` within +-near. */
+BLOCK(pick_params) {
+    ADDRESS(FloatsIn) x;    /* [n, x_stride] */
+    ADDRESS(FloatsOut) dst; /* [n], whole numbers below 2^24, as floats */
+    UINT width;
+    UINT x_stride;
+    float empty;
+    float near;
 };
 
 #define WEIGHT_F32 0

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _engine as extension
-from ..base.types import Array, Float32Array, IntArray
+from ..base.types import Array, Float32Array, Int32Array, IntArray
 from .directions import ablations
 from .edit_compiler import EditCompiler, RowShape, add_all
 from .edits import Steer
@@ -305,6 +305,41 @@ class Batch:
             cache, packed, list(capture), LOGITS[logits]
         )
         return found
+
+    def decode_block(
+        self,
+        cache: extension.Cache,
+        newest: Sequence[int],
+        n_steps: int,
+        *,
+        starts: Sequence[int],
+        slots: Sequence[int] | Array,
+        active: Sequence[int],
+        empty: tuple[float, float],
+    ) -> Int32Array:
+        """n_steps steps of greedy decoding in one call: the tokens that the rows `active` pick,
+        int32 [n_steps, rows]. newest: the last token of each, at position starts[i].
+
+        The tokens are those of as many calls of `forward`. -1: the row's logits are not finite, or
+        the first one is empty[0] within +-empty[1], so that they have to be looked at; what follows
+        in that row means nothing.
+        """
+        n, double = len(active), 2 if self.paired else 1
+        every = range(n * double)
+        packed = packed_rows(
+            [[newest[i // double]] for i in every],
+            start=[starts[i // double] for i in every],
+            slot=slots,
+            group=[i // double for i in every],
+            edit_row=[double * r + i for r in active for i in range(double)],
+            frozen=self._frozen_rows(n * double),
+            n_columns=max(starts) + 1,
+            n_keys=max(starts) + 1,
+            edits=self.edits,
+            decode=True,
+        )
+        picked = self.model._engine.decode_block(cache, packed, n_steps, double, *empty)
+        return picked[:, ::double].astype(np.int32)
 
     def _frozen_rows(self, n: int) -> dict[str, Array]:
         """Whose patterns, values and MLP outputs each of n engine rows takes: the base run's for

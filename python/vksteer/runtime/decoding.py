@@ -4,6 +4,7 @@ module reports tokens and ends rows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,16 +15,22 @@ from ..base.display import html_table
 from ..base.progress import Progress
 from ..base.types import Float32Array, Int32Array, UInt32Array
 from . import finite
+from .batch import Batch
 from .cache_edits import RowCacheEdits, add_to_cache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .batch import Batch
     from .model import Model
     from .sites import Site
 
 #: on_token(row, token, text)
 OnToken: TypeAlias = Callable[[int, int, str], object]
+
+
+#: The most steps that the device takes by itself, and how long they may take on the whole: between
+#: two blocks progress is shown and Ctrl-C is noticed.
+BLOCK_STEPS = 16
+BLOCK_SECONDS = 0.25
 
 
 @dataclass
@@ -148,7 +155,8 @@ class Row:
 
 class Decoding:
     """One micro-batch: prefill, then one token a step for every row that has not ended. Ended rows
-    leave the batch.
+    leave the batch. Greedy decoding that nobody watches takes several steps at once, a block, in
+    which the device picks the tokens; the results are the same.
     """
 
     def __init__(
@@ -170,23 +178,93 @@ class Decoding:
         self.starts = starts.astype(np.uint32)
         self.cache = _engine().Cache(model._engine, int(self.starts[-1]))
         batch.reserve(sum(len(s.prompt) for s in states), int(self.starts[-1]))
+        self.blocks = self._blocks_fit(model, states)
+        self.step_seconds = 0.0  # of the newest step or block
 
     def run(self) -> None:
         active = list(range(len(self.states)))
-        logits = self._from_start(active)
-        while True:
-            self._accept(active, logits)
-            # The last token of an ended row runs once more only for the captures at it.
-            feeding = active if self.sites else [a for a in active if not self.states[a].reason]
-            if not feeding:
-                return
-            logits = self._step(feeding)
-            still = [i for i, a in enumerate(feeding) if not self.states[a].reason]
-            active = [feeding[i] for i in still]
-            logits = logits[still]
-            if not active:
-                return
-            self.bar.step(len(active))
+        self._accept(active, self._from_start(active))
+        # The last token of an ended row runs once more only for the captures at it.
+        while feeding := active if self.sites else [a for a in active if not self.states[a].reason]:
+            begin, steps = time.monotonic(), self._steps_at_once(feeding)
+            if steps > 1:
+                active = self._block(feeding, steps)
+            else:
+                logits = self._step(feeding)
+                still = [i for i, a in enumerate(feeding) if not self.states[a].reason]
+                active = [feeding[i] for i in still]
+                if not active:
+                    return
+                self.bar.step(len(active))
+                self._accept(active, logits[still])
+            self.step_seconds = (time.monotonic() - begin) / steps
+
+    def _blocks_fit(self, model: Model, states: list[Row]) -> bool:
+        """Can the device take several steps of this micro-batch by itself?"""
+        request, plan = states[0].request, model._engine.plan()
+        return (
+            request.sampling.temperature == 0
+            and not request.stops
+            and self.on_token is None
+            and not self.sites
+            and isinstance(self.batch, Batch)
+            and len(states) * self.double <= plan["chunk"]
+            and model.config.d_vocab <= 1 << 24
+            # A CPU computes what follows a row's end token in vain; a GPU waits for the host less.
+            and (self._never_stops(request) or model._engine.kernels in ("tiled", "matrix"))
+        )
+
+    @staticmethod
+    def _never_stops(request: Request) -> bool:
+        return request.ignore_eos or not request.eos_ids
+
+    def _steps_at_once(self, rows: list[int]) -> int:
+        """Steps that the device takes by itself from here on; 1 for a step with the host."""
+        if not self.blocks:
+            return 1
+        states = [self.states[a] for a in rows]
+        most = min(BLOCK_STEPS, *(s.request.max_new_tokens - len(s.tokens) for s in states))
+        switch = self.batch.model.config.rope_switch
+        for length in (s.length for s in states):
+            if switch and length <= switch:
+                most = min(most, switch - length + 1)
+            elif length - 1 == switch > 0:
+                return 1  # all tokens of the row are run again
+        if not self._never_stops(states[0].request):
+            # so that at most a third of all steps are for nothing where a row ends
+            most = min(most, 1 + len(states[0].tokens) // 2)
+        if self.step_seconds * most > BLOCK_SECONDS:
+            most = int(BLOCK_SECONDS / self.step_seconds)
+        return max(most, 1)
+
+    def _block(self, rows: list[int], steps: int) -> list[int]:
+        """Takes several steps, the tokens of which the device picks. Returns the rows that have not
+        ended.
+        """
+        lengths = [self.states[a].length for a in rows]
+        picked = self.batch.decode_block(
+            self.cache,
+            [self.states[a].tokens[-1] for a in rows],
+            steps,
+            starts=[n - 1 for n in lengths],
+            slots=self._slots(rows),
+            active=rows,
+            empty=finite.first_logit(self.batch.model),
+        )
+        live = list(range(len(rows)))
+        for tokens in picked.tolist():
+            if min(tokens[i] for i in live) < 0:
+                # Nothing else is amiss with the step: the host takes it again and looks at it.
+                self.blocks = False
+                break
+            self.bar.step(len(live))
+            for i in live:
+                self._take(self.states[rows[i]], tokens[i])
+            self._count_ended([rows[i] for i in live])
+            live = [i for i in live if not self.states[rows[i]].reason]
+            if not live:
+                break
+        return [rows[i] for i in live]
 
     def _slots(self, rows: list[int]) -> UInt32Array:
         """First cache slots of the engine rows of these rows."""
@@ -230,10 +308,16 @@ class Decoding:
             state = self.states[a]
             if finite.suspect_row(row[None], (), None, self.batch.model._bias_logits) is not None:
                 self._refuse(state, bool(np.isfinite(row).all()))
-            token = state.request.sampling.pick(row, state.random)
-            piece = state.accept(token)
-            if self.on_token is not None:
-                self.on_token(state.index, token, piece)
+            self._take(state, state.request.sampling.pick(row, state.random))
+        self._count_ended(rows)
+
+    def _take(self, state: Row, token: int) -> None:
+        piece = state.accept(token)
+        if self.on_token is not None:
+            self.on_token(state.index, token, piece)
+
+    def _count_ended(self, rows: list[int]) -> None:
+        """Steps that rows which have ended will not take."""
         for state in (self.states[a] for a in rows):
             if state.reason:
                 self.bar.step(state.request.max_new_tokens - len(state.tokens) + 1)

@@ -72,6 +72,16 @@ def bias_logits(model: Model) -> Float32Array | None:
     return logits
 
 
+def first_logit(model: Model) -> tuple[float, float]:
+    """(value, tolerance): rows whose first logit is no nearer to it have logits that are neither
+    all zero nor those of the biases alone.
+    """
+    empty = model._bias_logits
+    if empty is None:
+        return 0.0, 0.0
+    return float(empty[0]), 2 * _SAME * float(np.abs(empty).max())
+
+
 def suspect_row(
     logits: Float32Array | None,
     captured: Iterable[Array],
