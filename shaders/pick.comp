@@ -15,7 +15,7 @@ void main() {
     const uint row = gl_WorkGroupID.x * p.x_stride, lane = gl_LocalInvocationID.x;
     float best = uintBitsToFloat(0xff800000u);
     uint at = 0, largest = 0; // magnitude, as bits: those of infinity and of NaN are the largest
-    for (uint c = lane; c < p.width; c += AHEAD * WG)
+    for (uint c = lane; c < p.width; c += AHEAD * WG) {
         [[unroll]] for (uint u = 0; u < AHEAD; u++) {
             const uint column = min(c + u * WG, p.width - 1);
             const float x = p.x.at[row + column];
@@ -25,10 +25,11 @@ void main() {
                 at = column;
             }
         }
+    }
     const float top = workgroup_max(best),
                 first = workgroup_max(best == top ? -float(at) : -16777216.0),
                 bad = workgroup_max(largest >= 0x7f800000u ? 1.0 : 0.0);
+    const bool look = bad > 0.0 || abs(p.x.at[row] - p.empty) <= p.near;
     if (lane == 0)
-        p.dst.at[gl_WorkGroupID.x] =
-            bad > 0.0 || abs(p.x.at[row] - p.empty) <= p.near ? -1.0 : -first;
+        p.dst.at[gl_WorkGroupID.x] = look ? -1.0 : -first;
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from oracle.compare import assert_close, assert_same_bits
+from vksteer.runtime import decoding
 
 #: family -> dispatches of a layer. Post-norms are dispatches of their own; heads whose size is no
 #: multiple of 4 (llama3 here) or whose norms have biases are rotated by one.
@@ -57,13 +58,17 @@ def dispatches(model, prompt, n, **options):
 
 
 @pytest.mark.parametrize("name", LAYER)
-def test_dispatches_a_token(lean, rng, name):
+def test_dispatches_a_token(lean, rng, monkeypatch, name):
     model = lean(name)
     (prompt,) = prompts(model, rng, (9,))
     two = [dispatches(model, prompt, 2) for _ in range(2)][1]  # the first prepares once
-    a_token = dispatches(model, prompt, 3) - two
     outside = OUTSIDE + ("hook_pos_embed" in model.sites)
-    assert a_token == LAYER[name] * model.config.n_layers + outside
+    a_token = LAYER[name] * model.config.n_layers + outside
+    step = dispatches(model, prompt, 3, on_token=lambda *_: None) - two
+    assert step == a_token
+    # several steps at once: the device picks each token
+    monkeypatch.setattr(decoding, "BLOCK_SECONDS", np.inf)
+    assert dispatches(model, prompt, 7) - two == 5 * (a_token + 1)
 
 
 @pytest.mark.parametrize("name", LAYER)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from op_bench import agree, same_bits
+from op_bench import SIZES, agree, same_bits
 from vksteer.verify import decoding, problems
 
 ROWS = (1, 2, 3, 8, 9)
@@ -214,3 +214,48 @@ def test_refusals(on, rng):
     for change in ({"d_head": 6}, {"d_rot": 10}):
         with pytest.raises(ValueError):
             on.run("attn_step", good.arguments | change, good.buffers)
+
+
+# -- the token that a row of logits picks ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_pick(on, rng, ties):
+    for rows in (0, 1, 3):
+        for width in (*SIZES, 1000, 4099):
+            problem = decoding.pick(rng, rows, width, ties=ties)
+            got = agree(on, problem).device["dst"]
+            np.testing.assert_array_equal(got, problem.buffers["x"][:, :width].argmax(axis=1))
+
+
+@pytest.mark.parametrize("width", [1, 8, 257, 1000])
+def test_pick_of_rows_to_look_at(on, rng, width):
+    for bad in (np.nan, np.inf, -np.inf):
+        problem = decoding.pick(rng, 3, width, bad=bad)
+        got = agree(on, problem).device["dst"]
+        assert got[1] == -1 and (got[[0, 2]] >= 0).all()
+    for empty in ((0.0, 0.0), (2.0, 0.5), (-2.0, 1e-3)):
+        got = agree(on, decoding.pick(rng, 3, width, empty=empty)).device["dst"]
+        assert got[0] == -1 and (got[1:] >= 0).all()
+    equal = decoding.pick(rng, 2, width)
+    equal.buffers["x"][:, :width] = -3.0
+    equal.buffers["x"][:, width:] = 7.0  # pad columns do not count
+    assert (agree(on, equal).device["dst"] == 0).all()
+
+
+@pytest.mark.parametrize("change", [{"n_rows": 4}, {"width": 0}, {"x_stride": 32}])
+def test_senseless_picks_are_refused(on, rng, change):
+    problem = decoding.pick(rng, 3, 33)
+    with pytest.raises(ValueError):
+        on.run(problem.op, problem.arguments | change, problem.buffers)
+
+
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
+def test_embed_of_picked_tokens(on, rng, weight_type):
+    for share in (1, 2, 5):
+        for n_tokens in (0, 1, 7, 10):
+            problem = decoding.embed_picked(rng, n_tokens, 257, 33, weight_type, share)
+            agree(on, problem)
+    for change in ({"share": 0}, {"positions": 1}):
+        with pytest.raises(ValueError):
+            on.run(problem.op, problem.arguments | change, problem.buffers)

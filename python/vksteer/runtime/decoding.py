@@ -220,7 +220,7 @@ class Decoding:
 
     def _steps_at_once(self, rows: list[int]) -> int:
         """Steps that the device takes by itself from here on; 1 for a step with the host."""
-        if not self.blocks:
+        if not self.blocks or not self.step_seconds:  # the first step shows how long one takes
             return 1
         states = [self.states[a] for a in rows]
         most = min(BLOCK_STEPS, *(s.request.max_new_tokens - len(s.tokens) for s in states))

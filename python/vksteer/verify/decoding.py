@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from .attention import rotation_tables
+from .forward import embed
 from .problems import (
     ACTIVATIONS,
     EPS,
@@ -35,6 +37,7 @@ TILED = 2  # the first kernel family whose decoding uses these ops
 BOUNDS = {
     "linear_decode": 8e-7,  # 1.5e-7, of sum |norm(x) w| + |bias| + |add|, K up to 257
     "attn_step": 2e-6,  # 4.2e-7, of the largest value
+    "pick": 0.0,  # it only picks
 }
 
 
@@ -186,6 +189,46 @@ def attn_step(
     )
 
 
+def pick(rng, rows, width, ties=False, bad=None, empty=None) -> Problem:
+    """bad: a value of the second row; empty: (value, tolerance) near which the first column of a
+    row must not lie, as it does in the first row.
+    """
+    stride = row_stride(width)
+    x = numbers(rng, rows, width)
+    if ties:
+        x = np.round(x * 2) / 2
+    if bad is not None:
+        x[1, width // 2] = bad
+    value, near = (1e9, 0.0) if empty is None else empty
+    if empty is not None:
+        x[:, 0] = value + 3 * near + 1
+        x[0, 0] = value + near / 2
+    return Problem(
+        "pick",
+        f"{rows} x {width}{' ties' if ties else ''}{'' if bad is None else f' {bad}'}"
+        f"{'' if empty is None else f' but {value} +- {near}'}",
+        {"x": "x", "dst": "dst", "n_rows": rows, "width": width}
+        | {"x_stride": stride, "empty": value, "near": near},
+        {"x": padded(x, stride), "dst": nothing(rows)},
+        {"dst": 1.0},
+    )
+
+
+def embed_picked(rng, n_tokens, vocabulary, width, weight_type=0, share=1) -> Problem:
+    """Ids from a list, in which the first of `share` tokens counts; the last of these is -1."""
+    problem = embed(rng, n_tokens, vocabulary, width, weight_type, scale=3.5, segment_rows=32)
+    tokens = problem.buffers["tokens"]
+    picked = tokens[:, 0].astype(np.float32)
+    picked[(n_tokens - 1) // share * share :] = -1
+    tokens[:] = vocabulary  # no such row
+    return replace(
+        problem,
+        label=f"{problem.label} picked for {share}",
+        arguments=problem.arguments | {"picked": "picked", "share": share},
+        buffers=problem.buffers | {"picked": picked},
+    )
+
+
 def problems(rng) -> Iterator[Problem]:
     """What `vksteer verify` runs of these."""
     for weight_type in range(3):
@@ -214,3 +257,7 @@ def problems(rng) -> Iterator[Problem]:
         yield attn_step(rng, [0, 37, 129], 2 * group, 2, 16, flags=("store",), window=5)
     yield attn_step(rng, [9, 9, 37, 37], 4, 2, 16, flags=(), frozen=True)
     yield attn_step(rng, [0, 37, 600], 4, 2, 16, flags=("pattern",))
+    yield pick(rng, 5, 1003, ties=True)
+    yield pick(rng, 5, 257, bad=np.nan, empty=(0.0, 0.0))
+    for weight_type in range(3):
+        yield embed_picked(rng, 7, 77, 33, weight_type, share=1 + weight_type)
