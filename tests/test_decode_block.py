@@ -164,12 +164,12 @@ def changed(zoo, tmp_path, change):
 
 
 def test_equal_logits(opened, compare, zoo, rng, tmp_path):
-    """Every token has a twin of the same logit: the first of the two is picked."""
+    """Every second token has the logit of the one before it: the first of the two is picked."""
 
-    def twins(weights):
+    def pairs(weights):
         weights[1::2] = weights[: len(weights) // 2 * 2 : 2][: len(weights[1::2])]
 
-    model = opened(changed(zoo, tmp_path, twins))
+    model = opened(changed(zoo, tmp_path, pairs))
     gens, blocks = compare(model, drawn(model, rng), max_new_tokens=20, ignore_eos=True)
     assert blocks[16] and all((g.tokens % 2 == 0).all() for g in gens)
     assert len({t for g in gens for t in g.tokens.tolist()}) > 3
