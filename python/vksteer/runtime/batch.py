@@ -321,8 +321,8 @@ class Batch:
         int32 [n_steps, rows]. newest: the last token of each, at position starts[i].
 
         The tokens are those of as many calls of `forward`. -1: the row's logits are not finite, or
-        the first one is empty[0] within +-empty[1], so that the caller must examine them; what follows
-        in that row means nothing.
+        the first one is empty[0] within +-empty[1], so that the caller must examine them; what
+        follows in that row means nothing.
         """
         n, double = len(active), 2 if self.paired else 1
         every = range(n * double)
