@@ -104,7 +104,7 @@ int model_ranges_measure(struct model *model, struct error *error) {
         struct op_matrix *matrix = i < n ? model_matrix_find(model, matrices[i % 4], (int)(i / 4),
                                                              &n_k, &n_k)
                                          : &model->unembed;
-        if (op_matrix_range(&model->ops, matrix, model->ranges, RANGE_BYTES * (uint64_t)i, error))
+        if (ops_matrix_range(&model->ops, matrix, model->ranges, RANGE_BYTES * (uint64_t)i, error))
             return -1;
         matrix->range = gpu_buffer_address(model->ranges) + RANGE_BYTES * (uint64_t)i;
     }

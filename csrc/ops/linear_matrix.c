@@ -104,8 +104,8 @@ int linear_matrix_kernels(const struct ops *ops, uint32_t type, int backward, in
     return n;
 }
 
-int op_matrix_range(struct ops *ops, const struct op_matrix *matrix, struct gpu_buffer *buffer,
-                    uint64_t offset, struct error *error) {
+int ops_matrix_range(struct ops *ops, const struct op_matrix *matrix, struct gpu_buffer *buffer,
+                     uint64_t offset, struct error *error) {
     if (gpu_queue_zero(ops->queue, buffer, offset, 4, error))
         return -1;
     for (uint32_t c = 0; c < matrix->n_segments && matrix->type != WEIGHT_F16; c++) {
@@ -147,7 +147,7 @@ static int parts_make(struct ops *ops, const struct op_matrix *matrix, uint32_t 
     *range = matrix->range ? matrix->range : gpu_buffer_address(buffer);
     return matrix->range || matrix->type == WEIGHT_F16
                ? 0
-               : op_matrix_range(ops, matrix, buffer, 0, error);
+               : ops_matrix_range(ops, matrix, buffer, 0, error);
 }
 
 static int segment_forward(struct ops *ops, const struct op_matrix *matrix, uint32_t segment,

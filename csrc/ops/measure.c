@@ -111,7 +111,7 @@ static int product_measure(struct ops *ops, uint32_t type, uint32_t m, uint32_t 
         .backward = backward,
     };
     if (ops->kernel_family == LINEAR_MATRIX) { /* as a model's matrices have it: not measured */
-        if (op_matrix_range(ops, &product.matrix, range, 0, error))
+        if (ops_matrix_range(ops, &product.matrix, range, 0, error))
             goto done;
         product.matrix.range = gpu_buffer_address(range);
     }

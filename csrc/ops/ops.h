@@ -65,7 +65,7 @@ struct op_matrix {
     uint32_t n, k;
     uint32_t k_cells; /* 16-byte cells of k in a row */
     float scale;      /* factor on every product with W, forward and backward; 0: none */
-    uint64_t range;   /* what op_matrix_range wrote, which products on matrix units need; 0: they
+    uint64_t range;   /* what ops_matrix_range wrote, which products on matrix units need; 0: they
                        * call it themselves */
     uint32_t n_segments;
     struct {
@@ -159,8 +159,8 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
 
 /* Writes the largest magnitude of a matrix, which products on matrix units scale it by, to 4 bytes
  * of a buffer; float16 weights need no scale, and get a zero. */
-int op_matrix_range(struct ops *ops, const struct op_matrix *matrix, struct gpu_buffer *buffer,
-                    uint64_t offset, struct error *error);
+int ops_matrix_range(struct ops *ops, const struct op_matrix *matrix, struct gpu_buffer *buffer,
+                     uint64_t offset, struct error *error);
 
 /* --- decode.c: decoding on GPUs --------------------------------------------------------------- */
 
