@@ -137,6 +137,26 @@ def vector_arguments(group: Group) -> None:
     group.add_argument("--criterion", **CRITERIA)
 
 
+def limit_argument(group: Group, default: int) -> None:
+    group.add_argument(
+        "--limit",
+        type=positive,
+        default=default,
+        metavar="N",
+        help=f"test on at most N prompts of each kind (default: {default})",
+    )
+
+
+def new_tokens_argument(group: Group, default: int) -> None:
+    group.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=default,
+        metavar="N",
+        help=f"length of an answer (default: {default})",
+    )
+
+
 def judge_argument(group: Group) -> None:
     group.add_argument(
         "--judge",

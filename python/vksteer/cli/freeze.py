@@ -15,9 +15,10 @@ from .arguments import (
     Subparsers,
     freeze_prompts,
     judge_argument,
+    limit_argument,
     model_arguments,
+    new_tokens_argument,
     open_model,
-    positive,
     prompt_file_arguments,
     vector_arguments,
 )
@@ -49,13 +50,7 @@ def add_parser(commands: Subparsers) -> None:
     model_arguments(parser)
     group = parser.add_argument_group("prompts")
     prompt_file_arguments(group)
-    group.add_argument(
-        "--limit",
-        type=positive,
-        metavar="N",
-        help="test on at most N prompts of each kind (default: 100)",
-        default=100,
-    )
+    limit_argument(group, 100)
     _vector(parser.add_argument_group("vector and strength"))
     _table(parser.add_argument_group("table"))
     parser.add_argument(
@@ -87,13 +82,7 @@ def _table(group: Group) -> None:
         metavar="each|L,L,...",
         help="freeze one layer at a time instead of all from the vector's on",
     )
-    group.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=128,
-        metavar="N",
-        help="length of an answer (default: 128)",
-    )
+    new_tokens_argument(group, 128)
     group.add_argument(
         "--random",
         type=int,

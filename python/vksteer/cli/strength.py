@@ -14,9 +14,10 @@ from .arguments import (
     Subparsers,
     freeze_prompts,
     judge_argument,
+    limit_argument,
     model_arguments,
+    new_tokens_argument,
     open_model,
-    positive,
     prompt_file_arguments,
     vector_arguments,
     whole_prompts,
@@ -84,13 +85,7 @@ def _add_sweep(commands: Subparsers) -> None:
     model_arguments(parser)
     group = parser.add_argument_group("prompts")
     prompt_file_arguments(group)
-    group.add_argument(
-        "--limit",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="test on at most N prompts of each kind (default: 32)",
-    )
+    limit_argument(group, 32)
     group = parser.add_argument_group("vector and strength")
     vector_arguments(group)
     group.add_argument(
@@ -114,13 +109,7 @@ def _add_sweep(commands: Subparsers) -> None:
         " and before harmful prompts",
     )
     group = parser.add_argument_group("answers")
-    group.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="length of an answer (default: 64)",
-    )
+    new_tokens_argument(group, 64)
     judge_argument(group)
     _out(parser)
     parser.set_defaults(run=run_sweep)
@@ -136,14 +125,14 @@ def run_screen(arguments: argparse.Namespace) -> int:
     """Runs `vksteer screen`; the exit status."""
     from ..reliability import screen
 
-    positive_, negative = whole_prompts(arguments)
-    n = min(len(positive_), len(negative))
-    if len(positive_) != len(negative):
-        print(f"{len(positive_)} and {len(negative)} prompts: the first {n} of each are paired")
+    positive, negative = whole_prompts(arguments)
+    n = min(len(positive), len(negative))
+    if len(positive) != len(negative):
+        print(f"{len(positive)} and {len(negative)} prompts: the first {n} of each are paired")
     with open_model(arguments) as model:
         table = screen(
             model,
-            positive_[:n],
+            positive[:n],
             negative[:n],
             positions=arguments.positions,
             leave_one_out=arguments.leave_one_out,

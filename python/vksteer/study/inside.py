@@ -101,16 +101,25 @@ def _said(samples: Samples, scores: EdgeScores | None) -> dict[str, Any]:
     uses=SAMPLED,
 )
 def attribution(c: Context) -> Outcome:
-    vector, content, files = load_vector(c, "dim"), {}, []
-    for name in DATA_SETS:
-        samples = _samples(c, vector, name, name)
+    vector = load_vector(c, "dim")
+    content, files = _attributed(c, [(name, vector, name) for name in DATA_SETS])
+    return Outcome({"data_sets": content}, files)
+
+
+def _attributed(
+    c: Context, jobs: Sequence[tuple[str, SteeringVector, str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """(What results.json says of each job, the files). jobs: (name, vector, data set)."""
+    content, files = {}, []
+    for name, vector, data_set in jobs:
+        samples = _samples(c, vector, data_set, name)
         files.append(f"{name}.samples.json")
         scores = None
         if len(samples):
-            scores = _scores(c, samples, vector, name, name)
+            scores = _scores(c, samples, vector, data_set, name)
             files.append(f"{name}.scores.safetensors")
         content[name] = _said(samples, scores)
-    return Outcome({"data_sets": content}, files)
+    return content, files
 
 
 def _load(c: Context, from_step: str, name: str) -> tuple[Samples, EdgeScores] | None:
@@ -129,17 +138,8 @@ def _load(c: Context, from_step: str, name: str) -> tuple[Samples, EdgeScores] |
     uses=SAMPLED,
 )
 def attribution_learned(c: Context) -> Outcome:
-    content, files = {}, []
-    for name, vector in vectors(c).items():
-        if name == "dim":
-            continue
-        samples = _samples(c, vector, MAIN, name)
-        files.append(f"{name}.samples.json")
-        scores = None
-        if len(samples):
-            scores = _scores(c, samples, vector, MAIN, name)
-            files.append(f"{name}.scores.safetensors")
-        content[name] = _said(samples, scores)
+    learned = [(name, vector, MAIN) for name, vector in vectors(c).items() if name != "dim"]
+    content, files = _attributed(c, learned)
     return Outcome({"vectors": content}, files)
 
 
