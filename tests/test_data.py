@@ -165,8 +165,7 @@ def test_hub_names(tmp_path, monkeypatch):
         data.load("owner/set:data/other.csv")
     with pytest.raises(ValueError, match="no network"):
         data.load("owner/other")
-    monkeypatch.setitem(data.STUDY, "jailbreakbench", ("owner/set:data/bad.csv", "kind"))
-    assert data.load("JailbreakBench") == ["a", "b", "b"]
+    assert data.load("owner/set", "kind", split="bad") == ["a", "b", "b"]
 
 
 def test_tiny_is_the_world():

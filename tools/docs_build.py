@@ -36,6 +36,7 @@ SECTIONS = {
         "target-atoms",
         "activation-scaling",
         "token-weights",
+        "prompt-sets",
         "study",
         "scale",
         "glossary",

@@ -121,9 +121,18 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prompt_file_arguments(group: Group) -> None:
     group.add_argument(
-        "--harmful", metavar="FILE[:COLUMN]", help="prompts that the model should refuse"
+        "--harmful",
+        metavar="FILE[:COLUMN]",
+        help=(
+            "prompts that the model should refuse: a file, or a public set by its name, such as"
+            " advbench or jailbreakbench (docs/prompt-sets.md)"
+        ),
     )
-    group.add_argument("--harmless", metavar="FILE[:COLUMN]", help="prompts that it should answer")
+    group.add_argument(
+        "--harmless",
+        metavar="FILE[:COLUMN]",
+        help="prompts that it should answer, likewise, such as alpaca or jailbreakbench:benign",
+    )
 
 
 def vector_arguments(group: Group) -> None:

@@ -4,14 +4,17 @@ package contains none of the study's data sets; they are read from files or from
 
 from __future__ import annotations
 
-import fnmatch
 import json
+import random
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..base.checks import require_int
 from ..base.lfs import lfs_pointer
+from .hub import ENDINGS, files_of
+from .prompt_sets import STUDY
 
 if TYPE_CHECKING:
     from ..base.types import PathLike
@@ -19,22 +22,12 @@ if TYPE_CHECKING:
 
 _FIELD_LIMIT = threading.Lock()
 
-T = TypeVar("T")
 #: A row of a file: {column: value}.
 Row: TypeAlias = dict[str, Any]
 
-ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 #: Names of the column that holds the prompts in common data sets. If no column is named and exactly
 #: one of these is there, it is used.
 PROMPT_COLUMNS = ("prompt", "instruction", "goal", "question", "forbidden_prompt", "query", "text")
-#: The study's data sets (docs/method.md section 1): short name -> (hub name and file, column). No
-#: test has tried these addresses against the hub; a file that is not there is reported with the
-#: files that are.
-STUDY = {
-    "jailbreakbench": ("JailbreakBench/JBB-Behaviors:data/harmful-behaviors.csv", "Goal"),
-    "alpaca": ("tatsu-lab/alpaca:data/train-*.parquet", "instruction"),
-    "strongreject": ("walledai/StrongREJECT:data/train-*.parquet", "prompt"),
-}
 
 
 def tiny(
@@ -67,43 +60,40 @@ def load(
     path_or_name: PathLike,
     column: str | None = None,
     *,
+    split: str | None = None,
+    n: int | None = None,
+    seed: int = 0,
     keep: Callable[[Row], object] | None = None,
     limit: int | None = None,
 ) -> list[str]:
-    """Prompts from a file or a data set, in the file's order.
+    """Prompts from a file or a data set.
 
     path_or_name: a .csv, .tsv, .json (a list of texts, a list of objects, or an object of columns),
       .jsonl, .parquet (needs pyarrow) or .txt file (one prompt per line), where JSON and JSON Lines
-      are told apart by the content; "owner/name" or "owner/name:path/of/file.csv" on the hub (the
-      path may contain *); or one of STUDY ("jailbreakbench", "alpaca", "strongreject").
-    column: the column that holds the prompts. Default: the only text column, or the only one with
-      a common name.
-    keep: a function of a row (a dict) that returns whether to take it, for example `lambda row: not
-      row["input"]` for Alpaca.
-    limit: the largest number of prompts.
+      are told apart by the content; "file.csv:column"; "owner/name" or
+      "owner/name:path/of/file.csv" on the hub (the path may contain *); or one of STUDY, the
+      study's prompt sets ("advbench", "alpaca", ..., docs/prompt-sets.md), also as "name:split".
+    column: the column that holds the prompts. Default: the set's, or the only text column, or the
+      only one with a common name.
+    split: of a data set on the hub. Default: the set's first one, or the only file.
+    n: draws this many without replacement by `seed`, so that a larger n begins with the prompts of
+      a smaller one. Default: all, in the file's order.
+    keep: a function of a row (a dict) that returns whether to take it.
+    limit: the largest number of prompts, the first in the file's order.
     Raises ValueError where the file or the column cannot be read or is not clear, naming the
-    columns or files that there are, and FileNotFoundError for a file that does not exist.
+    columns or files that there are, for a data set that is gated or out of reach, saying which
+    file to fetch by hand, for fewer than n prompts, and FileNotFoundError for a file that does not
+    exist.
     """
-    name = str(path_or_name)
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit must be None or a whole number from 1 on, not {limit!r}")
-    path = Path(name).expanduser()
-    if not path.exists():
-        if name.lower() in STUDY:
-            name, usual = STUDY[name.lower()]
-            column = column or usual
-        elif path.suffix.lower() in ENDINGS and ":" not in name:
-            raise FileNotFoundError(f"there is no file {path}")
-        path = _from_hub(name)
-    elif path.is_dir():
-        raise ValueError(f"{path} is a folder: name one file of {', '.join(ENDINGS)}")
-    pointer = lfs_pointer(path)
-    if pointer is not None:
-        raise ValueError(pointer)
-    rows = _rows(path)
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    column = _column(path, rows, column)
+    if limit is not None:
+        require_int(limit, "limit", 1)
+    if n is not None:
+        require_int(n, "n", 1)
+        if limit is not None:
+            raise ValueError("n draws prompts and limit takes the first ones: give one of them")
+    require_int(seed, "seed")
+    where, rows, column = _found(str(path_or_name), column, split)
+    column = _column(where, rows, column)
     prompts = []
     for i, row in enumerate(rows):
         if keep is not None and not keep(row):
@@ -111,18 +101,83 @@ def load(
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(
-                f"{path}, row {i}: column {column!r} holds {value!r}, not a prompt; drop such rows"
+                f"{where}, row {i}: column {column!r} holds {value!r}, not a prompt; drop such rows"
                 " with keep="
             )
         prompts.append(value)
         if len(prompts) == limit:
             break
     if not prompts:
-        raise ValueError(f"{path}: keep= left none of {len(rows)} rows")
-    return prompts
+        raise ValueError(f"{where}: keep= left none of {len(rows)} rows")
+    return prompts if n is None else _drawn(where, prompts, n, seed)
 
 
-def _column(path: Path, rows: list[Row], column: str | None) -> str:
+def _drawn(where: str, prompts: list[str], n: int, seed: int) -> list[str]:
+    if n > len(prompts):
+        raise ValueError(f"{where} holds {len(prompts)} prompts, n={n} asks for more")
+    random.Random(f"load {seed}").shuffle(prompts)
+    return prompts[:n]
+
+
+def _found(name: str, column: str | None, split: str | None) -> tuple[str, list[Row], str | None]:
+    """(where it was found, for messages; all rows; the column as far as it is known)."""
+    before, colon, after = name.rpartition(":")
+    is_column = bool(colon) and not Path(name).expanduser().exists()
+    if is_column and Path(before).suffix.lower() in ENDINGS:
+        if column is not None:
+            raise ValueError(f"{name!r} names a column, and column={column!r} another one")
+        name, column = before, after
+    path = Path(name).expanduser()
+    if path.is_dir() and name.lower() not in STUDY:
+        raise ValueError(f"{path} is a folder: name one file of {', '.join(ENDINGS)}")
+    if path.exists() and not path.is_dir():
+        if split is not None:
+            raise ValueError(f"{path} is a file, which has no splits: leave split={split!r} out")
+        return str(path), _content(path), column
+    short, _, own_split = name.partition(":")
+    if short.lower() in STUDY:
+        return _of_study(short.lower(), column, split or own_split or None)
+    if path.suffix.lower() in ENDINGS and ":" not in name:
+        raise FileNotFoundError(f"there is no file {path}")
+    if short.count("/") != 1 or not all(short.split("/")):
+        raise ValueError(
+            f"{name!r} is no file here, and no data set of the hub (owner/name or owner/name:PATH);"
+            f" short names are {', '.join(STUDY)}"
+        )
+    if own_split and split is not None:
+        raise ValueError(f"{name!r} names a file: leave split={split!r} out")
+    return name, _rows_of(files_of(short, own_split, split)), column
+
+
+def _of_study(
+    name: str, column: str | None, split: str | None
+) -> tuple[str, list[Row], str | None]:
+    """The same of one of STUDY. Rows whose prompt needs another column are left out."""
+    known = STUDY[name]
+    split = known.split(split)
+    files = files_of(known.repository, known.splits[split], instead=known.instead(split))
+    rows = _rows_of(files)
+    if known.empty is not None:
+        rows = [row for row in rows if not (row.get(known.empty) or "").strip()]
+    return f"{name} ({known.repository})", rows, column or known.column
+
+
+def _rows_of(files: list[Path]) -> list[Row]:
+    return [row for file in files for row in _content(file)]
+
+
+def _content(path: Path) -> list[Row]:
+    """All rows of a file. Raises ValueError where there are none."""
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise ValueError(pointer)
+    rows = _rows(path)
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
+def _column(where: str, rows: list[Row], column: str | None) -> str:
     """The name of the column that holds the prompts."""
     columns: list[str] = list(dict.fromkeys(key for row in rows for key in row))
     if column is not None:
@@ -130,7 +185,7 @@ def _column(path: Path, rows: list[Row], column: str | None) -> str:
             alike = [c for c in columns if c.lower() == column.lower()]
             hint = f"; did you mean {alike[0]!r}?" if alike else "."
             raise ValueError(
-                f"{path} has no column {column!r}{hint} It has: {', '.join(map(repr, columns))}"
+                f"{where} has no column {column!r}{hint} It has: {', '.join(map(repr, columns))}"
             )
         return column
     texts = [c for c in columns if all(isinstance(row.get(c), str) for row in rows)]
@@ -138,7 +193,7 @@ def _column(path: Path, rows: list[Row], column: str | None) -> str:
     found = texts if len(texts) == 1 else usual
     if len(found) != 1:
         raise ValueError(
-            f"{path}: which column holds the prompts? Name one with column=; it has:"
+            f"{where}: which column holds the prompts? Name one with column=; it has:"
             f" {', '.join(map(repr, columns))}"
         )
     return found[0]
@@ -268,87 +323,8 @@ def _parquet(path: Path) -> list[Row]:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
 
 
-# -- the hub ---------------------------------------------------------------------------------------
-
-
-def _choose_file(name: str, files: Iterable[str], wanted: str) -> str:
-    """The data file of a hub data set that matches `wanted`: a path, a pattern, or "" for the only
-    one.
-    """
-    data = [
-        f
-        for f in files
-        if Path(f).suffix.lower() in ENDINGS
-        and Path(f).name.lower() not in ("license.txt", "requirements.txt", "dataset_infos.json")
-    ]
-    found = [f for f in data if fnmatch.fnmatchcase(f, wanted)] if wanted else data
-    if len(found) != 1:
-        raise ValueError(
-            f"{name}: {'no' if not found else 'more than one'} file matches; name one as"
-            f" {name.split(':', maxsplit=1)[0]}:PATH. It has:"
-            f" {', '.join(data) or 'no file of ' + ', '.join(ENDINGS)}"
-        )
-    return found[0]
-
-
-def _from_hub(name: str) -> Path:
-    """The path of a hub data set's file in huggingface_hub's cache, downloaded where needed."""
-    repository, _, wanted = name.partition(":")
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ValueError(
-            f"{name!r} is no file here, and no data set of the hub (owner/name or owner/name:PATH);"
-            f" short names are {', '.join(STUDY)}"
-        )
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(
-            f"{name!r} is no file here, and fetching it from the hub needs huggingface_hub: pip"
-            " install huggingface_hub"
-        ) from None
-    files = _from_client(
-        name, lambda: huggingface_hub.HfApi().list_repo_files(repository, repo_type="dataset")
-    )
-    file = _choose_file(name, files, wanted)
-    return Path(
-        _from_client(
-            name, lambda: huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
-        )
-    )
-
-
-def _from_client(name: str, call: Callable[[], T]) -> T:
-    """What a call to the hub returns. Raises ValueError with the reason where it fails."""
-    try:
-        return call()
-    except Exception as error:
-        # The errors of huggingface_hub are OSErrors or ValueErrors. Those of its HTTP client are
-        # neither, and its releases use different clients.
-        client = type(error).__module__.split(".")[0] in (
-            "httpx",
-            "httpx2",
-            "httpcore",
-            "httpcore2",
-            "requests",
-            "urllib3",
-            "huggingface_hub",
-        )
-        if not client and not isinstance(error, (OSError, ValueError)):
-            raise
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise ValueError(
-            f"{name!r} is no file here, and the hub did not give it: {type(error).__name__}:"
-            f" {reason}"
-        ) from error
-
-
 def prompts_of(text: str) -> list[str]:
-    """The prompts of FILE or FILE:COLUMN. A colon in the name of an existing file or of a hub data
-    set is not taken as the separator.
-    """
-    name, colon, column = text.rpartition(":")
-    if colon and not Path(text).exists() and Path(name).exists():
-        return load(name, column)
+    """The prompts of an argument of the command line: FILE, FILE:COLUMN, NAME or NAME:SPLIT."""
     return load(text)
 
 
