@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import vksteer as vs
+from vksteer.circuits.faithfulness import halves_of
 from vksteer.cli import commands as cli
 from vksteer.study import steps as study_steps
 from vksteer.study.prompts import of_lists
@@ -147,6 +148,32 @@ def test_results(study):
     assert all(s["seconds"] >= 0 and s["device"] for s in run["steps"].values())
 
 
+def test_circuits_are_judged_on_other_samples(model, study):
+    """Found again on the first half, and measured again on the second."""
+    found = study.results["steps"]["circuits"]
+    vector = vs.SteeringVector.load(*study.folder.glob("steps/candidates/*/dim.safetensors"))
+    plus, minus = study.results["steps"]["strength"]["coefficient"]
+    for name, a in (("harmful.steered", -minus), ("harmless.base", plus)):
+        (path,) = study.folder.glob(f"steps/attribution/*/{name}.scores.safetensors")
+        scores = vs.patching.EdgeScores.load(path)
+        samples = vs.patching.Samples.load(path.with_name(f"{name}.samples.json"))
+        halves = halves_of(scores, samples, seed=0)
+        first, second = ([samples[i] for i in half] for half in halves)
+        said = found["smallest"][name]
+        assert (said["samples_found"], said["samples_judged"]) == (len(first), len(second))
+        assert not set(halves[0]) & set(halves[1]) and said["samples_judged"] >= 2
+        (path,) = study.folder.glob(f"steps/circuits/*/{name}.circuit.json")
+        circuit = vs.circuits.Circuit.load(path)
+        own = scores.of_samples(halves[0]).circuit(circuit.meta["n"])
+        assert circuit == own and said["size"] == len(circuit)
+        for half, key in ((first, "faithfulness_found"), (second, "faithfulness")):
+            again = circuit.evaluate(model, half, vector, a, progress=False)["logit_diff"]
+            assert said[key] == again.faithfulness
+        assert said["faithfulness_found"] >= 0.85 and said["low"] <= said["faithfulness"]
+    names = found["overlap"]["names"]
+    assert set(names) == {n for n, said in found["smallest"].items() if "size" in said}
+
+
 def test_the_schema_refuses_other_content(study):
     schema = json.loads(SCHEMA.read_text())
     for change in (
@@ -155,6 +182,8 @@ def test_the_schema_refuses_other_content(study):
         {"steps": {"unknown": {}}},
         {"model": {}},
         {"model": study.results["model"] | {"precision": "float32"}},
+        {"steps": {"circuits": study.results["steps"]["circuits"] | {"agreement": {}}}},
+        {"steps": {"values": study.results["steps"]["values"] | {"meaning": {}}}},
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(study.results | change, schema)

@@ -51,7 +51,7 @@ def test_the_interval_of_a_change():
     found = frozen(steps)[0]
     assert found["value"] == pytest.approx(0.1)
 
-    # the other side changes by 0 +- w; both widths are added in squares, and halved
+    # the other side changes by 0 +- w, a size of 0 to w; widths are added in squares, and halved
     def width(p, n, q, m, upper):
         a, b = rate(p, n), rate(q, m)
         ends = (a["high"] - p, q - b["low"]) if upper else (p - a["low"], b["high"] - q)
@@ -60,9 +60,29 @@ def test_the_interval_of_a_change():
     assert 0.2 - width(0.8, 70, 0.6, 80, False) == pytest.approx(0.0524, abs=1e-4)
     assert 0.2 + width(0.8, 70, 0.6, 80, True) == pytest.approx(0.3339, abs=1e-4)
     high = math.hypot(width(0.8, 70, 0.6, 80, True), width(0.5, 70, 0.5, 80, True)) / 2
-    low = math.hypot(width(0.8, 70, 0.6, 80, False), width(0.5, 70, 0.5, 80, False)) / 2
     assert found["high"] == pytest.approx(0.1 + high)
-    assert found["low"] == pytest.approx(max(0.0, 0.1 - low))
+    assert found["low"] == pytest.approx(0.1 - width(0.8, 70, 0.6, 80, False) / 2)
+
+
+def test_the_interval_of_a_change_downward():
+    """The size of a fall has the interval of the rise that mirrors it."""
+    up, down = table(), table()
+    up["table1"]["rows"] |= {"none": row(0.6, 0.6, 80), "QK": row(0.8, 0.8, 70)}
+    down["table1"]["rows"] |= {"none": row(0.8, 0.8, 70), "QK": row(0.6, 0.6, 80)}
+    up, down = frozen(up)[0], frozen(down)[0]
+    for name in ("value", "low", "high"):
+        assert up[name] == pytest.approx(down[name])
+    # each side is 0.2 [0.0524, 0.3339], see above
+    assert up["low"] == pytest.approx(0.2 - math.hypot(0.1476, 0.1476) / 2, abs=1e-4)
+    assert up["high"] == pytest.approx(0.2 + math.hypot(0.1339, 0.1339) / 2, abs=1e-4)
+
+
+def test_only_what_undoes_steering_counts_for_values():
+    """A part whose freezing makes steering stronger does not carry its effect."""
+    steps = table(none=(0.4, 0.6), OV=(0.0, 1.0), unsteered=(1.0, 0.0))
+    steps["table1"]["rows"]["none"] = row(0.3, 0.9)
+    claim = frozen(steps)[1]
+    assert claim["value"] == pytest.approx(-0.2) and claim["verdict"] == FAILS
 
 
 def test_verdicts_of_frozen_parts():
@@ -126,13 +146,11 @@ def of_sparsity(found):
 def test_sparsity_holds_only_where_methods_agree():
     claim = of_sparsity(sparse())
     assert claim["verdict"] == HOLDS and claim["value"] == 0.95 and "1e-06" in claim["why"]
+    assert (claim["low"], claim["high"]) == (0.95, 0.99)
     assert of_sparsity(sparse(p=1.0))["verdict"] == FAILS
     assert of_sparsity(sparse(n=29))["verdict"] == UNKNOWN
     alone = sparse() | {"overlaps": {}}
     assert of_sparsity(alone)["verdict"] == UNKNOWN
-    dense = sparse()
-    dense["rows"] = [r for r in dense["rows"] if r["tau"] != 1.5]
-    assert of_sparsity(dense)["verdict"] == FAILS and of_sparsity(dense)["value"] == 0.6
     weak = copy.deepcopy(sparse())
     for r in weak["rows"]:
         r["harmless"], r["harmful"] = rate(1.0), rate(0.0)
@@ -140,38 +158,104 @@ def test_sparsity_holds_only_where_methods_agree():
     assert of_sparsity({"why": "steering flips no prompt"})["why"] == "steering flips no prompt"
 
 
+def changed(tau, **fields):
+    """The sweep with other fields in the row of one threshold."""
+    found = sparse()
+    (at,) = [r for r in found["rows"] if r["method"] == "gradient" and r["tau"] == tau]
+    at |= fields
+    return found
+
+
+def test_a_limit_between_two_thresholds_is_not_told():
+    """60 % may go and 99 % may not: nothing was measured near 90 %."""
+    found = sparse()
+    found["rows"] = [r for r in found["rows"] if r["tau"] != 1.5]
+    claim = of_sparsity(found)
+    assert claim["verdict"] == UNKNOWN and claim["value"] == 0.6
+    assert (claim["low"], claim["high"]) == (0.6, 0.99)
+    lost = changed(0.5, sparsity=0.9, **row(0.6, 0.4))
+    assert of_sparsity(lost)["verdict"] == FAILS and "90 % are too many" in of_sparsity(lost)["why"]
+
+
+def test_a_loss_that_may_be_noise_is_not_told():
+    """85 of 100 both ways lose 15 % of the effect; the interval passes the threshold of 20 %."""
+    claim = of_sparsity(changed(1.5, **row(0.15, 0.85)))
+    assert claim["verdict"] == UNKNOWN and claim["value"] == 0.95 and claim["low"] == 0.6
+
+
+def test_no_effect_chooses_the_vector_that_is_tested():
+    """The densest of the vectors in range decides, not the best of them."""
+    found = changed(1.5, **row(0.5, 0.5))
+    found["rows"] = [
+        r | row(0.0, 1.0) if r["method"] == "gradient" and r["tau"] == 2.0 else r
+        for r in found["rows"]
+    ]
+    claim = of_sparsity(found)
+    assert claim["value"] == 0.99 and claim["verdict"] == UNKNOWN
+
+
+def means(train=64, vector=0.0, excess=(0.1, 0.05, 0.15), over_vector=(0.12, 0.06, 0.2), p=1 / 21):
+    found = {
+        "heads": [[7, 0], [7, 1]], "share": 0.12, "vector": vector, "random": [0.02] * 20,
+        "random_vectors": [0.01] * 20, "p": p,
+        "excess": {"vector": list(over_vector), "random": list(excess)},
+    }  # fmt: skip
+    steps = {"prompts": {"counts": {"train": [train, train]}}, "values": {"meaning": found}}
+    return claims(steps)[3]
+
+
+def test_what_value_vectors_mean():
+    claim = means()
+    assert (claim["value"], claim["low"], claim["high"]) == (0.1, 0.05, 0.15)
+    assert claim["verdict"] == HOLDS and "12.0 % of the top tokens of 2 heads" in claim["why"]
+    assert means(p=2 / 21)["verdict"] == UNKNOWN
+    assert means(excess=(0.03, -0.01, 0.07))["verdict"] == UNKNOWN
+    assert means(excess=(0.01, -0.01, 0.04))["verdict"] == FAILS
+    assert means(over_vector=(0.0, -0.1, 0.01))["verdict"] == FAILS
+    few = means(train=24)
+    assert few["verdict"] == UNKNOWN and "fewer than 30 prompts" in few["why"]
+    both = means(vector=0.07)
+    assert both["verdict"] == UNKNOWN and "the vector itself means something" in both["why"]
+
+
+def shared(least=0.9, half=0.05, own=0.9):
+    names = ["harmful.steered", "harmless.base", "ntp"]
+    overlap = {"names": names, "values": [[1, 0.1, least], [0.1, 1, 0.1], [least, 0.1, 1]]}
+    agreement = {
+        "pairs": [["harmful.steered", "ntp", least, least - half, least + half]],
+        "own": {"harmful.steered": own, "ntp": 0.95}, "chance": 0.1,
+        "samples": {"harmful.steered": 16, "ntp": 12}, "draws": 200,
+    }  # fmt: skip
+    return {
+        "overlap": overlap | {"values": [[1, 0.1, 0.5], [0.1, 1, 0.1], [0.5, 0.1, 1]]},
+        "overlap_of_tenths": overlap,
+        "agreement": agreement,
+    }
+
+
 @pytest.mark.parametrize(
-    "train, vector, heads, verdict",
+    "found, verdict",
     [
-        (64, ["a"], [["I", "b"], ["c", "d"]], HOLDS),
-        (64, ["a"], [["e", "b"], ["c", "d"]], FAILS),
-        (64, ["I"], [["I", "b"], ["c", "d"]], UNKNOWN),
-        (24, ["a"], [["I", "b"], ["c", "d"]], UNKNOWN),
+        (shared(), HOLDS),
+        (shared(half=0.15), UNKNOWN),
+        (shared(least=0.7), FAILS),
+        (shared(least=0.7, half=0.15), UNKNOWN),
+        (shared(least=0.7, own=0.75), UNKNOWN),  # nor do its own halves agree
     ],
 )
-def test_what_value_vectors_mean(train, vector, heads, verdict):
-    steps = {
-        "prompts": {"counts": {"train": [train, train]}},
-        "candidates": {"table": {"refusal_token_texts": ["I"]}},
-        "values": {"heads": heads, "vector": vector, "negated": ["z"]},
-    }
-    assert claims(steps)[3]["verdict"] == verdict
+def test_shared_circuits(found, verdict):
+    claim = claims({"circuits": found})[0]
+    assert claim["verdict"] == verdict
+    pair = found["agreement"]["pairs"][0]
+    assert [claim["value"], claim["low"], claim["high"]] == pair[2:]
+    assert "smallest faithful circuits overlap by 0.50" in claim["why"]
 
 
-@pytest.mark.parametrize(
-    "least, samples, verdict", [(0.9, 8, HOLDS), (0.7, 8, FAILS), (0.9, 7, UNKNOWN)]
-)
-def test_shared_circuits(least, samples, verdict):
-    names = ["harmful.steered", "harmless.base", "ntp"]
-    steps = {
-        "circuits": {"overlap_of_tenths": {
-            "names": names, "values": [[1, 0.1, least], [0.1, 1, 0.1], [least, 0.1, 1]],
-        }},
-        "attribution": {"data_sets": {"harmful.steered": {"samples": 16}}},
-        "attribution_learned": {"vectors": {"ntp": {"samples": samples}}},
-    }  # fmt: skip
-    found = claims(steps)[0]
-    assert found["verdict"] == verdict and found["value"] == least
+def test_too_few_samples_for_an_interval():
+    found = shared() | {"agreement": {"why": "7 samples of one vector: intervals need 8"}}
+    claim = claims({"circuits": found})[0]
+    assert claim["verdict"] == UNKNOWN and claim["value"] == 0.9 and claim["low"] is None
+    assert claim["why"].startswith("7 samples")
 
 
 def test_nothing_has_run():

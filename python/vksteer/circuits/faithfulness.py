@@ -335,7 +335,7 @@ def faithfulness_curve(
     more: dict[str, Any] = {"method": method, "seed": seed, "confidence": confidence}
     more |= {"bootstrap": draws, "halves": bool(halves)}
     if halves:
-        first, second = _halves(scores, samples, seed)
+        first, second = halves_of(scores, samples, seed)
         more |= {"found_on": first, "judged_on": second}
         more |= {"n_found_on": len(first), "n_judged_on": len(second)}
         scores, samples = scores.of_samples(first), [samples[i] for i in second]
@@ -374,10 +374,14 @@ def _random_circuits(graph: Graph, sizes: Sequence[int], n: int, seed: int) -> l
     return [[circuit(r, 2 * size) for r in range(n) if 2 * size <= graph.n_edges] for size in sizes]
 
 
-def _halves(
+def halves_of(
     scores: EdgeScores, samples: Sequence[Sample], seed: int
 ) -> tuple[list[int], list[int]]:
-    """Two halves of the samples that have metric positions: ascending indices."""
+    """Two halves of the samples that have metric positions, drawn by the seed: ascending indices,
+    of which the first list has one more where their number is odd.
+
+    Raises ValueError without scores of each of these samples, and for fewer than two of them.
+    """
     weights = scores.weights
     if scores.sample_edges is None or weights is None:
         raise ValueError(

@@ -1,18 +1,22 @@
-"""The five claims of the paper, each with this model's number, an interval where one can be given,
-the paper's number, and a verdict that follows from stated thresholds.
+"""The five claims of the paper (arXiv 2604.08524, docs/method.md), each with this model's number,
+an interval where one can be given, the paper's number, and a verdict.
+
+A claim holds where its whole interval lies on the side of the threshold that it names, and does not
+hold where the whole interval lies on the other side. Everything else cannot be told: intervals that
+hold the threshold, samples that are too few, and effects that are too small to lose.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told from these samples"
-#: Fewest samples, and fewest prompts of each kind, on which a verdict rests.
-LEAST_SAMPLES, LEAST_PROMPTS = 8, 30
+#: Fewest prompts of each kind on which a verdict rests.
+LEAST_PROMPTS = 30
 SHARED, HARDLY, CARRY, KEEP = 0.8, 0.2, 0.5, 0.8
-SPARSE, P_VALUE = 0.9, 0.05
+SPARSE, P_VALUE, MEANS = 0.9, 0.05, 0.05
 #: Added to the thresholds of changes.
 WORKS = f", and steering itself moves the rates by at least {100 * CARRY:.0f} %"
 AGREE = f", and there the dimensions that every two vectors keep overlap with p < {P_VALUE:g}"
@@ -36,23 +40,38 @@ def _shared(steps: Steps) -> dict[str, Any]:
     entry = (
         "The methods of finding a vector share one circuit.",
         "overlaps of 0.9 and more",
-        f"circuits of a tenth of the edges overlap by at least {SHARED} for every two vectors",
+        (
+            f"the whole interval of the overlap of every two vectors' circuits of a tenth of the"
+            f" edges lies at or above {SHARED}; it does not hold where the smallest lies below"
+            f" {SHARED}, though each of the two vectors has {SHARED} or more with itself on other"
+            " samples"
+        ),
     )
     if "circuits" not in steps:
         return _entry(*entry)
-    overlap = steps["circuits"]["overlap_of_tenths"]
-    names = [n for n in overlap["names"] if n in ("harmful.steered", "ntp", "po")]
-    at = [overlap["names"].index(n) for n in names]
-    pairs = [overlap["values"][i][j] for i in at for j in at if i < j]
-    if not pairs:
-        return _entry(*entry, why="fewer than two vectors have edge scores")
-    least = min(pairs)
-    samples = [steps["attribution"]["data_sets"]["harmful.steered"]["samples"]]
-    samples += [v["samples"] for v in steps["attribution_learned"]["vectors"].values()]
-    enough = min(samples) >= LEAST_SAMPLES
-    verdict = (HOLDS if least >= SHARED else FAILS) if enough else UNKNOWN
-    why = f"the smallest of {len(pairs)} overlaps; {min(samples)} samples of one vector"
-    return _entry(*entry, value=least, verdict=verdict, why=why)
+    found = steps["circuits"]["agreement"]
+    if "why" in found:
+        pairs = _pairs(steps["circuits"]["overlap_of_tenths"])
+        return _entry(*entry, value=min(pairs) if pairs else None, why=found["why"])
+    a, b, value, low, high = min(found["pairs"], key=lambda pair: float(pair[2]))
+    own = min(found["own"][a], found["own"][b])
+    verdict = FAILS if high < SHARED <= own else UNKNOWN
+    if min(pair[3] for pair in found["pairs"]) >= SHARED:
+        verdict = HOLDS
+    why = (
+        f"the smallest of {len(found['pairs'])} overlaps, of {a} and {b};"
+        f" {min(found['samples'].values())} samples of one vector; chance gives"
+        f" {found['chance']:.2f}, other samples of the same vector {own:.2f} or more"
+    )
+    if smallest := _pairs(steps["circuits"]["overlap"]):
+        why += f"; the smallest faithful circuits overlap by {min(smallest):.2f} or more"
+    return _entry(*entry, value=value, low=low, high=high, verdict=verdict, why=why)
+
+
+def _pairs(overlap: Mapping[str, Any]) -> list[float]:
+    """The overlaps of every two vectors' circuits on the samples that all vectors have."""
+    at = [i for i, n in enumerate(overlap["names"]) if n in ("harmful.steered", "ntp", "po")]
+    return [overlap["values"][i][j] for i in at for j in at if i < j]
 
 
 def _newcombe(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -63,40 +82,63 @@ def _newcombe(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float,
     return difference, low, high
 
 
-def _change(steps: Steps, row: str) -> tuple[float, float, float, int]:
-    """(average change, low, high, prompts of the smaller kind) of a row of Table 1. The interval
-    adds the widths of both sides' in squares; it is of the two signed changes, so it may pass 0.
+def _size(change: float, low: float, high: float) -> tuple[float, float, float]:
+    """The size of a change, with the sizes of all changes in its interval."""
+    ends = sorted((abs(low), abs(high)))
+    return abs(change), 0.0 if low <= 0 <= high else ends[0], ends[1]
+
+
+def _average(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """(mean, low, high) of the two kinds' figures, given as (value, low, high). The interval adds
+    the widths in squares, as of two independent figures (Zou and Donner 2008).
     """
-    rows = steps["table1"]["rows"]
-    parts = [_newcombe(rows[row][side], rows["none"][side]) for side in ("harmless", "harmful")]
-    value = sum(abs(d) for d, _, _ in parts) / 2
-    below = math.hypot(*(abs(d - low) for d, low, _ in parts)) / 2
-    above = math.hypot(*(abs(high - d) for d, _, high in parts)) / 2
-    setting = steps["table1"]["setting"]
-    return (
-        value,
-        max(0.0, value - below),
-        min(1.0, value + above),
-        min(setting["n_harmless"], setting["n_harmful"]),
-    )
+    value = sum(part[0] for part in parts) / 2
+    below = math.hypot(*(v - low for v, low, _ in parts)) / 2
+    above = math.hypot(*(high - v for v, _, high in parts)) / 2
+    return value, max(-1.0, value - below), min(1.0, value + above)
+
+
+#: Which way steering moves the attack success rates of the two kinds.
+STEERED = {"harmless": -1, "harmful": 1}
+
+
+def _undone(row: Mapping[str, Any], steered: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+    """How far a row takes back what steering did to each rate: (change, low, high) each."""
+    parts = []
+    for side, way in STEERED.items():
+        change, low, high = _newcombe(row[side], steered[side])
+        parts.append((-change, -high, -low) if way > 0 else (change, low, high))
+    return parts
 
 
 def _frozen(
-    steps: Steps, row: str, entry: tuple[str, str, str], holds: Callable[[float], bool]
+    steps: Steps, row: str, entry: tuple[str, str, str], least: float, most: float, undone: bool
 ) -> dict[str, Any]:
+    """A claim about the average change when a part is frozen. undone: only what takes back the
+    change that steering made counts; otherwise any change does.
+    """
     if "table1" not in steps:
         return _entry(*entry)
-    value, low, high, n = _change(steps, row)
-    why = f"average change of the rates on {n} prompts of each kind when {row} is frozen"
-    rows = steps["table1"]["rows"]
-    whole = effect(rows["none"], rows["unsteered"])
-    if n < LEAST_PROMPTS or holds(low) != holds(high):
-        verdict = UNKNOWN
-    elif whole < CARRY:  # there is too little that could be left or lost
-        verdict = UNKNOWN
-        why += f"; steering itself moves them by {100 * whole:.0f} % only"
+    rows, setting = steps["table1"]["rows"], steps["table1"]["setting"]
+    if undone:
+        parts = _undone(rows[row], rows["none"])
     else:
-        verdict = HOLDS if holds(value) else FAILS
+        parts = [_size(*_newcombe(rows[row][side], rows["none"][side])) for side in STEERED]
+    value, low, high = _average(parts)
+    n = min(setting["n_harmless"], setting["n_harmful"])
+    whole = effect(rows["none"], rows["unsteered"])
+    why = (
+        f"average change of the rates{' back' if undone else ''} on {n} prompts of each kind when"
+        f" {row} is frozen; steering itself moves them by {100 * whole:.0f} %"
+    )
+    if whole < CARRY:  # there is too little that could be left or lost
+        why += " only"
+    told = n >= LEAST_PROMPTS and whole >= CARRY
+    verdict = UNKNOWN
+    if told and least <= low and high <= most:
+        verdict = HOLDS
+    elif told and (high < least or low > most):
+        verdict = FAILS
     return _entry(*entry, value=value, low=low, high=high, verdict=verdict, why=why)
 
 
@@ -106,39 +148,52 @@ def _patterns(steps: Steps) -> dict[str, Any]:
         "8.75 % average change",
         f"the whole interval of the change lies at or below {100 * HARDLY:.0f} %{WORKS}",
     )
-    return _frozen(steps, "QK", entry, lambda change: change <= HARDLY)
+    return _frozen(steps, "QK", entry, 0.0, HARDLY, undone=False)
 
 
 def _values(steps: Steps) -> dict[str, Any]:
     entry = (
         "Values carry the effect: with those of the unsteered run, steering stops working.",
         "71.75 % average change",
-        f"the whole interval of the change lies at or above {100 * CARRY:.0f} %{WORKS}",
+        f"the whole interval of the change back lies at or above {100 * CARRY:.0f} %{WORKS}",
     )
-    return _frozen(steps, "OV", entry, lambda change: change >= CARRY)
+    return _frozen(steps, "OV", entry, CARRY, math.inf, undone=True)
 
 
 def _meaning(steps: Steps) -> dict[str, Any]:
     entry = (
         "Steering value vectors mean something even where the vector itself does not.",
         "read by eye",
-        "more of the largest heads than the vector or its negative promote a refusal token",
+        (
+            "the largest heads promote related tokens more often than the vector itself, and more"
+            f" often than with random directions (p < {P_VALUE:g}): the whole intervals of both"
+            f" differences lie above 0; it does not hold where one lies below {100 * MEANS:.0f}"
+            " points"
+        ),
     )
-    if "values" not in steps or "candidates" not in steps:
+    if "values" not in steps:
         return _entry(*entry)
-    values = steps["values"]
-    refusal = set(steps["candidates"]["table"]["refusal_token_texts"])
-    heads = [bool(refusal & set(tokens)) for tokens in values["heads"]]
-    alone = bool(refusal & (set(values["vector"]) | set(values["negated"])))
-    share = sum(heads) / len(heads)
+    found = steps["values"]["meaning"]
+    chance = sum(found["random"]) / len(found["random"])
+    alone = sum(found["random_vectors"]) / len(found["random_vectors"])
+    value, low, high = min(found["excess"].values(), key=lambda excess: float(excess[0]))
+    lows, highs = ([e[i] for e in found["excess"].values()] for i in (1, 2))
     why = (
-        f"{sum(heads)} of the {len(heads)} largest value vectors have a refusal token among their"
-        f" top {len(values['heads'][0])}; of the vector and its negative"
-        f" {'one has, too' if alone else 'neither has'}"
+        f"{100 * found['share']:.1f} % of the top tokens of {len(found['heads'])} heads are"
+        f" related, {100 * found['vector']:.1f} % of the vector's own; random directions have"
+        f" {100 * chance:.1f} % through the same heads (p = {found['p']:.2g}) and"
+        f" {100 * alone:.1f} % of their own"
     )
-    if alone or min(steps["prompts"]["counts"]["train"]) < LEAST_PROMPTS:
-        return _entry(*entry, value=share, why=why)
-    return _entry(*entry, value=share, verdict=HOLDS if any(heads) else FAILS, why=why)
+    verdict = UNKNOWN
+    if found["vector"] - alone >= MEANS:
+        why += "; the vector itself means something"
+    elif min(steps["prompts"]["counts"]["train"]) < LEAST_PROMPTS:
+        why += f"; fewer than {LEAST_PROMPTS} prompts say which tokens are related"
+    elif min(lows) > 0 and found["p"] < P_VALUE:
+        verdict = HOLDS
+    elif min(highs) < MEANS:
+        verdict = FAILS
+    return _entry(*entry, value=value, low=low, high=high, verdict=verdict, why=why)
 
 
 def effect(row: Mapping[str, Any], base: Mapping[str, Any]) -> float:
@@ -149,11 +204,24 @@ def effect(row: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     return float((moved + row["harmful"]["asr"] - base["harmful"]["asr"]) / 2)
 
 
+def _lost(
+    row: Mapping[str, Any], whole: Mapping[str, Any], base: Mapping[str, Any]
+) -> tuple[float, float, float]:
+    """(share of the effect of `whole` that `row` loses, low, high)."""
+    value, low, high = _average(_undone(row, whole))
+    size = effect(whole, base)
+    return value / size, low / size, high / size
+
+
 def _sparse(steps: Steps) -> dict[str, Any]:
     entry = (
         "90 to 99 % of the dimensions can go, and the methods agree on the rest.",
         "84 to 99 % sparse vectors keep working",
-        f"at least {100 * SPARSE:.0f} % can go with {100 * KEEP:.0f} % of the effect left{AGREE}",
+        (
+            f"the densest vector in which {100 * SPARSE:.0f} % or more of the dimensions are zero"
+            f" loses at most {100 * (1 - KEEP):.0f} % of the effect with its whole interval{AGREE};"
+            f" it does not hold where one with at most {100 * SPARSE:.0f} % zeros surely loses more"
+        ),
     )
     if "sparsity" not in steps:
         return _entry(*entry)
@@ -161,28 +229,60 @@ def _sparse(steps: Steps) -> dict[str, Any]:
     if "rows" not in found:
         return _entry(*entry, why=found["why"])
     base = next(r for r in found["rows"] if r["method"] == "unsteered")
-    curve = [r for r in found["rows"] if r["method"] == "gradient"]
-    least = min(r["sparsity"] for r in curve)
-    whole = max(effect(r, base) for r in curve if r["sparsity"] == least)
-    if whole < CARRY:
-        why = f"the vector that keeps the most moves the rates by {100 * whole:.0f} % only"
+    curve = sorted(
+        (r for r in found["rows"] if r["method"] == "gradient"), key=lambda r: float(r["sparsity"])
+    )
+    if effect(curve[0], base) < CARRY:
+        why = (
+            "the vector that keeps the most moves the rates by"
+            f" {100 * effect(curve[0], base):.0f} % only"
+        )
         return _entry(*entry, why=why)
-    best = max(
-        (r for r in curve if effect(r, base) >= KEEP * whole), key=lambda r: float(r["sparsity"])
-    )
-    n = min(found["setting"]["n_harmless"], found["setting"]["n_harmful"])
-    p = [pair[3] for pair in found["overlaps"].get(f"{best['tau']:g}", [])]
-    agree = (
-        f"the largest p-value of {len(p)} overlaps of two vectors there is {max(p):.2g}"
-        if p
-        else "no two vectors are compared there"
-    )
-    if n < LEAST_PROMPTS or (best["sparsity"] >= SPARSE and not p):
-        verdict = UNKNOWN
-    else:
-        verdict = HOLDS if best["sparsity"] >= SPARSE and max(p) < P_VALUE else FAILS
+    lost = [_lost(r, curve[0], base) for r in curve]
+    works = [i for i, (value, _, _) in enumerate(lost) if value <= 1 - KEEP]
+    sure = [curve[i]["sparsity"] for i, (_, _, high) in enumerate(lost) if high <= 1 - KEEP]
+    gone = [curve[i]["sparsity"] for i, (_, low, _) in enumerate(lost) if low > 1 - KEEP]
+    best = curve[works[-1]]
+    verdict, why = _sparse_verdict(found, curve, lost, gone)
     why = (
-        f"the sparsest of {len(curve)} vectors that still work, on {n} prompts of each kind;"
-        f" {agree}"
+        f"the sparsest of {len(curve)} vectors that lose at most {100 * (1 - KEEP):.0f} % of the"
+        f" effect; the interval goes from the sparsest that surely does to the first beyond that"
+        f" surely does not; {why}"
     )
-    return _entry(*entry, value=best["sparsity"], verdict=verdict, why=why)
+    low = max(sure, default=0.0)
+    high = min((s for s in gone if s > low), default=1.0)
+    return _entry(*entry, value=best["sparsity"], low=low, high=high, verdict=verdict, why=why)
+
+
+def _sparse_verdict(
+    found: Mapping[str, Any],
+    curve: Sequence[Mapping[str, Any]],
+    lost: Sequence[tuple[float, float, float]],
+    gone: Sequence[float],
+) -> tuple[str, str]:
+    """(Verdict, what it rests on). The test is of one vector that no effect has chosen."""
+    n = min(found["setting"]["n_harmless"], found["setting"]["n_harmful"])
+    said = f"{n} prompts of each kind"
+    at = next((i for i, r in enumerate(curve) if r["sparsity"] >= SPARSE), None)
+    if n < LEAST_PROMPTS:
+        return UNKNOWN, said
+    if any(sparsity <= SPARSE for sparsity in gone):
+        return FAILS, f"{said}; {100 * min(gone):.0f} % are too many"
+    if at is None:
+        return UNKNOWN, f"{said}; no threshold sets {100 * SPARSE:.0f} % to zero"
+    row, (value, low, high) = curve[at], lost[at]
+    said += (
+        f"; without {100 * row['sparsity']:.0f} % the effect is smaller by {100 * value:.0f} %"
+        f" [{100 * low:.0f}, {100 * high:.0f}]"
+    )
+    pairs = found["overlaps"].get(f"{row['tau']:g}", [])
+    if not pairs:
+        return UNKNOWN, f"{said}; no two vectors are compared there"
+    p = max(pair[3] for pair in pairs)
+    said += (
+        f"; of {len(pairs)} overlaps of two vectors there the largest p-value is {p:.2g}, the"
+        f" smallest intersection over union {min(pair[2] for pair in pairs):.2f}"
+    )
+    if high > 1 - KEEP:
+        return UNKNOWN, said
+    return HOLDS if p < P_VALUE else FAILS, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,17 +11,24 @@ import numpy as np
 
 from .. import circuits, ov, patching, sparsify
 from ..circuits.circuit import Circuit
+from ..circuits.curve import bootstrap
+from ..circuits.faithfulness import halves_of
 from ..inputs.samples import Samples
 from ..inputs.vectors import SteeringVector
 from ..patching.edge_scores import EdgeScores
+from .agreeing import agreement
+from .meaning import LARGEST, meaning
 from .steps import Context, Outcome, step
 from .vectors import load_vector, stable, strengths, vectors
 
 #: The four data sets of docs/method.md section 5.
 DATA_SETS = ("harmful.steered", "harmful.base", "harmless.steered", "harmless.base")
 MAIN = DATA_SETS[0]
+LEARNED = ("ntp", "po")
 THRESHOLD = 0.85
-TOP_TOKENS, LARGEST_HEADS = 8, 8
+#: Fewest samples that are halved.
+LEAST_HALVED = 4
+TOP_TOKENS = 8
 SAMPLED = ("samples", "new_tokens", "steps", "seed")
 
 
@@ -185,44 +193,59 @@ def _sizes(c: Context, n_edges: int) -> list[int]:
     return sorted({max(1, round(share * n_edges)) for share in c.settings.shares} | {n_edges})
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a circuit is found for. name: of a data set or a learned vector. a: coefficient."""
+
+    name: str
+    samples: Samples
+    scores: EdgeScores
+    vector: SteeringVector
+    a: float
+
+
 @step(
     "circuits",
     "circuits, faithfulness and overlaps",
     needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
     uses=("shares", "grid", "seed"),
+    version=2,
 )
 def circuit_curves(c: Context) -> Outcome:
-    """Curves found on one half of the samples and judged on the other; of every data set and vector
-    the smallest faithful circuit and the one of a tenth of the edges, and their overlaps.
+    """The curve and the smallest faithful circuits are found on one half of the samples and judged
+    on the other. Circuits of a tenth of the edges are those of all samples: no faithfulness chooses
+    them.
     """
+    jobs: list[_Job] = []
     content: dict[str, Any] = {}
+    every = [("attribution", name, load_vector(c, "dim"), name) for name in DATA_SETS]
+    learned = [(n, v) for n, v in vectors(c).items() if n != "dim"]
+    every += [("attribution_learned", name, vector, MAIN) for name, vector in learned]
+    for from_step, name, vector, data_set in every:
+        found = _load(c, from_step, name)
+        content[name] = {"why": "steering flips none of the prompts"}
+        if found is not None:
+            jobs.append(_Job(name, *found, vector, coefficient(c, data_set)))
+    curve: dict[str, Any] = {"why": content[MAIN]["why"]}
     smallest: dict[str, Circuit] = {}
     tenths: dict[str, Circuit] = {}
-    curve: dict[str, Any] = {}
-    jobs = [("attribution", name, load_vector(c, "dim")) for name in DATA_SETS]
-    jobs += [("attribution_learned", n, v) for n, v in vectors(c).items() if n != "dim"]
-    for from_step, name, steered_by in jobs:
-        found = _load(c, from_step, name)
-        if found is None:
-            content[name] = {"why": "steering flips none of the prompts"}
-            continue
-        samples, scores = found
-        a = coefficient(c, name if from_step == "attribution" else MAIN)
-        if name == MAIN:
-            curve = c.once("curve", partial(_halves, c, samples, scores, steered_by, a))
-        content[name] = c.once(name, partial(_smallest, c, name, samples, scores, steered_by, a))
-        if "size" in content[name]:
-            smallest[name] = Circuit.load(c.folder / f"{name}.circuit.json", scores.graph)
-        tenths[name] = scores.circuit(max(1, scores.graph.n_edges // 10))
-    return Outcome(
-        {
-            "smallest": content,
-            "curve": curve,
-            "overlap": _overlaps(smallest),
-            "overlap_of_tenths": _overlaps(tenths),
-        },
-        [f"{name}.circuit.json" for name in smallest],
-    )
+    for job in jobs:
+        if job.name == MAIN:
+            curve = c.once("curve", partial(_curve, c, job))
+        content[job.name] = c.once(job.name, partial(_smallest, c, job))
+        graph = job.scores.graph
+        if "size" in content[job.name]:
+            smallest[job.name] = Circuit.load(c.folder / f"{job.name}.circuit.json", graph)
+        tenths[job.name] = job.scores.circuit(max(1, graph.n_edges // 10))
+    compared = {job.name: (job.scores, job.samples) for job in jobs if job.name in (MAIN, *LEARNED)}
+    made = {
+        "smallest": content,
+        "curve": curve,
+        "overlap": _overlaps(smallest),
+        "overlap_of_tenths": _overlaps(tenths),
+        "agreement": c.once("agreement", partial(agreement, compared, c.settings.seed)),
+    }
+    return Outcome(made, [f"{name}.circuit.json" for name in smallest])
 
 
 def _overlaps(found: dict[str, Circuit]) -> dict[str, Any]:
@@ -231,20 +254,29 @@ def _overlaps(found: dict[str, Circuit]) -> dict[str, Any]:
     return {"names": list(found), "values": values}
 
 
-def _halves(
-    c: Context, samples: Samples, scores: EdgeScores, vector: SteeringVector, a: float
-) -> dict[str, Any]:
+def _too_few(job: _Job) -> str | None:
+    """Why the samples cannot be halved, or None."""
+    assert job.scores.weights is not None
+    n = int((job.scores.weights > 0).sum())
+    if n >= LEAST_HALVED:
+        return None
+    return (
+        f"{n} samples have metric positions: halves, one to find circuits and one to judge them,"
+        f" need at least {LEAST_HALVED}"
+    )
+
+
+def _curve(c: Context, job: _Job) -> dict[str, Any]:
     """The curve judged on samples that did not choose the circuits."""
-    assert scores.weights is not None
-    if int((scores.weights > 0).sum()) < 4:
-        return {"why": "fewer than 4 samples: halves would be too small"}
+    if why := _too_few(job):
+        return {"why": why}
     curve = circuits.faithfulness_curve(
-        scores,
+        job.scores,
         c.model,
-        samples,
-        vector,
-        a,
-        _sizes(c, scores.graph.n_edges),
+        job.samples,
+        job.vector,
+        job.a,
+        _sizes(c, job.scores.graph.n_edges),
         random=2,
         halves=True,
         seed=c.settings.seed,
@@ -254,36 +286,40 @@ def _halves(
     return content
 
 
-def _smallest(
-    c: Context,
-    name: str,
-    samples: Samples,
-    scores: EdgeScores,
-    vector: SteeringVector,
-    a: float,
-) -> dict[str, Any]:
-    """What results.json says of the smallest faithful circuit, which is saved, or why there is
-    none.
+def _smallest(c: Context, job: _Job) -> dict[str, Any]:
+    """What results.json says of the smallest circuit that is faithful on the first half of the
+    samples, with its faithfulness on the second half; the circuit is saved. Or why there is none.
     """
+    if why := _too_few(job):
+        return {"why": why}
+    first, second = halves_of(job.scores, job.samples, c.settings.seed)
     try:
         circuit = circuits.minimum_faithful(
-            scores,
+            job.scores.of_samples(first),
             c.model,
-            samples,
-            vector,
-            a,
+            [job.samples[i] for i in first],
+            job.vector,
+            job.a,
             THRESHOLD,
             step=c.settings.grid,
             progress=c.progress,
         )
     except ValueError as error:  # no size reaches the threshold, or steering changes nothing
-        return {"why": str(error)}
-    circuit.save(c.folder / f"{name}.circuit.json")
+        return {"why": f"on the {len(first)} samples that choose it: {error}"}
+    others = [job.samples[i] for i in second]
+    judged = circuit.evaluate(c.model, others, job.vector, job.a, progress=False)["logit_diff"]
+    low, high = bootstrap(judged.per_sample, seed=c.settings.seed)
+    circuit.save(c.folder / f"{job.name}.circuit.json")
     return {
         "size": len(circuit),
         "edges": circuit.graph.n_edges,
         "share": len(circuit) / circuit.graph.n_edges,
-        "faithfulness": circuit.meta["faithfulness"],
+        "faithfulness": judged.faithfulness,
+        "low": low,
+        "high": high,
+        "faithfulness_found": circuit.meta["faithfulness"],
+        "samples_judged": len(second),
+        "samples_found": len(first),
         "distribution": circuit.distribution(),
     }
 
@@ -316,11 +352,17 @@ def rerouting(c: Context) -> Outcome:
     )
 
 
-@step("values", "steering value vectors and what they promote", needs=("candidates",))
+@step(
+    "values",
+    "steering value vectors and what they promote",
+    needs=("candidates",),
+    uses=("seed",),
+    version=2,
+)
 def values(c: Context) -> Outcome:
     vector = load_vector(c, "dim")
     svv = ov.steering_value_vectors(c.model, vector)
-    places = svv.largest(LARGEST_HEADS)
+    places = svv.largest(LARGEST)
     lens = ov.logit_lens(
         c.model, [svv[place] for place in places], top=TOP_TOKENS, progress=c.progress
     )
@@ -331,6 +373,14 @@ def values(c: Context) -> Outcome:
         "heads": lens.text(),
         "vector": whole.text()[0],
         "negated": whole.text()[1],
+        "meaning": meaning(
+            c.model,
+            vector,
+            c.data.pair("train"),
+            c.result("candidates")["table"]["refusal_token_texts"],
+            seed=c.settings.seed,
+            progress=c.progress,
+        ),
     }
     return Outcome(content, arrays={"values": svv.values})
 
@@ -392,6 +442,6 @@ def sparsity(c: Context) -> Outcome:
 
 
 def _learned_scores(c: Context) -> dict[str, EdgeScores]:
-    names: Sequence[str] = [n for n in ("ntp", "po") if c.result(n)["trained"]]
+    names: Sequence[str] = [n for n in LEARNED if c.result(n)["trained"]]
     found = {n: _load(c, "attribution_learned", n) for n in names}
     return {n: f[1] for n, f in found.items() if f is not None}
