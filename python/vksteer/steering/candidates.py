@@ -4,6 +4,7 @@ their scores, and the choice of one (docs/method.md section 2).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,17 @@ import numpy as np
 
 from ..base.checks import is_int, layer_list
 from ..base.progress import Progress
-from ..base.provenance import digest, provenance
-from ..base.types import Array, Float32Array, Float64Array, IntArray, ProgressLike, Prompts
+from ..base.provenance import digest, fingerprint, loaded_with, provenance
+from ..base.store import Store
+from ..base.types import (
+    Array,
+    Float32Array,
+    Float64Array,
+    IntArray,
+    PathLike,
+    ProgressLike,
+    Prompts,
+)
 from ..inputs.prompts import as_list, as_tokens, batches, refuse_equal_classes, token_text
 from ..inputs.vectors import SteeringVector
 from ..runtime.resume import layer_inputs
@@ -97,15 +107,44 @@ class Candidates:
         score: str,
         candidates: Sequence[tuple[int, int]],
         progress: Progress,
+        store: Store,
     ) -> None:
         """Fills one table at these candidates, layer by layer: rows that steer one layer run
-        together.
+        together. Layers that the store holds are taken from it.
         """
         for l in sorted({l for _, l in candidates}):
             here = [candidate for candidate in candidates if candidate[1] == l]
-            tables[score][tuple(np.array(here).T)] = scorer.measure(
-                score, [self._at(*candidate) for candidate in here], progress.step
-            )
+            name = f"{score}, layer {l}, position indices {[p for p, _ in here]}"
+            if name in store:
+                progress.step(len(here) * len(scorer.prompts(score)))
+            else:
+                vectors = [self._at(*candidate) for candidate in here]
+                store.put(name, scorer.measure(score, vectors, progress.step))
+            tables[score][tuple(np.array(here).T)] = store[name]
+
+    def _store(
+        self,
+        out: PathLike | None,
+        harmful: Sequence[Sequence[int]],
+        harmless: Sequence[Sequence[int]],
+        refusal_tokens: Sequence[int] | None,
+    ) -> Store:
+        """Scores of finished layers; the key is everything that a score depends on."""
+        key = ""
+        if out is not None:
+            tokens = None if refusal_tokens is None else np.atleast_1d(refusal_tokens).tolist()
+            vectors = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
+            model = fingerprint(self.model), loaded_with(self.model)
+            key = digest(*model, vectors, harmful, harmless, tokens)
+        return Store(
+            out,
+            format="vksteer.candidate_scores",
+            key=key,
+            argument="out",
+            what="file of candidates' scores",
+            other="another model, other candidates or other prompts",
+            field=None,
+        )
 
     def evaluate(
         self,
@@ -136,8 +175,9 @@ class Candidates:
         with Progress(progress, total, "scores") as bar:
             scorer = Scorer(self.model, harmful, harmless, refusal_tokens, bar)
             tables, result = self._tables(scorer)
+            kept = self._store(None, harmful, harmless, refusal_tokens)
             for score in Scorer.SCORES:
-                self._measure(scorer, tables, score, candidates, bar)
+                self._measure(scorer, tables, score, candidates, bar, kept)
         self.table = result
         return result
 
@@ -149,6 +189,7 @@ class Candidates:
         strict: bool = False,
         refusal_tokens: Sequence[int] | None = None,
         *,
+        out: PathLike | None = None,
         progress: ProgressLike = True,
     ) -> SteeringVector:
         """The candidate that the rule chooses on these validation prompts (`choose`, docs/method.md
@@ -157,17 +198,20 @@ class Candidates:
         val_harmful, val_harmless: texts or token lists. criterion: "paper" (default) or "arditi",
         which scores bypass under ablation. strict: the paper's inequalities instead of those of the
         authors' code. refusal_tokens: token ids (default: derived from the model's first tokens on
-        these prompts). progress: True, False or callable(done, total).
+        these prompts). out: a .jsonl file of scores, a line for each score and layer, from which an
+        interrupted call goes on. progress: True, False or callable(done, total).
         Measures only what the choice needs: induce where the layer filter passes, KL where induce
         does, bypass where KL does. Then `rejected` names the filter that removed each other
         candidate, and `table` holds what was measured, float64 [P, L] with NaN elsewhere.
         Raises ValueError where no candidate is left, with the counts and the closest one; before
-        any work for an unknown criterion; and for bad arguments as in `evaluate`.
+        any work for an unknown criterion and a file of other scores; and for bad arguments as in
+        `evaluate`.
         """
         check_criterion(criterion)
         harmful = as_tokens(self.model, val_harmful, "val_harmful")
         harmless = as_tokens(self.model, val_harmless, "val_harmless")
         refuse_equal_classes(harmful, harmless)
+        kept = self._store(out, harmful, harmless, refusal_tokens)
         P, L, _ = self.vectors.shape
         zero = {(p, l) for p, l in np.ndindex(P, L) if not self.vectors[p, l].any()}
         candidates = [
@@ -184,11 +228,11 @@ class Candidates:
             scorer = Scorer(self.model, harmful, harmless, refusal_tokens, bar)
             tables, self.table = self._tables(scorer)
             induce, passed = tables["induce"], np.zeros((P, L))
-            self._measure(scorer, tables, "induce", candidates, bar)
+            self._measure(scorer, tables, "induce", candidates, bar, kept)
             candidates, _ = examine(passed, induce, passed, strict=strict)
-            self._measure(scorer, tables, "kl", candidates, bar)
+            self._measure(scorer, tables, "kl", candidates, bar, kept)
             candidates, _ = examine(passed, induce, tables["kl"], strict=strict)
-            self._measure(scorer, tables, score, candidates, bar)
+            self._measure(scorer, tables, score, candidates, bar, kept)
             bar.step(total - bar.done)
         eligible, rejected = examine(
             tables[score], induce, tables["kl"], strict=strict, positions=self.positions
@@ -263,24 +307,44 @@ def _positions(model: Model, positions: Sequence[int] | int | None) -> IntArray:
     return np.array(sorted(int(p) for p in given))
 
 
+#: Tokens of a batch where means are kept in a file: less is lost than with the usual batches.
+KEPT_TOKENS = 2048
+
+
 def _means(
-    model: Model, rows: Sequence[Sequence[int]], positions: IntArray, bar: Progress
-) -> Float64Array:
-    """The mean of resid_pre over prompts, float64 [P, L, D], summed prompt by prompt so that it
-    does not depend on batches.
+    model: Model,
+    rows: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
+    positions: IntArray,
+    store: Store,
+    bar: Progress,
+) -> tuple[Float64Array, Float64Array]:
+    """The means of resid_pre over both lists of prompts, float64 [P, L, D] each, summed prompt by
+    prompt so that they do not depend on batches. The store holds the sums so far.
     """
     config = model.config
-    longest = max(map(len, rows))
-    most = max(1, CAPTURE_BYTES // (4 * longest * config.n_layers * config.d_model))
-    total: Float64Array = np.zeros((len(positions), config.n_layers, config.d_model))
-    for part in batches(rows, tokens=8192, most=most):
-        _, rest = layer_inputs(model, rows[part], range(config.n_layers), -int(positions[0]))
-        # Rows are padded on the left, so negative positions are those of the row.
-        captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)
-        for one in captured:
-            total += one
-        bar.step(len(captured))
-    return total / len(rows)
+    totals: list[Float64Array] = []
+    first = 0
+    if "sums" in store:
+        totals, first = store["sums"]["totals"], store["sums"]["prompts"]
+    if first:
+        bar.step(first)
+    for kind, some in enumerate(rows):
+        if len(totals) <= kind:
+            totals.append(np.zeros((len(positions), config.n_layers, config.d_model)))
+        done = max(0, min(len(some), first - sum(map(len, rows[:kind]))))
+        total, left = totals[kind], some[done:]
+        most = max(1, CAPTURE_BYTES // (4 * max(map(len, some)) * config.n_layers * config.d_model))
+        tokens = 8192 if store.path is None else KEPT_TOKENS
+        for part in batches(left, tokens=tokens, most=most):
+            _, rest = layer_inputs(model, left[part], range(config.n_layers), -int(positions[0]))
+            # Rows are padded on the left, so negative positions are those of the row.
+            captured = np.stack([rest[l][:, positions] for l in range(config.n_layers)], axis=2)
+            for one in captured:
+                total += one
+            bar.step(len(captured))
+            if store.path is not None:
+                store.put("sums", {"totals": totals, "prompts": bar.done})
+    return totals[0] / len(rows[0]), totals[1] / len(rows[1])
 
 
 def difference_in_means(
@@ -289,17 +353,19 @@ def difference_in_means(
     harmless: Prompts,
     positions: Sequence[int] | None = None,
     *,
+    out: PathLike | None = None,
     progress: ProgressLike = True,
 ) -> Candidates:
     """The mean of resid_pre over harmful prompts minus that over harmless prompts, at every
     post-instruction position and layer (docs/method.md section 2).
 
     harmful, harmless: prompts (texts or token lists). positions: negative, counted back from the
-    prompt's end (default: all that the chat template puts after the instruction). One pass over the
-    prompts; means are float64 sums in prompt order, so results are bit-identical for every batch
-    size. Returns Candidates: `.vectors` float32 [P, L, D], `.positions` [P] ascending.
-    Raises ValueError for empty lists, for prompts longer than the context, and for prompts shorter
-    than a position reaches back.
+    prompt's end (default: all that the chat template puts after the instruction). out: a .json file
+    of the sums so far, from which an interrupted call goes on. One pass over the prompts; means are
+    float64 sums in prompt order, so results are bit-identical for every batch size. Returns
+    Candidates: `.vectors` float32 [P, L, D], `.positions` [P] ascending.
+    Raises ValueError for empty lists, for prompts longer than the context, for prompts shorter than
+    a position reaches back, and for a file of other sums.
     """
     at = _positions(model, positions)
     harmful, harmless = as_list(harmful, "harmful"), as_list(harmless, "harmless")
@@ -311,8 +377,17 @@ def difference_in_means(
                 raise ValueError(
                     f"{what}[{i}] has {len(row)} tokens, position {at[0]} reaches before its start"
                 )
+    store = Store(
+        out,
+        format="vksteer.sums_of_activations",
+        key=digest(fingerprint(model), loaded_with(model), rows, at),
+        argument="out",
+        what="file of sums of activations",
+        other="another model, other prompts or other positions",
+    )
     with Progress(progress, len(rows[0]) + len(rows[1]), "means") as bar:
-        difference = _means(model, rows[0], at, bar) - _means(model, rows[1], at, bar)
+        of_harmful, of_harmless = _means(model, rows, at, store, bar)
     meta = provenance(model, prompts_hash=digest(*rows), n_prompts=[len(rows[0]), len(rows[1])])
     texts = [token_text(model, rows[0][0][p]) for p in at]
-    return Candidates(model, np.ascontiguousarray(difference, dtype=np.float32), at, texts, meta)
+    difference = np.ascontiguousarray(of_harmful - of_harmless, dtype=np.float32)
+    return Candidates(model, difference, at, texts, meta)

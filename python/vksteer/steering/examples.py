@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 import numpy as np
 
 from ..base.checks import is_int, require_int
-from ..base.provenance import digest, kernel_names, provenance
+from ..base.progress import Progress
+from ..base.provenance import digest, fingerprint, kernel_names, loaded_with, provenance
+from ..base.store import Store
 from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
 from ..errors import ModelError
@@ -183,6 +185,7 @@ def training_data(
     judge: Judge | None = None,
     min_words: int | str | None = "auto",
     batch_size: int | None = None,
+    out: PathLike | None = None,
     progress: ProgressLike = True,
 ) -> TrainingData:
     """Pairs of the model's own responses, for `train_ntp` and `train_po` (docs/method.md
@@ -195,9 +198,11 @@ def training_data(
     A pair is dropped where one of its responses does not show its behaviour: by the substring
     judge, and for compliance with harmful prompts also by `judge` (callable(prompts, responses) ->
     bool [n], True for unsafe) and `min_words`, as in `freezing.ablation_table`. Decoding is greedy
-    and responses are kept as texts. Returns TrainingData, harmful prompts first. Raises ValueError
+    and responses are kept as texts. out: a .jsonl file of responses, 32 to a line, from which an
+    interrupted call goes on. Returns TrainingData, harmful prompts first. Raises ValueError
     before any work for a vector of another width or layer or zero, empty lists, harmless token
-    lists, prompts that leave no room in the context, a blank prefix, a model without a tokenizer.
+    lists, prompts that leave no room in the context, a blank prefix, a model without a tokenizer,
+    and a file of another model, vector or other prompts.
     """
     minus = _check(model, vector, coefficient, prefix, min_words)
     new = require_int(max_new_tokens, "max_new_tokens", 1)
@@ -205,7 +210,8 @@ def training_data(
     refuse_equal_classes(harmful, harmless)
     rows = _rows(model, harmful, harmless, prefix, new)
     steer = Steer(vector, -minus)
-    made = _respond(model, rows, steer, new, batch_size, progress)
+    store = _store(model, rows, steer, new, out)
+    made = _respond(model, rows, steer, new, batch_size, store, progress)
     examples, counts = _examples(model, harmful, harmless, made, judge, min_words)
     meta = provenance(
         model,
@@ -280,24 +286,70 @@ def _rows(
     ]
 
 
+#: Responses of a line of the file.
+KEPT = 32
+
+
+def _store(
+    model: Model, rows: Sequence[list[list[int]]], steer: Steer, new: int, out: PathLike | None
+) -> Store:
+    """Finished responses; the key is everything that they depend on."""
+    vector = steer.vector
+    return Store(
+        out,
+        format="vksteer.responses",
+        key=digest(
+            fingerprint(model),
+            loaded_with(model),
+            vector.direction,
+            vector.layer,
+            steer.coefficient,
+            rows,
+            new,
+        ),
+        argument="out",
+        what="file of responses",
+        other="another model, vector, coefficient or other prompts",
+        field=None,
+    )
+
+
 def _respond(
     model: Model,
     rows: Sequence[list[list[int]]],
     steer: Steer,
     new: int,
     batch_size: int | None,
+    store: Store,
     progress: ProgressLike,
 ) -> list[list[str]]:
-    """Greedy responses to the four kinds of rows, of which the second is steered."""
-    made = model.generate(
-        [row for some in rows for row in some],
-        max_new_tokens=new,
-        edits=[[steer] if kind == 1 else [] for kind, some in enumerate(rows) for _ in some],
-        temperature=0.0,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    texts = [g.text for g in made]
+    """Greedy responses to the four kinds of rows, of which the second is steered. With a file they
+    are generated in parts of 32, which changes no response.
+    """
+    jobs = [(row, [steer] if kind == 1 else []) for kind, some in enumerate(rows) for row in some]
+
+    def answered(part: Sequence[tuple[list[int], list[Steer]]], shown: ProgressLike) -> list[str]:
+        made = model.generate(
+            [row for row, _ in part],
+            max_new_tokens=new,
+            edits=[edits for _, edits in part],
+            temperature=0.0,
+            batch_size=batch_size,
+            progress=shown,
+        )
+        return [g.text for g in made]
+
+    texts: list[str] = []
+    if store.path is None:
+        texts = answered(jobs, progress)
+    else:
+        with Progress(progress, len(jobs), "responses") as bar:
+            for first in range(0, len(jobs), KEPT):
+                part = jobs[first : first + KEPT]
+                if str(first) not in store:
+                    store.put(str(first), answered(part, False))
+                texts += store[str(first)]
+                bar.step(len(part))
     ends = np.cumsum([len(some) for some in rows]).tolist()
     return [texts[end - len(some) : end] for some, end in zip(rows, ends, strict=True)]
 

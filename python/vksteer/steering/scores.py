@@ -290,6 +290,10 @@ class Scorer:
         if progress is not None:
             progress.say(f"refusal tokens: {self.refusal}")
 
+    def prompts(self, score: str) -> list[list[int]]:
+        """The prompts that a score is measured on."""
+        return self.harmful if score.startswith("bypass") else self.harmless
+
     def measure(
         self,
         score: str,
@@ -303,7 +307,7 @@ class Scorer:
         no row is run for it. (A difference in means is zero where both kinds of prompts have the
         same tokens up to its position.)
         """
-        prompts = self.harmful if score.startswith("bypass") else self.harmless
+        prompts = self.prompts(score)
         edits_of: dict[str, Callable[[SteeringVector], Any]] = {
             "bypass": lambda v: Steer(v, -1.0),
             "induce": lambda v: Steer(v, 1.0),

@@ -65,8 +65,12 @@ def screen(c: Context) -> Outcome:
 
 @step("candidates", "difference in means: candidates and choice", needs=("prompts",))
 def candidates(c: Context) -> Outcome:
-    found = steering.difference_in_means(c.model, *c.data.pair("train"), progress=c.progress)
-    vector = found.select(*c.data.pair("validation"), progress=c.progress)
+    found = steering.difference_in_means(
+        c.model, *c.data.pair("train"), out=c.folder / "sums.json", progress=c.progress
+    )
+    vector = found.select(
+        *c.data.pair("validation"), out=c.folder / "scores.jsonl", progress=c.progress
+    )
     table = found.table
     assert table is not None  # select fills it
     vector.save(c.folder / "dim.safetensors")
@@ -130,6 +134,7 @@ def pairs(c: Context) -> Outcome:
         load_vector(c, "dim"),
         strengths(c),
         max_new_tokens=c.settings.new_tokens,
+        out=c.folder / "responses.jsonl",
         progress=c.progress,
     )
     made.save(c.folder / "pairs.jsonl")
