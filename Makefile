@@ -22,10 +22,10 @@ DEMO_ARGS := $(if $(HARMFUL),--harmful "$(HARMFUL)") \
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: setup-run engine  ## set up, build, run the main job on the bundled model
+demo: setup-run engine  ## set up, build, run the study of a bundled model and tell it
 	$(PYTHON) -m vksteer.demo $(DEMO_ARGS)
 
-demo-real: setup-run engine  ## the same on a real model (HARMFUL=, HARMLESS=: your own prompts)
+demo-real: setup-run engine  ## Table 1 on a real model (HARMFUL=, HARMLESS=: your own prompts)
 	$(PYTHON) tools/fetch_model.py qwen
 	$(PYTHON) -m vksteer.demo --real $(DEMO_ARGS)
 

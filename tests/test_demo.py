@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vksteer import data
+import vksteer as vs
+from vksteer import data, freezing
 from vksteer.demo import __main__ as demo
+from vksteer.demo import bundled, report, smollm2
 from vksteer.demo import qwen as demo_real
 from vksteer.demo import qwen_inside as demo_real_inside
-from vksteer.demo import report, smollm2
+from vksteer.study import steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".models" / smollm2.SMOLLM2
@@ -80,32 +82,73 @@ def test_bad_input_is_said(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_bundled_part(tmp_path, capsys):
-    assert (
-        demo.main(["--part", "tiny", "--test", "4", "--random", "1", "--out", str(tmp_path)]) == 0
-    )
+def test_bundled_part(tmp_path, capsys, monkeypatch):
+    """The study is told while it runs. Interrupted, it goes on where it stopped, and a complete one
+    is told again without a step being run.
+    """
+    arguments = ["--part", "study", "--size", "tiny", "--out", str(tmp_path)]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(freezing, "ablation_table", interrupt)
+        assert demo.main(arguments) == 130
+    first = capsys.readouterr()
+    assert "the same command goes on from here" in first.err and "Traceback" not in first.err
+    assert "(towards refusal)" in first.out and "Table 1" not in first.out
+    early = made(tmp_path, "candidates") | made(tmp_path, "strength")
+    assert early
+
+    assert demo.main(arguments) == 0
     said = capsys.readouterr().out
-    assert "| MLP direct |" in said and "Chosen: layer" in said
-    result = json.loads((tmp_path / "tiny.json").read_text())
-    assert "texts" not in result["table1"] and result["table1"]["rows"]["none"]["harmful"]["n"] == 4
-    assert {
-        "candidates.md",
-        "refusal.safetensors",
-        "table1.md",
-        "table1.png",
-        "tiny.json",
-        "circuit.md",
-        "circuit.png",
-        "curve.png",
-        "lens.md",
-        "sparsity.md",
-        "sparsity.png",
-    } == {p.name for p in tmp_path.iterdir()}
+    assert re.search(r"An earlier run left \d+ of \d+ steps", said)
+    assert early == made(tmp_path, "candidates") | made(tmp_path, "strength")
+    told_whole_study(tmp_path, said)
+
+    everything = made(tmp_path, "*")
+    monkeypatch.setattr(steps, "_run", interrupt)  # nothing runs any more
+    assert demo.main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "is complete: nothing is computed again" in again and "from the earlier run" in again
     assert (
-        0 < result["circuit"]["smallest"] <= result["circuit"]["edges"]
-        and result["lens"]["largest"]
-        and result["sparsity"]["rows"]
+        again[again.index("The vector\n") :].split("The study is complete")[0]
+        == (said[said.index("The vector\n") :].split("The study is complete")[0])
     )
+    assert everything == made(tmp_path, "*")
+
+
+def made(folder, step):
+    """{file of a step: (bytes' hash, time of modification)}"""
+    files = folder.glob(f"study/steps/{step}/*/*")
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()}
+
+
+def told_whole_study(folder, said):
+    """What the demo said is what the study found, with a circuit that has something to see."""
+    study = folder / "study"
+    results = json.loads((study / "results.json").read_text())
+    rows = results["steps"]["table1"]["rows"]
+    assert f"| attention values (OV) | {rows['OV']['harmless']['asr']:.2f} [" in said
+    for claim in results["claims"]:
+        assert claim["claim"] in said and f"{claim['verdict']}: " in said
+    circuit = results["steps"]["circuits"]["smallest"]["harmful.steered"]
+    # At this size 48 edges of 343 over four layers; of tiny-llama-chat four of 190.
+    assert 12 <= circuit["size"] < circuit["edges"] / 2
+    assert f"the first {circuit['size']}, over" in said
+    report = (study / "report.html").resolve()
+    assert report.exists() and f"{report.as_uri()}#circuit:n={circuit['size']}" in said
+    pictures = {p.name for p in folder.iterdir() if p.is_file()}
+    assert pictures == {"table1.png", "circuit.png", "curve.png"}
+    assert all((folder / name).stat().st_size > 5000 for name in pictures)
+
+
+def test_no_circuit_is_said(tmp_path, capsys):
+    smallest = {"harmful.steered": {"why": "no circuit reaches it"}}
+    found = {"circuits": {"smallest": smallest, "curve": {}}}
+    bundled._circuit(SimpleNamespace(results={"steps": found}), tmp_path)
+    assert "There is no faithful circuit: no circuit reaches it" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_real_part(tmp_path, capsys, monkeypatch):
@@ -140,6 +183,19 @@ def test_real_part(tmp_path, capsys, monkeypatch):
     assert np.array_equal(arrays[f"plus/{before}"], arrays[f"unsteered/{before}"])
     speed = json.loads((tmp_path / "smollm2.json").read_text())["speed"]
     assert speed["decode_8"]["tokens_per_s"] > speed["decode_1"]["tokens_per_s"] > 0
+
+    def refuse(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(vs.Model, "from_pretrained", refuse)
+    smollm2.real(SMOLLM2, tmp_path, None, new_tokens=4)
+    again = capsys.readouterr().out
+    assert "From the run of" in again
+    for text in ("\n> ", "| decoding, 1 row |"):  # the answers and the speed of that run
+        line = said[said.index(text) :].splitlines()[1 if text == "\n> " else 0]
+        assert line in again
+    with pytest.raises(AssertionError, match="a model is loaded"):
+        smollm2.real(SMOLLM2, tmp_path, None, new_tokens=5)
 
 
 def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):

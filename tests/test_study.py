@@ -281,6 +281,15 @@ def test_a_step_that_fails_leaves_the_others(model, tmp_path, monkeypatch):
     assert set(results["steps"]) == {"prompts", "screen"} and (tmp_path / "report.html").exists()
 
 
+def test_files_of_steps(study):
+    vector = vs.SteeringVector.load(study.file("candidates", "dim.safetensors"))
+    assert vector.layer == study.results["steps"]["candidates"]["layer"]
+    with pytest.raises(KeyError, match=r"made no file 'x'; there are: .*dim.safetensors"):
+        study.file("candidates", "x")
+    with pytest.raises(KeyError, match=r"'nothing' has not finished; finished: .*candidates"):
+        study.file("nothing", "x")
+
+
 # -- interruptions ---------------------------------------------------------------------------------
 
 CODE = """

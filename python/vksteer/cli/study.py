@@ -45,7 +45,7 @@ def add_parsers(commands: Subparsers) -> None:
     group.add_argument("--out", metavar="DIR", required=True, help="the folder of the study")
     group.add_argument(
         "--size",
-        choices=("tiny", "small", "full"),
+        choices=("tiny", "demo", "small", "full"),
         default="small",
         help="how many samples: tiny takes a minute on the bundled models (default: small)",
     )

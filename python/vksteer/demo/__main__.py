@@ -1,13 +1,14 @@
-"""`python -m vksteer.demo` (make demo): a steering vector is found, tried and analysed on the
-bundled chat model, then the same engine runs a real model.
+"""`python -m vksteer.demo` (make demo): the study of a bundled chat model, told while it runs, then
+the same engine on a real model.
 
-Part 1, tiny-llama-chat: refusal as a direction, its candidates, answers steered both ways, Table 1
-with a picture, the circuit that carries it, the tokens that its value vectors promote, and how
-sparse it can be.
+Part 1: the study (vs.study.run) finds the vector that makes the model decline, and what comes of
+it: answers steered both ways, Table 1, the circuit that carries it, the paper's five claims, and a
+report for the browser.
 Part 2, SmolLM2-135M-Instruct, fetched as a Python package where that is possible: verse against
 prose, and the speed as shares of what the device can do.
 --real (make demo-real): the study's first table on Qwen2.5-Coder-0.5B-Instruct instead.
-Everything is written to a folder.
+Everything is written to a folder. An interrupted demo goes on where it stopped when it is called
+again, and what is complete is told again without being computed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from .bundled import MODEL, bundled
 from .report import fetched, say
 from .smollm2 import SMOLLM2, real
-from .tiny import bundled
 
 
 def _build() -> argparse.ArgumentParser:
@@ -35,23 +36,15 @@ def _build() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="the Vulkan device: index, part of its name, or UUID")
     parser.add_argument(
         "--part",
-        choices=("tiny", "smollm2", "both"),
+        choices=("study", "smollm2", "both"),
         default="both",
         help="which part to run (default: both)",
     )
     parser.add_argument(
-        "--test",
-        type=int,
-        default=None,
-        metavar="N",
-        help="test prompts of each kind for Table 1 (default: 100; --real: 64)",
-    )
-    parser.add_argument(
-        "--random",
-        type=int,
-        default=3,
-        metavar="N",
-        help="rows of random directions in Table 1 (default: 3)",
+        "--size",
+        choices=("tiny", "demo", "small", "full"),
+        default="demo",
+        help="sample counts of the study (default: demo)",
     )
     _real_arguments(parser.add_argument_group("a larger real model"))
     return parser
@@ -78,6 +71,20 @@ def _real_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--harmless", metavar="FILE[:COLUMN]", help="with --real: prompts that it answers"
+    )
+    group.add_argument(
+        "--test",
+        type=int,
+        default=64,
+        metavar="N",
+        help="with --real: test prompts of each kind for Table 1 (default: 64)",
+    )
+    group.add_argument(
+        "--random",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --real: rows of random directions in Table 1 (default: 3)",
     )
     group.add_argument(
         "--results",
@@ -109,25 +116,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo: interrupted", file=sys.stderr)
+        print("demo: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
 def parts(arguments: argparse.Namespace) -> int:
     """Runs the parts whose models are there; the exit status."""
-    bundled_model = Path(__file__).parents[1] / "models" / "tiny-llama-chat" / "model.safetensors"
+    weights = Path(__file__).parents[1] / "models" / MODEL / "model.safetensors"
     show, ran = sys.stderr.isatty(), 0
     with warnings.catch_warnings():
         # Each part prints its device, so the warning would repeat that.
         warnings.filterwarnings("ignore", message="no GPU found")
         if arguments.part != "smollm2":
-            if bundled_model.exists():
-                n_test = arguments.test or 100
-                bundled(arguments.out, n_test, arguments.random, arguments.device, show)
+            if weights.exists():
+                bundled(arguments.out, arguments.size, arguments.device, show)
                 ran += 1
             else:
-                say("The bundled model tiny-llama-chat is not in this tree: part 1 is left out.")
-        if arguments.part != "tiny":
+                say(f"The bundled model {MODEL} is not in this tree: part 1 is left out.")
+        if arguments.part != "study":
             path = fetched(SMOLLM2, "smollm2")
             if path:
                 real(path, arguments.out, arguments.device, progress=show)

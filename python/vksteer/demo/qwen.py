@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `--real`, with or without `--inside`; the exit status."""
     from ..runtime.model import Model
 
+    splits = prompts(arguments)
     path = demo.fetched(QWEN, "qwen")
     if path is None:
         return 1
@@ -103,7 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
         "Qwen2.5-Coder-0.5B-Instruct, "
         + ("analysis of its vector" if arguments.inside else "Table 1 on a real model")
     )
-    splits = prompts(arguments)
     demo.say(
         "; ".join(
             f"{name}: {len(pair[0])} + {len(pair[1])} prompts" for name, pair in splits.items()
@@ -161,7 +161,7 @@ def _table(
     seconds = time.perf_counter() - before
     lap("Table 1")
     demo.say(table.to_markdown())
-    picture = demo.plot(table, out / "qwen_table1.png")
+    drawn = demo.picture(table.plot, out / "qwen_table1.png")
     chosen = {"layer": vector.layer, "position": vector.position, "norm": vector.norm, "how": how}
     result = {
         "model": path.stem,
@@ -179,7 +179,7 @@ def _table(
     demo.write_json(out / "qwen.json", result)
     demo.say(
         f"\nWritten to {out}/: qwen_candidates.md, {VECTOR}, qwen_answers.json (answers, for"
-        f" resuming), {picture}qwen.json"
+        f" resuming), {'qwen_table1.png, ' if drawn else ''}qwen.json"
     )
     _publish(arguments, "", result, report(result, scores, sweep, table))
 
@@ -194,7 +194,7 @@ def _table1(
 ) -> AblationTable:
     from .. import freezing
 
-    harmful, harmless = (side[: arguments.test or 64] for side in test)
+    harmful, harmless = (side[: arguments.test] for side in test)
     return freezing.ablation_table(
         model,
         vector,

@@ -135,7 +135,7 @@ def _sparsity(model, vector, scores, strengths, test, out, progress):
         out=out / "inside_sparsity.jsonl",
         progress=progress,
     )
-    demo.plot(table, out / "qwen_sparsity.png")
+    demo.picture(table.plot, out / "qwen_sparsity.png")
     return table.to_dict(), f"## How sparse it can be\n\n{table.to_markdown()}"
 
 

@@ -12,18 +12,17 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._version import __version__
+from ..base.whole_files import write_whole
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
-    from ..steering.candidates import Candidates
     from ..steering.sweeping import Sweep
 
 #: The source tree. In an installed package it is a folder without tools/ and .models/.
@@ -93,39 +92,8 @@ def environment(model: Model) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def candidates_table(cands: Candidates, most: int = 8) -> str:
-    """The best candidates that were measured, and how many each filter removed."""
-    t = cands.table
-    assert t is not None  # a selection filled it
-    score = t.bypass if not np.isnan(t.bypass).all() else t.bypass_ablation
-    # Sorted by bypass - induce, the measured ones first.
-    ranked = []
-    for p, l in np.ndindex(t.induce.shape):
-        if not np.isnan(t.induce[p, l]):
-            without = bool(np.isnan(score[p, l]))
-            rank = -t.induce[p, l] if without else np.nan_to_num(score[p, l] - t.induce[p, l])
-            ranked.append((without, rank, p, l))
-    number = lambda x: "" if np.isnan(x) else f"{x:.2f}"
-    lines = [
-        "| position | token | layer | bypass | induce | KL |",
-        "|---:|:---|---:|---:|---:|---:|",
-    ]
-    for *_, p, l in sorted(ranked)[:most]:
-        lines.append(
-            f"| {t.positions[p]} | {cands.position_texts[p]!r} | {l} | {number(score[p, l])} |"
-            f" {number(t.induce[p, l])} | {number(t.kl[p, l])} |"
-        )
-    removed = Counter(r.filter for r in cands.rejected)
-    more = f"... and {len(ranked) - most} more in candidates.md. " if len(ranked) > most else ""
-    return (
-        "\n".join(lines)
-        + f"\n{more}Removed by a filter: "
-        + (", ".join(f"{n} by {name}" for name, n in removed.items()) or "none")
-        + "."
-    )
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode())
 
 
 def strengths(sweep: Sweep, otherwise: tuple[float, float]) -> tuple[float, float]:
@@ -145,16 +113,14 @@ def strengths(sweep: Sweep, otherwise: tuple[float, float]) -> tuple[float, floa
     return pair
 
 
-def plot(table: Any, path: Path) -> str:
-    """Saves the picture of a table and returns its name, for a list of files; without matplotlib
-    prints why there is none and returns "".
-    """
+def picture(draw: Callable[[Path], object], path: Path) -> bool:
+    """Whether `draw` saved a picture; without matplotlib says why there is none."""
     try:
-        table.plot(path)
+        draw(path)
     except ImportError as error:
-        say(f"No picture: {error}")
-        return ""
-    return f"{path.name}, "
+        say(f"No picture {path.name}: {error}")
+        return False
+    return True
 
 
 def fetched(file: str, name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._version import __version__
+from ..base.json_files import read_json
+from ..base.provenance import digest
 from .report import environment, heading, say, side_by_side, write_json, written
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Chosen for verse against prose in SmolLM2: layer 10 changes little, and at layer 18 or with
 # a = 1.5 the text becomes repetitive.
 LAYER, STRENGTH = 14, 1.0
+KEPT, ACTIVATIONS, VECTOR = "smollm2.json", "smollm2_activations.npz", "verse.gguf"
 
 
 def verse_vector(model: Model) -> SteeringVector:
@@ -129,52 +134,98 @@ def real(
 ) -> dict[str, Any]:
     """SmolLM2: verse against prose, each prompt answered three ways, speed, activations saved.
 
-    Returns what is written to smollm2.json.
+    Returns what is written to smollm2.json; where an earlier run with the same file, prompts and
+    options has written it, tells that and runs nothing.
     """
+    heading("2. Verse against prose in a real model: SmolLM2-135M-Instruct")
+    key = _key(path, device, new_tokens)
+    result = _kept(out, key)
+    if result is not None:
+        say(f"From the run of {result['date']}, {out / KEPT}; remove that file to run it again.")
+        say(_vector_line(result["norm"]))
+        _say_answers(result["answers"])
+        say(f"\nSpeed on {result['device']['name']}, measured then:\n")
+        say(speed_text(result["speed"]))
+        return result
+    return _run(path, out, device, new_tokens, progress, key)
+
+
+def _run(
+    path: Path, out: Path, device: str | None, new_tokens: int, progress: bool, key: str
+) -> dict[str, Any]:
+    """Runs the part, tells it and writes its files, smollm2.json last."""
     from ..runtime.model import Model
 
     start = time.perf_counter()
-    heading("2. Verse against prose in a real model: SmolLM2-135M-Instruct")
     with Model.from_pretrained(path, device=device, progress=progress) as model:
         say(f"{model.device}; loaded in {time.perf_counter() - start:.1f} s")
         vector = verse_vector(model)
-        n = len(written()["topics"])
-        say(
-            f"Vector: mean of {n} requests for a poem minus mean of {n} for an explanation of the"
-            f" same things, layer {LAYER}, last position; norm {vector.norm:.1f}"
-        )
-        arrays = _three_ways(model, vector, new_tokens, progress)
-        np.savez(out / "smollm2_activations.npz", **arrays)
-        vector.save(out / "verse.gguf")
+        say(_vector_line(vector.norm))
+        answers, arrays = _three_ways(model, vector, new_tokens, progress)
+        _say_answers(answers)
+        np.savez(out / ACTIVATIONS, **arrays)
+        vector.save(out / VECTOR)
         say(f"\nSpeed on {model.device.name} (the shares are of ceilings measured just now):\n")
         figures = speed(model, new_tokens=min(32, new_tokens))
         say(speed_text(figures))
         result = {
+            "key": key,
             "layer": LAYER,
             "coefficient": STRENGTH,
             "norm": vector.norm,
+            "answers": answers,
             "speed": figures,
             "seconds": time.perf_counter() - start,
             **environment(model),
         }
-    write_json(out / "smollm2.json", result)
+    write_json(out / KEPT, result)
     say(
-        f"\n{result['seconds']:.0f} s. Written to {out}/: smollm2_activations.npz ({len(arrays)}"
-        " arrays), verse.gguf, smollm2.json"
+        f"\n{result['seconds']:.0f} s. Written to {out}/: {ACTIVATIONS} ({len(arrays)} arrays),"
+        f" {VECTOR}, {KEPT}"
     )
     return result
 
 
+def _key(path: Path, device: str | None, new_tokens: int) -> str:
+    """A hash of what the part's results depend on."""
+    with open(path, "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest(__version__, weights, written(), LAYER, STRENGTH, new_tokens, device)
+
+
+def _kept(out: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run with this key has written; None where a file of it is missing."""
+    if not all((out / name).exists() for name in (KEPT, ACTIVATIONS, VECTOR)):
+        return None
+    found = read_json(out / KEPT, limit=1 << 24)
+    return found if found.get("key") == key else None
+
+
+def _vector_line(norm: float) -> str:
+    n = len(written()["topics"])
+    return (
+        f"Vector: mean of {n} requests for a poem minus mean of {n} for an explanation of the same"
+        f" things, layer {LAYER}, last position; norm {norm:.1f}"
+    )
+
+
+def _say_answers(answers: Sequence[dict[str, Any]]) -> None:
+    """Prints answers with -a, unsteered and with +a side by side."""
+    titles = [f"-{STRENGTH:g} (prose)", "unsteered", f"+{STRENGTH:g} (verse)"]
+    for answer in answers:
+        say(f"\n> {answer['prompt']}")
+        say(side_by_side(titles, answer["texts"]))
+
+
 def _three_ways(
     model: Model, vector: SteeringVector, new_tokens: int, progress: bool
-) -> dict[str, Any]:
-    """Prints answers with -a, unsteered and with +a side by side, and returns the activations:
-    those of the prompts at every layer, and those at LAYER while decoding.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(Answers as {"prompt", "texts"}, the texts with -a, unsteered and with +a; the activations of
+    the prompts at every layer, and at LAYER while decoding).
     """
     from ..runtime.edits import Steer
 
     prompts, site = written()["to_steer"], f"blocks.{LAYER}.hook_resid_pre"
-    titles = [f"-{STRENGTH:g} (prose)", "unsteered", f"+{STRENGTH:g} (verse)"]
     edits = [[Steer(vector, s * STRENGTH)] if s else [] for s in (-1, 0, 1)]
     made = model.generate(
         [p for p in prompts for _ in edits],
@@ -183,9 +234,10 @@ def _three_ways(
         capture=[site],
         progress=progress,
     )
-    for i, prompt in enumerate(prompts):
-        say(f"\n> {prompt}")
-        say(side_by_side(titles, [g.text for g in made[3 * i : 3 * i + 3]]))
+    answers = [
+        {"prompt": prompt, "texts": [g.text for g in made[3 * i : 3 * i + 3]]}
+        for i, prompt in enumerate(prompts)
+    ]
     sites = ["blocks.*.hook_resid_post"]
     runs = [model.run(prompts, edits=e, capture=sites, logits=None) for e in edits]
     arrays = {
@@ -194,4 +246,4 @@ def _three_ways(
         for key, value in run.items()
     }
     arrays |= {f"decoded/{i}/{site}": g.captured[site] for i, g in enumerate(made)}
-    return arrays | {"tokens": runs[0].tokens, "mask": runs[0].mask}
+    return answers, arrays | {"tokens": runs[0].tokens, "mask": runs[0].mask}

@@ -50,6 +50,20 @@ class Study:
         """The path of report.html."""
         return self.folder / "report.html"
 
+    def file(self, step: str, name: str) -> Path:
+        """The path of a file that a finished step made, such as file("candidates",
+        "dim.safetensors"). Raises KeyError for a step that has not finished and for a name that it
+        did not make.
+        """
+        steps = read_json(self.folder / "run.json", limit=1 << 30)["steps"]
+        if step not in steps:
+            raise KeyError(f"step {step!r} has not finished; finished: {', '.join(steps)}")
+        place = self.folder / "steps" / step / str(steps[step]["folder"])
+        if not (place / name).is_file():
+            made = sorted(path.name for path in place.iterdir())
+            raise KeyError(f"step {step} made no file {name!r}; there are: {', '.join(made)}")
+        return place / name
+
     def plan(self) -> str:
         """The plan as a table in Markdown."""
         return plan_table(self.planned)
@@ -86,12 +100,12 @@ def run(
     model: an open Model, or what `Model.from_pretrained` takes. harmful, harmless: prompts as
     texts; both None takes the toy world's, for the bundled models. out: the folder, which is made;
     what a study before left there with the same model, prompts and settings is taken from it, so a
-    call that was killed is simply made again. size: "tiny", "small" or "full" sample counts. seed:
-    of splits, training and random controls. only: these steps and what they need. skip: not these
-    steps, nor those that need them. force: run these again. plan_only: report what would run and
-    why, without running it. scheduler: address of a dask.distributed cluster whose workers run the
-    steps, each on its own device, in the same folder. progress: True, False or callable(done,
-    total), within a step.
+    call that was killed is simply made again. size: "tiny", "demo", "small" or "full" sample
+    counts. seed: of splits, training and random controls. only: these steps and what they need.
+    skip: not these steps, nor those that need them. force: run these again. plan_only: report what
+    would run and why, without running it. scheduler: address of a dask.distributed cluster whose
+    workers run the steps, each on its own device, in the same folder. progress: True, False or
+    callable(done, total), within a step.
 
     Returns a Study. Writes DIR/results.json (byte-identical for equal settings on one device) and
     DIR/run.json (times, device, versions). Ctrl-C and a killed process lose at most the work since

@@ -28,6 +28,21 @@ SIZES: dict[str, dict[str, Any]] = {
         "grid": 0.1,
         "taus": (0.0, 0.5, 1.5),
     },
+    "demo": {
+        "train": 36,
+        "validation": 12,
+        "test": 40,
+        "samples": 16,
+        "new_tokens": 56,
+        "steps": 5,
+        "epochs": 2,
+        "controls": 1,
+        "patches": 20,
+        "coefficients": (0.4, 0.55, 0.7, 0.9),
+        "shares": (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.4),
+        "grid": 0.05,
+        "taus": (0.0, 0.5, 1.0, 1.5, 2.0),
+    },
     "small": {
         "train": 64,
         "validation": 32,
@@ -65,8 +80,8 @@ SIZES: dict[str, dict[str, Any]] = {
 class Settings:
     """Everything that the results of a study depend on beside the model and the prompts.
 
-    size: "tiny", "small" or "full", the counts of SIZES. seed: of splits, training, random controls
-    and bootstrap draws. The other fields are counts; see SIZES.
+    size: "tiny", "demo", "small" or "full", the counts of SIZES. seed: of splits, training, random
+    controls and bootstrap draws. The other fields are counts; see SIZES.
     """
 
     size: str
