@@ -17,6 +17,7 @@ from vksteer.demo import bundled, report, smollm2
 from vksteer.demo import qwen as demo_real
 from vksteer.demo import qwen_inside as demo_real_inside
 from vksteer.study import steps
+from vksteer.study.settings import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / ".models" / smollm2.SMOLLM2
@@ -87,6 +88,8 @@ def test_bundled_part(tmp_path, capsys, monkeypatch):
     is told again without a step being run.
     """
     arguments = ["--part", "study", "--size", "tiny", "--out", str(tmp_path)]
+    counts = {"train": 16, "validation": 6, "test": 4, "taus": (0.0, 0.5)}
+    monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | counts)  # for half of the time
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -135,7 +138,7 @@ def told_whole_study(folder, said):
     circuit = results["steps"]["circuits"]["smallest"]["harmful.steered"]
     # At this size 48 edges of 343 over four layers; of tiny-llama-chat four of 190.
     assert 12 <= circuit["size"] < circuit["edges"] / 2
-    assert f"the first {circuit['size']}, over" in said
+    assert f"The first {circuit['size']} of them by their scores, over" in said
     report = (study / "report.html").resolve()
     assert report.exists() and f"{report.as_uri()}#circuit:n={circuit['size']}" in said
     pictures = {p.name for p in folder.iterdir() if p.is_file()}

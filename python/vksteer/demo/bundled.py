@@ -180,14 +180,14 @@ def _circuit(study: Study, out: Path) -> None:
         return
     scores = EdgeScores.load(study.file("attribution", f"{MAIN}.scores.safetensors"))
     circuit = Circuit.load(study.file("circuits", f"{MAIN}.circuit.json"), scores.graph)
-    samples = steps["attribution"]["data_sets"][MAIN]["samples"]
     ends = [f"{n} in {INPUTS[kind]}" for kind, n in circuit.counts().items() if n]
     layers = {n for name in circuit.node_names for n in re.findall(r"\d+", name)[:1]}
     say(
         f"{scores.graph.n_edges} edges lead from the vector through heads and MLPs to the logits."
-        f" Their scores on {samples} answers that steering changes rank them: the first"
-        f" {len(circuit)}, over {len(layers)} layers, carry"
-        f" {100 * found['faithfulness']:.0f} % of the effect.\nThey end: {', '.join(ends)}."
+        f" The first {len(circuit)} of them by their scores, over {len(layers)} layers, carry"
+        f" {_share(found)} of the effect: {found['samples_found']} answers that steering changes"
+        f" chose them, {found['samples_judged']} others judge them.\n"
+        f"They end: {', '.join(ends)}."
     )
     say(f"The strongest (a4.h0 is head 0 of layer 4, m4 its MLP):\n\n{scores.top(8)!r}")
     picture(partial(circuit.plot, scores=scores), out / "circuit.png")
@@ -195,6 +195,15 @@ def _circuit(study: Study, out: Path) -> None:
         held_out = FaithfulnessCurve.from_dict(curve)
         say(f"\n{held_out.to_markdown()}")
         picture(held_out.plot, out / "curve.png")
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    """The faithfulness of a circuit with its interval, where they are defined."""
+    value, low, high = (found[name] for name in ("faithfulness", "low", "high"))
+    if value is None:
+        return "an unknown share"
+    interval = "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * value:.0f}{interval} %"
 
 
 def _claims(study: Study) -> None:
