@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..base.provenance import digest, provenance
 from ..base.types import Array, Float32Array, ProgressLike, Prompts
 from ..inputs.prompts import as_list, as_tokens, batches
 from ..runtime.resume import layer_inputs
+from .answers import AnswerLens, Answers, answer_lens
 from .separation import equal_means, predictors
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ScreenRow:
     """The predictors of one layer and position (docs/reliability.md); NaN where `note` says why.
 
     layer: the vector would steer the input of this layer (`blocks.{layer}.hook_resid_pre`).
-    position: counted back from the prompt's end.
+    position: counted back from the prompt's end. lens_accuracy: NaN where no answers were given.
     """
 
     layer: int
@@ -62,6 +63,7 @@ class ScreenRow:
     n: int
     n_undefined: int
     note: str = ""
+    lens_accuracy: float = float("nan")
 
     @property
     def verdict(self) -> str:
@@ -80,6 +82,10 @@ class Screen(Table):
 
     def __init__(self, rows: Sequence[ScreenRow], meta: dict[str, Any]) -> None:
         self.rows, self.meta = list(rows), meta
+
+    @property
+    def _has_answers(self) -> bool:
+        return not all(np.isnan(row.lens_accuracy) for row in self.rows)
 
     def __iter__(self) -> Iterator[ScreenRow]:
         return iter(self.rows)
@@ -108,13 +114,16 @@ class Screen(Table):
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: {"rows": [fields of ScreenRow and "verdict"], "thresholds", "meta"}; numbers
-        that are not finite become None.
+        that are not finite become None; without answers there is no "lens_accuracy".
         """
 
         def plain(value: Any) -> Any:
             return None if isinstance(value, float) and not np.isfinite(value) else value
 
         rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
+        if not self._has_answers:
+            for row in rows:
+                del row["lens_accuracy"]
         return {
             "rows": [{name: plain(value) for name, value in row.items()} for row in rows],
             "thresholds": {"steerable": STEERABLE, "unsteerable": UNSTEERABLE},
@@ -123,12 +132,13 @@ class Screen(Table):
 
     def to_markdown(self) -> str:
         """A table with one row for each layer and position, and what the verdicts rest on."""
+        lens = self._has_answers
         lines = [
             (
                 "| layer | position | mean cosine | pairwise cosine | d' | overlap | AUC"
-                " | norm ratio | stability | n | verdict |"
+                f" | norm ratio | stability | n |{' lens accuracy |' if lens else ''} verdict |"
             ),
-            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|:---|",
+            "|---:" * (11 if lens else 10) + "|:---|",
         ]
         for row in self.rows:
             n = f"{row.n - row.n_undefined} of {row.n}" if row.n_undefined else str(row.n)
@@ -136,7 +146,9 @@ class Screen(Table):
                 f"| {row.layer} | {row.position} | {row.mean_cosine:.3f} |"
                 f" {row.pairwise_cosine:.3f} | {row.d_prime:.2f} | {row.overlap:.3f} |"
                 f" {row.auc:.3f} | {row.norm_ratio:.3f} | {row.stability_mean:.3f} +-"
-                f" {row.stability_sd:.3f} | {n} | {row.verdict}"
+                f" {row.stability_sd:.3f} | {n} |"
+                + (f" {row.lens_accuracy:.3f} |" if lens else "")
+                + f" {row.verdict}"
                 + (f" ({row.note})" if row.note else "")
                 + " |"
             )
@@ -158,7 +170,8 @@ class Screen(Table):
         return self.to_markdown()
 
     def plot(self, ax: Axes | None = None) -> Figure:
-        """Mean cosine and AUC over layers, a line for each position, with the thresholds.
+        """Mean cosine, AUC and, where answers were given, the accuracy of the logit lens over
+        layers, a line for each position, with the thresholds.
 
         Returns the figure. Raises ImportError, naming what to install, without matplotlib.
         """
@@ -177,6 +190,14 @@ class Screen(Table):
                 color=line.get_color(),
                 label=f"AUC, {position}",
             )
+            if self._has_answers:
+                ax.plot(
+                    layers,
+                    [row.lens_accuracy for row in rows],
+                    linestyle="-.",
+                    color=line.get_color(),
+                    label=f"lens accuracy, {position}",
+                )
         for threshold in (STEERABLE, UNSTEERABLE):
             ax.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--")
         ax.set(xlabel="layer", ylabel="predictor", title="Reliability before steering")
@@ -193,6 +214,7 @@ def screen(
     *,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] = (-1,),
+    answers: Answers | None = None,
     leave_one_out: bool = False,
     bins: int = 50,
     seed: int = 0,
@@ -204,27 +226,32 @@ def screen(
     positive, negative: pairs in order, texts or token lists, as many of each; item i of both is the
     same question with the matching and the non-matching answer. layers: default all. positions:
     negative, counted back from each prompt's end. leave_one_out, bins, seed: as in `predictors`.
-    Activations are `blocks.{layer}.hook_resid_pre`, float32.
+    answers: two token ids, the answers to positive and to negative prompts, or such a pair for each
+    item: every row then says how often the logit lens at that place already prefers the right one
+    (`lens_accuracy`, ties one half; arXiv 2604.15557). Activations are
+    `blocks.{layer}.hook_resid_pre`, float32.
 
     Returns a Screen: a row for each layer and position, with a verdict whose thresholds it states.
     A layer where the classes' means are equal gets NaN and a note. Raises ValueError before any
     work for lists of unequal length, fewer than 2 pairs, prompts that are too long or shorter than
-    a position reaches back, and layers that the model does not have.
+    a position reaches back, layers that the model does not have, and answers that are not two
+    different tokens.
     """
-    rows, at, chosen = _checked(model, positive, negative, layers, positions)
+    rows, at, chosen = checked_pairs(model, positive, negative, layers, positions)
     require_int(bins, "bins", 1)
     n, width = len(rows[0]), model.config.d_model
+    lens = None if answers is None else answer_lens(model, answers, n)
     some = max(1, HELD_BYTES // (8 * n * len(at) * width))
     found: list[ScreenRow] = []
     groups = [chosen[i : i + some] for i in range(0, len(chosen), some)]
     with Progress(progress, 2 * n * len(groups), "screen") as bar:
         for group in groups:
-            pos, neg = (_activations(model, side, group, at, bar) for side in rows)
+            pos, neg = (activations_at(model, side, group, at, bar) for side in rows)
             for p, position in enumerate(at):
                 for l, layer in enumerate(group):
-                    found.append(
-                        _row(layer, position, pos[:, p, l], neg[:, p, l], leave_one_out, bins, seed)
-                    )
+                    sides = pos[:, p, l], neg[:, p, l]
+                    row = _row(layer, position, *sides, leave_one_out, bins, seed)
+                    found.append(_with_lens(row, lens, *sides))
     found.sort(key=lambda row: (at.index(row.position), row.layer))
     meta = provenance(
         model,
@@ -233,8 +260,15 @@ def screen(
         leave_one_out=leave_one_out,
         bins=bins,
         seed=seed,
+        **({} if lens is None else {"answers_hash": digest(lens.pairs)}),
     )
     return Screen(found, meta)
+
+
+def _with_lens(
+    row: ScreenRow, lens: AnswerLens | None, pos: Float32Array, neg: Float32Array
+) -> ScreenRow:
+    return row if lens is None else replace(row, lens_accuracy=lens.accuracy(pos, neg))
 
 
 def _row(
@@ -255,14 +289,16 @@ def _row(
     return ScreenRow(layer, position, note=note, **values)
 
 
-def _checked(
+def checked_pairs(
     model: Model,
     positive: Prompts,
     negative: Prompts,
     layers: Sequence[int] | None,
     positions: Sequence[int],
 ) -> tuple[tuple[list[list[int]], list[list[int]]], list[int], list[int]]:
-    """(token lists of both sides, positions as given, layers ascending)."""
+    """(token lists of both sides, positions as given, layers ascending). Raises ValueError as
+    `screen` says.
+    """
     sides = as_list(positive, "positive"), as_list(negative, "negative")
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
@@ -288,7 +324,7 @@ def _checked(
     return rows, [int(p) for p in at], chosen
 
 
-def _activations(
+def activations_at(
     model: Model, rows: list[list[int]], layers: list[int], at: list[int], bar: Progress
 ) -> Float32Array:
     """resid_pre, float32 [n, positions, layers, D]."""
