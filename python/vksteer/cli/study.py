@@ -33,40 +33,7 @@ success rates and the circuits, as a table in Markdown."""
 
 def add_parsers(commands: Subparsers) -> None:
     """Adds the three commands to the parser of `vksteer`."""
-    parser = commands.add_parser(
-        "study",
-        formatter_class=Help,
-        help="every experiment of the method on one model, resumable, with a report",
-        description=STUDY,
-    )
-    model_arguments(parser)
-    prompt_file_arguments(parser.add_argument_group("prompts"))
-    group = parser.add_argument_group("study")
-    group.add_argument("--out", metavar="DIR", required=True, help="the folder of the study")
-    group.add_argument(
-        "--size",
-        choices=("tiny", "demo", "small", "full"),
-        default="small",
-        help="how many samples: tiny takes a minute on the bundled models (default: small)",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, help="of splits, training and controls (default: 0)"
-    )
-    group.add_argument(
-        "--plan", action="store_true", help="print which steps would run, and why, and stop"
-    )
-    group.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="run the steps on a dask.distributed cluster, for example tcp://host:8786",
-    )
-    for option, text in (
-        ("--only", "run these steps and what they need"),
-        ("--skip", "leave out these steps and those that need them"),
-        ("--force", "run these steps again"),
-    ):
-        group.add_argument(option, nargs="+", metavar="STEP", help=text)
-    parser.set_defaults(run=run_study)
+    _add_study(commands)
     parser = commands.add_parser(
         "report",
         formatter_class=Help,
@@ -86,14 +53,68 @@ def add_parsers(commands: Subparsers) -> None:
     parser.set_defaults(run=run_compare)
 
 
+def _add_study(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "study",
+        formatter_class=Help,
+        help="every experiment of the method on one model, resumable, with a report",
+        description=STUDY,
+    )
+    model_arguments(parser)
+    prompt_file_arguments(parser.add_argument_group("prompts"))
+    group = parser.add_argument_group("study")
+    group.add_argument("--out", metavar="DIR", required=True, help="the folder of the study")
+    group.add_argument(
+        "--size",
+        choices=("tiny", "demo", "small", "full"),
+        help=(
+            "how many samples: tiny takes a minute on the bundled models (default: small, or what a"
+            " budget has chosen in this folder)"
+        ),
+    )
+    group.add_argument(
+        "--budget",
+        metavar="TIME",
+        help=(
+            "choose as many samples as this device can work through in TIME, such as 90s, 30m or"
+            " 1h30m, where nothing else runs"
+        ),
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="of splits, training and controls (default: 0)"
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="print which steps would run, why, and what they would take, and stop",
+    )
+    group.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run the steps on a dask.distributed cluster, for example tcp://host:8786",
+    )
+    for option, text in (
+        ("--only", "run these steps and what they need"),
+        ("--skip", "leave out these steps and those that need them"),
+        ("--force", "run these steps again"),
+    ):
+        group.add_argument(option, nargs="+", metavar="STEP", help=text)
+    parser.set_defaults(run=run_study)
+
+
 def run_study(arguments: argparse.Namespace) -> int:
     """Runs `vksteer study`; the exit status."""
     from ..data.prompt_files import prompts_of
-    from ..study.running import plan_table, run
+    from ..study.ladder import seconds_of
+    from ..study.running import run
     from ..study.steps import chosen
 
     chosen(arguments.only, arguments.skip)  # refuse unknown names before the model is loaded
     chosen(arguments.force, None)
+    if arguments.budget is not None:
+        if arguments.size is not None:
+            raise ValueError("--size and --budget both say how many samples: give one of them")
+        seconds_of(arguments.budget)
     if (arguments.harmful is None) != (arguments.harmless is None):
         raise ValueError("--harmful and --harmless belong together: give both")
     if arguments.harmful is None and not arguments.model.startswith("tiny-"):
@@ -110,16 +131,17 @@ def run_study(arguments: argparse.Namespace) -> int:
             harmless,
             arguments.out,
             size=arguments.size,
+            budget=arguments.budget,
             seed=arguments.seed,
             only=arguments.only,
             skip=arguments.skip,
             force=arguments.force,
             plan_only=arguments.plan,
             scheduler=arguments.scheduler,
-            progress=sys.stderr.isatty(),
+            progress=sys.stderr.isatty() or (lambda done, total: None),  # lines, but no bars
         )
     if arguments.plan:
-        print(plan_table(study.planned))
+        print(study.plan())
         return 0
     for claim in study.results["claims"]:
         value = "–" if claim["value"] is None else f"{claim['value']:.2f}"

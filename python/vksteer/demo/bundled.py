@@ -59,7 +59,10 @@ def bundled(out: Path, size: str, device: str | None, progress: bool) -> Study:
             only = steps or None
             return study.run(model, out=folder, size=size, only=only, progress=progress)
 
-        finished = _plan(study.run(model, out=folder, size=size, plan_only=True, progress=False))
+        planned = study.run(
+            model, out=folder, size=size, plan_only=True, predict=False, progress=False
+        )
+        finished = _plan(planned)
         _vector(chapter("candidates", "strength"), model)
         _table1(chapter("table1"), out)
         _circuit(chapter("circuits"), out)

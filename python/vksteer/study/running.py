@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,18 @@ from ..base.types import PathLike, ProgressLike
 from ..base.whole_files import write_whole
 from . import inside, vectors  # noqa: F401  registers the steps
 from .claims import claims
-from .prompts import Prompts, of_lists, of_world
+from .planning import (
+    Counts,
+    PlanText,
+    check_prompts,
+    finished_steps,
+    plan_table,
+    planned_with_costs,
+)
+from .prompts import Prompts
 from .report import write_report
 from .settings import Settings
-from .steps import STEPS, PlannedStep, chosen, identity, plan, run_step
+from .steps import STEPS, PlannedStep, chosen, run_step
 from .store import Finished, StudyStore, plain
 
 if TYPE_CHECKING:
@@ -33,12 +41,14 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class Study:
     """A study. results: what results.json holds, as far as steps have finished. folder: its files.
-    planned: the steps as they were planned when the call began, with reasons.
+    planned: the steps as they were planned when the call began, with reasons and what they were
+    predicted to cost. budget: the counts that a budget chose, in words.
     """
 
     folder: Path
     results: dict[str, Any]
     planned: tuple[PlannedStep, ...]
+    budget: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -64,20 +74,14 @@ class Study:
             raise KeyError(f"step {step} made no file {name!r}; there are: {', '.join(made)}")
         return place / name
 
-    def plan(self) -> str:
-        """The plan as a table in Markdown."""
-        return plan_table(self.planned)
+    def plan(self) -> PlanText:
+        """The plan as a table in Markdown, below the counts that a budget chose."""
+        table = plan_table(self.planned)
+        return PlanText(table if self.budget is None else f"{self.budget}\n\n{table}")
 
     def __repr__(self) -> str:
         done = len(self.results["steps"])
         return f"Study({str(self.folder)!r}: {done} of {len(STEPS)} steps finished)"
-
-
-def plan_table(planned: Iterable[PlannedStep]) -> str:
-    """A Markdown table: step, what it finds, and whether it runs with the reason."""
-    lines = ["| step | finds | runs |", "|:---|:---|:---|"]
-    rows = [f"| {p.name} | {p.title} | {p.reason if p.runs else 'no: done'} |" for p in planned]
-    return "\n".join(lines + rows)
 
 
 def run(
@@ -86,12 +90,14 @@ def run(
     harmless: Sequence[str] | None = None,
     out: PathLike = "study",
     *,
-    size: str = "small",
+    size: str | None = None,
+    budget: str | float | None = None,
     seed: int = 0,
     only: Iterable[str] | None = None,
     skip: Iterable[str] | None = None,
     force: Iterable[str] | None = None,
     plan_only: bool = False,
+    predict: bool = True,
     scheduler: str | None = None,
     progress: ProgressLike = True,
 ) -> Study:
@@ -100,41 +106,59 @@ def run(
     model: an open Model, or what `Model.from_pretrained` takes. harmful, harmless: prompts as
     texts; both None takes the toy world's, for the bundled models. out: the folder, which is made;
     what a study before left there with the same model, prompts and settings is taken from it, so a
-    call that was killed is simply made again. size: "tiny", "demo", "small" or "full" sample
-    counts. seed: of splits, training and random controls. only: these steps and what they need.
-    skip: not these steps, nor those that need them. force: run these again. plan_only: report what
-    would run and why, without running it. scheduler: address of a dask.distributed cluster whose
-    workers run the steps, each on its own device, in the same folder. progress: True, False or
-    callable(done, total), within a step.
+    call that was killed is simply made again. size: "tiny", "demo", "small" (default) or "full"
+    sample counts. budget: instead, a time ("90s", "30m", "1h30m", or seconds) that the steps of
+    this call may take on this device where nothing else runs; the largest counts whose predicted
+    time is within it are chosen once and kept in DIR/budget.json, and later calls without size take
+    them (docs/study.md). seed: of splits, training and random controls. only: these steps and what
+    they need. skip: not these steps, nor those that need them. force: run these again. plan_only:
+    report what would run, why, and what it is predicted to take, without running it. predict: False
+    leaves out predictions whose rates would have to be measured. scheduler: address of a
+    dask.distributed cluster whose workers run the steps, each on its own device, in the same
+    folder. progress: True, False or callable(done, total), within a step.
 
     Returns a Study. Writes DIR/results.json (byte-identical for equal settings on one device) and
     DIR/run.json (times, device, versions). Ctrl-C and a killed process lose at most the work since
     the last item of the step under way. These files and the report hold every step that finished
     with these settings, also where this call left it out or a later step failed.
-    Raises ValueError before any work for unknown names, prompts that are too few, and a folder that
-    cannot be written to or that another process holds; ImportError for a cluster without
-    dask.distributed; DeviceError; ModelError.
+    Raises ValueError before any work for unknown names, prompts that are too few, a budget that is
+    no time, is given beside a size, differs from the folder's or is too small (naming the least),
+    and a folder that cannot be written to or that another process holds; ImportError for a cluster
+    without dask.distributed; DeviceError; ModelError.
     """
-    settings = Settings.of(size, seed)
+    names, forced = _names(only, skip, force)
+    check_prompts(model, harmful, harmless)
+    say = _quiet if progress is False else _say
+    counts = Counts(size, budget, seed, harmful, harmless)
+    store, measure = StudyStore(Path(out)), plan_only and predict
+    with store.lock(), _opened(model) as opened:
+        settings, data, line = counts.settle(opened, store.folder, names, plan_only, say)
+        belongs, steps = counts.belongs(opened), (names, forced)
+        planned = planned_with_costs(opened, store, settings, data, steps, belongs, measure, say)
+        if plan_only:
+            return Study(store.folder, _results(opened, settings, {}), planned, line)
+        _run(store, opened, data, settings, names, forced, scheduler, progress)
+        results = _write(store, opened, settings)
+    return Study(store.folder, results, planned, line)
+
+
+def _names(
+    only: Iterable[str] | None, skip: Iterable[str] | None, force: Iterable[str] | None
+) -> tuple[list[str], list[str]]:
+    """(Steps to run in order, those of them that run again.)"""
     names, forced = chosen(only, skip), list(force or ())
     chosen(forced, None)
     if idle := [name for name in forced if name not in names]:
         raise ValueError(f"force names {idle[0]!r}, which this call leaves out: see only and skip")
-    data = _prompts(model, harmful, harmless, settings)
-    settings = replace(settings, data_hash=data.hash)
-    store = StudyStore(Path(out))
-    with store.lock(), _opened(model) as opened:
-        planned = plan(store, identity(opened), settings, names, forced)
-        if plan_only:
-            return Study(store.folder, _results(opened, settings, {}), tuple(planned))
-        try:
-            _run(store, opened, data, settings, names, forced, scheduler, progress)
-        except Exception:
-            with suppress(OSError):  # what has finished is drawn; the error is what counts
-                _write(store, opened, settings)
-            raise
-        results = _write(store, opened, settings)
-    return Study(store.folder, results, tuple(planned))
+    return names, forced
+
+
+def _say(text: str) -> None:
+    print(f"vksteer: {text}", file=sys.stderr)
+
+
+def _quiet(text: str) -> None:
+    pass
 
 
 def _opened(model: Model | str) -> AbstractContextManager[Model]:
@@ -144,25 +168,6 @@ def _opened(model: Model | str) -> AbstractContextManager[Model]:
     if isinstance(model, Model):
         return nullcontext(model)
     return Model.from_pretrained(model, progress=False)
-
-
-def _prompts(
-    model: Model | str,
-    harmful: Sequence[str] | None,
-    harmless: Sequence[str] | None,
-    settings: Settings,
-) -> Prompts:
-    if (harmful is None) != (harmless is None):
-        raise ValueError("harmful and harmless belong together: give both lists of prompts")
-    if harmful is not None and harmless is not None:
-        return of_lists(harmful, harmless, settings)
-    name = model if isinstance(model, str) else getattr(model, "name", "")
-    if not str(name).startswith("tiny-"):
-        raise ValueError(
-            "give harmful= and harmless=, two lists of prompts: only the bundled tiny models bring"
-            " their own"
-        )
-    return of_world(settings)
 
 
 def _run(
@@ -176,13 +181,18 @@ def _run(
     progress: ProgressLike,
 ) -> None:
     """Runs the steps that are not finished, here or on a cluster."""
-    if scheduler is None:
-        _run_all(store, model, data, settings, names, forced, progress)
-        return
-    from .cluster import Source, run_on
+    try:
+        if scheduler is None:
+            _run_all(store, model, data, settings, names, forced, progress)
+        else:
+            from .cluster import Source, run_on
 
-    source = Source.of(model)
-    run_on(scheduler, store, source, data, settings, names, forced, progress is True)
+            source = Source.of(model)
+            run_on(scheduler, store, source, data, settings, names, forced, progress is True)
+    except Exception:
+        with suppress(OSError):  # what has finished is drawn; the error is what counts
+            _write(store, model, settings)
+        raise
 
 
 def _run_all(
@@ -209,12 +219,7 @@ def _write(store: StudyStore, model: Model, settings: Settings) -> dict[str, Any
     """Writes results.json, run.json and report.html of all steps that have finished with these
     settings, those of earlier calls included; returns the results.
     """
-    finished: dict[str, Finished] = {}
-    for name, one in STEPS.items():
-        if all(n in finished for n in one.needs):
-            state = store.find(name, one.key(identity(model), settings, finished))
-            if isinstance(state, Finished):
-                finished[name] = state
+    finished = finished_steps(store, model, settings)
     results = _results(model, settings, finished)
     text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False)
     write_whole(store.folder / "results.json", (text + "\n").encode())

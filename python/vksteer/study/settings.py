@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,8 +81,9 @@ SIZES: dict[str, dict[str, Any]] = {
 class Settings:
     """Everything that the results of a study depend on beside the model and the prompts.
 
-    size: "tiny", "demo", "small" or "full", the counts of SIZES. seed: of splits, training, random
-    controls and bootstrap draws. The other fields are counts; see SIZES.
+    size: "tiny", "demo", "small" or "full", the counts of SIZES, or "budget", counts that a budget
+    chose (ladder.py). seed: of splits, training, random controls and bootstrap draws. The other
+    fields are counts; see SIZES.
     """
 
     size: str
@@ -108,7 +110,17 @@ class Settings:
         """
         if size not in SIZES:
             raise ValueError(f"size={size!r}: use {', '.join(map(repr, SIZES))}")
-        return cls(size=size, seed=require_int(seed, "seed", 0), **SIZES[size])
+        return cls.of_counts(size, SIZES[size], seed)
+
+    @classmethod
+    def of_counts(cls, size: str, counts: Mapping[str, Any], seed: int = 0) -> Settings:
+        """The settings of these counts, which are named as in SIZES."""
+        return cls(size=size, seed=require_int(seed, "seed", 0), **counts)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The counts alone, named as in SIZES."""
+        return {name: getattr(self, name) for name in SIZES["tiny"]}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..base.idle_clock import IdleClock
 from ..base.provenance import digest, fingerprint, loaded_with, provenance
 from ..base.store import Store
 from ..base.types import Array, ProgressLike
@@ -120,14 +121,28 @@ def step(
 
 
 @dataclass(frozen=True)
+class Cost:
+    """seconds: on an idle machine; processor: seconds of processor time (base/idle_clock.py).
+    memory: the most device memory in bytes, the model's weights included.
+    """
+
+    seconds: float
+    processor: float
+    memory: int
+
+
+@dataclass(frozen=True)
 class PlannedStep:
-    """A step in the plan. reason: "done", "new", "partial", "input changed", "forced", "waits for
-    NAME" where the key follows from a step that has not run, or what is wrong with its files.
+    """A step in the plan. reason: "done", "new", "partial" ("partial 317 of 500" where its items
+    can be counted), "input changed", "forced", "waits for NAME" where the key follows from a step
+    that has not run, or what is wrong with its files. cost: what is left of it is predicted to
+    take; None where nothing was predicted.
     """
 
     name: str
     title: str
     reason: str
+    cost: Cost | None = None
 
     @property
     def runs(self) -> bool:
@@ -218,7 +233,8 @@ def _run(
     force: bool,
     progress: ProgressLike,
 ) -> Finished:
-    start = time.perf_counter()
+    device = model._engine_device
+    device.peak_bytes(True)
     folder = store.begin(one.name, key, anew=force)
     items = Store(
         folder / "items.jsonl",
@@ -231,20 +247,30 @@ def _run(
         remedy="remove the step's folder to begin it anew",
     )
     context = Context(model, data, settings, folder, needed, progress, items)
-    outcome = one.function(context)
+    start = time.perf_counter()
+    with IdleClock(model.device.type == "software") as clock:
+        outcome = one.function(context)
     files = list(outcome.files)
     for array, values in outcome.arrays.items():
         np.save(folder / f"{array}.npy", np.ascontiguousarray(values), allow_pickle=False)
         files.append(f"{array}.npy")
     finished = store.finish(one.name, folder, outcome.result, files)
-    _record(model, finished, time.perf_counter() - start)
+    used = {
+        "seconds": round(time.perf_counter() - start, 3),
+        "idle_seconds": round(clock.seconds, 3),
+        "processor_seconds": round(clock.processor, 3),
+        "device_bytes": device.peak_bytes(),
+    }
+    _record(model, finished, used)
     return finished
 
 
-def _record(model: Model, finished: Finished, seconds: float) -> None:
-    """Writes what varies between runs beside the step's results: time, device, versions."""
+def _record(model: Model, finished: Finished, used: Mapping[str, Any]) -> None:
+    """Writes what varies between runs beside the step's results: times and device memory (see
+    base/idle_clock.py), device, versions.
+    """
     content = {
-        "seconds": round(seconds, 3),
+        **used,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": str(model.device),
         "kernels": list(model.kernels),
