@@ -136,7 +136,7 @@ def told_whole_study(folder, said):
     for claim in results["claims"]:
         assert claim["claim"] in said and f"{claim['verdict']}: " in said
     circuit = results["steps"]["circuits"]["smallest"]["harmful.steered"]
-    # At this size 48 edges of 343 over four layers; of tiny-llama-chat four of 190.
+    # Size tiny finds 45 edges of 343 over four layers; in tiny-llama-chat four of 190 are enough.
     assert 12 <= circuit["size"] < circuit["edges"] / 2
     assert f"The first {circuit['size']} of them by their scores, over" in said
     report = (study / "report.html").resolve()
