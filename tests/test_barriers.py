@@ -20,6 +20,9 @@ FAMILIES = ("gemma2", "gpt_neox")
 
 WORK = """
 import dataclasses, hashlib, json
+from vksteer.runtime import decoding
+
+decoding.BLOCK_SECONDS = np.inf
 
 def digest(value):
     if isinstance(value, np.ndarray):
@@ -56,6 +59,9 @@ for folder in range(1, len(sys.argv)):
                                           **quiet)[0]
             some["circuit"] = {metric: r.value for metric, r in result.items()}
             some["values"] = vs.ov.steering_value_vectors(model, vector)
+        # without a profile the commands of a step are kept and run again
+        out = model.generate(rows, max_new_tokens=9, ignore_eos=True, edits=edits, **quiet)
+        some["in blocks"] = [g.tokens for g in out]
         found[folder] = {k: digest(v) for k, v in some.items()}
         found[folder]["counts"] = [p.dispatches, p.barriers, p.submissions]
 print(json.dumps(found, default=str))

@@ -4,6 +4,8 @@ by single steps, with the kernels of CPUs and of GPUs.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,7 +14,8 @@ import folders
 import vksteer as vs
 from oracle.compare import assert_same_bits
 from vksteer.runtime import decoding
-from vksteer.runtime.batch import Batch
+from vksteer.runtime.batch import Batch, packed_rows
+from vksteer.runtime.device import _engine
 
 LENGTHS = (17, 1, 40, 5)
 FAMILIES = ("gpt2", "llama3", "gemma2", "qwen3")
@@ -111,6 +114,43 @@ def test_blocks_are_single_steps(opened, compare, zoo, rng, name):
     assert blocks == {3: [(3, 4)] * 6, 16: [(16, 4), (2, 4)]}
     _, blocks = compare(model, rows, batch_size=3, sizes=(16,), **options)
     assert blocks[16] == [(16, 3), (2, 3), (16, 1), (2, 1)]
+
+
+def test_edits_of_some_positions(opened, compare, zoo, rng):
+    """Commands are recorded again where an edit begins, ends or changes inside a block."""
+    model = opened(zoo.folder("llama3"))
+    rows = drawn(model, rng, (9, 4, 1))
+    some = [
+        vs.Scale("blocks.0.hook_resid_pre", 1.5, positions=slice(14, 20)),
+        vs.Scale("blocks.1.mlp.hook_post", 0.5, positions=slice(10, 26, 3)),
+        vs.Scale("blocks.1.attn.hook_pattern", 1.25, positions=[21]),
+        vs.Steer(vector(model, rng), 6.0, positions=[12, 17, 18]),
+    ]
+    options = dict(max_new_tokens=20, ignore_eos=True)
+    plain, _ = compare(model, rows, sizes=(16,), **options)
+    for edits in ([some, [], some[:1]], [[], some[3:], some[1:2]], [[], some[1:3], []]):
+        edited, blocks = compare(model, rows, sizes=(16,), edits=edits, **options)
+        assert blocks[16] == [(16, 3), (2, 3)]
+        for a, b, of in zip(edited, plain, edits, strict=True):
+            assert of or a.tokens.tolist() == b.tokens.tolist()
+        assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(edited, plain))
+
+
+def test_steps_are_recorded_once(opened, zoo):
+    """The processor time of the thread that records, of one call for 16 steps and of one for a
+    step: 2 to 3 times that.
+    """
+    model = opened(zoo.folder("llama3"))
+    cache = _engine().Cache(model._engine, 64)
+    model._engine.forward(cache, packed_rows([[1, 2, 3]], start=[0], slot=[0]), [], 0)
+    spent = {1: [], 16: []}
+    for _ in range(9):
+        for n_steps, times in spent.items():
+            rows = packed_rows([[5]], start=[3], slot=[0], decode=True)
+            begin = time.thread_time()
+            model._engine.decode_block(cache, rows, n_steps, 1, 1e9, 0.0)
+            times.append(time.thread_time() - begin)
+    assert min(spent[16]) < 8 * min(spent[1])
 
 
 @pytest.mark.parametrize("freeze", ["qk", "ov", "mlp"])

@@ -87,6 +87,7 @@ def test_the_layers_are_awake(tmp_path):
 
 WORK = """
 import driver_cases
+from vksteer.runtime import decoding
 from vksteer.runtime.directions import value_direction
 
 driver_cases.main(sys.argv[2:])
@@ -105,6 +106,9 @@ with load(2) as model:
         edits=[[vs.Ablate(v)], [], [vs.Steer(v, 0.5)]],
         progress=False,
     )
+    decoding.BLOCK_SECONDS = np.inf
+    steer = [vs.Steer(v, 0.5), vs.Scale("blocks.0.hook_mlp_out", 2.0, positions=slice(304, 308))]
+    model.generate(rows, max_new_tokens=12, ignore_eos=True, edits=steer, progress=False)
     value_direction(model, np.ones(model.config.d_model), 1)
     for by in ("logit", "cosine"):
         vs.ov.logit_lens(model, vs.ov.steering_value_vectors(model, v), 40, by)

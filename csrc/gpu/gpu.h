@@ -131,6 +131,13 @@ int gpu_queue_copy(struct gpu_queue *queue, struct gpu_buffer *from, uint64_t fr
  * if the range leaves the buffer. */
 int gpu_queue_zero(struct gpu_queue *queue, struct gpu_buffer *buffer, uint64_t offset,
                    uint64_t bytes, struct error *error);
+/* The commands from keep_begin to keep_end are recorded like all others, and kept: run_kept adds
+ * them again, with the same arguments, after everything recorded before. *complete: 0 where they
+ * could not be kept (they were submitted in parts, or there is a profile), and run_kept must not be
+ * called. A queue keeps the last ones; keep_begin waits for those before. */
+int gpu_queue_keep_begin(struct gpu_queue *queue, struct error *error);
+int gpu_queue_keep_end(struct gpu_queue *queue, int *complete, struct error *error);
+int gpu_queue_run_kept(struct gpu_queue *queue, struct error *error);
 /* Submits what was recorded and waits for all submitted work. ERROR_INTERRUPTED, after the wait, if
  * the poll function asked for it; ERROR_DEVICE if the device was lost. */
 int gpu_queue_wait(struct gpu_queue *queue, struct error *error);

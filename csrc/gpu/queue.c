@@ -7,6 +7,9 @@
  * side by side. Every submission ends with a barrier, which also makes its results visible to the
  * host.
  *
+ * Commands that are to run more than once are kept: recorded into a secondary command buffer, which
+ * the queue's own command buffers execute. A barrier stands before and after each of its runs.
+ *
  * VKSTEER_BARRIERS=all places one before every command. VKSTEER_BARRIERS=reverse records the
  * commands between two barriers in reverse order, so that a missing barrier changes results also on
  * drivers that run one command after another. Where it is set, an address in a kernel's parameters
@@ -15,57 +18,11 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "gpu/internal.h"
+#include "gpu/queue.h"
 
 /* Recorded work is submitted when its estimated time reaches this bound. A desktop's watchdog kills
  * a submission after about two seconds, and Ctrl-C has to wait for the submissions under way. */
 #define SUBMISSION_SECONDS 0.2
-
-struct ring_entry {
-    VkCommandPool pool;
-    VkCommandBuffer commands;
-    uint64_t ticket; /* the timeline value that its last submission signals; 0: never used */
-};
-
-enum barriers { BARRIERS_NEEDED, BARRIERS_ALL, BARRIERS_REVERSE };
-
-struct command {
-    enum { DISPATCH, COPY, ZERO } kind;
-    int kernel;
-    VkPipeline pipeline;
-    VkDescriptorSet texels; /* VK_NULL_HANDLE: none */
-    uint32_t grid[3], params_bytes;
-    char params[GPU_PUSH_BYTES];
-    VkBuffer from, to;
-    uint64_t from_offset, to_offset, bytes;
-    double flops;
-};
-
-struct gpu_queue {
-    struct gpu_device *device;
-    struct ring_entry ring[GPU_RING];
-    int current; /* entry being recorded */
-    int recording;
-    int n_commands;
-    double seconds; /* estimated time of what is recorded */
-    double flops_per_second;
-    VkSemaphore timeline;
-    uint64_t submitted; /* last ticket handed out */
-    uint64_t dispatches, barriers;
-    enum barriers mode;
-    uint64_t epoch;    /* the last barrier */
-    int since_barrier; /* commands after it */
-    VkPipeline bound;  /* in the command buffer being recorded */
-    /* for the next dispatch */
-    VkDescriptorSet texels;
-    uint64_t extents[GPU_ADDRESSES];
-    int has_extents;
-    struct command *deferred; /* BARRIERS_REVERSE: the commands after the last barrier */
-    int n_deferred, deferred_capacity;
-    struct gpu_profile *profile; /* NULL while nothing is profiled */
-    int (*poll)(void *);
-    void *poll_context;
-};
 
 static int barriers_read(struct gpu_device *device, enum barriers *mode, struct error *error) {
     const char *text = getenv("VKSTEER_BARRIERS");
@@ -77,6 +34,33 @@ static int barriers_read(struct gpu_device *device, enum barriers *mode, struct 
     if (*mode == BARRIERS_REVERSE && strcmp(text, "reverse") != 0)
         return error_set(error, ERROR_VALUE,
                          "VKSTEER_BARRIERS=%s: use \"needed\", \"all\" or \"reverse\"", text);
+    return 0;
+}
+
+/* A command buffer and its pool. */
+static int commands_create(struct gpu_device *device, VkCommandBufferLevel level,
+                           VkCommandPool *pool, VkCommandBuffer *commands, struct error *error) {
+    const VkCommandPoolCreateInfo create = {
+        .sType = VK_STRUCTURE_TYPE_COMMAND_POOL_CREATE_INFO,
+        .queueFamilyIndex = device->queue_family,
+    };
+    if (gpu_result_check(device,
+                         device->vk.vkCreateCommandPool(device->handle, &create, NULL, pool),
+                         "creating a command pool", error))
+        return -1;
+    const VkCommandBufferAllocateInfo allocate = {
+        .sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO,
+        .commandPool = *pool,
+        .level = level,
+        .commandBufferCount = 1,
+    };
+    if (gpu_result_check(device,
+                         device->vk.vkAllocateCommandBuffers(device->handle, &allocate, commands),
+                         "allocating a command buffer", error)) {
+        device->vk.vkDestroyCommandPool(device->handle, *pool, NULL);
+        *pool = VK_NULL_HANDLE;
+        return -1;
+    }
     return 0;
 }
 
@@ -108,24 +92,8 @@ int gpu_queue_create(struct gpu_queue **out, struct gpu_device *device, struct e
         goto fail;
     for (int i = 0; i < GPU_RING; i++) {
         struct ring_entry *entry = &queue->ring[i];
-        VkCommandPoolCreateInfo pool = {
-            .sType = VK_STRUCTURE_TYPE_COMMAND_POOL_CREATE_INFO,
-            .queueFamilyIndex = device->queue_family,
-        };
-        if (gpu_result_check(
-                device, device->vk.vkCreateCommandPool(device->handle, &pool, NULL, &entry->pool),
-                "creating a command pool", error))
-            goto fail;
-        VkCommandBufferAllocateInfo allocate = {
-            .sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO,
-            .commandPool = entry->pool,
-            .level = VK_COMMAND_BUFFER_LEVEL_PRIMARY,
-            .commandBufferCount = 1,
-        };
-        if (gpu_result_check(
-                device,
-                device->vk.vkAllocateCommandBuffers(device->handle, &allocate, &entry->commands),
-                "allocating a command buffer", error))
+        if (commands_create(device, VK_COMMAND_BUFFER_LEVEL_PRIMARY, &entry->pool, &entry->commands,
+                            error))
             goto fail;
     }
     *out = queue;
@@ -145,6 +113,8 @@ void gpu_queue_destroy(struct gpu_queue *queue) {
         for (int i = 0; i < GPU_RING; i++)
             if (queue->ring[i].pool)
                 device->vk.vkDestroyCommandPool(device->handle, queue->ring[i].pool, NULL);
+        if (queue->kept.pool)
+            device->vk.vkDestroyCommandPool(device->handle, queue->kept.pool, NULL);
         if (queue->timeline)
             device->vk.vkDestroySemaphore(device->handle, queue->timeline, NULL);
     }
@@ -201,6 +171,7 @@ static int recording_begin(struct gpu_queue *queue, struct error *error) {
                          "beginning commands", error))
         return -1;
     queue->recording = 1;
+    queue->commands = entry->commands;
     queue->n_commands = 0;
     queue->seconds = 0;
     queue->bound = VK_NULL_HANDLE;
@@ -212,7 +183,7 @@ static int recording_begin(struct gpu_queue *queue, struct error *error) {
 static void command_record(struct gpu_queue *queue, const struct command *c) {
     const struct gpu_device *device = queue->device;
     const struct VolkDeviceTable *vk = &device->vk;
-    VkCommandBuffer commands = queue->ring[queue->current].commands;
+    VkCommandBuffer commands = queue->commands;
     const VkBufferCopy region = {c->from_offset, c->to_offset, c->bytes};
     double read = (double)c->bytes, written = (double)c->bytes;
     int row = c->kernel;
@@ -278,14 +249,31 @@ static void barrier(struct gpu_queue *queue, int host) {
                          (host ? VK_ACCESS_HOST_READ_BIT : 0),
     };
     queue->device->vk.vkCmdPipelineBarrier(
-        queue->ring[queue->current].commands,
-        VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT,
+        queue->commands, VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT,
         VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT |
             (host ? VK_PIPELINE_STAGE_HOST_BIT : 0),
         0, 1, &memory, 0, NULL, 0, NULL);
     queue->epoch = ++queue->device->epochs;
     queue->since_barrier = 0;
+    queue->kept_ran = 0;
     queue->barriers++;
+}
+
+/* Ends the recording of kept commands and lets the command buffer of the ring run them once. */
+static int kept_end(struct gpu_queue *queue, struct error *error) {
+    struct kept *kept = &queue->kept;
+    const struct VolkDeviceTable *vk = &queue->device->vk;
+    deferred_record(queue);
+    kept->recording = 0;
+    kept->ticket = queue->submitted + 1;
+    queue->commands = queue->ring[queue->current].commands;
+    queue->bound = VK_NULL_HANDLE;
+    queue->kept_ran = 1;
+    if (gpu_result_check(queue->device, vk->vkEndCommandBuffer(kept->commands), "ending commands",
+                         error))
+        return -1;
+    vk->vkCmdExecuteCommands(queue->commands, 1, &kept->commands);
+    return 0;
 }
 
 /* Submits what was recorded; does nothing if nothing was. Waits while more than one earlier
@@ -297,6 +285,8 @@ static int submit(struct gpu_queue *queue, struct error *error) {
     if (gpu_device_check(device, error))
         return -1;
     struct ring_entry *entry = &queue->ring[queue->current];
+    if (queue->kept.recording && kept_end(queue, error)) /* kept->complete stays 0 */
+        return -1;
     barrier(queue, 1);
     queue->recording = 0;
     if (gpu_result_check(device, device->vk.vkEndCommandBuffer(entry->commands), "ending commands",
@@ -330,15 +320,21 @@ static int submit(struct gpu_queue *queue, struct error *error) {
     return 0;
 }
 
-/* Adds a command of the estimated length `seconds`, after a barrier if it must wait for one of the
- * commands before it, and submits if the bound is reached. */
-static int command_add(struct gpu_queue *queue, const struct command *command,
-                       const struct gpu_access *accesses, int n_accesses, double seconds,
-                       struct error *error) {
+/* Submits if the bound is reached. */
+static int bound_keep(struct gpu_queue *queue, struct error *error) {
+    if (queue->seconds < SUBMISSION_SECONDS && queue->n_commands < GPU_SUBMISSION_COMMANDS)
+        return 0;
+    return submit(queue, error);
+}
+
+int gpu_command_add(struct gpu_queue *queue, const struct command *command,
+                    const struct gpu_access *accesses, int n_accesses, double seconds,
+                    struct error *error) {
     if (recording_begin(queue, error))
         return -1;
-    if (queue->mode == BARRIERS_ALL ? queue->since_barrier > 0
-                                    : gpu_access_waits(accesses, n_accesses, queue->epoch))
+    if (queue->kept_ran ||
+        (queue->mode == BARRIERS_ALL ? queue->since_barrier > 0
+                                     : gpu_access_waits(accesses, n_accesses, queue->epoch)))
         barrier(queue, 0);
     gpu_access_note(accesses, n_accesses, queue->epoch);
     if (queue->mode != BARRIERS_REVERSE)
@@ -348,92 +344,84 @@ static int command_add(struct gpu_queue *queue, const struct command *command,
     queue->since_barrier++;
     queue->n_commands++;
     queue->seconds += seconds;
-    if (queue->seconds < SUBMISSION_SECONDS && queue->n_commands < GPU_SUBMISSION_COMMANDS)
-        return 0;
-    return submit(queue, error);
+    return bound_keep(queue, error);
 }
 
-int gpu_queue_dispatch(struct gpu_queue *queue, int kernel, const void *params, size_t params_bytes,
-                       uint32_t x, uint32_t y, uint32_t z, double flops, struct error *error) {
+/* --- kept commands ---------------------------------------------------------------------------- */
+
+int gpu_queue_keep_begin(struct gpu_queue *queue, struct error *error) {
     struct gpu_device *device = queue->device;
-    struct command command = {
-        .kind = DISPATCH,
-        .kernel = kernel,
-        .texels = queue->texels,
-        .grid = {x, y, z},
-        .params_bytes = (uint32_t)params_bytes,
-        .flops = flops,
-    };
-    struct gpu_access accesses[GPU_ADDRESSES];
-    const uint64_t *extents = queue->has_extents ? queue->extents : NULL;
-    int n_accesses = 0;
-    queue->texels = VK_NULL_HANDLE;
-    queue->has_extents = 0;
-    if (x == 0 || y == 0 || z == 0)
+    struct kept *kept = &queue->kept;
+    kept->complete = 0;
+    if (queue->profile) /* which needs a timestamp for every command */
         return 0;
-    if (y > 65535 || z > 65535 || x > 65535 || params_bytes > GPU_PUSH_BYTES ||
-        params_bytes != device->kernels[kernel].params_bytes)
-        return error_set(
-            error, ERROR_VALUE,
-            "kernel %s: a grid of %u x %u x %u with %zu bytes of parameters is out of range",
-            device->kernels[kernel].name, x, y, z, params_bytes);
-    memcpy(command.params, params, params_bytes);
-    if (gpu_pipeline_get(device, kernel, &command.pipeline, error) ||
-        (n_accesses = gpu_access_find(device, kernel, params, extents, accesses, error)) < 0 ||
-        command_add(queue, &command, accesses, n_accesses, flops / queue->flops_per_second, error))
+    if (gpu_device_check(device, error) ||
+        (!kept->pool && commands_create(device, VK_COMMAND_BUFFER_LEVEL_SECONDARY, &kept->pool,
+                                        &kept->commands, error)))
         return -1;
-    queue->dispatches++;
+    if (kept->ticket > queue->submitted && submit(queue, error)) /* they may be recorded to run */
+        return -1;
+    if (kept->ticket && ticket_wait(queue, kept->ticket, error))
+        return -1;
+    if (recording_begin(queue, error))
+        return -1;
+    const VkCommandBufferInheritanceInfo inheritance = {
+        .sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_INHERITANCE_INFO,
+    };
+    const VkCommandBufferBeginInfo begin = {
+        .sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO,
+        .flags = VK_COMMAND_BUFFER_USAGE_SIMULTANEOUS_USE_BIT,
+        .pInheritanceInfo = &inheritance,
+    };
+    if (gpu_result_check(device, device->vk.vkResetCommandPool(device->handle, kept->pool, 0),
+                         "resetting commands", error) ||
+        gpu_result_check(device, device->vk.vkBeginCommandBuffer(kept->commands, &begin),
+                         "beginning commands", error))
+        return -1;
+    if (queue->since_barrier > 0 || queue->kept_ran)
+        barrier(queue, 0);
+    kept->recording = 1;
+    kept->n_commands = -queue->n_commands;
+    kept->seconds = -queue->seconds;
+    kept->dispatches = queue->dispatches;
+    kept->barriers = queue->barriers;
+    queue->commands = kept->commands;
+    queue->bound = VK_NULL_HANDLE;
     return 0;
 }
 
-void gpu_queue_extent(struct gpu_queue *queue, size_t i, uint64_t bytes) {
-    if (!queue->has_extents)
-        memset(queue->extents, 0, sizeof queue->extents);
-    queue->has_extents = 1;
-    queue->extents[i] = bytes;
-}
-
-int gpu_queue_texels(struct gpu_queue *queue, uint64_t address, uint64_t bytes,
-                     struct error *error) {
-    return gpu_texels_get(queue->device, address, bytes, &queue->texels, error);
-}
-
-int gpu_queue_copy(struct gpu_queue *queue, struct gpu_buffer *from, uint64_t from_offset,
-                   struct gpu_buffer *to, uint64_t to_offset, uint64_t bytes, struct error *error) {
-    if (bytes == 0)
+int gpu_queue_keep_end(struct gpu_queue *queue, int *complete, struct error *error) {
+    struct kept *kept = &queue->kept;
+    *complete = 0;
+    if (!kept->recording)
         return 0;
-    if (from_offset > from->bytes || bytes > from->bytes - from_offset || to_offset > to->bytes ||
-        bytes > to->bytes - to_offset)
-        return error_set(error, ERROR_VALUE, "a copy of %llu bytes leaves its buffer",
-                         (unsigned long long)bytes);
-    const struct command command = {
-        .kind = COPY,
-        .from = from->handle,
-        .from_offset = from_offset,
-        .to = to->handle,
-        .to_offset = to_offset,
-        .bytes = bytes,
-    };
-    const struct gpu_access accesses[] = {{from, from_offset, from_offset + bytes, 0},
-                                          {to, to_offset, to_offset + bytes, 1}};
-    return command_add(queue, &command, accesses, 2, bytes / 4e9, error);
+    kept->n_commands += queue->n_commands;
+    kept->seconds += queue->seconds;
+    kept->dispatches = queue->dispatches - kept->dispatches;
+    if (kept_end(queue, error))
+        return -1;
+    kept->barriers = queue->barriers - kept->barriers;
+    *complete = kept->complete = 1;
+    return 0;
 }
 
-int gpu_queue_zero(struct gpu_queue *queue, struct gpu_buffer *buffer, uint64_t offset,
-                   uint64_t bytes, struct error *error) {
-    if (bytes == 0)
-        return 0;
-    if (offset % 4 || bytes % 4 || offset > buffer->bytes || bytes > buffer->bytes - offset)
-        return error_set(error, ERROR_VALUE, "zeroing %llu bytes leaves the buffer",
-                         (unsigned long long)bytes);
-    const struct command command = {
-        .kind = ZERO,
-        .to = buffer->handle,
-        .to_offset = offset,
-        .bytes = bytes,
-    };
-    const struct gpu_access access = {buffer, offset, offset + bytes, 1};
-    return command_add(queue, &command, &access, 1, bytes / 4e9, error);
+int gpu_queue_run_kept(struct gpu_queue *queue, struct error *error) {
+    struct kept *kept = &queue->kept;
+    if (!kept->complete)
+        return error_set(error, ERROR_VALUE, "there are no kept commands");
+    if (recording_begin(queue, error))
+        return -1;
+    if (queue->since_barrier > 0 || queue->kept_ran)
+        barrier(queue, 0);
+    queue->device->vk.vkCmdExecuteCommands(queue->commands, 1, &kept->commands);
+    kept->ticket = queue->submitted + 1;
+    queue->bound = VK_NULL_HANDLE;
+    queue->kept_ran = 1;
+    queue->dispatches += kept->dispatches;
+    queue->barriers += kept->barriers;
+    queue->n_commands += kept->n_commands;
+    queue->seconds += kept->seconds;
+    return bound_keep(queue, error);
 }
 
 int gpu_queue_wait(struct gpu_queue *queue, struct error *error) {
@@ -450,8 +438,13 @@ int gpu_queue_wait(struct gpu_queue *queue, struct error *error) {
 
 void gpu_queue_abandon(struct gpu_queue *queue) {
     if (queue->recording) {
+        if (queue->kept.recording)
+            queue->device->vk.vkEndCommandBuffer(queue->kept.commands);
+        queue->kept.recording = queue->kept.complete = 0;
+        queue->kept.ticket = queue->submitted;
         queue->device->vk.vkEndCommandBuffer(queue->ring[queue->current].commands);
         queue->recording = 0;
+        queue->kept_ran = 0;
         queue->n_deferred = 0;
         queue->since_barrier = 0;
         queue->epoch = ++queue->device->epochs;

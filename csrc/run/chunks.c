@@ -9,6 +9,12 @@ static int long_rotated(const struct model_facts *f, uint64_t n) {
     return f->rope_switch && n > f->rope_switch;
 }
 
+/* Positions of row r after the batch, or after its last step in a block of them. */
+static uint64_t row_end(const struct run_work *work, const struct run_batch *batch, uint32_t r) {
+    const struct picks *picks = work->chunk.picks;
+    return (uint64_t)batch->start[r] + batch->n_tokens[r] + (picks ? picks->n_steps - 1 : 0);
+}
+
 static int batch_check(const struct run_work *work, const struct run_cache *cache,
                        const struct run_batch *batch, struct error *error) {
     const struct model_facts *f = &work->model->facts;
@@ -26,7 +32,7 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
         return error_set(error, ERROR_VALUE, "a run of layers %u to %u of %u", batch->first_layer,
                          batch->stop_layer, f->n_layers);
     for (uint32_t r = 0; r < batch->n_rows; r++) {
-        uint64_t end = (uint64_t)batch->start[r] + batch->n_tokens[r];
+        uint64_t end = row_end(work, batch, r);
         if (batch->decode && batch->n_tokens[r] != 1) /* attention may store and read at once */
             return error_set(error, ERROR_VALUE, "decoding takes one token a row, row %u has %u", r,
                              batch->n_tokens[r]);
@@ -38,9 +44,10 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
         if (batch->slot[r] + end > cache->n_slots)
             return error_set(error, ERROR_VALUE, "row %u needs %llu cache slots, there are %u", r,
                              (unsigned long long)end, cache->n_slots - batch->slot[r]);
-        if (batch->start[r] &&
-            long_rotated(f, end) !=
-                !!(cache->state[batch->slot[r] + batch->start[r] - 1] & RUN_CACHE_LONG))
+        int was_long = batch->start[r]
+                           ? !!(cache->state[batch->slot[r] + batch->start[r] - 1] & RUN_CACHE_LONG)
+                           : long_rotated(f, batch->n_tokens[r]);
+        if (long_rotated(f, end) != was_long)
             return error_set(
                 error, ERROR_VALUE,
                 "row %u grows from %u to %llu tokens: texts longer than %u are rotated "
@@ -84,8 +91,9 @@ static void chunk_append(struct run_work *work, struct token_meta *meta, const u
         if (i % OP_TILE == 0)
             chunk->tile_list[chunk->n_tiles++] = (struct query_tile){t, 0};
         chunk->tile_list[chunk->n_tiles - 1].count++;
-        if (pos + 1 > chunk->max_keys)
-            chunk->max_keys = pos + 1;
+        uint32_t n_keys = pos + (chunk->picks ? chunk->picks->n_steps : 1);
+        if (n_keys > chunk->max_keys)
+            chunk->max_keys = n_keys;
         if (from + i + 1 == batch->n_tokens[r])
             chunk->last_tokens[chunk->n_last++] = t;
     }
@@ -110,7 +118,8 @@ static int chunk_run(struct run_work *work, struct run_cache *cache, const struc
                      const struct token_meta *frozen_meta, const uint32_t *mlp_rows, int mlp_frozen,
                      struct error *error) {
     struct chunk *chunk = &work->chunk;
-    if (work_upload(work, meta, chunk->n_tokens * sizeof *meta, &chunk->tokens, error) ||
+    if ((!chunk->picks &&
+         work_upload(work, meta, chunk->n_tokens * sizeof *meta, &chunk->tokens, error)) ||
         work_upload(work, chunk->tile_list, chunk->n_tiles * sizeof *chunk->tile_list,
                     &chunk->tiles, error) ||
         (chunk->n_last &&
@@ -119,12 +128,15 @@ static int chunk_run(struct run_work *work, struct run_cache *cache, const struc
         return -1;
     chunk->frozen_tokens = chunk->tokens;
     chunk->mlp_rows = 0;
-    if (chunk->batch->frozen && work_upload(work, frozen_meta, chunk->n_tokens * sizeof *meta,
-                                            &chunk->frozen_tokens, error))
+    if (chunk->batch->frozen && !chunk->picks &&
+        work_upload(work, frozen_meta, chunk->n_tokens * sizeof *meta, &chunk->frozen_tokens,
+                    error))
         return -1;
     if (mlp_frozen &&
         work_upload(work, mlp_rows, chunk->n_tokens * sizeof *mlp_rows, &chunk->mlp_rows, error))
         return -1;
+    if (chunk->picks)
+        return run_block_steps(work, cache, meta, chunk->batch->frozen ? frozen_meta : NULL, error);
     if (run_layers(work, cache, error))
         return -1;
     /* Pending readbacks refer to this chunk's token list: they are copied before the next is made.
@@ -224,9 +236,9 @@ static int batch_begin(struct run_work *work, struct run_cache *cache,
         groups_check(batch, work->capacity, mlp_frozen, error))
         return -1;
     for (uint32_t r = 0; r < batch->n_rows; r++) {
-        uint32_t end = batch->start[r] + batch->n_tokens[r];
+        uint32_t end = (uint32_t)row_end(work, batch, r);
         last = end > last ? end : last;
-        run_cache_written(cache, batch->slot[r] + batch->start[r], batch->n_tokens[r],
+        run_cache_written(cache, batch->slot[r] + batch->start[r], end - batch->start[r],
                           long_rotated(&work->model->facts, end),
                           batch->first_layer <= cache->first_layer && !batch->stop_layer);
     }

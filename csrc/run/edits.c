@@ -79,3 +79,22 @@ int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t
     *ordinal = (pos - edit->start) / edit->step_pos;
     return 1;
 }
+
+uint32_t edit_alike(const struct edit_list *list, const struct edit *edit, uint32_t row,
+                    uint32_t pos) {
+    uint32_t next = UINT32_MAX; /* the first later position that is treated otherwise */
+    if (edit->row >= 0 && (uint32_t)edit->row != row)
+        return UINT32_MAX;
+    for (uint32_t i = 0; edit->n_positions != UINT32_MAX && i < edit->n_positions; i++) {
+        uint32_t listed = list->positions[edit->first_position + i];
+        if (listed == pos)
+            return 1;
+        if (listed > pos && listed < next)
+            next = listed;
+    }
+    if (edit->n_positions != UINT32_MAX || pos >= edit->stop)
+        return next - pos;
+    if (pos < edit->start)
+        return edit->start < edit->stop ? edit->start - pos : UINT32_MAX;
+    return edit->step_pos > 1 || edit->pos_step ? 1 : edit->stop - pos;
+}

@@ -48,5 +48,9 @@ const struct edit *edit_next(const struct edit_list *list, const struct edit *ed
  * before it. */
 int edit_touches(const struct edit_list *list, const struct edit *edit, uint32_t row, uint32_t pos,
                  uint32_t *ordinal);
+/* How many positions from `pos` on the edit treats alike, with the same operand or not at all; at
+ * least 1. */
+uint32_t edit_alike(const struct edit_list *list, const struct edit *edit, uint32_t row,
+                    uint32_t pos);
 
 #endif

@@ -66,7 +66,7 @@ static int embed(struct run_work *work, struct error *error) {
         .scale = model->facts.embed_scale,
     };
     if (work->chunk.picks) {
-        args.picked = work->chunk.picks->from;
+        args.picked = work->chunk.picks->ids;
         args.share = work->chunk.picks->share;
     }
     RUN(op_embed(&work->model->ops, &model->embed, &args, error));

@@ -61,7 +61,7 @@ static int unembed_pick(struct run_work *work, struct norm_step norm, uint64_t x
         n = n_rows - done < most ? n_rows - done : most;
         struct pick_params pick = {
             .x = run_address(work->picked_from),
-            .dst = picks->to + 4 * (uint64_t)done,
+            .dst = picks->ids + 4 * (uint64_t)done,
             .width = work->model->facts.d_vocab,
             .x_stride = stride,
             .empty = picks->empty,

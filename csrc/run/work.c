@@ -111,7 +111,7 @@ void run_work_destroy(struct run_work *work) {
         work->x,      work->norm,       work->normalized,    work->out,      work->scale,
         work->qkv,    work->z,          work->gate_up,       work->post,     work->scores,
         work->result, work->expanded,   work->unembed_norms, work->readback, work->parallel_mid,
-        work->picked, work->picked_from};
+        work->block,  work->picked_from};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
         gpu_buffer_destroy(buffers[i]);
     uploads_destroy(work->uploads);

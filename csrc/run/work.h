@@ -35,12 +35,13 @@ struct token_place {
     uint32_t row, pos, packed;
 }; /* packed: index into the batch's tokens */
 
-/* Decoding whose tokens stay on the device (decode_block.c): lists of ids as op_pick writes them.
- */
+/* Steps of decoding whose tokens stay on the device (decode_block.c). */
 struct picks {
-    uint64_t from;  /* [tokens of the chunk] ids of the chunk's tokens; 0: those of its list */
+    uint32_t n_steps;
+    /* [tokens of the chunk] as op_pick writes them: the ids of the tokens, which those after them
+     * replace; their logits are not given out */
+    uint64_t ids;
     uint32_t share; /* so many consecutive tokens take the first one's id */
-    uint64_t to;    /* [tokens of the chunk] where the ids after them go, instead of their logits */
     float empty, near;
 };
 
@@ -53,7 +54,7 @@ struct chunk {
     struct query_tile *tile_list;                               /* [capacity] */
     /* [capacity] chunk tokens that end a row: their logits are computed in LAST mode */
     uint32_t *last_tokens;
-    const struct picks *picks; /* NULL: tokens come from the host and logits go there */
+    struct picks *picks; /* NULL: tokens come from the host and logits go there */
 };
 
 struct run_work {
@@ -65,8 +66,8 @@ struct run_work {
     struct gpu_buffer *scores, *result, *expanded; /* grown when needed */
     /* [V], made at first use (analysis/lens.c) */
     struct gpu_buffer *unembed_norms;
-    /* of decode_block.c: ids, and logits [rows, V] that they are picked from */
-    struct gpu_buffer *picked, *picked_from;
+    /* of decode_block.c: token lists and ids, and logits [rows, V] that ids are picked from */
+    struct gpu_buffer *block, *picked_from;
     struct gpu_buffer *readback;
     uint64_t readback_bytes, readback_used; /* bytes; floats */
     struct readback *pending;
@@ -143,6 +144,10 @@ static inline uint32_t work_gate_up_width(const struct model_facts *facts) {
 
 /* forward.c: one chunk through all layers, then the logits. */
 int run_layers(struct run_work *work, struct run_cache *cache, struct error *error);
+/* decode_block.c: the steps of a block (chunk.picks). meta, frozen: the chunk's token lists at the
+ * first step, [n_tokens]; frozen: NULL for none. */
+int run_block_steps(struct run_work *work, struct run_cache *cache, const struct token_meta *meta,
+                    const struct token_meta *frozen, struct error *error);
 /* One layer on the residual stream in work->x, without the sites before and after it. */
 int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct error *error);
 /* logits.c: work->norm = final norm of the residual stream in work->x, with its sites. */
