@@ -269,6 +269,46 @@ int run_forward(struct run_work *work, struct run_cache *cache, const struct run
     return failed ? -1 : 0;
 }
 
+static int block_check(const struct run_work *work, const struct run_batch *batch,
+                       const struct run_block *block, struct error *error) {
+    uint32_t vocabulary = work->model->facts.d_vocab;
+    int single = batch->decode && batch->logits_mode == RUN_LOGITS_LAST && !batch->n_captures &&
+                 !batch->inputs && !batch->first_layer && !batch->stop_layer;
+    for (uint32_t r = 0; r < batch->n_rows; r++)
+        single &= batch->n_tokens[r] == 1;
+    if (!single || block->n_steps == 0 || block->share == 0 || batch->n_rows % block->share ||
+        batch->n_rows > work->capacity || vocabulary > 1u << 24 ||
+        (uint64_t)batch->n_rows * block->n_steps * 4 > work->readback_bytes)
+        return error_set(error, ERROR_VALUE,
+                         "%u steps of %u rows at once: a row brings one token and no captures, at "
+                         "most %u rows decode together, and token ids are below 2^24",
+                         block->n_steps, batch->n_rows, work->capacity);
+    return 0;
+}
+
+int run_decode_block(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
+                     const struct run_block *block, float *picked, struct error *error) {
+    if (block_check(work, batch, block, error))
+        return -1;
+    struct picks picks = {
+        .n_steps = block->n_steps,
+        .share = block->share,
+        .empty = block->empty,
+        .near = block->near,
+    };
+    work->chunk.picks = &picks;
+    int failed = run_forward_record(work, cache, batch, error) ||
+                 gpu_queue_wait(work->model->ops.queue, error);
+    work->chunk.picks = NULL;
+    if (failed) {
+        gpu_queue_abandon(work->model->ops.queue);
+        return -1;
+    }
+    memcpy(picked, gpu_buffer_map(work->readback),
+           (size_t)batch->n_rows * block->n_steps * sizeof *picked);
+    return 0;
+}
+
 int run_one_chunk(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
                   struct error *error) {
     struct chunk *chunk = &work->chunk;
