@@ -123,7 +123,7 @@ def test_plain_values_are_json():
 
 
 def test_bad_arguments_before_any_work(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="size='huge': use 'tiny', 'small', 'full'"):
+    with pytest.raises(ValueError, match="size='huge': use 'tiny', 'demo', 'small', 'full'"):
         vs.study.run("tiny-llama-chat", out=tmp_path, size="huge")
     with pytest.raises(ValueError, match="belong together"):
         vs.study.run("tiny-llama-chat", ["a"], out=tmp_path)
