@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,19 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
-import numpy as np
 import pytest
 
 import vksteer as vs
 from test_study_budget import RATES
 from vksteer.circuits.faithfulness import halves_of
-from vksteer.cli import commands as cli
 from vksteer.study import rates
 from vksteer.study import steps as study_steps
-from vksteer.study.prompts import of_lists
+from vksteer.study import store as study_store
 from vksteer.study.report import page, write_report
 from vksteer.study.settings import Settings
-from vksteer.study.store import DONE, Finished, StudyStore, plain
+from vksteer.study.store import DONE, StudyStore
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "python/vksteer/study/results.schema.json"
@@ -61,86 +60,6 @@ def copy(study, to):
 
 def again(model, folder, **options):
     return vs.study.run(model, out=folder, size="tiny", progress=False, **options)
-
-
-# -- steps, without a device -----------------------------------------------------------------------
-
-
-def inputs_of(name, **hashes):
-    return {
-        n: Finished(n, Path("."), {}, hashes.get(n, "same")) for n in study_steps.STEPS[name].needs
-    }
-
-
-def test_a_key_follows_what_the_step_uses():
-    settings, one = Settings.of("tiny"), study_steps.STEPS["table1"]
-    key = one.key("model", settings, inputs_of("table1"))
-    assert key == one.key("model", replace(settings, epochs=7), inputs_of("table1"))
-    for other in (
-        one.key("other", settings, inputs_of("table1")),
-        one.key("model", replace(settings, controls=2), inputs_of("table1")),
-        one.key("model", settings, inputs_of("table1", strength="other")),
-        replace(one, version=2).key("model", settings, inputs_of("table1")),
-    ):
-        assert other != key
-
-
-def test_steps_that_are_chosen():
-    names = list(study_steps.STEPS)
-    assert study_steps.chosen(None, None) == names
-    assert study_steps.chosen(["values"], None) == ["prompts", "candidates", "values"]
-    left = study_steps.chosen(None, ["pairs"])
-    assert not {"pairs", "ntp", "po", "behaviour", "circuits"} & set(left)
-    assert {"table1", "attribution", "values"} <= set(left)
-    with pytest.raises(ValueError, match="no step 'circuit'; there are: prompts, screen"):
-        study_steps.chosen(["circuit"], None)
-
-
-def test_prompts_of_lists():
-    settings = Settings.of("tiny")  # 24, 12, 12
-    harmful, harmless = ([f"{kind} {i}" for i in range(60)] for kind in ("take", "give"))
-    made = of_lists(harmful, harmless, settings)
-    assert [len(made.harmful[s]) for s in made.harmful] == [24, 12, 12] and not made.notes
-    every = [t for part in made.harmful.values() for t in part]
-    assert len(set(every)) == 48 and set(every) <= set(harmful)
-    assert made.hash == of_lists(harmful, harmless, settings).hash
-    assert made.hash != of_lists(harmful, harmless, replace(settings, seed=1)).hash
-    short = of_lists(harmful[:24], harmless, settings)
-    assert [len(short.harmful[s]) for s in short.harmful] == [12, 6, 6]
-    assert "24 harmful prompts are fewer than the 48" in short.notes[0]
-    with pytest.raises(ValueError, match="each needs at least 4"):
-        of_lists(harmful[:15], harmless, settings)
-    with pytest.raises(ValueError, match=r"1 prompts are both .*'give 0'"):
-        of_lists([*harmful, "give 0"], harmless, settings)
-    with pytest.raises(ValueError, match=r"harmless\[1\] is ' '"):
-        of_lists(harmful, ["x", " "], settings)
-
-
-def test_plain_values_are_json():
-    value = {"a": np.float32(1.5), 2: (np.int64(3), float("nan")), "c": np.array([[1, np.inf]])}
-    assert plain(value) == {"a": 1.5, "2": [3, None], "c": [[1.0, None]]}
-    json.dumps(plain(value), allow_nan=False)
-
-
-def test_bad_arguments_before_any_work(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="size='huge': use 'tiny', 'demo', 'small', 'full'"):
-        vs.study.run("tiny-llama-chat", out=tmp_path, size="huge")
-    with pytest.raises(ValueError, match="belong together"):
-        vs.study.run("tiny-llama-chat", ["a"], out=tmp_path)
-    with pytest.raises(ValueError, match="only the bundled tiny models"):
-        vs.study.run("some/model", out=tmp_path)
-    with pytest.raises(ValueError, match="no step 'x'"):
-        vs.study.run("tiny-llama-chat", out=tmp_path, force=["x"])
-    with pytest.raises(ValueError, match="force names 'screen', which this call leaves out"):
-        vs.study.run("tiny-llama-chat", out=tmp_path, only=["values"], force=["screen"])
-    monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: pytest.fail("loads"))
-    command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path), "--only", "x"]
-    assert cli.main(command) == 2 and "no step 'x'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write to the study's folder .*file/x"):
-        vs.study.run("tiny-llama-chat", out=tmp_path / "file/x")
 
 
 # -- a whole study ---------------------------------------------------------------------------------
@@ -206,6 +125,20 @@ def test_a_second_call_computes_nothing(model, study, tmp_path, monkeypatch):
     done = again(model, folder)
     assert {p.reason for p in done.planned} == {"done"}
     assert (folder / "results.json").read_bytes() == (study.folder / "results.json").read_bytes()
+
+
+def test_every_file_is_hashed_once_a_call(model, study, tmp_path, monkeypatch):
+    folder, read, hashed = copy(study, tmp_path), [], study_store.file_hash
+    monkeypatch.setattr(study_store, "file_hash", lambda path: read.append(path) or hashed(path))
+    again(model, folder)
+    done = [json.loads(path.read_text())["files"] for path in folder.glob(f"steps/*/*/{DONE}")]
+    assert len(read) == len(set(read)) == sum(map(len, done))
+    (path,) = folder.glob("steps/values/*/result.json")
+    stat = path.stat()
+    path.write_text(path.read_text().replace("heads", "hands"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # another call does not trust times
+    reasons = {p.name: p.reason for p in again(model, folder, plan_only=True).planned}
+    assert reasons["values"] == "result.json was changed"
 
 
 def test_a_changed_option_runs_what_depends_on_it(model, study, tmp_path, monkeypatch):
@@ -402,20 +335,38 @@ def test_two_at_once(tmp_path):
         pass  # free again
 
 
-def test_a_full_disk_loses_nothing(model, study, tmp_path, monkeypatch):
+def test_two_processes_at_once(model, tmp_path):
+    """The second is refused with the first's number; a lock whose process was killed is free."""
+    child = start(tmp_path)
+    lock = tmp_path / ".lock"
+    while not lock.exists() or lock.read_text().strip() != str(child.pid):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match=f"process {child.pid} runs a study in this folder"):
+        again(model, tmp_path)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stderr.close()
+    assert again(model, tmp_path, plan_only=True).planned
+
+
+@pytest.mark.parametrize("name, file", [("candidates", "sums.json"), ("strength", "answers.jsonl")])
+def test_a_full_disk_loses_nothing(model, study, tmp_path, name, file):
+    """A file may not grow to its size: writing fails in the middle of it."""
     folder = copy(study, tmp_path)
-    (step,) = (path.parent for path in folder.glob(f"steps/values/*/{DONE}"))
+    (step,) = (path.parent for path in folder.glob(f"steps/{name}/*/{DONE}"))
+    room = (step / file).stat().st_size * 2 // 3
     shutil.rmtree(step)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(np, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
             again(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (step / DONE).exists()
     done = again(model, folder)
-    assert [p.name for p in done.planned if p.runs] == ["values"]
+    assert [p.reason for p in done.planned if p.name == name] == ["partial"]
     assert (folder / "results.json").read_bytes() == (study.folder / "results.json").read_bytes()
 
 

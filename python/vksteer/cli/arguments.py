@@ -206,7 +206,9 @@ def _prompt_files(arguments: argparse.Namespace) -> tuple[list[str], list[str]] 
         raise ValueError("--harmful and --harmless belong together: give both")
     if arguments.harmful is not None:
         return prompts_of(arguments.harmful), prompts_of(arguments.harmless)
-    if not arguments.model.startswith("tiny-"):
+    from ..loading.locate import is_bundled
+
+    if not is_bundled(arguments.model):
         raise ValueError(
             "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
             " bring their own)"

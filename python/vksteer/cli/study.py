@@ -105,6 +105,7 @@ def _add_study(commands: Subparsers) -> None:
 def run_study(arguments: argparse.Namespace) -> int:
     """Runs `vksteer study`; the exit status."""
     from ..data.prompt_files import prompts_of
+    from ..loading.locate import is_bundled
     from ..study.ladder import seconds_of
     from ..study.running import run
     from ..study.steps import chosen
@@ -117,7 +118,7 @@ def run_study(arguments: argparse.Namespace) -> int:
         seconds_of(arguments.budget)
     if (arguments.harmful is None) != (arguments.harmless is None):
         raise ValueError("--harmful and --harmless belong together: give both")
-    if arguments.harmful is None and not arguments.model.startswith("tiny-"):
+    if arguments.harmful is None and not is_bundled(arguments.model):
         raise ValueError(
             "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
             " bring their own)"

@@ -35,6 +35,13 @@ MODEL_PATTERNS: list[str] = [
 ]
 
 
+def is_bundled(source: object) -> bool:
+    """Whether a source names a bundled model, which brings its own prompts. A folder of that name
+    in the working directory comes first, and is the reader's own.
+    """
+    return source in BUNDLED and not os.path.isdir(str(source))
+
+
 def locate(
     source: PathLike, *, revision: str | None = None, patterns: list[str] = MODEL_PATTERNS
 ) -> Path:
@@ -47,7 +54,7 @@ def locate(
     text = os.fspath(source)
     if not isinstance(text, str) or "\0" in text or not text:
         raise ModelError(f"{text!r} is not a path or a name")
-    if text in BUNDLED and not os.path.isdir(text):
+    if is_bundled(text):
         path = Path(__file__).parents[1] / "models" / text
         if not (path / "config.json").exists():
             raise ModelError(

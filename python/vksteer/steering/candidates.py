@@ -204,22 +204,19 @@ class Candidates:
         does, bypass where KL does. Then `rejected` names the filter that removed each other
         candidate, and `table` holds what was measured, float64 [P, L] with NaN elsewhere.
         Raises ValueError where no candidate is left, with the counts and the closest one; before
-        any work for an unknown criterion and a file of other scores; and for bad arguments as in
-        `evaluate`.
+        any work for an unknown criterion, a file of other scores, and arguments as in `evaluate`.
         """
         check_criterion(criterion)
         harmful = as_tokens(self.model, val_harmful, "val_harmful")
         harmless = as_tokens(self.model, val_harmless, "val_harmless")
         refuse_equal_classes(harmful, harmless)
         kept = self._store(out, harmful, harmless, refusal_tokens)
-        P, L, _ = self.vectors.shape
-        zero = {(p, l) for p, l in np.ndindex(P, L) if not self.vectors[p, l].any()}
+        (P, L), zero = self.vectors.shape[:2], self._zero()
         candidates = [
             (p, l)
             for l in range(L)
-            if layer_allowed(l, L, strict)
             for p in range(P)
-            if (p, l) not in zero
+            if layer_allowed(l, L, strict) and (p, l) not in zero
         ]
         score = "bypass_ablation" if criterion == "arditi" else "bypass"
         # The most rows that may be run; what a filter removes counts as done.
@@ -244,6 +241,11 @@ class Candidates:
         chosen = {"criterion": criterion, "strict": bool(strict)}
         chosen |= {name: tables[name][best] for name in (score, "induce", "kl")}
         return self._chosen(best, chosen | _setting(scorer))
+
+    def _zero(self) -> set[tuple[int, int]]:
+        """(position index, layer) of the vectors that are zero."""
+        P, L, _ = self.vectors.shape
+        return {(p, l) for p, l in np.ndindex(P, L) if not self.vectors[p, l].any()}
 
     def _chosen(self, candidate: tuple[int, int], selection: dict[str, Any]) -> SteeringVector:
         p, l = candidate

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.provenance import digest
+from ..loading.locate import is_bundled
 from . import budget as budgets
 from .costs import Costs
 from .ladder import rungs, said, seconds_of
@@ -42,7 +43,7 @@ def check_prompts(
     if (harmful is None) != (harmless is None):
         raise ValueError("harmful and harmless belong together: give both lists of prompts")
     name = model if isinstance(model, str) else getattr(model, "name", "")
-    if harmful is None and not str(name).startswith("tiny-"):
+    if harmful is None and not is_bundled(name):
         raise ValueError(
             "give harmful= and harmless=, two lists of prompts: only the bundled tiny models bring"
             " their own"

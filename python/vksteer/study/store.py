@@ -106,6 +106,8 @@ class StudyStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        #: (hash, stat) of files that this object has read: a call looks at a step several times.
+        self._hashes: dict[Path, tuple[str, tuple[int, ...]]] = {}
         try:
             (folder / "steps").mkdir(parents=True, exist_ok=True)
             lock = folder / ".lock"
@@ -147,7 +149,7 @@ class StudyStore:
             for file, expected in files.items():
                 if not (folder / file).exists():
                     return f"{file} is missing"
-                if _hash_or_none(folder / file) != expected:
+                if self._hash(folder / file) != expected:
                     return f"{file} was changed"
             result = read_json(folder / RESULT, limit=LIMIT)
         except (ModelError, KeyError, AttributeError, TypeError, OSError):
@@ -172,10 +174,26 @@ class StudyStore:
         """Writes result.json, then done.json; the step is finished when the call returns."""
         text = json.dumps(plain(result), indent=1, sort_keys=True, ensure_ascii=False)
         write_whole(folder / RESULT, (text + "\n").encode())
-        hashes = {file: file_hash(folder / file) for file in sorted({RESULT, *files})}
+        hashes = {file: self._hash(folder / file) for file in sorted({RESULT, *files})}
         write_whole(folder / DONE, (json.dumps({"files": hashes}, indent=1) + "\n").encode())
         found = read_json(folder / RESULT, limit=LIMIT)
         return Finished(name, folder, found, digest(sorted(hashes.items())))
+
+    def _hash(self, path: Path) -> str | None:
+        """The hash of a file, None where a header is no JSON any more. A file that has not changed
+        since this object read it is not read again; what other processes found never counts.
+        """
+        stat = path.stat()
+        facts = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        known, then = self._hashes.get(path, ("", ()))
+        if facts == then:
+            return known
+        try:
+            known = file_hash(path)
+        except ModelError:
+            return None
+        self._hashes[path] = known, facts
+        return known
 
 
 def file_hash(path: Path) -> str:
@@ -191,13 +209,6 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
-
-
-def _hash_or_none(path: Path) -> str | None:
-    try:
-        return file_hash(path)
-    except ModelError:  # a header that is no JSON any more
-        return None
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,147 @@
+"""`vs.study` before any work: steps and their keys, prompts, arguments, the folder. No device
+needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vksteer as vs
+from vksteer.cli import commands as cli
+from vksteer.study import steps as study_steps
+from vksteer.study.prompts import of_lists
+from vksteer.study.settings import Settings
+from vksteer.study.store import Finished, StudyStore, plain
+
+
+def inputs_of(name, **hashes):
+    return {
+        n: Finished(n, Path("."), {}, hashes.get(n, "same")) for n in study_steps.STEPS[name].needs
+    }
+
+
+def test_a_key_follows_what_the_step_uses():
+    settings, one = Settings.of("tiny"), study_steps.STEPS["table1"]
+    key = one.key("model", settings, inputs_of("table1"))
+    assert key == one.key("model", replace(settings, epochs=7), inputs_of("table1"))
+    for other in (
+        one.key("other", settings, inputs_of("table1")),
+        one.key("model", replace(settings, controls=2), inputs_of("table1")),
+        one.key("model", settings, inputs_of("table1", strength="other")),
+        replace(one, version=2).key("model", settings, inputs_of("table1")),
+    ):
+        assert other != key
+
+
+def test_steps_that_are_chosen():
+    names = list(study_steps.STEPS)
+    assert study_steps.chosen(None, None) == names
+    assert study_steps.chosen(["values"], None) == ["prompts", "candidates", "values"]
+    left = study_steps.chosen(None, ["pairs"])
+    assert not {"pairs", "ntp", "po", "behaviour", "circuits"} & set(left)
+    assert {"table1", "attribution", "values"} <= set(left)
+    with pytest.raises(ValueError, match="no step 'circuit'; there are: prompts, screen"):
+        study_steps.chosen(["circuit"], None)
+
+
+def test_prompts_of_lists():
+    settings = Settings.of("tiny")  # 24, 12, 12
+    harmful, harmless = ([f"{kind} {i}" for i in range(60)] for kind in ("take", "give"))
+    made = of_lists(harmful, harmless, settings)
+    assert [len(made.harmful[s]) for s in made.harmful] == [24, 12, 12] and not made.notes
+    every = [t for part in made.harmful.values() for t in part]
+    assert len(set(every)) == 48 and set(every) <= set(harmful)
+    assert made.hash == of_lists(harmful, harmless, settings).hash
+    assert made.hash != of_lists(harmful, harmless, replace(settings, seed=1)).hash
+    short = of_lists(harmful[:24], harmless, settings)
+    assert [len(short.harmful[s]) for s in short.harmful] == [12, 6, 6]
+    assert "24 harmful prompts are fewer than the 48" in short.notes[0]
+    with pytest.raises(ValueError, match="each needs at least 4"):
+        of_lists(harmful[:15], harmless, settings)
+    with pytest.raises(ValueError, match=r"1 prompts are both .*'give 0'"):
+        of_lists([*harmful, "give 0"], harmless, settings)
+    with pytest.raises(ValueError, match=r"harmless\[1\] is ' '"):
+        of_lists(harmful, ["x", " "], settings)
+
+
+def test_plain_values_are_json():
+    value = {"a": np.float32(1.5), 2: (np.int64(3), float("nan")), "c": np.array([[1, np.inf]])}
+    assert plain(value) == {"a": 1.5, "2": [3, None], "c": [[1.0, None]]}
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_bad_arguments_before_any_work(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="size='huge': use 'tiny', 'demo', 'small', 'full'"):
+        vs.study.run("tiny-llama-chat", out=tmp_path, size="huge")
+    with pytest.raises(ValueError, match="belong together"):
+        vs.study.run("tiny-llama-chat", ["a"], out=tmp_path)
+    with pytest.raises(ValueError, match="only the bundled tiny models"):
+        vs.study.run("some/model", out=tmp_path)
+    with pytest.raises(ValueError, match="only the bundled tiny models"):
+        vs.study.run("tiny-foo", out=tmp_path)
+    with pytest.raises(ValueError, match="no step 'x'"):
+        vs.study.run("tiny-llama-chat", out=tmp_path, force=["x"])
+    with pytest.raises(ValueError, match="force names 'screen', which this call leaves out"):
+        vs.study.run("tiny-llama-chat", out=tmp_path, only=["values"], force=["screen"])
+    monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: pytest.fail("loads"))
+    command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path), "--only", "x"]
+    assert cli.main(command) == 2 and "no step 'x'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to the study's folder .*file/x"):
+        vs.study.run("tiny-llama-chat", out=tmp_path / "file/x")
+
+
+def test_a_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch, capsys):
+    """It is the reader's own model, of which nothing is known."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-llama-chat", "tiny-foo"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match="only the bundled tiny models"):
+            vs.study.run(name, out=tmp_path / "study")
+        for command in (["study", "--out", "study"], ["freeze", "--out", "table"]):
+            assert cli.main([*command, "--model", name]) == 2
+            assert "only the bundled tiny models" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def writes_to(folder):
+    """What another user of the machine is told, in a process of its own."""
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        if os.geteuid() == 0:  # no mode stops this user
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            StudyStore(folder)
+        except ValueError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with open(read) as file:
+        return file.read()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_read_only_folder():
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # the parents of tmp_path are closed to others
+    try:
+        folder.chmod(0o555)
+        said = writes_to(folder)
+        assert said.startswith(f"cannot write to the study's folder {folder}: Permission denied")
+        folder.chmod(0o777)
+        assert not writes_to(folder) and (folder / "steps").is_dir()
+    finally:
+        shutil.rmtree(folder)
