@@ -160,9 +160,41 @@ def model(folder) -> dict:
     }
 
 
+def encoder(folder) -> dict:
+    """An autoencoder's features on matrix units: how often the range of its matrix is measured, the
+    largest error as a share of the largest value, and whether bits depend on tiles.
+    """
+    import vksteer as vs
+    from vksteer.sae.encoding import Encoder
+
+    on = vs.Model.from_pretrained(folder, progress=False)
+    rng = np.random.default_rng(6)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    # features of different magnitudes, so that tiles would have ranges of their own
+    weights = draw(36, 300) * 2.0 ** rng.integers(-8, 4, 300).astype(np.float32)
+    sae = vs.sae.SAE(weights, draw(300), draw(300, 36), draw(36), kind="relu", site=None)
+    h, found = draw(50, 36), []
+    for memory in (256 << 20, 80_000, 40_000):
+        encoding = Encoder(on, sae, memory)
+        with on.profile() as profile:
+            sums = encoding.sums([h[:20], h[20:]])
+            values, _ = encoding.top(h, 300)
+        calls = {cost.kernel: cost.calls for cost in profile.kernels}
+        found.append((sums, values, calls["matrix_range"], calls["feature_act"]))
+    z = sae.encode(h)
+    want = np.stack([z[:20].sum(axis=0), z[20:].sum(axis=0)])
+    return {
+        "kernels": on.kernels,
+        "ranges": [f[2] for f in found],
+        "tiles": [f[3] for f in found],
+        "same": all(np.array_equal(a, b) for f in found[1:] for a, b in zip(f[:2], found[0][:2])),
+        "error": float(np.abs(found[0][0] - want).max() / np.abs(want).max()),
+    }
+
+
 def main(case: str, *folders: str) -> None:
-    if case == "model":
-        print(json.dumps(model(*folders)))
+    if case in ("model", "encoder"):
+        print(json.dumps({"model": model, "encoder": encoder}[case](*folders)))
         return
     on, _ = checking.bench("llvmpipe")
     rng = np.random.default_rng(3)

@@ -13,16 +13,22 @@ import json
 import pytest
 
 from child import child
-from test_drivers import THREADS, environment
+from test_drivers import THREADS, environment, python_of
 
 MODES = ("needed", "all", "reverse")
+#: Kernel families: the device's own, that of GPUs, and on the newer Mesa that of matrix units.
+KERNELS = (
+    pytest.param("", id="own"),
+    "tiled",
+    pytest.param("matrix", marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+)
 FAMILIES = ("gemma2", "gpt_neox")
 
 WORK = """
 import dataclasses, hashlib, json
 from vksteer.runtime import decoding
 
-decoding.BLOCK_SECONDS = np.inf
+decoding.BLOCK_SECONDS = np.inf  # steps of a block, and so dispatches, do not depend on time
 
 def digest(value):
     if isinstance(value, np.ndarray):
@@ -68,13 +74,22 @@ print(json.dumps(found, default=str))
 """
 
 
-@pytest.fixture(scope="module")
-def results(zoo):
+@pytest.fixture(scope="module", params=KERNELS)
+def results(zoo, request):
     """{mode: what the calls returned, of every model}."""
     folders = [zoo.folder(name) for name in FAMILIES]
+    driver = "newer lavapipe" if request.param == "matrix" else THREADS
+    kernels = {"VKSTEER_KERNELS": request.param or None}
     found = {}
     for mode in MODES:
-        done = child(WORK, *folders, VKSTEER_BARRIERS=mode, **environment(THREADS))
+        done = child(
+            WORK,
+            *folders,
+            timeout=500,
+            executable=python_of(driver),
+            VKSTEER_BARRIERS=mode,
+            **environment(driver) | kernels,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         found[mode] = json.loads(done.stdout)
     return found

@@ -98,7 +98,7 @@ LEAKS = {
     "devices": ("engine.devices()", 300),
     "describe": ("device.info, device.describe('norm')", 300),
     "Tape": ("engine.Tape(model._engine, 64, 1)", 150),
-    "Attribution": ("engine.Attribution(model._engine, 64, 32, 1, 16, 2)", 100),
+    "Attribution": ("engine.Attribution(model._engine, 64, 32, 16, 1, 16, 2)", 100),
     "Encoder": (
         (
             "engine.Encoder(model._engine, 64, 40, 0, 16, 32).top(np.ones(80, np.float32), 2),"
@@ -115,7 +115,7 @@ LEAKS = {
         500,
     ),
     "a refused Attribution": (
-        "refused(lambda: engine.Attribution(model._engine, 16, 32, 1, 16, 2))",
+        "refused(lambda: engine.Attribution(model._engine, 16, 32, 16, 1, 16, 2))",
         1000,
     ),
     "gradients": (

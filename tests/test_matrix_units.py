@@ -84,6 +84,14 @@ def test_a_model_and_its_precision(llama):
     assert 10 * MODEL < max(found["fast"].values()) <= MODEL_FAST
 
 
+def test_the_range_of_an_encoder_is_measured_once(llama):
+    """Whatever the tiles are, on which the bits of features do not depend either."""
+    found = case("encoder", llama, VKSTEER_KERNELS="matrix", VKSTEER_DEVICE="llvmpipe")
+    assert found["kernels"] == ["matrix"] and found["same"]
+    assert found["ranges"] == [1, 1, 1] and found["tiles"][2] > found["tiles"][0] > 1
+    assert found["error"] <= SPLIT
+
+
 def test_fast_without_matrix_units_changes_nothing_and_says_so(llama):
     import vksteer as vs
 

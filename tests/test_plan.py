@@ -18,15 +18,15 @@ from vksteer import patching
 from vksteer.circuits.graph import Graph, graph
 from vksteer.patching.edge_scores import EdgeScores
 from vksteer.patching.memory_plan import (
+    attribution_split,
     contraction_operations,
-    layer_weights,
     layouts,
     memory_bytes,
     memory_parts,
     plan,
-    row_stride,
 )
 from vksteer.patching.rank_agreement import agreement, average_ranks
+from vksteer.runtime.memory_plan import layer_weights, row_stride
 
 LLAMA_3B = dict(
     n_layers=28,
@@ -110,25 +110,25 @@ def test_memory_is_the_sum_of_its_parts():
     """
     c = config(TINY)
     assert [row_stride(n) for n in (1, 16, 17, 1024, 2048)] == [16, 16, 32, 1040, 2064]
-    working, tape, sums, rows = memory_parts(c, 18, 9, 1, 9, 10, False, True)
-    d, q, qkv, gate_up, mlp, scores = 16, 32, 48, 16, 16, 4 * 4 * 32
-    # the last: keys and values
-    assert (
-        working
-        == 4 * 18 * (4 * d + qkv + q + gate_up + mlp + 1)
+    parts = lambda c, *arguments: memory_parts(c, 32 << 20, 18, 9, 9, 1, 9, 10, *arguments)
+    working, tape, sums, rows = parts(c, False, True)
+    d, q, qkv, gate_up, mlp, scores = 16, 32, 48, 16, 16, 4 * 4 * 16
+    assert working == (
+        4 * 18 * (4 * d + qkv + q + gate_up + mlp + 1)
         + (13 << 20)
         + 18 * scores
-        + (4 << 20)
-        + 2 * 2 * 18 * 2 * 5 * 4
+        + (1 << 20)  # uploads
+        + 2 * 2 * 18 * 2 * 5 * 4  # keys and values
+        + 9 * 2 * 4 * (d + 16)  # final rows and logits of both runs
     )
     assert (
         tape
         == 4 * 9 * (2 * d + 2 * (d + 2 * qkv + gate_up + 2 * d) + 3 * d + qkv + q + gate_up + mlp)
-        + 9 * scores // 2
+        + 9 * scores
     )
     assert sums == 4 * 9 * (2 * d + 2 * (q + qkv + 4 * d + 10 * (8 + d)))
     assert rows == 4 * 32 * ((1 + 2 * 5 + 9) * d + 4 * q + 8 * qkv)
-    less = memory_parts(c, 18, 9, 1, 9, 10, True, False)
+    less = parts(c, True, False)
     assert less[1] == tape - 4 * 9 * (d + 2 * qkv + gate_up + 2 * d) and less[
         2
     ] == sums - 4 * 9 * 2 * 10 * (8 + d)
@@ -138,23 +138,21 @@ def test_memory_is_the_sum_of_its_parts():
         (dict(pre_norms=False), -9 * 2 * 10 * (8 + d)),
         (dict(post_norms=False, norm_bias=True), 2 * qkv),
     ):
-        other = memory_parts(config(TINY, **changes), 18, 9, 1, 9, 10, False, True)
+        other = parts(config(TINY, **changes), False, True)
         assert (other[2] - sums, other[3]) == (4 * floats, rows)
-    assert (
-        memory_parts(config(TINY, post_norms=False), 18, 9, 1, 9, 10, False, True)[1]
-        == tape - 4 * 9 * 4 * d
-    )
-    assert (
-        memory_parts(config(TINY, attn_softcap=5.0), 18, 9, 1, 9, 10, False, True)[1]
-        == tape + 9 * scores // 2
-    )
+    assert parts(config(TINY, post_norms=False), False, True)[1] == tape - 4 * 9 * 4 * d
+    assert parts(config(TINY, attn_softcap=5.0), False, True)[1] == tape + 9 * scores
+    # queries beyond the scratch memory take turns, at least a tile of them together
+    small = lambda scratch: memory_parts(c, scratch, 18, 9, 9, 1, 9, 10, False, True)[0]
+    assert working - small(10 * scores) == 8 * scores
+    assert working - small(1) == 10 * scores
     p = plan(c, 1, 9)
     assert (p.step_tokens, p.slots, p.parts) == (90, 9, 1) and (
         p.working,
         p.tape,
         p.accumulators,
         p.contracted,
-    ) == memory_parts(c, 90, 90, 1, 9, 10, False, True)
+    ) == memory_parts(c, 32 << 20, 90, 90, 9, 1, 9, 10, False, True)
     assert p.total == p.working + p.tape + p.accumulators + p.contracted
     assert (
         p.weights == 2 * (2 * 11 * 6 + 3 * layer_weights(c))
@@ -173,14 +171,23 @@ def test_memory_is_the_engine_s(zoo, name):
     from vksteer import _engine
 
     model = zoo.engine(name)
-    sizes = ((18, 9, 9, 10), (512, 512, 512, 10), (1024, 512, 32, 3), (2000, 1000, 500, 1))
+    sizes = (
+        (18, 9, 9, 9, 10),
+        (512, 512, 51, 512, 10),
+        (1024, 512, 512, 32, 3),
+        (2000, 1000, 1000, 500, 1),
+    )
     layers = (0, 1, model.config.n_layers - 1)
-    for layer, (capacity, step_capacity, slots, steps), normed, kept in itertools.product(
+    scratch = model._engine.plan()["scratch"]
+    for layer, (capacity, step_capacity, longest, slots, steps), normed, kept in itertools.product(
         layers, sizes, (False, True), (False, True)
     ):
-        arguments = (capacity, step_capacity, layer, slots, steps, normed, kept)
-        want = _engine.attribution_bytes(model._engine, *arguments)
-        assert sum(memory_parts(model.config, *arguments)) == want
+        arguments = (capacity, step_capacity, longest, layer, slots, steps)
+        found = _engine.attribution_bytes(model._engine, *arguments, normed, kept)
+        assert found == (
+            sum(memory_parts(model.config, scratch, *arguments, normed, kept)),
+            attribution_split(model.config, *arguments),
+        )
 
 
 @pytest.mark.parametrize(
@@ -224,6 +231,9 @@ def test_layouts_are_those_of_attribute_s_own_choice(zoo, name):
 
 def test_layouts_go_down_to_a_tile():
     assert layouts(9, 10) == [(90, 9, True), (9, 9, True), (9, 9, False), (9, 32, False)]
+    # on a GPU, in passes of 2,048 tokens first
+    assert [wide for wide, _, kept in layouts(128, 10, None, 2048) if kept] == [1280, 512, 128]
+    assert layouts(9, 100, 12, 2048)[:3] == [(900, 12, True), (512, 12, True), (900, 9, True)]
     assert [slots for _, slots, _ in layouts(300, 10)] == [300, 300, 300, 160, 96, 64, 32]
 
 
@@ -314,6 +324,8 @@ def test_from_a_config_file(tmp_path):
         (dict(max_memory="much"), "much"),
         (dict(max_memory=0), "max_memory"),
         (dict(weight_bytes=0), "weight_bytes"),
+        (dict(device_memory="much"), "device_memory='much'"),
+        (dict(kernels="fast"), "broadcast, texels, tiled, matrix"),
     ],
 )
 def test_plan_refuses(change, says):

@@ -76,19 +76,30 @@ static uint64_t readback_bytes(const struct model_facts *f) {
     return (products > most ? products : most) + (1u << 20);
 }
 
-uint64_t attribution_bytes(const struct model_facts *f, uint32_t capacity, uint32_t step_capacity,
-                           uint32_t first_layer, uint32_t n_sample_tokens, uint32_t n_steps,
-                           int normed, int keep_inside) {
-    uint32_t floats[8], depth = f->n_layers - first_layer;
+uint64_t attribution_bytes(const struct model_facts *f, uint64_t scratch,
+                           const struct attribution_sizes *s) {
+    uint32_t floats[8], depth = f->n_layers - s->first_layer, at_once;
     uint64_t token = 2 * (uint64_t)op_row_stride(f->d_model);
-    sample_token_floats(f, n_steps, normed, floats);
+    sample_token_floats(f, s->n_steps, s->normed, floats);
     for (int i = 0; i < 8; i++)
         token += (uint64_t)floats[i] * depth;
-    return run_work_bytes(f, capacity, readback_bytes(f)) +
-           run_tape_bytes(f, step_capacity, first_layer, keep_inside) +
-           run_cache_bytes(f, capacity, first_layer) +
-           4 * (token * n_sample_tokens + tile_floats(f, depth) +
-                (bias_needed(f, normed) ? (uint64_t)depth * floats[2] : 0));
+    return run_work_bytes(f, scratch, s->capacity, s->longest, readback_bytes(f), 1) +
+           run_tape_bytes(f, scratch, s->step_capacity, s->longest, s->first_layer,
+                          s->keep_inside) +
+           run_cache_bytes(f, s->capacity, s->first_layer) +
+           attribution_picks_bytes(f, s->n_sample_tokens, &at_once) +
+           4 * (token * s->n_sample_tokens + tile_floats(f, depth) +
+                (bias_needed(f, s->normed) ? (uint64_t)depth * floats[2] : 0));
+}
+
+uint64_t attribution_split_bytes(const struct model_facts *f, const struct attribution_sizes *s) {
+    uint32_t inputs = inputs_of_layer(f) + 1,
+             nodes = 1 + (f->n_layers - s->first_layer) * (f->n_heads + 1);
+    uint64_t products[] = {
+        run_split_bytes(f, s->capacity, 0), run_split_bytes(f, s->step_capacity, 1),
+        op_dots_bytes(inputs, nodes, ATTRIBUTE_TILE * op_row_stride(f->d_model))};
+    uint64_t most = products[0] > products[1] ? products[0] : products[1];
+    return products[2] > most ? products[2] : most;
 }
 
 /* A buffer of `floats` for each sample token; none if `floats` is 0. */
@@ -130,33 +141,33 @@ static int layers_make(struct attribution *a, struct error *error) {
     return 0;
 }
 
-int attribution_create(struct attribution **out, struct model *model, uint32_t capacity,
-                       uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
-                       uint32_t n_steps, int normed, int keep_inside, struct error *error) {
+int attribution_create(struct attribution **out, struct model *model,
+                       const struct attribution_sizes *sizes, struct error *error) {
     const struct model_facts *f = &model->facts;
     *out = NULL;
-    uint64_t needed = attribution_bytes(f, capacity, step_capacity, first_layer, n_sample_tokens,
-                                        n_steps, normed, keep_inside),
+    uint64_t needed = attribution_bytes(f, run_sizes_of(model).scratch, sizes),
              available = gpu_device_available(model->ops.device);
     if (needed > available)
         return error_set(error, ERROR_DEVICE,
                          "attribution of %u tokens at once takes %.2f GB and %.2f GB are free on "
                          "the device: lower max_memory",
-                         n_sample_tokens, needed / 1e9, available / 1e9);
+                         sizes->n_sample_tokens, needed / 1e9, available / 1e9);
     struct attribution *a = calloc(1, sizeof *a);
     if (a)
-        a->layers = calloc(f->n_layers - first_layer, sizeof *a->layers);
+        a->layers = calloc(f->n_layers - sizes->first_layer, sizeof *a->layers);
     if (!a || !a->layers) {
         error_set(error, ERROR_MEMORY, "out of memory for an attribution");
         goto fail;
     }
-    a->first_layer = first_layer;
-    a->depth = f->n_layers - first_layer;
-    a->n_sample_tokens = n_sample_tokens;
-    a->n_steps = n_steps;
-    a->normed = normed;
-    if (run_work_create(&a->work, model, capacity, readback_bytes(f), error) ||
-        run_tape_create(&a->tape, a->work, step_capacity, first_layer, keep_inside, error))
+    a->first_layer = sizes->first_layer;
+    a->depth = f->n_layers - sizes->first_layer;
+    a->n_sample_tokens = sizes->n_sample_tokens;
+    a->n_steps = sizes->n_steps;
+    a->normed = sizes->normed;
+    if (ops_split_expect(&model->ops, attribution_split_bytes(f, sizes), error) ||
+        run_work_create(&a->work, model, sizes->capacity, readback_bytes(f), error) ||
+        run_tape_create(&a->tape, a->work, sizes->step_capacity, sizes->first_layer,
+                        sizes->keep_inside, error))
         goto fail;
     uint64_t row = 4 * (uint64_t)a->work->d_stride * ATTRIBUTE_TILE;
     uint32_t groups = stream_gradients(f, a->depth), inputs = inputs_of_layer(f) + 1;

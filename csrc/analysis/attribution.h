@@ -53,19 +53,31 @@ struct attribution {
     int collecting; /* 1: forward pass, differences; 2: steps, gradients */
 };
 
-/* Reserves the memory of an attribution over layers first_layer and above. capacity: tokens of a
- * forward pass; step_capacity: tokens of a forward and backward pass, at most capacity.
- * keep_inside: see run/tape.h. ERROR_DEVICE if the memory is not free. */
-int attribution_create(struct attribution **out, struct model *model, uint32_t capacity,
-                       uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
-                       uint32_t n_steps, int normed, int keep_inside, struct error *error);
+/* How much goes through at once. */
+struct attribution_sizes {
+    uint32_t capacity;      /* tokens of a forward pass */
+    uint32_t step_capacity; /* tokens of a forward and backward pass, at most `capacity` */
+    uint32_t longest;       /* tokens of the longest sample */
+    uint32_t first_layer, n_sample_tokens, n_steps;
+    int normed, keep_inside; /* see struct attribution and run/tape.h */
+};
+/* Reserves the memory of an attribution over layers first_layer and above. ERROR_DEVICE if the
+ * memory is not free. */
+int attribution_create(struct attribution **out, struct model *model,
+                       const struct attribution_sizes *sizes, struct error *error);
 /* Waits for the device and frees the attribution; NULL is allowed. If the model was destroyed
  * before, the caller has set work->model to NULL. */
 void attribution_destroy(struct attribution *a);
-/* Device bytes of an attribution and of the key/value cache of a batch, from the facts alone. */
-uint64_t attribution_bytes(const struct model_facts *facts, uint32_t capacity,
-                           uint32_t step_capacity, uint32_t first_layer, uint32_t n_sample_tokens,
-                           uint32_t n_steps, int normed, int keep_inside);
+/* Device bytes of an attribution and of the key/value cache of a batch, from the facts alone.
+ * scratch: see run_sizes. */
+uint64_t attribution_bytes(const struct model_facts *facts, uint64_t scratch,
+                           const struct attribution_sizes *sizes);
+/* What its products on matrix units split their rows in, which belongs to the model's ops. */
+uint64_t attribution_split_bytes(const struct model_facts *facts,
+                                 const struct attribution_sizes *sizes);
+/* Bytes of the rows and logits of two runs, of picks of at most n tokens; *at_once: how many picks
+ * are computed at once. */
+uint64_t attribution_picks_bytes(const struct model_facts *facts, uint32_t n, uint32_t *at_once);
 /* Zeroes the gradients, before the first step of new samples. */
 int attribution_reset(struct attribution *a, struct error *error);
 

@@ -170,22 +170,26 @@ static struct picks_tile tile_at(const struct attribution *a, const struct attri
     };
 }
 
+uint64_t attribution_picks_bytes(const struct model_facts *f, uint32_t n, uint32_t *at_once) {
+    uint64_t pick = 8 * ((uint64_t)op_row_stride(f->d_model) + op_row_stride(f->d_vocab)),
+             most = ATTRIBUTION_PICKS_BYTES / pick;
+    most = most < ATTRIBUTION_PICKS_ROWS ? ATTRIBUTION_PICKS_ROWS : most;
+    *at_once = most < n ? (uint32_t)most : n;
+    return *at_once * pick;
+}
+
 int attribution_picks_read(struct attribution *a, const struct attribution_picks *picks,
                            struct error *error) {
     struct run_work *work = a->work;
     const struct model_facts *f = &work->model->facts;
-    uint32_t v_stride = op_row_stride(f->d_vocab),
-             at_once =
-                 (uint32_t)(ATTRIBUTION_PICKS_BYTES / (8 * (uint64_t)(v_stride + work->d_stride)));
+    uint32_t v_stride = op_row_stride(f->d_vocab), at_once;
     if (!picks || picks->m == 0)
         return gpu_queue_wait(work->model->ops.queue, error);
-    at_once = at_once < ATTRIBUTION_PICKS_ROWS ? ATTRIBUTION_PICKS_ROWS : at_once;
-    at_once = at_once > picks->m ? picks->m : at_once;
+    uint64_t bytes = attribution_picks_bytes(f, picks->m, &at_once);
     float *host = malloc(2 * (size_t)at_once * (f->d_model + (size_t)f->d_vocab) * sizeof *host);
     if (!host)
         return error_set(error, ERROR_MEMORY, "out of memory for logits");
-    int failed = work_grow(work, &a->picks, 2 * at_once * 4 * ((uint64_t)work->d_stride + v_stride),
-                           "logits of two runs", error) ||
+    int failed = work_grow(work, &a->picks, bytes, "logits of two runs", error) ||
                  run_final_norm(work, error);
     for (uint32_t first = 0, n; first < picks->m && !failed; first += n) {
         n = picks->m - first < at_once ? picks->m - first : at_once;

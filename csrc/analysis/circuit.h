@@ -122,13 +122,14 @@ int circuit_create(struct circuit_run **out, struct model *model, const struct c
                    struct error *error);
 /* Waits for the device and frees the circuits; NULL is allowed. */
 void circuit_destroy(struct circuit_run *run);
-/* Device bytes of a pass with `capacity` tokens at once and caches of n_slots; *largest: those of
- * the largest buffer. */
+/* Device bytes of a pass with `capacity` tokens at once, caches of n_slots and rows of at most
+ * `longest` tokens; *largest: those of the largest buffer. distributions: whether metrics read
+ * them. On matrix units with the memory of split rows. */
 uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
-                       uint64_t *largest);
+                       uint32_t longest, int distributions, uint64_t *largest);
 /* Reserves the memory of passes, which may be done once (ERROR_VALUE after that). steer [D]: what
  * steering adds to the residual stream; copied. */
-int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
+int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots, uint32_t longest,
                     const float *steer, struct error *error);
 /* One forward pass of the base run with the circuits beside it; the caches of both continue where
  * the pass before ended. read: the outputs to compute for every entry of the logits' input. mask

@@ -37,6 +37,41 @@ static uint32_t mlp_rows_at_once(const struct circuit_run *run, uint32_t capacit
     return (uint32_t)(rows < all ? rows : all);
 }
 
+/* Attention scores of as many states of tokens as fit into the scratch memory. */
+static uint64_t scores_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t longest) {
+    struct model_facts one_head = {.n_heads = 1};
+    uint64_t n = (uint64_t)MOST(run, n_states) * capacity;
+    return run_scratch_bytes(&one_head, run_sizes_of(run->model).scratch,
+                             n < CIRCUIT_ROWS_A_GRID ? (uint32_t)n : CIRCUIT_ROWS_A_GRID, longest);
+}
+
+/* Split rows of products on matrix units; 0 with other kernels. */
+static uint64_t split_bytes(const struct circuit_run *run, uint32_t capacity) {
+    uint64_t rows = capacity * (uint64_t)MOST(run, n_entries),
+             mlp = mlp_rows_at_once(run, capacity);
+    return run->model->ops.kernel_family == LINEAR_MATRIX
+               ? run_split_bytes(&run->model->facts, rows > mlp ? rows : mlp, 0)
+               : 0;
+}
+
+/* Buffers of uploads for the token lists of attention in all layers of a chunk, as work_upload
+ * makes them. */
+static uint64_t lists_bytes(const struct circuit_run *run, uint32_t capacity) {
+    uint64_t total = 0, room = 0;
+    for (uint32_t i = 0; i < 2 * run->depth; i++) {
+        uint64_t states = (uint64_t)run->layers[i / 2].n_states * capacity,
+                 bytes = states *
+                         (i % 2 ? sizeof(struct query_tile) / OP_TILE : sizeof(struct token_meta)),
+                 size = bytes > WORK_UPLOAD_BYTES ? bytes : WORK_UPLOAD_BYTES;
+        if (bytes > room) {
+            total += size;
+            room = size;
+        }
+        room -= bytes;
+    }
+    return total;
+}
+
 #define BUFFERS_MOST 20
 /* A buffer and its size. */
 struct memory {
@@ -46,7 +81,8 @@ struct memory {
 };
 
 /* Lists all buffers but the caches; returns their number. */
-static int buffers_list(struct circuit_run *run, uint32_t capacity, struct memory *memory) {
+static int buffers_list(struct circuit_run *run, uint32_t capacity, uint32_t longest,
+                        struct memory *memory) {
     const struct model_facts *f = &run->model->facts;
     uint64_t token = 4 * (uint64_t)capacity, d = op_row_stride(f->d_model),
              variants = f->post_norms ? MOST(run, n_variants) : 0;
@@ -73,18 +109,20 @@ static int buffers_list(struct circuit_run *run, uint32_t capacity, struct memor
         {&run->q_rows, token * q_rows * run->q_row_stride, "circuits' rows of queries"},
         {&run->k_rows, token * k_rows * run->k_row_stride, "circuits' rows of keys"},
         {&run->base_qk, wide ? token * base_row : 0, "queries and keys before their norm"},
-        {&run->scores, WORK_SCRATCH, "circuits' scores"}};
+        {&run->scores, scores_bytes(run, capacity, longest), "circuits' scores"}};
     _Static_assert(sizeof all / sizeof all[0] <= BUFFERS_MOST, "too many buffers");
     memcpy(memory, all, sizeof all);
     return sizeof all / sizeof all[0];
 }
 
 uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
-                       uint64_t *largest) {
+                       uint32_t longest, int distributions, uint64_t *largest) {
     const struct model_facts *f = &run->model->facts;
     struct memory memory[BUFFERS_MOST];
-    int n = buffers_list((struct circuit_run *)run, capacity, memory);
-    uint64_t total = run_work_bytes(f, capacity, CIRCUIT_READBACK) + read_bytes(f) +
+    int n = buffers_list((struct circuit_run *)run, capacity, longest, memory);
+    uint64_t total = run_work_bytes(f, run_sizes_of(run->model).scratch, capacity, longest,
+                                    CIRCUIT_READBACK, 1) +
+                     (distributions ? read_bytes(f) : 0) + split_bytes(run, capacity) +
                      8 * (uint64_t)capacity * op_row_stride(f->d_model) +
                      run_cache_bytes(f, n_slots, 0);
     *largest = 4 * (uint64_t)n_slots * f->d_head *
@@ -93,10 +131,9 @@ uint64_t circuit_bytes(const struct circuit_run *run, uint32_t capacity, uint32_
         total += memory[i].bytes;
         *largest = memory[i].bytes > *largest ? memory[i].bytes : *largest;
     }
-    for (uint32_t i = 0; i < run->depth; i++) /* the caches, and the token lists of attention */
-        total += 4 * (uint64_t)n_slots * f->d_head * (run->layers[i].n_k + run->layers[i].n_v) +
-                 (uint64_t)capacity * run->layers[i].n_states *
-                     (sizeof(struct token_meta) + sizeof(struct query_tile));
+    for (uint32_t i = 0; i < run->depth; i++)
+        total += 4 * (uint64_t)n_slots * f->d_head * (run->layers[i].n_k + run->layers[i].n_v);
+    total += lists_bytes(run, capacity);
     return total;
 }
 
@@ -127,18 +164,19 @@ static int bytes_upload(struct circuit_run *run, const void *data, uint64_t byte
     return failed ? -1 : 0;
 }
 
-int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots,
+int circuit_reserve(struct circuit_run *run, uint32_t capacity, uint32_t n_slots, uint32_t longest,
                     const float *steer, struct error *error) {
     const struct model_facts *f = &run->model->facts;
     struct memory memory[BUFFERS_MOST];
     if (run->work)
         return error_set(error, ERROR_VALUE, "these circuits have their memory already");
-    int n = buffers_list(run, capacity, memory);
+    int n = buffers_list(run, capacity, longest, memory);
     run->capacity = capacity;
     run->n_slots = n_slots;
     run->assembled = entries_at_once(run, capacity);
     run->mlp_rows = mlp_rows_at_once(run, capacity);
-    if (run_work_create(&run->work, run->model, capacity, CIRCUIT_READBACK, error))
+    if (ops_split_expect(&run->model->ops, split_bytes(run, capacity), error) ||
+        run_work_create(&run->work, run->model, capacity, CIRCUIT_READBACK, error))
         return -1;
     for (int i = 0; i < n; i++)
         if (zeroed(run, memory[i].buffer, memory[i].bytes, memory[i].name, error))

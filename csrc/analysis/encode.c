@@ -10,6 +10,7 @@ struct encoder {
     struct op_matrix matrix;
     struct gpu_buffer *weights[OP_MATRIX_SEGMENTS];
     struct gpu_buffer *vectors; /* three of vector_stride floats */
+    struct gpu_buffer *range;   /* of the matrix, measured before its first product that needs it */
     struct gpu_buffer *input, *tile;
 };
 
@@ -19,6 +20,7 @@ void encoder_destroy(struct encoder *e) {
     for (int i = 0; i < OP_MATRIX_SEGMENTS; i++)
         gpu_buffer_destroy(e->weights[i]);
     gpu_buffer_destroy(e->vectors);
+    gpu_buffer_destroy(e->range);
     gpu_buffer_destroy(e->input);
     gpu_buffer_destroy(e->tile);
     free(e);
@@ -75,6 +77,7 @@ int encoder_create(struct encoder **out, struct model *model, uint32_t n_feature
     if (matrix_make(e, error) ||
         gpu_buffer_create(&e->vectors, device, 12 * (uint64_t)e->vector_stride, GPU_DEVICE_LOCAL,
                           "encoder's vectors", error) ||
+        gpu_buffer_create(&e->range, device, 4, GPU_DEVICE_LOCAL, "encoder's range", error) ||
         gpu_buffer_create(&e->input, device, 4 * (uint64_t)rows * e->x_stride, GPU_UPLOAD,
                           "encoder's input", error) ||
         gpu_buffer_create(&e->tile, device, 4 * (uint64_t)rows * e->stride, GPU_DEVICE_LOCAL,
@@ -102,6 +105,7 @@ int encoder_load(struct encoder *e, uint32_t first, uint32_t n, const float *row
         .data = rows, .type = WEIGHT_F32, .rows = n, .columns = e->width};
     weight_panels_pack(&source, WEIGHT_F32, gpu_buffer_map(staging));
     int failed = 0;
+    e->matrix.range = 0; /* that of the rows before */
     for (uint32_t s = 0; s < e->matrix.n_segments && !failed; s++) {
         uint32_t begin = e->matrix.segments[s].first, end = begin + e->matrix.segments[s].count,
                  from = first > begin ? first : begin, to = first + n < end ? first + n : end;
@@ -144,6 +148,18 @@ static void rows_upload(struct encoder *e, const float *x, uint32_t n) {
         memcpy(to + (size_t)i * e->x_stride, x + (size_t)i * e->width, 4 * (size_t)e->width);
 }
 
+/* Measures the range of the whole matrix where products on matrix units need one and it is not
+ * known: tiles of features have no range of their own, so that results do not depend on tiles. */
+static int range_measure(struct encoder *e, struct error *error) {
+    struct ops *ops = &e->model->ops;
+    if (e->matrix.range || ops->kernel_family != LINEAR_MATRIX)
+        return 0;
+    if (ops_matrix_range(ops, &e->matrix, e->range, 0, error) || gpu_queue_wait(ops->queue, error))
+        return -1;
+    e->matrix.range = gpu_buffer_address(e->range);
+    return 0;
+}
+
 /* The features [first, first + count) of the n rows that were uploaded, into the tile. */
 static int tile_encode(struct encoder *e, uint32_t first, uint32_t count, uint32_t n,
                        struct error *error) {
@@ -169,7 +185,7 @@ static int tile_encode(struct encoder *e, uint32_t first, uint32_t count, uint32
         .stride = e->stride,
         .kind = e->kind == ENCODER_GATE ? FEATURE_GATE : FEATURE_JUMP,
     };
-    if (op_matrix_rows(&e->matrix, first, count, &part, error) ||
+    if (range_measure(e, error) || op_matrix_rows(&e->matrix, first, count, &part, error) ||
         op_linear(ops, &part, &product, error))
         return -1;
     return e->kind == ENCODER_LINEAR ? 0 : op_feature_act(ops, &act, n, error);

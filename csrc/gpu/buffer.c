@@ -48,7 +48,10 @@ static int memory_allocate(struct gpu_buffer *buffer, enum gpu_memory kind, cons
         .allocationSize = needs.size,
         .memoryTypeIndex = type,
     };
-    VkResult result = device->vk.vkAllocateMemory(device->handle, &allocate, NULL, &buffer->memory);
+    int over = device->limit && device->allocated + needs.size > device->limit;
+    VkResult result = over ? VK_ERROR_OUT_OF_DEVICE_MEMORY
+                           : device->vk.vkAllocateMemory(device->handle, &allocate, NULL,
+                                                         &buffer->memory);
     if (result == VK_ERROR_OUT_OF_DEVICE_MEMORY || result == VK_ERROR_OUT_OF_HOST_MEMORY)
         return error_set(error, ERROR_DEVICE,
                          "out of device memory: %s needs %.1f MB, %.1f MB are held already on %s; "

@@ -160,8 +160,16 @@ uint64_t gpu_device_available(const struct gpu_device *device) {
     struct gpu_device_info now = device->info;
     now.memory_bytes = 0;
     gpu_memory_info(device->physical, &now);
-    return now.available_bytes;
+    uint64_t available = now.available_bytes, held = device->allocated;
+    /* without a budget the driver names the size of a heap, whatever is used of it */
+    if (!now.has_budget && now.type != GPU_SOFTWARE && now.type != GPU_INTEGRATED)
+        available -= held < available ? held : available;
+    if (device->limit && available > device->limit - (held < device->limit ? held : device->limit))
+        available = device->limit - (held < device->limit ? held : device->limit);
+    return available;
 }
+
+void gpu_device_limit(struct gpu_device *device, uint64_t bytes) { device->limit = bytes; }
 
 uint64_t gpu_device_allocated(const struct gpu_device *device) { return device->allocated; }
 

@@ -76,7 +76,11 @@ void gpu_device_close(struct gpu_device *device);
 const struct gpu_device_info *gpu_device_get_info(const struct gpu_device *device);
 /* Invocations of a workgroup: a multiple of the subgroup size. */
 uint32_t gpu_device_workgroup(const struct gpu_device *device);
-/* Bytes of device-local memory that are free now; 0 in a child of fork(). */
+/* Buffers may take at most `bytes` together from now on, as on a device that has no more; 0: what
+ * the device has. */
+void gpu_device_limit(struct gpu_device *device, uint64_t bytes);
+/* Bytes of device-local memory that are free now, of what the buffers may take; 0 in a child of
+ * fork(). */
 uint64_t gpu_device_available(const struct gpu_device *device);
 /* Bytes that the buffers of this device hold. */
 uint64_t gpu_device_allocated(const struct gpu_device *device);

@@ -37,6 +37,7 @@ struct gpu_device {
     int lost;
     int used;                 /* work was submitted to its queue */
     uint64_t allocated, peak; /* bytes of all buffers, and the most since the peak was reset */
+    uint64_t limit;           /* bytes that they may take together; 0: what the device has */
     uint32_t workgroup;
     const struct gpu_kernel *kernels;
     int n_kernels;

@@ -19,6 +19,7 @@ int model_create(struct model **out, struct gpu_device *device, const struct mod
     if (!model)
         return error_set(error, ERROR_MEMORY, "out of memory for a model");
     model->facts = *facts;
+    model->memory = gpu_device_available(device);
     model->layers = calloc(facts->n_layers, sizeof *model->layers);
     if (!model->layers) {
         error_set(error, ERROR_MEMORY, "out of memory for layers");

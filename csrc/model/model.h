@@ -73,6 +73,7 @@ struct model {
     struct gpu_buffer *staging[2];                    /* NULL once loading is finished */
     int next_staging;
     uint64_t weight_bytes; /* cut from the weight buffers so far */
+    uint64_t memory;       /* device bytes that were free before the model was made */
 };
 
 /* Checks the facts and reserves memory; the weights are loaded afterwards. inv_freq [tables][d_rot

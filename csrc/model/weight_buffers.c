@@ -27,6 +27,11 @@ uint64_t model_weight_bytes(const struct model_facts *f) {
            (f->unembed_bias ? align(4 * (uint64_t)f->d_vocab) : 0) + (1u << 20);
 }
 
+uint64_t staging_bytes(const struct model *model) {
+    uint64_t bytes = model->memory / 64, least = UINT64_C(4) << 20, most = UINT64_C(32) << 20;
+    return bytes < least ? least : bytes > most ? most : bytes;
+}
+
 int weight_buffers_reserve(struct model *model, uint64_t bytes, struct error *error) {
     uint64_t available = gpu_device_available(model->ops.device);
     if (bytes > available)
@@ -36,8 +41,8 @@ int weight_buffers_reserve(struct model *model, uint64_t bytes, struct error *er
                          bytes / 1e9, available / 1e9,
                          gpu_device_get_info(model->ops.device)->name);
     for (int i = 0; i < 2; i++)
-        if (gpu_buffer_create(&model->staging[i], model->ops.device, STAGING_BYTES, GPU_UPLOAD,
-                              "staging", error))
+        if (gpu_buffer_create(&model->staging[i], model->ops.device, staging_bytes(model),
+                              GPU_UPLOAD, "staging", error))
             return -1;
     return 0;
 }
@@ -69,12 +74,11 @@ int weight_buffer_cut(struct model *model, uint64_t bytes, struct gpu_buffer **b
     bytes = align(bytes);
     if (!current || current->used + bytes > current->size) {
         /* A buffer of 64 MiB wastes at most that much. A larger matrix gets a buffer of its own,
-         * and small weights that come last a small one. */
-        uint64_t size = bytes > (UINT64_C(64) << 20) ? bytes : UINT64_C(64) << 20;
-        uint64_t total = model_weight_bytes(&model->facts);
-        if (total - (model->weight_bytes < total ? model->weight_bytes : total) < size &&
-            bytes <= (UINT64_C(1) << 20))
-            size = UINT64_C(4) << 20;
+         * and the last buffer is as large as what is left to load. */
+        uint64_t total = model_weight_bytes(&model->facts), size = UINT64_C(64) << 20,
+                 left = model->weight_bytes < total ? total - model->weight_bytes : 0;
+        size = left < size ? left : size;
+        size = bytes > size ? bytes : size;
         current = calloc(1, sizeof *current);
         if (!current)
             return error_set(error, ERROR_MEMORY, "out of memory for a weight buffer");

@@ -5,8 +5,6 @@
 
 #include "model/model.h"
 
-#define STAGING_BYTES (UINT64_C(32) << 20)
-
 /* Checks that the device has `bytes` free for the weights (ERROR_DEVICE if not) and makes the
  * staging buffers. */
 int weight_buffers_reserve(struct model *model, uint64_t bytes, struct error *error);
@@ -18,7 +16,9 @@ int weight_buffers_finish(struct model *model, struct error *error);
  * The model owns the buffer. */
 int weight_buffer_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer,
                       uint64_t *offset, struct error *error);
-/* The staging buffer to fill next, of STAGING_BYTES. The copy that used it last is finished.
+/* Bytes of a staging buffer: 32 MiB, less where the device has little memory. */
+uint64_t staging_bytes(const struct model *model);
+/* The staging buffer to fill next, of staging_bytes. The copy that used it last is finished.
  * ERROR_MODEL after weight_buffers_finish. */
 int staging_buffer_next(struct model *model, struct gpu_buffer **out, struct error *error);
 

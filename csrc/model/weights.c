@@ -205,12 +205,12 @@ int model_matrix_load(struct model *model, const char *name, int layer,
         .scale = added_scale(&model->facts, name),
     };
     uint64_t panel_bytes = op_matrix_bytes(made.type, OP_PANEL, k);
-    if (panel_bytes > STAGING_BYTES)
+    if (panel_bytes > staging_bytes(model))
         return error_set(error, ERROR_MODEL,
                          "%s of layer %d has rows of %u, too long for the staging memory", name,
                          layer, k);
     uint32_t segment_rows = (uint32_t)(GPU_BUFFER_MAX / 2 / panel_bytes) * OP_PANEL,
-             step_rows = (uint32_t)(STAGING_BYTES / panel_bytes) * OP_PANEL;
+             step_rows = (uint32_t)(staging_bytes(model) / panel_bytes) * OP_PANEL;
     for (uint32_t first = 0; first < n; first += segment_rows) {
         uint32_t count = n - first < segment_rows ? n - first : segment_rows;
         struct gpu_buffer *buffer;
@@ -259,7 +259,7 @@ int model_vector_load(struct model *model, const char *name, int layer,
     /* Padded with zeros to the stride of a row, because kernels may read all of it. */
     uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
     struct gpu_buffer *buffer, *staging = NULL;
-    if (bytes > STAGING_BYTES || weight_buffer_cut(model, bytes, &buffer, &offset, error) ||
+    if (bytes > staging_bytes(model) || weight_buffer_cut(model, bytes, &buffer, &offset, error) ||
         staging_buffer_next(model, &staging, error))
         return -1;
     float *out = gpu_buffer_map(staging);

@@ -28,6 +28,37 @@ static uint32_t part_cells(uint32_t n) {
 
 static uint64_t align(uint64_t bytes) { return (bytes + 255) & ~UINT64_C(255); }
 
+/* Bytes of a split row of n_k values with its scale, and the most rows that are split at once. */
+static uint64_t row_bytes(int fast, uint32_t n_k) {
+    return (uint64_t)part_cells(n_k) * (fast ? 1 : 2) * 16 + 4;
+}
+static uint32_t rows_most(uint64_t row) {
+    uint32_t most = SPLIT_BYTES / row > 128 ? (uint32_t)(SPLIT_BYTES / row) / 128 * 128 : 128;
+    return most < 65535 / 128 * 128 ? most : 65535 / 128 * 128;
+}
+#define SCALES_AT 256 /* in the memory of a product; the range of its matrix lies before */
+
+uint64_t op_split_bytes(uint64_t n_rows, uint32_t n_k) {
+    uint64_t row = row_bytes(0, n_k), rows = rows_most(row);
+    rows = rows < n_rows ? rows : n_rows;
+    return SCALES_AT + align(4 * rows) + rows * (row - 4);
+}
+
+int ops_split_release(struct ops *ops, struct error *error) {
+    if (ops->scratch.n && gpu_queue_wait(ops->queue, error))
+        return -1;
+    while (ops->scratch.n)
+        gpu_buffer_destroy(ops->scratch.buffers[--ops->scratch.n]);
+    return 0;
+}
+
+int ops_split_expect(struct ops *ops, uint64_t bytes, struct error *error) {
+    if (bytes <= ops->scratch.expected)
+        return 0;
+    ops->scratch.expected = bytes;
+    return ops_split_release(ops, error);
+}
+
 /* Memory for `bytes` until the next call: a buffer that grows. Buffers that have become too small
  * may still be in use and are kept; all together are less than twice the largest. */
 static int scratch_get(struct ops *ops, uint64_t bytes, struct gpu_buffer **out,
@@ -39,6 +70,8 @@ static int scratch_get(struct ops *ops, uint64_t bytes, struct gpu_buffer **out,
     uint64_t size = UINT64_C(1) << 20;
     while (size < bytes)
         size *= 2;
+    if (bytes <= scratch->expected)
+        size = scratch->expected;
     if (size > GPU_BUFFER_MAX)
         return error_set(error, ERROR_VALUE, "a product needs %llu bytes to split its rows",
                          (unsigned long long)bytes);
@@ -133,13 +166,12 @@ static int parts_make(struct ops *ops, const struct op_matrix *matrix, uint32_t 
                       struct error *error) {
     parts->part_cells = part_cells(n_k);
     parts->n_parts = n_parts(ops);
-    uint64_t row = (uint64_t)parts->part_cells * parts->n_parts * 16 + 4;
-    uint32_t most = SPLIT_BYTES / row > 128 ? (uint32_t)(SPLIT_BYTES / row) / 128 * 128 : 128;
+    uint64_t row = row_bytes(ops->fast, n_k);
+    uint32_t most = rows_most(row);
     *step = *step < most ? *step : most;
-    *step = *step < 65535 / 128 * 128 ? *step : 65535 / 128 * 128;
     *step = *step < n_rows ? *step : n_rows;
     struct gpu_buffer *buffer;
-    uint64_t scales = 256, cells = scales + align(4 * (uint64_t)*step);
+    uint64_t scales = SCALES_AT, cells = scales + align(4 * (uint64_t)*step);
     if (scratch_get(ops, cells + *step * (row - 4), &buffer, error))
         return -1;
     parts->scales = gpu_buffer_address(buffer) + scales;
@@ -280,21 +312,44 @@ int linear_bwd_matrix(struct ops *ops, const struct op_matrix *matrix,
     return 0;
 }
 
+/* What dots of rows need: slices, and bytes of their sums, scales and split rows. */
+struct dots_memory {
+    uint32_t n_slices, slice_k, step; /* step: slices that are multiplied at once */
+    uint64_t row, sums, scales, bytes;
+};
+
+static struct dots_memory dots_memory(int fast, uint32_t n_a, uint32_t n_b, uint32_t n_k) {
+    struct dots_memory m = {.n_slices = (n_k + DOTS_SLICE - 1) / DOTS_SLICE};
+    uint64_t rows = n_a + (uint64_t)n_b;
+    m.slice_k = m.n_slices > 1 ? DOTS_SLICE : n_k;
+    m.row = row_bytes(fast, m.slice_k) - 4;
+    /* Slices are independent until they are added, so as many as fit are multiplied at once. */
+    uint64_t fit = rows && n_k ? SPLIT_BYTES / (rows * m.row) : 0;
+    m.step = fit < 1 ? 1 : fit < m.n_slices ? (uint32_t)fit : m.n_slices;
+    m.sums = align(4 * (uint64_t)m.n_slices * n_a * n_b);
+    m.scales = align(4 * rows * m.step);
+    m.bytes = m.sums + m.scales + rows * m.row * m.step;
+    return m;
+}
+
+uint64_t op_dots_bytes(uint32_t n_a, uint32_t n_b, uint32_t n_k) {
+    return dots_memory(0, n_a, n_b, n_k).bytes;
+}
+
 int dots_matrix(struct ops *ops, const struct dots_params *params, struct error *error) {
-    uint32_t n_slices = (params->n_k + DOTS_SLICE - 1) / DOTS_SLICE,
-             slice_k = n_slices > 1 ? DOTS_SLICE : params->n_k, n_dst = params->n_a * params->n_b;
+    struct dots_memory memory = dots_memory(ops->fast, params->n_a, params->n_b, params->n_k);
+    uint32_t n_slices = memory.n_slices, slice_k = memory.slice_k,
+             n_dst = params->n_a * params->n_b;
     struct parts a = {.part_cells = part_cells(slice_k), .n_parts = n_parts(ops)}, b = a;
-    uint64_t row = (uint64_t)a.part_cells * a.n_parts * 16, rows = params->n_a + params->n_b;
+    uint64_t row = memory.row;
     if (n_dst == 0)
         return 0;
     if (params->n_k == 0 || n_slices > 65535)
         return error_set(error, ERROR_VALUE, "dots of rows of %u values", params->n_k);
-    /* Slices are independent until they are added, so as many as fit are multiplied at once. */
-    uint64_t fit = SPLIT_BYTES / (rows * row);
-    uint32_t step = fit < 1 ? 1 : fit < n_slices ? (uint32_t)fit : n_slices;
-    uint64_t sums = align(4 * (uint64_t)n_slices * n_dst), scales = align(4 * rows * step);
+    uint32_t step = memory.step;
+    uint64_t sums = memory.sums, scales = memory.scales;
     struct gpu_buffer *buffer;
-    if (scratch_get(ops, sums + scales + rows * row * step, &buffer, error))
+    if (scratch_get(ops, memory.bytes, &buffer, error))
         return -1;
     uint64_t base = gpu_buffer_address(buffer);
     a.scales = base + sums;

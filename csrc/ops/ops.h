@@ -21,8 +21,9 @@ int op_kernel_find(const char *name); /* -1 if there is none */
 
 /* Device memory in which products on matrix units split their rows; the last buffer is in use. */
 struct op_scratch {
-    struct gpu_buffer *buffers[12]; /* 1 MiB, and each at least twice the one before */
+    struct gpu_buffer *buffers[12]; /* each larger than the one before */
     uint32_t n;
+    uint64_t expected; /* bytes of the first one, see ops_split_expect */
 };
 
 struct ops {
@@ -42,6 +43,15 @@ struct ops {
 
 int ops_create(struct ops *ops, struct gpu_device *device, struct error *error);
 void ops_destroy(struct ops *ops);
+/* linear_matrix.c: bytes in which products on matrix units split at most n_rows rows of n_k values,
+ * and op_dots its n_a + n_b rows, into two parts. */
+uint64_t op_split_bytes(uint64_t n_rows, uint32_t n_k);
+uint64_t op_dots_bytes(uint32_t n_a, uint32_t n_b, uint32_t n_k);
+/* The next products on matrix units need `bytes`: their memory is made as large when the first one
+ * needs it, instead of growing step by step. Waits for the device where a smaller one is freed. */
+int ops_split_expect(struct ops *ops, uint64_t bytes, struct error *error);
+/* Frees the memory, which is made again when it is needed. Waits for the device. */
+int ops_split_release(struct ops *ops, struct error *error);
 
 /* most bytes of a kernel's arguments: the push constants that every driver offers */
 #define OP_PARAMS_MAX 128

@@ -4,32 +4,32 @@
 #include <stdlib.h>
 
 static PyObject *attribution_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"model",       "capacity",        "step_capacity",
-                            "first_layer", "n_sample_tokens", "n_steps",
-                            "normed",      "keep_inside",     NULL};
+    static char *names[] = {
+        "model",           "capacity", "step_capacity", "longest",     "first_layer",
+        "n_sample_tokens", "n_steps",  "normed",        "keep_inside", NULL};
     PyObject *model;
-    unsigned int capacity, step_capacity, first_layer, n_sample_tokens, n_steps;
-    int normed = 0, keep_inside = 1, failed;
+    struct attribution_sizes s = {.keep_inside = 1};
+    int failed;
     struct error error = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIIIII|pp", names, &model, &capacity,
-                                     &step_capacity, &first_layer, &n_sample_tokens, &n_steps,
-                                     &normed, &keep_inside))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OIIIIII|pp", names, &model, &s.capacity,
+                                     &s.step_capacity, &s.longest, &s.first_layer,
+                                     &s.n_sample_tokens, &s.n_steps, &s.normed, &s.keep_inside))
         return NULL;
-    int valid = step_capacity && capacity >= step_capacity && capacity <= 1u << 20 &&
-                n_sample_tokens && n_sample_tokens <= 1u << 20 && n_steps && n_steps <= 1u << 16;
+    int valid = s.step_capacity && s.capacity >= s.step_capacity && s.capacity <= 1u << 20 &&
+                s.longest && s.longest <= s.capacity && s.n_sample_tokens &&
+                s.n_sample_tokens <= 1u << 20 && s.n_steps && s.n_steps <= 1u << 16;
     PyObject *object =
         engine_owned_new(type, model, valid,
-                         "Attribution(model, capacity, step_capacity, first_layer, "
+                         "Attribution(model, capacity, step_capacity, longest, first_layer, "
                          "n_sample_tokens, n_steps) needs a Model and sizes from 1 on");
     if (!object)
         return NULL;
     struct attribution_object *self = (struct attribution_object *)object;
     struct model *m = self->owner->model;
-    if (first_layer >= m->facts.n_layers)
-        failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, m->facts.n_layers);
-    else
-        failed = attribution_create(&self->attribution, m, capacity, step_capacity, first_layer,
-                                    n_sample_tokens, n_steps, normed, keep_inside, &error);
+    failed = s.first_layer >= m->facts.n_layers
+                 ? error_set(&error, ERROR_VALUE, "layer %u of %u", s.first_layer,
+                             m->facts.n_layers)
+                 : attribution_create(&self->attribution, m, &s, &error);
     return engine_owned_made(object, failed, &error);
 }
 
@@ -196,23 +196,24 @@ done:
     return result;
 }
 
-/* attribution_bytes(model, capacity, step_capacity, first_layer, n_sample_tokens, n_steps,
- * normed, keep_inside) -> int */
+/* attribution_bytes(model, capacity, step_capacity, longest, first_layer, n_sample_tokens, n_steps,
+ * normed, keep_inside) -> (bytes of an attribution, of its split rows on matrix units) */
 PyObject *engine_attribution_bytes(PyObject *module, PyObject *args) {
     PyObject *model;
-    unsigned int capacity, step_capacity, first_layer, n_sample_tokens, n_steps;
-    int normed, keep_inside;
-    if (!PyArg_ParseTuple(args, "OIIIIIpp", &model, &capacity, &step_capacity, &first_layer,
-                          &n_sample_tokens, &n_steps, &normed, &keep_inside))
+    struct attribution_sizes s;
+    if (!PyArg_ParseTuple(args, "OIIIIIIpp", &model, &s.capacity, &s.step_capacity, &s.longest,
+                          &s.first_layer, &s.n_sample_tokens, &s.n_steps, &s.normed,
+                          &s.keep_inside))
         return NULL;
     struct engine_state *state = PyModule_GetState(module);
     if ((PyObject *)Py_TYPE(model) != state->model_type || !((struct model_object *)model)->model)
         return PyErr_Format(PyExc_TypeError, "attribution_bytes needs an open Model");
     const struct model_facts *f = &((struct model_object *)model)->model->facts;
-    if (first_layer >= f->n_layers)
-        return PyErr_Format(PyExc_ValueError, "layer %u of %u", first_layer, f->n_layers);
-    return PyLong_FromUnsignedLongLong(attribution_bytes(
-        f, capacity, step_capacity, first_layer, n_sample_tokens, n_steps, normed, keep_inside));
+    uint64_t scratch = run_sizes_of(((struct model_object *)model)->model).scratch;
+    if (s.first_layer >= f->n_layers)
+        return PyErr_Format(PyExc_ValueError, "layer %u of %u", s.first_layer, f->n_layers);
+    return Py_BuildValue("(KK)", (unsigned long long)attribution_bytes(f, scratch, &s),
+                         (unsigned long long)attribution_split_bytes(f, &s));
 }
 
 static PyMethodDef attribution_methods[] = {

@@ -88,28 +88,30 @@ static void circuits_destroy(PyObject *object) {
 
 static void circuits_dealloc(PyObject *object) { engine_owned_free(object, circuits_destroy); }
 
-/* bytes(capacity, n_slots) -> (device bytes of passes with that memory, those
- * of the largest buffer) */
+/* bytes(capacity, n_slots, longest, distributions) -> (device bytes of passes with that memory,
+ * those of the largest buffer) */
 static PyObject *circuits_bytes(PyObject *object, PyObject *args) {
     struct circuits_object *self = (struct circuits_object *)object;
-    unsigned int capacity, n_slots;
+    unsigned int capacity, n_slots, longest;
     uint64_t largest, total;
-    if (!PyArg_ParseTuple(args, "II", &capacity, &n_slots) || engine_begin(self->owner, 1))
+    int distributions;
+    if (!PyArg_ParseTuple(args, "IIIp", &capacity, &n_slots, &longest, &distributions) ||
+        engine_begin(self->owner, 1))
         return NULL;
-    total = circuit_bytes(self->run, capacity, n_slots, &largest);
+    total = circuit_bytes(self->run, capacity, n_slots, longest, distributions, &largest);
     engine_end(self->owner);
     return Py_BuildValue("(KK)", (unsigned long long)total, (unsigned long long)largest);
 }
 
-/* reserve(capacity, n_slots, steer): memory for passes. */
+/* reserve(capacity, n_slots, longest, steer): memory for passes. */
 static PyObject *circuits_reserve(PyObject *object, PyObject *args) {
     struct circuits_object *self = (struct circuits_object *)object;
     PyObject *steer;
-    unsigned int capacity, n_slots;
+    unsigned int capacity, n_slots, longest;
     const void *data;
     Py_ssize_t n;
     struct error error = {0};
-    if (!PyArg_ParseTuple(args, "IIO", &capacity, &n_slots, &steer))
+    if (!PyArg_ParseTuple(args, "IIIO", &capacity, &n_slots, &longest, &steer))
         return NULL;
     PyObject *view = array_view(steer, 'f', "steer", &data, &n);
     if (!view || engine_begin(self->owner, 1)) {
@@ -123,7 +125,7 @@ static PyObject *circuits_reserve(PyObject *object, PyObject *args) {
             error_set(&error, ERROR_VALUE,
                       "steer [D], a capacity of 1 to 1,048,576 tokens and cache slots are needed");
     else
-        failed = circuit_reserve(self->run, capacity, n_slots, data, &error);
+        failed = circuit_reserve(self->run, capacity, n_slots, longest, data, &error);
     engine_end(self->owner);
     Py_DECREF(view);
     if (failed)

@@ -44,10 +44,11 @@ PyObject *engine_devices(PyObject *module, PyObject *unused) {
 }
 
 static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = {"index", "cache_folder", NULL};
+    static char *names[] = {"index", "cache_folder", "memory", NULL};
     int index;
+    unsigned long long memory = 0;
     const char *folder = "";
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "i|s", names, &index, &folder))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "i|sK", names, &index, &folder, &memory))
         return NULL;
     allocfunc allocate = PyType_GetSlot(type, Py_tp_alloc);
     struct device_object *self = (struct device_object *)allocate(type, 0);
@@ -65,6 +66,7 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *keywor
         Py_DECREF(self);
         return NULL;
     }
+    gpu_device_limit(self->device, memory);
     return (PyObject *)self;
 }
 
@@ -184,7 +186,9 @@ static PyType_Slot device_slots[] = {
     {Py_tp_dealloc, device_dealloc},
     {Py_tp_getset, device_getset},
     {Py_tp_methods, device_methods},
-    {Py_tp_doc, "Device(index, cache_folder=''): an open Vulkan device."},
+    {Py_tp_doc,
+     "Device(index, cache_folder='', memory=0): an open Vulkan device, of whose memory buffers may "
+     "take `memory` bytes (0: all)."},
     {0, NULL}};
 PyType_Spec device_spec = {
     .name = "vksteer._engine.Device",

@@ -33,6 +33,7 @@ int model_set_family(PyObject *object, PyObject *value, void *unused) {
     struct error error = {0};
     int failed = family == LINEAR_MATRIX &&
                  model_ranges_measure(((struct model_object *)object)->model, &error);
+    failed = failed || ops_split_release(ops, &error); /* that of a measurement */
     if (!failed)
         ops->kernel_family = family;
     engine_end((struct model_object *)object);

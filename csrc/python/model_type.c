@@ -176,8 +176,8 @@ static PyObject *model_finish(PyObject *object, PyObject *unused) {
     Py_BEGIN_ALLOW_THREADS
     failed = model_load_finish(self->model, &error) ||
              (!self->work &&
-              run_work_create(&self->work, self->model, run_chunk(self->model->ops.device),
-                              RUN_READBACK, &error));
+              run_work_create(&self->work, self->model, run_sizes_of(self->model).chunk,
+                              run_sizes_of(self->model).readback, &error));
     engine_end(self);
     Py_END_ALLOW_THREADS
     return failed ? engine_fail(self, &error) : Py_NewRef(Py_None);
@@ -189,11 +189,14 @@ static PyObject *model_plan(PyObject *object, PyObject *unused) {
     if (model_check(self))
         return NULL;
     const struct model_facts *f = &self->model->facts;
-    uint32_t chunk = run_chunk(self->model->ops.device);
-    return Py_BuildValue("{s:K,s:K,s:K,s:I}", "weights", (unsigned long long)model_weight_bytes(f),
-                         "work", (unsigned long long)run_work_bytes(f, chunk, RUN_READBACK),
-                         "cache_per_token", (unsigned long long)run_cache_bytes(f, 1, 0), "chunk",
-                         chunk);
+    struct run_sizes sizes = run_sizes_of(self->model);
+    uint64_t work = run_work_bytes(f, sizes.scratch, sizes.chunk, sizes.chunk, sizes.readback, 0);
+    return Py_BuildValue(
+        "{s:K,s:K,s:K,s:I,s:K,s:K,s:K}", "weights", (unsigned long long)model_weight_bytes(f),
+        "work", (unsigned long long)work, "cache_per_token",
+        (unsigned long long)run_cache_bytes(f, 1, 0), "chunk", sizes.chunk, "scratch",
+        (unsigned long long)sizes.scratch, "readback", (unsigned long long)sizes.readback, "split",
+        (unsigned long long)run_split_bytes(f, sizes.chunk, 0));
 }
 
 /* --- single weights --------------------------------------------------------------------------- */
@@ -348,7 +351,8 @@ static PyMethodDef model_methods[] = {
      "finish(): checks that nothing is missing; the model can run from now on."},
     {"plan", model_plan, METH_NOARGS,
      "plan() -> dict: bytes of weights, work memory, and of cache per token; tokens that one pass "
-     "takes (chunk)."},
+     "takes (chunk), bytes of scratch and readback memory and "
+     "of split rows."},
     {"apply", model_apply, METH_VARARGS,
      "apply(matrix, layer, x float32 [n, columns]) -> float32 [n, rows]."},
     {"vector", model_vector, METH_VARARGS,

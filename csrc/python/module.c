@@ -71,7 +71,7 @@ static int constants_add(PyObject *module) {
         CONSTANT(ENCODER_GATE)
         CONSTANT(ENCODER_LINEAR)
         CONSTANT(GPU_BUFFER_MAX)
-        CONSTANT(WORK_SCRATCH)
+        CONSTANT(WORK_UPLOAD_BYTES)
         CONSTANT(ATTRIBUTION_PICKS_BYTES)
         CONSTANT(ATTRIBUTION_PICKS_ROWS)
 #undef CONSTANT
@@ -182,8 +182,9 @@ static PyMethodDef engine_methods[] = {
      "tape_bytes(model, capacity, first_layer, keep_inside) -> bytes of device memory that a Tape "
      "takes."},
     {"attribution_bytes", engine_attribution_bytes, METH_VARARGS,
-     "attribution_bytes(model, capacity, step_capacity, first_layer, n_sample_tokens, n_steps, "
-     "normed, keep_inside) -> bytes of device memory that an Attribution takes."},
+     "attribution_bytes(model, capacity, step_capacity, longest, first_layer, n_sample_tokens, "
+     "n_steps, normed, keep_inside) -> (bytes of device memory that an Attribution takes, of its "
+     "split rows on matrix units)."},
     {"measure", engine_measure, METH_VARARGS,
      "measure(model, rows, n, request) -> (pairs, distributions, None): metrics of normed final "
      "rows; see "

@@ -22,7 +22,7 @@ static PyObject *tape_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     if (first_layer >= m->facts.n_layers)
         failed = error_set(&error, ERROR_VALUE, "layer %u of %u", first_layer, m->facts.n_layers);
     else
-        failed = run_work_create(&self->work, m, capacity, RUN_READBACK, &error) ||
+        failed = run_work_create(&self->work, m, capacity, run_sizes_of(m).readback, &error) ||
                  run_tape_create(&self->tape, self->work, capacity, first_layer, keep_inside,
                                  &error);
     return engine_owned_made(object, failed, &error);
@@ -196,8 +196,10 @@ PyObject *engine_tape_bytes(PyObject *module, PyObject *args) {
     if ((PyObject *)Py_TYPE(model) != state->model_type || !((struct model_object *)model)->model)
         return PyErr_Format(PyExc_TypeError, "tape_bytes needs an open Model");
     const struct model_facts *f = &((struct model_object *)model)->model->facts;
+    struct run_sizes sizes = run_sizes_of(((struct model_object *)model)->model);
     if (first_layer >= f->n_layers)
         return PyErr_Format(PyExc_ValueError, "layer %u of %u", first_layer, f->n_layers);
-    return PyLong_FromUnsignedLongLong(run_tape_bytes(f, capacity, first_layer, keep_inside) +
-                                       run_work_bytes(f, capacity, RUN_READBACK));
+    return PyLong_FromUnsignedLongLong(
+        run_tape_bytes(f, sizes.scratch, capacity, capacity, first_layer, keep_inside) +
+        run_work_bytes(f, sizes.scratch, capacity, capacity, sizes.readback, 1));
 }

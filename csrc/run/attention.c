@@ -299,7 +299,7 @@ static int heads(struct run_work *work, const struct run_cache *cache, int l, st
     struct rows z = {run_address(work->z), work->z_stride};
     struct query_span span = {.key_stride = op_row_stride(chunk->max_keys)};
     uint64_t query_bytes = 4 * (uint64_t)work->model->facts.n_heads * span.key_stride;
-    uint32_t most = query_span_most(chunk, query_bytes);
+    uint32_t most = query_span_most(work, query_bytes);
     RUN(work_grow(work, &work->scores, most * query_bytes, "attention scores", error));
     while (query_span_next(chunk->tile_list, chunk->n_tiles, most, &span))
         RUN(attend(work, cache, l, &span, error));
@@ -325,7 +325,7 @@ struct site_view head_results_view(const struct run_work *work, int l, uint32_t 
 
 int head_results_reserve(struct run_work *work, uint32_t *most, struct error *error) {
     uint64_t token_bytes = 4 * (uint64_t)work->model->facts.n_heads * work->d_stride;
-    uint32_t fit = (uint32_t)(WORK_SCRATCH / token_bytes);
+    uint32_t fit = (uint32_t)(work->scratch / token_bytes);
     *most = fit < 1 ? 1 : fit > work->capacity ? work->capacity : fit;
     return work_grow(work, &work->result, *most * token_bytes, "per-head results", error);
 }

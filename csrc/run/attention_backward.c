@@ -200,7 +200,7 @@ static int heads_backward(struct run_work *work, const struct run_cache *cache, 
     struct run_tape *tape = work->tape;
     struct query_span span = {.key_stride = op_row_stride(chunk->max_keys)};
     uint64_t query_bytes = 4 * (uint64_t)work->model->facts.n_heads * span.key_stride;
-    uint32_t most = query_span_most(chunk, query_bytes);
+    uint32_t most = query_span_most(work, query_bytes);
     RUN(work_grow(work, &work->scores, most * query_bytes, "attention scores", error));
     RUN(work_grow(work, &tape->dscores, most * query_bytes, "gradients of scores", error));
     if (work->model->facts.attn_softcap != 0)

@@ -1,11 +1,11 @@
 /* Attention in spans of queries: scores of a whole chunk may be larger than the scratch memory. */
 #include "run/work.h"
 
-uint32_t query_span_most(const struct chunk *chunk, uint64_t query_bytes) {
-    uint32_t most = (uint32_t)(WORK_SCRATCH / query_bytes);
-    if (most > chunk->n_tokens)
-        most = chunk->n_tokens;
-    return most < OP_TILE ? OP_TILE : most;
+uint32_t query_span_most(const struct run_work *work, uint64_t query_bytes) {
+    uint64_t most = work->scratch / query_bytes;
+    if (most > work->chunk.n_tokens)
+        most = work->chunk.n_tokens;
+    return most < OP_TILE ? OP_TILE : (uint32_t)most;
 }
 
 int query_span_next(const struct query_tile *tiles, uint32_t n_tiles, uint32_t most,

@@ -90,12 +90,11 @@ struct run_batch {
 };
 
 struct run_work; /* buffers for one chunk of tokens; one per model, reused */
-/* capacity: tokens that go through the layers at once (run_chunk); backward needs the batch in one
+/* capacity: tokens that go through the layers at once; backward needs the batch in one
  * chunk. readback: bytes of readback memory. */
 int run_work_create(struct run_work **out, struct model *model, uint32_t capacity,
                     uint64_t readback, struct error *error);
 void run_work_destroy(struct run_work *work);
-uint64_t run_work_bytes(const struct model_facts *facts, uint32_t capacity, uint64_t readback);
 
 /* Runs the batch through all layers. On error the cache's new slots are undefined,
  * everything else stays usable. */
@@ -114,7 +113,7 @@ struct run_block {
     float empty, near;
 };
 /* picked: [n_steps, n_rows]. batch: the first step, in which every row brings one token after its
- * prompt (`decode`), without captures; at most run_chunk rows. Positions and slots of the others
+ * prompt (`decode`), without captures; at most a chunk of rows. Positions and slots of the others
  * follow. A row must not pass rope_switch in a block. The same tokens as by steps of run_forward.
  */
 int run_decode_block(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
@@ -132,8 +131,23 @@ int run_rows_read(struct run_work *work, const char *matrix, int layer, uint32_t
 int run_vector_read(struct run_work *work, const char *name, int layer, float *out,
                     struct error *error);
 
-/* Tokens that one forward pass on this device holds at once; longer batches are cut into chunks. */
-uint32_t run_chunk(const struct gpu_device *device);
-#define RUN_READBACK (UINT64_C(64) << 20)
+/* memory.c: sizes that follow from the memory that was free on the device before the model was
+ * made. Results are bit-identical whatever they are. */
+struct run_sizes {
+    uint32_t chunk;    /* tokens of one forward pass; longer batches are cut into chunks */
+    uint64_t scratch;  /* bytes of the scores of one span of tokens, at least a query tile's */
+    uint64_t readback; /* bytes of the model's readback memory */
+};
+struct run_sizes run_sizes_of(const struct model *model);
+/* The functions below give device bytes, from the facts alone. Scores of a chunk of n_tokens whose
+ * rows have up to n_keys keys: */
+uint64_t run_scratch_bytes(const struct model_facts *facts, uint64_t scratch, uint32_t n_tokens,
+                           uint32_t n_keys);
+/* A run_work of `capacity` tokens with its scores and uploads. resumed: batches bring the residual
+ * stream of all tokens. */
+uint64_t run_work_bytes(const struct model_facts *facts, uint64_t scratch, uint32_t capacity,
+                        uint32_t n_keys, uint64_t readback, int resumed);
+/* What products of n_rows rows on matrix units split them in; it belongs to the model's ops. */
+uint64_t run_split_bytes(const struct model_facts *facts, uint64_t n_rows, int backward);
 
 #endif

@@ -24,8 +24,8 @@ static void inside_buffers(struct tape_layer *layer, struct gpu_buffer **buffers
     buffers[MLP_RAW] = &layer->mlp_raw;
 }
 
-uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t first_layer,
-                        int keep_inside) {
+uint64_t run_tape_bytes(const struct model_facts *f, uint64_t scratch, uint32_t capacity,
+                        uint32_t n_keys, uint32_t first_layer, int keep_inside) {
     uint32_t strides[INSIDE], heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head,
                               layers = f->n_layers - first_layer;
     uint64_t inside = 0, own = (f->parallel ? 4 : 3) * (uint64_t)op_row_stride(f->d_model) +
@@ -37,7 +37,7 @@ uint64_t run_tape_bytes(const struct model_facts *f, uint32_t capacity, uint32_t
     return 4 * (uint64_t)capacity *
                (layers * (uint64_t)op_row_stride(f->d_model) + inside * (keep_inside ? layers : 1) +
                 own) +
-           (f->attn_softcap != 0 ? 2 : 1) * work_scratch_bytes(f, capacity);
+           (f->attn_softcap != 0 ? 2 : 1) * run_scratch_bytes(f, scratch, capacity, n_keys);
 }
 
 static int zeroed(const struct run_work *work, uint32_t capacity, struct gpu_buffer **out,
@@ -66,7 +66,9 @@ int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t
     const struct op_kernels_needed needed = model_kernels_needed(f);
     *out = NULL;
     /* the backward kernels are compiled at first use, in parallel */
-    if (ops_backward_prepare(&work->model->ops, &needed, error))
+    struct ops *ops = &work->model->ops;
+    if (ops_backward_prepare(ops, &needed, error) ||
+        ops_split_expect(ops, run_split_bytes(f, capacity, 1), error))
         return -1;
     struct run_tape *tape = calloc(1, sizeof *tape);
     if (tape)

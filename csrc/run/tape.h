@@ -53,9 +53,9 @@ static inline struct gpu_buffer *tape_mlp_input(const struct run_tape *tape, int
 int run_tape_create(struct run_tape **out, const struct run_work *work, uint32_t capacity,
                     uint32_t first_layer, int keep_inside, struct error *error);
 void run_tape_destroy(struct run_tape *tape);
-/* Device bytes, from the facts alone. */
-uint64_t run_tape_bytes(const struct model_facts *facts, uint32_t capacity, uint32_t first_layer,
-                        int keep_inside);
+/* Device bytes for rows of up to n_keys tokens, from the facts alone. scratch: see run_sizes. */
+uint64_t run_tape_bytes(const struct model_facts *facts, uint64_t scratch, uint32_t capacity,
+                        uint32_t n_keys, uint32_t first_layer, int keep_inside);
 
 /* For the forward pass; they do nothing without a tape. begin: sets work->at_*, keeps the layer's
  * input. middle: keeps the MLP's input. */

@@ -5,26 +5,6 @@
 
 #include "run/work.h"
 
-uint32_t run_chunk(const struct gpu_device *device) {
-    /* 512 rows keep a CPU's caches warm, but fill only part of a GPU in the narrow products. */
-    return gpu_device_get_info(device)->type == GPU_SOFTWARE ? 512 : 2048;
-}
-
-uint64_t work_scratch_bytes(const struct model_facts *f, uint32_t capacity) {
-    uint64_t token = 4 * (uint64_t)f->n_heads * op_row_stride(capacity),
-             all = token * (capacity < OP_TILE ? OP_TILE : capacity);
-    uint64_t least = token * OP_TILE;
-    return all < WORK_SCRATCH ? all : least > WORK_SCRATCH ? least : WORK_SCRATCH;
-}
-
-uint64_t run_work_bytes(const struct model_facts *f, uint32_t capacity, uint64_t readback) {
-    uint32_t heads = f->n_heads * f->d_head, kv = f->n_kv_heads * f->d_head;
-    uint64_t floats = (f->parallel ? 5 : 4) * (uint64_t)op_row_stride(f->d_model) +
-                      op_row_stride(heads + 2 * kv) + op_row_stride(heads) +
-                      op_row_stride(work_gate_up_width(f)) + op_row_stride(f->d_mlp) + 1;
-    return floats * capacity * 4 + readback + work_scratch_bytes(f, capacity) + (4u << 20);
-}
-
 static int buffer_zeroed(struct run_work *work, struct gpu_buffer **out, uint64_t bytes,
                          const char *name, struct error *error) {
     if (gpu_buffer_create(out, work->model->ops.device, bytes, GPU_DEVICE_LOCAL, name, error))
@@ -42,6 +22,7 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
         return error_set(error, ERROR_MEMORY, "out of memory for a run");
     work->model = model;
     work->capacity = capacity;
+    work->scratch = run_sizes_of(model).scratch;
     work->readback_bytes = readback;
     work->d_stride = op_row_stride(f->d_model);
     work->qkv_stride = op_row_stride(heads + 2 * kv);
@@ -74,7 +55,8 @@ int run_work_create(struct run_work **out, struct model *model, uint32_t capacit
                           sized[i].name, error))
             goto fail;
     if (gpu_buffer_create(&work->readback, model->ops.device, readback, GPU_READBACK, "readback",
-                          error))
+                          error) ||
+        ops_split_expect(&model->ops, run_split_bytes(f, capacity, 0), error))
         goto fail;
     *out = work;
     return 0;
@@ -133,8 +115,6 @@ int work_grow(struct run_work *work, struct gpu_buffer **buffer, uint64_t bytes,
     return buffer_zeroed(work, buffer, bytes, name, error);
 }
 
-#define UPLOAD_BUFFER_BYTES (UINT64_C(1) << 20)
-
 int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address,
                 struct error *error) {
     struct upload_buffer *upload = work->uploads;
@@ -143,7 +123,7 @@ int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_
         if (!upload)
             return error_set(error, ERROR_MEMORY, "out of memory for uploads");
         if (gpu_buffer_create(&upload->buffer, work->model->ops.device,
-                              bytes > UPLOAD_BUFFER_BYTES ? bytes : UPLOAD_BUFFER_BYTES, GPU_UPLOAD,
+                              bytes > WORK_UPLOAD_BYTES ? bytes : WORK_UPLOAD_BYTES, GPU_UPLOAD,
                               "uploads", error)) {
             free(upload);
             return -1;

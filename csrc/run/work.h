@@ -5,8 +5,7 @@
 
 #include "run/run.h"
 
-/* Scores and per-head results are computed in spans of tokens that take about this many bytes. */
-#define WORK_SCRATCH (UINT64_C(32) << 20)
+#define WORK_UPLOAD_BYTES (UINT64_C(1) << 20) /* of a buffer of uploads, or one upload's */
 
 struct upload_buffer {
     struct gpu_buffer *buffer;
@@ -60,6 +59,8 @@ struct chunk {
 struct run_work {
     struct model *model;
     uint32_t capacity; /* tokens that a chunk may hold */
+    /* scores and per-head results are computed in spans of tokens that take about so many bytes */
+    uint64_t scratch;
     uint32_t d_stride, qkv_stride, z_stride, gate_up_stride, mlp_stride;
     struct gpu_buffer *x, *norm, *normalized, *scale, *qkv, *z, *out, *gate_up, *post;
     struct gpu_buffer *parallel_mid;               /* work_mid of models with parallel layers */
@@ -116,8 +117,6 @@ struct run_hook {
 int run_hook_call(struct run_work *work, enum run_hook_point point, int layer, uint64_t address,
                   uint32_t stride, struct error *error);
 
-/* Bytes that scores (or their gradients) of a chunk take at most. */
-uint64_t work_scratch_bytes(const struct model_facts *facts, uint32_t capacity);
 /* Copies `bytes` to memory that kernels can read until the next upload_reset. */
 int work_upload(struct run_work *work, const void *data, uint64_t bytes, uint64_t *address,
                 struct error *error);
@@ -170,7 +169,7 @@ struct query_span {
     uint32_t tile, end, first, n, key_stride;
 };
 /* Queries that fit the scratch memory, each with this many bytes of scores; at least a tile. */
-uint32_t query_span_most(const struct chunk *chunk, uint64_t query_bytes);
+uint32_t query_span_most(const struct run_work *work, uint64_t query_bytes);
 /* Advances the span (zero at first) over the tiles, at most `most` queries at once; 0 at the end.
  */
 int query_span_next(const struct query_tile *tiles, uint32_t n_tiles, uint32_t most,

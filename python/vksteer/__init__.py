@@ -20,6 +20,8 @@ _LAZY = {
     "devices": "runtime.device",
     "Device": "runtime.device",
     "Run": "runtime.run",
+    "plan_run": "runtime.memory_plan",
+    "RunPlan": "runtime.memory_plan",
     "Generation": "runtime.decoding",
     "Steer": "runtime.edits",
     "Ablate": "runtime.edits",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from .runtime.device import Device, devices
     from .runtime.edits import Ablate, Add, DynamicScale, MeanAblate, Scale, Set, Steer
     from .runtime.gradients import KL, Gradients, LogitDiff, LogProb
+    from .runtime.memory_plan import RunPlan, plan_run
     from .runtime.model import Model
     from .runtime.run import Run
 
@@ -96,6 +99,7 @@ __all__ = [
     "Model",
     "ModelError",
     "Run",
+    "RunPlan",
     "Scale",
     "Set",
     "Steer",
@@ -110,6 +114,7 @@ __all__ = [
     "kv",
     "ov",
     "patching",
+    "plan_run",
     "probes",
     "reliability",
     "sae",

@@ -36,17 +36,18 @@ def attribution_bytes(
     model: Model,
     capacity: int,
     step_capacity: int,
+    longest: int,
     first_layer: int,
     n_sample_tokens: int,
     n_steps: int,
     normed: bool,
     keep_inside: bool,
-) -> int: ...
+) -> tuple[int, int]: ...
 
 class Device:
     """An open device. Raises vksteer.DeviceError."""
 
-    def __init__(self, index: int, cache_folder: str = ...) -> None: ...
+    def __init__(self, index: int, cache_folder: str = ..., memory: int = ...) -> None: ...
     @property
     def info(self) -> dict[str, Any]: ...
     @property
@@ -255,8 +256,10 @@ class Circuits:
     """
 
     def __init__(self, model: Model, first_layer: int, plan: tuple[Words, ...]) -> None: ...
-    def bytes(self, capacity: int, n_slots: int) -> tuple[int, int]: ...
-    def reserve(self, capacity: int, n_slots: int, steer: Floats) -> None: ...
+    def bytes(
+        self, capacity: int, n_slots: int, longest: int, distributions: bool
+    ) -> tuple[int, int]: ...
+    def reserve(self, capacity: int, n_slots: int, longest: int, steer: Floats) -> None: ...
     def forward(
         self,
         cache: Cache,

@@ -146,7 +146,7 @@ class CircuitBatch:
         budget = self.model._engine_device.available_bytes * 2 * MEMORY_SHARE
         chunk = min(CHUNK_TOKENS, n_tokens)
         while True:
-            needed, largest = circuits.bytes(chunk, n_slots)
+            needed, largest = circuits.bytes(chunk, n_slots, n_slots, False)
             if needed <= budget and largest <= BUFFER_MOST:
                 break
             if chunk <= LEAST_TOKENS:
@@ -156,7 +156,7 @@ class CircuitBatch:
                     " max_new_tokens or batch_size"
                 )
             chunk = max(LEAST_TOKENS, chunk // 2)
-        circuits.reserve(chunk, n_slots, np.ascontiguousarray(self.steer, np.float32))
+        circuits.reserve(chunk, n_slots, n_slots, np.ascontiguousarray(self.steer, np.float32))
 
     def forward(
         self,

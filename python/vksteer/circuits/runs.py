@@ -17,7 +17,15 @@ from ..inputs.samples import check_samples, check_steering
 from .curve import pooled
 from .final_rows import final_rows
 from .plan import CompiledCircuits, Rows, compile_circuits, kept_matrix
-from .readings import MetricResult, Read, Reader, joint_request, measure_ends, read_of
+from .readings import (
+    MetricResult,
+    Read,
+    Reader,
+    distributions_needed,
+    joint_request,
+    measure_ends,
+    read_of,
+)
 
 if TYPE_CHECKING:
     from ..inputs.samples import Sample
@@ -68,8 +76,8 @@ class Passes:
 
     steer: what steering adds to the residual stream of the base run, float32 [D]. max_memory:
     device bytes, or None for a share of what is free. edits: edits of the base run itself. masked:
-    whether patches act at some tokens only. Results are bit-identical however runs and samples are
-    packed.
+    whether patches act at some tokens only. distributions: whether metrics read them. Results are
+    bit-identical however runs and samples are packed.
     """
 
     def __init__(
@@ -80,7 +88,9 @@ class Passes:
         max_memory: int | None,
         edits: Sequence[Any] = (),
         masked: bool = False,
+        distributions: bool = True,
     ) -> None:
+        self.distributions = distributions
         self.model, self.graph, self.steer, self.edits, self.masked = (
             model,
             graph,
@@ -104,7 +114,7 @@ class Passes:
         self, circuits: extension.Circuits, chunk: int, longest: int, total: int
     ) -> tuple[int, int, bool]:
         slots = min(total, max(chunk, longest))
-        needed, largest = circuits.bytes(chunk, slots)
+        needed, largest = circuits.bytes(chunk, slots, longest, self.distributions)
         return slots, needed, needed <= self.budget and largest <= BUFFER_MOST
 
     def check(
@@ -173,7 +183,7 @@ class Passes:
             entries = compiled.logits[len(first) :]
             results: list[list[Read | None]] = [[None] * len(jobs) for _ in range(n)]
             if (entries >= 0).any():
-                circuits.reserve(chunk, slots, self.steer)
+                circuits.reserve(chunk, slots, max(lengths), self.steer)
                 self._pass(
                     circuits,
                     slots,
@@ -289,7 +299,9 @@ def evaluate(
     # The circuit of all edges is the steered run itself.
     partial = [c for c in different if len(c) < graph.n_edges]
     rows = [Rows(kept_matrix(graph, c.edges)) for c in partial]
-    passes = Passes(model, graph, np.float32(coefficient) * vector.direction, max_memory)
+    steer = np.float32(coefficient) * vector.direction
+    whole = distributions_needed(metrics)
+    passes = Passes(model, graph, steer, max_memory, distributions=whole)
     passes.check(rows, [len(s) for s in samples])
     with Progress(progress, len(samples) * (1 + len(partial)), "circuits") as bar:
         done = 0

@@ -322,7 +322,7 @@ def _strengths(arguments: argparse.Namespace, n: int) -> list[float]:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options out of range, before anything is loaded."""
-    from ..patching.memory_plan import memory_bytes
+    from ..base.bytes import memory_bytes
 
     _sizes(arguments.sizes)
     if not 0 < arguments.threshold <= 1:

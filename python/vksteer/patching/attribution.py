@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..base.bytes import memory_bytes
 from ..base.progress import Progress
 from ..base.store import Store
 from ..base.types import Float32Array, PathLike, ProgressLike
@@ -23,7 +24,6 @@ from .attribution_layout import Layout, group_samples, layout
 from .attribution_pooling import SampleScores, pool
 from .attribution_runs import AttributionRuns, Settings
 from .edge_scores import EdgeScores, score_provenance
-from .memory_plan import memory_bytes
 
 if TYPE_CHECKING:
     from ..inputs.samples import Sample

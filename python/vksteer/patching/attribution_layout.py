@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .memory_plan import LOGITS, layouts
+from .memory_plan import LOGITS, default_memory, layouts
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
 
 #: Tokens of samples whose sums are held together, where memory allows.
 GROUP_TOKENS = 512
-#: Without max_memory: so many bytes, or half of what is free.
-DEFAULT_MEMORY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class Layout:
 
     capacity: int  # tokens of a forward pass, at least two runs of the longest sample
     step_capacity: int  # tokens of a forward and a backward pass
+    longest: int  # tokens of the longest sample
     n_sample_tokens: int  # sample tokens whose sums are held together
     keep_inside: bool  # False: activations inside each layer are recomputed in the backward pass
     bytes: int
@@ -48,17 +47,20 @@ def layout(
     from ..runtime.device import _engine
 
     engine, free = _engine(), model._engine_device.available_bytes
-    budget = min(DEFAULT_MEMORY, free // 2) if max_memory is None else max_memory
+    software = model.device.type == "software"
+    budget = default_memory(free, software) if max_memory is None else max_memory
     longest = max(lengths)
+    chunk = model._engine.plan()["chunk"]
+    units = "matrix" in model.kernels
     together = max(longest, min(GROUP_TOKENS, sum(lengths)))
     needed = 0
-    for step_tokens, sample_tokens, inside in layouts(longest, steps, together):
+    for step_tokens, sample_tokens, inside in layouts(longest, steps, together, chunk):
         capacity = max(step_tokens, 2 * max(sample_tokens, longest))
-        needed = engine.attribution_bytes(
-            model._engine, capacity, step_tokens, layer, sample_tokens, steps, normed, inside
-        ) + (LOGITS if distributions else 0)
+        sizes = (capacity, step_tokens, longest, layer, sample_tokens, steps, normed, inside)
+        needed, split = engine.attribution_bytes(model._engine, *sizes)
+        needed += (split if units else 0) + (LOGITS if distributions else 0)
         if needed <= budget:
-            return Layout(capacity, step_tokens, sample_tokens, inside, needed)
+            return Layout(capacity, step_tokens, longest, sample_tokens, inside, needed)
     raise ValueError(
         f"max_memory={budget / 1e6:.0f} MB is too small for one tile of {engine.ATTRIBUTE_TILE}"
         f" positions of a sample with {longest} tokens: at least {needed / 1e6:.0f} MB are needed"

@@ -108,6 +108,7 @@ class AttributionRuns:
             model._engine,
             plan.capacity,
             plan.step_capacity,
+            plan.longest,
             vector.layer,
             plan.n_sample_tokens,
             settings.steps,

@@ -8,71 +8,48 @@ counts a multiplication and an addition as two operations and is an estimate.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .. import _engine
+from ..base.bytes import memory_bytes, size_text
 from ..base.checks import require_int
 from ..circuits.graph import graph
+from ..runtime.memory_plan import (
+    FLOAT,
+    MIB,
+    ON_CPUS,
+    Sizes,
+    cache_bytes,
+    chunk_bytes,
+    layer_weights,
+    on_matrix_units,
+    row_stride,
+    scratch_bytes,
+    sizes_of,
+    split_bytes,
+    split_rows_bytes,
+    upload_bytes,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from ..circuits.graph import Graph
     from ..loading.config import Config
     from ..runtime.model import Model
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-    "k": 2**10,
-    "m": 2**20,
-    "g": 2**30,
-    "t": 2**40,
-}
-#: Bytes of an activation or a gradient (float32).
-FLOAT = 4
 #: Sample tokens whose scores are contracted together.
 TILE = _engine.ATTRIBUTE_TILE
-#: Queries that the attention kernels compute together.
-QUERIES = _engine.constants["OP_TILE"]
-#: Tokens of a forward and a backward pass, where memory allows.
-STEP_TOKENS = 512
-SCRATCH, PICKS, PICKED_ROWS = (
-    _engine.constants[name]
-    for name in ("WORK_SCRATCH", "ATTRIBUTION_PICKS_BYTES", "ATTRIBUTION_PICKS_ROWS")
+#: Tokens of a forward and a backward pass on a CPU, where memory allows.
+STEP_TOKENS = ON_CPUS.chunk
+PICKS, PICKED_ROWS = (
+    _engine.constants[name] for name in ("ATTRIBUTION_PICKS_BYTES", "ATTRIBUTION_PICKS_ROWS")
 )
-MIB = 1 << 20
-#: row_stride(width): floats from one row of the device's arrays to the next.
-row_stride = _engine.row_stride
 #: Rows of logits of three runs, which the two KL metrics need (csrc/run/metric.c).
 LOGITS = 3 * (24 << 20)
-
-
-def memory_bytes(value: object, what: str = "max_memory") -> int | None:
-    """A number of bytes from a number or a text such as "6GiB", "500 MB" or "1.5G"; None stays
-    None. Raises ValueError naming `what` for anything else, and for 0.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
-        if not match or match[2].lower() not in _UNITS:
-            raise ValueError(
-                f"{what}={value!r}: use a number of bytes, or a text such as '6GiB' or '500MB'"
-            )
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
-    elif isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return require_int(value, what, 1)
+#: Without max_memory half of the free memory is used, at most so many bytes.
+MOST_ON_CPUS, MOST_ON_GPUS = 1 << 30, 8 << 30
 
 
 @dataclass(frozen=True)
@@ -99,20 +76,28 @@ class Plan:
     # Bytes of gradients summed over steps, and of what the derivatives of norms need of each step.
     accumulators: int
     contracted: int  # bytes of a contraction tile: one row of width D for every node
+    split: int  # bytes of split rows of products on matrix units; 0 where there are none
+    own: int  # bytes of the model's own working memory, which gives the layer inputs
     # "kept": activations of all layers are kept. "recomputed": the input of each layer is kept, and
     # one layer's activations.
     mode: str
     max_memory: int | None
+    device_memory: int | None
     forward: float  # operations
     backward: float
     contraction: float  # products of differences of outputs and gradients of inputs, for all edges
 
     @property
     def total(self) -> int:
-        """Bytes beside the weights and beside the keys and values of one batch, which `attribute`
-        frees after each.
+        """Bytes that `attribute` takes beside the loaded model, with the keys and values of one
+        batch.
         """
-        return self.working + self.tape + self.accumulators + self.contracted
+        return self.working + self.tape + self.accumulators + self.contracted + self.split
+
+    @property
+    def together(self) -> int:
+        """Bytes of the device's memory: weights, the model's own working memory and `total`."""
+        return self.weights + self.own + self.total
 
     @property
     def parts(self) -> int:
@@ -127,17 +112,20 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a layout fits. Where none does, `attribute` raises ValueError."""
-        return self.max_memory is None or self.total <= self.max_memory
+        return (self.max_memory is None or self.total <= self.max_memory) and (
+            self.device_memory is None or self.together <= self.device_memory
+        )
 
     def seconds(self, rate: float) -> float:
         """Seconds of the work at `rate` operations per second."""
         return self.work / rate
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, with total, work, fits and parts."""
+        """For JSON: the fields, with total, together, work, fits and parts."""
         return {
             **asdict(self),
             "total": self.total,
+            "together": self.together,
             "work": self.work,
             "fits": self.fits,
             "parts": self.parts,
@@ -155,8 +143,12 @@ class Plan:
         limit = (
             ""
             if self.max_memory is None
-            else f"; max_memory {_size(self.max_memory)}" + ("" if self.fits else " is too small")
+            else f"; max_memory {size_text(self.max_memory)}"
+            + ("" if self.fits else " is too small")
         )
+        device = ""
+        if self.device_memory is not None:
+            device = f" of {size_text(self.device_memory)}" + ("" if self.fits else ": too much")
         parts = (
             ""
             if self.parts == 1
@@ -174,15 +166,18 @@ class Plan:
                     f" {self.layer + self.n_layers - 1}, {self.n_edges} edges between"
                     f" {self.n_nodes} nodes"
                 ),
-                f"  weights             {_size(self.weights)}",
+                f"  weights             {size_text(self.weights)}",
                 (
-                    f"  activations         {_size(self.tape)}  ({kept}; {self.step_tokens} tokens"
-                    " at a time)"
+                    f"  activations         {size_text(self.tape)}  ({kept};"
+                    f" {self.step_tokens} tokens at a time)"
                 ),
-                f"  sums of gradients   {_size(self.accumulators)}{parts}",
-                f"  a tile's rows       {_size(self.contracted)}",
-                f"  working memory      {_size(self.working)}",
-                f"  beside the weights  {_size(self.total)}{limit}",
+                f"  sums of gradients   {size_text(self.accumulators)}{parts}",
+                f"  a tile's rows       {size_text(self.contracted)}",
+                f"  working memory      {size_text(self.working)}",
+                f"  split rows          {size_text(self.split)}",
+                f"  beside the model    {size_text(self.total)}{limit}",
+                f"  the model's own     {size_text(self.own)}",
+                f"  together            {size_text(self.together)}{device}",
                 (
                     f"  work                {_operations(self.work)}: forward"
                     f" {share(self.forward)}, backward {share(self.backward)}, contraction"
@@ -204,31 +199,34 @@ def plan(
     response: int | None = None,
     max_memory: int | str | None = None,
     weight_bytes: float = 2,
+    device_memory: int | str | None = None,
+    kernels: str | None = None,
 ) -> Plan:
     """Predicted memory and work of `attribute` for one sample. Needs no weights and no device.
 
-    config: a Config (`vs.Config.from_pretrained("config.json")`) or a Model. layer: the steering
-    layer. positions: tokens of prompt and response. response: positions whose logits are needed
-    (default: all). steps, dims, at, metric: as in `attribute`. weight_bytes: bytes of a weight on
-    the device. max_memory: bytes or "6GiB" (default: no limit); where the activations of all layers
-    do not fit, they are recomputed layer by layer. Raises ValueError for a layer outside the model,
-    positions outside the context, and bad arguments.
+    config: a Config (`vs.Config.from_pretrained("config.json")`) or a Model, whose own sizes count.
+    layer: the steering layer. positions: tokens of prompt and response. response: positions whose
+    logits are needed (default: all). steps, dims, at, metric: as in `attribute`. weight_bytes:
+    bytes of a weight on the device. max_memory: bytes or "6GiB" (default: no limit); where the
+    activations of all layers do not fit, they are recomputed layer by layer. device_memory: bytes
+    or "16GB" of a GPU that are free before loading; the layout is then the one that `attribute`
+    takes there, and without it a configuration is planned for a CPU. kernels: a family by name
+    ("matrix" splits rows); default: a Model's, else none that does. Raises ValueError for a layer
+    outside the model, positions outside the context, and bad arguments.
     """
     c: Any = getattr(config, "config", config)
     g, limit = graph(c, layer), memory_bytes(max_memory)
     S, R, T = _check_sizes(c, positions, response, steps)
     _check_options(dims, at, metric, weight_bytes)
-    logits = LOGITS if metric != "logit_diff" else 0
-    for step_tokens, sample_tokens, kept in layouts(S, T):
-        capacity = max(step_tokens, 2 * max(sample_tokens, S))
-        working, tape, accumulators, contracted = memory_parts(
-            c, capacity, step_tokens, g.layer, sample_tokens, T, at == "normed", kept
-        )
-        working += logits
-        if limit is None or working + tape + accumulators + contracted <= limit:
-            break
-    mode = "kept" if kept else "recomputed"
-    forward, backward = _passes(c, g, S, R, T, mode, -(-S // sample_tokens), metric)
+    device = memory_bytes(device_memory, "device_memory")
+    sizes, units = sizes_of(config, device), on_matrix_units(config, kernels)
+    own = _own_bytes(c, sizes, S) + (split_bytes(c, sizes.chunk) if units else 0)
+    weights = weights_of(config, weight_bytes)
+    if limit is None and device is not None:
+        limit = default_memory(max(0, device - weights - own), False)
+    memory = _first_layout(c, g.layer, (S, T), (at, metric), sizes, units, limit)
+    parts = -(-S // memory["slots"])
+    forward, backward = _passes(c, g, S, R, T, memory["mode"], parts, metric)
     return Plan(
         layer=g.layer,
         positions=S,
@@ -238,19 +236,66 @@ def plan(
         n_layers=g.depth,
         n_edges=g.n_edges,
         n_nodes=g.n_upstream,
-        weights=int(weight_bytes * (_embedding_weights(c) + c.n_layers * layer_weights(c))),
-        step_tokens=step_tokens,
-        slots=sample_tokens,
-        working=working,
-        tape=tape,
-        accumulators=accumulators,
-        contracted=contracted,
-        mode=mode,
+        weights=weights,
+        own=own,
         max_memory=limit,
+        device_memory=device,
         forward=forward,
         backward=backward,
         contraction=contraction_operations(c, g, S, T, at),
+        **memory,
     )
+
+
+def _first_layout(
+    c: Config,
+    layer: int,
+    counts: tuple[int, int],
+    options: tuple[str, str],
+    sizes: Sizes,
+    units: bool,
+    limit: int | None,
+) -> dict[str, Any]:
+    """The fields of Plan that the first layout within `limit` decides, or the last layout.
+
+    counts: positions and steps. options: at and metric. units: whether products split their rows.
+    """
+    (S, T), (at, metric) = counts, options
+    found: dict[str, Any] = {}
+    for step_tokens, slots, kept in layouts(S, T, None, sizes.chunk):
+        arguments = (max(step_tokens, 2 * max(slots, S)), step_tokens, S, layer, slots, T)
+        parts = memory_parts(c, sizes.scratch, *arguments, at == "normed", kept)
+        working, tape, accumulators, contracted = parts
+        found = {
+            "step_tokens": step_tokens,
+            "slots": slots,
+            "working": working + (LOGITS if metric != "logit_diff" else 0),
+            "tape": tape,
+            "accumulators": accumulators,
+            "contracted": contracted,
+            "split": attribution_split(c, *arguments) if units else 0,
+        }
+        total = sum(found.values()) - step_tokens - slots
+        found["mode"] = "kept" if kept else "recomputed"
+        if limit is None or total <= limit:
+            break
+    return found
+
+
+def _own_bytes(c: Config, sizes: Sizes, positions: int) -> int:
+    """The model's own working memory with the scores and keys of a run of these positions."""
+    return (
+        chunk_bytes(c, sizes.chunk)
+        + sizes.readback
+        + upload_bytes(c, sizes.chunk, False)
+        + scratch_bytes(c, sizes.scratch, min(positions, sizes.chunk), positions)
+        + cache_bytes(c, min(positions, 2 * sizes.chunk + 3 * positions))
+    )
+
+
+def default_memory(free: int, software: bool) -> int:
+    """Bytes that `attribute` may take without max_memory, of `free` bytes."""
+    return min(MOST_ON_CPUS if software else MOST_ON_GPUS, free // 2)
 
 
 def _check_sizes(
@@ -284,16 +329,21 @@ def _check_options(dims: str, at: str, metric: str, weight_bytes: object) -> Non
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def layouts(positions: int, steps: int, together: int | None = None) -> list[tuple[int, int, bool]]:
+def layouts(
+    positions: int, steps: int, together: int | None = None, chunk: int = STEP_TOKENS
+) -> list[tuple[int, int, bool]]:
     """The layouts that `attribute` tries, in order: (tokens of a forward and a backward pass,
     sample tokens whose sums are held, whether all activations are kept).
 
     positions: of the longest sample. together: sample tokens of a group of samples, at least
-    `positions` (default: of one sample alone).
+    `positions` (default: of one sample alone). chunk: tokens of a forward pass of the device.
     """
-    wide = max(positions, min(STEP_TOKENS, positions * steps))
-    tried = [(wide, together, True)] if together is not None and together > positions else []
-    tried += [(wide, positions, True), (positions, positions, True), (positions, positions, False)]
+    widths = [max(positions, min(n, positions * steps)) for n in (chunk, STEP_TOKENS)]
+    widths = list(dict.fromkeys(n for n in (*widths, positions) if n <= widths[0]))
+    tried = []
+    if together is not None and together > positions:
+        tried = [(wide, together, True) for wide in widths[:-1] or widths]
+    tried += [(wide, positions, True) for wide in widths] + [(positions, positions, False)]
     part = -(-positions // (2 * TILE)) * TILE
     while part >= TILE:
         tried.append((positions, part, False))
@@ -305,8 +355,10 @@ def layouts(positions: int, steps: int, together: int | None = None) -> list[tup
 
 def memory_parts(
     c: Config,
+    scratch: int,
     capacity: int,
     step_capacity: int,
+    longest: int,
     layer: int,
     sample_tokens: int,
     steps: int,
@@ -314,7 +366,7 @@ def memory_parts(
     keep_inside: bool,
 ) -> tuple[int, int, int, int]:
     """Bytes of (a forward pass, the tape, the accumulators, a contraction tile); their sum is the
-    engine's attribution_bytes.
+    engine's attribution_bytes. scratch: of attention scores, at least those of a query tile.
     """
     H, G, n = c.n_heads, c.n_kv_heads, c.n_layers - layer
     gates = 2 if c.gated else 1
@@ -323,13 +375,6 @@ def memory_parts(
         for w in (c.d_model, H * c.d_head, (H + 2 * G) * c.d_head, gates * c.d_mlp, c.d_mlp)
     )
     inputs, nodes = H + 2 * G, 1 + n * (H + 1)
-
-    def scratch(tokens: int) -> int:
-        """Attention scores of as many queries as fit into the scratch memory."""
-        row = FLOAT * H * row_stride(tokens)
-        every, least = row * max(tokens, QUERIES), row * QUERIES
-        return every if every < SCRATCH else max(least, SCRATCH)
-
     all_nodes = 1 + c.n_layers * (H + 1)
     readback = (
         max(
@@ -339,19 +384,21 @@ def memory_parts(
         )
         + MIB
     )
+    pick = 2 * FLOAT * (d + row_stride(c.d_vocab))  # rows and logits of two runs
     working = (
-        FLOAT * capacity * ((5 if c.parallel else 4) * d + qkv + q + gate_up + mlp + 1)
+        chunk_bytes(c, capacity)
         + readback
-        + scratch(capacity)
-        + 4 * MIB
+        + scratch_bytes(c, scratch, capacity, longest)
+        + upload_bytes(c, capacity, True)
+        + cache_bytes(c, capacity, layer)  # keys and values of a batch
+        + min(sample_tokens, max(PICKED_ROWS, PICKS // pick)) * pick
     )
-    working += 2 * n * capacity * G * c.d_head * FLOAT  # keys and values of a batch
     # In a parallel layer attention and MLP read one stream, and their gradients wait side by side.
     mid, own = (0, 4 * d) if c.parallel else (d, 3 * d)
     inside = mid + 2 * qkv + gate_up + (2 * d if c.post_norms else 0)
     tape = FLOAT * step_capacity * (
         n * d + inside * (n if keep_inside else 1) + own + qkv + q + gate_up + mlp
-    ) + (2 if c.attn_softcap else 1) * scratch(step_capacity)
+    ) + (2 if c.attn_softcap else 1) * scratch_bytes(c, scratch, step_capacity, longest)
     # Gradients of the residual stream where the nodes of a layer end: after attention and MLP.
     ends = 1 if c.parallel else 2
     passes_norm = c.pre_norms and not normed
@@ -364,16 +411,33 @@ def memory_parts(
     return working, tape, FLOAT * sums, FLOAT * TILE * (rows * d + expanded)
 
 
-def layer_weights(c: Config) -> int:
-    """Number of weights in the matrices of one layer."""
-    mlp = (3 if c.gated else 2) * c.d_model * c.d_mlp
-    return c.d_model * c.d_head * (2 * c.n_heads + 2 * c.n_kv_heads) + mlp
+def attribution_split(
+    c: Config, capacity: int, step_capacity: int, longest: int, layer: int, slots: int, steps: int
+) -> int:
+    """Bytes in which products on matrix units split rows (attribution_split_bytes)."""
+    inputs = c.n_heads + 2 * c.n_kv_heads + 1
+    nodes = 1 + (c.n_layers - layer) * (c.n_heads + 1)
+    return max(
+        split_bytes(c, capacity),
+        split_bytes(c, step_capacity, True),
+        _dots_bytes(inputs, nodes, TILE * row_stride(c.d_model)),
+    )
 
 
-def _embedding_weights(c: Config) -> int:
-    """Number of weights in the tables of tokens and positions and in the unembedding."""
-    rows = c.d_vocab * (1 if c.tied else 2) + (c.n_ctx if c.pos_embed else 0)
-    return rows * c.d_model
+def _align(n: int) -> int:
+    return -(-n // 256) * 256
+
+
+def _dots_bytes(n_a: int, n_b: int, n_k: int) -> int:
+    """Sums of slices, scales and split rows of scores (op_dots_bytes)."""
+    slices = -(-n_k // 4096)
+    row = split_rows_bytes(1, 4096 if slices > 1 else n_k) - 512
+    at_once = max(1, min(slices, 64 * MIB // ((n_a + n_b) * row)))
+    return (
+        _align(4 * slices * n_a * n_b)
+        + _align(4 * (n_a + n_b) * at_once)
+        + (n_a + n_b) * row * at_once
+    )
 
 
 # -- operations ------------------------------------------------------------------------------------
@@ -425,13 +489,6 @@ def contraction_operations(c: Config, g: Graph, S: int, T: int, at: str = "pre_n
     if at == "pre_norm" and c.pre_norms:
         per_token += T * 2.0 * D * n * (H + 2 * G)
     return S * per_token
-
-
-def _size(n: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.1f} {name}"
-    return f"{n:.0f} B"
 
 
 def _operations(n: float) -> str:

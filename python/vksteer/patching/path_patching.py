@@ -97,7 +97,8 @@ def path(
     if not patches:
         return found[0] if single else found
     source, rows = patch_rows(graph, patches)
-    passes = Passes(model, graph, np.zeros(model.config.d_model, np.float32), max_memory)
+    steer = np.zeros(model.config.d_model, np.float32)
+    passes = Passes(model, graph, steer, max_memory, distributions=False)
     passes.check(rows[:1], [len(given[0][0])], (source,))
     with Progress(progress, len(given) * len(rows), "path patching") as bar:
         for group in pack([len(bad) for _, bad in given], 512):
@@ -152,7 +153,7 @@ def _runs(
         entries = compiled.logits[1:]
         values = np.zeros((len(jobs), n))
         if (entries >= 0).any():
-            circuits.reserve(chunk, slots, passes.steer)
+            circuits.reserve(chunk, slots, max(lengths), passes.steer)
             for group in pack(lengths, slots):
                 part = [jobs[i] for i in group]
                 values[group] = _forward(passes, circuits, slots, part, entries, whole)

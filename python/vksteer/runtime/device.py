@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..base.bytes import memory_bytes
 from ..errors import DeviceError
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def open_device(device: int | str | Device | None = None) -> tuple[extension.Dev
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:  # a read-only home costs compile time only
             folder = Path("")
-        engine = _engine().Device(chosen.index, str(folder) if str(folder) != "." else "")
+        limit = memory_bytes(os.environ.get("VKSTEER_MEMORY") or None, "VKSTEER_MEMORY") or 0
+        engine = _engine().Device(chosen.index, str(folder) if str(folder) != "." else "", limit)
         _open[key] = engine
     return engine, chosen
