@@ -256,6 +256,17 @@ def test_table_and_inside_of_a_real_model(tmp_path, capsys, monkeypatch):
     assert answers and not [a for a in answers if len(a["text"]) > 20 and a["text"] in published]
 
 
+def test_the_path_of_the_report_comes_last(tmp_path, monkeypatch, capsys):
+    """Part 2 prints a screen and more, so the path is said again after it."""
+    told = SimpleNamespace(report=tmp_path / "study" / "report.html")
+    monkeypatch.setattr(demo, "bundled", lambda *_: told)
+    monkeypatch.setattr(demo, "fetched", lambda *_: tmp_path)
+    monkeypatch.setattr(demo, "real", lambda *_, **__: print("part 2"))
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"The report of the study (part 1): {told.report}"
+
+
 def test_nothing_to_run(tmp_path, monkeypatch, capsys):
     """Without a model the demo says so and fails."""
     monkeypatch.setattr(report, "ROOT", tmp_path)

@@ -123,13 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parts(arguments: argparse.Namespace) -> int:
     """Runs the parts whose models are there; the exit status."""
     weights = Path(__file__).parents[1] / "models" / MODEL / "model.safetensors"
-    show, ran = sys.stderr.isatty(), 0
+    show, ran, study = sys.stderr.isatty(), 0, None
     with warnings.catch_warnings():
         # Each part prints its device, so the warning would repeat that.
         warnings.filterwarnings("ignore", message="no GPU found")
         if arguments.part != "smollm2":
             if weights.exists():
-                bundled(arguments.out, arguments.size, arguments.device, show)
+                study = bundled(arguments.out, arguments.size, arguments.device, show)
                 ran += 1
             else:
                 say(f"The bundled model {MODEL} is not in this tree: part 1 is left out.")
@@ -140,6 +140,8 @@ def parts(arguments: argparse.Namespace) -> int:
                 ran += 1
             else:
                 say("Part 2, the real model, is left out.")
+            if study is not None:  # what part 2 printed stands between here and its path
+                say(f"\nThe report of the study (part 1): {study.report}")
     return 0 if ran else 1
 
 
