@@ -18,10 +18,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .bundled import MODEL, bundled
 from .report import fetched, say
 from .smollm2 import SMOLLM2, real
+
+if TYPE_CHECKING:
+    from ..study import Study
 
 
 def _build() -> argparse.ArgumentParser:
@@ -123,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parts(arguments: argparse.Namespace) -> int:
     """Runs the parts whose models are there; the exit status."""
     weights = Path(__file__).parents[1] / "models" / MODEL / "model.safetensors"
-    show, ran, study = sys.stderr.isatty(), 0, None
+    show, ran = sys.stderr.isatty(), 0
+    study: Study | None = None
     with warnings.catch_warnings():
         # Each part prints its device, so the warning would repeat that.
         warnings.filterwarnings("ignore", message="no GPU found")
