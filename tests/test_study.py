@@ -208,7 +208,7 @@ def test_force_and_skip(model, study, tmp_path):
 
 def test_a_part_of_a_study(model, tmp_path):
     done = again(model, tmp_path, only=["screen"])
-    assert not done.complete and "2 of 17 steps" in repr(done)
+    assert not done.complete and "2 of 19 steps" in repr(done)
     assert all(c["why"] == "has not run" for c in done.results["claims"])
 
 
@@ -394,15 +394,21 @@ def test_the_circuits_of_the_viewer(study):
     text = study.report.read_text()
     embedded = text.split('id="circuit-data">')[1].split("</script>")[0]
     data = json.loads(embedded)
-    (path,) = study.folder.glob("steps/attribution/*/harmful.steered.scores.safetensors")
-    scores = vs.patching.EdgeScores.load(path)
-    for n in (1, 5, 19, 60, scores.graph.n_edges):
-        last = data["edges"][n - 1][3]
-        shown = {
-            f"{data['nodes'][u]}->{data['inputs'][d]}" for u, d, _, e in data["edges"] if e <= last
-        }
-        assert shown == scores.circuit(n).edge_names
-    assert data["left_out"] == 0 and data["total"] == scores.graph.n_edges
+    assert [c["name"] for c in data["circuits"]] == [
+        "harmful.steered", "harmful.base", "harmless.steered", "harmless.base", "ntp", "po",
+    ]  # fmt: skip
+    for circuit in data["circuits"]:
+        scores = vs.patching.EdgeScores.load(study.folder / circuit["file"])
+        edges = circuit["edges"]
+        for n in (1, 5, 19, 60, scores.graph.n_edges):
+            shown = {
+                f"{data['nodes'][u]}->{data['inputs'][d]}"
+                for u, d, _, e in edges
+                if e <= edges[n - 1][3]
+            }
+            assert shown == scores.circuit(n).edge_names
+        assert circuit["left_out"] == 0 and data["total"] == scores.graph.n_edges
+    assert set(data["tokens"]) == {n for n in data["nodes"] if n.startswith("a")}
 
 
 def test_texts_cannot_leave_their_place():
@@ -415,8 +421,22 @@ def test_texts_cannot_leave_their_place():
         "steps": {}, "claims": [], "vksteer": "0",
     }))  # fmt: skip
     viewer = {"tokens": {"a0.h0": [evil]}}
-    text = page(results, {"steps": {}}, viewer)
-    assert evil not in text and "\\u003c/script>" in text
+    answer = {"text": evil, "base": [1, 2, 9], "steered": None}
+    alike = {"QK": {"base": 0.0, "steered": 1.0}}
+    results["steps"] = {
+        "texts": {"kept": {"harmless": 1, "harmful": 1}, "prompts": {"harmless": 1, "harmful": 1},
+                  "alike": {"harmless": alike, "harmful": alike}},
+        "positions": {
+            "samples": [0], "of": 1, "layer": 0, "coefficient": 1.0, "prompt_share": [1.0],
+            "shown": [{"prompt": 1, "steered": [0, 2], "metric": [1], "tokens": [1.0, -1.0],
+                       "layers": [[1.0, 0.0], [0.0, -1.0]]}],
+        },
+    }  # fmt: skip
+    answers = dict.fromkeys(("unsteered", "none", "QK"), answer)
+    sides = {side: [{"prompt": evil, "answers": answers}] for side in ("harmless", "harmful")}
+    texts = {"texts": {"sides": sides}, "positions": {"tokens": [[evil, evil]]}}
+    text = page(results, {"steps": {}}, viewer, texts)
+    assert evil not in text and "\\u003c/script>" in text and "alert(1)" in text
 
 
 def test_compare(study, tmp_path):

@@ -6,11 +6,12 @@
 #                          what vksteer needs (make demo)
 #   tools/setup.sh docs    the same, and the documentation's Python packages (make docs)
 #   tools/setup.sh build   as run, and the tests' Python packages (make build)
-#   tools/setup.sh test    the same, and the validation layers, SwiftShader, AMD's shader compiler
-#                          and a newer Mesa (make test)
+#   tools/setup.sh test    the same, and the validation layers, SwiftShader, AMD's shader compiler,
+#                          a newer Mesa, and Chromium for the long tests of the report (make test)
 #
-# Only the compiler, Python's headers and the Vulkan loader are installed system-wide, as root or
-# with sudo; without either the script names what is missing and stops. Everything else is unpacked
+# Only the compiler, Python's headers, the Vulkan loader and Chromium are installed system-wide, as
+# root or with sudo; without either the script names what is missing and stops, for Chromium it goes
+# on. Everything else is unpacked
 # under .tools/ and .venv/: delete both folders to undo it. Newer packages come from a newer suite
 # of the same distribution, whose address is taken from the machine's own apt sources. A step is run
 # again when the text of its function changes.
@@ -342,6 +343,13 @@ software_driver() {
         die "the unpacked software driver does not start (.tools/mesa)"
 }
 
+# browser: Chromium for the long tests of the study's report; no other test needs it.
+browser() {
+    have chromium || have chromium-browser && return
+    ( install_packages "a browser for the long tests of the report" chromium ) ||
+        say "WARNING: Chromium is not available; the long tests of the report will say so"
+}
+
 test_drivers() {
     # Mesa for the subgroup sizes and the null AMD devices, also where a GPU is the main device.
     if [[ ! -e $TOOLS/mesa/vksteer_lvp.json ]] && ! system_mesa_is_recent; then
@@ -444,6 +452,7 @@ step software_driver "$MESA_REQUIRED"
 [[ $GOAL != docs ]] || step docs_packages "$(cat pyproject.toml)"
 [[ $GOAL == run || $GOAL == docs ]] || step test_packages "$(cat pyproject.toml)"
 [[ $GOAL != test ]] || step test_drivers "$CODENAME"
+[[ $GOAL != test ]] || step browser "$(have chromium || have chromium-browser; echo $?)"
 [[ $GOAL != test ]] ||
     step newer_mesa "$CODENAME $(declare -f unpack_newer_mesa) $("$VENV/bin/python" -V)"
 "$HOST_PYTHON" tools/write_env.py

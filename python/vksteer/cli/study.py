@@ -41,6 +41,11 @@ def add_parsers(commands: Subparsers) -> None:
         description=REPORT,
     )
     parser.add_argument("folder", metavar="DIR", help="the folder of a study")
+    parser.add_argument(
+        "--no-texts",
+        action="store_true",
+        help="leave out prompts, answers and tokens, for a report that is published",
+    )
     parser.set_defaults(run=run_report)
     parser = commands.add_parser(
         "compare",
@@ -155,7 +160,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     """Runs `vksteer report`; the exit status."""
     from ..study.report import write_report
 
-    print(write_report(arguments.folder))
+    print(write_report(arguments.folder, texts=not arguments.no_texts))
     return 0
 
 

@@ -1,7 +1,8 @@
 """Small charts as SVG text for the report: bars, lines, points and matrices.
 
-Colours are CSS classes (s0, s1, ...), so light, dark and printed pages choose their own; series
-also differ by dash and marker, so that no meaning rests on colour alone.
+Colours are CSS classes (s0, s1, ...), so light, dark and printed pages choose their own. Lines
+also differ by dash, bars by hatching, and cells below 0 are struck through or show their sign, so
+that no meaning rests on colour alone.
 """
 
 from __future__ import annotations
@@ -91,15 +92,27 @@ def _svg(parts: Sequence[str], title: str, height: float = HEIGHT) -> str:
     )
 
 
-def _legend(series: Sequence[Series]) -> str:
+def _legend(series: Sequence[Series], bar: bool = False) -> str:
     if len(series) < 2:
         return ""
-    marks = "".join(
-        f'<span class="key"><svg viewBox="0 0 26 10" aria-hidden="true"><path class="line s{i % 5}"'
-        f' d="M1 5H25"/></svg>{escape(s.label)}</span>'
-        for i, s in enumerate(series)
-    )
-    return f'<p class="legend">{marks}</p>'
+    marks = []
+    for i, s in enumerate(series):
+        mark = f'<path class="line s{i % 5}" d="M1 6H25"/>'
+        if bar:
+            mark = f'<rect class="fill s{i % 5}" width="26" height="12"/>{_hatch(i, 0, 0, 26, 12)}'
+        drawing = f'<svg viewBox="0 0 26 12" aria-hidden="true">{mark}</svg>'
+        marks.append(f'<span class="key">{drawing}{escape(s.label)}</span>')
+    return f'<p class="legend">{"".join(marks)}</p>'
+
+
+def _hatch(i: int, x: float, y: float, width: float, height: float) -> str:
+    """Lines over the bars of series i: none, level, upright, both, and closer level ones."""
+    step = 3 if i % 5 == 4 else 5
+    level = [] if i % 5 in (0, 2) else [y + step * k for k in range(1, 1 + int(height // step))]
+    upright = [] if i % 5 in (0, 1, 4) else [x + 4 * k for k in range(1, 1 + int(width // 4))]
+    parts = [f"M{x:.1f} {v:.1f}h{width:.1f}" for v in level if v < y + height]
+    parts += [f"M{v:.1f} {y:.1f}v{height:.1f}" for v in upright if v < x + width]
+    return f'<path class="hatch" d="{"".join(parts)}"/>' if parts else ""
 
 
 def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: str) -> str:
@@ -113,16 +126,17 @@ def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: st
                 continue
             x, y = frame.at(j + 0.1 + wide * i, value)
             w = frame.across(wide) - frame.across(0)
+            tall = max(0.0, frame.up(0) - y)
             parts.append(
                 f'<rect class="fill s{i % 5}" x="{x:.1f}" y="{y:.1f}" width="{w - 1:.1f}"'
-                f' height="{max(0.0, frame.up(0) - y):.1f}"/>'
+                f' height="{tall:.1f}"/>{_hatch(i, x, y, w - 1, tall)}'
             )
             if s.low and s.low[j] is not None and s.high[j] is not None:
                 low, high = frame.up(s.low[j] or 0.0), frame.up(s.high[j] or 0.0)
                 parts.append(f'<path class="whisker" d="M{x + w / 2:.1f} {low:.1f}V{high:.1f}"/>')
     for j, name in enumerate(names):
         parts.append(_text(frame.across(j + 0.5), HEIGHT - BOTTOM + 16, name))
-    return _svg(parts, title) + _legend(series)
+    return _svg(parts, title) + _legend(series, bar=True)
 
 
 def lines(title: str, series: Sequence[Series], x_label: str, y_label: str) -> str:
@@ -172,27 +186,39 @@ def points(title: str, x: Sequence[float], y: Sequence[float], x_label: str, y_l
 def matrix(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[Number]]
 ) -> str:
-    """A matrix of squares shaded by value, largest magnitude darkest, with the numbers where there
+    """A matrix of cells shaded by value, largest magnitude darkest, with the numbers where there
     is room.
     """
-    side = min(46.0, (WIDTH - 120) / max(1, len(columns)), 420 / max(1, len(rows)))
-    tall = TOP + side * len(rows) + 40
+    wide = min(46.0, (WIDTH - 120) / max(1, len(columns)))
+    high = min(max(wide, 18.0), 46.0, 420 / max(1, len(rows)))
     most = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
     parts = []
     for i, row in enumerate(values):
-        parts.append(_text(112, TOP + side * (i + 0.5) + 4, rows[i], "end"))
+        y = TOP + high * i
+        parts.append(_text(112, y + high / 2 + 4, rows[i], "end"))
         for j, v in enumerate(row):
-            if v is None:
-                continue
-            x, y = 120 + side * j, TOP + side * i
-            sign = "plus" if v >= 0 else "minus"
-            parts.append(
-                f'<rect class="cell {sign}" x="{x:.1f}" y="{y:.1f}" width="{side - 1:.1f}"'
-                f' height="{side - 1:.1f}" fill-opacity="{abs(v) / most:.2f}"/>'
-            )
-            if side >= 30:
-                parts.append(_text(x + side / 2, y + side / 2 + 4, f"{v:.2g}"))
-    shown = max(1, -(-len(columns) * 34 // (WIDTH - 120)))
-    every = range(0, len(columns), shown if side < 30 else 1)
-    parts += [_text(120 + side * (j + 0.5), tall - 22, columns[j]) for j in every]
-    return _svg(parts, title, tall)
+            if v is not None:
+                parts.append(_cell(v, v / most, 120 + wide * j, y, wide, high))
+    below = TOP + high * len(rows)
+    if wide >= 30:
+        parts += [_text(120 + wide * (j + 0.5), below + 18, name) for j, name in enumerate(columns)]
+        return _svg(parts, title, below + 40)
+    for j in range(0, len(columns), max(1, -(-12 // int(max(1, wide))))):
+        x = 120 + wide * (j + 0.5) + 3
+        turn = f' class="small" transform="rotate(-60 {x:.1f} {below + 8:.1f})"'
+        parts.append(_text(x, below + 8, columns[j], "end", turn))
+    return _svg(parts, title, below + 60)
+
+
+def _cell(value: float, share: float, x: float, y: float, wide: float, high: float) -> str:
+    """One cell; a negative one that has no room for its number is struck through."""
+    shape = (
+        f'<rect class="cell {"minus" if value < 0 else "plus"}" x="{x:.1f}" y="{y:.1f}"'
+        f' width="{wide - 1:.1f}" height="{high - 1:.1f}" fill-opacity="{abs(share):.2f}"/>'
+    )
+    if wide >= 30:
+        return shape + _text(x + wide / 2, y + high / 2 + 4, f"{value:.2g}")
+    if share > -0.05:
+        return shape
+    middle = y + high / 2
+    return shape + f'<path class="strike" d="M{x + 1:.1f} {middle:.1f}h{wide - 3:.1f}"/>'

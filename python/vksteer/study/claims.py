@@ -98,6 +98,11 @@ def _average(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float,
     return value, max(-1.0, value - below), min(1.0, value + above)
 
 
+def average_change(rows: Mapping[str, Any], row: str) -> tuple[float, float, float]:
+    """(average change, low, high) of a row of Table 1 from the row "none"."""
+    return _average(_sizes(rows[row], rows["none"]))
+
+
 #: Which way steering moves the attack success rates of the two kinds.
 STEERED = {"harmless": -1, "harmful": 1}
 
@@ -111,6 +116,11 @@ def _undone(row: Mapping[str, Any], steered: Mapping[str, Any]) -> list[tuple[fl
     return parts
 
 
+def _sizes(row: Mapping[str, Any], steered: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+    """How far a row moves each rate, either way: (size, low, high) each."""
+    return [_size(*_newcombe(row[side], steered[side])) for side in STEERED]
+
+
 def _frozen(
     steps: Steps, row: str, entry: tuple[str, str, str], least: float, most: float, undone: bool
 ) -> dict[str, Any]:
@@ -120,10 +130,7 @@ def _frozen(
     if "table1" not in steps:
         return _entry(*entry)
     rows, setting = steps["table1"]["rows"], steps["table1"]["setting"]
-    if undone:
-        parts = _undone(rows[row], rows["none"])
-    else:
-        parts = [_size(*_newcombe(rows[row][side], rows["none"][side])) for side in STEERED]
+    parts = _undone(rows[row], rows["none"]) if undone else _sizes(rows[row], rows["none"])
     value, low, high = _average(parts)
     n = min(setting["n_harmless"], setting["n_harmful"])
     whole = effect(rows["none"], rows["unsteered"])

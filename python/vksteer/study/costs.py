@@ -126,10 +126,11 @@ class _Memory:
             "po": lambda: self._training(2 * BATCH),
             "attribution": self._attribution,
             "attribution_learned": self._attribution,
+            "positions": self._attribution,
             "circuits": lambda: self._circuits(round(1 / self.settings.grid)),
             "exact": lambda: self._circuits(self.settings.patches),
         }
-        if name in ("prompts", "values"):
+        if name in ("prompts", "values", "texts"):
             return self.base
         if name in special:
             if name not in self._kept:

@@ -130,7 +130,7 @@ def _attributed(
     return content, files
 
 
-def _load(c: Context, from_step: str, name: str) -> tuple[Samples, EdgeScores] | None:
+def load_samples(c: Context, from_step: str, name: str) -> tuple[Samples, EdgeScores] | None:
     """The samples and scores of a data set or vector; None where steering flips no prompt."""
     made = c.inputs[from_step]
     samples = Samples.load(made.file(f"{name}.samples.json"))
@@ -159,7 +159,7 @@ def attribution_learned(c: Context) -> Outcome:
 )
 def exact(c: Context) -> Outcome:
     """The strongest edges and as many at random, each patched by itself on the first sample."""
-    found = _load(c, "attribution", MAIN)
+    found = load_samples(c, "attribution", MAIN)
     if found is None:
         return Outcome({"why": "steering flips no prompt of this data set"})
     samples, scores = found
@@ -222,7 +222,7 @@ def circuit_curves(c: Context) -> Outcome:
     learned = [(n, v) for n, v in vectors(c).items() if n != "dim"]
     every += [("attribution_learned", name, vector, MAIN) for name, vector in learned]
     for from_step, name, vector, data_set in every:
-        found = _load(c, from_step, name)
+        found = load_samples(c, from_step, name)
         content[name] = {"why": "steering flips none of the prompts"}
         if found is not None:
             jobs.append(_Job(name, *found, vector, coefficient(c, data_set)))
@@ -357,20 +357,22 @@ def rerouting(c: Context) -> Outcome:
     "steering value vectors and what they promote",
     needs=("candidates",),
     uses=("seed",),
-    version=2,
+    version=3,
 )
 def values(c: Context) -> Outcome:
     vector = load_vector(c, "dim")
     svv = ov.steering_value_vectors(c.model, vector)
-    places = svv.largest(LARGEST)
+    places = svv.largest(svv.norms.size)
     lens = ov.logit_lens(
         c.model, [svv[place] for place in places], top=TOP_TOKENS, progress=c.progress
     )
+    texts = lens.text()
     whole = ov.logit_lens(c.model, [vector, -vector], top=TOP_TOKENS, progress=False)
     content = {
-        "largest": [list(place) for place in places],
+        "largest": [list(place) for place in places[:LARGEST]],
         "norms": svv.norms,
-        "heads": lens.text(),
+        "heads": texts[:LARGEST],
+        "tokens": {f"a{l}.h{h}": text for (l, h), text in zip(places, texts, strict=True)},
         "vector": whole.text()[0],
         "negated": whole.text()[1],
         "meaning": meaning(
@@ -415,7 +417,7 @@ def _iou(sparse: dict[str, SteeringVector]) -> list[list[Any]]:
     uses=("taus", "new_tokens", "seed"),
 )
 def sparsity(c: Context) -> Outcome:
-    found = _load(c, "attribution", MAIN)
+    found = load_samples(c, "attribution", MAIN)
     if found is None:
         return Outcome({"why": "steering flips no prompt, so no gradient chooses dimensions"})
     table = sparsify.sweep(
@@ -443,5 +445,5 @@ def sparsity(c: Context) -> Outcome:
 
 def _learned_scores(c: Context) -> dict[str, EdgeScores]:
     names: Sequence[str] = [n for n in LEARNED if c.result(n)["trained"]]
-    found = {n: _load(c, "attribution_learned", n) for n in names}
+    found = {n: load_samples(c, "attribution_learned", n) for n in names}
     return {n: f[1] for n, f in found.items() if f is not None}

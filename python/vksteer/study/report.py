@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,25 @@ from ..base.types import PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..patching.edge_scores import EdgeScores
-from .inside import MAIN
+from .inside import DATA_SETS, MAIN
 from .sections import sections
+from .shown import TEXTS, TOKENS
 from .steps import STEPS
-from .viewer import drawn, embedded, page_file
+from .viewer import SCRIPTS, Shown, drawn, embedded, page_file, script
 
 LIMIT = 1 << 30
+#: The files of texts that steps keep beside results.json.
+TEXT_FILES = {"texts": TEXTS, "positions": TOKENS}
 
 
-def write_report(folder: PathLike) -> Path:
+def write_report(folder: PathLike, *, texts: bool = True) -> Path:
     """Writes report.html into a study's folder from its results.json, run.json and stored scores;
     returns its path.
 
-    Raises ModelError where results.json is missing or not of a study.
+    texts: whether it shows prompts, answers and tokens of samples, as they are needed to judge what
+    the rates count. False leaves them out, for a report that is published where the answers must
+    not be. Raises ModelError where results.json is missing or not of a study, or a file of texts is
+    damaged.
     """
     place = Path(folder)
     results = read_json(place / "results.json", limit=LIMIT)
@@ -31,51 +38,99 @@ def write_report(folder: PathLike) -> Path:
     run: dict[str, Any] = {"steps": {}}
     if (place / "run.json").exists():
         run = read_json(place / "run.json", limit=LIMIT)
+    said = text_files(place, run) if texts else {}
     target = place / "report.html"
-    write_whole(target, page(results, run, viewer_data(place, results, run)).encode())
+    write_whole(target, page(results, run, viewer_data(place, results, run), said).encode())
     return target
 
 
-def page(results: dict[str, Any], run: dict[str, Any], viewer: dict[str, Any] | None) -> str:
-    """The report as HTML text."""
-    from jinja2 import Environment, StrictUndefined
+def page(
+    results: Mapping[str, Any],
+    run: Mapping[str, Any],
+    viewer: Mapping[str, Any] | None,
+    texts: Mapping[str, Any] | None = None,
+) -> str:
+    """The report as HTML text. texts: {step: what its file of texts holds}."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(page_file),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     steps = results["steps"]
-    devices = sorted({s["device"] for s in run["steps"].values()})
-    return environment.from_string(page_file("report.html")).render(
+    return environment.get_template("report.html").render(
         css=page_file("report.css"),
-        script=page_file("viewer.js"),
+        script=script("elements", "figures"),
+        viewer_script=script(*SCRIPTS),
         results=results,
-        sections=sections(steps),
+        sections=sections(steps, texts),
         viewer=viewer,
         viewer_json="" if viewer is None else embedded(viewer),
         missing=[name for name in STEPS if name not in steps],
-        devices=devices,
-        seconds=sum(s["seconds"] for s in run["steps"].values()),
-        run=run,
+        devices=sorted({s["device"] for s in run["steps"].values()}),
+        seconds=[(name, s["seconds"]) for name, s in run["steps"].items()],
+        versions=sorted(
+            {f"{name} {v}" for s in run["steps"].values() for name, v in s["versions"].items()}
+        ),
     )
 
 
+def step_file(folder: Path, run: Mapping[str, Any], step: str, name: str) -> Path | None:
+    """A file of a finished step in the store, relative to the study's folder; None where there is
+    none.
+    """
+    key = run["steps"].get(step, {}).get("folder")
+    path = Path("steps") / step / str(key) / name
+    return path if key is not None and (folder / path).exists() else None
+
+
+def text_files(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """{step: what its file of texts holds}."""
+    found = {step: step_file(folder, run, step, name) for step, name in TEXT_FILES.items()}
+    return {
+        step: read_json(folder / path, limit=LIMIT)
+        for step, path in found.items()
+        if path is not None
+    }
+
+
 def viewer_data(
-    folder: Path, results: dict[str, Any], run: dict[str, Any]
+    folder: Path, results: Mapping[str, Any], run: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """What the circuit's viewer draws; None where there are no edge scores."""
-    path = scores_path(folder, run)
-    if path is None:
+    circuits = results["steps"].get("circuits", {})
+    shown = []
+    learned = results["steps"].get("attribution_learned", {}).get("vectors", {})
+    for step, names in (("attribution", DATA_SETS), ("attribution_learned", tuple(learned))):
+        for name in names:
+            path = step_file(folder, run, step, f"{name}.scores.safetensors")
+            if path is not None:
+                scores = EdgeScores.load(folder / path)
+                points = _measured(circuits, name)
+                shown.append(Shown(name, _label(name), scores, points, path.as_posix()))
+    if not shown:
         return None
-    scores = EdgeScores.load(path)
-    curve = results["steps"].get("circuits", {}).get("curve", {})
-    values = results["steps"].get("values", {})
-    places = zip(values.get("largest", []), values.get("heads", []), strict=True)
-    tokens = {f"a{layer}.h{head}": text for (layer, head), text in places}
-    return drawn(scores, curve, tokens, MAIN)
+    return drawn(shown, results["steps"].get("values", {}).get("tokens", {}))
 
 
-def scores_path(folder: Path, run: dict[str, Any]) -> Path | None:
-    """The file of the main data set's scores in the store; None where there is none."""
-    key = run["steps"].get("attribution", {}).get("folder")
-    if key is None:
-        return None
-    path = folder / "steps" / "attribution" / key / f"{MAIN}.scores.safetensors"
-    return path if path.exists() else None
+def _label(name: str) -> str:
+    """A data set or a learned vector in words."""
+    if name not in DATA_SETS:
+        return f"vector {name}, {_label(MAIN)}"
+    kind, responses = name.split(".")
+    return f"{kind} prompts, {responses} responses"
+
+
+def _measured(circuits: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The sizes of which faithfulness was measured: the curve, which there is of one data set, or
+    the smallest faithful circuit.
+    """
+    curve = circuits.get("curve", {})
+    if name == MAIN and "faithfulness" in curve:
+        return {key: curve[key] for key in ("edges", "faithfulness")}
+    found = circuits.get("smallest", {}).get(name, {})
+    if "size" not in found:
+        return {}
+    return {"edges": [found["size"]], "faithfulness": [found["faithfulness"]]}

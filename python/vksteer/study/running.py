@@ -15,7 +15,7 @@ from ..base.json_files import read_json
 from ..base.provenance import loaded_with
 from ..base.types import PathLike, ProgressLike
 from ..base.whole_files import write_whole
-from . import inside, vectors  # noqa: F401  registers the steps
+from . import inside, shown, vectors  # noqa: F401  registers the steps
 from .claims import claims
 from .planning import (
     Counts,

@@ -235,4 +235,4 @@ def table1(c: Context) -> Outcome:
         out=c.folder / "answers.json",
         progress=c.progress,
     )
-    return Outcome(stable(table.to_dict()))
+    return Outcome(stable(table.to_dict()), ["answers.json"])

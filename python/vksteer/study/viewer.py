@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from typing import Any
@@ -16,8 +17,10 @@ from ..circuits.curve import FaithfulnessCurve
 from ..circuits.graph import INPUT_KINDS
 from ..patching.edge_scores import EdgeScores
 
-#: Edges that the viewer holds; the number left out is stated.
-MOST_EDGES = 10_000
+#: Edges that the viewer holds of one circuit, and of all; the numbers left out are stated.
+MOST_EDGES, MOST_IN_ALL = 10_000, 60_000
+#: The scripts of the page, in their order.
+SCRIPTS = ("elements", "circuits", "drawing", "tables", "exports", "viewer")
 
 
 def page_file(name: str) -> str:
@@ -25,22 +28,34 @@ def page_file(name: str) -> str:
     return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
 
 
-def drawn(
-    scores: EdgeScores,
-    curve: Mapping[str, Any],
-    tokens: Mapping[str, list[str]],
-    data: str = "",
-) -> dict[str, Any]:
-    """What the viewer draws.
+def script(*names: str) -> str:
+    """Scripts of the page as one, which leaves no names behind."""
+    parts = "\n".join(page_file(f"{name}.js") for name in names)
+    return f'(() => {{\n"use strict";\n{parts}}})();'
 
-    edges: [upstream, downstream, score, entry] each, sorted by entry, at most MOST_EDGES: the
-    circuit of size n is the edges whose entry is at most that of the n-th. curve: {"edges",
-    "faithfulness"}, the measured sizes. tokens: what the value vectors of heads promote.
+
+@dataclass(frozen=True)
+class Shown:
+    """One circuit of the viewer. name: in the address of a view. label: for the reader. curve:
+    {"edges", "faithfulness"}, the measured sizes. file: of the scores, from the page's folder.
     """
-    graph = scores.graph
-    entry = search.entry_ranks(graph, search.ranking(scores.edges))
-    order = np.argsort(entry, kind="stable")[:MOST_EDGES]
-    measured = zip(curve.get("edges", []), curve.get("faithfulness", []), strict=True)
+
+    name: str
+    label: str
+    scores: EdgeScores
+    curve: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+
+
+def drawn(circuits: Sequence[Shown], tokens: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """What the viewer draws: circuits of one graph, at least one.
+
+    Of each circuit: edges, [upstream, downstream, score, entry] each, sorted by entry: the circuit
+    of size n is the edges whose entry is at most that of the n-th. tokens: what the value vectors
+    of heads promote.
+    """
+    graph = circuits[0].scores.graph
+    most = min(MOST_EDGES, MOST_IN_ALL // len(circuits))
     return {
         "layer": graph.layer,
         "layers": graph.n_layers,
@@ -49,20 +64,27 @@ def drawn(
         "nodes": list(graph.node_names),
         "inputs": list(graph.input_names),
         "kinds": [INPUT_KINDS[k] for k in graph.input_kind],
-        "edges": [
-            [
-                int(graph.upstream[e]),
-                int(graph.downstream[e]),
-                _short(scores.edges[e]),
-                int(entry[e]),
-            ]
-            for e in order
-        ],
         "total": graph.n_edges,
-        "left_out": graph.n_edges - len(order),
-        "curve": [[int(n), float(f)] for n, f in measured if f is not None],
+        "circuits": [_circuit(one, most) for one in circuits],
         "tokens": dict(tokens),
-        "data": data,
+    }
+
+
+def _circuit(shown: Shown, most: int) -> dict[str, Any]:
+    """What the viewer draws of one circuit, its first `most` edges."""
+    scores, graph = shown.scores, shown.scores.graph
+    entry = search.entry_ranks(graph, search.ranking(scores.edges))
+    order = np.argsort(entry, kind="stable")[:most]
+    ends = graph.upstream[order].tolist(), graph.downstream[order].tolist()
+    values = (_short(scores.edges[e]) for e in order)
+    points = zip(shown.curve.get("edges", []), shown.curve.get("faithfulness", []), strict=True)
+    return {
+        "name": shown.name,
+        "label": shown.label,
+        "file": shown.file,
+        "edges": [list(row) for row in zip(*ends, values, entry[order].tolist(), strict=True)],
+        "left_out": graph.n_edges - len(order),
+        "curve": [[int(n), float(f)] for n, f in points if f is not None],
     }
 
 
@@ -84,16 +106,19 @@ class CircuitView:
         self._data, self.height = data, height
 
     def __repr__(self) -> str:
-        return f"CircuitView({len(self._data['edges'])} of {self._data['total']} edges)"
+        held = len(self._data["circuits"][0]["edges"])
+        return f"CircuitView({held} of {self._data['total']} edges)"
 
     def to_html(self) -> str:
         """A page that loads nothing from elsewhere."""
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Circuit</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<style>{page_file('report.css')}</style></head><body>"
-            '<main><div id="viewer" class="viewer"></div></main>'
+            '<main><h1 class="hidden">Circuit</h1><h2 class="hidden">Nodes and edges</h2>'
+            '<div id="viewer" class="viewer"></div></main>'
             f'<script type="application/json" id="circuit-data">{embedded(self._data)}</script>'
-            f"<script>{page_file('viewer.js')}</script></body></html>"
+            f"<script>{script(*SCRIPTS)}</script></body></html>"
         )
 
     def save(self, path: Any) -> None:
@@ -111,14 +136,19 @@ class CircuitView:
 
 
 def view(
-    scores: EdgeScores, curve: FaithfulnessCurve | None = None, *, height: int = 700
+    scores: EdgeScores,
+    curve: FaithfulnessCurve | None = None,
+    *,
+    others: Mapping[str, EdgeScores] | None = None,
+    height: int = 700,
 ) -> CircuitView:
     """The viewer of the circuits of all sizes of `scores`, for a notebook's cell.
 
     scores: of `vs.patching.attribute`; the 10,000 edges that enter the circuit first are drawn.
     curve: of `vs.circuits.faithfulness_curve`, whose measured faithfulness stands beside the slider
-    of sizes. height: of the cell in pixels. Raises ValueError for a curve of another graph and a
-    height below 200.
+    of sizes. others: scores of the same graph by name, to compare with: which edges are in only one
+    of two circuits, which in both. height: of the cell in pixels. Raises ValueError for a curve or
+    scores of another graph, a name "scores" or "" and a height below 200.
     """
     require_int(height, "height", 200)
     measured: dict[str, Any] = {}
@@ -129,4 +159,14 @@ def view(
                 f" {scores.graph.n_edges}"
             )
         measured = {"edges": curve.edges.tolist(), "faithfulness": curve.faithfulness.tolist()}
-    return CircuitView(drawn(scores, measured, {}), height)
+    shown = [Shown("scores", "scores", scores, measured)]
+    for name, other in (others or {}).items():
+        if other.graph != scores.graph:
+            raise ValueError(
+                f"others[{name!r}] is of another graph: {other.graph!r}; the scores are of"
+                f" {scores.graph!r}"
+            )
+        if name in ("", "scores"):
+            raise ValueError(f"others: {name!r} is taken or empty; give the scores another name")
+        shown.append(Shown(name, name, other))
+    return CircuitView(drawn(shown, {}), height)

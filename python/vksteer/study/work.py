@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from .meaning import DIRECTIONS, LARGEST, MOST_HEADS
 from .settings import Settings
+from .shown import MOST_SAMPLES
 
 #: Kind of work -> what is counted.
 KINDS = {
@@ -327,9 +328,23 @@ def _sparsity(shape: Shape, s: Settings) -> Work:
 
 
 def _values(shape: Shape, s: Settings) -> Work:
-    # value vectors of the largest heads and the vectors themselves, with their negatives
-    heads = min(MOST_HEADS, max(LARGEST, shape.above * shape.n_heads // 10))
-    return _work(lens=2 * (1 + DIRECTIONS) * (heads + 1), word=shape.vocabulary)
+    # value vectors of the largest heads and the vectors themselves, with their negatives, and those
+    # of all heads once
+    every = shape.above * shape.n_heads
+    heads = min(MOST_HEADS, max(LARGEST, every // 10))
+    return _work(lens=2 * (1 + DIRECTIONS) * (heads + 1) + every, word=shape.vocabulary)
+
+
+def _positions(shape: Shape, s: Settings) -> Work:
+    kept, tokens = _samples(shape, s, DATA_SETS[0])
+    if not kept:
+        return _work()
+    tokens *= min(MOST_SAMPLES, kept) / kept
+    return _work(
+        gradient=tokens * s.steps * shape.above,
+        contract=tokens * shape.edges(shape.layer),
+        final=tokens * shape.above,
+    )
 
 
 def _nothing(shape: Shape, s: Settings) -> Work:
@@ -353,5 +368,7 @@ WORK: dict[str, Callable[[Shape, Settings], Work]] = {
     "circuits": _circuits,
     "rerouting": _rerouting,
     "values": _values,
+    "texts": _nothing,
+    "positions": _positions,
     "sparsity": _sparsity,
 }

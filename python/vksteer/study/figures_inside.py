@@ -1,0 +1,303 @@
+"""Figures of what happens inside: frozen parts, circuits, value vectors, and dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import charts
+from .charts import Series
+from .claims import CARRY, HARDLY, LEAST_PROMPTS, average_change, effect
+from .figures import WILSON, Figure, Steps, number, rate, rates
+
+
+def table1(steps: Steps) -> Figure:
+    """Rates with parts frozen or ablated."""
+    rows, setting = steps["table1"]["rows"], steps["table1"]["setting"]
+    order = ["none", "QK", "OV", "SVV", "MLP direct", "MLP"]
+    names = [n for n in order if n in rows] + [n for n in rows if n not in order]
+    series = [
+        rates("harmless prompts", [rows[n]["harmless"] for n in names]),
+        rates("harmful prompts", [rows[n]["harmful"] for n in names]),
+    ]
+    qk, ov = rows["QK"]["average_change"], rows["OV"]["average_change"]
+    whole = effect(rows["none"], rows["unsteered"])
+    doses, n = setting["dose"], min(setting["n_harmless"], setting["n_harmful"])
+    few = f", as far as {n} prompts of each kind can tell" if n < LEAST_PROMPTS else ""
+    return Figure(
+        "Table 1: parts frozen or ablated",
+        f"Freezing the attention patterns changes the rates by {100 * qk:.0f} % on average,"
+        f" freezing the values by {100 * ov:.0f} %: {_acts(whole, qk, ov)}{few}.",
+        charts.bars("Attack success rate by ablation", names, series, "ASR"),
+        ("ablation", "ASR harmless", "ASR harmful", "average change"),
+        [
+            [
+                n,
+                rate(rows[n]["harmless"]),
+                rate(rows[n]["harmful"]),
+                _percent(average_change(rows, n)) if n != "none" else "–",
+            ]
+            for n in names
+        ],
+        f"{setting['n_harmless']} harmless prompts under +{setting['coefficient'][0]:g} (dose"
+        f" {doses[0]:.2f}), {setting['n_harmful']} harmful prompts under"
+        f" -{setting['coefficient'][1]:g} (dose {doses[1]:.2f}). {WILSON} Those of the changes"
+        " are Newcombe's, of differences of two rates.",
+    )
+
+
+def _percent(found: tuple[float, float, float]) -> str:
+    """A change with its interval, in percent."""
+    value, low, high = (100 * x for x in found)
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def _acts(whole: float, qk: float, ov: float) -> str:
+    """Through what the vector acts, by the thresholds of the claims."""
+    if whole < CARRY:
+        return (
+            f"steering itself moves them by {100 * whole:.0f} %, too little to tell through what"
+            " it acts"
+        )
+    if ov >= CARRY and qk <= HARDLY:
+        return "the vector acts through OV"
+    return f"the vector acts through {'OV more than through QK' if ov > qk else 'QK as well'}"
+
+
+def rerouting(steps: Steps) -> Figure:
+    """How far steering moves attention."""
+    found = steps["rerouting"]
+    layer, head, most = found["largest"]
+    first = steps["candidates"]["layer"]
+    shown = found["distance"][first:]
+    names = [f"layer {first + i}" for i in range(len(shown))]
+    heads = [f"h{h}" for h in range(len(shown[0]))]
+    return Figure(
+        "How far attention moves",
+        f"Steering moves {100 * found['mean']:.0f} % of the attention on average, most in"
+        f" a{layer}.h{head} ({100 * most:.0f} %).",
+        charts.matrix("Total variation of patterns", names, heads, shown),
+        ("head", "from token", "to token", "before", "after"),
+        [[f"a{l}.h{h}", str(q), str(k), number(a), number(b)] for l, h, q, k, a, b in found["top"]],
+        f"{found['prompts']} harmful prompts under {found['coefficient']:+g}; total variation"
+        " between both runs' patterns, the mean over all tokens. The table holds the entries that"
+        " change most.",
+    )
+
+
+def curve(steps: Steps) -> Figure:
+    """Faithfulness by size, and the smallest faithful circuits."""
+    curve, smallest = steps["circuits"]["curve"], steps["circuits"]["smallest"]
+    rows = [
+        [
+            name,
+            str(found.get("size", "–")),
+            f"{100 * found['share']:.1f} %" if "share" in found else found["why"],
+            _judged(found),
+        ]
+        for name, found in smallest.items()
+    ]
+    chart, note = "", f"No curve: {curve['why']}." if "why" in curve else ""
+    if "faithfulness" in curve:
+        x = [100 * e / curve["n_edges"] for e in curve["edges"]]
+        mean = [_mean(row) for row in curve["random"]]
+        series = [
+            Series("circuit", curve["faithfulness"], x, curve["low"], curve["high"]),
+            Series("random, twice the edges", mean, x),
+        ]
+        chart = charts.lines("Faithfulness by size", series, "edges, %", "faithfulness")
+        setting = curve["setting"]
+        note = (
+            f"The curve's circuits were found on {setting['n_found_on']} samples and judged on"
+            f" {setting['n_judged_on']} others; 95 % bootstrap intervals over samples."
+        )
+    sizes = [f["share"] for f in smallest.values() if "share" in f]
+    if sizes:
+        note += (
+            " The circuits of the table were found on one half of the samples and judged on the"
+            " other."
+        )
+    sentence = (
+        f"Between {100 * min(sizes):.1f} and {100 * max(sizes):.1f} % of the edges carry 85 % of"
+        " the effect."
+        if sizes
+        else "No circuit reaches 85 % of the effect."
+        if any("flips none" not in f["why"] for f in smallest.values())
+        else "Steering flips no prompt, so there is no circuit to find."
+    )
+    head = ("samples or vector", "smallest faithful circuit", "share of all edges", "faithfulness")
+    return Figure("Faithful circuits", sentence, chart, head, rows, note)
+
+
+def _judged(found: Mapping[str, Any]) -> str:
+    """The faithfulness of a smallest circuit on the samples that judge it, with its interval."""
+    if found.get("faithfulness") is None:
+        return "–"
+    ends = [number(found[key]) for key in ("low", "high")]
+    return (
+        f"{number(found['faithfulness'])} [{', '.join(ends)}] ({found['samples_judged']} samples)"
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [v for v in values if v is not None]
+    return sum(there) / len(there) if there else None
+
+
+def overlaps(steps: Steps) -> Figure:
+    """What the circuits of a tenth of the edges share."""
+    found = steps["circuits"]["overlap_of_tenths"]
+    names, values = found["names"], found["values"]
+    pairs = [(values[i][j], names[i], names[j]) for i in range(len(names)) for j in range(i)]
+    sentence = (
+        "The circuits that share least are {1} and {2}: {0:.2f}.".format(*min(pairs))
+        if pairs
+        else "There are fewer than two circuits to compare."
+    )
+    return Figure(
+        "Overlap of circuits",
+        sentence,
+        charts.matrix("Overlap", names, [str(i + 1) for i in range(len(names))], values),
+        ("samples or vector", *names),
+        [[n, *(f"{v:.2f}" for v in row)] for n, row in zip(names, values, strict=True)],
+        "Circuits of a tenth of the edges; shared edges over those of the smaller circuit.",
+    )
+
+
+def strongest(steps: Steps) -> Figure:
+    """The strongest edges of the main data set as a table."""
+    found = steps["attribution"]["data_sets"]["harmful.steered"]
+    if "top" not in found:
+        return Figure("The strongest edges", "Steering flips no prompt.", "", (), (), "")
+    top = found["top"]
+    return Figure(
+        "The strongest edges",
+        f"The {len(top)} strongest of {found['edges']} edges hold"
+        f" {100 * sum(share for _, _, share in top):.0f} % of all scores by size;"
+        f" the strongest is {top[0][0]}.",
+        "",
+        ("edge", "score", "share", "sign"),
+        [
+            [
+                name,
+                number(abs(score)),
+                f"{100 * share:.1f} %",
+                "negative" if score < 0 else "positive",
+            ]
+            for name, score, share in top
+        ],
+        f"Harmful prompts, steered responses: {found['line']}, {found['positions']} metric"
+        " positions. Means over samples have no interval here; the curve above has.",
+    )
+
+
+def types(steps: Steps) -> Figure:
+    """Inputs that the strongest edges end in."""
+    sets = {n: d for n, d in steps["attribution"]["data_sets"].items() if "top_by_type" in d}
+    if not sets:
+        return Figure("Where edges end", "Steering flips no prompt.", "", (), (), "")
+    kinds = ("q", "k", "v", "mlp", "logits")
+    tops = {n: d["top_by_type"][max(d["top_by_type"], key=int)] for n, d in sets.items()}
+    series = [Series(n, [top[k] for k in kinds]) for n, top in tops.items()]
+    strongest = max(kinds, key=lambda k: sum(top[k] for top in tops.values()))
+    return Figure(
+        "Where the strongest edges end",
+        f"Of the strongest tenth of the edges the largest share ends in {strongest} inputs.",
+        charts.bars("Share of edges by the input they end in", kinds, series, "share of edges"),
+        ("samples", *kinds),
+        [[n, *(f"{100 * top[k]:.1f} %" for k in kinds)] for n, top in tops.items()],
+        ", ".join(f"{n}: {d['samples']} samples of {d['asked']} prompts" for n, d in sets.items()),
+    )
+
+
+def exact(steps: Steps) -> Figure:
+    """Estimates beside exact patches."""
+    found = steps["exact"]
+    if "n" not in found:
+        return Figure("Estimates and exact patches", found["why"], "", (), (), "")
+    return Figure(
+        "Estimates beside exact patches",
+        f"The estimates rank {found['n']} patched edges with a Spearman correlation of"
+        f" {number(found['spearman'])}.",
+        charts.points(
+            "Estimated and exact effects",
+            found["estimates"],
+            found["measured"],
+            "estimate",
+            "exact",
+        ),
+        ("Pearson", "Spearman", "same sign", "slope"),
+        [[number(found[k]) for k in ("pearson", "spearman", "sign", "slope")]],
+        f"One sample{_fisher(found['spearman'], found['n'])}; {found['half_strongest']} strongest"
+        " edges and as many at random, each patched"
+        " by itself.",
+    )
+
+
+def _fisher(r: float | None, n: int) -> str:
+    """The 95 % interval of a Spearman correlation of n pairs, by Fisher's transformation with the
+    variance of Bonett and Wright (Psychometrika 65, 2000); "" where there is none.
+    """
+    if r is None or n < 4 or abs(r) >= 1:
+        return ""
+    half = 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(r) + x) for x in (-half, half))
+    return f", Spearman correlation between {low:.2f} and {high:.2f} (95 %, over edges)"
+
+
+def values(steps: Steps) -> Figure:
+    """Value vectors and the tokens that they promote."""
+    found = steps["values"]
+    rows = [["the vector", "", " · ".join(found["vector"])]]
+    rows.append(["its negative", "", " · ".join(found["negated"])])
+    first = steps["candidates"]["layer"]
+    for (layer, head), tokens in zip(found["largest"], found["heads"], strict=True):
+        norm = found["norms"][layer - first][head]
+        rows.append([f"a{layer}.h{head}", number(norm), " · ".join(tokens)])
+    return Figure(
+        "Steering value vectors",
+        "What steering writes through the heads with the largest value vectors, read by the logit"
+        " lens, beside the vector itself.",
+        "",
+        ("head", "norm", "tokens that it promotes most"),
+        rows,
+        "A value vector depends on the weights and the vector alone; no samples are involved.",
+    )
+
+
+def sparsity(steps: Steps) -> Figure:
+    """Rates as dimensions are set to zero."""
+    found = steps["sparsity"]
+    if "rows" not in found:
+        return Figure("Sparsity", found["why"], "", (), (), "")
+    rows = [r for r in found["rows"] if r["method"] in ("gradient", "random")]
+    series = []
+    for method in ("gradient", "random"):
+        for side, sign in (("harmless", "+"), ("harmful", "-")):
+            some = sorted((r for r in rows if r["method"] == method), key=lambda r: r["sparsity"])
+            x = [100 * r["sparsity"] for r in some]
+            series.append(rates(f"{method}, {side} {sign}a", [r[side] for r in some], x))
+    pairs = [p for some in found["overlaps"].values() for p in some]
+    agree = (
+        f"; kept dimensions of two vectors overlap by {min(p[2] for p in pairs):.2f} or more"
+        if pairs
+        else ""
+    )
+    return Figure(
+        "Dimensions set to zero",
+        f"Rates as fewer dimensions are kept, by gradient and at random{agree}.",
+        charts.lines("Attack success rate by sparsity", series, "dimensions set to zero, %", "ASR"),
+        ("kept by", "tau", "sparsity", "ASR harmless", "ASR harmful"),
+        [
+            [
+                r["method"],
+                "–" if r["tau"] is None else f"{r['tau']:g}",
+                f"{100 * r['sparsity']:.1f} %",
+                rate(r["harmless"]),
+                rate(r["harmful"]),
+            ]
+            for r in rows
+        ],
+        f"{found['setting']['n_harmless']} prompts of each kind. {WILSON}",
+    )
