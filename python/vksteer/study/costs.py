@@ -176,8 +176,9 @@ class _Memory:
         rows = [Rows(kept_matrix(g, one.edges)) for one in some]
         lengths = [self._sample()] * max(1, self.settings.samples)
         _, compiled, _, chunk, slots = passes.fit(rows, lengths)
-        few, _ = compiled.bytes(chunk, slots)
+        held = (chunk, slots, max(lengths), passes.distributions)
+        few, _ = compiled.bytes(*held)
         _, alone, _, _, _ = passes.fit(rows[:1], lengths)
-        one, _ = alone.bytes(chunk, slots)
+        one, _ = alone.bytes(*held)
         wanted = one + (few - one) / (COMPILED - 1) * (min(n, RUNS_MOST) - 1)
         return round(min(passes.budget, wanted)) + self.slot * slots
