@@ -107,14 +107,17 @@ def test_works_in_an_empty_environment(published, pattern, tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     driver = {"VK_DRIVER_FILES": tool("lavapipe_icd"), "VK_ICD_FILENAMES": tool("lavapipe_icd")}
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("VK", "PYTHON"))}
-    done = subprocess.run(
-        [python, "-c", GENERATE],
-        env=clean | driver,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    alone = clean | driver | {"PATH": str(python.parent)}  # no compiler, no other tool
+    options = {"env": alone, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([python, "-c", GENERATE], check=False, **options)
     assert done.returncode == 0, done.stderr[-4000:]
     where, tokens = json.loads(done.stdout)
     assert Path(where).is_relative_to(tmp_path) and len(tokens) == 8
+    command = [python.parent / "vksteer", "study", "--model", "tiny-llama-chat", "--out", "study"]
+    command += ["--size", "tiny", "--device", "llvmpipe"]
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads((tmp_path / "study/results.json").read_text())
+    assert len(results["steps"]) == 17 and len(results["claims"]) == 5
+    report = (tmp_path / "study/report.html").read_text()
+    assert 'id="circuit-data"' in report and results["claims"][0]["verdict"] in report
