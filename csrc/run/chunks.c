@@ -248,8 +248,9 @@ static int batch_begin(struct run_work *work, struct run_cache *cache,
     return model_angles_prepare(work->model, last, error);
 }
 
-int run_forward_record(struct run_work *work, struct run_cache *cache,
-                       const struct run_batch *batch, struct error *error) {
+/* Records what run_forward runs. After a failure call gpu_queue_abandon. */
+static int forward_record(struct run_work *work, struct run_cache *cache,
+                          const struct run_batch *batch, struct error *error) {
     int mlp_frozen;
     struct token_lists lists;
     int failed = token_lists_make(&lists, work->capacity, error) ||
@@ -262,7 +263,7 @@ int run_forward_record(struct run_work *work, struct run_cache *cache,
 
 int run_forward(struct run_work *work, struct run_cache *cache, const struct run_batch *batch,
                 struct error *error) {
-    int failed = run_forward_record(work, cache, batch, error) ||
+    int failed = forward_record(work, cache, batch, error) ||
                  gpu_queue_wait(work->model->ops.queue, error);
     if (failed)
         gpu_queue_abandon(work->model->ops.queue);
@@ -297,7 +298,7 @@ int run_decode_block(struct run_work *work, struct run_cache *cache, const struc
         .near = block->near,
     };
     work->chunk.picks = &picks;
-    int failed = run_forward_record(work, cache, batch, error) ||
+    int failed = forward_record(work, cache, batch, error) ||
                  gpu_queue_wait(work->model->ops.queue, error);
     work->chunk.picks = NULL;
     if (failed) {

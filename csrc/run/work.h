@@ -153,9 +153,6 @@ int run_layer(struct run_work *work, struct run_cache *cache, int layer, struct 
 int run_final_norm(struct run_work *work, struct error *error);
 uint64_t run_address(const struct gpu_buffer *buffer); /* 0 for none */
 
-/* chunks.c: records what run_forward runs. After a failure call gpu_queue_abandon. */
-int run_forward_record(struct run_work *work, struct run_cache *cache,
-                       const struct run_batch *batch, struct error *error);
 /* chunks.c: the whole batch as one chunk, through the layers and the logits. work->chunk stays
  * valid (and the uploads, until the next work_upload_reset) so that a backward pass can follow.
  * Call run_one_chunk_end afterwards, also after a failure. */

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..base.checks import require_int
 from ..base.lfs import lfs_pointer
 from .hub import ENDINGS, files_of
 from .prompt_sets import STUDY
@@ -85,6 +84,8 @@ def load(
     file to fetch by hand, for fewer than n prompts, and FileNotFoundError for a file that does not
     exist.
     """
+    from ..base.checks import require_int  # it imports NumPy, which `--help` does without
+
     if limit is not None:
         require_int(limit, "limit", 1)
     if n is not None:
