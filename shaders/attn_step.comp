@@ -72,6 +72,9 @@ void rows_norm_layer(uint lane, uint h, uint last, uint g) {
             x = x - mean;
             x *= inverse;
             x *= r < HEADS ? p.q_gain.at[gain + i] : p.k_gain.at[gain + i];
+            if ((p.flags & STEP_NORM_BIAS) != 0)
+                x += r < HEADS ? p.q_gain.at[p.n_heads * p.d_head + gain + i]
+                               : p.k_gain.at[p.n_kv_heads * p.d_head + gain + i];
             rows[base + i] = x;
         }
     }

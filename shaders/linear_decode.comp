@@ -6,6 +6,8 @@
 //                      costs less than a dispatch of its own and the wait for it
 //           PAIRS      (optional) a lane also takes the column N / 2 further on, and writes
 //                      act(first) * second
+//           POST       (optional) x becomes x + RMS norm of `out_`, which the first workgroup of a
+//                      row writes to `mid`
 // Buffers   x [M, x_stride], weights: panels (linear.comp gives the layout), dst [M, out_stride]
 // Grid      x = ceil(M / RM), y = ceil(N / (lanes * LANE_COLUMNS)). Of a workgroup of 256, `lanes`
 //           lanes lie along the columns; the 256 / lanes groups of them share k, cell by cell, so
@@ -19,7 +21,14 @@
 #define FIXED_WORKGROUP 256
 #include "types.glsl"
 #include "act.glsl"
-layout(push_constant, scalar) uniform Params { linear_decode_params p; };
+#ifdef POST
+#define ARGUMENTS linear_decode_post_params
+#define FIRST_CELL 0
+#else
+#define ARGUMENTS linear_decode_params
+#define FIRST_CELL p.first_cell
+#endif
+layout(push_constant, scalar) uniform Params { ARGUMENTS p; };
 
 #include "linear_epilogue.glsl"
 #include "weights.glsl"
@@ -34,7 +43,7 @@ const uint AHEAD = RM == 1 ? 4 : RM == 2 ? 2 : 1;
 const uint QUADS = CELL / 4;
 shared float parts[RM * COLUMNS * WG];
 
-#if NORM_KIND != NORM_KIND_NONE
+#if NORM_KIND != NORM_KIND_NONE || defined(POST)
 shared float row_parts[RM * 64];
 
 // Sums over the workgroup, as workgroup_sum adds them, of all rows at once.
@@ -54,8 +63,61 @@ void rows_sum(inout float sums[RM]) {
     barrier();
 }
 
-// Mean (0 for an RMS norm) and 1 / scale of each row; `row` is where a row of x begins, in floats.
-void rows_norm(uint row[RM], out float mean[RM], out float inverse[RM]) {
+// 1 / scale from a sum of squares, in two steps as in norm.comp
+float inverse_of(float sum) {
+    float scale = sqrt(sum / float(p.width) + p.eps);
+    return 1.0 / uintBitsToFloat(floatBitsToUint(scale) | (p.flags & 0x80000000u));
+}
+#endif
+
+#ifdef POST
+// 1 / scale of the post-norm of each row
+void rows_post_norm(uint row[RM], out float inverse[RM]) {
+    float sums[RM];
+    [[unroll]] for (int i = 0; i < RM; i++) {
+        sums[i] = 0;
+        for (uint k = gl_LocalInvocationID.x; k < p.width; k += WG) {
+            float x = p.out_.at[(row[i] + k) / 4][k % 4];
+            sums[i] = fma(x, x, sums[i]);
+        }
+    }
+    rows_sum(sums);
+    [[unroll]] for (int i = 0; i < RM; i++)
+        inverse[i] = inverse_of(sums[i]);
+}
+
+// As in norm.comp: no contraction
+float post_value(uint row, uint k, float inverse) {
+    precise float x = p.out_.at[(row + k) / 4][k % 4];
+    x *= inverse;
+    x *= p.post_gain.at[k / 4][k % 4];
+    x += p.x.at[(row + k) / 4][k % 4];
+    return x;
+}
+
+vec4 post_values(uint row, uint quad, float inverse) {
+    precise vec4 x = p.out_.at[row / 4 + quad];
+    x = x * vec4(inverse);
+    x = x * p.post_gain.at[quad];
+    x = x + p.x.at[row / 4 + quad];
+    return x;
+}
+
+// Writes mid of the workgroup's rows
+void mid_write(uint m0, uint row[RM], float inverse[RM]) {
+    [[unroll]] for (int i = 0; i < RM; i++)
+        for (uint k = gl_LocalInvocationID.x; k < p.width && m0 + i < p.n_rows; k += WG)
+            p.mid.at[row[i] + k] = post_value(row[i], k, inverse[i]);
+}
+#define STREAM(i, k) post_value(row[i], k, post[i])
+#else
+#define STREAM(i, k) p.x_floats.at[row[i] + (k)]
+#endif
+
+#if NORM_KIND != NORM_KIND_NONE
+// Mean (0 for an RMS norm) and 1 / scale of each row; `row` is where a row of x begins, in floats,
+// and `post` the 1 / scale of its post-norm.
+void rows_norm(uint row[RM], float post[RM], out float mean[RM], out float inverse[RM]) {
     [[unroll]] for (int i = 0; i < RM; i++)
         mean[i] = 0;
 #if NORM_KIND == NORM_KIND_LAYER
@@ -63,7 +125,7 @@ void rows_norm(uint row[RM], out float mean[RM], out float inverse[RM]) {
     [[unroll]] for (int i = 0; i < RM; i++) {
         totals[i] = 0;
         for (uint k = gl_LocalInvocationID.x; k < p.width; k += WG)
-            totals[i] += p.x_floats.at[row[i] + k];
+            totals[i] += STREAM(i, k);
     }
     rows_sum(totals);
     [[unroll]] for (int i = 0; i < RM; i++) {
@@ -75,7 +137,7 @@ void rows_norm(uint row[RM], out float mean[RM], out float inverse[RM]) {
     [[unroll]] for (int i = 0; i < RM; i++) {
         sums[i] = 0;
         for (uint k = gl_LocalInvocationID.x; k < p.width; k += WG) {
-            precise float x = p.x_floats.at[row[i] + k];
+            precise float x = STREAM(i, k);
 #if NORM_KIND == NORM_KIND_LAYER
             x = x - mean[i];
 #endif
@@ -83,11 +145,8 @@ void rows_norm(uint row[RM], out float mean[RM], out float inverse[RM]) {
         }
     }
     rows_sum(sums);
-    [[unroll]] for (int i = 0; i < RM; i++) {
-        float scale = sqrt(sums[i] / float(p.width) + p.eps);
-        // two steps, as in norm.comp
-        inverse[i] = 1.0 / uintBitsToFloat(floatBitsToUint(scale) | (p.flags & 0x80000000u));
-    }
+    [[unroll]] for (int i = 0; i < RM; i++)
+        inverse[i] = inverse_of(sums[i]);
 }
 
 vec4 normalize(vec4 x, float mean, float inverse, uint quad) {
@@ -104,6 +163,19 @@ vec4 normalize(vec4 x, float mean, float inverse, uint quad) {
     return normed;
 }
 #endif
+
+// A quad of x as the product takes it
+vec4 load_quad(uint row, uint quad, float post, float mean, float inverse) {
+#ifdef POST
+    vec4 x = post_values(row, quad, post);
+#else
+    vec4 x = p.x.at[row / 4 + quad];
+#endif
+#if NORM_KIND != NORM_KIND_NONE
+    x = normalize(x, mean, inverse, quad);
+#endif
+    return x;
+}
 
 // Output n of row m, whose sums over k are `first` and, with PAIRS, `second` of column n + n_out.
 float finish(float first, float second, uint m, uint n) {
@@ -145,7 +217,7 @@ void write_results(uint id, uint m0, uint n0) {
 }
 
 // The first cell of row n of W.
-uint weight_address(uint n) { return (n / 32 * p.panel_cells + p.first_cell) * 32 + n % 32; }
+uint weight_address(uint n) { return (n / 32 * p.panel_cells + FIRST_CELL) * 32 + n % 32; }
 
 void main() {
     const uint id = gl_LocalInvocationID.x, column = id % p.lanes, split = id / p.lanes,
@@ -159,9 +231,14 @@ void main() {
     uint row[RM]; // in floats
     [[unroll]] for (int i = 0; i < RM; i++)
         row[i] = min(m0 + i, p.n_rows - 1) * p.x_stride;
+    float post[RM], mean[RM], inverse[RM];
+#ifdef POST
+    rows_post_norm(row, post);
+    if (gl_WorkGroupID.y == 0)
+        mid_write(m0, row, post);
+#endif
 #if NORM_KIND != NORM_KIND_NONE
-    float mean[RM], inverse[RM];
-    rows_norm(row, mean, inverse);
+    rows_norm(row, post, mean, inverse);
 #endif
     float acc[RM][COLUMNS];
     [[unroll]] for (uint e = 0; e < RM * COLUMNS; e++)
@@ -175,13 +252,9 @@ void main() {
             [[unroll]] for (uint c = 0; c < COLUMNS; c++)
                 raw[u][c] = LOAD_CELL(w_at[c] + at * 32);
             [[unroll]] for (int i = 0; i < RM; i++) {
-                [[unroll]] for (uint quad = 0; quad < QUADS; quad++) {
-                    x[u][i][quad] = p.x.at[row[i] / 4 + at * QUADS + quad];
-#if NORM_KIND != NORM_KIND_NONE
-                    x[u][i][quad] = normalize(x[u][i][quad], mean[i], inverse[i],
-                                              at * QUADS + quad);
-#endif
-                }
+                [[unroll]] for (uint quad = 0; quad < QUADS; quad++)
+                    x[u][i][quad] = load_quad(row[i], at * QUADS + quad, post[i], mean[i],
+                                              inverse[i]);
             }
         }
         [[unroll]] for (uint u = 0; u < AHEAD; u++)

@@ -11,16 +11,20 @@ import torch
 from oracle.compare import assert_close, assert_same_bits
 from vksteer.runtime import decoding
 
-#: family -> dispatches of a layer. Post-norms are dispatches of their own; heads whose size is no
-#: multiple of 4 (llama3 here) or whose norms have biases are rotated by one.
+#: family -> dispatches of a layer. The MLP's post-norm is one; heads whose size is no multiple of 4
+#: (llama3 and gemma2 here) are rotated by one.
 LAYER = {
     "gpt_neox": 5,
     "qwen3": 5,
     "mistral": 5,
     "cohere_norm": 5,
+    "phi_norm": 5,
     "ministral3": 5,
-    "olmo3": 7,
-    "gemma3": 7,
+    "gemma2": 7,
+    "gemma3": 6,
+    "glm4": 6,
+    "olmo3": 6,
+    "exaone4": 6,
     "llama3": 6,
     "gpt2": 6,
 }
@@ -85,11 +89,19 @@ def test_bits(lean, rng, name):
     plain = model.generate(rows, capture=sites, **options)
     inside = ["attn.hook_pattern", "attn.hook_q", "mlp.hook_pre", "mlp.hook_post", "attn.hook_z"]
     inside += ["ln1.hook_normalized", "ln2.hook_scale"] * ("blocks.0.ln1.hook_scale" in model.sites)
+    inside += ["ln1_post.hook_scale"] * ("blocks.0.ln1_post.hook_scale" in model.sites)
     edits = [vs.Scale(f"blocks.1.{site}", 1.25) for site in inside]
     everything = [s for s in model.sites if "scores" not in s and "pattern" not in s]
+    after = [vs.Scale(f"blocks.1.{site}", 1.25) for site in ("hook_attn_out", "hook_mlp_out")]
+    after += [vs.Scale("blocks.1.ln2_post.hook_normalized", 0.5)] * (
+        "blocks.1.ln2_post.hook_normalized" in model.sites
+    )
     others = {
         "beside an edited row": model.generate(
             rows, capture=sites, edits=[[], edits, [], []], **options
+        ),
+        "beside an edited row, after its sublayers": model.generate(
+            rows, capture=sites, edits=[[], after, [], []], **options
         ),
         "all captured": model.generate(rows, capture=everything, **options),
         "alone": [model.generate([row], capture=sites, **options)[0] for row in rows],
@@ -100,8 +112,9 @@ def test_bits(lean, rng, name):
                 assert_same_bits(
                     f"{name}, row {i} {what}: {s}", gens[i].captured[s], plain[i].captured[s]
                 )
-    edited = others["beside an edited row"][1]
-    assert not np.array_equal(edited.captured[sites[0]], plain[1].captured[sites[0]])
+    for what in (w for w in others if "edited" in w):
+        edited = others[what][1]
+        assert not np.array_equal(edited.captured[sites[0]], plain[1].captured[sites[0]])
 
 
 def test_decoding_takes_one_token_a_row(lean):
@@ -116,12 +129,13 @@ def test_decoding_takes_one_token_a_row(lean):
         model._engine.forward(cache, rows, [], 0)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "olmo2"])
 @pytest.mark.parametrize("freeze", ["qk", "ov", "mlp"])
-def test_frozen_rows(lean, rng, freeze):
+def test_frozen_rows(lean, rng, freeze, name):
     """A steered row's base run decodes in the same batch; with coefficient 0 it is the row."""
     import vksteer as vs
 
-    model = lean("mistral")
+    model = lean(name)
     rows = prompts(model, rng, (9, 4))
     vector = vs.SteeringVector(rng.standard_normal(model.config.d_model).astype(np.float32), 1)
     site = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
@@ -138,7 +152,21 @@ def test_frozen_rows(lean, rng, freeze):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "gpt_neox", "llama3", "gemma2", "qwen3", "phi", "cohere_norm", "olmo2"]
+    "name",
+    [
+        "gpt2",
+        "gpt_neox",
+        "llama3",
+        "gemma2",
+        "gemma3",
+        "glm4",
+        "qwen3",
+        "phi",
+        "phi_norm",
+        "cohere_norm",
+        "olmo2",
+        "exaone4",
+    ],
 )
 def test_decoded_residual_streams_against_the_oracle(zoo, lean, rng, name):
     """Largest error 1.4e-6, of the bound of oracle/compare.py."""

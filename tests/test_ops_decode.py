@@ -37,9 +37,50 @@ def test_linear_decode(on, rng, n, k, norm, weight_type):
         )
 
 
+@pytest.mark.parametrize("weight_type", range(3), ids=problems.WEIGHT_TYPES)
+@pytest.mark.parametrize("norm", ["rms", "none"])
+@pytest.mark.parametrize("n, k", [(2, 1), (34, 33), (66, 257)])
+def test_linear_decode_after_a_post_norm(on, rng, n, k, norm, weight_type):
+    for i, rows in enumerate(ROWS):
+        agree(
+            on,
+            decoding.linear_decode(
+                rng, rows, n, k, weight_type, norm, "gate", act=i, bias=i % 2 == 0, post=True
+            ),
+        )
+
+
 def run(on, op, buffers, sources, **arguments):
     """Runs an op on buffers, whose names it knows as `sources` says; returns all buffers."""
     return buffers | on.run(op, {**sources, **arguments}, buffers)[0]
+
+
+@pytest.mark.parametrize("norm", ["rms", "none"])
+def test_a_product_after_a_post_norm_equals_its_steps(on, rng, norm):
+    n, k = 70, 333
+    problem = decoding.linear_decode(rng, 9, n, k, 1, norm, "gate", 1, True, post=True)
+    a, buffers = problem.arguments, problem.buffers
+    fused = on.run("linear_decode", a, buffers)[0]
+    flags = problems.NORM_FLAGS | problems.flags("NORM", "decode")
+    steps = run(
+        on,
+        "norm",
+        buffers | {"mid": np.zeros((9, a["x_stride"]), np.float32)},
+        {"x": "sub", "gain": "post_gain", "add": "x", "dst": "mid"},
+        width=k,
+        stride=a["x_stride"],
+        n_rows=9,
+        eps=a["eps"],
+        flags=flags["decode"] + flags["add"],
+    )
+    assert same_bits(fused["mid"][:, :k], steps["mid"][:, :k])
+    plain = {name: v for name, v in a.items() if name not in ("sub", "post_gain", "mid")}
+    steps = on.run("linear_decode", plain | {"x": "mid"}, steps)[0]
+    assert same_bits(fused["dst"], steps["dst"])
+    for rows in ROWS:
+        few = on.run("linear_decode", a | {"n_rows": rows}, buffers)[0]
+        assert same_bits(few["dst"][:rows], fused["dst"][:rows])
+        assert same_bits(few["mid"][:rows], fused["mid"][:rows])
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -124,6 +165,7 @@ STEPS = [
     (256, 256, ("rotate", "store", "norm_head")),
     (16, 16, ("rotate", "store", "norm_wide")),
     (64, 32, ("rotate", "store", "norm_layer")),
+    (20, 8, ("rotate", "store", "norm_layer", "norm_bias")),
     (4, 0, ("store",)),
 ]
 
@@ -152,6 +194,7 @@ def test_attn_step_equals_its_steps(on, rng, d_head, d_rot, flags):
     rope_flags, norm_flags = problems.ROPE_FLAGS, problems.flags("NORM", "decode", "layer")
     buffers, of = dict(one.buffers), set(flags)
     sums = {"norm_wide": norm_flags["decode"], "norm_layer": sum(norm_flags.values())}
+    bias = problems.NORM_FLAGS["bias"] * ("norm_bias" in of)
     for name in sums.keys() & of:
         for heads, at, gain in ((6, 0, "q_gain"), (2, 6 * d_head, "k_gain")):
             part = np.ascontiguousarray(buffers["qkv"][:, at:])
@@ -160,7 +203,8 @@ def test_attn_step_equals_its_steps(on, rng, d_head, d_rot, flags):
                 "norm",
                 {"x": "x", "gain": "gain", "dst": "x", "n_rows": 3, "eps": a["eps"]}
                 | {"width": d_head if layer else heads * d_head, "stride": part.shape[1]}
-                | {"n_groups": heads if layer else 0, "flags": sums[name]},
+                | {"n_groups": heads if layer else 0, "flags": sums[name] + bias}
+                | ({"bias": ("gain", heads * d_head)} if bias else {}),
                 {"x": part, "gain": buffers[gain]},
             )[0]["x"]
             buffers["qkv"] = np.concatenate([buffers["qkv"][:, :at], part], 1)

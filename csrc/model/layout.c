@@ -85,6 +85,8 @@ struct op_kernels_needed model_kernels_needed(const struct model_facts *f) {
         .layer_norm = f->norm == NORM_KIND_LAYER,
         .gated = f->gated,
         .positions = f->pos_embed,
+        .pre_norms = f->pre_norms,
+        .post_norms = f->post_norms,
     };
 }
 

@@ -98,6 +98,17 @@ int weight_buffer_cut(struct model *model, uint64_t bytes, struct gpu_buffer **b
     return 0;
 }
 
+int weight_buffer_at(const struct model *model, uint64_t address, struct gpu_buffer **buffer,
+                     uint64_t *offset, struct error *error) {
+    for (const struct weight_buffer *each = model->weight_buffers; each; each = each->next) {
+        *buffer = each->buffer;
+        *offset = address - gpu_buffer_address(each->buffer);
+        if (*offset < each->size)
+            return 0;
+    }
+    return error_set(error, ERROR_MODEL, "no weights lie at an address");
+}
+
 int staging_buffer_next(struct model *model, struct gpu_buffer **out, struct error *error) {
     if (!model->staging[0])
         return error_set(error, ERROR_MODEL,

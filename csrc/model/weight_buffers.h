@@ -16,6 +16,9 @@ int weight_buffers_finish(struct model *model, struct error *error);
  * The model owns the buffer. */
 int weight_buffer_cut(struct model *model, uint64_t bytes, struct gpu_buffer **buffer,
                       uint64_t *offset, struct error *error);
+/* The weight buffer that an address lies in, and where. */
+int weight_buffer_at(const struct model *model, uint64_t address, struct gpu_buffer **buffer,
+                     uint64_t *offset, struct error *error);
 /* Bytes of a staging buffer: 32 MiB, less where the device has little memory. */
 uint64_t staging_bytes(const struct model *model);
 /* The staging buffer to fill next, of staging_bytes. The copy that used it last is finished.

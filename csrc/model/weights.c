@@ -1,5 +1,6 @@
 /* Loads weights: converts elements, packs rows into panels, copies them to the device. */
 #include <pthread.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "model/weight_buffers.h"
@@ -248,6 +249,34 @@ int model_matrix_load(struct model *model, const char *name, int layer,
     return 0;
 }
 
+/* Where a vector of n floats goes, and how many bytes: padded with zeros to the stride of a row,
+ * because kernels may read all of it. Not padded are the norms of heads that have biases: a bias
+ * lies right behind its gain, n floats further on, where attn_step reads it, and the first of the
+ * two that is loaded takes memory for both. */
+static int vector_place(struct model *model, const char *name, int layer, uint32_t n,
+                        struct gpu_buffer **buffer, uint64_t *offset, uint64_t *bytes,
+                        struct error *error) {
+    uint64_t gain_bytes = 4 * (uint64_t)n;
+    int bias = name[0] == 'b';
+    const char *norm = name + 2 * bias;
+    char other[16];
+    uint32_t n_other;
+    *bytes = 4 * (uint64_t)op_row_stride(n);
+    if (!model->facts.qk_norm_bias || (strcmp(norm, "q_norm") != 0 && strcmp(norm, "k_norm") != 0))
+        return weight_buffer_cut(model, *bytes, buffer, offset, error);
+    *bytes = gain_bytes;
+    snprintf(other, sizeof other, "%s%s", bias ? "" : "b_", norm);
+    const uint64_t *beside = model_vector_find(model, other, layer, &n_other);
+    if (!beside || !*beside) {
+        if (weight_buffer_cut(model, 2 * gain_bytes, buffer, offset, error))
+            return -1;
+        *offset += bias ? gain_bytes : 0;
+        return 0;
+    }
+    return weight_buffer_at(model, bias ? *beside + gain_bytes : *beside - gain_bytes, buffer,
+                            offset, error);
+}
+
 int model_vector_load(struct model *model, const char *name, int layer,
                       const struct weight_source *sources, int n_sources, struct error *error) {
     uint32_t n, at = 0;
@@ -256,10 +285,10 @@ int model_vector_load(struct model *model, const char *name, int layer,
         return error_set(error, ERROR_MODEL, "no vector %s in layer %d", name, layer);
     if (shape_check(name, layer, sources, n_sources, n, 1, error))
         return -1;
-    /* Padded with zeros to the stride of a row, because kernels may read all of it. */
-    uint64_t bytes = 4 * (uint64_t)op_row_stride(n), offset;
+    uint64_t bytes, offset;
     struct gpu_buffer *buffer, *staging = NULL;
-    if (bytes > staging_bytes(model) || weight_buffer_cut(model, bytes, &buffer, &offset, error) ||
+    if (4 * (uint64_t)op_row_stride(n) > staging_bytes(model) ||
+        vector_place(model, name, layer, n, &buffer, &offset, &bytes, error) ||
         staging_buffer_next(model, &staging, error))
         return -1;
     float *out = gpu_buffer_map(staging);

@@ -22,6 +22,10 @@ int op_linear_decode_offered(const struct ops *ops, const struct op_matrix *matr
     return op_decode_lean(ops) && (finish == FINISH_PLAIN || matrix->n_segments == 1);
 }
 
+int op_linear_decode_post_offered(uint32_t norm, uint32_t finish) {
+    return finish == FINISH_GATE && norm != NORM_KIND_LAYER;
+}
+
 static const uint32_t decode_rows[] = KERNEL_linear_decode_RM;
 #define N_ROWS (sizeof decode_rows / sizeof decode_rows[0])
 
@@ -46,7 +50,9 @@ static int arguments_check(const struct ops *ops, const struct op_matrix *matrix
     if (!op_linear_decode_offered(ops, matrix, args->finish) || args->finish > FINISH_GATE ||
         args->norm > NORM_KIND_NONE || (normed && (args->n_k || !args->gain)) ||
         (args->finish == FINISH_GATE && matrix->n % 2) ||
-        (args->finish != FINISH_PLAIN && args->add))
+        (args->finish != FINISH_PLAIN && args->add) ||
+        (args->sub && (!op_linear_decode_post_offered(args->norm, args->finish) || args->n_k ||
+                       !args->post_gain || !args->mid || args->sub % 16)))
         return error_set(error, ERROR_VALUE, "a product with %u outputs cannot be finished so here",
                          matrix->n);
     return 0;
@@ -58,6 +64,41 @@ static uint32_t flags_of(const struct op_matrix *matrix, const struct op_linear_
            (args->clip != 0 ? LINEAR_CLIP : 0) | (args->finish == FINISH_ACT ? LINEAR_ACT : 0) |
            (args->norm_bias ? LINEAR_NORM_BIAS : 0) |
            (args->finish == FINISH_GATE ? LINEAR_GATE : 0);
+}
+
+/* Rows [row, row + n) of a product that begins with a post-norm. */
+static int post_multiply(struct ops *ops, const struct op_matrix *matrix,
+                         const struct op_linear_decode_args *args, uint32_t rm, uint32_t lanes,
+                         uint32_t row, uint32_t n, struct error *error) {
+    uint64_t in = 4 * (uint64_t)row * args->x_stride;
+    struct linear_decode_post_params params = {
+        .x = args->x + in,
+        .out_ = args->sub + in,
+        .post_gain = args->post_gain,
+        .mid = args->mid + in,
+        .weights = matrix->segments[0].address,
+        .dst = args->dst + 4 * (uint64_t)row * args->dst_stride,
+        .bias = args->bias,
+        .gain = args->gain,
+        .n_rows = n,
+        .n_out = matrix->n / 2,
+        .k_cells = matrix->k_cells,
+        .panel_cells = matrix->k_cells,
+        .x_stride = args->x_stride,
+        .out_stride = args->dst_stride,
+        .flags = flags_of(matrix, args),
+        .lanes = lanes,
+        .width = matrix->k,
+        .act = args->act,
+        .eps = args->eps,
+        .scale = matrix->scale,
+        .clip = args->clip,
+        .softcap = args->softcap,
+    };
+    return gpu_queue_dispatch(
+        ops->queue, kernel_linear_decode_post(matrix->type, rm, args->norm), &params, sizeof params,
+        (n + rm - 1) / rm, (params.n_out + lanes - 1) / lanes, 1,
+        2.0 * n * matrix->n * matrix->k_cells * op_cell_inputs(matrix->type), error);
 }
 
 /* One segment of the matrix: rows of x in as many dispatches as the bound on their time needs. */
@@ -73,6 +114,11 @@ static int segment_multiply(struct ops *ops, const struct op_matrix *matrix, uin
     uint32_t step = fit < 1 ? rm : fit > 65535 ? 65535 * rm : (uint32_t)fit * rm;
     for (uint32_t row = 0, n; row < args->n_rows; row += n) {
         n = args->n_rows - row < step ? args->n_rows - row : step;
+        if (args->sub) {
+            if (post_multiply(ops, matrix, args, rm, lanes, row, n, error))
+                return -1;
+            continue;
+        }
         uint64_t first = matrix->segments[segment].first,
                  out = 4 * (first + (uint64_t)row * args->dst_stride),
                  x = args->x + 4 * (uint64_t)row * args->x_stride;
@@ -140,7 +186,9 @@ int op_attn_step(struct ops *ops, const struct attn_step_params *params, uint32_
 }
 
 int op_decode_kernels(const struct op_kernels_needed *needed, int *kernels) {
-    const uint32_t norm = needed->layer_norm ? NORM_KIND_LAYER : NORM_KIND_RMS;
+    const uint32_t norm = needed->layer_norm ? NORM_KIND_LAYER : NORM_KIND_RMS,
+                   before = needed->pre_norms ? norm : NORM_KIND_NONE,
+                   finish = needed->gated ? FINISH_GATE : FINISH_ACT;
     int n = 0;
     uint32_t heads;
     for (size_t i = 0; i < N_ROWS; i++) {
@@ -148,6 +196,8 @@ int op_decode_kernels(const struct op_kernels_needed *needed, int *kernels) {
         kernels[n++] = kernel_linear_decode(needed->type, decode_rows[i], norm, 0);
         if (needed->gated)
             kernels[n++] = kernel_linear_decode(needed->type, decode_rows[i], norm, 1);
+        if (needed->post_norms && op_linear_decode_post_offered(before, finish))
+            kernels[n++] = kernel_linear_decode_post(needed->type, decode_rows[i], before);
     }
     kernels[n++] = step_kernel(needed->group, &heads);
     kernels[n++] = kernel_norm(norm == NORM_KIND_LAYER, 1);

@@ -180,6 +180,9 @@ struct op_linear_decode_args {
     /* [M, x_stride] at a multiple of 16 bytes, [M, dst_stride], [n], [M, dst_stride] */
     uint64_t x, dst, bias, add;
     uint64_t gain, norm_bias; /* [k], padded as x: of the norm; norm_bias: 0 for none */
+    /* x is first replaced by mid = x + (RMS norm of sub) post_gain, which is written to `mid`, as
+     * after a sublayer with a post-norm; [M, x_stride], [k], [M, x_stride]. sub: 0 for none */
+    uint64_t sub, post_gain, mid;
     uint32_t n_rows, x_stride, dst_stride;
     uint32_t first_k, n_k; /* a slice of the inputs (multiples of 16); n_k = 0: all */
     uint32_t norm;         /* NORM_KIND_* */
@@ -193,6 +196,8 @@ int op_linear_decode_offered(const struct ops *ops, const struct op_matrix *matr
                              uint32_t finish);
 int op_linear_decode(struct ops *ops, const struct op_matrix *matrix,
                      const struct op_linear_decode_args *args, struct error *error);
+/* Does op_linear_decode take `sub` with this norm (NORM_KIND_*) and finish? */
+int op_linear_decode_post_offered(uint32_t norm, uint32_t finish);
 /* Does decoding use op_attn_step, for heads of this size? */
 int op_attn_step_offered(const struct ops *ops, uint32_t d_head);
 
@@ -210,9 +215,9 @@ struct op_kernels_needed {
     uint32_t type;  /* WEIGHT_* */
     uint32_t group; /* query heads for each key/value head */
     int layer_norm; /* its norms are LayerNorms */
-    int gated, positions;
+    int gated, positions, pre_norms, post_norms;
 };
-/* decode.c: the kernels of decoding on GPUs, at most 16; returns how many. */
+/* decode.c: the kernels of decoding on GPUs, at most 20; returns how many. */
 int op_decode_kernels(const struct op_kernels_needed *needed, int *kernels);
 /* Compiles these kernels in parallel. */
 int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,

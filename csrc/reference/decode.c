@@ -46,13 +46,37 @@ static double product(struct reference_memory *memory, const struct op_matrix *m
     return args->softcap != 0 ? args->softcap * tanh(sum / args->softcap) : sum;
 }
 
+/* mid = x + norm(sub) post_gain */
+static void post_norm(struct reference_memory *memory, const struct op_linear_decode_args *args,
+                      uint32_t width) {
+    struct op_linear_decode_args sub = *args;
+    sub.x = args->sub;
+    sub.norm = NORM_KIND_RMS;
+    for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
+        struct row_norm norm = row_norm_of(memory, &sub, width, m);
+        for (uint32_t k = 0; k < width && !memory->failed; k++) {
+            uint64_t at = (uint64_t)m * args->x_stride + k;
+            *reference_float(memory, args->mid,
+                             at) = *reference_float(memory, args->x, at) +
+                                   *reference_float(memory, args->sub, at) * norm.inverse *
+                                       *reference_float(memory, args->post_gain, k);
+        }
+    }
+}
+
 void reference_linear_decode(struct reference_memory *memory, const struct op_matrix *matrix,
-                             const struct op_linear_decode_args *args) {
+                             const struct op_linear_decode_args *given) {
+    struct op_linear_decode_args after = *given, *args = &after;
+    if (given->sub) {
+        post_norm(memory, given, matrix->k);
+        after.x = given->mid;
+    }
     int gate = args->finish == FINISH_GATE;
     uint32_t n_out = gate ? matrix->n / 2 : matrix->n;
     if (args->finish > FINISH_GATE || args->norm > NORM_KIND_NONE || args->act > ACT_RELU2 ||
         (gate && matrix->n % 2) || (args->norm_bias && args->norm != NORM_KIND_LAYER) ||
-        (args->norm != NORM_KIND_NONE && !args->gain))
+        (args->norm != NORM_KIND_NONE && !args->gain) ||
+        (args->sub && (!gate || args->norm == NORM_KIND_LAYER || args->n_k)))
         reference_fail(memory, "%u outputs: norm %u, finish %u", matrix->n, args->norm,
                        args->finish);
     for (uint32_t m = 0; m < args->n_rows && !memory->failed; m++) {
@@ -87,7 +111,9 @@ static void head_norm(struct reference_memory *memory, const struct attn_step_pa
         squares += pow(*reference_float(memory, p->qkv, row + from + i) - mean, 2);
     for (uint32_t i = 0; i < p->d_head; i++)
         x[i] = (x[i] - mean) / sqrt(squares / n + p->eps) *
-               *reference_float(memory, gain, gain_at + i);
+                   *reference_float(memory, gain, gain_at + i) +
+               (p->flags & STEP_NORM_BIAS ? *reference_float(memory, gain, width + gain_at + i)
+                                          : 0);
 }
 
 /* A query (key = 0) or the present key of a token, after norm and rotation. */

@@ -132,7 +132,7 @@ static int lean_attention(const struct run_work *work) {
 /* Does that kernel norm and rotate queries and keys, too? In a frozen layer it cannot: it reads
  * the present keys of other rows, which other workgroups would still be writing. */
 static int lean_rotation(const struct run_work *work, int l) {
-    return lean_attention(work) && !step_frozen(work, l) && !work->model->facts.qk_norm_bias &&
+    return lean_attention(work) && !step_frozen(work, l) &&
            step_fusable(work, SITE_ROT_Q, SITE_PATTERN, l);
 }
 
@@ -235,8 +235,8 @@ static int lean_attend(struct run_work *work, const struct run_cache *cache, int
                                      [QK_NORM_WIDE] = STEP_NORM_WIDE,
                                      [QK_NORM_LAYER] = STEP_NORM_LAYER};
     if (lean_rotation(work, l))
-        flags |= STEP_STORE | norms[f->qk_norm] | (rotated(f, l) ? STEP_ROTATE : 0) |
-                 (f->rope_interleaved ? STEP_INTERLEAVED : 0);
+        flags |= STEP_STORE | norms[f->qk_norm] | (f->qk_norm_bias ? STEP_NORM_BIAS : 0) |
+                 (rotated(f, l) ? STEP_ROTATE : 0) | (f->rope_interleaved ? STEP_INTERLEAVED : 0);
     struct attn_step_params args = {
         .qkv = from->qkv,
         .k_cache = from->k_cache,
@@ -424,6 +424,8 @@ static int output(struct run_work *work, int l, struct error *error) {
         return step_product(work, &layer->o, z, layer->b_o, stream.from, to, error);
     if (!summed)
         RUN(step_product(work, &layer->o, z, layer->b_o, 0, out, error));
+    if (step_post_later(work, l))
+        return 0;
     if (post_norms)
         RUN(run_hook_call(work, HOOK_ATTN_RAW, l, out.address, out.stride, error));
     return step_add_output(work, SITE_ATTN_OUT, norm_step_of(work->model, LN1_POST, l), stream, 0,

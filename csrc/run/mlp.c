@@ -20,7 +20,8 @@ static int gated_fused(struct run_work *work, int l, struct error *error) {
     return op_linear_pairs(&work->model->ops, &layer->gate_up, &args, error);
 }
 
-/* post = act(ln2(y) W_gate^T) * (ln2(y) W_up^T), or act(ln2(y) W_up^T), in decoding on GPUs */
+/* post = act(ln2(y) W_gate^T) * (ln2(y) W_up^T), or act(ln2(y) W_up^T), in decoding on GPUs. y is
+ * first made from attention's output where step_post_later says so */
 static int lean_activation(struct run_work *work, int l, struct error *error) {
     const struct model_layer *layer = &work->model->layers[l];
     struct norm_step ln2 = norm_step_of(work->model, LN2, l);
@@ -38,6 +39,11 @@ static int lean_activation(struct run_work *work, int l, struct error *error) {
         .act = work->model->facts.act,
         .eps = work->model->facts.norm_eps,
     };
+    if (step_post_later(work, l)) {
+        args.sub = work->at_out;
+        args.post_gain = layer->ln1_post;
+        args.mid = step_post_mid(work);
+    }
     return op_linear_decode(&work->model->ops, &layer->gate_up, &args, error);
 }
 
@@ -83,6 +89,8 @@ static int output(struct run_work *work, int l, struct error *error) {
     struct rows post = {run_address(work->post), work->mlp_stride},
                 x = {run_address(work->x), work->d_stride}, out = {work->at_out, work->d_stride};
     struct residual stream = mlp_residual(work);
+    if (step_post_later(work, l))
+        stream.from = step_post_mid(work);
     uint64_t rows = step_frozen(work, l) ? work->chunk.mlp_rows : 0;
     int hooked = work->hook || site_wanted(work, SITE_MLP_OUT, l);
     if (!work->model->facts.post_norms && !rows && !hooked)

@@ -53,6 +53,21 @@ int step_decode_lean(const struct run_work *work) {
     return work->chunk.batch->decode && op_decode_lean(&work->model->ops);
 }
 
+int step_post_later(const struct run_work *work, int layer) {
+    const struct model_facts *f = &work->model->facts;
+    const struct model_layer *weights = &work->model->layers[layer];
+    uint32_t norm = step_norm_kind(norm_step_of(work->model, LN2, layer));
+    uint32_t finish = f->gated ? FINISH_GATE : FINISH_ACT;
+    return f->post_norms && !f->parallel && step_decode_lean(work) &&
+           op_linear_decode_offered(&work->model->ops, &weights->gate_up, finish) &&
+           op_linear_decode_post_offered(norm, finish) && !site_edited(work, SITE_RESULT, layer) &&
+           step_fusable(work, SITE_LN1_POST_SCALE, SITE_MLP_PRE_LINEAR, layer) &&
+           /* these write to the memory of step_post_mid */
+           step_fusable(work, SITE_LN2_POST_SCALE, SITE_LN2_POST_NORMALIZED, layer);
+}
+
+uint64_t step_post_mid(const struct run_work *work) { return run_address(work->normalized); }
+
 int step_frozen(const struct run_work *work, int layer) {
     return work->chunk.batch->frozen && work->chunk.batch->frozen[layer];
 }

@@ -35,6 +35,11 @@ struct norm_step norm_step_of(const struct model *model, enum norm_name name, in
 int step_fusable(const struct run_work *work, enum site first, enum site last, int layer);
 /* Does this chunk decode with the kernels of GPUs (csrc/ops/decode.c)? */
 int step_decode_lean(const struct run_work *work);
+/* Does the MLP's first product do attention's post-norm, too, and add its output to the stream? In
+ * decoding on GPUs it does where nothing in between is needed; the stream between attention and MLP
+ * is then step_post_mid, and not work_mid. */
+int step_post_later(const struct run_work *work, int layer);
+uint64_t step_post_mid(const struct run_work *work);
 /* Are attention patterns, values or MLP outputs of this layer taken from other rows? */
 int step_frozen(const struct run_work *work, int layer);
 

@@ -37,12 +37,40 @@ BLOCK(linear_decode_params) {
     float softcap;
 };
 
+/* The same with FINISH_GATE for the stream after a sublayer with a post-norm, which it writes, too:
+ * mid = x + (RMS norm of out) post_gain, y = norm(mid) W^T and so on. */
+BLOCK(linear_decode_post_params) {
+    ADDRESS(Vec4sIn) x;         /* [M, x_stride] the residual stream before the sublayer */
+    ADDRESS(Vec4sIn) out_;      /* [M, x_stride] the sublayer's output */
+    ADDRESS(Vec4sIn) post_gain; /* [K] */
+    ADDRESS(FloatsOut) mid;     /* [M, x_stride] */
+    ADDRESS(Panels) weights;
+    ADDRESS(FloatsOut) dst;
+    ADDRESS(FloatsIn) bias;
+    ADDRESS(Vec4sIn) gain;
+    UINT n_rows;
+    UINT n_out;
+    UINT k_cells;
+    UINT panel_cells;
+    UINT x_stride;
+    UINT out_stride;
+    UINT flags;
+    UINT lanes;
+    UINT width;
+    UINT act;
+    float eps;
+    float scale;
+    float clip;
+    float softcap;
+};
+
 #define STEP_ROTATE 1      /* queries and the present key are rotated */
 #define STEP_INTERLEAVED 2 /* channels (2i, 2i + 1) are a pair, not (i, i + d_rot/2) */
 #define STEP_STORE 4       /* the present key and value come from qkv and go into the cache */
 #define STEP_NORM_HEAD 8   /* before the rotation: RMS norm of each head, gain [dh] */
 #define STEP_NORM_WIDE 16  /* RMS norm of all heads together, gain [H * dh] or [G * dh] */
 #define STEP_NORM_LAYER 32 /* LayerNorm of each head, gain [H * dh] or [G * dh] */
+#define STEP_NORM_BIAS 128 /* LayerNorm: [gain | bias] for a gain, one right behind the other */
 #define STEP_PATTERN 64    /* `scores` holds the pattern: only z is computed */
 
 /* the largest head that attn_step takes; head sizes are multiples of 4 */

@@ -17,6 +17,7 @@ from .problems import (
     Packed,
     Problem,
     flags,
+    inverse_rms,
     label_of,
     matrix_arguments,
     nothing,
@@ -29,7 +30,15 @@ from .problems import (
 
 FINISHES = flags("FINISH", "plain", "act", "gate")
 STEP_FLAGS = flags(
-    "STEP", "rotate", "interleaved", "store", "norm_head", "norm_wide", "norm_layer", "pattern"
+    "STEP",
+    "rotate",
+    "interleaved",
+    "store",
+    "norm_head",
+    "norm_wide",
+    "norm_layer",
+    "norm_bias",
+    "pattern",
 )
 TILED = 2  # the first kernel family whose decoding uses these ops
 
@@ -67,6 +76,21 @@ def _units(buffers, weights, norm, finish, act, scale, softcap, outputs) -> np.n
     return units
 
 
+def _after_post_norm(rng, buffers, k) -> dict[str, np.ndarray]:
+    """Adds a sublayer's output and the gain of its post-norm; returns the buffers with the x that
+    they make, without its pads.
+    """
+    rows, stride = buffers["x"].shape
+    sub, gain = numbers(rng, rows, k), numbers(rng, k)
+    buffers["sub"] = padded(sub, stride, 0.0)
+    buffers["post_gain"] = padded(gain[None], stride, 0.0)[0]
+    buffers["mid"] = nothing(rows, stride)
+    made: dict[str, np.ndarray] = buffers | {
+        "x": buffers["x"][:, :k] + sub * inverse_rms(sub) * gain
+    }
+    return made
+
+
 def linear_decode(
     rng,
     rows,
@@ -85,8 +109,9 @@ def linear_decode(
     first_k=0,
     n_k=0,
     segment_rows=0,
+    post=False,
 ) -> Problem:
-    """n: rows of W; with finish "gate" half as many outputs."""
+    """n: rows of W; with finish "gate" half as many outputs. post: x comes out of a post-norm."""
     words, weights = panels(numbers(rng, n, k), weight_type)
     inputs, outputs = n_k or k, n // 2 if finish == "gate" else n
     x_stride, dst_stride = row_stride(inputs), row_stride(outputs)
@@ -95,16 +120,15 @@ def linear_decode(
         "x": padded(numbers(rng, rows, inputs), x_stride, 0.0),
         "dst": nothing(rows, dst_stride),
     }
-    if norm != "none":
-        buffers["gain"] = padded(numbers(rng, 1, k), x_stride, 0.0)[0]
-    if norm_bias:
-        buffers["norm_bias"] = padded(numbers(rng, 1, k), x_stride, 0.0)[0]
+    for name in ["gain"] * (norm != "none") + ["norm_bias"] * norm_bias:
+        buffers[name] = padded(numbers(rng, 1, k), x_stride, 0.0)[0]
     if bias:
         buffers["bias"] = numbers(rng, n)
     if add:
         buffers["add"] = padded(numbers(rng, rows, outputs), dst_stride)
     used = weights[:, first_k : first_k + inputs]
-    units = _units(buffers, used, norm, finish, act, scale, softcap, outputs)
+    of = _after_post_norm(rng, buffers, k) if post else buffers
+    units = _units(of, used, norm, finish, act, scale, softcap, outputs)
     arguments = {name: name for name in buffers} | {
         **matrix_arguments(n, k, weight_type, segment_rows, TILED, scale),
         "n_rows": rows,
@@ -122,7 +146,7 @@ def linear_decode(
     extras = suffix(("bias", bias), ("add", add), ("scaled", scale), ("sliced", n_k))
     return Problem(
         "linear_decode",
-        f"{norm} {finish} {rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}",
+        f"{'post ' * post}{norm} {finish} {rows} x {n} x {k} {WEIGHT_TYPES[weight_type]}{extras}",
         arguments,
         buffers,
         {"dst": np.pad(units, ((0, 0), (0, dst_stride - outputs)), constant_values=1.0)},
@@ -148,12 +172,12 @@ def attn_step(
     packed, n, of = Packed(rows, frozen), len(rows), set(flags)
     width, kv_width = (n_heads + 2 * n_kv_heads) * d_head, n_kv_heads * d_head
     key_stride = row_stride(packed.n_keys)
-    wide = bool(of & {"norm_wide", "norm_layer"})
+    wide, parts = bool(of & {"norm_wide", "norm_layer"}), 2 if "norm_bias" in of else 1
     buffers = {
         "qkv": padded(numbers(rng, n, width), row_stride(width)),
         **rotation_tables(packed, d_rot, long_rows=True),
-        "q_gain": numbers(rng, n_heads * d_head if wide else d_head),
-        "k_gain": numbers(rng, kv_width if wide else d_head),
+        "q_gain": numbers(rng, parts * (n_heads * d_head if wide else d_head)),
+        "k_gain": numbers(rng, parts * (kv_width if wide else d_head)),
         "k_cache": numbers(rng, packed.n_slots, kv_width),
         "v_cache": numbers(rng, packed.n_slots, kv_width),
         "scores": nothing(n, n_heads, key_stride),
@@ -240,6 +264,10 @@ def problems(rng) -> Iterator[Problem]:
                 yield linear_decode(
                     rng, rows, 78, 257, weight_type, norm, "gate", rows % 5, bias=rows == 2
                 )
+            for norm in ("rms", "none"):
+                yield linear_decode(
+                    rng, rows, 78, 257, weight_type, norm, "gate", rows % 5, post=True
+                )
             yield linear_decode(
                 rng, rows, 33, 80, weight_type, "layer", "act", rows % 5, norm_bias=True
             )
@@ -253,6 +281,8 @@ def problems(rng) -> Iterator[Problem]:
         )
     for name in ("norm_head", "norm_wide", "norm_layer"):
         yield attn_step(rng, [0, 37], 4, 2, 64, flags=("rotate", "store", name), softcap=20.0)
+    biased = ("rotate", "store", "norm_layer", "norm_bias")
+    yield attn_step(rng, [0, 37], 6, 2, 20, flags=biased)
     for group in (1, 4, 7):
         yield attn_step(rng, [0, 37, 129], 2 * group, 2, 16, flags=("store",), window=5)
     yield attn_step(rng, [9, 9, 37, 37], 4, 2, 16, flags=(), frozen=True)
