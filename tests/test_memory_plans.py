@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import memory_cases
 from child import ROOT, child, quiet, tool
 from vksteer import plan_run
 from vksteer.runtime.memory_plan import (
@@ -36,29 +35,40 @@ def agree(found: dict[str, list[float]]) -> None:
         assert abs(measured / planned - 1) < SHARE, f"{what}: {measured} bytes, planned {planned}"
 
 
-@pytest.mark.parametrize("kernels", ["broadcast", "tiled"])
-@pytest.mark.parametrize("name", ["tiny-llama-chat", "tiny-gemma-chat"])
-def test_plans_are_what_is_held(name, kernels, monkeypatch):
-    monkeypatch.setenv("VKSTEER_KERNELS", kernels)
-    agree(memory_cases.measure(name))
-
-
-def on_newer_mesa(name, short=False):
-    """With products on matrix units, which split their rows."""
-    icd = tool("newer_lavapipe_icd")
+def measured(name, kernels, short=False, **options):
+    """What memory_cases.measure finds in a process of its own, where no other test's model is held
+    on the device.
+    """
     done = child(
         "sys.path.insert(0, 'tests'); import json, memory_cases;"
         " print(json.dumps(memory_cases.measure(sys.argv[1], len(sys.argv) > 2)))",
         name,
         *["short"] * short,
         timeout=850,
+        VKSTEER_KERNELS=kernels,
+        **options,
+    )
+    return json.loads(quiet(done).splitlines()[-1])
+
+
+def on_newer_mesa(name, short=False):
+    """With products on matrix units, which split their rows."""
+    icd = tool("newer_lavapipe_icd")
+    return measured(
+        name,
+        "matrix",
+        short,
         executable=tool("newer_mesa_python"),
         VK_DRIVER_FILES=icd,
         VK_ICD_FILENAMES=icd,
         LP_NATIVE_VECTOR_WIDTH=256,
-        VKSTEER_KERNELS="matrix",
     )
-    return json.loads(quiet(done).splitlines()[-1])
+
+
+@pytest.mark.parametrize("kernels", ["broadcast", "tiled"])
+@pytest.mark.parametrize("name", ["tiny-llama-chat", "tiny-gemma-chat"])
+def test_plans_are_what_is_held(name, kernels):
+    agree(measured(name, kernels))
 
 
 @pytest.mark.long
@@ -71,15 +81,11 @@ def test_plans_with_split_rows_are_what_is_held(name):
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kernels", ["broadcast", "tiled", "matrix"])
-def test_plans_of_smollm2_are_what_is_held(kernels, monkeypatch):
+def test_plans_of_smollm2_are_what_is_held(kernels):
     from oracle import real as files
 
     path = str(files.gguf("smollm2"))
-    if kernels == "matrix":
-        agree(on_newer_mesa(path, short=True))
-        return
-    monkeypatch.setenv("VKSTEER_KERNELS", kernels)
-    agree(memory_cases.measure(path))
+    agree(on_newer_mesa(path, short=True) if kernels == "matrix" else measured(path, kernels))
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt2", "gpt_neox", "olmo2", "phi"])
