@@ -444,6 +444,11 @@ def test_compare(study, tmp_path):
     table = vs.study.compare([study.folder, other], tmp_path / "table.md")
     assert table.count("\n") >= 15 and (tmp_path / "table.md").read_text() == table + "\n"
     assert f"| layer | {study.results['steps']['candidates']['layer']} |" in table
+    for row in ("MLP direct ablated", "types of the strongest tenth", "overlap of the tenths"):
+        line = next(line for line in table.splitlines() if line.startswith(f"| {row}"))
+        assert "–" not in line
+    rate = study.results["steps"]["table1"]["rows"]["MLP direct"]["average_change"]
+    assert f"| MLP direct ablated: average change | {100 * rate:.1f} % |" in table
     with pytest.raises(ValueError, match="at least two"):
         vs.study.compare([study.folder])
     with pytest.raises(vs.ModelError, match="cannot read"):

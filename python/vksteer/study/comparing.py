@@ -26,7 +26,7 @@ def read_results(folder: PathLike) -> dict[str, Any]:
 
 def compare(folders: Sequence[PathLike], out: PathLike | None = None) -> str:
     """A table in Markdown with one column for each study: the vector, its strength, the attack
-    success rates, Table 1, circuits, sparsity and the five claims.
+    success rates, Table 1, circuits and what they share, sparsity and the five claims.
 
     folders: of studies. out: a file to write the table to as well. Raises ValueError for fewer than
     two folders, ModelError for a folder without results.
@@ -50,7 +50,7 @@ def compare(folders: Sequence[PathLike], out: PathLike | None = None) -> str:
 def _cell(cell: Callable[[Results], str], results: Results) -> str:
     try:
         return cell(results)
-    except (KeyError, TypeError):  # the step has not run, or has no value
+    except (KeyError, TypeError, ValueError):  # the step has not run, or has no value
         return "–"
 
 
@@ -88,6 +88,43 @@ def _smallest(results: Results) -> str:
     return f"{found['size']} of {found['edges']} ({100 * found['share']:.1f} %)"
 
 
+def _faithfulness(results: Results) -> str:
+    found = _steps(results, "circuits", "smallest", "harmful.steered")
+    return f"{found['faithfulness']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _types(results: Results) -> str:
+    """Of the strongest tenth of the edges."""
+    shares = _steps(results, "attribution", "data_sets", "harmful.steered", "top_by_type")
+    tenth = shares[max(shares, key=int)]
+    return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in tenth.items())
+
+
+def _methods(found: Mapping[str, Any]) -> list[float]:
+    """The overlaps of the three methods' circuits, two at a time."""
+    at = [found["names"].index(name) for name in ("harmful.steered", "ntp", "po")]
+    return [found["values"][i][j] for i in at for j in at if i < j]
+
+
+def _overlap(results: Results) -> str:
+    """Of circuits of a tenth of the edges."""
+    values = _methods(_steps(results, "circuits", "overlap_of_tenths"))
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def _sparsest(results: Results) -> str:
+    """What the sparsest vector by gradient does, and whose dimensions it shares."""
+    rows = [r for r in _steps(results, "sparsity", "rows") if r["method"] == "gradient"]
+    row = max(rows, key=lambda r: float(r["sparsity"]))
+    text = (
+        f"{100 * row['sparsity']:.0f} % zeros: {row['harmless']['asr']:.2f} /"
+        f" {row['harmful']['asr']:.2f}"
+    )
+    pairs = _steps(results, "sparsity", "overlaps").get(f"{row['tau']:g}", [])
+    shared = " ".join(f"{pair[2]:.2f} (p = {pair[3]:.1g})" for pair in pairs)
+    return f"{text}; IoU {shared}" if pairs else text
+
+
 ROWS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("model", lambda r: str(r["model"]["architecture"])),
     ("layer", lambda r: str(_steps(r, "candidates", "layer"))),
@@ -97,6 +134,12 @@ ROWS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("QK frozen: average change", _change("QK")),
     ("OV frozen: average change", _change("OV")),
     ("SVV ablated: average change", _change("SVV")),
+    ("MLP direct ablated: average change", _change("MLP direct")),
+    ("MLP frozen: average change", _change("MLP")),
     ("smallest faithful circuit", _smallest),
+    ("its faithfulness on other samples", _faithfulness),
+    ("types of the strongest tenth of the edges", _types),
+    ("overlap of the tenths: dim-ntp, dim-po, ntp-po", _overlap),
+    ("sparsest vector: ASR harmless / harmful; shared dimensions", _sparsest),
     ("estimates and exact patches: Spearman", lambda r: f"{_steps(r, 'exact', 'spearman'):.2f}"),
 )
