@@ -147,7 +147,10 @@ def test_filters_and_sizes(browser, tmp_path):
         size = len(scores.circuit(30))
         text = page.inner_text("output")
         assert text.startswith(f"{size} of {len(names)} (")
-        assert text.endswith("measured faithfulness 0.50 at 10, 0.88 at 100 edges")
+        assert text.endswith(
+            "measured faithfulness 0.50 at 10, 0.88 at 100 edges, of circuits found on half of the"
+            " samples"
+        )
         assert page.locator("path.edge:not(.swatch path)").count() == size
         box = page.locator("#size").bounding_box()
         page.mouse.move(box["x"] + 2, box["y"] + box["height"] / 2)

@@ -142,26 +142,28 @@ def test_work_follows_the_settings_and_what_is_known():
 
 def test_the_largest_counts_within_a_budget():
     seconds = lambda s: s.test + s.new_tokens
-    stored, predicted = budget.choose(120.0, "x", 0, seconds)
+    stored, predicted = budget.choose(120.0, "x", ["screen"], 0, seconds)
     assert predicted == seconds(stored.settings(0)) <= 120
     larger = ladder.rungs()[[s.counts for s in ladder.rungs()].index(stored.counts) + 1]
     assert seconds(larger) > 120
-    assert budget.choose(1e6, "x", 0, seconds)[0].counts == SIZES["full"]
+    assert budget.choose(1e6, "x", [], 0, seconds)[0].counts == SIZES["full"]
     with pytest.raises(ValueError, match=r"budget of 51s is too small: .* takes 52s"):
-        budget.choose(51.0, "x", 0, seconds)
+        budget.choose(51.0, "x", [], 0, seconds)
 
 
 def test_stored_counts(tmp_path):
     assert budget.load(tmp_path) is None
-    stored = budget.Stored(1800.0, SIZES["small"], "model and prompts")
+    stored = budget.Stored(1800.0, SIZES["small"], "model and prompts", ("prompts", "screen"))
     budget.save(tmp_path, stored)
     assert budget.load(tmp_path) == stored
-    budget.check(stored, None, "model and prompts", tmp_path)
-    budget.check(stored, 1800.0, "model and prompts", tmp_path)
-    with pytest.raises(ValueError, match=r"chosen for a budget of 30m, not 90s: .*remove"):
-        budget.check(stored, 90.0, "model and prompts", tmp_path)
+    budget.check(stored, None, "model and prompts", ["prompts"], tmp_path)
+    budget.check(stored, 1800.0, "model and prompts", ["prompts", "screen"], tmp_path)
+    with pytest.raises(ValueError, match=r"chosen for a budget of 1800s, not 90s: .*remove"):
+        budget.check(stored, 90.0, "model and prompts", [], tmp_path)
+    with pytest.raises(ValueError, match=r"chosen for other steps \(table1 differ\)"):
+        budget.check(stored, 1800.0, "model and prompts", ["prompts", "screen", "table1"], tmp_path)
     with pytest.raises(ValueError, match="another model or other prompts: give a size"):
-        budget.check(stored, None, "others", tmp_path)
+        budget.check(stored, None, "others", [], tmp_path)
     path = tmp_path / budget.FILE
     path.write_text(path.read_text().replace("72", "73"))
     with pytest.raises(ValueError, match=r"is damaged .* remove it"):
@@ -261,18 +263,32 @@ def test_a_budget_is_chosen_once(model, measured, tmp_path):
     with monkey.context() as m:
         m.setattr(vs.study.running, "_run", lambda *a: None)
         run(model, tmp_path, only=everything, **options)
-    counts = budget.load(tmp_path).counts
-    assert counts["test"] > SIZES["tiny"]["test"]
-    for again in ({}, {"budget": 300}):  # resumed without a budget, and with the same
-        study = run(model, tmp_path, **again)
-        assert {n: study.results["settings"][n] for n in counts} == plain(counts)
-        assert study.results["settings"]["size"] == "budget"
+        counts = budget.load(tmp_path).counts
+        assert counts["test"] > SIZES["tiny"]["test"]
+        # resumed without a budget, and with the same
+        for again in ({}, {"budget": 300, "only": everything}):
+            study = run(model, tmp_path, **again)
+            assert {n: study.results["settings"][n] for n in counts} == plain(counts)
+            assert study.results["settings"]["size"] == "budget"
+    with pytest.raises(ValueError, match="chosen for other steps"):
+        run(model, tmp_path, budget=300)
     text = (tmp_path / "results.json").read_text()
     assert not [word for word in ("budget.json", "predicted", "seconds", "memory") if word in text]
-    with pytest.raises(ValueError, match="chosen for a budget of 5m, not 10m"):
+    with pytest.raises(ValueError, match="chosen for a budget of 300s, not 600s"):
         run(model, tmp_path, budget="10m")
     assert run(model, tmp_path, size="tiny").results["settings"]["test"] == 12  # said explicitly
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize("n", [16, 20, 30])
+def test_a_budget_with_short_lists(n, model, measured, tmp_path):
+    """The largest counts that the lists can fill, though larger ones would fit the time."""
+    lists = [[f"{kind} the box {i}" for i in range(n)] for kind in ("open", "break")]
+    study = vs.study.run(
+        model, *lists, tmp_path, budget="10h", plan_only=True, progress=False, only=["screen"]
+    )
+    counts = study.results["settings"]
+    assert counts["train"] + counts["validation"] + counts["test"] >= n
 
 
 def plain(counts):

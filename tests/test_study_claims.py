@@ -147,7 +147,7 @@ def test_sparsity_holds_only_where_methods_agree():
     claim = of_sparsity(sparse())
     assert claim["verdict"] == HOLDS and claim["value"] == 0.95 and "1e-06" in claim["why"]
     assert (claim["low"], claim["high"]) == (0.95, 0.99)
-    assert of_sparsity(sparse(p=1.0))["verdict"] == FAILS
+    assert of_sparsity(sparse(p=1.0))["verdict"] == UNKNOWN  # no evidence is none against it
     assert of_sparsity(sparse(n=29))["verdict"] == UNKNOWN
     alone = sparse() | {"overlaps": {}}
     assert of_sparsity(alone)["verdict"] == UNKNOWN
@@ -212,6 +212,7 @@ def test_what_value_vectors_mean():
     assert means(excess=(0.03, -0.01, 0.07))["verdict"] == UNKNOWN
     assert means(excess=(0.01, -0.01, 0.04))["verdict"] == FAILS
     assert means(over_vector=(0.0, -0.1, 0.01))["verdict"] == FAILS
+    assert means(excess=(0.025, 0.01, 0.04))["verdict"] == UNKNOWN  # above 0, below 5 points
     few = means(train=24)
     assert few["verdict"] == UNKNOWN and "fewer than 30 prompts" in few["why"]
     both = means(vector=0.07)

@@ -41,6 +41,32 @@ def test_a_key_follows_what_the_step_uses():
         assert other != key
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["behaviour", "table1", "attribution", "attribution_learned", "rerouting", "sparsity"],
+)
+def test_steps_on_test_prompts_follow_them(name):
+    """The steps before them see the prompts of training and validation only."""
+    one, inputs = study_steps.STEPS[name], inputs_of(name)
+    settings = replace(Settings.of("tiny"), data_hash="a")
+    assert one.key("model", settings, inputs) != one.key(
+        "model", replace(settings, data_hash="b"), inputs
+    )
+
+
+def test_a_forced_step_goes_on_after_a_kill(tmp_path):
+    store = StudyStore(tmp_path)
+    folder = store.begin("screen", "key", anew=False)
+    (folder / "item").write_text("1")
+    assert store.begin("screen", "key", anew=True) == folder and not (folder / "item").exists()
+    (folder / "item").write_text("2")  # then it is killed, and the call is given again
+    store.begin("screen", "key", anew=True)
+    assert (folder / "item").read_text() == "2"
+    store.finish("screen", folder, {}, ["item"])
+    store.begin("screen", "key", anew=True)  # a finished one begins again
+    assert not (folder / "item").exists()
+
+
 def test_steps_that_are_chosen():
     names = list(study_steps.STEPS)
     assert study_steps.chosen(None, None) == names
@@ -68,6 +94,10 @@ def test_prompts_of_lists():
         of_lists(harmful[:15], harmless, settings)
     with pytest.raises(ValueError, match=r"1 prompts are both .*'give 0'"):
         of_lists([*harmful, "give 0"], harmless, settings)
+    with pytest.raises(ValueError, match=r"harmful='harmful.csv' is one text: give a list"):
+        of_lists("harmful.csv", harmless, settings)
+    with pytest.raises(ValueError, match=r"harmful\[0\] is \[1, 2\]: a study takes prompts as"):
+        of_lists([[1, 2]], harmless, settings)
     with pytest.raises(ValueError, match=r"harmless\[1\] is ' '"):
         of_lists(harmful, ["x", " "], settings)
 

@@ -67,7 +67,7 @@ def test_a_report_without_texts(study, tmp_path):
     folder = copy(study, tmp_path)
     command = ["report", str(folder), "--no-texts"]
     assert cli.main(command) == 0
-    text, whole = (folder / "report.html").read_text(), study.report.read_text()
+    text, whole = (folder / "report-no-texts.html").read_text(), study.report.read_text()
     (path,) = folder.glob("steps/texts/*/texts.json")
     said = [
         t

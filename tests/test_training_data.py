@@ -202,12 +202,12 @@ def test_examples_in_training(zoo):
 
 def test_files(model, vector, tmp_path):
     data = training_data(model, HARMFUL, HARMLESS, vector, progress=False)
-    data.append(Example([4, 5], [6], "ünï\n", -1))
+    data.append(Example([4, 5], [6], "ünï\u2028\n", -1))
     path = tmp_path / "pairs.jsonl"
     data.save(path)
     back = TrainingData.load(path)
     assert list(back) == list(data) and back.counts == data.counts and back.meta == data.meta
-    lines = path.read_text().splitlines()
+    lines = path.read_text().removesuffix("\n").split("\n")
     assert (
         json.loads(lines[0])["meta"]["model_hash"] == "numpy-standin"
         and json.loads(lines[1])["prompt"] == "a bomb"

@@ -26,6 +26,23 @@ def fingerprint(model: object) -> str | None:
     return getattr(model, "fingerprint", None)
 
 
+def identity(model: object) -> str:
+    """A hash (hex) of all of a model that results depend on, for the keys of stored work: the
+    contents of its weight files, its config and ends of text, the tokenizer with its chat template
+    and variables, how matrices are held, and how it was loaded.
+
+    The fingerprint alone is a sample of the weights: models that differ in other matrices share it.
+    """
+    return digest(
+        fingerprint(model),
+        getattr(model, "weights_hash", None),
+        getattr(model, "dtype", None),
+        getattr(model, "eos_ids", None),
+        fingerprint(getattr(model, "tokenizer", None)),
+        loaded_with(model),
+    )
+
+
 def kernel_names(model: object) -> str | None:
     """The kernel families in use, with commas; None for a Config, which runs nothing."""
     names: Any = getattr(model, "kernels", None)

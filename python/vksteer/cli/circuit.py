@@ -103,10 +103,10 @@ def _find(
 ) -> SteeringVector:
     """The difference in means that the rule chooses, or the one that the folder holds."""
     from .. import steering
-    from ..base.provenance import digest
+    from ..base.provenance import digest, identity
     from ..inputs.vectors import SteeringVector
 
-    key = digest("vector", *_model_key(model), train, validation, arguments.criterion)
+    key = digest("vector", identity(model), train, validation, arguments.criterion)
     if folder.made("vector.safetensors", key, costly=True):
         return SteeringVector.load(folder / "vector.safetensors")
     harmful, harmless = validation
@@ -116,16 +116,6 @@ def _find(
     vector.save(folder / "vector.safetensors")
     folder.put("vector.safetensors", key)
     return vector
-
-
-def _model_key(model: Model) -> list[Any]:
-    """What of a model goes into the keys of files: its hash, and what --config-override and
-    --template-option say, where they are given. Texts become other tokens under other options.
-    """
-    from ..base.provenance import fingerprint, loaded_with
-
-    loaded = loaded_with(model)
-    return [fingerprint(model), loaded] if loaded else [fingerprint(model)]
 
 
 def _vectors(arguments: argparse.Namespace) -> dict[str, SteeringVector]:
@@ -158,14 +148,14 @@ class _Work:
         judge: LlamaGuard | None,
         show: bool,
     ):
-        from ..base.provenance import digest
+        from ..base.provenance import digest, identity
 
         self.model, self.vector, self.coefficient = model, vector, coefficient
         self.prompts, self.arguments, self.folder = prompts, arguments, folder
         self.judge, self.show = judge, show
         self.key = digest(
             "samples",
-            *_model_key(model),
+            identity(model),
             vector.direction,
             vector.layer,
             coefficient,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..base.checks import is_number, require_int
-from ..base.provenance import digest, fingerprint, loaded_with
+from ..base.provenance import digest, identity
 from ..base.store import Store
 from ..base.types import PathLike
 from ..judge import Rate, ended, succeeded
@@ -131,7 +131,7 @@ def _store(model: Model, out: PathLike) -> AnswerStore:
     return AnswerStore(
         out,
         format="vksteer.answers",
-        key=digest("answers 1", fingerprint(model), loaded_with(model)),
+        key=digest("answers 2", identity(model)),
         what="file of answers",
         other="another model",
         field=None,

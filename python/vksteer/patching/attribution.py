@@ -15,6 +15,7 @@ import numpy as np
 
 from ..base.bytes import memory_bytes
 from ..base.progress import Progress
+from ..base.provenance import identity
 from ..base.store import Store
 from ..base.types import Float32Array, PathLike, ProgressLike
 from ..inputs.samples import check_samples, check_steering, samples_hash
@@ -94,8 +95,8 @@ def _attribute(
     if progress is True:
         print(_announcement(plan, lengths, steps), file=sys.stderr)
     provenance = score_provenance(model, vector, coefficient)
-    identity = [asdict(settings), provenance, samples_hash(samples)]
-    text = json.dumps(identity, sort_keys=True, default=str)
+    depends = [asdict(settings), provenance, samples_hash(samples), identity(model)]
+    text = json.dumps(depends, sort_keys=True, default=str)
     store, found = _checkpoint(checkpoint, hashlib.sha256(text.encode()).hexdigest())
     runs = AttributionRuns(model, vector, coefficient, settings, plan)
     with Progress(progress, steps * len(samples), "attribute") as bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ..base.types import Float32Array, OneOrMorePrompts, PathLike, ProgressLike, UInt32Array
+from ..errors import ModelError
 from . import device as _devices
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Model:
     manager) to free device memory.
 
     Attributes: config (Config), tokenizer (Tokenizer or None), device (Device), name, eos_ids,
-    config_overrides and template_options (as `from_pretrained` got them, {} for none).
+    dtype, config_overrides and template_options (as `from_pretrained` got them, {} for none).
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Model:
         eos_ids: Iterable[int],
         fingerprint: str,
         config_overrides: Mapping[str, Any] | None = None,
+        weight_files: Iterable[PathLike] = (),
+        dtype: str = "",
     ) -> None:
         from .sites import SiteTable
 
@@ -75,6 +79,7 @@ class Model:
         self.name, self.fingerprint = name, fingerprint
         self.eos_ids = tuple(eos_ids)
         self.config_overrides = dict(config_overrides or {})
+        self.dtype, self._weight_files = dtype, tuple(weight_files)
         self._sites = SiteTable(config)
         # the key/value cache with its slots, and the tape with its tokens, first layer, contents
         self._cache: tuple[extension.Cache, int] | None = None
@@ -143,7 +148,27 @@ class Model:
             eos,
             fingerprint,
             overrides,
+            files.paths,
+            dtype,
         )
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 (hex) over the contents of the files that the weights were loaded from. They are
+        read when it is first asked for (seconds for files of many GB). Raises ModelError where one
+        is gone.
+        """
+        whole = hashlib.sha256()
+        for path in self._weight_files:
+            try:
+                with open(path, "rb") as file:
+                    whole.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise ModelError(
+                    f"cannot read {path}, from which {self.name!r} was loaded: {error.strerror}; it"
+                    " is needed to tell this model from others in files of unfinished work"
+                ) from error
+        return whole.hexdigest()
 
     @property
     def template_options(self) -> dict[str, Any]:

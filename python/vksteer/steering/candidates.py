@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base.checks import is_int, layer_list
 from ..base.progress import Progress
-from ..base.provenance import digest, fingerprint, loaded_with, provenance
+from ..base.provenance import digest, identity, provenance
 from ..base.store import Store
 from ..base.types import (
     Array,
@@ -134,8 +134,7 @@ class Candidates:
         if out is not None:
             tokens = None if refusal_tokens is None else np.atleast_1d(refusal_tokens).tolist()
             vectors = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
-            model = fingerprint(self.model), loaded_with(self.model)
-            key = digest(*model, vectors, harmful, harmless, tokens)
+            key = digest(identity(self.model), vectors, harmful, harmless, tokens)
         return Store(
             out,
             format="vksteer.candidate_scores",
@@ -382,7 +381,7 @@ def difference_in_means(
     store = Store(
         out,
         format="vksteer.sums_of_activations",
-        key=digest(fingerprint(model), loaded_with(model), rows, at),
+        key=digest(identity(model), rows, at),
         argument="out",
         what="file of sums of activations",
         other="another model, other prompts or other positions",

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..base.checks import is_int, require_int
 from ..base.progress import Progress
-from ..base.provenance import digest, fingerprint, kernel_names, loaded_with, provenance
+from ..base.provenance import digest, identity, kernel_names, provenance
 from ..base.store import Store
 from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
@@ -145,7 +145,9 @@ class TrainingData(list[Example]):
         """Read what `save` wrote. ModelError for a file that was cut short or edited or is
         something else; OSError.
         """
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        # Not splitlines(), which also cuts at U+2028 and its like inside a text.
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        lines = text.removesuffix("\n").split("\n") if text else []
         try:
             head, *pairs = [json.loads(line) for line in lines]
             if head["format"] != FORMAT:
@@ -299,8 +301,7 @@ def _store(
         out,
         format="vksteer.responses",
         key=digest(
-            fingerprint(model),
-            loaded_with(model),
+            identity(model),
             vector.direction,
             vector.layer,
             steer.coefficient,

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
-from ..base.provenance import digest, fingerprint, kernel_names, provenance
+from ..base.provenance import digest, fingerprint, identity, kernel_names, provenance
 from ..base.types import Float64Array, IntArray, PathLike, ProgressLike
 from ..inputs.vectors import SteeringVector
 from .checkpoints import Checkpoint, State
@@ -61,6 +61,7 @@ class _Trainer:
         self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
         self.key = {
             "model_hash": fingerprint(model),
+            "identity": identity(model),
             "kernels": kernel_names(model) or "",
             "examples_hash": digest([asdict(e) for e in self.examples]),
             "validation_hash": digest([asdict(e) for e in self.held_out]),

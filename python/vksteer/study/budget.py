@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ FILE, FORMAT = "budget.json", "vksteer.study_budget"
 
 @dataclass(frozen=True)
 class Stored:
-    """budget: seconds. counts: as in SIZES. belongs: hash of the model and the prompts."""
+    """budget: seconds. counts: as in SIZES. belongs: hash of the model and the prompts. steps:
+    names of those that the budget was for.
+    """
 
     budget: float
     counts: dict[str, Any]
     belongs: str
+    steps: tuple[str, ...]
 
     def settings(self, seed: int) -> Settings:
         return Settings.of_counts("budget", self.counts, seed)
@@ -39,7 +42,9 @@ def load(folder: Path) -> Stored | None:
             type(like)(content["counts"][name])
             for name, like in SIZES["tiny"].items()
         }  # fmt: skip
-        return Stored(float(content["budget"]), counts, str(content["belongs"]))
+        return Stored(
+            float(content["budget"]), counts, str(content["belongs"]), tuple(content["steps"])
+        )
     except (ModelError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): remove it and give the budget again, which chooses new"
@@ -52,17 +57,29 @@ def save(folder: Path, stored: Stored) -> None:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in stored.counts.items()
     }
-    content = {"budget": stored.budget, "counts": counts, "belongs": stored.belongs}
+    content = {
+        "budget": stored.budget,
+        "counts": counts,
+        "belongs": stored.belongs,
+        "steps": list(stored.steps),
+    }
     save_json(folder / FILE, content, format=FORMAT, indent=1)
 
 
-def check(stored: Stored, budget: float | None, belongs: str, folder: Path) -> None:
+def check(
+    stored: Stored, budget: float | None, belongs: str, steps: Iterable[str], folder: Path
+) -> None:
     """Raises ValueError where the stored counts are not those that a call means."""
     remedy = f"name another folder, or remove {folder / FILE} to choose new counts"
     if budget is not None and budget != stored.budget:
         raise ValueError(
-            f"the sample counts of {folder} were chosen for a budget of {said(stored.budget)}, not"
-            f" {said(budget)}: give that one or none to go on, {remedy}"
+            f"the sample counts of {folder} were chosen for a budget of {stored.budget:.10g}s, not"
+            f" {budget:.10g}s: give that one or none to go on, {remedy}"
+        )
+    if budget is not None and (other := set(steps) ^ set(stored.steps)):
+        raise ValueError(
+            f"the sample counts of {folder} were chosen for other steps ({', '.join(sorted(other))}"
+            f" differ): give no budget to use them, {remedy}"
         )
     if belongs != stored.belongs:
         raise ValueError(
@@ -72,7 +89,11 @@ def check(stored: Stored, budget: float | None, belongs: str, folder: Path) -> N
 
 
 def choose(
-    budget: float, belongs: str, seed: int, seconds: Callable[[Settings], float]
+    budget: float,
+    belongs: str,
+    steps: Sequence[str],
+    seed: int,
+    seconds: Callable[[Settings], float],
 ) -> tuple[Stored, float]:
     """(The largest counts of the ladder whose predicted seconds are within the budget, the
     prediction.)
@@ -95,7 +116,7 @@ def choose(
             low, found = middle, cost
         else:
             high = middle
-    return Stored(budget, ladder[low].counts, belongs), found
+    return Stored(budget, ladder[low].counts, belongs, tuple(steps)), found
 
 
 def line(stored: Stored, predicted: float | None) -> str:

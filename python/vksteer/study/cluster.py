@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.provenance import identity
 from ..errors import ModelError
 from .prompts import Prompts
 from .settings import Settings
-from .steps import STEPS, identity, run_step
+from .steps import STEPS, run_step
 from .store import Finished, StudyStore
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Source:
 
     @classmethod
     def of(cls, model: Model) -> Source:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"dtype": model.dtype}
         if model.config_overrides:
             options["config_overrides"] = dict(model.config_overrides)
         if model.template_options:

@@ -161,9 +161,12 @@ class _Memory:
 
     def _attribution(self) -> int:
         lengths = [self._sample()] * max(1, self.settings.samples)
-        return layout(
-            self.model, self.shape.layer, lengths, self.settings.steps, False, False, None
-        ).bytes
+        try:
+            return layout(
+                self.model, self.shape.layer, lengths, self.settings.steps, False, False, None
+            ).bytes
+        except ValueError:  # not one sample fits: the step itself says so, and others may run
+            return int(self.model._engine_device.available_bytes)
 
     def _circuits(self, n: int) -> int:
         """Bytes of n circuits in one pass, from those of a few random ones, at most what passes

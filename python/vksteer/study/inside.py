@@ -29,7 +29,7 @@ THRESHOLD = 0.85
 #: Fewest samples that are halved.
 LEAST_HALVED = 4
 TOP_TOKENS = 8
-SAMPLED = ("samples", "new_tokens", "steps", "seed")
+SAMPLED = ("samples", "new_tokens", "steps", "seed", "data_hash")
 
 
 def coefficient(c: Context, data_set: str) -> float:
@@ -328,7 +328,7 @@ def _smallest(c: Context, job: _Job) -> dict[str, Any]:
     "rerouting",
     "how far attention moves",
     needs=("candidates", "strength"),
-    uses=("samples",),
+    uses=("samples", "data_hash"),
 )
 def rerouting(c: Context) -> Outcome:
     harmful, _ = c.data.pair("test")
@@ -414,17 +414,21 @@ def _iou(sparse: dict[str, SteeringVector]) -> list[list[Any]]:
     "sparsity",
     "how few dimensions it needs",
     needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
-    uses=("taus", "new_tokens", "seed"),
+    uses=("taus", "new_tokens", "seed", "samples", "data_hash"),
+    version=2,
 )
 def sparsity(c: Context) -> Outcome:
     found = load_samples(c, "attribution", MAIN)
     if found is None:
         return Outcome({"why": "steering flips no prompt, so no gradient chooses dimensions"})
+    harmful, harmless = c.data.pair("test")
+    unseen = harmful[c.settings.samples :]  # their gradients chose no dimension
     table = sparsify.sweep(
         c.model,
         load_vector(c, "dim"),
         found[1],
-        *c.data.pair("test"),
+        unseen or harmful,
+        harmless,
         strengths(c),
         taus=c.settings.taus,
         methods=("gradient", "random"),
@@ -440,7 +444,7 @@ def sparsity(c: Context) -> Outcome:
         kept = {n: v for n, v in sparse.items() if v is not None}
         if tau > 0 and len(kept) > 1:
             pairs[f"{tau:g}"] = _iou(kept)
-    return Outcome(stable(table.to_dict()) | {"overlaps": pairs})
+    return Outcome(stable(table.to_dict()) | {"overlaps": pairs, "unseen": len(unseen)})
 
 
 def _learned_scores(c: Context) -> dict[str, EdgeScores]:

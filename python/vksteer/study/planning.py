@@ -4,12 +4,13 @@ they are predicted to take.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.provenance import digest
+from ..base.provenance import digest, identity
 from ..loading.locate import is_bundled
 from . import budget as budgets
 from .costs import Costs
@@ -17,7 +18,7 @@ from .ladder import rungs, said, seconds_of
 from .prompts import Prompts, of_lists, of_world
 from .rates import Rates, kept_rates, rates_of
 from .settings import Settings
-from .steps import STEPS, Cost, PlannedStep, identity, plan
+from .steps import STEPS, Cost, PlannedStep, plan
 from .store import Finished, StudyStore
 from .unfinished import counted
 
@@ -68,10 +69,9 @@ class Counts:
                 f"size={self.size!r} and budget={self.budget!r} both say how many samples: give one"
             )
         self.seconds = None if self.budget is None else seconds_of(self.budget)
-        first = (
-            rungs(self.seed)[0] if self.seconds else Settings.of(self.size or "small", self.seed)
-        )
-        self.prompts(first)
+        # Without a size the folder may hold counts that a budget chose, down to the smallest.
+        least = rungs(self.seed)[0] if self.size is None else Settings.of(self.size, self.seed)
+        self.prompts(least)
 
     def prompts(self, settings: Settings) -> Prompts:
         """The prompts, cut by these settings."""
@@ -95,7 +95,7 @@ class Counts:
             belongs = self.belongs(model)
             stored, predicted = budgets.load(folder), None
             if stored is not None:
-                budgets.check(stored, self.seconds, belongs, folder)
+                budgets.check(stored, self.seconds, belongs, names, folder)
             elif self.seconds is not None:
                 stored, predicted = self._choose(model, folder, names, belongs, say)
                 if not plan_only:
@@ -114,10 +114,14 @@ class Counts:
         costs = Costs(model, rates)
 
         def seconds(settings: Settings) -> float:
-            shape = costs.shape(self.prompts(settings), {})
+            try:
+                data = self.prompts(settings)
+            except ValueError:  # the lists are too short for these counts
+                return math.inf
+            shape = costs.shape(data, {})
             return sum(both[0] for both in costs.seconds(names, settings, shape).values())
 
-        return budgets.choose(self.seconds, belongs, self.seed, seconds)
+        return budgets.choose(self.seconds, belongs, names, self.seed, seconds)
 
 
 def finished_steps(store: StudyStore, model: Model, settings: Settings) -> dict[str, Finished]:

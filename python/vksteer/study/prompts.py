@@ -47,10 +47,15 @@ def of_lists(harmful: Sequence[str], harmless: Sequence[str], settings: Settings
     """
     sides, notes = {}, []
     for name, given in (("harmful", harmful), ("harmless", harmless)):
-        texts = list(dict.fromkeys(given))
-        for i, text in enumerate(texts):
+        if isinstance(given, str):
+            raise ValueError(
+                f"{name}={given!r} is one text: give a list of prompts, for example"
+                f" vs.data.load({given!r}) for a file"
+            )
+        for i, text in enumerate(given):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{name}[{i}] is {text!r}: a study takes prompts as texts")
+        texts = list(dict.fromkeys(given))
         random.Random(f"{settings.seed} {name}").shuffle(texts)
         asked = [getattr(settings, split) for split in SPLITS]
         counts = asked

@@ -23,8 +23,8 @@ TEXT_FILES = {"texts": TEXTS, "positions": TOKENS}
 
 
 def write_report(folder: PathLike, *, texts: bool = True) -> Path:
-    """Writes report.html into a study's folder from its results.json, run.json and stored scores;
-    returns its path.
+    """Writes report.html, or report-no-texts.html, into a study's folder from its results.json,
+    run.json and stored scores; returns its path.
 
     texts: whether it shows prompts, answers and tokens of samples, as they are needed to judge what
     the rates count. False leaves them out, for a report that is published where the answers must
@@ -39,7 +39,7 @@ def write_report(folder: PathLike, *, texts: bool = True) -> Path:
     if (place / "run.json").exists():
         run = read_json(place / "run.json", limit=LIMIT)
     said = text_files(place, run) if texts else {}
-    target = place / "report.html"
+    target = place / ("report.html" if texts else "report-no-texts.html")
     write_whole(target, page(results, run, viewer_data(place, results, run), said).encode())
     return target
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..base.idle_clock import IdleClock
-from ..base.provenance import digest, fingerprint, loaded_with, provenance
+from ..base.provenance import digest, identity, provenance
 from ..base.store import Store
 from ..base.types import Array, ProgressLike
 from ..base.whole_files import write_whole
@@ -97,13 +97,6 @@ class Step:
 
 
 STEPS: dict[str, Step] = {}
-
-
-def identity(model: Model) -> str:
-    """A hash of all of a model that results depend on: weights and config, its tokenizer with the
-    chat template and its variables, and how it was loaded.
-    """
-    return digest(model.fingerprint, fingerprint(model.tokenizer), loaded_with(model))
 
 
 def step(
@@ -254,18 +247,17 @@ def _run(
     for array, values in outcome.arrays.items():
         np.save(folder / f"{array}.npy", np.ascontiguousarray(values), allow_pickle=False)
         files.append(f"{array}.npy")
-    finished = store.finish(one.name, folder, outcome.result, files)
     used = {
         "seconds": round(time.perf_counter() - start, 3),
         "idle_seconds": round(clock.seconds, 3),
         "processor_seconds": round(clock.processor, 3),
         "device_bytes": device.peak_bytes(),
     }
-    _record(model, finished, used)
-    return finished
+    _record(model, folder, used)  # before done.json: a finished step always has it
+    return store.finish(one.name, folder, outcome.result, files)
 
 
-def _record(model: Model, finished: Finished, used: Mapping[str, Any]) -> None:
+def _record(model: Model, folder: Path, used: Mapping[str, Any]) -> None:
     """Writes what varies between runs beside the step's results: times and device memory (see
     base/idle_clock.py), device, versions.
     """
@@ -274,7 +266,7 @@ def _record(model: Model, finished: Finished, used: Mapping[str, Any]) -> None:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": str(model.device),
         "kernels": list(model.kernels),
-        "folder": finished.folder.name,
+        "folder": folder.name,
         **provenance(model),
     }
-    write_whole(finished.folder / "run.json", json.dumps(content, indent=1).encode())
+    write_whole(folder / "run.json", json.dumps(content, indent=1).encode())

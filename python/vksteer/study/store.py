@@ -33,6 +33,7 @@ from ..base.whole_files import write_whole
 from ..errors import ModelError
 
 DONE = "done.json"
+FORCED = ".forced"  # in the folder of a step that was begun anew and has not finished
 RESULT = "result.json"
 LIMIT = 1 << 30  # bytes of a JSON file of the store
 
@@ -157,15 +158,19 @@ class StudyStore:
         return Finished(name, folder, result, digest(sorted(files.items())))
 
     def begin(self, name: str, key: str, anew: bool) -> Path:
-        """The step's folder, made or emptied; what unfinished work left there stays unless `anew`.
-        A folder whose done.json did not hold is emptied.
+        """The step's folder, made or emptied; what unfinished work left there stays unless `anew`,
+        and also then what a call that began it anew has left. A folder whose done.json did not hold
+        is emptied.
         """
         folder = self.place(name, key)
         folder.mkdir(parents=True, exist_ok=True)
-        if anew or (folder / DONE).exists():
+        forced = folder / FORCED
+        if (folder / DONE).exists() or (anew and not forced.exists()):
             (folder / DONE).unlink(missing_ok=True)
             for path in folder.iterdir():
                 path.unlink()
+            if anew:
+                forced.touch()
         return folder
 
     def finish(
@@ -175,6 +180,7 @@ class StudyStore:
         text = json.dumps(plain(result), indent=1, sort_keys=True, ensure_ascii=False)
         write_whole(folder / RESULT, (text + "\n").encode())
         hashes = {file: self._hash(folder / file) for file in sorted({RESULT, *files})}
+        (folder / FORCED).unlink(missing_ok=True)
         write_whole(folder / DONE, (json.dumps({"files": hashes}, indent=1) + "\n").encode())
         found = read_json(folder / RESULT, limit=LIMIT)
         return Finished(name, folder, found, digest(sorted(hashes.items())))

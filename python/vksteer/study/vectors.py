@@ -43,7 +43,11 @@ def strengths(context: Context) -> tuple[float, float]:
     return float(plus), float(minus)
 
 
-@step("prompts", "prompts by split", uses=("data_hash",))
+@step(
+    "prompts",
+    "prompts by split",
+    uses=("data_hash", "size", "train", "validation", "test"),
+)
 def prompts(c: Context) -> Outcome:
     data = c.data
     counts = {split: [len(side) for side in data.pair(split)] for split in data.harmful}
@@ -199,7 +203,7 @@ def vectors(c: Context) -> dict[str, SteeringVector]:
     "behaviour",
     "attack success rate both ways, all vectors",
     needs=("candidates", "strength", "ntp", "po"),
-    uses=("new_tokens",),
+    uses=("new_tokens", "data_hash"),
 )
 def behaviour(c: Context) -> Outcome:
     table = steering.compare(
@@ -220,7 +224,7 @@ def behaviour(c: Context) -> Outcome:
     "table1",
     "what is left when parts are frozen (Table 1)",
     needs=("candidates", "strength"),
-    uses=("new_tokens", "controls", "seed"),
+    uses=("new_tokens", "controls", "seed", "data_hash"),
 )
 def table1(c: Context) -> Outcome:
     table = freezing.ablation_table(

@@ -323,8 +323,11 @@ def _rerouting(shape: Shape, s: Settings) -> Work:
 
 
 def _sparsity(shape: Shape, s: Settings) -> Work:
-    # the unsteered model, the whole vector, a random direction, and two methods at each threshold
-    return _pair(shape, s, "test", 3 + 2 * (len(s.taus) - 1))
+    # the unsteered model, the whole vector, a random direction, and two methods at each threshold,
+    # without the harmful prompts whose gradients choose dimensions
+    side = shape.prompts["test"][0] // 2
+    used = 1.0 if s.samples >= side else 1 - s.samples / (2 * side)
+    return _pair(shape, s, "test", used * (3 + 2 * (len(s.taus) - 1)))
 
 
 def _values(shape: Shape, s: Settings) -> Work:
