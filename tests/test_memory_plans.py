@@ -78,6 +78,34 @@ def test_plans_with_split_rows_are_what_is_held(name):
     agree(on_newer_mesa(name))
 
 
+def test_weights_of_a_real_model_waste_little():
+    """Its matrices do not fill buffers of 64 MiB evenly, as those of tiny models do."""
+    from oracle import real as files
+
+    done = child(
+        "model = load(dtype='auto'); print(model._engine_device.allocated_bytes,"
+        " model._engine.plan()['weights'] + model._engine.plan()['work'])",
+        str(files.gguf("smollm2")),
+        VKSTEER_KERNELS="broadcast",
+    )
+    allocated, planned = map(int, quiet(done).split())
+    assert abs(allocated / planned - 1) < 0.02  # 0.006 met; some work memory comes with a run
+
+
+def test_a_row_that_generate_refuses_does_not_fit():
+    """Its cache may take half of what is free beside the model."""
+    on = {"device_memory": "20GB", "kernels": "matrix"}
+    assert plan_run(llama_8b(), 4096, new_tokens=1024, **on).fits
+    plan = plan_run(llama_8b(), 7000, new_tokens=1024, **on)
+    assert not plan.fits and not plan.row_fits and plan.total < 20e9
+    many = plan_run(llama_8b(), [512] * 64, new_tokens=512, **on)  # in parts, which fit
+    assert many.fits and many.cache < plan_run(llama_8b(), [512] * 64, new_tokens=512).cache
+    one = plan_run(llama_8b(), [512] * 8, new_tokens=8, batch_size=1)
+    assert 8 * one.cache == plan_run(llama_8b(), [512] * 8, new_tokens=8).cache
+    with pytest.raises(ValueError, match="batch_size"):
+        plan_run(llama_8b(), 8, new_tokens=8, batch_size=0)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kernels", ["broadcast", "tiled", "matrix"])

@@ -437,6 +437,8 @@ int gpu_queue_wait(struct gpu_queue *queue, struct error *error) {
 }
 
 void gpu_queue_abandon(struct gpu_queue *queue) {
+    if (queue->kept.ticket > queue->submitted) /* of commands whose submission failed */
+        queue->kept.ticket = queue->submitted;
     if (queue->recording) {
         if (queue->kept.recording)
             queue->device->vk.vkEndCommandBuffer(queue->kept.commands);

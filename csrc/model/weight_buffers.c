@@ -72,13 +72,15 @@ int weight_buffer_cut(struct model *model, uint64_t bytes, struct gpu_buffer **b
                       uint64_t *offset, struct error *error) {
     struct weight_buffer *current = model->weight_buffers;
     bytes = align(bytes);
-    if (!current || current->used + bytes > current->size) {
-        /* A buffer of 64 MiB wastes at most that much. A larger matrix gets a buffer of its own,
-         * and the last buffer is as large as what is left to load. */
+    while (current && bytes > current->size - current->used)
+        current = current->next;
+    if (!current) {
+        /* A matrix of 8 MiB or more gets a buffer of its own size. Smaller weights share buffers of
+         * 64 MiB, the last of which is as large as what is left to load; so little is wasted. */
         uint64_t total = model_weight_bytes(&model->facts), size = UINT64_C(64) << 20,
                  left = model->weight_bytes < total ? total - model->weight_bytes : 0;
         size = left < size ? left : size;
-        size = bytes > size ? bytes : size;
+        size = bytes > size || bytes >= UINT64_C(8) << 20 ? bytes : size;
         current = calloc(1, sizeof *current);
         if (!current)
             return error_set(error, ERROR_MEMORY, "out of memory for a weight buffer");

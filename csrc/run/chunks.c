@@ -47,7 +47,8 @@ static int batch_check(const struct run_work *work, const struct run_cache *cach
         int was_long = batch->start[r]
                            ? !!(cache->state[batch->slot[r] + batch->start[r] - 1] & RUN_CACHE_LONG)
                            : long_rotated(f, batch->n_tokens[r]);
-        if (long_rotated(f, end) != was_long)
+        if (long_rotated(f, end) != was_long ||
+            long_rotated(f, (uint64_t)batch->start[r] + batch->n_tokens[r]) != was_long)
             return error_set(
                 error, ERROR_VALUE,
                 "row %u grows from %u to %llu tokens: texts longer than %u are rotated "

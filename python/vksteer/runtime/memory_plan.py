@@ -134,11 +134,15 @@ def cache_bytes(c: Config, slots: int, first_layer: int = 0) -> int:
     return 2 * (c.n_layers - first_layer) * slots * c.n_kv_heads * c.d_head * FLOAT
 
 
-def rotation_bytes(c: Config, longest: int) -> int:
-    """Rotation tables for texts of up to `longest` tokens, with the memory that fills one."""
-    table = -(-longest // 256) * 256 * c.d_rot * FLOAT * (2 if c.rope_switch else 1)
+def rotation_bytes(c: Config, longest: int, prompt: int) -> int:
+    """Rotation tables for texts of up to `longest` tokens, with the memory that fills one. Where
+    they grow beyond those of the prompt, an old one is held until its successor is filled.
+    """
+    rows, before = -(-longest // 256) * 256, -(-prompt // 256) * 256
+    width = c.d_rot * FLOAT * (2 if c.rope_switch else 1)
     n = len(c.rope) * (2 if c.query_beta else 1)
-    return table * (n + 1) if n else 0
+    grown = rows - 256 if rows > before else 0
+    return width * (rows * (n + 1) + grown) if n else 0
 
 
 def split_rows_bytes(rows: int, width: int) -> int:
@@ -176,6 +180,7 @@ class RunPlan:
     picks: int  # logits from which the device picks tokens
     split: int  # split rows of products on matrix units
     device_memory: int | None
+    row_fits: bool = True  # whether the longest row's cache fits half of what is free
 
     @property
     def beside_weights(self) -> int:
@@ -191,7 +196,7 @@ class RunPlan:
     @property
     def fits(self) -> bool:
         """Whether it fits into device_memory."""
-        return self.device_memory is None or self.total <= self.device_memory
+        return self.device_memory is None or (self.row_fits and self.total <= self.device_memory)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, with total and fits."""
@@ -227,6 +232,7 @@ def plan_run(
     device_memory: int | str | None = None,
     kernels: str | None = None,
     weight_bytes: float = 2,
+    batch_size: int | None = None,
 ) -> RunPlan:
     """Predicted device memory of `run` (new_tokens=0) or `generate`, without weights or a device.
 
@@ -235,8 +241,9 @@ def plan_run(
     frozen: with freeze or ablate, where every row has its base run beside it. device_memory: bytes
     or "16GB" of a GPU that are free before loading; without it a configuration is planned for a
     CPU. kernels: a family by name ("matrix" splits rows); default: a Model's, else none that does.
-    weight_bytes: bytes of a matrix' weight on the device, for a configuration. Captures of
-    hook_result are not counted. Raises ValueError for bad arguments and rows beyond the context.
+    weight_bytes: bytes of a matrix' weight on the device, for a configuration. batch_size: as in
+    `generate`, which also splits rows so that their caches fit half of the free memory; a row whose
+    own cache does not is refused there, and does not fit here. Captures of hook_result are not counted. Raises ValueError for bad arguments and rows beyond the context.
     """
     c: Any = getattr(config, "config", config)
     memory = memory_bytes(device_memory, "device_memory")
@@ -249,7 +256,8 @@ def plan_run(
     if not is_number(weight_bytes) or weight_bytes <= 0:
         raise ValueError(f"weight_bytes must be a number above 0, not {weight_bytes!r}")
     sizes, double = sizes_of(config, memory), 2 if frozen else 1
-    longest, at_once = max(lengths), min(len(lengths), ROWS if new else len(lengths))
+    most = ROWS if batch_size is None else require_int(batch_size, "batch_size", 1)
+    longest, at_once = max(lengths), min(len(lengths), most if new else len(lengths))
     first = min(sizes.chunk, double * sum(sorted(lengths)[-at_once:]))
     slots = double * sum(n + new for n in sorted(lengths)[-at_once:])
     if not new:  # a ring of slots that are used again
@@ -262,18 +270,25 @@ def plan_run(
     if new > 1:
         logits = FLOAT * row_stride(c.d_vocab)
         picks = logits * max(1, min(sizes.readback // logits, double * at_once))
+    weights = weights_of(config, weight_bytes)
+    work = chunk_bytes(c, sizes.chunk) + sizes.readback + UPLOAD
+    cache, row_fits = cache_bytes(c, slots), True
+    if new and memory is not None:
+        row, half = cache_bytes(c, double * (longest + new)), max(0, memory - weights - work) // 2
+        cache, row_fits = min(cache, max(row, half)), row <= half
     return RunPlan(
         rows=len(lengths),
         longest=longest + new,
         chunk=sizes.chunk,
-        weights=weights_of(config, weight_bytes),
-        work=chunk_bytes(c, sizes.chunk) + sizes.readback + UPLOAD,
+        weights=weights,
+        work=work,
         scores=scores,
-        cache=cache_bytes(c, slots),
-        rotation=rotation_bytes(c, longest + new),
+        cache=cache,
+        rotation=rotation_bytes(c, longest + new, longest),
         picks=picks,
         split=split_bytes(c, sizes.chunk) if split else 0,
         device_memory=memory,
+        row_fits=row_fits,
     )
 
 
