@@ -243,16 +243,14 @@ def plan_run(
     CPU. kernels: a family by name ("matrix" splits rows); default: a Model's, else none that does.
     weight_bytes: bytes of a matrix' weight on the device, for a configuration. batch_size: as in
     `generate`, which also splits rows so that their caches fit half of the free memory; a row whose
-    own cache does not is refused there, and does not fit here. Captures of hook_result are not counted. Raises ValueError for bad arguments and rows beyond the context.
+    own cache does not is refused there, and does not fit here. Captures of hook_result are not
+    counted. Raises ValueError for bad arguments and rows beyond the context.
     """
     c: Any = getattr(config, "config", config)
     memory = memory_bytes(device_memory, "device_memory")
     split = on_matrix_units(config, kernels)
     new = require_int(new_tokens, "new_tokens", 0)
-    prompts = [tokens] if isinstance(tokens, int) else list(tokens)
-    lengths = [require_int(n, "tokens", 1) for n in prompts]
-    if not lengths or max(lengths) + new > c.n_ctx:
-        raise ValueError(f"tokens={tokens!r}: rows of 1 to {c.n_ctx - new} tokens are needed")
+    lengths = _lengths(c, tokens, new)
     if not is_number(weight_bytes) or weight_bytes <= 0:
         raise ValueError(f"weight_bytes must be a number above 0, not {weight_bytes!r}")
     sizes, double = sizes_of(config, memory), 2 if frozen else 1
@@ -263,19 +261,14 @@ def plan_run(
     if not new:  # a ring of slots that are used again
         slots = min(slots, 2 * sizes.chunk + 3 * double * longest)
     scores = scratch_bytes(c, sizes.scratch, first, longest)
-    picks = 0
     if new:
         decoded = min(sizes.chunk, double * at_once)
         scores = max(scores, scratch_bytes(c, sizes.scratch, decoded, longest + new))
-    if new > 1:
-        logits = FLOAT * row_stride(c.d_vocab)
-        picks = logits * max(1, min(sizes.readback // logits, double * at_once))
     weights = weights_of(config, weight_bytes)
     work = chunk_bytes(c, sizes.chunk) + sizes.readback + UPLOAD
-    cache, row_fits = cache_bytes(c, slots), True
-    if new and memory is not None:
-        row, half = cache_bytes(c, double * (longest + new)), max(0, memory - weights - work) // 2
-        cache, row_fits = min(cache, max(row, half)), row <= half
+    row = cache_bytes(c, double * (longest + new)) if new else 0
+    half = None if memory is None or not new else max(0, memory - weights - work) // 2
+    cache = cache_bytes(c, slots)
     return RunPlan(
         rows=len(lengths),
         longest=longest + new,
@@ -283,13 +276,28 @@ def plan_run(
         weights=weights,
         work=work,
         scores=scores,
-        cache=cache,
+        cache=cache if half is None else min(cache, max(row, half)),
         rotation=rotation_bytes(c, longest + new, longest),
-        picks=picks,
+        picks=_picks(c, sizes, double * at_once) if new > 1 else 0,
         split=split_bytes(c, sizes.chunk) if split else 0,
         device_memory=memory,
-        row_fits=row_fits,
+        row_fits=half is None or row <= half,
     )
+
+
+def _picks(c: Config, sizes: Sizes, rows: int) -> int:
+    """Logits from which blocks of greedy decoding pick."""
+    logits = FLOAT * row_stride(c.d_vocab)
+    return logits * max(1, min(sizes.readback // logits, rows))
+
+
+def _lengths(c: Config, tokens: int | Sequence[int], new: int) -> list[int]:
+    """Tokens of each row. Raises ValueError for rows beyond the context."""
+    given = [tokens] if isinstance(tokens, int) else list(tokens)
+    lengths = [require_int(n, "tokens", 1) for n in given]
+    if not lengths or max(lengths) + new > c.n_ctx:
+        raise ValueError(f"tokens={tokens!r}: rows of 1 to {c.n_ctx - new} tokens are needed")
+    return lengths
 
 
 def weights_of(config: Config | Model, weight_bytes: float) -> int:

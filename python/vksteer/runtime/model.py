@@ -138,19 +138,8 @@ class Model:
             files.close()
         ends = tokenizer.eos_ids if tokenizer is not None else ()
         eos = tuple(dict.fromkeys(files.eos_ids + ends))
-        return cls(
-            engine,
-            engine_device,
-            chosen,
-            files.config,
-            tokenizer,
-            str(source),
-            eos,
-            fingerprint,
-            overrides,
-            files.paths,
-            dtype,
-        )
+        opened = engine, engine_device, chosen, files.config, tokenizer
+        return cls(*opened, str(source), eos, fingerprint, overrides, files.paths, dtype)
 
     @cached_property
     def weights_hash(self) -> str:
