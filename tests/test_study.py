@@ -151,7 +151,8 @@ def test_a_changed_option_runs_what_depends_on_it(model, study, tmp_path, monkey
         classmethod(lambda cls, size, seed=0: replace(original(size, seed), **changed)),
     )
     planned = again(model, folder, plan_only=True).planned
-    assert {p.name: p.reason for p in planned if p.runs} == {"table1": "input changed"}
+    reasons = {"table1": "input changed", "texts": "waits for table1"}
+    assert {p.name: p.reason for p in planned if p.runs} == reasons
     changed.clear()
     changed["epochs"] = 2
     planned = {p.name: p.reason for p in again(model, folder, plan_only=True).planned if p.runs}

@@ -14,7 +14,7 @@ from .base.checks import is_int, require_int
 from .base.display import Table
 from .base.figures import new_figure
 from .base.progress import Progress
-from .base.provenance import digest, identity, provenance
+from .base.provenance import digest, identity_for, provenance
 from .base.types import Array, PathLike
 from .inputs.prompt_pair import (
     Answer,
@@ -348,7 +348,7 @@ def _store(
     more = () if prompted is None else (prompted.harmless_rows, prompted.harmful_rows)
     key = digest(
         "ablation table 1",
-        identity(pair.model),
+        identity_for(out, pair.model),
         vector.direction,
         vector.layer,
         plus,

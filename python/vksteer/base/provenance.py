@@ -43,6 +43,11 @@ def identity(model: object) -> str:
     )
 
 
+def identity_for(out: object, model: object) -> str:
+    """`identity` where work is stored (out is not None), else "": weight files are read for it."""
+    return "" if out is None else identity(model)
+
+
 def kernel_names(model: object) -> str | None:
     """The kernel families in use, with commas; None for a Config, which runs nothing."""
     names: Any = getattr(model, "kernels", None)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..base.bytes import memory_bytes
 from ..base.progress import Progress
-from ..base.provenance import identity
+from ..base.provenance import identity_for
 from ..base.store import Store
 from ..base.types import Float32Array, PathLike, ProgressLike
 from ..inputs.samples import check_samples, check_steering, samples_hash
@@ -95,7 +95,8 @@ def _attribute(
     if progress is True:
         print(_announcement(plan, lengths, steps), file=sys.stderr)
     provenance = score_provenance(model, vector, coefficient)
-    depends = [asdict(settings), provenance, samples_hash(samples), identity(model)]
+    depends = [asdict(settings), provenance, samples_hash(samples)]
+    depends.append(identity_for(checkpoint, model))
     text = json.dumps(depends, sort_keys=True, default=str)
     store, found = _checkpoint(checkpoint, hashlib.sha256(text.encode()).hexdigest())
     runs = AttributionRuns(model, vector, coefficient, settings, plan)

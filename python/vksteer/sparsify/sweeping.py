@@ -12,7 +12,7 @@ from ..base.checks import is_number, require_int
 from ..base.display import Table
 from ..base.figures import new_figure
 from ..base.progress import Progress
-from ..base.provenance import digest, identity, kernel_names, provenance
+from ..base.provenance import digest, identity_for, kernel_names, provenance
 from ..base.types import PathLike
 from ..freezing import random_vector
 from ..inputs.prompt_pair import AnswerStore, PromptPair, magnitudes
@@ -404,7 +404,7 @@ def _run(
         format=FORMAT,
         key=digest(
             FORMAT,
-            identity(pair.model),
+            identity_for(out, pair.model),
             pair.harmful_rows,
             pair.harmless_rows,
             pair.max_new_tokens,

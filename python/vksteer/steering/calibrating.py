@@ -17,7 +17,7 @@ import numpy as np
 from ..base.checks import is_number
 from ..base.distributions import log_softmax
 from ..base.progress import Progress
-from ..base.provenance import digest, identity, provenance
+from ..base.provenance import digest, identity_for, provenance
 from ..base.types import Float32Array, Float64Array, PathLike, ProgressLike, Prompts
 from ..inputs.prompt_pair import AnswerStore, PromptPair
 from ..runtime.edits import Steer
@@ -135,7 +135,7 @@ def _setting(pair: PromptPair, vector: SteeringVector) -> dict[str, Any]:
 def _store(out: PathLike | None, pair: PromptPair, vector: SteeringVector) -> AnswerStore:
     key = digest(
         "calibration 1",
-        identity(pair.model),
+        identity_for(out, pair.model),
         vector.direction,
         vector.layer,
         pair.harmful_rows,

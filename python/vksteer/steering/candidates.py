@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base.checks import is_int, layer_list
 from ..base.progress import Progress
-from ..base.provenance import digest, identity, provenance
+from ..base.provenance import digest, identity, identity_for, provenance
 from ..base.store import Store
 from ..base.types import (
     Array,
@@ -381,7 +381,7 @@ def difference_in_means(
     store = Store(
         out,
         format="vksteer.sums_of_activations",
-        key=digest(identity(model), rows, at),
+        key=digest(identity_for(out, model), rows, at),
         argument="out",
         what="file of sums of activations",
         other="another model, other prompts or other positions",

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..base.checks import is_int, require_int
 from ..base.progress import Progress
-from ..base.provenance import digest, identity, kernel_names, provenance
+from ..base.provenance import digest, identity_for, kernel_names, provenance
 from ..base.store import Store
 from ..base.types import BoolArray, PathLike, ProgressLike, Prompts
 from ..base.whole_files import write_whole
@@ -301,7 +301,7 @@ def _store(
         out,
         format="vksteer.responses",
         key=digest(
-            identity(model),
+            identity_for(out, model),
             vector.direction,
             vector.layer,
             steer.coefficient,

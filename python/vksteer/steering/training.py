@@ -17,7 +17,7 @@ import numpy as np
 
 from ..base.checks import require_int
 from ..base.progress import Progress
-from ..base.provenance import digest, fingerprint, identity, kernel_names, provenance
+from ..base.provenance import digest, fingerprint, identity_for, kernel_names, provenance
 from ..base.types import Float64Array, IntArray, PathLike, ProgressLike
 from ..inputs.vectors import SteeringVector
 from .checkpoints import Checkpoint, State
@@ -61,7 +61,6 @@ class _Trainer:
         self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
         self.key = {
             "model_hash": fingerprint(model),
-            "identity": identity(model),
             "kernels": kernel_names(model) or "",
             "examples_hash": digest([asdict(e) for e in self.examples]),
             "validation_hash": digest([asdict(e) for e in self.held_out]),
@@ -77,7 +76,8 @@ class _Trainer:
         self.curve: list[dict[str, float]] = []
         self.vectors: list[Float64Array] = []
         self.validation: list[dict[str, Any]] = []
-        self.file = None if checkpoint is None else Checkpoint(checkpoint, self.key)
+        made_with = {"identity": identity_for(checkpoint, model)}
+        self.file = None if checkpoint is None else Checkpoint(checkpoint, made_with | self.key)
         if self.file is not None and (state := self.file.read(width)) is not None:
             self.adam = Adam(state.vector, state.first, state.second, state.steps)
             self.curve, self.vectors, self.validation = state.curve, state.vectors, state.validation
