@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from ..base.hub_errors import is_of_client
+
 T = TypeVar("T")
 
 #: Endings of files that prompts are read from.
@@ -16,17 +18,6 @@ ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 _NO_DATA = ("license.txt", "requirements.txt", "dataset_infos.json")
 #: A part of a file that is cut into several: prefix, number, count; some have a hash behind it.
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(-[0-9a-f]+)?(\.\w+)")
-#: Modules whose errors mean that the hub did not answer. huggingface_hub's own errors are OSErrors
-#: or ValueErrors; those of its HTTP client are neither, and its releases use different clients.
-_CLIENTS = (
-    "httpx",
-    "httpx2",
-    "httpcore",
-    "httpcore2",
-    "requests",
-    "urllib3",
-    "huggingface_hub",
-)
 
 
 def files_of(
@@ -103,8 +94,7 @@ def _answer(repository: str, go_on: str, call: Callable[[], T]) -> T:
             f" https://huggingface.co/datasets/{repository} and log in, or set HF_TOKEN{go_on}"
         ) from error
     except Exception as error:
-        client = type(error).__module__.split(".")[0] in _CLIENTS
-        if not client and not isinstance(error, (OSError, ValueError)):
+        if not is_of_client(error) and not isinstance(error, (OSError, ValueError)):
             raise
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from ..base.hub_errors import is_of_client
 from ..base.types import PathLike
 from ..errors import ModelError
 from .gguf_parts import first_part
@@ -101,15 +102,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     except Exception as error:
         # The HTTP client's own errors (its library has changed between releases) mean
         # the same to the user.
-        if type(error).__module__.split(".")[0] not in (
-            "httpx",
-            "httpx2",
-            "httpcore",
-            "httpcore2",
-            "requests",
-            "urllib3",
-            "huggingface_hub",
-        ):
+        if not is_of_client(error):
             raise
         raise ModelError(
             f"{name!r} is neither a folder nor a bundled model, and the hub cannot be reached:"
