@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from child import ROOT, child, quiet, tool
+from test_plan import LLAMA_3B, LLAMA_8B
 from vksteer import plan_run
 from vksteer.runtime.memory_plan import (
     ON_CPUS,
@@ -140,35 +141,26 @@ def test_sums_are_the_engine_s(zoo, name):
     assert plan.weights == of["weights"] and plan.split == 0
 
 
+#: What plans of runs ask of a configuration beside what plans of attribution do.
+MORE = dict(
+    gated=True,
+    parallel=False,
+    pos_embed=False,
+    pre_norms=True,
+    norm_bias=False,
+    d_rot=128,
+    rope=[None],
+    rope_switch=0,
+    query_beta=0.0,
+)
+
+
 def llama_3b():
-    return SimpleNamespace(
-        n_layers=28,
-        n_heads=24,
-        n_kv_heads=8,
-        d_model=3072,
-        d_head=128,
-        d_mlp=8192,
-        d_vocab=128256,
-        n_ctx=131072,
-        tied=True,
-        gated=True,
-        parallel=False,
-        pos_embed=False,
-        post_norms=False,
-        pre_norms=True,
-        norm_bias=False,
-        attn_softcap=0.0,
-        window=(0,) * 28,
-        d_rot=128,
-        rope=[None],
-        rope_switch=0,
-        query_beta=0.0,
-    )
+    return SimpleNamespace(**LLAMA_3B, **MORE)
 
 
 def llama_8b():
-    wider = dict(n_layers=32, n_heads=32, d_model=4096, d_mlp=14336, tied=False, n_ctx=8192)
-    return SimpleNamespace(**{**vars(llama_3b()), **wider, "window": (0,) * 32})
+    return SimpleNamespace(**LLAMA_8B, **MORE)
 
 
 def memory_table() -> str:
