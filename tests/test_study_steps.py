@@ -102,6 +102,52 @@ def test_prompts_of_lists():
         of_lists(harmful, ["x", " "], settings)
 
 
+def test_prompts_with_splits_of_their_own():
+    """What the test uses is not trained on, also where both are drawn from one list."""
+    settings = Settings.of("tiny")  # 24, 12, 12
+    harmful, harmless = ([f"{kind} {i}" for i in range(60)] for kind in ("take", "give"))
+    other = [f"steal {i}" for i in range(20)]
+    made = of_lists(
+        {"train": harmful, "test": other}, {"train": harmless, "test": harmless}, settings
+    )
+    assert list(made.harmful) == ["train", "validation", "test"]
+    assert [len(made.harmless[s]) for s in made.harmless] == [24, 12, 12]
+    assert set(made.harmful["test"]) < set(other)
+    assert set(made.harmful["train"]) | set(made.harmful["validation"]) < set(harmful)
+    assert len({t for part in made.harmless.values() for t in part}) == 48
+    assert made.notes == ("12 harmless prompts of train are used in a later split, not there",)
+    three = {"train": harmful[:24], "validation": harmful[24:36], "test": harmful[36:48]}
+    whole = of_lists(three, harmless, settings)
+    assert {s: sorted(part) for s, part in whole.harmful.items()} == {
+        s: sorted(part) for s, part in three.items()
+    }
+    short = of_lists(three | {"test": harmful[36:40]}, harmless, settings)
+    assert "4 harmful prompts are fewer than the 12" in short.notes[0]
+    with pytest.raises(ValueError, match="harmful has the splits 'train', 'dev'"):
+        of_lists({"train": harmful, "dev": other}, harmless, settings)
+    with pytest.raises(ValueError, match=r"harmful\['test'\]='a.csv' is one text"):
+        of_lists({"train": harmful, "test": "a.csv"}, harmless, settings)
+    with pytest.raises(ValueError, match=r"3 harmful prompts leave \[3\] to test"):
+        of_lists({"train": harmful, "test": other[:3]}, harmless, settings)
+    with pytest.raises(ValueError, match=r"20 prompts are both .*'steal 0'"):
+        of_lists({"train": harmful, "test": other}, [*harmless, *other], settings)
+
+
+def test_files_of_test_prompts(tmp_path, monkeypatch, capsys):
+    def stop(model, harmful, harmless, *rest, **options):
+        raise ValueError(json.dumps([harmful, harmless]))
+
+    monkeypatch.setattr(vs.study.running, "run", stop)
+    command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path / "out")]
+    for option, name in (("--harmful", "a"), ("--harmless", "b"), ("--harmful-test", "c")):
+        (tmp_path / name).with_suffix(".txt").write_text(f"{name} 0\n{name} 1\n")
+        command += [option, str((tmp_path / name).with_suffix(".txt"))]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    given = json.loads(said[said.index("[{") :])
+    assert given == [{"train": ["a 0", "a 1"], "test": ["c 0", "c 1"]}, ["b 0", "b 1"]]
+
+
 def test_plain_values_are_json():
     value = {"a": np.float32(1.5), 2: (np.int64(3), float("nan")), "c": np.array([[1, np.inf]])}
     assert plain(value) == {"a": 1.5, "2": [3, None], "c": [[1.0, None]]}
@@ -124,6 +170,8 @@ def test_bad_arguments_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: pytest.fail("loads"))
     command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path), "--only", "x"]
     assert cli.main(command) == 2 and "no step 'x'" in capsys.readouterr().err
+    assert cli.main([*command[:5], "--harmless-test", "x"]) == 2
+    assert "--harmless-test belongs to --harmless" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     (tmp_path / "file").write_text("")

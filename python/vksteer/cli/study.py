@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import (
     Help,
@@ -14,6 +15,9 @@ from .arguments import (
     prompt_file_arguments,
 )
 
+if TYPE_CHECKING:
+    from ..study.prompts import Given
+
 STUDY = """\
 Run every experiment of the method on one model, in one folder: reliability, candidates and choice,
 strength, learned vectors, Table 1, edge scores, circuits, value vectors and sparsity, and draw
@@ -21,7 +25,7 @@ them as DIR/report.html. DIR/results.json holds every number, DIR/run.json times
 
 The command may be killed at any moment: given again, it goes on where it was. The bundled tiny
 models bring their own prompts; other models need two prompt files, which are shuffled by the seed
-and cut into training, validation and test."""
+and cut into training, validation and test. Test prompts may come from files of their own."""
 
 REPORT = """\
 Draw DIR/report.html again from the results that a study has left in DIR. Nothing is computed."""
@@ -66,7 +70,14 @@ def _add_study(commands: Subparsers) -> None:
         description=STUDY,
     )
     model_arguments(parser)
-    prompt_file_arguments(parser.add_argument_group("prompts"))
+    prompts = parser.add_argument_group("prompts")
+    prompt_file_arguments(prompts)
+    for kind in ("harmful", "harmless"):
+        prompts.add_argument(
+            f"--{kind}-test",
+            metavar="FILE[:COLUMN]",
+            help=f"{kind} prompts of the test (default: a part of --{kind})",
+        )
     group = parser.add_argument_group("study")
     group.add_argument("--out", metavar="DIR", required=True, help="the folder of the study")
     group.add_argument(
@@ -109,8 +120,6 @@ def _add_study(commands: Subparsers) -> None:
 
 def run_study(arguments: argparse.Namespace) -> int:
     """Runs `vksteer study`; the exit status."""
-    from ..data.prompt_files import prompts_of
-    from ..loading.locate import is_bundled
     from ..study.ladder import seconds_of
     from ..study.running import run
     from ..study.steps import chosen
@@ -121,15 +130,7 @@ def run_study(arguments: argparse.Namespace) -> int:
         if arguments.size is not None:
             raise ValueError("--size and --budget both say how many samples: give one of them")
         seconds_of(arguments.budget)
-    if (arguments.harmful is None) != (arguments.harmless is None):
-        raise ValueError("--harmful and --harmless belong together: give both")
-    if arguments.harmful is None and not is_bundled(arguments.model):
-        raise ValueError(
-            "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
-            " bring their own)"
-        )
-    files = arguments.harmful, arguments.harmless
-    harmful, harmless = (None if file is None else prompts_of(file) for file in files)
+    harmful, harmless = _prompts(arguments)
     with open_model(arguments) as model:
         study = run(
             model,
@@ -154,6 +155,37 @@ def run_study(arguments: argparse.Namespace) -> int:
         print(f"{value:>6}  {claim['verdict']}: {claim['claim']}")
     print(f"\n{study.report}")
     return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> tuple[Given | None, Given | None]:
+    """(Harmful, harmless) prompts of the files; None for both where a bundled model brings its own.
+
+    Raises ValueError for options that need others.
+    """
+    from ..data.prompt_files import prompts_of
+    from ..loading.locate import is_bundled
+
+    files = {name: getattr(arguments, name) for name in ("harmful", "harmless")}
+    tests = {name: getattr(arguments, f"{name}_test") for name in files}
+    for name, file in files.items():
+        if file is None and tests[name] is not None:
+            raise ValueError(f"--{name}-test belongs to --{name}: give both")
+    if (files["harmful"] is None) != (files["harmless"] is None):
+        raise ValueError("--harmful and --harmless belong together: give both")
+    if files["harmful"] is None:
+        if not is_bundled(arguments.model):
+            raise ValueError(
+                "give prompts with --harmful FILE and --harmless FILE (only the bundled tiny models"
+                " bring their own)"
+            )
+        return None, None
+    found: list[Given] = [
+        prompts_of(file)
+        if tests[name] is None
+        else {"train": prompts_of(file), "test": prompts_of(tests[name])}
+        for name, file in files.items()
+    ]
+    return found[0], found[1]
 
 
 def run_report(arguments: argparse.Namespace) -> int:

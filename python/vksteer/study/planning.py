@@ -15,7 +15,7 @@ from ..loading.locate import is_bundled
 from . import budget as budgets
 from .costs import Costs
 from .ladder import rungs, said, seconds_of
-from .prompts import Prompts, of_lists, of_world
+from .prompts import Given, Prompts, of_lists, of_world, plain_prompts
 from .rates import Rates, kept_rates, rates_of
 from .settings import Settings
 from .steps import STEPS, Cost, PlannedStep, plan
@@ -37,9 +37,7 @@ class PlanText(str):
         return str(self)
 
 
-def check_prompts(
-    model: Model | str, harmful: Sequence[str] | None, harmless: Sequence[str] | None
-) -> None:
+def check_prompts(model: Model | str, harmful: Given | None, harmless: Given | None) -> None:
     """Raises ValueError for one list alone, and for no list with a model that brings none."""
     if (harmful is None) != (harmless is None):
         raise ValueError("harmful and harmless belong together: give both lists of prompts")
@@ -60,8 +58,8 @@ class Counts:
     size: str | None
     budget: str | float | None
     seed: int
-    harmful: Sequence[str] | None
-    harmless: Sequence[str] | None
+    harmful: Given | None
+    harmless: Given | None
 
     def __post_init__(self) -> None:
         if self.size is not None and self.budget is not None:
@@ -81,7 +79,9 @@ class Counts:
 
     def belongs(self, model: Model) -> str:
         """A hash of the model and of the prompts as they were given."""
-        given = None if self.harmful is None else [list(self.harmful), list(self.harmless or ())]
+        given = None
+        if self.harmful is not None:
+            given = [plain_prompts(self.harmful), plain_prompts(self.harmless or ())]
         return digest(identity(model), given)
 
     def settle(

@@ -25,7 +25,7 @@ from .planning import (
     plan_table,
     planned_with_costs,
 )
-from .prompts import Prompts
+from .prompts import Given, Prompts
 from .report import write_report
 from .settings import Settings
 from .steps import STEPS, PlannedStep, chosen, run_step
@@ -86,8 +86,8 @@ class Study:
 
 def run(
     model: Model | str,
-    harmful: Sequence[str] | None = None,
-    harmless: Sequence[str] | None = None,
+    harmful: Given | None = None,
+    harmless: Given | None = None,
     out: PathLike = "study",
     *,
     size: str | None = None,
@@ -104,7 +104,9 @@ def run(
     """Runs the study of docs/method.md on a model and writes its results into a folder.
 
     model: an open Model, or what `Model.from_pretrained` takes. harmful, harmless: prompts as
-    texts; both None takes the toy world's, for the bundled models. out: the folder, which is made;
+    texts, each one list that is cut into training, validation and test, or {"train", "test": lists}
+    with or without "validation"; both None takes the toy world's, for the bundled models. out: the
+    folder, which is made;
     what a study before left there with the same model, prompts and settings is taken from it, so a
     call that was killed is simply made again. size: "tiny", "demo", "small" (default) or "full"
     sample counts. budget: instead, a time ("90s", "30m", "1h30m", or seconds) that the steps of
