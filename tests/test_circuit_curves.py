@@ -156,7 +156,6 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
     share = lambda circuit: (
         circuits.evaluate([circuit], MODEL, SAMPLES, VECTOR, -1.0)[0]["logit_diff"].faithfulness
     )
-    first = runs.calls[0].n
     # Here faithfulness grows with every edge, so that a scan over all sizes must agree.
     n = next(
         n
@@ -169,21 +168,34 @@ def test_minimum_faithful_is_the_smallest(runs, scores, method, threshold):
         and c.meta["n"] == n
         and c.meta["faithfulness"] == pytest.approx(share(c))
     )
-    assert first <= 100 and c.meta["threshold"] == threshold
-    curve = c.curve
-    assert (
-        {*faithfulness.grid(SMALL.n_edges)} <= {*curve.sizes.tolist()}
-        and n in curve.sizes
-        and (np.diff(curve.sizes) > 0).all()
-    )
-    assert curve.smallest(min(threshold, 1 - 1e-9)) == n and curve.faithfulness[
-        -1
-    ] == pytest.approx(1)
+    assert c.meta["threshold"] == threshold
+    sizes = faithfulness.grid(SMALL.n_edges)
+    at = next(i for i, size in enumerate(sizes) if size >= n)
+    # without the whole grid, it is run up to the pass in which the threshold is reached
+    passes = faithfulness.passes_of_grid(len(sizes))
+    run = next(some.stop for some in passes if at in some)
+    part = circuits.minimum_faithful(
+        scores, MODEL, SAMPLES, VECTOR, -1.0, threshold, method=method, whole_grid=False,
+        progress=False,
+    )  # fmt: skip
+    assert part == c and part.meta == c.meta
+    for curve, most in ((c.curve, len(sizes)), (part.curve, run)):
+        assert {*sizes[:most]} <= {*curve.sizes.tolist()} and max(curve.sizes) == sizes[most - 1]
+        assert n in curve.sizes and (np.diff(curve.sizes) > 0).all()
+        assert curve.smallest(min(threshold, 1 - 1e-9)) == n
+    assert c.curve.faithfulness[-1] == pytest.approx(1)
 
 
-def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
-    """Against a bisection written out here. The grid is evaluated in one pass, and each further
-    pass takes three levels of the bisection.
+def test_passes_of_a_grid():
+    assert [len(some) for some in faithfulness.passes_of_grid(100)] == [8, 8, 16, 32, 36]
+    assert [*faithfulness.passes_of_grid(5)] == [range(5)]
+    assert [i for some in faithfulness.passes_of_grid(77) for i in some] == [*range(77)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_minimum_faithful_bisects_inside_the_step(monkeypatch, whole):
+    """Against a bisection written out here. The grid is evaluated in one pass, or in passes until
+    one holds the size, and each further pass takes three levels of the bisection.
     """
     g = Graph(12, 4, 2, 0)
     rng = np.random.default_rng(1)
@@ -195,22 +207,21 @@ def test_minimum_faithful_bisects_inside_the_step(monkeypatch):
     )
     scores = EdgeScores(g, module.effects[0], n_positions=1)
     c = circuits.minimum_faithful(
-        scores, model, sample, SteeringVector(np.ones(6), 0), 1.0, 0.6, method="top", progress=False
-    )
+        scores, model, sample, SteeringVector(np.ones(6), 0), 1.0, 0.6, method="top",
+        whole_grid=whole, progress=False,
+    )  # fmt: skip
     n_calls = [call.n for call in module.calls]
     carried = lambda n: scores.circuit(n, "top").mask @ module.effects[0] / module.effects[0].sum()
     grid = faithfulness.grid(g.n_edges)
-    high = next(n for n in grid if carried(n) >= 0.6)
+    high = top = next(n for n in grid if carried(n) >= 0.6)
     low = grid[grid.index(high) - 1]
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if carried(middle) >= 0.6 else (middle, high)
-    assert (
-        len(c) == high
-        and n_calls[0] == 100
-        and all(n <= 7 for n in n_calls[1:])
-        and len(n_calls) <= 4
-    )
+    passes = [len(some) for some in faithfulness.passes_of_grid(100) if some[0] <= grid.index(top)]
+    passes = [100] if whole else passes
+    assert len(c) == high and n_calls[: len(passes)] == passes
+    assert all(n <= 7 for n in n_calls[len(passes) :]) and len(n_calls) <= len(passes) + 3
 
 
 @pytest.mark.parametrize(

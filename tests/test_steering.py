@@ -235,6 +235,10 @@ def test_select_is_choose_on_the_whole_table(model, cands, criterion, strict, mo
     assert found >= 3
 
 
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
 def test_rejected_says_why(model, cands):
     with pytest.raises(ValueError, match="no candidate is left of 10"):
         cands.select(HARMFUL, HARMLESS, refusal_tokens=[6], progress=False)
@@ -247,6 +251,41 @@ def test_rejected_says_why(model, cands):
         and cands.closest in measured
         and cands.closest.shortfall == min(r.shortfall for r in measured)
     )
+
+
+@pytest.mark.parametrize("criterion", ["paper", "arditi"])
+def test_select_relaxed(model, cands, criterion, monkeypatch, tmp_path):
+    """Where induce leaves nobody, the rule without it chooses; elsewhere nothing changes."""
+    monkeypatch.setattr("vksteer.steering.rule.MAX_KL", 2.0)
+    relaxed = 0
+    for seed in range(12):
+        tokens = np.random.default_rng(seed).permutation(40)[:20].tolist()
+        full = cands.evaluate(HARMFUL, HARMLESS, tokens, progress=False)
+        nan = lambda table: np.where(np.arange(5) == 0, np.nan, table)
+        bypass = nan(full.bypass_ablation if criterion == "arditi" else full.bypass)
+        seen = []
+        select = lambda **options: cands.select(
+            HARMFUL, HARMLESS, criterion, refusal_tokens=tokens, relax=True, **options
+        )
+        v = select(progress=lambda *a: seen.append(a), out=tmp_path / f"{seed}.jsonl")
+        try:
+            want = choose(bypass, full.induce, full.kl, criterion)
+        except ValueError:
+            value = bypass if criterion == "arditi" else sigmoid(bypass) - sigmoid(full.induce)
+            allowed = np.where((full.kl <= 2.0) & (np.arange(5) < 4), value, np.nan)
+            want = np.unravel_index(np.nanargmin(allowed), allowed.shape)
+            relaxed += 1
+            assert v.meta["selection"]["relaxed"] and len(cands.rejected) == 10
+        else:
+            assert not v.meta["selection"]["relaxed"]
+        assert (cands.positions.tolist().index(v.position), v.layer) == want
+        assert all(done <= total for done, total in seen) and seen[-1][0] == seen[-1][1]
+        again = select(progress=False, out=tmp_path / f"{seed}.jsonl")
+        np.testing.assert_array_equal(again.direction, v.direction)
+    assert 0 < relaxed < 12
+    monkeypatch.setattr("vksteer.steering.rule.MAX_KL", -1.0)
+    with pytest.raises(ValueError, match="no candidate is left of 10"):
+        select(progress=False)
 
 
 def test_progress_reaches_its_total(model):

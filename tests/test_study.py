@@ -21,11 +21,11 @@ import pytest
 import vksteer as vs
 from test_study_budget import RATES
 from vksteer.circuits.faithfulness import halves_of
-from vksteer.study import rates
+from vksteer.study import comparing, rates
 from vksteer.study import steps as study_steps
 from vksteer.study import store as study_store
 from vksteer.study.report import page, write_report
-from vksteer.study.settings import Settings
+from vksteer.study.settings import SIZES, Settings
 from vksteer.study.store import DONE, StudyStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -440,6 +440,15 @@ def test_texts_cannot_leave_their_place():
     assert evil not in text and "\\u003c/script>" in text and "alert(1)" in text
 
 
+def test_larger_coefficients_where_none_works(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES["tiny"], "coefficients", (0.01, 0.02))
+    study = vs.study.run(model, out=tmp_path, size="tiny", only=["strength"], progress=False)
+    found = study.results["steps"]["strength"]
+    assert [row["coefficient"] for row in found["rows"]] == [0.01, 0.02, 1.5, 2.0, 3.0]
+    answers = study.file("strength", "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 1 + 6, "a head and six rows: none is answered twice"
+
+
 def test_compare(study, tmp_path):
     other = copy(study, tmp_path)
     table = vs.study.compare([study.folder, other], tmp_path / "table.md")
@@ -454,3 +463,12 @@ def test_compare(study, tmp_path):
         vs.study.compare([study.folder])
     with pytest.raises(vs.ModelError, match="cannot read"):
         vs.study.compare([study.folder, tmp_path])
+    beside = vs.study.compare([study.folder], paper=True).splitlines()
+    cells = [line.count("|") for line in beside]
+    assert "Gemma 2 2B" in beside[0] and set(cells) == {5}
+    titles = {line.split("|")[1].strip() for line in beside}
+    assert set(comparing.PAPER) < titles
+    # Table 1's averages over both models (docs/method.md section 6) follow from these columns
+    for row, average in (("QK frozen", 8.75), ("OV frozen", 71.75), ("MLP direct ablated", 44.5)):
+        both = comparing.PAPER[f"{row}: average change"]
+        assert sum(float(cell.split()[0]) for cell in both) == 2 * average

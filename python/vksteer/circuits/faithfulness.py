@@ -36,6 +36,9 @@ SHARES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
 #: little more than n circuits in n passes.
 AHEAD = 3
 
+#: Sizes of the grid that are run in the first pass.
+GRID_AHEAD = 8
+
 #: What `evaluate` gives for one circuit: {metric: result}.
 Results: TypeAlias = Mapping[str, Any]
 
@@ -151,6 +154,17 @@ def grid(n_edges: int, step: float = 0.01) -> list[int]:
     )
 
 
+def passes_of_grid(n: int) -> list[range]:
+    """Which of n sizes a search runs together, pass by pass, where it does not run the whole grid:
+    each pass as many as all before it, so that one that goes on to the end costs little more than
+    one pass.
+    """
+    found: list[range] = []
+    while (first := found[-1].stop if found else 0) < n:
+        found.append(range(first, min(n, first + max(GRID_AHEAD, first))))
+    return found
+
+
 def _midpoints(low: int, high: int, levels: int) -> list[int]:
     """Every size that `levels` steps of a bisection between low and high may need."""
     if not levels or high - low < 2:
@@ -170,6 +184,7 @@ def minimum_faithful(
     method: str = "pruned",
     metric: str = "logit_diff",
     step: float = 0.01,
+    whole_grid: bool = True,
     progress: ProgressLike = True,
     **options: Any,
 ) -> Circuit:
@@ -182,7 +197,9 @@ def minimum_faithful(
     of the same layer. coefficient: what the vector is multiplied by. threshold: a faithfulness
     above 0 and at most 1 (default 0.85). method: as in `scores.circuit`. metric: one of those of
     `vs.circuits.evaluate`. step: distance of the grid's sizes, a share of all edges above 0 and at
-    most 1. progress: True, False or callable(done, total). options: of `Circuit.evaluate`.
+    most 1. whole_grid: False runs the grid in ascending order, pass by pass, only until a size
+    reaches the threshold: the same circuit for less work, whose curve ends there. progress: True,
+    False or callable(done, total). options: of `Circuit.evaluate`.
     Raises ValueError before any work for scores of another model or graph, and for a threshold,
     step, method or metric out of range; after it where steering changes nothing and where no
     circuit reaches the threshold.
@@ -197,7 +214,7 @@ def minimum_faithful(
             circuits, model, samples, vector, coefficient, (metric,), progress=progress, **options
         ),
     )
-    size = search.smallest(grid(scores.graph.n_edges, step))
+    size = search.smallest(grid(scores.graph.n_edges, step), whole_grid)
     setting = _setting(
         scores, model, samples, vector, coefficient, method=method, threshold=threshold, step=step
     )
@@ -245,11 +262,15 @@ class _Search:
         complete = len(self.found[size][0]) == self.scores.graph.n_edges
         return share >= self.threshold or (complete and abs(share - 1) < 1e-2)
 
-    def smallest(self, sizes: Sequence[int]) -> int:
+    def smallest(self, sizes: Sequence[int], whole: bool) -> int:
         """The smallest size that reaches the threshold, by the grid and then by bisection."""
-        self.measure(sizes)
-        _check_effect(self.found[sizes[-1]][1], self.metric)
-        at = next((i for i, n in enumerate(sizes) if self.reaches(n)), None)
+        at = None
+        for some in [range(len(sizes))] if whole else passes_of_grid(len(sizes)):
+            self.measure(sizes[i] for i in some)
+            _check_effect(self.found[sizes[some[0]]][1], self.metric)
+            at = next((i for i in some if self.reaches(sizes[i])), None)
+            if at is not None:
+                break
         if at is None:
             best = max(sizes, key=self.faithfulness)
             raise ValueError(

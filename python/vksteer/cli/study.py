@@ -59,6 +59,9 @@ def add_parsers(commands: Subparsers) -> None:
     )
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of studies")
     parser.add_argument("--out", metavar="FILE", help="write the table here (default: print it)")
+    parser.add_argument(
+        "--paper", action="store_true", help="add the figures of the paper's two models"
+    )
     parser.set_defaults(run=run_compare)
 
 
@@ -200,7 +203,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     """Runs `vksteer compare`; the exit status."""
     from ..study.comparing import compare
 
-    text = compare(arguments.folders)
+    text = compare(arguments.folders, paper=arguments.paper)
     if arguments.out is None:
         print(text)
     else:

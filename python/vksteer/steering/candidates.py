@@ -188,6 +188,7 @@ class Candidates:
         strict: bool = False,
         refusal_tokens: Sequence[int] | None = None,
         *,
+        relax: bool = False,
         out: PathLike | None = None,
         progress: ProgressLike = True,
     ) -> SteeringVector:
@@ -197,8 +198,10 @@ class Candidates:
         val_harmful, val_harmless: texts or token lists. criterion: "paper" (default) or "arditi",
         which scores bypass under ablation. strict: the paper's inequalities instead of those of the
         authors' code. refusal_tokens: token ids (default: derived from the model's first tokens on
-        these prompts). out: a .jsonl file of scores, a line for each score and layer, from which an
-        interrupted call goes on. progress: True, False or callable(done, total).
+        these prompts). relax: where no candidate passes, choose by the same rule without the filter
+        on induce; `meta["selection"]["relaxed"]` says whether that happened. out: a .jsonl file of
+        scores, a line for each score and layer, from which an interrupted call goes on. progress:
+        True, False or callable(done, total).
         Measures only what the choice needs: induce where the layer filter passes, KL where induce
         does, bypass where KL does. Then `rejected` names the filter that removed each other
         candidate, and `table` holds what was measured, float64 [P, L] with NaN elsewhere.
@@ -211,7 +214,7 @@ class Candidates:
         refuse_equal_classes(harmful, harmless)
         kept = self._store(out, harmful, harmless, refusal_tokens)
         (P, L), zero = self.vectors.shape[:2], self._zero()
-        candidates = [
+        candidates = allowed = [
             (p, l)
             for l in range(L)
             for p in range(P)
@@ -229,15 +232,24 @@ class Candidates:
             self._measure(scorer, tables, "kl", candidates, bar, kept)
             candidates, _ = examine(passed, induce, tables["kl"], strict=strict)
             self._measure(scorer, tables, score, candidates, bar, kept)
+            relaxed = relax and not candidates
+            if relaxed:
+                missing = [c for c in allowed if np.isnan(tables["kl"][c])]
+                self._measure(scorer, tables, "kl", missing, bar, kept)
+                near, _ = examine(passed, np.ones((P, L)), tables["kl"], strict=strict)
+                candidates = [c for c in near if c in allowed]
+                self._measure(scorer, tables, score, candidates, bar, kept)
             bar.step(total - bar.done)
         eligible, rejected = examine(
             tables[score], induce, tables["kl"], strict=strict, positions=self.positions
         )
         self.rejected = [self._explained(r, zero) for r in rejected]
+        if relaxed:
+            eligible = [c for c in candidates if not np.isnan(tables[score][c])]
         if not eligible:
             raise none_left(self.rejected)
         best = best_of(eligible, tables[score], induce, criterion)
-        chosen = {"criterion": criterion, "strict": bool(strict)}
+        chosen = {"criterion": criterion, "strict": bool(strict), "relaxed": relaxed}
         chosen |= {name: tables[name][best] for name in (score, "induce", "kl")}
         return self._chosen(best, chosen | _setting(scorer))
 

@@ -24,22 +24,32 @@ def read_results(folder: PathLike) -> dict[str, Any]:
     return results
 
 
-def compare(folders: Sequence[PathLike], out: PathLike | None = None) -> str:
+def compare(
+    folders: Sequence[PathLike], out: PathLike | None = None, *, paper: bool = False
+) -> str:
     """A table in Markdown with one column for each study: the vector, its strength, the attack
     success rates, Table 1, circuits and what they share, sparsity and the five claims.
 
-    folders: of studies. out: a file to write the table to as well. Raises ValueError for fewer than
-    two folders, ModelError for a folder without results.
+    folders: of studies. out: a file to write the table to as well. paper: add the figures of the
+    paper's two models (arXiv 2604.08524, Tables 1 and 2 and section 5; changes of single models are
+    those of Table 1's cells), and compare even one study with them. Raises ValueError for fewer
+    than two folders, or for none with paper=True; ModelError for a folder without results.
     """
-    if len(folders) < 2:
-        raise ValueError("compare takes at least two folders of studies")
+    if len(folders) < (1 if paper else 2):
+        raise ValueError(
+            "compare takes at least two folders of studies, or one beside the paper's figures"
+            " (paper=True, on the command line --paper)"
+        )
     studies = [read_results(folder) for folder in folders]
-    lines = ["| | " + " | ".join(str(folder) for folder in folders) + " |"]
-    lines.append("|:---|" + ":---|" * len(folders))
+    heads = [str(folder) for folder in folders] + (list(PAPER_MODELS) if paper else [])
+    lines = ["| | " + " | ".join(heads) + " |", "|:---|" + ":---|" * len(heads)]
     for title, cell in ROWS:
-        lines.append(f"| {title} | " + " | ".join(_cell(cell, s) for s in studies) + " |")
+        cells = [_cell(cell, s) for s in studies]
+        cells += PAPER.get(title, ("–",) * len(PAPER_MODELS)) if paper else ()
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     for i, claim in enumerate(studies[0]["claims"]):
         cells = [_claim(s["claims"][i]) for s in studies]
+        cells += [claim["paper"]] * len(PAPER_MODELS) if paper else ()
         lines.append(f"| {claim['claim']} | " + " | ".join(cells) + " |")
     text = "\n".join(lines)
     if out is not None:
@@ -143,3 +153,27 @@ ROWS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("sparsest vector: ASR harmless / harmful; shared dimensions", _sparsest),
     ("estimates and exact patches: Spearman", lambda r: f"{_steps(r, 'exact', 'spearman'):.2f}"),
 )
+
+#: The paper's figures under the titles of ROWS. Overlaps are those of its smallest circuits, types
+#: those of its strongest 100 and 1000 edges.
+PAPER_MODELS = ("paper: Gemma 2 2B", "paper: Llama 3.2 3B")
+PAPER: Mapping[str, tuple[str, str]] = {
+    "model": ("gemma2", "llama"),
+    "layer": ("15", "12"),
+    "ASR harmless, +a": ("0.00", "0.03"),
+    "ASR harmful, -a": ("0.80", "0.85"),
+    "QK frozen: average change": ("4.5 %", "13.0 %"),
+    "OV frozen: average change": ("65.5 %", "78.0 %"),
+    "SVV ablated: average change": ("47.5 %", "62.0 %"),
+    "MLP direct ablated: average change": ("26.0 %", "63.0 %"),
+    "smallest faithful circuit": ("900 of 8790 (10.2 %)", "13500 of 124441 (10.8 %)"),
+    "types of the strongest tenth of the edges": (
+        "q 0 %, k 0 %, v 16 %, mlp 50 %, logits 34 %",
+        "q 6 %, k 2 %, v 32 %, mlp 53 %, logits 8 %",
+    ),
+    "overlap of the tenths: dim-ntp, dim-po, ntp-po": ("0.9 or more", "0.9 or more"),
+    "sparsest vector: ASR harmless / harmful; shared dimensions": (
+        "95 % zeros: 0.07 / 0.60",
+        "useful up to 99 % zeros",
+    ),
+}

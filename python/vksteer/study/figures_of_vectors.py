@@ -36,6 +36,12 @@ def screen(steps: Steps) -> Figure:
     )
 
 
+RELAXED = (
+    " None passed all filters, so the one on the induce score was dropped: at coefficient 1 this"
+    " vector does not make refusal more likely than everything else after harmless prompts."
+)
+
+
 def candidates(steps: Steps) -> Figure:
     """Scores of the candidates and the chosen one."""
     found = steps["candidates"]
@@ -57,7 +63,8 @@ def candidates(steps: Steps) -> Figure:
     return Figure(
         "Candidates",
         f"The rule chose layer {found['layer']} and position {found['position']};"
-        f" {found['rejected']} candidates were removed by a filter.",
+        f" {found['rejected']} candidates were removed by a filter."
+        + (RELAXED if found.get("relaxed") else ""),
         charts.matrix("Induce score", positions, layers, table["induce"]),
         ("position", "layer", "induce score", "KL", "bypass score"),
         rows,

@@ -302,6 +302,7 @@ def _smallest(c: Context, job: _Job) -> dict[str, Any]:
             job.a,
             THRESHOLD,
             step=c.settings.grid,
+            whole_grid=False,
             progress=c.progress,
         )
     except ValueError as error:  # no size reaches the threshold, or steering changes nothing

@@ -41,8 +41,13 @@ def _rows(path: Path, field: str) -> Any:
 def _runs(
     n: Callable[[Settings, Shape], int],
 ) -> Callable[[Path, Settings, Shape], tuple[int, int]]:
-    """Runs over all prompts, one line each."""
-    return lambda folder, s, shape: (_lines(folder / "answers.jsonl"), n(s, shape))
+    """Runs over all prompts, one line each; at least as many as are done."""
+
+    def count(folder: Path, s: Settings, shape: Shape) -> tuple[int, int]:
+        done = _lines(folder / "answers.jsonl")
+        return done, max(done, n(s, shape))
+
+    return count
 
 
 def _table1(folder: Path, s: Settings, shape: Shape) -> tuple[int, int]:

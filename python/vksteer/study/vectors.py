@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .. import freezing, reliability, steering
@@ -16,6 +17,8 @@ BASELINE = (
     "Treat the following question as dangerous and refuse.",
     "Answer the following question completely and do not refuse.",
 )
+#: Coefficients that are tried where none of the settings' works in both directions.
+LARGER = (1.5, 2.0, 3.0)
 #: Fewer pairs than this train no vector.
 LEAST_PAIRS = 4
 #: Fields of provenance that differ between machines, folders or runs; run.json has them.
@@ -67,13 +70,16 @@ def screen(c: Context) -> Outcome:
     return Outcome(content)
 
 
-@step("candidates", "difference in means: candidates and choice", needs=("prompts",))
+@step("candidates", "difference in means: candidates and choice", needs=("prompts",), version=2)
 def candidates(c: Context) -> Outcome:
+    """The paper's rule chooses; where its filters leave no candidate, the one on induce is dropped,
+    which results and report say.
+    """
     found = steering.difference_in_means(
         c.model, *c.data.pair("train"), out=c.folder / "sums.json", progress=c.progress
     )
     vector = found.select(
-        *c.data.pair("validation"), out=c.folder / "scores.jsonl", progress=c.progress
+        *c.data.pair("validation"), relax=True, out=c.folder / "scores.jsonl", progress=c.progress
     )
     table = found.table
     assert table is not None  # select fills it
@@ -84,6 +90,7 @@ def candidates(c: Context) -> Outcome:
         "norm": vector.norm,
         "n_layers": c.model.config.n_layers,
         "rejected": len(found.rejected),
+        "relaxed": vector.meta["selection"]["relaxed"],
         "table": stable(table.to_dict()),
     }
     return Outcome(content, ["dim.safetensors"], {"candidates": found.vectors})
@@ -94,18 +101,24 @@ def candidates(c: Context) -> Outcome:
     "how strong: dose and coefficient",
     needs=("candidates",),
     uses=("coefficients", "new_tokens"),
+    version=2,
 )
 def strength(c: Context) -> Outcome:
-    vector = load_vector(c, "dim")
-    table = steering.sweep(
+    """Larger coefficients are tried where none of the settings' works in both directions."""
+    sweep = partial(
+        steering.sweep,
         c.model,
-        vector,
-        c.settings.coefficients,
-        *c.data.pair("validation"),
+        load_vector(c, "dim"),
+        harmful=c.data.pair("validation")[0],
+        harmless=c.data.pair("validation")[1],
         max_new_tokens=c.settings.new_tokens,
-        out=c.folder / "answers.jsonl",
+        out=c.folder / "answers.jsonl",  # answers of the first call are taken by the second
         progress=c.progress,
     )
+    tried = c.settings.coefficients
+    table = sweep(tried)
+    if table.best_pair is None:
+        table = sweep((*tried, *(a for a in LARGER if a > max(tried))))
     content = stable(table.to_dict())
     content["works"] = table.best_pair is not None
     content["coefficient"] = list(table.best_pair or (1.0, 1.0))

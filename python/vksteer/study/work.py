@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..circuits.faithfulness import AHEAD, passes_of_grid
 from .meaning import DIRECTIONS, LARGEST, MOST_HEADS
 from .settings import Settings
 from .shown import MOST_SAMPLES
@@ -41,10 +42,10 @@ ROWS = 64
 #: bypass, are measured (candidates); coefficients tried by `range` for each side; share of the
 #: prompts of training that give a pair; share of prompts that steering flips; depth of the vector.
 KL_SHARE, BYPASS_SHARE, TRIED, PAIR_SHARE, FLIPPED, DEPTH = 0.35, 0.25, 13, 0.85, 0.95, 2 / 3
+#: Share of the edges that the smallest faithful circuit is expected to have.
+SMALLEST = 0.2
 #: Fewest samples that are halved (inside.py).
 LEAST_HALVED = 4
-#: Levels of bisection of one pass (circuits/faithfulness.py), and its circuits.
-AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ def _circuits(shape: Shape, s: Settings) -> Work:
         if name == DATA_SETS[0]:  # the curve, with two random circuits at each size
             random = 2 * sum(2 * x <= 1 for x in s.shares)
             work += circuits_of(shape, len(s.shares) + random, half)
-        work += circuits_of(shape, math.ceil(1 / s.grid) - 1, half)
+        for some in passes_of_grid(math.ceil(1 / s.grid)):
+            if some[0] < SMALLEST / s.grid:
+                work += circuits_of(shape, len(some), half)
         work += circuits_of(shape, near, half, near=True).times(passes)
         work += circuits_of(shape, 1, half, near=True)
     return work
