@@ -5,7 +5,8 @@ their scores, and the choice of one (docs/method.md section 2).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,6 +107,7 @@ class Candidates:
         tables: dict[str, Float64Array],
         score: str,
         candidates: Sequence[tuple[int, int]],
+        *,
         progress: Progress,
         store: Store,
     ) -> None:
@@ -176,7 +178,7 @@ class Candidates:
             tables, result = self._tables(scorer)
             kept = self._store(None, harmful, harmless, refusal_tokens)
             for score in Scorer.SCORES:
-                self._measure(scorer, tables, score, candidates, bar, kept)
+                self._measure(scorer, tables, score, candidates, progress=bar, store=kept)
         self.table = result
         return result
 
@@ -213,45 +215,39 @@ class Candidates:
         harmless = as_tokens(self.model, val_harmless, "val_harmless")
         refuse_equal_classes(harmful, harmless)
         kept = self._store(out, harmful, harmless, refusal_tokens)
-        (P, L), zero = self.vectors.shape[:2], self._zero()
-        candidates = allowed = [
-            (p, l)
-            for l in range(L)
-            for p in range(P)
-            if layer_allowed(l, L, strict) and (p, l) not in zero
-        ]
+        allowed = self._allowed(zero := self._zero(), strict)
         score = "bypass_ablation" if criterion == "arditi" else "bypass"
         # The most rows that may be run; what a filter removes counts as done.
-        total = len(candidates) * (2 * len(harmless) + len(harmful))
+        total = len(allowed) * (2 * len(harmless) + len(harmful))
         with Progress(progress, total, "select") as bar:
             scorer = Scorer(self.model, harmful, harmless, refusal_tokens, bar)
             tables, self.table = self._tables(scorer)
-            induce, passed = tables["induce"], np.zeros((P, L))
-            self._measure(scorer, tables, "induce", candidates, bar, kept)
-            candidates, _ = examine(passed, induce, passed, strict=strict)
-            self._measure(scorer, tables, "kl", candidates, bar, kept)
-            candidates, _ = examine(passed, induce, tables["kl"], strict=strict)
-            self._measure(scorer, tables, score, candidates, bar, kept)
-            relaxed = relax and not candidates
-            if relaxed:
-                missing = [c for c in allowed if np.isnan(tables["kl"][c])]
-                self._measure(scorer, tables, "kl", missing, bar, kept)
-                near, _ = examine(passed, np.ones((P, L)), tables["kl"], strict=strict)
-                candidates = [c for c in near if c in allowed]
-                self._measure(scorer, tables, score, candidates, bar, kept)
+            measure = partial(self._measure, scorer, tables, progress=bar, store=kept)
+            measure("induce", allowed)
+            left = _measured(measure, tables, score, tables["induce"], allowed, strict)
+            if relaxed := relax and not left:
+                left = _measured(
+                    measure, tables, score, np.ones_like(tables["kl"]), allowed, strict
+                )
             bar.step(total - bar.done)
         eligible, rejected = examine(
-            tables[score], induce, tables["kl"], strict=strict, positions=self.positions
+            tables[score], tables["induce"], tables["kl"], strict=strict, positions=self.positions
         )
         self.rejected = [self._explained(r, zero) for r in rejected]
         if relaxed:
-            eligible = [c for c in candidates if not np.isnan(tables[score][c])]
+            eligible = [c for c in left if not np.isnan(tables[score][c])]
         if not eligible:
             raise none_left(self.rejected)
-        best = best_of(eligible, tables[score], induce, criterion)
+        best = best_of(eligible, tables[score], tables["induce"], criterion)
         chosen = {"criterion": criterion, "strict": bool(strict), "relaxed": relaxed}
         chosen |= {name: tables[name][best] for name in (score, "induce", "kl")}
         return self._chosen(best, chosen | _setting(scorer))
+
+    def _allowed(self, zero: set[tuple[int, int]], strict: bool) -> list[tuple[int, int]]:
+        """The candidates that pass the filter on layers and are not zero, layer by layer."""
+        P, L, _ = self.vectors.shape
+        places = [(p, l) for l in range(L) for p in range(P) if layer_allowed(l, L, strict)]
+        return [place for place in places if place not in zero]
 
     def _zero(self) -> set[tuple[int, int]]:
         """(position index, layer) of the vectors that are zero."""
@@ -285,6 +281,28 @@ class Candidates:
     def closest(self) -> Rejection | None:
         """Of the candidates that the last `select` rejected, the one of the smallest shortfall."""
         return closest(self.rejected)
+
+
+def _measured(
+    measure: Callable[[str, Sequence[tuple[int, int]]], None],
+    tables: dict[str, Float64Array],
+    score: str,
+    induce: Float64Array,
+    allowed: Sequence[tuple[int, int]],
+    strict: bool,
+) -> list[tuple[int, int]]:
+    """Those of the allowed candidates that pass the filters on this induce score and on KL. KL is
+    measured where induce passes and `score` where KL does, unless it has been.
+    """
+    passed = np.zeros(induce.shape)
+
+    def passing(kl: Float64Array) -> list[tuple[int, int]]:
+        return [c for c in examine(passed, induce, kl, strict=strict)[0] if c in allowed]
+
+    measure("kl", [c for c in passing(passed) if np.isnan(tables["kl"][c])])
+    left = passing(tables["kl"])
+    measure(score, [c for c in left if np.isnan(tables[score][c])])
+    return left
 
 
 def _setting(scorer: Scorer) -> dict[str, Any]:
