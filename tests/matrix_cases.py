@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 
+import attention_cases
 from vksteer.verify import attribution, backward, checking, forward, problems
 
 #: rows, n, k: one element, ragged everywhere, more than a partial sum (256 values) and a tile
@@ -115,7 +116,7 @@ def magnitudes(on, rng) -> dict:
 
 def model(folder) -> dict:
     """A model on matrix units, against the broadcast kernels: logits, gradients, scores of edges,
-    and rows alone and in a batch; and with fast products.
+    rows alone, in a batch and with captures; and with fast products.
     """
     import warnings
 
@@ -142,6 +143,10 @@ def model(folder) -> dict:
     for row, batched in zip(rows, on_units["logits"]):
         alone = split.run([row]).logits[0]
         assert np.array_equal(alone, batched[-len(row) :]), "alone and batched"
+    sites = ["blocks.*.attn.hook_attn_scores", "blocks.*.attn.hook_pattern"]
+    with split.profile() as passes:
+        captured = split.run(rows, capture=sites)
+    assert all(map(np.array_equal, captured.logits, on_units["logits"])), "with captures"
     with split.profile() as profile:  # the range of a model's weights is known
         split._engine.measure_linear(8, 64, 64)
     split._engine.kernels = "broadcast"
@@ -151,6 +156,7 @@ def model(folder) -> dict:
         "kernels": fast.kernels,
         "precision": [fast.precision, again.precision, split.precision],
         "said": [str(w.message) for w in said if "precision" in str(w.message)],
+        "attention": sorted(c.kernel for c in passes.kernels if c.kernel.startswith("attn_")),
         "measured": {cost.kernel: cost.calls for cost in profile.kernels},
         "provenance": vs.patching.attribute(
             fast, samples, vector, 1.0, steps=1, progress=False
@@ -198,8 +204,18 @@ def main(case: str, *folders: str) -> None:
         return
     on, _ = checking.bench("llvmpipe")
     rng = np.random.default_rng(3)
-    on.use(matrix_units(on), case == "fast", 0 if case == "large" else 2048)
-    if case == "split":
+    on.use(matrix_units(on), case.startswith("fast"), 0 if case == "large" else 2048)
+    if case == "attention":
+        rows, heads, cases = attention_cases.RAGGED, (6, 2), ((0, 0.0), (40, 0.0), (3, 5.0))
+        whole = [attention_cases.attend(on, rng, rows, heads, 20, *of) for of in cases]
+        out = {"products": worst(on, attention_cases.several(rng)), "whole": whole}
+        out["bits"] = attention_cases.bits(on, rng)
+        out["magnitudes"] = attention_cases.magnitudes(on, rng)
+        out["plain"] = attention_cases.plain(on, rng, 0, matrix_units(on))
+    elif case == "fast attention":
+        out = {"products": worst(on, attention_cases.several(rng))}
+        out["bits"] = attention_cases.bits(on, rng)
+    elif case == "split":
         out = products(on, rng) | {"bits": bits(on, rng), "magnitudes": magnitudes(on, rng)}
     elif case == "fast":
         out = products(on, rng, types=("bfloat16",))

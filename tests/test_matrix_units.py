@@ -17,6 +17,12 @@ SPLIT = 1e-6
 #: In fast products x (and float32 weights) are rounded to float16, by 2^-11 each. Met: 4.6e-4.
 FAST = 1e-3
 
+#: Of attention, as a share of sum |q| |k| and sum pattern |v|, and with the softmax between both
+#: products of the largest output. Met: 2.7e-7, 4.2e-7 and 3.4e-7 (plain kernels: 2.7e-7).
+ATTENTION = 1.5e-6
+#: Both sides of each product are rounded. Met: 7.9e-4.
+ATTENTION_FAST = 2e-3
+
 #: Of a model's values on matrix units against the broadcast kernels, as a share of the largest;
 #: split and fast. Met: 1.6e-6 and 1.7e-3.
 MODEL, MODEL_FAST = 2e-5, 2e-2
@@ -70,11 +76,38 @@ def test_fast_products_are_rounded_to_float16():
     assert found["bfloat16"]["linear"][0] > 10 * SPLIT  # so they are not split
 
 
-def test_a_model_and_its_precision(llama):
-    """Logits, gradients and scores of edges on matrix units; precision="fast" is said once, and
-    written into results.
+def test_attention_has_the_accuracy_of_float32():
+    """Scores and outputs of prefill over ragged batches, head sizes and groups, windows, soft caps,
+    frozen rows; and with the softmax between them, against attention in NumPy in float64. Queries
+    have the same bits in any tiles, alone and in a batch.
     """
-    found = case("model", llama, VKSTEER_KERNELS="matrix", VKSTEER_DEVICE="llvmpipe")
+    found = case("attention")
+    for op, (error, where) in found["products"].items():
+        assert error <= ATTENTION, f"{op}: {error:.2e} at {where}"
+    assert max(found["whole"]) <= ATTENTION and len(found["whole"]) == 3
+    assert max(found["magnitudes"].values()) <= ATTENTION
+    assert found["bits"] == 21
+    # decoding and heads whose size is no multiple of 4 keep the plain kernels
+    units = {name for name, same in found["plain"].items() if not same}
+    assert units == {"attn_scores, prefill", "attn_output, prefill"} and len(found["plain"]) == 6
+
+
+def test_fast_attention_is_rounded_to_float16():
+    found = case("fast attention")
+    for op, (error, where) in found["products"].items():
+        assert 10 * ATTENTION < error <= ATTENTION_FAST, f"{op}: {error:.2e} at {where}"
+    assert found["bits"] == 21
+
+
+@pytest.mark.parametrize("family, units", [("llama2", ""), ("qwen3", "_matrix")])
+def test_a_model_and_its_precision(zoo, family, units):
+    """Logits, gradients and scores of edges on matrix units; precision="fast" is said once, and
+    written into results. Heads of Llama have 10 values here, those of Qwen 3 have 8.
+    """
+    folder = zoo.folder(family)
+    found = case("model", folder, VKSTEER_KERNELS="matrix", VKSTEER_DEVICE="llvmpipe")
+    products = [f"attn_output{units}", f"attn_scores{units}", "attn_softmax"]
+    assert found["attention"] == products
     assert found["kernels"] == ["matrix"]
     assert found["precision"] == ["fast", "fast", "float32"]
     assert len(found["said"]) == 1 and "rounded to float16" in found["said"][0]

@@ -108,10 +108,12 @@ static int attention_outputs(struct circuit_run *run, int l, struct error *error
                     : room > CIRCUIT_ROWS_A_GRID ? CIRCUIT_ROWS_A_GRID
                                                  : (uint32_t)room;
     struct lists lists = {0};
+    int units = op_attn_matrix_offered(&run->model->ops, run->model->facts.d_head,
+                                       run->work->chunk.batch->decode != 0);
     RUN(work_grow(run->work, &run->scores, most * query_bytes, "circuits' scores", error));
     int failed = lists_upload(run, layer, &lists, error);
     while (!failed && query_span_next(lists.tile, lists.n_tiles, most, &span))
-        failed = run->work->chunk.n_tiles == run->work->chunk.n_tokens
+        failed = run->work->chunk.n_tiles == run->work->chunk.n_tokens && !units
                      ? attend_tokens(run, l, &lists, &span, error)
                      : attend_tiles(run, l, &lists, &span, error);
     free(lists.tile);

@@ -1,5 +1,6 @@
 /* Attention in three steps. The pattern lies in memory between them, so that the pattern which is
- * captured, edited or frozen is the one that is used. */
+ * captured, edited or frozen is the one that is used. In prefill the two products run on matrix
+ * units where the kernel family uses them (shaders/attn_matrix.comp). */
 #include "ops/ops.h"
 
 /* Workgroups that cover n keys or n columns of a head, two for each lane (RN of the shaders). */
@@ -54,8 +55,72 @@ struct attn_output_params op_attn_output_params(const struct decode_params *deco
     };
 }
 
+/* Tiles and columns of a workgroup of attn_matrix.comp: four tiles of the matrix units a side. */
+struct sides {
+    uint32_t tiles, columns;
+};
+
+static struct sides sides_of(const struct ops *ops) {
+    const struct gpu_device_info *info = gpu_device_get_info(ops->device);
+    return (struct sides){4 * info->matrix_m / OP_TILE, 4 * info->matrix_n};
+}
+
+/* Bytes of shared memory that the kernel of the outputs takes, which needs more than that of the
+ * scores. */
+static uint32_t shared_bytes(const struct ops *ops) {
+    struct sides sides = sides_of(ops);
+    uint32_t rows = sides.tiles * OP_TILE, span = 8 * MATRIX_BLOCK;
+    return 16 * (ops->fast ? 1 : 2) * (rows + sides.columns) * (MATRIX_BLOCK / 8 + 1) +
+           4 * (5 * rows + 2 * span);
+}
+
+int op_attn_matrix_offered(const struct ops *ops, uint32_t d_head, int decode) {
+    return ops->kernel_family == LINEAR_MATRIX && !decode && d_head % 4 == 0 &&
+           shared_bytes(ops) <= gpu_device_get_info(ops->device)->max_shared_bytes &&
+           gpu_pipeline_possible(ops->device, kernel_attn_scores_matrix(0));
+}
+
+void op_attn_kernels(const struct ops *ops, int *kernels) {
+    uint32_t fast = ops->fast != 0;
+    int units = op_attn_matrix_offered(ops, 4, 0);
+    kernels[0] = units ? kernel_attn_scores_matrix(fast) : KERNEL_attn_scores;
+    kernels[1] = units ? kernel_attn_output_matrix(fast) : KERNEL_attn_output;
+}
+
+/* One of both products on matrix units; x: workgroups along keys or columns. */
+static int multiply(struct ops *ops, int kernel, const struct attn_matrix_params *params,
+                    uint32_t columns, uint32_t n_keys, struct error *error) {
+    struct sides sides = sides_of(ops);
+    if ((params->a | params->b) % 16 || params->a_stride % 4)
+        return error_set(error, ERROR_VALUE, "attention's rows do not begin at 16 bytes");
+    return gpu_queue_dispatch(
+        ops->queue, kernel, params, sizeof *params, (columns + sides.columns - 1) / sides.columns,
+        (params->n_tiles + sides.tiles - 1) / sides.tiles, params->n_heads,
+        2.0 * OP_TILE * params->n_tiles * n_keys * params->n_heads * params->d_head, error);
+}
+
 int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t n_tiles,
                    uint32_t n_keys, struct error *error) {
+    if (op_attn_matrix_offered(ops, params->d_head, params->decode != 0)) {
+        struct attn_matrix_params product = {
+            .a = params->qkv,
+            .b = params->k_cache,
+            .tokens = params->tokens,
+            .tiles = params->tiles,
+            .dst = params->scores,
+            .n_tiles = n_tiles,
+            .first_token = params->first_token,
+            .n_heads = params->n_heads,
+            .n_kv_heads = params->n_kv_heads,
+            .d_head = params->d_head,
+            .a_stride = params->stride,
+            .dst_stride = params->key_stride,
+            .scale = params->scale,
+            .softcap = params->softcap,
+        };
+        return multiply(ops, kernel_attn_scores_matrix(ops->fast != 0), &product, n_keys, n_keys,
+                        error);
+    }
     return gpu_queue_dispatch(ops->queue, KERNEL_attn_scores, params, sizeof *params,
                               spans(ops, n_keys), n_tiles, params->n_heads,
                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,
@@ -64,6 +129,25 @@ int op_attn_scores(struct ops *ops, const struct scores_params *params, uint32_t
 
 int op_attn_output(struct ops *ops, const struct attn_output_params *params, uint32_t n_tiles,
                    uint32_t n_keys, struct error *error) {
+    if (op_attn_matrix_offered(ops, params->d_head, params->decode != 0)) {
+        struct attn_matrix_params product = {
+            .a = params->pattern,
+            .b = params->v_cache,
+            .tokens = params->tokens,
+            .tiles = params->tiles,
+            .dst = params->z,
+            .n_tiles = n_tiles,
+            .first_token = params->first_token,
+            .n_heads = params->n_heads,
+            .n_kv_heads = params->n_kv_heads,
+            .d_head = params->d_head,
+            .a_stride = params->key_stride,
+            .dst_stride = params->z_stride,
+            .window = params->window,
+        };
+        return multiply(ops, kernel_attn_output_matrix(ops->fast != 0), &product, params->d_head,
+                        n_keys, error);
+    }
     return gpu_queue_dispatch(ops->queue, KERNEL_attn_output, params, sizeof *params,
                               spans(ops, params->d_head), n_tiles, params->n_heads,
                               2.0 * OP_TILE * n_tiles * n_keys * params->n_heads * params->d_head,

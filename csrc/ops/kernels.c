@@ -29,6 +29,7 @@ KERNEL_ROWS(ROW)
 /* rows of W that a product of decoding takes */
 #define DECODE_ROWS ((p->flags & LINEAR_GATE ? 2 : 1) * p->n_out)
 #define TILE_KEYS (flops / (2.0 * OP_TILE * y * p->n_heads * p->d_head))
+#define MATRIX_KEYS (flops / (2.0 * OP_TILE * p->n_tiles * p->n_heads * p->d_head))
 #define BYTES(params, reads, writes) \
     static void bytes_##params(const void *arguments, const uint32_t grid[3], double flops, \
                                double *read, double *written) { \

@@ -360,13 +360,15 @@ int op_linear_bwd(struct ops *ops, const struct op_matrix *matrix,
 int ops_kernels_prepare(struct ops *ops, const struct op_kernels_needed *needed,
                         struct error *error) {
     const uint32_t layer = needed->layer_norm != 0, type = needed->type;
+    int attention[2];
+    op_attn_kernels(ops, attention);
     const int always[] = {KERNEL_embed,
                           kernel_embed(needed->positions != 0),
                           kernel_norm(layer, 0),
                           KERNEL_rope,
-                          KERNEL_attn_scores,
+                          attention[0],
                           KERNEL_attn_softmax,
-                          KERNEL_attn_output,
+                          attention[1],
                           kernel_act(!needed->gated),
                           KERNEL_edit,
                           KERNEL_copy,

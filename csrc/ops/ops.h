@@ -103,7 +103,7 @@ static inline uint32_t op_panel_columns(const struct ops *ops) {
  * buffers; both sum in one chain over k in every phase. The third is for real GPUs: in prefill it
  * uses tiles in shared memory with the same chain; in decoding it splits k over a workgroup, in an
  * order of its own. `matrix` decodes like it, and in prefill multiplies on matrix units, in the
- * order of the device (csrc/ops/linear_matrix.c). */
+ * order of the device (csrc/ops/linear_matrix.c, csrc/ops/attention.c). */
 enum op_kernel_family {
     LINEAR_BROADCAST,
     LINEAR_TEXELS,
@@ -246,6 +246,11 @@ int op_row_norms(struct ops *ops, const struct op_matrix *matrix, uint64_t dst,
 struct scores_params op_attn_scores_params(const struct decode_params *decode, uint64_t tiles);
 struct softmax_params op_attn_softmax_params(const struct decode_params *decode);
 struct attn_output_params op_attn_output_params(const struct decode_params *decode, uint64_t tiles);
+/* Are both products of attention computed on matrix units? Never in decoding, so that the separate
+ * steps have the bits of op_attn_decode. */
+int op_attn_matrix_offered(const struct ops *ops, uint32_t d_head, int decode);
+/* The two kernels of these products in prefill. */
+void op_attn_kernels(const struct ops *ops, int *kernels);
 /* The kernel of op_attn_decode for `group` query heads that share a key/value head. */
 int op_attn_decode_kernel(uint32_t group);
 

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "ops/ops.h"
+#include "ops/self_test.h"
 
 /* Awkward on purpose: no size is a multiple of a tile, and the numbers of rows reach every kernel
  * of a family. */
@@ -29,13 +29,6 @@ static void test_free(struct test *test) {
     gpu_buffer_destroy(test->outputs[1]);
 }
 
-/* -1 to 1, with random bits in the whole mantissa, so that another order of sums or another
- * rounding shows. */
-static float random_next(uint32_t *state) {
-    *state = *state * 1664525u + 1013904223u;
-    return (float)(int32_t)*state * 0x1p-31f;
-}
-
 static int test_make(struct test *test, struct gpu_device *device, struct error *error) {
     uint32_t state = 1;
     test->x_stride = op_row_stride(TEST_K);
@@ -53,7 +46,7 @@ static int test_make(struct test *test, struct gpu_device *device, struct error 
             return -1;
     float *x = gpu_buffer_map(test->inputs);
     for (uint64_t i = 0; i < x_floats + test->dst_stride + dst_floats; i++)
-        x[i] = i >= x_floats || i % test->x_stride < TEST_K ? random_next(&state) : 0;
+        x[i] = i >= x_floats || i % test->x_stride < TEST_K ? self_test_random(&state) : 0;
     return 0;
 }
 
@@ -64,7 +57,7 @@ static void weights_fill(struct test *test, uint32_t type) {
              cells = op_matrix_cells(type, TEST_K), inputs = op_cell_inputs(type);
     uint32_t n_words = (TEST_N + OP_PANEL - 1) / OP_PANEL * OP_PANEL * cells * 4;
     for (uint32_t i = 0; i < n_words; i++) {
-        float value = random_next(&state);
+        float value = self_test_random(&state);
         uint32_t bits, n = i / 4 % OP_PANEL + i / 4 / OP_PANEL / cells * OP_PANEL;
         uint32_t k = i / 4 / OP_PANEL % cells * inputs + i % 4 * (inputs / 4);
         memcpy(&bits, &value, 4);
@@ -218,5 +211,7 @@ int op_linear_self_test(struct ops *ops, int family, int only_type, struct error
     if (failed)
         gpu_queue_abandon(ops->queue);
     test_free(&test);
+    if (!failed && family == LINEAR_MATRIX)
+        failed = self_test_attention(ops, error);
     return failed ? -1 : 0;
 }

@@ -276,12 +276,15 @@ static int attend(struct run_work *work, const struct run_cache *cache, int l,
     int lean = lean_attention(work);
     if (lean && !hooked)
         return lean_attend(work, cache, l, &args, span->n, 0, error);
-    if (chunk->n_tiles == chunk->n_tokens && !hooked)
+    int decode = work->chunk.batch->decode != 0,
+        units = op_attn_matrix_offered(ops, work->model->facts.d_head, decode);
+    if (chunk->n_tiles == chunk->n_tokens && !hooked && !units)
         return decode_fused(work, &args, span, error);
     struct scores_params scores = op_attn_scores_params(&args, tiles);
     struct softmax_params softmax = op_attn_softmax_params(&args);
     softmax.decode = (uint32_t)lean;
     struct attn_output_params output = op_attn_output_params(&args, tiles);
+    scores.decode = output.decode = (uint32_t)decode;
     struct site_view scores_view = query_span_view(work, span, SITE_SCORES, l, pattern),
                      pattern_view = query_span_view(work, span, SITE_PATTERN, l, pattern);
     RUN(op_attn_scores(ops, &scores, n_tiles, chunk->max_keys, error));

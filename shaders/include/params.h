@@ -227,6 +227,7 @@ BLOCK(scores_params) {
     UINT key_stride;
     float scale;
     float softcap; /* 0: none */
+    UINT decode;   /* 1: sums in the order of attn_decode and attn_step: not on matrix units */
 };
 
 /* In place: softmax over the keys that a query sees. The keys before its window and the up to
@@ -255,6 +256,7 @@ BLOCK(attn_output_params) {
     UINT z_stride;
     UINT key_stride;
     UINT window;
+    UINT decode; /* as in scores_params */
 };
 
 /* The three steps above for single tokens: see attn_decode.comp. */

@@ -59,6 +59,26 @@ BLOCK(linear_matrix_params) {
     float clip;
 };
 
+/* A product of attention: dst = the scores of queries a with keys b, or the attention outputs of a
+ * pattern a with values b. */
+BLOCK(attn_matrix_params) {
+    ADDRESS(Vec4sIn) a; /* queries [T, a_stride], or the pattern [T', H, a_stride] */
+    ADDRESS(Vec4sIn) b; /* keys or values, as in the cache: [slots, G * dh] */
+    ADDRESS(Tokens) tokens;
+    ADDRESS(Tiles) tiles;
+    ADDRESS(FloatsOut) dst; /* scores [T', H, dst_stride], or outputs [T, dst_stride] */
+    UINT n_tiles;
+    UINT first_token; /* T' is counted from it */
+    UINT n_heads;
+    UINT n_kv_heads;
+    UINT d_head; /* a multiple of 4 */
+    UINT a_stride;
+    UINT dst_stride;
+    UINT window;   /* outputs: 0: full */
+    float scale;   /* scores */
+    float softcap; /* scores: 0: none */
+};
+
 /* dst[i] = the sum of n_slices values src[i], src[i + n], ..., in ascending order. */
 BLOCK(sum_slices_params) {
     ADDRESS(FloatsIn) src;
