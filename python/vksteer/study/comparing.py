@@ -103,11 +103,14 @@ def _faithfulness(results: Results) -> str:
     return f"{found['faithfulness']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
+TYPES = ("q", "k", "v", "mlp", "logits")
+
+
 def _types(results: Results) -> str:
     """Of the strongest tenth of the edges."""
     shares = _steps(results, "attribution", "data_sets", "harmful.steered", "top_by_type")
     tenth = shares[max(shares, key=int)]
-    return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in tenth.items())
+    return ", ".join(f"{kind} {100 * tenth[kind]:.0f} %" for kind in TYPES)
 
 
 def _methods(found: Mapping[str, Any]) -> list[float]:
