@@ -248,6 +248,7 @@ def run_tests(driver, files, *options, timeout, kernels=None):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_bits_with_several_threads(tmp_path):
     """With one thread, workgroups run one after another, and a race between two is not seen."""

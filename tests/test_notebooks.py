@@ -34,7 +34,13 @@ def test_kept_without_outputs(path):
         )
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def marked(path):
+    """The first notebook, circuits and the study always run; the others with the long tests."""
+    marks = () if path.name[:2] in ("01", "03", "07") else pytest.mark.long
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_runs(path, tmp_path, monkeypatch):
     import nbclient
     import nbformat

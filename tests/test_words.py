@@ -116,8 +116,8 @@ def tracked() -> list[Path]:
 
 def lines(path: Path) -> list[tuple[str, str]]:
     """(place, line) of a text file; of a notebook, of its cells' sources. Data has none."""
-    if path.suffix == ".json":  # data: prompts, tokenizers, stored results
-        return []
+    if path.suffix == ".json" or (path.name == "report.html" and "results" in path.parts):
+        return []  # data: prompts, tokenizers, stored results and reports
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
