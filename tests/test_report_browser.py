@@ -316,6 +316,19 @@ def test_a_notebook_cell(browser, tmp_path):
         frame.locator(".viewer pre:has-text('scores.circuit')").wait_for()
 
 
+def saved_cells(page, texts):
+    """The first column as CSV of the table of candidates, whose first cells hold these texts."""
+    figure = page.locator('figure[data-name="candidates"]')
+    figure.locator("details table").evaluate(
+        "(table, texts) => texts.forEach((x, i) => { table.rows[i + 1].cells[0].textContent = x })",
+        texts,
+    )
+    with page.expect_download() as download:
+        figure.locator("button:text-is('CSV')").click()
+    with open(download.value.path(), newline="") as file:
+        return [line[0] for line in csv.reader(file)][1 : len(texts) + 1]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_whole_study(browser, tmp_path_factory, scheme):
     """The report of a study, wide and narrow: axe-core finds nothing, the third column of answers
@@ -340,6 +353,9 @@ def test_a_whole_study(browser, tmp_path_factory, scheme):
         with page.expect_download() as download:
             page.click('button[aria-label="Save faithful-circuits as SVG"]')
         assert ET.parse(download.value.path()).getroot().tag.endswith("}svg")
+        assert saved_cells(page, ["=HYPERLINK(1)", "+a", "-0.5", "@x", 'a,"b"']) == [
+            "'=HYPERLINK(1)", "'+a", "-0.5", "'@x", 'a,"b"',
+        ]  # fmt: skip
         page.set_viewport_size({"width": 400, "height": 800})
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 400

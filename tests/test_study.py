@@ -273,7 +273,11 @@ def test_killed_three_times(model, study, tmp_path):
     for n_done in (2, 8, 11):
         kill_at(folder, n_done)
         assert not (folder / "results.json").exists()
+    (last,) = (p for p in folder.glob("steps/*/*") if p.is_dir() and not (p / DONE).exists())
+    for place in (folder, last):  # as of a process that was killed while it wrote
+        (place / ".result.json.1.tmp").write_text("{")
     done = again(model, folder)
+    assert not list(folder.rglob("*.tmp"))
     reasons = [p.reason for p in done.planned]
     assert reasons.count("done") >= 11
     assert (folder / "results.json").read_bytes() == (study.folder / "results.json").read_bytes()

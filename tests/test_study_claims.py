@@ -177,6 +177,17 @@ def test_a_limit_between_two_thresholds_is_not_told():
     assert of_sparsity(lost)["verdict"] == FAILS and "90 % are too many" in of_sparsity(lost)["why"]
 
 
+def test_many_thresholds_do_not_refute_by_chance():
+    """28 of 100 lost both ways is a loss of at least 21.9 % with the interval of one test, and of
+    at least 19.1 % with that of ten.
+    """
+    one, ten = changed(0.5, **row(0.28, 0.72)), changed(0.5, **row(0.28, 0.72))
+    assert of_sparsity(one)["verdict"] == FAILS and "60 % are too many" in of_sparsity(one)["why"]
+    (kept,) = [r for r in ten["rows"] if r["method"] == "gradient" and r["tau"] == 0.0]
+    ten["rows"] += [kept | {"tau": 0.01 * i, "sparsity": 0.01 * i} for i in range(1, 10)]
+    assert of_sparsity(ten)["verdict"] == HOLDS
+
+
 def test_a_loss_that_may_be_noise_is_not_told():
     """85 of 100 both ways lose 15 % of the effect; the interval passes the threshold of 20 %."""
     claim = of_sparsity(changed(1.5, **row(0.15, 0.85)))

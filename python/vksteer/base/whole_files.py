@@ -21,3 +21,11 @@ def write_whole(path: PathLike, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_halves(folder: Path) -> None:
+    """Removes what `write_whole` has left in a folder where its process was killed. The caller
+    makes sure that no other process writes there.
+    """
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -226,6 +226,7 @@ class Candidates:
             measure("induce", allowed)
             left = _measured(measure, tables, score, tables["induce"], allowed, strict)
             if relaxed := relax and not left:
+                bar.say("no candidate passes all filters: the one on the induce score is dropped")
                 left = _measured(
                     measure, tables, score, np.ones_like(tables["kl"]), allowed, strict
                 )

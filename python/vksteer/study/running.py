@@ -14,7 +14,7 @@ from .._version import __version__
 from ..base.json_files import read_json
 from ..base.provenance import loaded_with
 from ..base.types import PathLike, ProgressLike
-from ..base.whole_files import write_whole
+from ..base.whole_files import remove_halves, write_whole
 from . import inside, shown, vectors  # noqa: F401  registers the steps
 from .claims import claims
 from .planning import (
@@ -134,6 +134,7 @@ def run(
     counts = Counts(size, budget, seed, harmful, harmless)
     store, measure = StudyStore(Path(out)), plan_only and predict
     with store.lock(), _opened(model) as opened:
+        remove_halves(store.folder)
         settings, data, line = counts.settle(opened, store.folder, names, plan_only, say)
         belongs, steps = counts.belongs(opened), (names, forced)
         planned = planned_with_costs(opened, store, settings, data, steps, belongs, measure, say)

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..base.json_files import parse_json, read_json
 from ..base.provenance import digest
-from ..base.whole_files import write_whole
+from ..base.whole_files import remove_halves, write_whole
 from ..errors import ModelError
 
 DONE = "done.json"
@@ -171,6 +171,7 @@ class StudyStore:
                 path.unlink()
             if anew:
                 forced.touch()
+        remove_halves(folder)
         return folder
 
     def finish(

@@ -26,8 +26,11 @@ const save = (name, content, type) => {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 };
+// Spreadsheets run a cell that begins like a formula, and cells hold what a model has said: a quote
+// before it makes it text. Numbers stay as they are.
 const csvOf = rows => rows.map(row => row.map(cell => {
-  const text = String(cell);
+  let text = String(cell);
+  if (/^[=+\-@\t\r]/.test(text) && !Number.isFinite(Number(text))) text = `'${text}`;
   return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }).join(",")).join("\n") + "\n";
 
