@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 import vksteer as vs
+from file_lock import file_lock
 from vksteer.circuits.graph import Graph
 from vksteer.patching.edge_scores import EdgeScores
 from vksteer.study import report, viewer
@@ -330,14 +331,13 @@ def saved_cells(page, texts):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_whole_study(browser, tmp_path_factory, scheme):
+def test_a_whole_study(browser, zoo, scheme):
     """The report of a study, wide and narrow: axe-core finds nothing, the third column of answers
     changes, a figure is saved, and paper shows the data and no controls.
     """
-    folder = tmp_path_factory.getbasetemp() / "report_study"
-    if not (folder / "report.html").exists():
-        with vs.Model.from_pretrained("tiny-llama-chat", progress=False) as model:
-            vs.study.run(model, out=folder, size="tiny", progress=False)
+    folder = zoo.root.parent / "tiny_study"  # that of test_study.py
+    with file_lock(folder.with_suffix(".lock")):
+        vs.study.run("tiny-llama-chat", out=folder, size="tiny", progress=False)
     state = "#circuit:n=19&with=ntp&node=m9&pins=a8.h1,steer"
     with opened(browser, folder / "report.html", state, color_scheme=scheme) as page:
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")

@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 
 import vksteer as vs
+from file_lock import file_lock
 from test_study_budget import RATES
 from vksteer.circuits.faithfulness import halves_of
 from vksteer.study import comparing, rates
@@ -49,9 +50,11 @@ def known_rates():
 
 
 @pytest.fixture(scope="module")
-def study(model, tmp_path_factory):
-    """A whole study of the smallest size, made without interruption."""
-    return vs.study.run(model, out=tmp_path_factory.mktemp("study"), size="tiny", progress=False)
+def study(model, zoo):
+    """A whole study of the smallest size, made without interruption; one for all test processes."""
+    folder = zoo.root.parent / "tiny_study"
+    with file_lock(folder.with_suffix(".lock")):
+        return vs.study.run(model, out=folder, size="tiny", progress=False)
 
 
 def copy(study, to):

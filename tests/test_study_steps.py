@@ -90,7 +90,7 @@ def test_prompts_of_lists():
     short = of_lists(harmful[:24], harmless, settings)
     assert [len(short.harmful[s]) for s in short.harmful] == [12, 6, 6]
     assert "24 harmful prompts are fewer than the 48" in short.notes[0]
-    with pytest.raises(ValueError, match="each needs at least 4"):
+    with pytest.raises(ValueError, match="each split needs at least 4"):
         of_lists(harmful[:15], harmless, settings)
     with pytest.raises(ValueError, match=r"1 prompts are both .*'give 0'"):
         of_lists([*harmful, "give 0"], harmless, settings)
@@ -127,7 +127,7 @@ def test_prompts_with_splits_of_their_own():
         of_lists({"train": harmful, "dev": other}, harmless, settings)
     with pytest.raises(ValueError, match=r"harmful\['test'\]='a.csv' is one text"):
         of_lists({"train": harmful, "test": "a.csv"}, harmless, settings)
-    with pytest.raises(ValueError, match=r"3 harmful prompts leave \[3\] to test"):
+    with pytest.raises(ValueError, match=r"3 harmful prompts are fewer .*: test 3; give more"):
         of_lists({"train": harmful, "test": other[:3]}, harmless, settings)
     with pytest.raises(ValueError, match=r"20 prompts are both .*'steal 0'"):
         of_lists({"train": harmful, "test": other}, [*harmless, *other], settings)

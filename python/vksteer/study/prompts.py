@@ -110,20 +110,13 @@ def _cut(
     name: str, splits: Sequence[str], texts: list[str], settings: Settings, notes: list[str]
 ) -> dict[str, list[str]]:
     """{split: its part of the texts}; a note is added where they are too few for the size."""
-    asked = counts = [getattr(settings, split) for split in splits]
-    words = {"train": "train", "validation": "validate", "test": "test"}
-    verbs = [words[split] for split in splits]
-    what = verbs[0] if len(verbs) == 1 else f"{', '.join(verbs[:-1])} and {verbs[-1]}"
-    if len(texts) < sum(asked):
-        counts = [n * len(texts) // sum(asked) for n in asked]
-        notes.append(
-            f"{len(texts)} {name} prompts are fewer than the {sum(asked)} of size"
-            f" {settings.size!r}: {', '.join(map(str, counts))} of them {what}"
-        )
-    if min(counts) < LEAST:
-        raise ValueError(
-            f"{len(texts)} {name} prompts leave {counts} to {what}: each needs at least {LEAST};"
-            " give more prompts"
-        )
+    counts = [getattr(settings, split) for split in splits]
+    if len(texts) < (asked := sum(counts)):
+        counts = [n * len(texts) // asked for n in counts]
+        parts = ", ".join(f"{split} {n}" for split, n in zip(splits, counts, strict=True))
+        few = f"{len(texts)} {name} prompts are fewer than the {asked} of size {settings.size!r}"
+        if min(counts) < LEAST:
+            raise ValueError(f"{few}: {parts}; give more, each split needs at least {LEAST}")
+        notes.append(f"{few}: {parts}")
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     return {split: texts[end - n : end] for split, n, end in zip(splits, counts, ends, strict=True)}
