@@ -35,8 +35,8 @@ def test_kept_without_outputs(path):
 
 
 def marked(path):
-    """The first notebook, circuits and the study always run; the others with the long tests."""
-    marks = () if path.name[:2] in ("01", "03", "07") else pytest.mark.long
+    """The first notebook and the study always run; the others with the long tests."""
+    marks = () if path.name[:2] in ("01", "07") else pytest.mark.long
     return pytest.param(path, id=path.stem, marks=marks)
 
 
