@@ -27,6 +27,7 @@ from vksteer import data, freezing, ov, patching, reliability, sparsify, steerin
 from vksteer.circuits.faithfulness import halves_of
 from vksteer.study.meaning import meaning
 from vksteer.study.settings import Settings
+from vksteer.study.shown import MOST_SAMPLES
 from vksteer.study.vectors import BASELINE, BATCH, LR
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -103,6 +104,7 @@ class Parts:
             if first is None:
                 first = scores
                 self.exact(samples, scores, a)
+                self.by_position(samples, a)
                 sizes = [round(x * scores.graph.n_edges) for x in (*self.s.shares, 1)]
                 vs.circuits.faithfulness_curve(
                     scores, self.model, samples, vector, a, sizes, random=2, halves=True, **QUIET
@@ -121,6 +123,12 @@ class Parts:
         assert scores.sample_edges is not None
         order = np.argsort(-np.abs(scores.sample_edges[0]))[: self.s.patches]
         patching.exact(self.model, samples[0], self.dim, a, edges=order.tolist(), **QUIET)
+
+    def by_position(self, samples: Any, a: float) -> None:
+        for sample in samples[:MOST_SAMPLES]:
+            patching.attribute(
+                self.model, [sample], self.dim, a, steps=self.s.steps, per_position=True, **QUIET
+            )
 
 
 def processor_seconds(call: Callable[[], object]) -> float:
