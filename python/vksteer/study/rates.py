@@ -31,7 +31,7 @@ from ..steering.scores import last_logits
 from .meaning import is_related, related_words
 from .prompts import Prompts
 from .vectors import BATCH
-from .work import Lengths
+from .work import ROWS, Lengths
 
 if TYPE_CHECKING:
     from ..patching.edge_scores import EdgeScores
@@ -43,6 +43,8 @@ FILE, FORMAT = "rates.json", "vksteer.study_rates"
 AIM, LEAST_ROWS, MOST_ROWS = 14.0, 2, 12
 #: Where time is for fewer prompts than this, samples are few and cut to so many tokens of answer.
 SLOW_ROWS, CROP = 4, 16
+#: There, answers of a whole batch begin with so many tokens; frozen decoding takes so many rows.
+BEGINNING, FROZEN_ROWS = 8, 8
 #: Answers are decoded until they end, for at most so many tokens, fewer where time is short.
 NEW_TOKENS = 128
 #: A call is timed until its runs have taken so many processor seconds, at most so many times.
@@ -114,7 +116,7 @@ class Rates:
 
 def key_of(model: Model, belongs: str) -> str:
     """What rates belong to: device, kernels and cores, the model and the prompts (a hash)."""
-    return digest("rates 1", str(model.device), list(model.kernels), n_cores(), belongs)
+    return digest("rates 2", str(model.device), list(model.kernels), n_cores(), belongs)
 
 
 def kept_rates(model: Model, belongs: str, folder: Path) -> Rates | None:
@@ -273,10 +275,13 @@ class _Calibration:
         plain, plain_clock = self._generate(every, None, new)
         steered, steered_clock = self._generate(every, vector, new)
         narrow, narrow_clock = self._generate(one, vector, new)
+        whole = self._batch(rows, vector) if self.slow else None
         for name in ("seconds", "processor"):
             wide = _decoded(plain) + _decoded(steered)
             prompts = sum(map(len, every)) * getattr(self, name)["prefill"]
             wide_time = getattr(plain_clock, name) + getattr(steered_clock, name) - 2 * prompts
+            if whole is not None:
+                wide, wide_time = whole[0], getattr(whole[2], name) - getattr(whole[1], name)
             prompts = sum(map(len, one)) * getattr(self, name)["prefill"]
             narrow_time = getattr(narrow_clock, name) - prompts
             a, b = _two_rates(wide, max(wide_time, 1e-6), _decoded(narrow), max(narrow_time, 1e-6))
@@ -285,12 +290,25 @@ class _Calibration:
         self.lengths = Lengths(tuple(ended), len(plain) + len(steered) - len(ended), new)
         return steered
 
+    def _batch(
+        self, rows: tuple[list[list[int]], list[list[int]]], vector: SteeringVector
+    ) -> tuple[np.ndarray, IdleClock, IdleClock]:
+        """What a whole batch decodes in a few steps, [steps, tokens]; times of its prompts, and of
+        prompts and steps. A few rows do not tell what a token costs beside a step.
+        """
+        short = beginnings(rows, ROWS)
+        prompts = self._generate(short, vector, 1)[1]
+        made, clock = self._generate(short, vector, 1 + SHORT)
+        return _decoded(made), prompts, clock
+
     def _frozen(
         self, rows: tuple[list[list[int]], list[list[int]]], vector: SteeringVector
     ) -> None:
         """How much longer decoding takes with frozen parts, the mean over the rows of Table 1."""
-        half = 1 if self.slow else max(1, len(rows[0]) // 2)
+        half = max(1, len(rows[0]) // 2)
         some = [row for side in rows for row in side[:half]]
+        if self.slow:
+            some = beginnings(rows, FROZEN_ROWS)
         plain = self._generate(some, vector, SHORT)[1].seconds
         ways: list[dict[str, Any]] = [dict(options) for options in ABLATIONS.values() if options]
         self.model.generate(
@@ -403,6 +421,15 @@ class _Calibration:
         words = related_words(*self.data.pair("train"))
         compare = lambda: [is_related(text, (), words) for text in texts]
         self._keep("word", len(texts), self._clock(compare))
+
+
+def beginnings(rows: tuple[list[list[int]], list[list[int]]], n: int) -> list[list[int]]:
+    """Rows of BEGINNING tokens, all different where the prompts are long enough: parts of their
+    text, so that little time goes into reading them.
+    """
+    tokens = [token for side in rows for row in side for token in row]
+    last = max(1, len(tokens) - BEGINNING + 1)
+    return [tokens[i % last : i % last + BEGINNING] for i in range(n)]
 
 
 def _samples(
