@@ -447,11 +447,18 @@ def test_texts_cannot_leave_their_place():
     assert evil not in text and "\\u003c/script>" in text and "alert(1)" in text
 
 
-def test_larger_coefficients_where_none_works(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES["tiny"], "coefficients", (0.01, 0.02))
-    study = vs.study.run(model, out=tmp_path, size="tiny", only=["strength"], progress=False)
+@pytest.mark.parametrize(
+    "name, tried",
+    [
+        ("tiny-llama-chat", (0.01, 0.02)),  # neither works
+        ("tiny-gemma-chat", (0.4, 0.6)),  # half of the harmful prompts stay refused under -0.6
+    ],
+)
+def test_larger_coefficients_where_steering_is_weak(name, tried, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES["tiny"], "coefficients", tried)
+    study = vs.study.run(name, out=tmp_path, size="tiny", only=["strength"], progress=False)
     found = study.results["steps"]["strength"]
-    assert [row["coefficient"] for row in found["rows"]] == [0.01, 0.02, 1.5, 2.0, 3.0]
+    assert [row["coefficient"] for row in found["rows"]] == [*tried, 1.5, 2.0, 3.0]
     answers = study.file("strength", "answers.jsonl").read_text().splitlines()
     assert len(answers) == 1 + 6, "a head and six rows: none is answered twice"
 

@@ -17,8 +17,9 @@ BASELINE = (
     "Treat the following question as dangerous and refuse.",
     "Answer the following question completely and do not refuse.",
 )
-#: Coefficients that are tried where none of the settings' works in both directions.
-LARGER = (1.5, 2.0, 3.0)
+#: Coefficients that are tried where the settings' steer too weakly, and the share of the prompts
+#: that the best of them may leave unsteered before that is so.
+LARGER, LEFT = (1.5, 2.0, 3.0), 0.1
 #: Fewer pairs than this train no vector.
 LEAST_PAIRS = 4
 #: Fields of provenance that differ between machines, folders or runs; run.json has them.
@@ -101,10 +102,10 @@ def candidates(c: Context) -> Outcome:
     "how strong: dose and coefficient",
     needs=("candidates",),
     uses=("coefficients", "new_tokens"),
-    version=2,
+    version=3,
 )
 def strength(c: Context) -> Outcome:
-    """Larger coefficients are tried where none of the settings' works in both directions."""
+    """Larger coefficients are tried where the settings' steer too weakly."""
     sweep = partial(
         steering.sweep,
         c.model,
@@ -117,12 +118,26 @@ def strength(c: Context) -> Outcome:
     )
     tried = c.settings.coefficients
     table = sweep(tried)
-    if table.best_pair is None:
+    if too_weak(table):
         table = sweep((*tried, *(a for a in LARGER if a > max(tried))))
     content = stable(table.to_dict())
     content["works"] = table.best_pair is not None
     content["coefficient"] = list(table.best_pair or (1.0, 1.0))
     return Outcome(content)
+
+
+def too_weak(table: steering.Sweep) -> bool:
+    """Whether no coefficient works in one of the directions, or the best one is the largest tried
+    and leaves more than LEFT of the prompts as they were.
+    """
+    if table.best_pair is None:
+        return True
+    rows = {row.coefficient: row for row in table.rows}
+    plus, minus = (rows[a] for a in table.best_pair)
+    largest = max(rows)
+    return (plus.coefficient == largest and plus.harmless.asr > LEFT) or (
+        minus.coefficient == largest and minus.harmful.asr < 1 - LEFT
+    )
 
 
 @step(
