@@ -209,7 +209,7 @@ class _Job:
     "circuits, faithfulness and overlaps",
     needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
     uses=("shares", "grid", "seed"),
-    version=2,
+    version=3,
 )
 def circuit_curves(c: Context) -> Outcome:
     """The curve and the smallest faithful circuits are found on one half of the samples and judged
@@ -311,8 +311,11 @@ def _smallest(c: Context, job: _Job) -> dict[str, Any]:
     judged = circuit.evaluate(c.model, others, job.vector, job.a, progress=False)["logit_diff"]
     low, high = bootstrap(judged.per_sample, seed=c.settings.seed)
     circuit.save(c.folder / f"{job.name}.circuit.json")
+    assert circuit.curve is not None  # minimum_faithful sets it
+    measured = circuit.curve.edges, circuit.curve.faithfulness
     return {
         "size": len(circuit),
+        "searched": {"edges": measured[0].tolist(), "faithfulness": measured[1].tolist()},
         "edges": circuit.graph.n_edges,
         "share": len(circuit) / circuit.graph.n_edges,
         "faithfulness": judged.faithfulness,

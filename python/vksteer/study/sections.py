@@ -29,6 +29,7 @@ STORY: tuple[tuple[str, tuple[tuple[str, Callable[[Steps], Figure]], ...]], ...]
         "The circuit",
         (
             ("circuits", inside.curve),
+            ("circuits", inside.searched),
             ("circuits", inside.overlaps),
             ("attribution", inside.strongest),
             ("attribution", inside.types),
