@@ -159,10 +159,10 @@ def searched(steps: Steps) -> Figure:
         charts.lines("Faithfulness by size in the search", series, "edges, %", "faithfulness"),
         ("samples or vector", "edges", "faithfulness"),
         rows,
-        f"What the search for the smallest circuit measured, on the samples that choose it"
-        f" ({', '.join(map(str, counts))} of each); it ends with the first pass of sizes of which one reaches"
-        " 85 %."
-        " Faithfulness on other samples, with its interval, stands in the table above."
+        "What the search for the smallest circuit measured, on the samples that choose it"
+        f" ({', '.join(map(str, counts))} of each); it ends with the first pass of sizes of which"
+        " one reaches 85 %. Faithfulness on other samples, with its interval, stands in the table"
+        " above."
         if there
         else "",
     )
