@@ -227,9 +227,8 @@ class Candidates:
             left = _measured(measure, tables, score, tables["induce"], allowed, strict)
             if relaxed := relax and not left:
                 bar.say("no candidate passes all filters: the one on the induce score is dropped")
-                left = _measured(
-                    measure, tables, score, np.ones_like(tables["kl"]), allowed, strict
-                )
+                every = np.ones_like(tables["kl"])
+                left = _measured(measure, tables, score, every, allowed, strict)
             bar.step(total - bar.done)
         eligible, rejected = examine(
             tables[score], tables["induce"], tables["kl"], strict=strict, positions=self.positions
