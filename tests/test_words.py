@@ -144,12 +144,12 @@ def hits(patterns, name: str, placed: list[tuple[str, str]]) -> list[str]:
     apart = patterns is NUMBERS
     joined = ["" if apart else re.sub(r"^[\s*/#>|-]+", "", line) for _, line in placed]
     pairs = list(zip(placed, [*joined[1:], ""], strict=True)) if placed else []
-    text, apart_too = " ".join(joined), "\n".join(line for _, line in placed)
+    text, unjoined = " ".join(joined), "\n".join(line for _, line in placed)
     for pattern, instead in patterns:
         expression = re.compile(pattern, re.IGNORECASE | re.MULTILINE)
         if match := expression.search(name):
             found.append(f"{name}: in the file's name, {match[0]!r} -> {instead}")
-        if not expression.search(text) and not expression.search(apart_too):
+        if not expression.search(text) and not expression.search(unjoined):
             continue
         for (place, line), after in pairs:
             for match in expression.finditer(f"{line} {after}" if after else line):
