@@ -10,7 +10,7 @@ from . import charts
 from .charts import Series
 from .claims import CARRY, HARDLY, LEAST_PROMPTS, average_change, effect
 from .figures import WILSON, Figure, Steps, number, rate, rates
-from .work import DATA_SETS
+from .settings import DATA_SETS
 
 
 def table1(steps: Steps) -> Figure:

@@ -18,11 +18,10 @@ from ..inputs.vectors import SteeringVector
 from ..patching.edge_scores import EdgeScores
 from .agreeing import agreement
 from .meaning import LARGEST, meaning
+from .settings import DATA_SETS
 from .steps import Context, Outcome, step
 from .vectors import load_vector, stable, strengths, vectors
 
-#: The four data sets of docs/method.md section 5.
-DATA_SETS = ("harmful.steered", "harmful.base", "harmless.steered", "harmless.base")
 MAIN = DATA_SETS[0]
 LEARNED = ("ntp", "po")
 THRESHOLD = 0.85

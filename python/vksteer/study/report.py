@@ -11,8 +11,9 @@ from ..base.types import PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..patching.edge_scores import EdgeScores
-from .inside import DATA_SETS, MAIN
+from .inside import MAIN
 from .sections import sections
+from .settings import DATA_SETS
 from .shown import TEXTS, TOKENS
 from .steps import STEPS
 from .viewer import SCRIPTS, Shown, drawn, embedded, page_file, script

@@ -8,6 +8,9 @@ from typing import Any
 
 from ..base.checks import require_int
 
+#: The four data sets of docs/method.md section 5.
+DATA_SETS = ("harmful.steered", "harmful.base", "harmless.steered", "harmless.base")
+
 #: Counts by size. train, validation, test: prompts of each kind. samples: prompts of each kind for
 #: circuits. new_tokens: of an answer. steps: of EAP-IG. epochs: of NTP and PO. controls: random
 #: directions in Table 1. patches: edges patched exactly. coefficients: of the sweep.

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..base.json_files import read_json
 from ..errors import ModelError
-from .settings import Settings
+from .settings import DATA_SETS, Settings
 from .store import LIMIT
 from .vectors import BATCH
-from .work import DATA_SETS, Shape
+from .work import Shape
 
 
 def counted(name: str, folder: Path, settings: Settings, shape: Shape) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ..circuits.faithfulness import AHEAD, passes_of_grid
 from .meaning import DIRECTIONS, LARGEST, MOST_HEADS
-from .settings import Settings
+from .settings import DATA_SETS, Settings
 from .shown import MOST_SAMPLES
 
 #: Kind of work -> what is counted.
@@ -273,9 +273,6 @@ def _attributed(shape: Shape, s: Settings, names: Sequence[str]) -> Work:
             contract=tokens * shape.edges(shape.layer),
         )
     return work
-
-
-DATA_SETS = ("harmful.steered", "harmful.base", "harmless.steered", "harmless.base")
 
 
 def _learned(shape: Shape) -> tuple[str, ...]:
