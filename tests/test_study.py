@@ -76,7 +76,8 @@ def test_results(study):
     assert list(study_steps.STEPS) == [p.name for p in study.planned]
     assert not [word for word in VARYING if word in text]
     run = json.loads((study.folder / "run.json").read_text())
-    assert set(run["steps"]) == set(study_steps.STEPS)
+    assert set(run["steps"]) == set(study_steps.STEPS) and run["model"] == "tiny-llama-chat"
+    assert "<title>Why the steering vector works: tiny-llama-chat" in study.report.read_text()
     assert all(s["device_bytes"] > 0 and s["device"] for s in run["steps"].values())
 
 

@@ -66,6 +66,7 @@ def page(
         script=script("elements", "figures"),
         viewer_script=script(*SCRIPTS),
         results=results,
+        model=run.get("model") or results["model"]["architecture"],
         sections=sections(steps, texts),
         viewer=viewer,
         viewer_json="" if viewer is None else embedded(viewer),

@@ -230,10 +230,15 @@ def _write(store: StudyStore, model: Model, settings: Settings) -> dict[str, Any
     for name, done in finished.items():
         if (done.folder / "run.json").exists():
             runs[name] = read_json(done.folder / "run.json", limit=1 << 20)
-    text = json.dumps({"steps": runs}, indent=1, sort_keys=True)
+    text = json.dumps({"model": _last_part(model.name), "steps": runs}, indent=1, sort_keys=True)
     write_whole(store.folder / "run.json", (text + "\n").encode())
     write_report(store.folder)
     return results
+
+
+def _last_part(name: str) -> str:
+    """The name of a model from the hub, or the file's or folder's without the path to it."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _results(model: Model, settings: Settings, finished: dict[str, Finished]) -> dict[str, Any]:
