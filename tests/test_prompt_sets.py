@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from source_tree import ROOT
 from vksteer import data
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "prompt-sets.md"
@@ -249,8 +250,13 @@ def test_without_the_hub_the_file_to_fetch_is_named(hub, name, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install huggingface_hub; or fetch") as other:
         data.load(name)
-    address = next(iter(data.STUDY[name].by_hand.values()))[0]
+    by_hand = data.STUDY[name]
+    address = next(iter(by_hand.by_hand.values()))[0]
     assert address in str(one.value) and address in str(other.value)
+    assert str(one.value).endswith(by_hand.by_hand_rows)
+    if "keep=" in by_hand.by_hand_rows:  # the rule that the documents give
+        rule = by_hand.by_hand_rows.removeprefix("with ").replace("'", '"')
+        assert rule in " ".join((ROOT / "docs/prompt-sets.md").read_text().split())
 
 
 def test_a_file_fetched_by_hand_names_its_column(tmp_path, monkeypatch):

@@ -178,13 +178,13 @@ def test_items_of_unfinished_steps(tmp_path):
     assert unfinished.counted("strength", tmp_path, s, SHAPE) == (2, 4)
     (tmp_path / "answers.json").write_text('{"rows": {"none": 1, "QK": 2}}')
     assert unfinished.counted("table1", tmp_path, s, SHAPE) == (2, 9)
-    (tmp_path / "harmful.steered.checkpoint.jsonl").write_text("head\n" + 4 * "sample\n")
+    (tmp_path / "harmful.steered.checkpoint.ab.jsonl").write_text("head\n" + 4 * "sample\n")
     (tmp_path / "harmful.steered.samples.json").write_text('{"index": [0, 1, 2, 4, 5]}')
     assert unfinished.counted("attribution", tmp_path, s, SHAPE) == (4, 23)
-    (tmp_path / "checkpoint.json").write_text('{"items": {"state": {"steps": 3}}}')
+    (tmp_path / "checkpoint.ab.json").write_text('{"items": {"state": {"steps": 3}}}')
     trained = Shape(**{**SHAPE.__dict__, "known": Known(examples=40)})
     assert unfinished.counted("ntp", tmp_path, s, trained) == (3, 7)
-    (tmp_path / "checkpoint.json").write_text("{")
+    (tmp_path / "checkpoint.ab.json").write_text("{")
     assert unfinished.counted("ntp", tmp_path, s, trained) is None
 
 
@@ -306,7 +306,7 @@ def test_bad_budgets_before_any_work(model, measured, tmp_path, monkeypatch, cap
     monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: pytest.fail("loads"))
     command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path)]
     assert cli.main([*command, "--size", "tiny", "--budget", "5m"]) == 2
-    assert "--size and --budget both say how many samples" in capsys.readouterr().err
+    assert "both say how many samples" in capsys.readouterr().err
     assert cli.main([*command, "--budget", "5 parsecs"]) == 2
     assert "budget='5 parsecs': use a time" in capsys.readouterr().err
 

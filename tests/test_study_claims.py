@@ -116,6 +116,9 @@ def test_few_prompts_are_said():
         ({}, "the vector acts through OV."),
         (dict(QK=(0.4, 0.6)), "acts through OV more than through QK"),
         (dict(QK=(1.0, 0.0)), "acts through QK as well"),
+        (dict(QK=(1.0, 0.0), OV=(0.05, 0.95)), "acts through QK more than through OV"),
+        (dict(OV=(0.02, 0.98)), "the vector hardly needs either"),
+        (dict(QK=(0.2, 0.8), OV=(0.25, 0.75)), "these samples cannot tell"),
     ],
 )
 def test_what_the_report_says_of_table_1(rows, words):
@@ -136,7 +139,8 @@ def sparse(n=100, p=1e-6):
         of("random", 1.5, 0.95, 1.0, 0.0),
     ]
     overlaps = {"0.5": [["dim", "ntp", 0.6, 1.0]], "1.5": [["dim", "ntp", 0.4, p]]}
-    return {"rows": rows, "overlaps": overlaps, "setting": {"n_harmless": n, "n_harmful": n}}
+    setting = {"n_harmless": n, "n_harmful": n}
+    return {"rows": rows, "overlaps": overlaps, "setting": setting, "vectors": ["dim", "ntp"]}
 
 
 def of_sparsity(found):
@@ -151,6 +155,8 @@ def test_sparsity_holds_only_where_methods_agree():
     assert of_sparsity(sparse(n=29))["verdict"] == UNKNOWN
     alone = sparse() | {"overlaps": {}}
     assert of_sparsity(alone)["verdict"] == UNKNOWN
+    without = of_sparsity(sparse() | {"vectors": ["dim", "ntp", "po"]})
+    assert without["verdict"] == UNKNOWN and "po cannot be compared" in without["why"]
     weak = copy.deepcopy(sparse())
     for r in weak["rows"]:
         r["harmless"], r["harmful"] = rate(1.0), rate(0.0)
@@ -224,6 +230,8 @@ def test_what_value_vectors_mean():
     assert means(excess=(0.01, -0.01, 0.04))["verdict"] == FAILS
     assert means(over_vector=(0.0, -0.1, 0.01))["verdict"] == FAILS
     assert means(excess=(0.025, 0.01, 0.04))["verdict"] == UNKNOWN  # above 0, below 5 points
+    # One interval reaches down to 0, the other lies below 5 points: neither does both.
+    assert means(excess=(0.1, -0.02, 0.22), over_vector=(0.02, 0.01, 0.04))["verdict"] == UNKNOWN
     few = means(train=24)
     assert few["verdict"] == UNKNOWN and "fewer than 30 prompts" in few["why"]
     both = means(vector=0.07)

@@ -123,17 +123,21 @@ def _add_study(commands: Subparsers) -> None:
 
 def run_study(arguments: argparse.Namespace) -> int:
     """Runs `vksteer study`; the exit status."""
-    from ..study.ladder import seconds_of
-    from ..study.running import run
-    from ..study.steps import chosen
+    from ..study.claims import shown
+    from ..study.running import check, run
 
-    chosen(arguments.only, arguments.skip)  # refuse unknown names before the model is loaded
-    chosen(arguments.force, None)
-    if arguments.budget is not None:
-        if arguments.size is not None:
-            raise ValueError("--size and --budget both say how many samples: give one of them")
-        seconds_of(arguments.budget)
     harmful, harmless = _prompts(arguments)
+    check(  # before the model is loaded
+        harmful,
+        harmless,
+        arguments.out,
+        size=arguments.size,
+        budget=arguments.budget,
+        seed=arguments.seed,
+        only=arguments.only,
+        skip=arguments.skip,
+        force=arguments.force,
+    )
     with open_model(arguments) as model:
         study = run(
             model,
@@ -154,8 +158,7 @@ def run_study(arguments: argparse.Namespace) -> int:
         print(study.plan())
         return 0
     for claim in study.results["claims"]:
-        value = "–" if claim["value"] is None else f"{claim['value']:.2f}"
-        print(f"{value:>6}  {claim['verdict']}: {claim['claim']}")
+        print(f"{claim['claim']}\n    {claim['verdict']}: {shown(claim)}")
     print(f"\n{study.report}")
     return 0
 

@@ -21,7 +21,8 @@ class PromptSet:
     column: holds the prompts. by_hand: {split: addresses of files that hold the same prompts},
     for those who cannot or may not fetch from the hub. by_hand_column: their column; None for
     files that hold nothing but texts. empty: a column that has to be empty, because a prompt is
-    not complete without what stands there.
+    not complete without what stands there. by_hand_rows: which rows of the files by hand the set
+    holds, where it does not hold all, or how several files are kept apart.
     """
 
     repository: str
@@ -30,6 +31,7 @@ class PromptSet:
     by_hand: Mapping[str, tuple[str, ...]]
     by_hand_column: str | None
     empty: str | None = None
+    by_hand_rows: str = ""
 
     def split(self, name: str | None) -> str:
         """`name`, or the default split. Raises ValueError for one that the set does not have."""
@@ -46,14 +48,15 @@ class PromptSet:
         addresses = self.by_hand[split]
         column = f":{self.by_hand_column}" if self.by_hand_column else ""
         file = addresses[0].rpartition("/")[2]
-        return f"fetch {' and '.join(addresses)} by hand and load the file as '{file}{column}'"
+        files = f"the file as '{file}{column}'" if len(addresses) == 1 else "the files"
+        text = f"fetch {' and '.join(addresses)} by hand and load {files}"
+        return f"{text} {self.by_hand_rows}" if self.by_hand_rows else text
 
 
-def _one_split(repository: str, *addresses: str, column: str | None) -> PromptSet:
+def _one_split(repository: str, *addresses: str, column: str | None, rows: str = "") -> PromptSet:
     """A set with the layout of most: parquet files named after the only split."""
-    return PromptSet(
-        repository, {"train": "data/train-*.parquet"}, "prompt", {"train": addresses}, column
-    )
+    split = {"train": "data/train-*.parquet"}
+    return PromptSet(repository, split, "prompt", {"train": addresses}, column, by_hand_rows=rows)
 
 
 _JBB = "JailbreakBench/JBB-Behaviors"
@@ -79,6 +82,7 @@ STUDY: dict[str, PromptSet] = {
         f"{_TDC}/dev/behaviors.json",
         f"{_TDC}/test/behaviors.json",
         column=None,
+        rows="under two names (both are called behaviors.json), one after the other",
     ),
     "harmbench": PromptSet(
         "walledai/HarmBench",
@@ -86,6 +90,8 @@ STUDY: dict[str, PromptSet] = {
         "prompt",
         {"standard": (f"{_HARMBENCH}/harmbench_behaviors_text_all.csv",)},
         "Behavior",
+        by_hand_rows="with keep=lambda row: 'copyright' not in row['FunctionalCategory'] and"
+        " 'context' not in row['Tags']",
     ),
     "jailbreakbench": PromptSet(
         _JBB,
@@ -109,5 +115,6 @@ STUDY: dict[str, PromptSet] = {
         {"train": (f"{_HUB}/tatsu-lab/alpaca/resolve/main/data/{_ALPACA}",)},
         "instruction",
         empty="input",
+        by_hand_rows="with keep=lambda row: not row['input']",
     ),
 }

@@ -211,11 +211,11 @@ def _share(found: Mapping[str, Any]) -> str:
 
 def _claims(study: Study) -> None:
     """The paper's five claims with this model's verdicts."""
+    from ..study.claims import shown
+
     heading("The paper's five claims on this model")
     for number, claim in enumerate(study.results["claims"], 1):
-        value = "not measured" if claim["value"] is None else f"{claim['value']:.2f}"
-        if claim["low"] is not None and claim["high"] is not None:
-            value += f" [{claim['low']:.2f}, {claim['high']:.2f}]"
+        value = "not measured" if claim["value"] is None else shown(claim)
         say(f"{number}. {claim['claim']}")
         say(f"   {claim['verdict']}: {value}; {claim['why']}.")
 

@@ -4,8 +4,6 @@ gradients (docs/method.md section 5).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +13,7 @@ import numpy as np
 
 from ..base.bytes import memory_bytes
 from ..base.progress import Progress
-from ..base.provenance import identity_for
+from ..base.provenance import digest, identity_for, kernel_names
 from ..base.store import Store
 from ..base.types import Float32Array, PathLike, ProgressLike
 from ..inputs.samples import check_samples, check_steering, samples_hash
@@ -95,10 +93,16 @@ def _attribute(
     if progress is True:
         print(_announcement(plan, lengths, steps), file=sys.stderr)
     provenance = score_provenance(model, vector, coefficient)
-    depends = [asdict(settings), provenance, samples_hash(samples)]
-    depends.append(identity_for(checkpoint, model))
-    text = json.dumps(depends, sort_keys=True, default=str)
-    store, found = _checkpoint(checkpoint, hashlib.sha256(text.encode()).hexdigest())
+    store, found = _checkpoint(
+        checkpoint,
+        digest(
+            asdict(settings),
+            identity_for(checkpoint, model),
+            kernel_names(model),  # others round otherwise
+            [vector.layer, float(coefficient), vector.direction],
+            samples_hash(samples),
+        ),
+    )
     runs = AttributionRuns(model, vector, coefficient, settings, plan)
     with Progress(progress, steps * len(samples), "attribute") as bar:
         if found:

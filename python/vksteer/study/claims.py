@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..judge import wilson
@@ -28,13 +29,29 @@ Steps = Mapping[str, Mapping[str, Any]]
 
 def claims(steps: Steps) -> list[dict[str, Any]]:
     """One entry for each claim: claim, value, low, high, unit, paper, threshold, verdict, why. The
-    value is None where the steps that it needs have not run.
+    value is None where the steps that it needs have not run; in the units "%" and "points" it is
+    shown times 100.
     """
     return [_shared(steps), _patterns(steps), _values(steps), _meaning(steps), _sparse(steps)]
 
 
+def shown(claim: Mapping[str, Any]) -> str:
+    """The value of a claim with its interval and unit; a dash where there is none."""
+    if claim["value"] is None:
+        return "–"
+    parts = [claim["value"], claim["low"], claim["high"]]
+    if claim.get("unit"):
+        texts = ["–" if x is None else f"{100 * x:.1f}" for x in parts]
+        unit = f" {claim['unit']}"
+    else:
+        texts, unit = ["–" if x is None else f"{x:.2f}" for x in parts], ""
+    interval = "" if parts[1] is None else f" [{texts[1]}, {texts[2]}]"
+    return f"{texts[0]}{unit}{interval}"
+
+
 def _entry(claim: str, paper: str, threshold: str, **found: Any) -> dict[str, Any]:
-    base = {"value": None, "low": None, "high": None, "verdict": UNKNOWN, "why": "has not run"}
+    base = {"value": None, "low": None, "high": None, "unit": "%"}
+    base |= {"verdict": UNKNOWN, "why": "has not run"}
     return {"claim": claim, "paper": paper, "threshold": threshold, **base, **found}
 
 
@@ -49,12 +66,13 @@ def _shared(steps: Steps) -> dict[str, Any]:
             " samples"
         ),
     )
+    overlap = partial(_entry, *entry, unit="")
     if "circuits" not in steps:
-        return _entry(*entry)
+        return overlap()
     found = steps["circuits"]["agreement"]
     if "why" in found:
         pairs = _pairs(steps["circuits"]["overlap_of_tenths"])
-        return _entry(*entry, value=min(pairs) if pairs else None, why=found["why"])
+        return overlap(value=min(pairs) if pairs else None, why=found["why"])
     a, b, value, low, high = min(found["pairs"], key=lambda pair: float(pair[2]))
     own = min(found["own"][a], found["own"][b])
     verdict = FAILS if high < SHARED <= own else UNKNOWN
@@ -67,7 +85,7 @@ def _shared(steps: Steps) -> dict[str, Any]:
     )
     if smallest := _pairs(steps["circuits"]["overlap"]):
         why += f"; the smallest faithful circuits overlap by {min(smallest):.2f} or more"
-    return _entry(*entry, value=value, low=low, high=high, verdict=verdict, why=why)
+    return overlap(value=value, low=low, high=high, verdict=verdict, why=why)
 
 
 def _pairs(overlap: Mapping[str, Any]) -> list[float]:
@@ -180,8 +198,9 @@ def _meaning(steps: Steps) -> dict[str, Any]:
             f" where one lies below {100 * MEANS:.0f} points and reaches down to 0"
         ),
     )
+    difference = partial(_entry, *entry, unit="points")
     if "values" not in steps:
-        return _entry(*entry)
+        return difference()
     found = steps["values"]["meaning"]
     chance = sum(found["random"]) / len(found["random"])
     alone = sum(found["random_vectors"]) / len(found["random_vectors"])
@@ -200,9 +219,9 @@ def _meaning(steps: Steps) -> dict[str, Any]:
         why += f"; fewer than {LEAST_PROMPTS} prompts say which tokens are related"
     elif min(lows) > 0 and min(highs) >= MEANS and found["p"] < P_VALUE:
         verdict = HOLDS
-    elif min(highs) < MEANS and min(lows) <= 0:
+    elif any(h < MEANS and l <= 0 for l, h in zip(lows, highs, strict=True)):
         verdict = FAILS
-    return _entry(*entry, value=value, low=low, high=high, verdict=verdict, why=why)
+    return difference(value=value, low=low, high=high, verdict=verdict, why=why)
 
 
 def effect(row: Mapping[str, Any], base: Mapping[str, Any]) -> float:
@@ -294,7 +313,7 @@ def _sparse_verdict(
 ) -> tuple[str, str]:
     """(Verdict, what it rests on). What speaks for the claim is one vector that no effect chose."""
     n = min(found["setting"]["n_harmless"], found["setting"]["n_harmful"])
-    said = f"{n} prompts of each kind"
+    said = "{n_harmless} harmless and {n_harmful} harmful prompts".format(**found["setting"])
     at = next((i for i, r in enumerate(curve) if r["sparsity"] >= SPARSE), None)
     if n < LEAST_PROMPTS:
         return UNKNOWN, said
@@ -308,8 +327,9 @@ def _sparse_verdict(
         f" [{100 * low:.0f}, {100 * high:.0f}]"
     )
     pairs = found["overlaps"].get(f"{row['tau']:g}", [])
-    if not pairs:
-        return UNKNOWN, f"{said}; no two vectors are compared there"
+    compared = {name for pair in pairs for name in pair[:2]}
+    if alone := [name for name in found["vectors"] if name not in compared]:
+        return UNKNOWN, f"{said}; {', '.join(alone)} cannot be compared there"
     p = max(pair[3] for pair in pairs)
     said += (
         f"; of {len(pairs)} overlaps of two vectors there the largest p-value is {p:.2g}, the"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.provenance import identity
-from ..errors import ModelError
+from ..errors import DeviceError, ModelError
 from .prompts import Prompts
 from .settings import Settings
 from .steps import STEPS, run_step
@@ -25,7 +25,8 @@ from .store import Finished, StudyStore
 if TYPE_CHECKING:
     from ..runtime.model import Model
 
-#: Times that a step is given to another worker after its worker died.
+#: Times that a worker opens its model anew where its device fails. A step whose worker died is
+#: given to another one by dask itself (distributed.scheduler.allowed-failures).
 RETRIES = 3
 
 
@@ -46,7 +47,9 @@ class Source:
             options["template_options"] = dict(model.template_options)
         if model.precision == "fast":
             options["precision"] = "fast"
-        return cls(model.name, identity(model), options)
+        # Workers run in folders of their own.
+        name = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name
+        return cls(name, identity(model), options)
 
 
 def run_on(
@@ -79,7 +82,7 @@ def run_on(
             needed = [futures[n] for n in STEPS[name].needs]
             futures[name] = client.submit(
                 work, name, folder, source, data, settings, name in forced, *needed,
-                pure=False, retries=RETRIES,
+                pure=False,
             )  # fmt: skip
         try:
             for future in library.as_completed(futures.values()):
@@ -107,9 +110,26 @@ def work(
     """One step on a worker. Steps of one worker that run at the same time share its model."""
     store = StudyStore(Path(folder))
     inputs = {one.name: one for one in needed}
-    return run_step(
-        name, store, opened(source), data, settings, inputs, force=force, progress=False
-    )[0]
+    for left in reversed(range(RETRIES)):
+        model = opened(source)
+        try:
+            return run_step(
+                name, store, model, data, settings, inputs, force=force, progress=False
+            )[0]
+        except DeviceError:
+            if not left:
+                raise
+            _forget(source, model)  # the step goes on from its items
+    raise AssertionError("a step ends or raises")
+
+
+def _forget(source: Source, model: Model) -> None:
+    """Makes the next call open the model anew. Other steps may still hold this one, which is freed
+    with the last of them.
+    """
+    with _opening:
+        if _models.get((source.name, source.hash)) is model:
+            del _models[source.name, source.hash]
 
 
 def opened(source: Source) -> Model:

@@ -10,6 +10,7 @@ from ..base.json_files import read_json
 from ..base.types import PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
+from .claims import shown
 from .report import LIMIT
 
 Results = Mapping[str, Any]
@@ -65,8 +66,7 @@ def _cell(cell: Callable[[Results], str], results: Results) -> str:
 
 
 def _claim(claim: Mapping[str, Any]) -> str:
-    value = "–" if claim["value"] is None else f"{claim['value']:.2f}"
-    return f"{value} ({claim['verdict']})"
+    return f"{shown(claim)} ({claim['verdict']})"
 
 
 def _steps(results: Results, *path: str) -> Any:
@@ -106,11 +106,16 @@ def _faithfulness(results: Results) -> str:
 TYPES = ("q", "k", "v", "mlp", "logits")
 
 
-def _types(results: Results) -> str:
-    """Of the strongest tenth of the edges."""
-    shares = _steps(results, "attribution", "data_sets", "harmful.steered", "top_by_type")
-    tenth = shares[max(shares, key=int)]
-    return ", ".join(f"{kind} {100 * tenth[kind]:.0f} %" for kind in TYPES)
+def _types(most: bool) -> Callable[[Results], str]:
+    """Of the strongest tenth of the edges, or the strongest hundredth."""
+
+    def cell(results: Results) -> str:
+        shares = _steps(results, "attribution", "data_sets", "harmful.steered", "top_by_type")
+        n = (max if most else min)(shares, key=int)
+        kinds = ", ".join(f"{kind} {100 * shares[n][kind]:.0f} %" for kind in TYPES)
+        return f"{kinds} (of {n})"
+
+    return cell
 
 
 def _methods(found: Mapping[str, Any]) -> list[float]:
@@ -119,10 +124,9 @@ def _methods(found: Mapping[str, Any]) -> list[float]:
     return [found["values"][i][j] for i in at for j in at if i < j]
 
 
-def _overlap(results: Results) -> str:
-    """Of circuits of a tenth of the edges."""
-    values = _methods(_steps(results, "circuits", "overlap_of_tenths"))
-    return " ".join(f"{value:.2f}" for value in values)
+def _overlap(of: str) -> Callable[[Results], str]:
+    """Of the circuits under this name in the results."""
+    return lambda r: " ".join(f"{v:.2f}" for v in _methods(_steps(r, "circuits", of)))
 
 
 def _sparsest(results: Results) -> str:
@@ -151,14 +155,16 @@ ROWS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("MLP frozen: average change", _change("MLP")),
     ("smallest faithful circuit", _smallest),
     ("its faithfulness on other samples", _faithfulness),
-    ("types of the strongest tenth of the edges", _types),
-    ("overlap of the tenths: dim-ntp, dim-po, ntp-po", _overlap),
+    ("types of the strongest hundredth of the edges", _types(most=False)),
+    ("types of the strongest tenth of the edges", _types(most=True)),
+    ("overlap of the smallest circuits: dim-ntp, dim-po, ntp-po", _overlap("overlap")),
+    ("overlap of the tenths: dim-ntp, dim-po, ntp-po", _overlap("overlap_of_tenths")),
     ("sparsest vector: ASR harmless / harmful; shared dimensions", _sparsest),
     ("estimates and exact patches: Spearman", lambda r: f"{_steps(r, 'exact', 'spearman'):.2f}"),
 )
 
-#: The paper's figures under the titles of ROWS. Overlaps are those of its smallest circuits, types
-#: those of its strongest 100 and 1000 edges.
+#: The paper's figures under the titles of ROWS. Its types are those of its strongest 100 and 1000
+#: edges, about a hundredth.
 PAPER_MODELS = ("paper: Gemma 2 2B", "paper: Llama 3.2 3B")
 PAPER: Mapping[str, tuple[str, str]] = {
     "model": ("gemma2", "llama"),
@@ -170,11 +176,11 @@ PAPER: Mapping[str, tuple[str, str]] = {
     "SVV ablated: average change": ("47.5 %", "62.0 %"),
     "MLP direct ablated: average change": ("26.0 %", "63.0 %"),
     "smallest faithful circuit": ("900 of 8790 (10.2 %)", "13500 of 124441 (10.8 %)"),
-    "types of the strongest tenth of the edges": (
+    "types of the strongest hundredth of the edges": (
         "q 0 %, k 0 %, v 16 %, mlp 50 %, logits 34 %",
         "q 6 %, k 2 %, v 32 %, mlp 53 %, logits 8 %",
     ),
-    "overlap of the tenths: dim-ntp, dim-po, ntp-po": ("0.9 or more", "0.9 or more"),
+    "overlap of the smallest circuits: dim-ntp, dim-po, ntp-po": ("0.9 or more", "0.9 or more"),
     "sparsest vector: ASR harmless / harmful; shared dimensions": (
         "95 % zeros: 0.07 / 0.60",
         "useful up to 99 % zeros",

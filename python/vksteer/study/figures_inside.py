@@ -12,6 +12,8 @@ from .claims import CARRY, HARDLY, LEAST_PROMPTS, average_change, effect
 from .figures import WILSON, Figure, Steps, number, rate, rates
 from .settings import DATA_SETS
 
+FAITHFUL = 0.85  # the share of the effect that a faithful circuit carries
+
 
 def table1(steps: Steps) -> Figure:
     """Rates with parts frozen or ablated."""
@@ -29,7 +31,7 @@ def table1(steps: Steps) -> Figure:
     return Figure(
         "Table 1: parts frozen or ablated",
         f"Freezing the attention patterns changes the rates by {100 * qk:.0f} % on average,"
-        f" freezing the values by {100 * ov:.0f} %: {_acts(whole, qk, ov)}{few}.",
+        f" freezing the values by {100 * ov:.0f} %: {_acts(rows, whole)}{few}.",
         charts.bars("Attack success rate by ablation", names, series, "ASR"),
         ("ablation", "ASR harmless", "ASR harmful", "average change"),
         [
@@ -44,7 +46,9 @@ def table1(steps: Steps) -> Figure:
         f"{setting['n_harmless']} harmless prompts under +{setting['coefficient'][0]:g} (dose"
         f" {doses[0]:.2f}), {setting['n_harmful']} harmful prompts under"
         f" -{setting['coefficient'][1]:g} (dose {doses[1]:.2f}). {WILSON} Those of the changes"
-        " are Newcombe's, of differences of two rates.",
+        " are Newcombe's, of differences of two rates. The vector acts through OV where the whole"
+        f" interval of OV's change lies at or above {100 * CARRY:.0f} %, and that of QK's at or"
+        f" below {100 * HARDLY:.0f} %.",
     )
 
 
@@ -54,16 +58,25 @@ def _percent(found: tuple[float, float, float]) -> str:
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def _acts(whole: float, qk: float, ov: float) -> str:
-    """Through what the vector acts, by the thresholds of the claims."""
+def _acts(rows: Mapping[str, Any], whole: float) -> str:
+    """Through what the vector acts, by the thresholds of the claims and the whole intervals."""
     if whole < CARRY:
         return (
             f"steering itself moves them by {100 * whole:.0f} %, too little to tell through what"
             " it acts"
         )
-    if ov >= CARRY and qk <= HARDLY:
+    (_, qk_low, qk_high), (_, ov_low, ov_high) = (average_change(rows, n) for n in ("QK", "OV"))
+    if ov_low >= CARRY and qk_high <= HARDLY:
         return "the vector acts through OV"
-    return f"the vector acts through {'OV more than through QK' if ov > qk else 'QK as well'}"
+    if max(qk_high, ov_high) <= HARDLY:
+        return "the vector hardly needs either"
+    if ov_low > qk_high:
+        return "the vector acts through OV more than through QK"
+    if qk_low > ov_high:
+        return "the vector acts through QK more than through OV"
+    if min(qk_low, ov_low) > HARDLY:
+        return "the vector acts through QK as well"
+    return "these samples cannot tell through which of them the vector acts"
 
 
 def rerouting(steps: Steps) -> Figure:
@@ -79,11 +92,14 @@ def rerouting(steps: Steps) -> Figure:
         f"Steering moves {100 * found['mean']:.0f} % of the attention on average, most in"
         f" a{layer}.h{head} ({100 * most:.0f} %).",
         charts.matrix("Total variation of patterns", names, heads, shown),
-        ("head", "from token", "to token", "before", "after"),
-        [[f"a{l}.h{h}", str(q), str(k), number(a), number(b)] for l, h, q, k, a, b in found["top"]],
+        ("head", "prompt", "from token", "to token", "before", "after"),
+        [
+            [f"a{l}.h{h}", str(i), str(q), str(k), number(a), number(b)]
+            for i, l, h, q, k, a, b in found["top"]
+        ],
         f"{found['prompts']} harmful prompts under {found['coefficient']:+g}; total variation"
         " between both runs' patterns, the mean over all tokens. The table holds the entries that"
-        " change most.",
+        " change most; prompts and tokens are counted from 0.",
     )
 
 
@@ -96,6 +112,7 @@ def curve(steps: Steps) -> Figure:
             str(found.get("size", "–")),
             f"{100 * found['share']:.1f} %" if "share" in found else found["why"],
             _judged(found),
+            _faithful(found),
         ]
         for name, found in smallest.items()
     ]
@@ -113,33 +130,58 @@ def curve(steps: Steps) -> Figure:
             f"The curve's circuits were found on {setting['n_found_on']} samples and judged on"
             f" {setting['n_judged_on']} others; 95 % bootstrap intervals over samples."
         )
-    sizes = [f["share"] for f in smallest.values() if "share" in f]
-    if sizes:
+    if any("share" in f for f in smallest.values()):
         note += (
             " The circuits of the table were found on one half of the samples and judged on the"
-            " other."
+            " other. One is faithful where the whole 95 % interval there lies at or above 0.85, and"
+            " not where it lies below."
         )
-    sentence = (
-        f"Between {100 * min(sizes):.1f} and {100 * max(sizes):.1f} % of the edges carry 85 % of"
-        " the effect."
-        if sizes
-        else "No circuit reaches 85 % of the effect."
-        if any("flips none" not in f["why"] for f in smallest.values())
-        else "Steering flips no prompt, so there is no circuit to find."
+    head = (
+        "samples or vector",
+        "smallest circuit",
+        "share of all edges",
+        "faithfulness",
+        "faithful",
     )
-    head = ("samples or vector", "smallest faithful circuit", "share of all edges", "faithfulness")
-    return Figure("Faithful circuits", sentence, chart, head, rows, note)
+    return Figure("Faithful circuits", _carried(smallest), chart, head, rows, note)
+
+
+def _carried(smallest: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the smallest circuits carry where they were found, and on other samples."""
+    there = [f for f in smallest.values() if "share" in f]
+    if not there:
+        if any("flips none" not in f["why"] for f in smallest.values()):
+            return "No circuit reaches 85 % of the effect."
+        return "Steering flips no prompt, so there is no circuit to find."
+    shares = [100 * f["share"] for f in there]
+    text = (
+        f"Circuits of {min(shares):.1f} to {max(shares):.1f} % of the edges reach 85 % of the"
+        " effect on the samples that choose them"
+    )
+    judged = [100 * f["faithfulness"] for f in there if f.get("faithfulness") is not None]
+    if judged:
+        text += f"; on other samples they carry {min(judged):.0f} to {max(judged):.0f} %"
+    verdicts = [_faithful(f) for f in there]
+    return f"{text}. Surely faithful there: {verdicts.count('yes')} of {len(there)}."
+
+
+def _faithful(found: Mapping[str, Any]) -> str:
+    """Whether a smallest circuit is faithful on the samples that judge it, by its interval."""
+    low, high = found.get("low"), found.get("high")
+    if low is None or high is None:
+        return "–"
+    return "yes" if low >= FAITHFUL else "no" if high < FAITHFUL else "cannot be told"
 
 
 def searched(steps: Steps) -> Figure:
     """Faithfulness by size of the data sets and vectors beside the main one."""
     smallest = steps["circuits"]["smallest"]
     others = {n: f for n, f in smallest.items() if n != DATA_SETS[0]}
-    there = {n: f for n, f in others.items() if "searched" in f}
+    there = {n: f for n, f in others.items() if "size" in f}
+    measured_sizes = {n: f["searched"] for n, f in there.items() if "searched" in f}
     series, rows = [], []
-    for name, found in there.items():
-        measured = found["searched"]
-        x = [100 * edges / found["edges"] for edges in measured["edges"]]
+    for name, measured in measured_sizes.items():
+        x = [100 * edges / there[name]["edges"] for edges in measured["edges"]]
         series.append(Series(name, measured["faithfulness"], x))
         rows += [
             [name, str(edges), number(value)]
@@ -199,7 +241,24 @@ def overlaps(steps: Steps) -> Figure:
         charts.matrix("Overlap", names, [str(i + 1) for i in range(len(names))], values),
         ("samples or vector", *names),
         [[n, *(f"{v:.2f}" for v in row)] for n, row in zip(names, values, strict=True)],
-        "Circuits of a tenth of the edges; shared edges over those of the smaller circuit.",
+        "Circuits of a tenth of the edges, of all samples; shared edges over those of the smaller"
+        f" circuit. {_certainty(steps['circuits']['agreement'])}",
+    )
+
+
+def _certainty(found: Mapping[str, Any]) -> str:
+    """The intervals of the overlaps of every two vectors, and what they are held against."""
+    if "why" in found:
+        return f"No intervals: {found['why']}."
+    pairs = [
+        f"{a} and {b} {v:.2f} [{low:.2f}, {high:.2f}]" for a, b, v, low, high in found["pairs"]
+    ]
+    own = [f"{name} {value:.2f}" for name, value in found["own"].items()]
+    counts = [f"{n} of {name}" for name, n in found["samples"].items()]
+    return (
+        f"Harmful prompts, steered, in 95 % intervals over samples that hold together:"
+        f" {', '.join(pairs)}. Samples: {', '.join(counts)}. Each vector with itself on other"
+        f" samples: {', '.join(own)}; by chance {found['chance']:.2f}."
     )
 
 
@@ -301,41 +360,4 @@ def values(steps: Steps) -> Figure:
         ("head", "norm", "tokens that it promotes most"),
         rows,
         "A value vector depends on the weights and the vector alone; no samples are involved.",
-    )
-
-
-def sparsity(steps: Steps) -> Figure:
-    """Rates as dimensions are set to zero."""
-    found = steps["sparsity"]
-    if "rows" not in found:
-        return Figure("Sparsity", found["why"], "", (), (), "")
-    rows = [r for r in found["rows"] if r["method"] in ("gradient", "random")]
-    series = []
-    for method in ("gradient", "random"):
-        for side, sign in (("harmless", "+"), ("harmful", "-")):
-            some = sorted((r for r in rows if r["method"] == method), key=lambda r: r["sparsity"])
-            x = [100 * r["sparsity"] for r in some]
-            series.append(rates(f"{method}, {side} {sign}a", [r[side] for r in some], x))
-    pairs = [p for some in found["overlaps"].values() for p in some]
-    agree = (
-        f"; kept dimensions of two vectors overlap by {min(p[2] for p in pairs):.2f} or more"
-        if pairs
-        else ""
-    )
-    return Figure(
-        "Dimensions set to zero",
-        f"Rates as fewer dimensions are kept, by gradient and at random{agree}.",
-        charts.lines("Attack success rate by sparsity", series, "dimensions set to zero, %", "ASR"),
-        ("kept by", "tau", "sparsity", "ASR harmless", "ASR harmful"),
-        [
-            [
-                r["method"],
-                "–" if r["tau"] is None else f"{r['tau']:g}",
-                f"{100 * r['sparsity']:.1f} %",
-                rate(r["harmless"]),
-                rate(r["harmful"]),
-            ]
-            for r in rows
-        ],
-        f"{found['setting']['n_harmless']} prompts of each kind. {WILSON}",
     )

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..judge import wilson
 from . import charts
 from .charts import Series
-from .figures import Figure, Steps, number
+from .figures import WILSON, Figure, Steps, number
 
 #: Rows of Table 1 that freeze or ablate a part, as they stand in the third column.
 FROZEN = ("QK", "OV", "SVV", "MLP direct", "MLP")
@@ -28,6 +29,7 @@ def answers(steps: Steps, texts: Mapping[str, Any] | None) -> Figure:
         for side in SIDES
         for key, word in (("steered", "steered"), ("base", "unsteered"))
     ]
+    kinds = [(side, key) for side in SIDES for key in ("steered", "base")]
     weights = {side: asked[side] / sum(asked.values()) for side in SIDES}
     same = sum(weights[side] * alike[side]["QK"]["steered"] for side in SIDES)
     return Figure(
@@ -36,8 +38,8 @@ def answers(steps: Steps, texts: Mapping[str, Any] | None) -> Figure:
         " token for token.",
         charts.bars("Share of answers that are the same", names, series, "share"),
         ("frozen or ablated", *(s.label for s in series)),
-        [[n, *(f"{s.y[i]:.2f}" for s in series)] for i, n in enumerate(names)],
-        f"{asked['harmless']} harmless and {asked['harmful']} harmful test prompts"
+        [[n, *(_share(alike[side][n][key], asked[side]) for side, key in kinds)] for n in names],
+        f"{WILSON} {asked['harmless']} harmless and {asked['harmful']} harmful test prompts"
         + (
             f"; the first {kept['harmless']} and {kept['harmful']} are shown. A mark stands at the"
             " first token that differs: in the steered answer from the unsteered one, in the third"
@@ -47,6 +49,12 @@ def answers(steps: Steps, texts: Mapping[str, Any] | None) -> Figure:
         ),
         *(("answers.html", _columns(texts["sides"], names)) if texts else ()),
     )
+
+
+def _share(value: float, n: int) -> str:
+    """A share of n answers with its interval."""
+    low, high = wilson(round(value * n), n)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _columns(sides: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

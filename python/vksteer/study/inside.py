@@ -72,9 +72,10 @@ def _scores(
         steps=c.settings.steps,
         dims="steer",
         per_sample=True,
-        checkpoint=c.folder / f"{name}.checkpoint.jsonl",
+        checkpoint=c.checkpoint(f"{name}.checkpoint.jsonl"),
         progress=c.progress,
     )
+    scores.provenance = stable(dict(scores.provenance))
     scores.save(path)
     return scores
 
@@ -208,7 +209,7 @@ class _Job:
     "circuits, faithfulness and overlaps",
     needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
     uses=("shares", "grid", "seed"),
-    version=3,
+    version=4,
 )
 def circuit_curves(c: Context) -> Outcome:
     """The curve and the smallest faithful circuits are found on one half of the samples and judged
@@ -231,18 +232,22 @@ def circuit_curves(c: Context) -> Outcome:
     for job in jobs:
         if job.name == MAIN:
             curve = c.once("curve", partial(_curve, c, job))
-        content[job.name] = c.once(job.name, partial(_smallest, c, job))
+        file = f"{job.name}.circuit.json"
+        content[job.name] = c.once(job.name, partial(_smallest, c, job), file)
         graph = job.scores.graph
         if "size" in content[job.name]:
-            smallest[job.name] = Circuit.load(c.folder / f"{job.name}.circuit.json", graph)
+            smallest[job.name] = Circuit.load(c.folder / file, graph)
         tenths[job.name] = job.scores.circuit(max(1, graph.n_edges // 10))
     compared = {job.name: (job.scores, job.samples) for job in jobs if job.name in (MAIN, *LEARNED)}
+    alone = [name for name, _ in learned if name not in compared]
     made = {
         "smallest": content,
         "curve": curve,
         "overlap": _overlaps(smallest),
         "overlap_of_tenths": _overlaps(tenths),
-        "agreement": c.once("agreement", partial(agreement, compared, c.settings.seed)),
+        "agreement": {"why": f"steering with {alone[0]} flips no prompt, so it has no circuit"}
+        if alone
+        else c.once("agreement", partial(agreement, compared, c.settings.seed)),
     }
     return Outcome(made, [f"{name}.circuit.json" for name in smallest])
 
@@ -332,6 +337,7 @@ def _smallest(c: Context, job: _Job) -> dict[str, Any]:
     "how far attention moves",
     needs=("candidates", "strength"),
     uses=("samples", "data_hash"),
+    version=2,
 )
 def rerouting(c: Context) -> Outcome:
     harmful, _ = c.data.pair("test")
@@ -350,9 +356,15 @@ def rerouting(c: Context) -> Outcome:
             "distance": found.distance,
             "mean": float(found.distance[load_vector(c, "dim").layer :].mean()),
             "largest": [int(layer), int(head), float(found.distance[layer, head])],
-            "top": [list(change) for change in found.top(10)],
+            "top": _most_moved(found),
         }
     )
+
+
+def _most_moved(found: ov.Rerouting, n: int = 10) -> list[list[Any]]:
+    """[[prompt, layer, head, query, key, before, after]] of the entries that change most."""
+    rows = [[i, *change] for i in range(len(found)) for change in found.top(n, i)]
+    return sorted(rows, key=lambda row: -abs(row[-1] - row[-2]))[:n]
 
 
 @step(
@@ -418,7 +430,7 @@ def _iou(sparse: dict[str, SteeringVector]) -> list[list[Any]]:
     "how few dimensions it needs",
     needs=("candidates", "strength", "attribution", "attribution_learned", "ntp", "po"),
     uses=("taus", "new_tokens", "seed", "samples", "data_hash"),
-    version=2,
+    version=3,
 )
 def sparsity(c: Context) -> Outcome:
     found = load_samples(c, "attribution", MAIN)
@@ -447,7 +459,8 @@ def sparsity(c: Context) -> Outcome:
         kept = {n: v for n, v in sparse.items() if v is not None}
         if tau > 0 and len(kept) > 1:
             pairs[f"{tau:g}"] = _iou(kept)
-    return Outcome(stable(table.to_dict()) | {"overlaps": pairs, "unseen": len(unseen)})
+    content = {"overlaps": pairs, "unseen": len(unseen), "vectors": list(vectors(c))}
+    return Outcome(stable(table.to_dict()) | content)
 
 
 def _learned_scores(c: Context) -> dict[str, EdgeScores]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.provenance import digest, identity
+from ..inputs.prompts import as_tokens
 from ..loading.locate import is_bundled
+from ..steering.examples import PREFIX
 from . import budget as budgets
 from .costs import Costs
 from .ladder import rungs, said, seconds_of
@@ -21,6 +23,7 @@ from .settings import Settings
 from .steps import STEPS, Cost, PlannedStep, plan
 from .store import Finished, StudyStore
 from .unfinished import counted
+from .vectors import BASELINE
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -68,8 +71,7 @@ class Counts:
             )
         self.seconds = None if self.budget is None else seconds_of(self.budget)
         # Without a size the folder may hold counts that a budget chose, down to the smallest.
-        least = rungs(self.seed)[0] if self.size is None else Settings.of(self.size, self.seed)
-        self.prompts(least)
+        self.prompts(Settings.of("tiny" if self.size is None else self.size, self.seed))
 
     def prompts(self, settings: Settings) -> Prompts:
         """The prompts, cut by these settings."""
@@ -104,7 +106,9 @@ class Counts:
                 settings, line = stored.settings(self.seed), budgets.line(stored, predicted)
                 say(line)
         data = self.prompts(settings)
-        return replace(settings, data_hash=data.hash), data, line
+        settings = replace(settings, data_hash=data.hash, chosen_by=data.chosen_by)
+        check_lengths(model, data, settings)
+        return settings, data, line
 
     def _choose(
         self, model: Model, folder: Path, names: Sequence[str], belongs: str, say: Say
@@ -122,6 +126,17 @@ class Counts:
             return sum(both[0] for both in costs.seconds(names, settings, shape).values())
 
         return budgets.choose(self.seconds, belongs, names, self.seed, seconds)
+
+
+def check_lengths(model: Model, data: Prompts, settings: Settings) -> None:
+    """Raises ValueError for a prompt that is too long for the context together with its answer and
+    the longest instruction that a step puts before it.
+    """
+    before = max((*BASELINE, PREFIX), key=len)
+    for kind, splits in (("harmful", data.harmful), ("harmless", data.harmless)):
+        for split, texts in splits.items():
+            rows = [f"{before} {text}" for text in texts]
+            as_tokens(model, rows, f"{kind}[{split!r}]", room=settings.new_tokens)
 
 
 def finished_steps(store: StudyStore, model: Model, settings: Settings) -> dict[str, Finished]:

@@ -28,7 +28,12 @@ class Prompts:
 
     @property
     def hash(self) -> str:
-        return digest(self.harmful, self.harmless)
+        return digest(self.harmful, self.harmless, self.notes)
+
+    @property
+    def chosen_by(self) -> str:
+        """The hash of the prompts that find and choose vectors."""
+        return digest([self.pair(split) for split in ("train", "validation")])
 
     def pair(self, split: str) -> tuple[list[str], list[str]]:
         """(harmful, harmless) of a split."""

@@ -11,6 +11,7 @@ from ..base.types import PathLike
 from ..base.whole_files import write_whole
 from ..errors import ModelError
 from ..patching.edge_scores import EdgeScores
+from . import claims
 from .inside import MAIN
 from .sections import sections
 from .settings import DATA_SETS
@@ -66,6 +67,7 @@ def page(
         script=script("elements", "figures"),
         viewer_script=script(*SCRIPTS),
         results=results,
+        shown=claims.shown,
         model=run.get("model") or results["model"]["architecture"],
         sections=sections(steps, texts),
         viewer=viewer,
@@ -111,7 +113,10 @@ def viewer_data(
             if path is not None:
                 scores = EdgeScores.load(folder / path)
                 points = _measured(circuits, name)
-                shown.append(Shown(name, _label(name), scores, points, path.as_posix()))
+                learned_one = name not in DATA_SETS
+                shown.append(
+                    Shown(name, _label(name), scores, points, path.as_posix(), True, learned_one)
+                )
     if not shown:
         return None
     return drawn(shown, results["steps"].get("values", {}).get("tokens", {}))

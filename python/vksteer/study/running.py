@@ -28,8 +28,8 @@ from .planning import (
 from .prompts import Given, Prompts
 from .report import write_report
 from .settings import Settings
-from .steps import STEPS, PlannedStep, chosen, run_step
-from .store import Finished, StudyStore, plain
+from .steps import STEPS, PlannedStep, chosen, named, run_step
+from .store import Finished, Lock, StudyStore, plain
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -145,12 +145,31 @@ def run(
     return Study(store.folder, results, planned, line)
 
 
+def check(
+    harmful: Given | None,
+    harmless: Given | None,
+    out: PathLike,
+    *,
+    size: str | None,
+    budget: str | float | None,
+    seed: int,
+    only: Iterable[str] | None,
+    skip: Iterable[str] | None,
+    force: Iterable[str] | None,
+) -> None:
+    """Raises the ValueErrors of `run` that need no model, that of a folder in use included."""
+    _names(only, skip, force)
+    Counts(size, budget, seed, harmful, harmless)
+    if (lock := Path(out) / ".lock").exists():
+        with Lock(lock):
+            pass
+
+
 def _names(
     only: Iterable[str] | None, skip: Iterable[str] | None, force: Iterable[str] | None
 ) -> tuple[list[str], list[str]]:
     """(Steps to run in order, those of them that run again.)"""
-    names, forced = chosen(only, skip), list(force or ())
-    chosen(forced, None)
+    names, forced = chosen(only, skip), named(force or ())
     if idle := [name for name in forced if name not in names]:
         raise ValueError(f"force names {idle[0]!r}, which this call leaves out: see only and skip")
     return names, forced

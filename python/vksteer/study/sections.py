@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import figures_inside as inside
+from . import figures_of_sparsity as sparse
 from . import figures_of_vectors as vectors
 from . import figures_to_read as to_read
 from .figures import Figure, Steps
@@ -37,7 +38,10 @@ STORY: tuple[tuple[str, tuple[tuple[str, Callable[[Steps], Figure]], ...]], ...]
         ),
     ),
     ("What it says", (("values", inside.values),)),
-    ("How sparse it may become", (("sparsity", inside.sparsity),)),
+    (
+        "How sparse it may become",
+        (("sparsity", sparse.sparsity), ("sparsity", sparse.shared_dimensions)),
+    ),
 )
 #: Figures that also show texts, after those of the section above.
 READ: Mapping[str, tuple[tuple[str, Callable[[Steps, Any], Figure]], ...]] = {

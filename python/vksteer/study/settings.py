@@ -104,7 +104,8 @@ class Settings:
     shares: tuple[float, ...]
     grid: float
     taus: tuple[float, ...]
-    data_hash: str = ""  # of the prompts
+    data_hash: str = ""  # of the prompts, and of what was changed to fit them
+    chosen_by: str = ""  # hash of the prompts that find and choose vectors
 
     @classmethod
     def of(cls, size: str, seed: int = 0) -> Settings:

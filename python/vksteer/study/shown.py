@@ -35,7 +35,7 @@ TEXTS, TOKENS = "texts.json", "tokens.json"
 LIMIT = 1 << 28  # bytes of the file of answers
 
 
-@step("texts", "answers side by side", needs=("prompts", "table1"))
+@step("texts", "answers side by side", needs=("prompts", "table1"), uses=("data_hash",))
 def texts(c: Context) -> Outcome:
     """Answers of the unsteered and the steered model and of every row of Table 1, with the first
     token in which a row differs from the unsteered and from the steered answer.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..base.idle_clock import IdleClock
-from ..base.provenance import digest, identity, provenance
+from ..base.provenance import digest, identity, kernel_names, provenance
 from ..base.store import Store
 from ..base.types import Array, ProgressLike
 from ..base.whole_files import write_whole
@@ -56,13 +56,25 @@ class Context:
     progress: ProgressLike
     items: Store
 
-    def once(self, name: str, function: Callable[[], Any]) -> Any:
+    def once(self, name: str, function: Callable[[], Any], file: str | None = None) -> Any:
         """The item of this name, computed unless an earlier call of this step has kept it. Items
-        are what JSON can hold, and arrays; tuples come back as lists.
+        are what JSON can hold, and arrays; tuples come back as lists. file: what the function
+        writes into the folder beside it; an item whose file was lost is computed again, unless it
+        says "why" there is none.
         """
-        if name not in self.items:
+        kept = name in self.items
+        if kept and file is not None and not (self.folder / file).exists():
+            kept = "why" in self.items[name]
+        if not kept:
             self.items.put(name, plain(function()))
         return self.items[name]
+
+    def checkpoint(self, name: str) -> Path:
+        """A file of unfinished work that must go on with the same kernels: one name for each set of
+        kernels, so that a step that goes on on another device begins a file of its own.
+        """
+        path = self.folder / name
+        return path.with_suffix(f".{digest(kernel_names(self.model))[:8]}{path.suffix}")
 
     def result(self, step: str) -> dict[str, Any]:
         """What a needed step says in results.json."""
@@ -74,7 +86,8 @@ Function: TypeAlias = Callable[[Context], Outcome]
 
 @dataclass(frozen=True)
 class Step:
-    """One step. needs: names of steps. uses: names of the settings that its results depend on.
+    """One step. needs: names of steps. uses: names of the settings that its results depend on;
+    steps that need the prompts name the hash of those that they read, data_hash or chosen_by.
     title: what it finds, in a few words.
     """
 
@@ -92,7 +105,7 @@ class Step:
             self.version,
             {name: getattr(settings, name) for name in self.uses},
             model_hash,
-            {name: inputs[name].hash for name in self.needs},
+            {name: inputs[name].hash for name in self.needs if name != "prompts"},
         )
 
 
@@ -144,22 +157,37 @@ class PlannedStep:
 
 def chosen(only: Iterable[str] | None, skip: Iterable[str] | None) -> list[str]:
     """The steps to run in order: those of `only` with all that they need, without those of `skip`
-    and all that need them. Raises ValueError for an unknown name.
+    and all that need them. Raises ValueError for an unknown name, and for a step of `only` that
+    `skip` leaves out.
     """
-    for name in [*(only or ()), *(skip or ())]:
+    asked, left_out = (None if some is None else named(some) for some in (only, skip))
+    if asked == []:
+        raise ValueError(f"only names no step; there are: {', '.join(STEPS)}")
+    wanted = set(STEPS if asked is None else asked)
+    for name in reversed(STEPS):
+        if name in wanted:
+            wanted |= set(STEPS[name].needs)
+    why: dict[str, str] = {name: name for name in left_out or ()}  # name: what was to be skipped
+    for name, one in STEPS.items():
+        for needed in one.needs:
+            if needed in why:
+                why.setdefault(name, why[needed])
+    for name in asked or ():
+        if name in why:
+            raise ValueError(
+                f"only names {name!r}, which skip={why[name]!r} leaves out: it "
+                + ("is the same step" if why[name] == name else "needs that step")
+            )
+    return [name for name in STEPS if name in wanted and name not in why]
+
+
+def named(names: Iterable[str]) -> list[str]:
+    """The names of steps, once each. Raises ValueError for one that does not exist."""
+    given = [names] if isinstance(names, str) else list(names)
+    for name in given:
         if name not in STEPS:
             raise ValueError(f"there is no step {name!r}; there are: {', '.join(STEPS)}")
-    wanted = set(STEPS)
-    if only is not None:
-        wanted = set(only)
-        for name in reversed(STEPS):
-            if name in wanted:
-                wanted |= set(STEPS[name].needs)
-    left_out = set(skip or ())
-    for name, one in STEPS.items():
-        if left_out & set(one.needs):
-            left_out.add(name)
-    return [name for name in STEPS if name in wanted and name not in left_out]
+    return list(dict.fromkeys(given))
 
 
 def plan(

@@ -159,20 +159,33 @@ class StudyStore:
 
     def begin(self, name: str, key: str, anew: bool) -> Path:
         """The step's folder, made or emptied; what unfinished work left there stays unless `anew`,
-        and also then what a call that began it anew has left. A folder whose done.json did not hold
-        is emptied.
+        and also then what a call that began it anew has left. Of a finished step that lost a file,
+        the files that are as they were and the unfinished work beside them stay.
         """
         folder = self.place(name, key)
         folder.mkdir(parents=True, exist_ok=True)
         forced = folder / FORCED
-        if (folder / DONE).exists() or (anew and not forced.exists()):
+        if anew and not forced.exists():
             (folder / DONE).unlink(missing_ok=True)
             for path in folder.iterdir():
-                path.unlink()
-            if anew:
-                forced.touch()
+                if path.is_file():
+                    path.unlink()
+            forced.touch()
+        elif (folder / DONE).exists():
+            self._remove_changed(folder)
         remove_halves(folder)
         return folder
+
+    def _remove_changed(self, folder: Path) -> None:
+        """Removes the files of a finished step that are not what they were, and last done.json."""
+        try:
+            files: dict[str, str] = dict(read_json(folder / DONE, limit=LIMIT)["files"])
+        except (ModelError, KeyError, TypeError, ValueError, OSError):
+            files = dict.fromkeys((path.name for path in folder.iterdir() if path.is_file()), "")
+        for file, expected in files.items():
+            if file != DONE and (folder / file).is_file() and self._hash(folder / file) != expected:
+                (folder / file).unlink()
+        (folder / DONE).unlink()
 
     def finish(
         self, name: str, folder: Path, result: Mapping[str, Any], files: Iterable[str]
@@ -211,6 +224,8 @@ def file_hash(path: Path) -> str:
         if path.suffix != ".safetensors":
             return hashlib.file_digest(file, "sha256").hexdigest()
         size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size - 8:
+            raise ModelError(f"{path}: the header would be longer than the file")
         header = parse_json(file.read(size).rstrip(), str(path))
         sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         while block := file.read(1 << 20):

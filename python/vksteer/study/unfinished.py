@@ -56,8 +56,9 @@ def _table1(folder: Path, s: Settings, shape: Shape) -> tuple[int, int]:
 
 def _trained(folder: Path, s: Settings, shape: Shape) -> tuple[int, int]:
     examples = shape.known.examples or 0
-    state = _rows(folder / "checkpoint.json", "items").get("state", {"steps": 0})
-    return int(state["steps"]), s.epochs * math.ceil(examples / BATCH)
+    states = [_rows(path, "items").get("state", {}) for path in folder.glob("checkpoint.*.json")]
+    done = max((int(state.get("steps", 0)) for state in states), default=0)
+    return done, s.epochs * math.ceil(examples / BATCH)
 
 
 def _attributed(names: tuple[str, ...]) -> Callable[[Path, Settings, Shape], tuple[int, int]]:
@@ -69,7 +70,8 @@ def _attributed(names: tuple[str, ...]) -> Callable[[Path, Settings, Shape], tup
             path = folder / f"{name}.samples.json"
             n = len(_rows(path, "index")) if path.exists() else asked
             whole = (folder / f"{name}.scores.safetensors").exists()
-            done += n if whole else _lines(folder / f"{name}.checkpoint.jsonl")
+            files = folder.glob(f"{name}.checkpoint.*.jsonl")
+            done += n if whole else max(map(_lines, files), default=0)
             of += n
         return done, of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,11 @@ def load_vector(context: Context, name: str) -> SteeringVector:
     return SteeringVector.load(context.inputs[source].file(f"{name}.safetensors"))
 
 
+def _save(context: Context, name: str, vector: SteeringVector) -> None:
+    """Without what varies between runs: the steps above depend on the file's hash."""
+    replace(vector, meta=stable(dict(vector.meta))).save(context.folder / f"{name}.safetensors")
+
+
 def strengths(context: Context) -> tuple[float, float]:
     """(plus, minus): what harmless prompts are steered by, and what harmful ones against."""
     plus, minus = context.result("strength")["coefficient"]
@@ -58,7 +64,7 @@ def prompts(c: Context) -> Outcome:
     return Outcome({"counts": counts, "hash": data.hash, "notes": list(data.notes)})
 
 
-@step("screen", "reliability before steering", needs=("prompts",), uses=("seed",))
+@step("screen", "reliability before steering", needs=("prompts",), uses=("seed", "chosen_by"))
 def screen(c: Context) -> Outcome:
     harmful, harmless = c.data.pair("train")
     n = min(len(harmful), len(harmless))
@@ -71,7 +77,13 @@ def screen(c: Context) -> Outcome:
     return Outcome(content)
 
 
-@step("candidates", "difference in means: candidates and choice", needs=("prompts",), version=2)
+@step(
+    "candidates",
+    "difference in means: candidates and choice",
+    needs=("prompts",),
+    uses=("chosen_by",),
+    version=2,
+)
 def candidates(c: Context) -> Outcome:
     """The paper's rule chooses; where its filters leave no candidate, the one on induce is dropped,
     which results and report say.
@@ -84,7 +96,7 @@ def candidates(c: Context) -> Outcome:
     )
     table = found.table
     assert table is not None  # select fills it
-    vector.save(c.folder / "dim.safetensors")
+    _save(c, "dim", vector)
     content = {
         "layer": vector.layer,
         "position": vector.position,
@@ -169,6 +181,7 @@ def pairs(c: Context) -> Outcome:
         out=c.folder / "responses.jsonl",
         progress=c.progress,
     )
+    made.meta = stable(made.meta)
     made.save(c.folder / "pairs.jsonl")
     return Outcome({"counts": made.counts, "line": made.line}, ["pairs.jsonl"])
 
@@ -189,11 +202,11 @@ def _trained(c: Context, name: str) -> Outcome:
         lr=LR,
         limit=c.settings.new_tokens,
         seed=42 + c.settings.seed,
-        checkpoint=c.folder / "checkpoint.json",
+        checkpoint=c.checkpoint("checkpoint.json"),
         progress=c.progress,
     )
     vector = result.normalized_to(dim)
-    vector.save(c.folder / f"{name}.safetensors")
+    _save(c, name, vector)
     content = {"trained": True, "cosine_with_dim": vector.cosine(dim)}
     return Outcome(content | stable(result.to_dict()), [f"{name}.safetensors"])
 

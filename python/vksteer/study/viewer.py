@@ -38,6 +38,8 @@ def script(*names: str) -> str:
 class Shown:
     """One circuit of the viewer. name: in the address of a view. label: for the reader. curve:
     {"edges", "faithfulness"}, the measured sizes. file: of the scores, from the page's folder.
+    halves: whether faithfulness was measured on samples that did not choose the circuits.
+    other_vector: whether the tokens of value vectors are those of another vector.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Shown:
     scores: EdgeScores
     curve: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
+    halves: bool = False
+    other_vector: bool = False
 
 
 def drawn(circuits: Sequence[Shown], tokens: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -84,6 +88,8 @@ def _circuit(shown: Shown, most: int) -> dict[str, Any]:
         "file": shown.file,
         "edges": [list(row) for row in zip(*ends, values, entry[order].tolist(), strict=True)],
         "left_out": graph.n_edges - len(order),
+        "halves": shown.halves,
+        "other_vector": shown.other_vector,
         "curve": [[int(n), float(f)] for n, f in points if f is not None],
     }
 
@@ -159,7 +165,8 @@ def view(
                 f" {scores.graph.n_edges}"
             )
         measured = {"edges": curve.edges.tolist(), "faithfulness": curve.faithfulness.tolist()}
-    shown = [Shown("scores", "scores", scores, measured)]
+    halves = curve is not None and bool(curve.setting.get("halves"))
+    shown = [Shown("scores", "scores", scores, measured, halves=halves)]
     for name, other in (others or {}).items():
         if other.graph != scores.graph:
             raise ValueError(

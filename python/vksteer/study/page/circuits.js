@@ -98,7 +98,8 @@ const measured = (circuit, size) => {
   if (!circuit.curve.length) return "faithfulness was not measured";
   const below = circuit.curve.filter(([n]) => n <= size).at(-1);
   const above = circuit.curve.find(([n]) => n >= size);
-  const points = [...new Set([below, above].filter(Boolean))];
+  const points = below && above && below[0] === above[0] ? [below] : [below, above].filter(Boolean);
   const said = points.map(([n, value]) => `${value.toFixed(2)} at ${n}`).join(", ");
-  return `measured faithfulness ${said} edges, of circuits found on half of the samples`;
+  return `measured faithfulness ${said} edges` +
+    (circuit.halves ? ", of circuits found on half of the samples" : "");
 };

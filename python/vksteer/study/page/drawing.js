@@ -84,6 +84,8 @@ const drawingOf = (stage, scroller) => {
     height = Math.max(300, Math.min(900, tall * 30));
     stage.style.width = `${width}px`;
     stage.style.height = `${height}px`;
+    stage.style.setProperty("--width", `${width}px`); // a page of paper may be narrower
+    stage.style.setProperty("--aspect", `${width} / ${height}`);
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     nodeLayer.replaceChildren();
     for (let l = 0; l < depth; l++)

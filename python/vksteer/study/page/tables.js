@@ -43,7 +43,9 @@ const panelOf = (name, rows, state, {pin, choose}) => {
   const box = make("div", {"data-panel": name}, make("h3", {}, name, " ",
     button(state.pins.includes(name) ? "Unpin" : "Pin", () => pin(name), {"aria-label":
       `${state.pins.includes(name) ? "Unpin" : "Pin"} ${name}`})));
-  if (tokens) box.append(make("p", {}, `Its value vector promotes: ${tokens.join(" · ")}`));
+  const whose = data.circuits[state.a].other_vector ? "The difference in means' value vector there" :
+    "Its value vector";
+  if (tokens) box.append(make("p", {}, `${whose} promotes: ${tokens.join(" · ")}`));
   const link = to => row => button(nameOf(row.edge), () => choose(to(row.edge)), {class: "link"});
   const upstream = edge => data.nodes[edge.up];
   const downstream = edge => data.inputs[edge.down].replace(/<.>$/, "");

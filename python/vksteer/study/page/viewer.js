@@ -121,10 +121,14 @@ const describe = () => {
     `the ${c.left_out} weakest edges of ${c.label} are left out of this file`).join("; ") : "") + ".";
   const shown = [...new Set([...state.pins, state.chosen].filter(Boolean))];
   const acts = {pin, choose};
+  const listed = table.children.length > 1 && table.lastElementChild.contains(document.activeElement);
+  const held = listed || panels.contains(document.activeElement);
   panels.replaceChildren(...shown.map(name => panelOf(name, visible, state, acts)));
   if (state.pins.length === 2) panels.append(pairOf(state.pins, visible));
   table.replaceChildren(table.firstChild);
   if (table.open) table.append(edgeTable(visible, `edges (${visible.length})`, "edges", compared, chooser));
+  // The button that was pressed is gone: the keyboard goes on at the node that it chose.
+  if (held) (panels.querySelector(`[data-panel="${CSS.escape(state.chosen)}"] button`) ?? stage).focus();
 };
 const addressed = () => {
   const parts = {circuit: circuits[state.a].name, with: circuits[state.b]?.name ?? "", n: state.n,
@@ -134,6 +138,7 @@ const addressed = () => {
     .map(([key, value]) => `${key}=${encodeURIComponent(value)}`).join("&");
   try { history.replaceState(null, "", `#circuit:${text}`); } catch { /* inside a notebook */ }
 };
+let acted = false; // the address is written once the reader has acted
 const set = (change, moving = false) => {
   Object.assign(state, change);
   first.value = state.a;
@@ -149,7 +154,7 @@ const set = (change, moving = false) => {
   visible = all.filter(row => passes(state, row));
   drawing.show(state, visible, new Set(matches()), moving);
   describe();
-  addressed();
+  if (acted && Object.keys(change).length) addressed();
   const name = state.chosen;
   if (name && "chosen" in change) {
     const ends = visible.filter(row => touches(row.edge, name));
@@ -227,4 +232,6 @@ new ResizeObserver(() => {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => set({}));
 drawing.layOut();
 set(restore());
-addEventListener("hashchange", () => set(restore()));
+acted = true;
+// Other addresses are those of the page's sections.
+addEventListener("hashchange", () => { if (location.hash.startsWith("#circuit:")) set(restore()); });
