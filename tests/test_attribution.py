@@ -202,6 +202,7 @@ def test_an_interrupted_attribution_goes_on_from_its_checkpoint(zoo, rng, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint=path, progress=stop)
     reports = []
+    monkeypatch.setattr(model, "name", "the same files by another path")
     resumed = run(checkpoint=path, progress=lambda done, total: reports.append((done, total)))
     assert reports[0] == (2, 6) and reports[-1] == (6, 6)
     whole, kept = run(), path.read_bytes()

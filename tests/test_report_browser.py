@@ -70,7 +70,8 @@ def written(folder, *scores):
     for name, one in zip("abcdef", scores, strict=False):
         one.save(folder / f"{name}.safetensors")
         curve = {} if shown else CURVE
-        shown.append(viewer.Shown(name, f"circuit {name}", one, curve, f"{name}.safetensors"))
+        file = f"{name}.safetensors"
+        shown.append(viewer.Shown(name, f"circuit {name}", one, curve, file, halves=True))
     graph = scores[0].graph
     results = {
         "model": {"architecture": "x", "n_layers": graph.n_layers, "d_model": 1, "hash": "0",
@@ -220,6 +221,39 @@ def test_the_state_of_the_address(browser, tmp_path):
         page.goto("about:blank")
         page.goto(f"{path.as_uri()}#circuit:n=x&kinds=z&layer=99&node=a9.h9&with=q&pins=,,")
         assert panels(page) == [] and page.input_value("#choose-layer") == ""
+
+
+def test_the_addresses_of_sections_are_left_alone(browser, tmp_path):
+    with opened(browser, written(tmp_path, heavy(SMALL)), "#provenance") as page:
+        page.set_viewport_size({"width": 700, "height": 800})  # the viewer is laid out anew
+        page.wait_for_timeout(100)
+        assert page.url.endswith("#provenance")
+        page.fill("#find", "a5.h2")
+        page.keyboard.press("Enter")
+        assert panels(page) == ["a5.h2"] and "#circuit:" in page.url
+        page.click("nav a:has-text('Provenance')")
+        assert page.url.endswith("#provenance") and panels(page) == ["a5.h2"]
+
+
+def test_a_link_that_is_pressed_keeps_the_keyboard(browser, tmp_path):
+    with opened(browser, written(tmp_path, heavy(SMALL)), "#circuit:n=40&node=logits") as page:
+        link = page.locator("[data-panel=logits] button.link").first
+        link.focus()
+        page.keyboard.press("Enter")
+        (chosen,) = panels(page)
+        assert chosen != "logits"
+        where = "document.activeElement.closest('[data-panel]')?.dataset.panel"
+        assert page.evaluate(where) == chosen
+
+
+def test_a_wide_circuit_fits_on_paper(browser, tmp_path):
+    wide = heavy(Graph(32, 4, 4, 2))
+    with opened(browser, written(tmp_path, wide)) as page:
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 718, "height": 1000})  # A4 inside margins of 1 cm
+        sizes = page.evaluate("""() => ['.stage', '.stage-scroll'].map(
+            name => document.querySelector(name).getBoundingClientRect().width)""")
+        assert sizes[0] <= sizes[1] <= 718
 
 
 def test_the_difference_of_two_circuits(browser, tmp_path):

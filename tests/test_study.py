@@ -22,9 +22,12 @@ import vksteer as vs
 from file_lock import file_lock
 from test_study_budget import RATES
 from vksteer.circuits.faithfulness import halves_of
+from vksteer.study import cluster as study_cluster
 from vksteer.study import comparing, rates
 from vksteer.study import steps as study_steps
 from vksteer.study import store as study_store
+from vksteer.study.claims import claims
+from vksteer.study.cluster import Source
 from vksteer.study.report import page, write_report
 from vksteer.study.settings import SIZES, Settings
 from vksteer.study.store import DONE, StudyStore
@@ -107,9 +110,47 @@ def test_circuits_are_judged_on_other_samples(model, study):
     assert set(names) == {n for n, said in found["smallest"].items() if "size" in said}
 
 
+PUBLISHED = sorted((ROOT / "docs/results/studies").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_results_are_those_of_today(path):
+    """They follow the schema, every interval holds its value, and the verdicts follow from them."""
+    results = json.loads(path.read_text())
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
+    assert results["claims"] == claims(results["steps"])
+    for rate in rates_in(results["steps"]):
+        assert rate["low"] <= rate["asr"] <= rate["high"], rate
+    page(results, {"steps": {}}, None)
+
+
+def rates_in(value):
+    """Every rate in a result, at any depth."""
+    if isinstance(value, dict):
+        if {"asr", "low", "high"} <= set(value):
+            yield value
+        for one in value.values():
+            yield from rates_in(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from rates_in(one)
+
+
 def test_the_schema_refuses_other_content(study):
-    schema = json.loads(SCHEMA.read_text())
+    schema, steps = json.loads(SCHEMA.read_text()), study.results["steps"]
+    holds = study.results["claims"][1] | {"verdict": "holds", "value": None}
+    rows = steps["table1"]["rows"]
+    too_high = rows["QK"] | {"harmful": rows["QK"]["harmful"] | {"asr": 17}}
     for change in (
+        {"claims": [holds] * 5},
+        {"settings": study.results["settings"] | {"seed": "now"}},
+        {"settings": study.results["settings"] | {"folder": "x"}},
+        {"steps": {"table1": steps["table1"] | {"rows": {}}}},
+        {"steps": {"table1": steps["table1"] | {"rows": rows | {"QK": too_high}}}},
+        {"steps": {"exact": steps["sparsity"]}},
+        {"steps": {"sparsity": {"why": 1}}},
+        {"steps": {"values": steps["values"] | {"seconds": 1.5}}},
+        {"steps": {"ntp": {"trained": True}}},
         {"schema_version": 2},
         {"claims": study.results["claims"][:4]},
         {"steps": {"unknown": {}}},
@@ -180,6 +221,24 @@ def test_a_model_that_reads_prompts_otherwise_runs_again(model, study, tmp_path)
         planned = {p.name: p.reason for p in again(other, folder, plan_only=True).planned}
     assert planned["prompts"] == "input changed" and "done" not in planned.values()
     assert {p.reason for p in again(model, folder, plan_only=True).planned} == {"done"}
+
+
+def test_too_long_a_prompt_is_refused_before_any_step(model, tmp_path):
+    lists = [[f"{kind} the box {i}" for i in range(60)] for kind in ("open", "break")]
+    lists[1][7] = "break the box " * 160
+    with pytest.raises(ValueError, match=r"harmless\['\w+'\]\[\d+\] has \d+ tokens and 40 new"):
+        vs.study.run(model, *lists, tmp_path, size="tiny", progress=False)
+    assert not list(tmp_path.glob("steps/*"))
+
+
+def test_a_lost_circuit_is_found_again(model, study, tmp_path):
+    folder = copy(study, tmp_path)
+    (lost,) = folder.glob("steps/circuits/*/harmful.steered.circuit.json")
+    was = lost.read_bytes()
+    lost.unlink()
+    (lost.parent / "harmful.base.circuit.json").unlink()
+    assert again(model, folder).results == study.results
+    assert lost.read_bytes() == was
 
 
 def test_a_damaged_step_runs_again(model, study, tmp_path):
@@ -306,6 +365,34 @@ def test_killed_at_twenty_moments(model, study, tmp_path):
         child.stderr.close()
         again(model, folder)
         assert (folder / "results.json").read_bytes() == expected, f"kill {i}"
+
+
+def test_workers_in_other_folders_find_the_model(model, tmp_path, monkeypatch):
+    source = Source.of(model)
+    assert source.name == "tiny-llama-chat"  # bundled, or on the hub: no path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(model, "name", "own")
+    assert Source.of(model) == replace(source, name=str(tmp_path / "own"))
+
+
+def test_a_worker_whose_device_fails_opens_the_model_anew(model, tmp_path, monkeypatch):
+    models, run = [], []
+
+    def step(*arguments, **options):
+        run.append(1)
+        if len(run) < 3:
+            raise vs.DeviceError("lost")
+        return "finished"
+
+    monkeypatch.setattr(study_cluster, "run_step", step)
+    monkeypatch.setattr(study_cluster, "_models", {})
+    monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: models.append(model) or model)
+    given = ("screen", str(tmp_path), Source.of(model), None, None, False)
+    assert study_cluster.work(*given) == "finished" and len(models) == 3
+    monkeypatch.setattr(study_cluster, "run_step", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what fails for good fails once
+        study_cluster.work(*given)
 
 
 @pytest.mark.long

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import vksteer as vs
+from vksteer.base.store import Store
 from vksteer.cli import commands as cli
 from vksteer.study import steps as study_steps
 from vksteer.study.prompts import of_lists
 from vksteer.study.settings import Settings
-from vksteer.study.store import Finished, StudyStore, plain
+from vksteer.study.store import FORCED, Finished, StudyStore, plain
 
 
 def inputs_of(name, **hashes):
@@ -67,6 +68,76 @@ def test_a_forced_step_goes_on_after_a_kill(tmp_path):
     assert not (folder / "item").exists()
 
 
+def finished(tmp_path):
+    """A store with a finished step of three files and the work from which they were made."""
+    store = StudyStore(tmp_path)
+    folder = store.begin("attribution", "key", anew=False)
+    for name in ("one", "two", "work.jsonl"):
+        (folder / name).write_text(name)
+    store.finish("attribution", folder, {"a": 1}, ["one", "two"])
+    assert isinstance(store.find("attribution", "key"), Finished)
+    return store, folder
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_text("changed")])
+def test_a_lost_file_takes_nothing_else_with_it(tmp_path, lose):
+    store, folder = finished(tmp_path)
+    (folder / ".ipynb_checkpoints").mkdir()
+    lose(folder / "one")
+    assert store.find("attribution", "key") in ("one is missing", "one was changed")
+    store.begin("attribution", "key", anew=False)
+    left = {path.name for path in folder.iterdir() if path.is_file()}
+    assert left == {"two", "work.jsonl", "result.json"}
+    assert store.find("attribution", "key") == "partial"
+    store.begin("attribution", "key", anew=True)
+    assert [path.name for path in folder.iterdir() if path.is_file()] == [FORCED]
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"\xff" * 99])
+def test_what_is_no_safetensors_file_any_more(tmp_path, content):
+    store = StudyStore(tmp_path)
+    folder = store.begin("candidates", "key", anew=False)
+    vs.SteeringVector(np.ones(8, np.float32), 1).save(folder / "dim.safetensors")
+    store.finish("candidates", folder, {}, ["dim.safetensors"])
+    (folder / "dim.safetensors").write_bytes(content)
+    assert StudyStore(tmp_path).find("candidates", "key") == "dim.safetensors was changed"
+
+
+def test_items_whose_files_were_lost(tmp_path):
+    items = Store(tmp_path / "items.jsonl", format="x", key=1, argument="out", what="x", other="y",
+                  field=None)  # fmt: skip
+    context = study_steps.Context(None, None, None, tmp_path, {}, False, items)
+    made = []
+
+    def make():
+        made.append(1)
+        (tmp_path / "file").write_text("")
+        return {"size": len(made)}
+
+    assert [context.once("a", make, "file")["size"] for _ in range(2)] == [1, 1]
+    (tmp_path / "file").unlink()
+    assert context.once("a", make, "file")["size"] == 2
+    assert context.once("b", lambda: {"why": "none"}, "other") == {"why": "none"}
+    assert context.once("b", make, "other") == {"why": "none"}  # it has no file
+
+
+def test_keys_of_the_prompts():
+    """Other test prompts change what is tested only; what was changed to fit them is in results."""
+    settings = replace(Settings.of("tiny"), data_hash="a", chosen_by="x")
+    other = replace(settings, data_hash="b")
+    for name, same in (("screen", True), ("candidates", True), ("texts", False)):
+        one, inputs = study_steps.STEPS[name], inputs_of(name)
+        assert (one.key("m", settings, inputs) == one.key("m", other, inputs)) is same
+    harmful, harmless = ([f"{kind} {i}" for i in range(60)] for kind in ("take", "give"))
+    first = {"train": harmful[:36], "test": harmful[36:48]}
+    made = of_lists(first, harmless, settings)
+    tested = of_lists(first | {"test": harmful[48:]}, harmless, settings)
+    assert made.chosen_by == tested.chosen_by and made.hash != tested.hash
+    noted = of_lists(first | {"train": harmful[:48]}, harmless, settings)
+    assert noted.notes and noted.harmful["test"] == made.harmful["test"]
+    assert noted.hash != made.hash
+
+
 def test_steps_that_are_chosen():
     names = list(study_steps.STEPS)
     assert study_steps.chosen(None, None) == names
@@ -76,6 +147,12 @@ def test_steps_that_are_chosen():
     assert {"table1", "attribution", "values"} <= set(left)
     with pytest.raises(ValueError, match="no step 'circuit'; there are: prompts, screen"):
         study_steps.chosen(["circuit"], None)
+    once = study_steps.chosen(only=iter(["circuits", "values"]), skip=iter(["screen"]))
+    assert once == study_steps.chosen(["circuits", "values"], ["screen"]) and "exact" not in once
+    with pytest.raises(ValueError, match=r"'circuits', which skip='candidates' .* needs that"):
+        study_steps.chosen(["circuits"], ["candidates"])
+    with pytest.raises(ValueError, match="only names no step"):
+        study_steps.chosen([], None)
 
 
 def test_prompts_of_lists():
@@ -138,6 +215,7 @@ def test_files_of_test_prompts(tmp_path, monkeypatch, capsys):
         raise ValueError(json.dumps([harmful, harmless]))
 
     monkeypatch.setattr(vs.study.running, "run", stop)
+    monkeypatch.setattr(vs.study.running, "check", lambda *a, **k: None)  # they are too few
     command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path / "out")]
     for option, name in (("--harmful", "a"), ("--harmless", "b"), ("--harmful-test", "c")):
         (tmp_path / name).with_suffix(".txt").write_text(f"{name} 0\n{name} 1\n")
@@ -170,6 +248,9 @@ def test_bad_arguments_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vs.Model, "from_pretrained", lambda *a, **k: pytest.fail("loads"))
     command = ["study", "--model", "tiny-llama-chat", "--out", str(tmp_path), "--only", "x"]
     assert cli.main(command) == 2 and "no step 'x'" in capsys.readouterr().err
+    assert cli.main([*command[:5], "--seed", "-1"]) == 2 and "seed" in capsys.readouterr().err
+    assert cli.main([*command[:5], "--only", "values", "--force", "screen"]) == 2
+    assert "force names 'screen'" in capsys.readouterr().err
     assert cli.main([*command[:5], "--harmless-test", "x"]) == 2
     assert "--harmless-test belongs to --harmless" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,7 @@ def main() -> None:
     study = vs.study.run(
         model, splits(0), splits(1), args.out, budget=args.budget, plan_only=args.plan
     )
-    print(study)
+    print(study.plan() if args.plan else study)
 
 
 if __name__ == "__main__":
