@@ -20,7 +20,6 @@ import pytest
 import vksteer as vs
 from test_study import again, copy, known_rates, model, study  # noqa: F401  fixtures
 from vksteer.study import cluster as study_cluster
-from vksteer.study import store as study_store
 from vksteer.study.cluster import Source
 from vksteer.study.store import DONE, StudyStore
 
