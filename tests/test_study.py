@@ -217,7 +217,9 @@ def test_a_model_that_reads_prompts_otherwise_runs_again(model, study, tmp_path)
 def test_too_long_a_prompt_is_refused_before_any_step(model, tmp_path):
     lists = [[f"{kind} the box {i}" for i in range(60)] for kind in ("open", "break")]
     lists[1][7] = "break the box " * 160
-    with pytest.raises(ValueError, match=r"harmless\['\w+'\]\[\d+\] has \d+ tokens and 40 new"):
+    with pytest.raises(
+        ValueError, match="the harmless prompt that begins with 'break the box break"
+    ):
         vs.study.run(model, *lists, tmp_path, size="tiny", progress=False)
     assert not list(tmp_path.glob("steps/*"))
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.provenance import digest, identity
-from ..inputs.prompts import as_tokens
 from ..loading.locate import is_bundled
 from ..steering.examples import PREFIX
 from . import budget as budgets
@@ -134,9 +133,15 @@ def check_lengths(model: Model, data: Prompts, settings: Settings) -> None:
     """
     before = max((*BASELINE, PREFIX), key=len)
     for kind, splits in (("harmful", data.harmful), ("harmless", data.harmless)):
-        for split, texts in splits.items():
-            rows = [f"{before} {text}" for text in texts]
-            as_tokens(model, rows, f"{kind}[{split!r}]", room=settings.new_tokens)
+        texts = [text for part in splits.values() for text in part]
+        rows = model.chat_tokens([f"{before} {text}" for text in texts])
+        n, text = max((len(row), text) for row, text in zip(rows, texts, strict=True))
+        if n + settings.new_tokens > model.config.n_ctx:
+            raise ValueError(
+                f"the {kind} prompt that begins with {text[:40]!r} has {n} tokens with the longest"
+                f" instruction that a step puts before it; with an answer of {settings.new_tokens}"
+                f" that is more than the model's context of {model.config.n_ctx}: shorten it"
+            )
 
 
 def finished_steps(store: StudyStore, model: Model, settings: Settings) -> dict[str, Finished]:

@@ -182,9 +182,10 @@ class StudyStore:
             files: dict[str, str] = dict(read_json(folder / DONE, limit=LIMIT)["files"])
         except (ModelError, KeyError, TypeError, ValueError, OSError):
             files = dict.fromkeys((path.name for path in folder.iterdir() if path.is_file()), "")
-        for file, expected in files.items():
-            if file != DONE and (folder / file).is_file() and self._hash(folder / file) != expected:
-                (folder / file).unlink()
+        for path in folder.iterdir():  # whatever names a damaged done.json holds
+            listed = path.name in files and path.name != DONE and path.is_file()
+            if listed and self._hash(path) != files[path.name]:
+                path.unlink()
         (folder / DONE).unlink()
 
     def finish(
