@@ -109,7 +109,7 @@ def test_a_worker_whose_device_fails_opens_the_model_anew(model, tmp_path, monke
         run.append(1)
         if len(run) < 3:
             raise vs.DeviceError("lost")
-        return "finished"
+        return "finished", True
 
     monkeypatch.setattr(study_cluster, "run_step", step)
     monkeypatch.setattr(study_cluster, "_models", {})
