@@ -1,6 +1,6 @@
 """Makes, or goes on with, the study of Qwen2.5-Coder-0.5B-Instruct of docs/results in OUT.
 
-    study_qwen.py OUT [--budget 100m] [--plan]
+    study_qwen.py OUT [--budget 107m] [--plan]
 
 Prompts: the 128 pairs of acts of the demo, in written forms. Of every eight acts three train (the
 first 16 of these in a second form too), one validates and four test: 64 + 64, 16 + 16 and 64 + 64.
@@ -37,7 +37,7 @@ def splits(side: int) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--budget", default="100m")
+    parser.add_argument("--budget", default="107m")
     parser.add_argument("--plan", action="store_true", help="only say what would run")
     args = parser.parse_args()
     model = str(FOLDER / MODELS["qwen"].file)
