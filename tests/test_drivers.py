@@ -64,7 +64,17 @@ def folders(zoo):
     return made
 
 
-@pytest.mark.parametrize("driver", DRIVERS | THREADED)
+#: Their subgroup sizes are those of SwiftShader and of THREADS, which the short tests have.
+TWICE = ("lavapipe 4", "lavapipe 8")
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in TWICE else name
+        for name in DRIVERS | THREADED
+    ],
+)
 def test_parity_edits_freezing_and_generation(driver, folders, record_property):
     """Every kernel family against the oracle; a row alone equals the same row in a batch."""
     code = (
