@@ -291,6 +291,14 @@ def test_a_budget_with_short_lists(n, model, measured, tmp_path):
     assert counts["train"] + counts["validation"] + counts["test"] >= n
 
 
+def test_a_call_that_is_refused_leaves_no_counts(model, measured, tmp_path):
+    lists = [[f"{kind} the box {i}" for i in range(30)] for kind in ("open", "break")]
+    lists[0][7] = "open the box " * 160
+    with pytest.raises(ValueError, match="the harmful prompt that begins with 'open the box open"):
+        vs.study.run(model, *lists, tmp_path, budget="10h", progress=False, only=["screen"])
+    assert not (tmp_path / budget.FILE).exists()
+
+
 def plain(counts):
     return json.loads(json.dumps(counts))
 

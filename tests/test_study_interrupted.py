@@ -13,17 +13,15 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import vksteer as vs
+from source_tree import ROOT
 from test_study import again, copy, known_rates, model, study  # noqa: F401  fixtures
 from vksteer.study import cluster as study_cluster
 from vksteer.study.cluster import Source
 from vksteer.study.store import DONE, StudyStore
-
-ROOT = Path(__file__).resolve().parent.parent
 
 CODE = """
 import sys, warnings

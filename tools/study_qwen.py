@@ -8,30 +8,29 @@ The model comes from `fetch_model.py qwen`.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from fetch_model import FOLDER, MODELS
 
 import vksteer as vs
+from vksteer.demo.report import written
 
-PROMPTS = Path(vs.__file__).with_name("demo") / "prompts.json"
 SPLITS = {"train": (1, 3, 5), "validation": (7,), "test": (0, 2, 4, 6)}  # of every eight acts
 AGAIN = 16  # so many of the training acts are asked in two forms
 
 
 def splits(side: int) -> dict[str, list[str]]:
     """Prompts of one kind by split; side 0: harmful, 1: harmless."""
-    written = json.loads(PROMPTS.read_text(encoding="utf-8"))
-    forms, acts = written["forms"], [pair[side] for pair in written["acts"]]
+    prompts = written()
+    forms, acts = prompts["forms"], [pair[side] for pair in prompts["acts"]]
 
     def asked(split: str, shift: int) -> list[str]:
         chosen = [i for i in range(len(acts)) if i % 8 in SPLITS[split]]
         return [forms[(i // 2 + shift) % len(forms)].format(acts[i]) for i in chosen]
 
-    prompts = {split: asked(split, 0) for split in SPLITS}
-    prompts["train"] += asked("train", 1)[:AGAIN]
-    return prompts
+    found = {split: asked(split, 0) for split in SPLITS}
+    found["train"] += asked("train", 1)[:AGAIN]
+    return found
 
 
 def main() -> None:

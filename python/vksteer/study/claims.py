@@ -37,16 +37,17 @@ def claims(steps: Steps) -> list[dict[str, Any]]:
 
 def shown(claim: Mapping[str, Any]) -> str:
     """The value of a claim with its interval and unit; a dash where there is none."""
-    if claim["value"] is None:
-        return "–"
-    parts = [claim["value"], claim["low"], claim["high"]]
-    if claim.get("unit"):
-        texts = ["–" if x is None else f"{100 * x:.1f}" for x in parts]
-        unit = f" {claim['unit']}"
-    else:
-        texts, unit = ["–" if x is None else f"{x:.2f}" for x in parts], ""
-    interval = "" if parts[1] is None else f" [{texts[1]}, {texts[2]}]"
-    return f"{texts[0]}{unit}{interval}"
+    found = claim["value"], claim["low"], claim["high"]
+    return "–" if found[0] is None else with_interval(*found, claim.get("unit", ""))
+
+
+def with_interval(value: float, low: float | None, high: float | None, unit: str = "") -> str:
+    """A number with its interval, where there is one; with a unit, shares are shown times 100."""
+    times, digits, after = (100, 1, f" {unit}") if unit else (1, 2, "")
+    text = f"{times * value:.{digits}f}{after}"
+    if low is None or high is None:
+        return text
+    return f"{text} [{times * low:.{digits}f}, {times * high:.{digits}f}]"
 
 
 def _entry(claim: str, paper: str, threshold: str, **found: Any) -> dict[str, Any]:

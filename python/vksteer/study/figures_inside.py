@@ -8,11 +8,9 @@ from typing import Any
 
 from . import charts
 from .charts import Series
-from .claims import CARRY, HARDLY, LEAST_PROMPTS, average_change, effect
+from .claims import CARRY, HARDLY, LEAST_PROMPTS, average_change, effect, with_interval
 from .figures import WILSON, Figure, Steps, number, rate, rates
-from .settings import DATA_SETS
-
-FAITHFUL = 0.85  # the share of the effect that a faithful circuit carries
+from .inside import MAIN, THRESHOLD
 
 
 def table1(steps: Steps) -> Figure:
@@ -39,7 +37,7 @@ def table1(steps: Steps) -> Figure:
                 n,
                 rate(rows[n]["harmless"]),
                 rate(rows[n]["harmful"]),
-                _percent(average_change(rows, n)) if n != "none" else "–",
+                with_interval(*average_change(rows, n), "%") if n != "none" else "–",
             ]
             for n in names
         ],
@@ -50,12 +48,6 @@ def table1(steps: Steps) -> Figure:
         f" interval of OV's change lies at or above {100 * CARRY:.0f} %, and that of QK's at or"
         f" below {100 * HARDLY:.0f} %.",
     )
-
-
-def _percent(found: tuple[float, float, float]) -> str:
-    """A change with its interval, in percent."""
-    value, low, high = (100 * x for x in found)
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def _acts(rows: Mapping[str, Any], whole: float) -> str:
@@ -170,13 +162,13 @@ def _faithful(found: Mapping[str, Any]) -> str:
     low, high = found.get("low"), found.get("high")
     if low is None or high is None:
         return "–"
-    return "yes" if low >= FAITHFUL else "no" if high < FAITHFUL else "cannot be told"
+    return "yes" if low >= THRESHOLD else "no" if high < THRESHOLD else "cannot be told"
 
 
 def searched(steps: Steps) -> Figure:
     """Faithfulness by size of the data sets and vectors beside the main one."""
     smallest = steps["circuits"]["smallest"]
-    others = {n: f for n, f in smallest.items() if n != DATA_SETS[0]}
+    others = {n: f for n, f in smallest.items() if n != MAIN}
     there = {n: f for n, f in others.items() if "size" in f}
     measured_sizes = {n: f["searched"] for n, f in there.items() if "searched" in f}
     series, rows = [], []
@@ -250,9 +242,7 @@ def _certainty(found: Mapping[str, Any]) -> str:
     """The intervals of the overlaps of every two vectors, and what they are held against."""
     if "why" in found:
         return f"No intervals: {found['why']}."
-    pairs = [
-        f"{a} and {b} {v:.2f} [{low:.2f}, {high:.2f}]" for a, b, v, low, high in found["pairs"]
-    ]
+    pairs = [f"{a} and {b} {with_interval(*overlap)}" for a, b, *overlap in found["pairs"]]
     own = [f"{name} {value:.2f}" for name, value in found["own"].items()]
     counts = [f"{n} of {name}" for name, n in found["samples"].items()]
     return (

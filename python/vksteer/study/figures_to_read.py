@@ -11,7 +11,7 @@ from typing import Any
 from ..judge import wilson
 from . import charts
 from .charts import Series
-from .figures import WILSON, Figure, Steps, number
+from .figures import WILSON, Figure, Steps, number, rate
 
 #: Rows of Table 1 that freeze or ablate a part, as they stand in the third column.
 FROZEN = ("QK", "OV", "SVV", "MLP direct", "MLP")
@@ -54,7 +54,7 @@ def answers(steps: Steps, texts: Mapping[str, Any] | None) -> Figure:
 def _share(value: float, n: int) -> str:
     """A share of n answers with its interval."""
     low, high = wilson(round(value * n), n)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return rate({"asr": value, "low": low, "high": high})
 
 
 def _columns(sides: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

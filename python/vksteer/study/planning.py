@@ -91,7 +91,7 @@ class Counts:
         """(Settings, prompts, the line that says what a budget chose). What it chose is written
         into the folder unless this call only plans.
         """
-        settings, line = Settings.of(self.size or "small", self.seed), None
+        settings, line, chosen = Settings.of(self.size or "small", self.seed), None, None
         if self.size is None:
             belongs = self.belongs(model)
             stored, predicted = budgets.load(folder), None
@@ -99,14 +99,15 @@ class Counts:
                 budgets.check(stored, self.seconds, belongs, names, folder)
             elif self.seconds is not None:
                 stored, predicted = self._choose(model, folder, names, belongs, say)
-                if not plan_only:
-                    budgets.save(folder, stored)
+                chosen = stored
             if stored is not None:
                 settings, line = stored.settings(self.seed), budgets.line(stored, predicted)
                 say(line)
         data = self.prompts(settings)
         settings = replace(settings, data_hash=data.hash, chosen_by=data.chosen_by)
         check_lengths(model, data, settings)
+        if chosen is not None and not plan_only:  # a call that is refused leaves no counts
+            budgets.save(folder, chosen)
         return settings, data, line
 
     def _choose(
